@@ -1,0 +1,328 @@
+"""One run's settings: small frozen dataclasses, read from YAML and `a.b=value`, checked before any device work."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+section = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: the message names the field, the value and the remedy."""
+
+
+@section
+class ModelConfig:
+    """The decoder: policy, reference and critic all start from it."""
+
+    path: str  # "embedded", a Hugging Face directory, or a hub name
+    init: Literal["pretrained", "random"] = "pretrained"  # random: only config.json and the tokenizer are read
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master weights
+    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass keeps: all, matmul results, layer inputs
+    logit_slab: Count = 8192  # tokens whose logits are alive at once while log-probs are taken
+
+
+@section
+class SetConfig:
+    """One set of questions: a file, a hub name, or `embedded:{train,in_distribution,out_of_distribution}`."""
+
+    path: str
+    format: Literal["auto", "plain", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa", "text"] = "auto"
+    subset: str | None = None  # the hub's configuration name
+    split: str | None = None  # the hub's split; files have none
+    limit: Count | None = None  # the first so many questions
+
+
+@section
+class PromptConfig:
+    """How a question becomes prompt tokens."""
+
+    template: Literal["think", "direct", "none"] = "think"  # none: the question and options alone
+    chat: bool = False  # wrap in the tokenizer's chat template
+    max_tokens: Count = 512  # longer prompts are dropped and counted
+
+
+@section
+class SampleConfig:
+    """A rollout: `questions` × `samples` responses of at most `max_new_tokens` tokens."""
+
+    questions: Count = 128
+    samples: Count = 8
+    max_new_tokens: Count = 512
+    min_new_tokens: Size = 0
+    temperature: Weight = 1.0  # 0: greedy
+    top_k: Size = 0  # 0: off
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+@section
+class RewardConfig:
+    """Med-RLVR's rule: format first, then the letter."""
+
+    mode: Literal["strict", "paper"] = "strict"
+    unformatted: float = -1.0
+    wrong: float = 0.0
+    correct: float = 1.0
+
+
+@section
+class AdvantageConfig:
+    """From rewards to one advantage per token."""
+
+    estimator: Literal["gae", "group", "group_mean", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "gae"
+    gamma: Share = 1.0
+    lam: Share = 1.0
+    whiten: bool = True  # gae and reinforce_pp: zero mean, unit variance over the step's tokens
+    std_ddof: Literal[0, 1] = 1  # group: 1 as verl, TRL and OpenRLHF; 0 as simply and EasyDeL
+    std_eps: Weight = 1e-6  # group: 1e-6 as verl, 1e-4 as TRL, 1e-9 as OpenRLHF
+    reward_clip: Annotated[float, Field(gt=0)] = 10.0  # rewards are clipped to ± this
+
+
+@section
+class KLConfig:
+    """The leash to the reference model; coef 0 means there is no reference at all."""
+
+    coef: Weight = 0.01
+    into: Literal["reward", "loss"] = "reward"
+    estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    target: Annotated[float, Field(gt=0)] | None = None  # adaptive coefficient (Ziegler et al. 2019); null: fixed
+    horizon: Count = 10_000  # samples over which the adaptive coefficient moves
+
+
+@section
+class LossConfig:
+    """The policy's surrogate and the critic's loss."""
+
+    surrogate: Literal["clip", "cispo"] = "clip"
+    ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO
+    clip_low: Weight = 0.2
+    clip_high: Weight = 0.2
+    ratio_cap: Annotated[float, Field(gt=1)] | None = None  # TRL's two-sided clip δ: the unclipped ratio is cut here
+    dual_clip: Annotated[float, Field(gt=1)] | None = None  # verl's lower bound for negative advantages, 3.0 there
+    aggregate: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"  # constant: Dr.GRPO, by max_new_tokens
+    entropy_coef: float = 0.0  # positive rewards entropy
+    value_clip: Weight | None = 0.5
+
+
+@section
+class OptimConfig:
+    """AdamW with linear warm-up, then constant, linear or cosine."""
+
+    lr: Weight
+    warmup: Share = 0.03  # of all optimiser steps
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    b1: Share = 0.9
+    b2: Share = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Weight = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    moments: Literal["float32", "bfloat16"] = "float32"
+
+
+@section
+class LearnConfig:
+    """How a rollout is learned from. Sizes count questions; each brings all its samples."""
+
+    epochs: Count = 1  # passes over one rollout
+    minibatch: Count = 16  # questions per optimiser step
+    microbatch: Count | None = None  # questions per forward and backward pass; null: the whole minibatch
+    policy: OptimConfig
+    critic: OptimConfig | None = None  # null: no critic (GRPO and its kin)
+    critic_warmup: Size = 0  # first steps in which only the critic learns
+
+
+@section
+class SFTConfig:
+    """Supervised fine-tuning on `data`; `text` lines bring prompt and response themselves."""
+
+    target: Literal["answer", "rationale", "text"] = "answer"
+    max_new_tokens: Count = 512  # longer targets are dropped and counted
+
+
+@section
+class EvalConfig:
+    """Evaluation before, during and after training."""
+
+    sets: dict[str, SetConfig] = Field(default_factory=dict)
+    every: Size = 0  # steps; 0: only before and after
+    batch: Count = 32  # questions at a time
+    samples: Count = 1
+    temperature: Weight = 0.0
+    max_new_tokens: Count | None = None  # null: the rollout's
+
+
+@section
+class CheckpointConfig:
+    """Orbax, asynchronous: the newest `keep`, and the best by `best` if named."""
+
+    every: Size = 50  # steps; 0: only at the end
+    keep: Count = 2
+    best: str | None = None  # a key of metrics.jsonl, larger is better, such as eval.dev.accuracy
+
+
+@section
+class LogConfig:
+    """What a run writes besides metrics.jsonl."""
+
+    samples_every: Size = 10  # steps between samples; 0: never
+    samples: Count = 8  # completions each time
+    tensorboard: bool = False
+    wandb: str | None = None  # the project's name
+
+
+@section
+class MeshConfig:
+    """Devices along each axis; data -1 takes what is left."""
+
+    data: Annotated[int, Field(ge=-1)] = -1
+    fsdp: Count = 1
+    tensor: Count = 1
+
+
+@section
+class Config:
+    """A run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    runs: str = "runs"  # the folder of all runs
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    steps: Count | None = None  # either steps …
+    passes: Annotated[float, Field(gt=0)] | None = None  # … or passes over the questions (the paper's epochs)
+    model: ModelConfig
+    data: SetConfig
+    prompt: PromptConfig = PromptConfig()
+    sample: SampleConfig = SampleConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    kl: KLConfig = KLConfig()
+    loss: LossConfig = LossConfig()
+    learn: LearnConfig
+    sft: SFTConfig = SFTConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML too) and check everything that needs no device."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; `configs/` holds the ready ones") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not a YAML file: {e}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a mapping of settings is needed, got {type(tree).__name__}")
+    for item in overrides:
+        _override(tree, item)
+    return from_tree(tree, str(path))
+
+
+def from_tree(tree: dict[str, Any], source: str = "config") -> Config:
+    """Build and check a `Config` from nested dicts; every complaint in one `ConfigError`."""
+    try:
+        config = pydantic.TypeAdapter(Config).validate_python(tree)
+    except pydantic.ValidationError as e:
+        raise ConfigError("\n".join(f"{source}: {_complaint(error)}" for error in e.errors())) from None
+    problems = _cross_checks(config)
+    if problems:
+        raise ConfigError("\n".join(f"{source}: {p}" for p in problems))
+    return config
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def dump(config: Config) -> str:
+    """The resolved settings as YAML; `load` reads it back to an equal `Config`."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    name, sep, text = item.partition("=")
+    if not sep or not name:
+        raise ConfigError(f"override {item!r}: write it as a.b=value, such as sample.temperature=0.7")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"override {item!r}: the value is not YAML: {e}") from None
+    *parents, leaf = name.split(".")
+    node = tree
+    for i, key in enumerate(parents):
+        if node.get(key) is None:
+            node[key] = {}
+        if not isinstance(node[key], dict):
+            raise ConfigError(f"override {item!r}: {'.'.join(parents[: i + 1])} is a value, it has no fields")
+        node = node[key]
+    node[leaf] = value
+
+
+def _fields_at(path: tuple) -> list[str]:
+    """The names of the fields of the section that `path` leads to."""
+    cls: Any = Config
+    for key in path:
+        kind = get_type_hints(cls).get(key) if dataclasses.is_dataclass(cls) else None
+        found = [t for t in (kind, *get_args(kind)) if dataclasses.is_dataclass(t)]
+        cls = found[0] if found else SetConfig if cls is EvalConfig and key == "sets" else cls
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _complaint(error: Any) -> str:
+    path = tuple(error["loc"])
+    name, value = ".".join(map(str, path)), error.get("input")
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _fields_at(path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        return f"{name}: no such setting; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{name}: needed, and not given"
+    if error["type"] in ("dataclass_type", "dataclass_exact_type"):
+        return f"{name}: {value!r} is a value where a section with {', '.join(_fields_at(path))} is needed"
+    if name == "name":
+        return f"name: {value!r} must be letters, digits, '.', '_' and '-' only, since it names a folder inside runs"
+    return f"{name}: {value!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _cross_checks(c: Config) -> list[str]:
+    """What no single field can say; a list of complaints, empty when all is well."""
+    out = []
+    if (c.steps is None) == (c.passes is None):
+        out.append(f"steps: {c.steps} and passes: {c.passes}: give exactly one of the two")
+    if c.sample.questions % c.learn.minibatch:
+        out.append(_divide("learn.minibatch", c.learn.minibatch, "sample.questions", c.sample.questions))
+    if c.learn.microbatch and c.learn.minibatch % c.learn.microbatch:
+        out.append(_divide("learn.microbatch", c.learn.microbatch, "learn.minibatch", c.learn.minibatch))
+    if c.advantage.estimator == "gae" and c.learn.critic is None:
+        out.append("advantage.estimator: gae needs learn.critic (such as {lr: 9e-6}); or take estimator group")
+    if c.advantage.estimator != "gae" and c.learn.critic is not None:
+        out.append(f"learn.critic: {c.advantage.estimator} has no use for a critic; set learn.critic to null, or take estimator gae")
+    if c.advantage.estimator in ("group", "group_mean", "rloo", "reinforce_pp_baseline") and c.sample.samples < 2:
+        out.append(f"sample.samples: {c.sample.samples}: {c.advantage.estimator} compares samples of one question, so at least 2 are needed")
+    if c.sample.min_new_tokens >= c.sample.max_new_tokens:
+        out.append(f"sample.min_new_tokens: {c.sample.min_new_tokens} must be below sample.max_new_tokens = {c.sample.max_new_tokens}")
+    if c.sample.temperature == 0:
+        out.append("sample.temperature: 0 is greedy, and greedy rollouts teach nothing; set it above 0 (eval.temperature may be 0)")
+    if c.kl.target is not None and not (c.kl.coef > 0 and c.kl.into == "reward"):
+        out.append(f"kl.target: {c.kl.target}: the adaptive coefficient needs kl.coef > 0 and kl.into reward")
+    if c.eval.samples > 1 and c.eval.temperature == 0:
+        out.append(f"eval.samples: {c.eval.samples} greedy samples are all the same; set eval.temperature above 0")
+    return out
+
+
+def _divide(small: str, s: int, large: str, n: int) -> str:
+    near = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - s))[:2]
+    return f"{small}: {s} does not divide {large} = {n}; the nearest that do: {', '.join(map(str, sorted(near)))}"

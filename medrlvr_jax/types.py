@@ -1,0 +1,83 @@
+"""The pytrees that travel between the stages. Column t of every response array is about response token t.
+
+Q questions, P prompt columns (left-padded), G samples of each question, R response columns (right-padded).
+Absence is `None`: no reference model, no critic, nothing truncated.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+Array = Any  # jax.Array on the device, numpy on the host
+Params = Any
+
+
+def pytree(cls):
+    """A frozen dataclass whose fields are all children. No checks inside: JAX rebuilds it at every unflatten."""
+    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+
+
+class Mean(NamedTuple):
+    """A mean that is not yet divided: adds over micro-batches and devices, divides once."""
+
+    total: Array
+    count: Array
+
+    def __add__(self, other):
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def value(self):
+        return self.total / jax.numpy.maximum(self.count, 1e-9)
+
+
+@pytree
+class Prompts:
+    tokens: Array  # int32 [Q, P], left-padded
+    mask: Array  # bool [Q, P], False on padding
+    ids: Array  # uint32 [Q], the questions' own numbers: sampling noise is keyed by them
+
+
+@pytree
+class Rollout:
+    tokens: Array  # int32 [Q, G, R], pad after the end
+    mask: Array  # bool [Q, G, R], True up to and including the stop token
+    logprobs: Array  # float32 [Q, G, R], under the distribution each token was drawn from
+    policy_logprobs: Array | None  # float32 [Q, G, R], under the untruncated policy; None where that is the same
+
+
+@pytree
+class Assessment:
+    logprobs: Array  # float32 [Q, G, R], the policy before learning, as the trainer computes it
+    entropy: Array  # float32 [Q, G, R], nats
+    ref_logprobs: Array | None  # float32 [Q, G, R]
+    values: Array | None  # float32 [Q, G, R], of the state before token t
+
+
+@pytree
+class Experience:
+    """All a learner needs; rows (the leading Q) are independent, so any split into minibatches is legal."""
+
+    prompts: Array  # int32 [Q, P]
+    prompt_mask: Array  # bool [Q, P]
+    tokens: Array  # int32 [Q, G, R]
+    mask: Array  # bool [Q, G, R], the tokens that are learned from
+    logprobs: Array  # float32 [Q, G, R], before learning
+    ref_logprobs: Array | None  # float32 [Q, G, R]
+    advantages: Array  # float32 [Q, G, R]
+    values: Array | None  # float32 [Q, G, R], before learning
+    returns: Array | None  # float32 [Q, G, R]
+
+
+@pytree
+class Learner:
+    params: Params
+    opt_state: Any
+
+
+@pytree
+class TrainState:
+    policy: Learner
+    critic: Learner | None
+    kl_coef: Array  # float32 []
+    step: Array  # int32 []
