@@ -1,0 +1,319 @@
+"""The decoder (Qwen2/2.5, Qwen3, Llama 3, SmolLM2) as pure functions of a parameter tree.
+
+One layout serves scoring and learning: a prompt and its G responses side by side, `prompt | response 1 | … | response G`.
+A response attends to its prompt and to itself, so the prompt is computed once for its group and the attention between
+responses is never computed. Decoding is the same block with a cache. Column t of every result is about response token t.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from medrlvr_jax.sharding import constrain
+from medrlvr_jax.types import Array, Params
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3's stretching of the low rotary frequencies."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What config.json says, in our words."""
+
+    vocab: int
+    embed: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool  # the output matrix is the embedding
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+    dtype: Any = jnp.float32
+    remat: str = "full"
+    value_head: bool = False  # a critic: one number per token in place of the vocabulary
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer, or of all with a leading layer axis."""
+
+    prompt_k: Array  # [Q, KV, P, D]
+    prompt_v: Array  # [Q, KV, P, D]
+    own_k: Array  # [Q, G, KV, R, D]
+    own_v: Array  # [Q, G, KV, R, D]
+
+
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rms_norm(x, scale, eps):
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_tables(positions: Array, cfg: DecoderConfig) -> tuple[Array, Array]:
+    """cos and sin [..., D/2] in float32 of positions [...]."""
+    freqs = cfg.rope_theta ** (-jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
+    if s := cfg.rope_scaling:
+        turns = s.original_length * freqs / (2 * jnp.pi)
+        blend = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+        freqs = blend * freqs + (1 - blend) * freqs / s.factor
+    angles = positions[..., None].astype(jnp.float32) * freqs
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding of x [..., heads, D] in Hugging Face's half-split order."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def softmax(scores: Array, keep: Array) -> Array:
+    """Over the last axis in float32; a row with nothing to keep (padding) comes out uniform, not NaN."""
+    return jax.nn.softmax(jnp.where(keep, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min), axis=-1)
+
+
+class Block(nn.Module):
+    """Attention and MLP of one layer; KV heads K, query heads H = K·h, head size D."""
+
+    cfg: DecoderConfig
+    keep_cache: bool = False
+
+    def setup(self):
+        c = self.cfg
+
+        def weight(name, shape, axes, init=None):
+            return self.param(name, nn.with_logical_partitioning(init or nn.initializers.normal(0.02), axes), shape, jnp.float32)
+
+        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+        small = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5)  # GPT-2: the residual branches start small
+        self.attn_norm = weight("attn_norm", (c.embed,), (None,), ones)
+        self.q = weight("q", (c.embed, c.heads, c.head_dim), ("embed", "heads", "head_dim"))
+        self.k = weight("k", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
+        self.v = weight("v", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
+        self.o = weight("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"), small)
+        if c.qkv_bias:
+            self.q_bias = weight("q_bias", (c.heads, c.head_dim), ("heads", "head_dim"), zeros)
+            self.k_bias = weight("k_bias", (c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), zeros)
+            self.v_bias = weight("v_bias", (c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), zeros)
+        if c.qk_norm:
+            self.q_norm = weight("q_norm", (c.head_dim,), (None,), ones)
+            self.k_norm = weight("k_norm", (c.head_dim,), (None,), ones)
+        self.mlp_norm = weight("mlp_norm", (c.embed,), (None,), ones)
+        self.gate = weight("gate", (c.embed, c.ffn), ("embed", "ffn"))
+        self.up = weight("up", (c.embed, c.ffn), ("embed", "ffn"))
+        self.down = weight("down", (c.ffn, c.embed), ("ffn", "embed"), small)
+
+    def project(self, x, cos, sin):
+        """x [Q, N, E] -> q [Q, N, K, h, D], scaled; k and v [Q, N, K, D]."""
+        c, dtype = self.cfg, self.cfg.dtype
+        x = rms_norm(x, self.attn_norm, c.norm_eps)
+        q, k, v = (jnp.einsum("qne,ehd->qnhd", x, w.astype(dtype)) for w in (self.q, self.k, self.v))
+        if c.qkv_bias:
+            q, k, v = q + self.q_bias.astype(dtype), k + self.k_bias.astype(dtype), v + self.v_bias.astype(dtype)
+        if c.qk_norm:
+            q, k = rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)
+        q, k = rotate(q, cos, sin) * c.head_dim**-0.5, rotate(k, cos, sin)
+        q = constrain(q, "batch", None, "heads", None)
+        k, v = constrain(k, "batch", None, "kv_heads", None), constrain(v, "batch", None, "kv_heads", None)
+        return q.reshape(*q.shape[:2], c.kv_heads, c.heads // c.kv_heads, c.head_dim), k, v
+
+    def finish(self, x, attended):
+        """The output projection and the MLP, each with its residual; attended [Q, N, K, h, D]."""
+        c, dtype = self.cfg, self.cfg.dtype
+        attended = attended.reshape(*attended.shape[:2], c.heads, c.head_dim)
+        x = x + jnp.einsum("qnhd,hde->qne", attended, self.o.astype(dtype))
+        x = constrain(x, "batch", None, None)
+        y = rms_norm(x, self.mlp_norm, c.norm_eps)
+        y = nn.silu(y @ self.gate.astype(dtype)) * (y @ self.up.astype(dtype))
+        x = x + constrain(y, "batch", None, "ffn") @ self.down.astype(dtype)
+        return constrain(x, "batch", None, None)
+
+    def __call__(self, x, cos, sin, prompt_mask, groups: int):
+        """x [Q, P + G·R, E], prompt first; G = 0 where there are no responses. The prompt's keys and values if `keep_cache`."""
+        width = prompt_mask.shape[1]
+        q, k, v = self.project(x, cos, sin)
+        dtype = x.dtype
+        kp, vp = k[:, :width].swapaxes(1, 2), v[:, :width].swapaxes(1, 2)  # [Q, K, P, D]
+        causal = jnp.tril(jnp.ones((width, width), bool)) & prompt_mask[:, None, None, None, :]
+        weights = softmax(jnp.einsum("qnkhd,qkpd->qkhnp", q[:, :width], kp), causal).astype(dtype)
+        attended = jnp.einsum("qkhnp,qkpd->qnkhd", weights, vp)
+        if groups:
+            split = lambda y: y[:, width:].reshape(y.shape[0], groups, -1, *y.shape[2:])  # noqa: E731  [Q, G, R, ...]
+            qr, kr, vr = split(q), split(k), split(v)
+            length = qr.shape[2]
+            with_prompt = jnp.einsum("qgrkhd,qkpd->qkhgrp", qr, kp)
+            with_own = jnp.einsum("qgrkhd,qgskd->qkhgrs", qr, kr)
+            keep_prompt = jnp.broadcast_to(prompt_mask[:, None, None, None, None, :], with_prompt.shape)
+            keep_own = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), with_own.shape)
+            weights = softmax(jnp.concatenate([with_prompt, with_own], -1), jnp.concatenate([keep_prompt, keep_own], -1)).astype(dtype)
+            out = jnp.einsum("qkhgrp,qkpd->qgrkhd", weights[..., :width], vp)
+            out += jnp.einsum("qkhgrs,qgskd->qgrkhd", weights[..., width:], vr)
+            attended = jnp.concatenate([attended, out.reshape(out.shape[0], -1, *out.shape[3:])], axis=1)
+        return self.finish(x, attended), (kp, vp) if self.keep_cache else None
+
+    def step(self, x, cos, sin, prompt_mask, cache: Cache, t):
+        """One token of each sample: x [Q, G, E], written to column t of the cache."""
+        q, k, v = self.project(x, cos, sin)
+        own_k = jax.lax.dynamic_update_slice_in_dim(cache.own_k, k[:, :, :, None].astype(cache.own_k.dtype), t, axis=3)
+        own_v = jax.lax.dynamic_update_slice_in_dim(cache.own_v, v[:, :, :, None].astype(cache.own_v.dtype), t, axis=3)
+        with_prompt = jnp.einsum("qgkhd,qkpd->qgkhp", q, cache.prompt_k)
+        with_own = jnp.einsum("qgkhd,qgkrd->qgkhr", q, own_k)
+        width = with_prompt.shape[-1]
+        keep_prompt = jnp.broadcast_to(prompt_mask[:, None, None, None, :], with_prompt.shape)
+        keep_own = jnp.broadcast_to(jnp.arange(with_own.shape[-1]) <= t, with_own.shape)
+        weights = softmax(jnp.concatenate([with_prompt, with_own], -1), jnp.concatenate([keep_prompt, keep_own], -1)).astype(x.dtype)
+        attended = jnp.einsum("qgkhp,qkpd->qgkhd", weights[..., :width], cache.prompt_v)
+        attended += jnp.einsum("qgkhr,qgkrd->qgkhd", weights[..., width:], own_v)
+        return self.finish(x, attended), Cache(cache.prompt_k, cache.prompt_v, own_k, own_v)
+
+
+class Decoder(nn.Module):
+    """The whole decoder without its output matrix: tokens in, hidden states out."""
+
+    cfg: DecoderConfig
+    keep_cache: bool = False
+
+    @nn.compact
+    def __call__(self, prompts: Array, prompt_mask: Array, tokens: Array | None):
+        """prompts [Q, P] left-padded, tokens [Q, G, R] or None. See `hidden_states` and `prefill`."""
+        c = self.cfg
+        normal = nn.initializers.normal(0.02)
+        embed = self.param("embed", nn.with_logical_partitioning(normal, ("vocab", "embed")), (c.vocab, c.embed), jnp.float32)
+        if c.value_head:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,))
+            self.param("value", zeros, (c.embed + 1,), jnp.float32)
+        elif not c.tied:
+            self.param("head", nn.with_logical_partitioning(normal, ("embed", "vocab")), (c.embed, c.vocab), jnp.float32)
+        packed, positions, groups = pack(prompts, prompt_mask, tokens)
+        # The table is looked up whole along `embed`, else XLA falls back to full rematerialisation.
+        x = constrain(embed_lookup(embed, packed, c), "batch", None, None)
+        cos, sin = rope_tables(positions, c)
+        block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False, static_argnums=(5,))
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, cache = stack(c, self.keep_cache, name="layers")(x, cos, sin, prompt_mask, groups)
+        norm = self.param("norm", nn.with_logical_partitioning(nn.initializers.ones_init(), (None,)), (c.embed,), jnp.float32)
+        return rms_norm(x, norm, c.norm_eps), cache
+
+
+def embed_lookup(embed: Array, tokens: Array, cfg: DecoderConfig) -> Array:
+    return constrain(embed.astype(cfg.dtype), "vocab", None)[tokens]
+
+
+def pack(prompts: Array, prompt_mask: Array, tokens: Array | None) -> tuple[Array, Array, int]:
+    """`prompt | response 1 | … | response G`: tokens and positions [Q, P + G·R], and G."""
+    positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
+    if tokens is None:
+        return prompts, positions, 0
+    rows, groups, length = tokens.shape
+    own = prompt_mask.sum(1)[:, None, None] + jnp.arange(length)
+    own = jnp.broadcast_to(own, tokens.shape).reshape(rows, -1)
+    return jnp.concatenate([prompts, tokens.reshape(rows, -1)], 1), jnp.concatenate([positions, own], 1), groups
+
+
+def init(cfg: DecoderConfig, key: Array) -> Params:
+    """Random parameters with their logical axes (`nn.Partitioned`); `jax.eval_shape` it for shapes alone."""
+    prompts = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(cfg).init(key, prompts, jnp.ones((1, 1), bool), prompts[:, None])["params"]
+
+
+def hidden_states(params: Params, cfg: DecoderConfig, prompts: Array, prompt_mask: Array, tokens: Array) -> Array:
+    """[Q, G, R, E]: column t holds the state *before* response token t, the one that predicts it. The only shift in the project."""
+    packed, _ = Decoder(cfg).apply({"params": params}, prompts, prompt_mask, tokens)
+    rows, groups, length = tokens.shape
+    width = prompts.shape[1]
+    last = jnp.broadcast_to(packed[:, None, None, width - 1], (rows, groups, 1, cfg.embed))
+    own = packed[:, width:].reshape(rows, groups, length, cfg.embed)
+    return jnp.concatenate([last, own[:, :, :-1]], axis=2)
+
+
+def prefill(params: Params, cfg: DecoderConfig, prompts: Array, prompt_mask: Array) -> tuple[Array, tuple[Array, Array]]:
+    """The state after each prompt [Q, E], and the prompts' keys and values [L, Q, K, P, D]."""
+    packed, cache = Decoder(cfg, keep_cache=True).apply({"params": params}, prompts, prompt_mask, None)
+    return packed[:, -1], cache
+
+
+def decode_step(params: Params, cfg: DecoderConfig, layers: list, tokens: Array, prompt_mask: Array, caches: list, t) -> tuple[Array, list]:
+    """Tokens [Q, G] drawn at column t -> the state [Q, G, E] that predicts column t + 1, and the grown caches.
+
+    `layers` holds one parameter tree per layer (`split_layers`), sliced once outside the loop: a scan would copy every
+    layer's weights out of the stack at each token.
+    """
+    x = constrain(embed_lookup(params["embed"], tokens, cfg), "batch", None, None)
+    cos, sin = rope_tables(prompt_mask.sum(1)[:, None] + jnp.broadcast_to(t, tokens.shape), cfg)
+    grown = []
+    for layer, cache in zip(layers, caches, strict=True):
+        x, cache = Block(cfg).apply({"params": layer}, x, cos, sin, prompt_mask, cache, t, method="step")
+        grown.append(cache)
+    return rms_norm(x, params["norm"], cfg.norm_eps), grown
+
+
+def split_layers(params: Params, cfg: DecoderConfig) -> list:
+    return [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(cfg.layers)]
+
+
+def logits(params: Params, cfg: DecoderConfig, hidden: Array) -> Array:
+    """float32 [..., V] from states [..., E]."""
+    if cfg.tied:
+        return jnp.einsum("...e,ve->...v", hidden, params["embed"].astype(cfg.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("...e,ev->...v", hidden, params["head"].astype(cfg.dtype), preferred_element_type=jnp.float32)
+
+
+def values(params: Params, cfg: DecoderConfig, hidden: Array) -> Array:
+    """The critic's estimate [Q, G, R] of the state before each response token, in float32."""
+    return hidden.astype(jnp.float32) @ params["value"][:-1] + params["value"][-1]
+
+
+def token_logprobs(params: Params, cfg: DecoderConfig, hidden: Array, tokens: Array, temperature: float, slab: int) -> tuple[Array, Array]:
+    """log π(token) and the policy's entropy in nats, float32 [Q, G, R], at logits / temperature.
+
+    Logits exist for at most about `slab` tokens at a time, in the forward and (recomputed) in the backward pass.
+    """
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def piece(hidden, tokens):
+        scores = logits(params, cfg, hidden) / temperature
+        scores = constrain(scores, "batch", None, None, "vocab")
+        total = jax.nn.logsumexp(scores, axis=-1)
+        chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
+        return chosen - total, total - jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)
+
+    rows, groups, length = tokens.shape
+    pieces = -(-rows * groups * length // slab)
+    if pieces == 1:
+        return piece(hidden, tokens)
+    size = -(-length // min(pieces, length))
+    pieces = -(-length // size)
+    cut = lambda x: jnp.moveaxis(  # noqa: E731  [pieces, Q, G, size, ...]
+        jnp.pad(x, [(0, 0), (0, 0), (0, pieces * size - length)] + [(0, 0)] * (x.ndim - 3)).reshape(rows, groups, pieces, size, *x.shape[3:]), 2, 0
+    )
+    parts = jax.lax.map(lambda xs: piece(*xs), (cut(hidden), cut(tokens)))
+    logprobs, entropy = (jnp.moveaxis(p, 0, 2).reshape(rows, groups, -1)[..., :length] for p in parts)
+    return logprobs, entropy
