@@ -1,0 +1,172 @@
+"""Jitted generation: prefill each prompt once, then one `while_loop` over a documented state until every row has stopped.
+
+Noise is counter-based: the uniform behind a token is a function of (seed, step, question, sample, position) alone, so a
+sample is the same whatever the batch, the padding or the mesh.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from medrlvr_jax import model
+from medrlvr_jax.config import SampleConfig
+from medrlvr_jax.model import Cache, DecoderConfig
+from medrlvr_jax.sharding import constrain
+from medrlvr_jax.types import Array, Params, Prompts, Rollout
+
+BLOCK = 128  # words per block of the two-level inverse CDF
+
+
+class State(NamedTuple):
+    """Loop state before column t is drawn; columns below t of the arrays are final."""
+
+    t: Array  # int32 []
+    tokens: Array  # int32 [Q, G, R]
+    mask: Array  # bool [Q, G, R]
+    logprobs: Array  # float32 [Q, G, R]
+    policy_logprobs: Array | None  # float32 [Q, G, R]
+    running: Array  # bool [Q, G], no stop token yet
+    caches: list  # one `Cache` per layer
+
+
+@partial(jax.jit, static_argnames=("cfg", "sample", "stop_ids", "pad_id"))
+def generate(
+    params: Params, cfg: DecoderConfig, prompts: Prompts, key: Array, sample: SampleConfig, stop_ids: tuple[int, ...], pad_id: int
+) -> Rollout:
+    """Draw `sample.samples` responses to each prompt; `key` is the step's, `fold_in(key(seed), step)`.
+
+    The stop token is part of the response. Log-probs are recorded where a token is drawn: under the distribution it was
+    drawn from, and, where top-k, top-p, greedy choice or a minimum length make that another one, under the policy itself.
+    """
+    rows, groups, length = prompts.tokens.shape[0], sample.samples, sample.max_new_tokens
+    truncated = bool(sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0)
+    with jax.named_scope("prefill"):
+        last, (prompt_k, prompt_v) = model.prefill(params, cfg, prompts.tokens, prompts.mask)
+    keys = row_keys(key, prompts.ids, groups)
+    layers = model.split_layers(params, cfg)
+    own = jnp.zeros((rows, groups, cfg.kv_heads, length, cfg.head_dim), cfg.dtype)
+    own = constrain(own, "batch", None, "kv_heads", None, None)
+    zeros = jnp.zeros((rows, groups, length), jnp.float32)
+    state = State(
+        t=jnp.int32(0),
+        tokens=jnp.full((rows, groups, length), pad_id, jnp.int32),
+        mask=jnp.zeros((rows, groups, length), bool),
+        logprobs=zeros,
+        policy_logprobs=zeros if truncated else None,
+        running=jnp.ones((rows, groups), bool),
+        caches=[Cache(prompt_k[i], prompt_v[i], own, own) for i in range(cfg.layers)],
+    )
+
+    def record(state: State, hidden: Array) -> State:
+        """Draw column t from the states [Q, G, E] before it."""
+        scores = constrain(model.logits(params, cfg, hidden), "batch", None, "vocab")
+        token, drawn, policy = draw(scores, keys, state.t, sample, stop_ids)
+        token = jnp.where(state.running, token, pad_id)
+        put = lambda x, column: jax.lax.dynamic_update_slice_in_dim(x, column[:, :, None], state.t, axis=2)  # noqa: E731
+        return State(
+            t=state.t + 1,
+            tokens=put(state.tokens, token),
+            mask=put(state.mask, state.running),
+            logprobs=put(state.logprobs, jnp.where(state.running, drawn, 0.0)),
+            policy_logprobs=put(state.policy_logprobs, jnp.where(state.running, policy, 0.0)) if truncated else None,
+            running=state.running & ~is_stop(token, stop_ids),
+            caches=state.caches,
+        )
+
+    def body(state: State) -> State:
+        token = jax.lax.dynamic_index_in_dim(state.tokens, state.t - 1, axis=2, keepdims=False)
+        hidden, caches = model.decode_step(params, cfg, layers, token, prompts.mask, state.caches, state.t - 1)
+        return record(state._replace(caches=caches), hidden)
+
+    with jax.named_scope("decode"):
+        state = record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed)))
+        state = jax.lax.while_loop(lambda s: (s.t < length) & s.running.any(), body, state)
+    return Rollout(state.tokens, state.mask, state.logprobs, state.policy_logprobs)
+
+
+def row_keys(key: Array, ids: Array, groups: int) -> Array:
+    """One key per (question, sample): [Q, G]."""
+    per_question = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(per_question, jnp.arange(groups))
+
+
+def is_stop(token: Array, stop_ids: tuple[int, ...]) -> Array:
+    return jnp.isin(token, jnp.array(stop_ids, jnp.int32))
+
+
+def draw(scores: Array, keys: Array, t: Array, sample: SampleConfig, stop_ids: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    """One token per row from float32 scores [Q, G, V]; its log-prob as drawn, and under the policy (at the same temperature)."""
+    policy = scores / (sample.temperature or 1.0)
+    policy_total = jax.nn.logsumexp(policy, axis=-1)
+    allowed = policy
+    if sample.min_new_tokens:
+        forbidden = jnp.zeros(scores.shape[-1], bool).at[jnp.array(stop_ids)].set(True)
+        allowed = jnp.where(forbidden & (t < sample.min_new_tokens), -jnp.inf, allowed)
+    if sample.temperature == 0:
+        token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
+        drawn = jnp.zeros(token.shape, jnp.float32)
+    else:
+        weights = truncate(jnp.exp(allowed - allowed.max(-1, keepdims=True)), sample.top_k, sample.top_p)
+        uniforms = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t))))(keys)
+        token = inverse_cdf(weights, uniforms)
+        drawn = jnp.log(pick(weights, token)) - jnp.log(weights.sum(-1))
+    chosen = pick(policy, token) - policy_total
+    truncated = sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0
+    return token, (drawn if truncated else chosen), chosen
+
+
+def pick(x: Array, index: Array) -> Array:
+    return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+
+
+def truncate(weights: Array, top_k: int, top_p: float) -> Array:
+    """Zero all but the top k, then all but the smallest set that holds top_p of the rest; ties at the border stay.
+
+    Exact and without a sort: positive floats order as their bit patterns do, so 31 halvings find the border itself.
+    """
+    if top_k and top_k < weights.shape[-1]:
+        weights = _keep_heaviest(weights, lambda kept: kept.sum(-1, dtype=jnp.int32) >= top_k)
+    if top_p < 1:
+        wanted = top_p * weights.sum(-1)
+        weights = _keep_heaviest(weights, lambda kept: jnp.where(kept, weights, 0).sum(-1) >= wanted)
+    return weights
+
+
+def _keep_heaviest(weights: Array, enough) -> Array:
+    """Keep weights at or above the highest border at which `enough(kept)` still holds."""
+    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds  # enough at low, not at high
+        middle = low + (high - low) // 2
+        holds = enough(bits >= middle[..., None])
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    start = jnp.zeros(weights.shape[:-1], jnp.int32), jnp.full(weights.shape[:-1], 0x7F800000, jnp.int32)
+    border, _ = jax.lax.fori_loop(0, 31, halve, start)
+    return jnp.where(bits >= border[..., None], weights, 0.0)
+
+
+def inverse_cdf(weights: Array, uniforms: Array) -> Array:
+    """The index whose share of the cumulative weights [..., V] holds `uniforms` [...] of the total; never one of weight 0.
+
+    One uniform per row in place of a Gumbel per word. Two levels (blocks, then inside one) keep the sums short and exact.
+    """
+    padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % BLOCK)])
+    blocks = padded.reshape(*weights.shape[:-1], -1, BLOCK)
+    sums = blocks.sum(-1)
+    ends = jnp.cumsum(sums, -1)
+    target = uniforms * ends[..., -1]
+    block = _first_above(ends, sums, target)
+    start = jnp.where(block > 0, pick(ends, jnp.maximum(block - 1, 0)), 0.0)
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    offset = _first_above(jnp.cumsum(inside, -1), inside, target - start)
+    return (block * BLOCK + offset).astype(jnp.int32)
+
+
+def _first_above(ends: Array, parts: Array, target: Array) -> Array:
+    """First index whose running end exceeds target; rounding may pass the end, then the last one that weighs anything."""
+    last = parts.shape[-1] - 1 - jnp.argmax((parts > 0)[..., ::-1], axis=-1)
+    return jnp.minimum((ends <= target[..., None]).sum(-1), last)
