@@ -87,7 +87,7 @@ def check_divides(name: str, value: int, mesh: Mesh, axes: tuple[str, ...]) -> N
         raise ConfigError(f"{name}: {value} must divide by mesh {' × '.join(axes)} = {ways}; the nearest that do: {near}")
 
 
-def like(state: Any, boxed_params: Any, param_shardings: Any, mesh: Mesh) -> Any:
+def like(state: Any, param_shardings: Any, mesh: Mesh) -> Any:
     """Shardings for a tree that holds copies of the parameters (optimiser moments): theirs where the shape recurs, else replicated.
 
     Matching is by path suffix, so that two parameters of one shape never mix.

@@ -1,0 +1,129 @@
+"""The command line: `medrlvr …`, and the same as `python -m medrlvr_jax …`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+EPILOG = """\
+a first run:       medrlvr train configs/quickstart.yaml
+change a setting:  medrlvr train configs/quickstart.yaml sample.temperature=0.8 name=cooler
+go on with a run:  the same command again; it resumes from its newest checkpoint
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="medrlvr",
+        description="Reinforcement learning from verifiable rewards on medical questions, in JAX.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, description: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=description or help)
+
+    settings = {"nargs": "*", "metavar": "a.b=value", "help": "settings that replace those of the file; values are YAML"}
+    for name, help in (("train", "PPO, GRPO and kin on questions with keys"), ("sft", "supervised fine-tuning, or pretraining on text")):
+        c = command(name, help, f"{help}. Writes runs/<name>/; the same command again resumes it.")
+        c.add_argument("config", metavar="CONFIG.yaml")
+        c.add_argument("settings", **settings)
+    c = command("eval", "answer the config's eval.sets with a run's checkpoint, or with the config's own model")
+    c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a folder such as runs/quickstart, or a config file: then its model.path is evaluated")
+    c.add_argument("settings", **settings)
+    c.add_argument("--step", type=int, help="the run's checkpoint to take; the newest unless given")
+    c.add_argument("--out", type=Path, help="folder for one JSONL of answers per set and eval.json; default RUN/eval-<step>")
+    c = command("export", "write a run's policy as a Hugging Face directory")
+    c.add_argument("run", type=Path, metavar="RUN")
+    c.add_argument("out", type=Path, metavar="OUT_DIR")
+    c.add_argument("--step", type=int, help="the checkpoint to take; the newest unless given")
+    c.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; the run's own unless given")
+    c = command("score", "dry-run of the reward on text", 'Lines {"completion", "answer": "C", "options": [...]} in, verdicts out.')
+    c.add_argument("file", type=Path, metavar="IN.jsonl")
+    c.add_argument("--mode", choices=("paper", "strict"), default="strict", help="the rule; default strict")
+    c.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
+    c = command("doctor", "versions, devices, mesh, memory, tokenizer traps")
+    c.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="also check what this config needs")
+    c.add_argument("settings", **settings)
+    c = command("report", "draw the curves of one or several runs")
+    c.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    c.add_argument("--out", type=Path, default=Path("curves.png"), metavar="OUT.png")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from medrlvr_jax.config import ConfigError
+
+    try:
+        return globals()[f"run_{args.command}"](args)
+    except ConfigError as e:
+        print(f"medrlvr {args.command}: {e}", file=sys.stderr)
+        return 2
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from medrlvr_jax.config import load
+    from medrlvr_jax.train import train
+
+    return finish(train(load(args.config, args.settings)))
+
+
+def run_sft(args: argparse.Namespace) -> int:
+    from medrlvr_jax.config import load
+    from medrlvr_jax.sft import sft
+
+    return finish(sft(load(args.config, args.settings)))
+
+
+def finish(summary: dict) -> int:
+    """The table of a finished run; a run that was asked to stop says so with the signal's usual status."""
+    from medrlvr_jax.report import table
+
+    if summary.get("eval"):
+        print(table(summary))
+    return int(summary.get("exit_status", 0))
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from medrlvr_jax.evaluate import evaluate_source
+
+    return evaluate_source(Path(args.source), args.settings, args.step, args.out)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from medrlvr_jax.evaluate import export
+
+    export(args.run, args.out, args.step, args.dtype)
+    return 0
+
+
+def run_score(args: argparse.Namespace) -> int:
+    from medrlvr_jax.config import RewardConfig
+    from medrlvr_jax.rewards import score_file
+
+    score_file(args.file, args.out, RewardConfig(mode=args.mode))
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from medrlvr_jax.config import load
+    from medrlvr_jax.doctor import report
+
+    lines, ok = report(load(args.config, args.settings) if args.config else None)
+    print("\n".join(lines))
+    return 0 if ok else 1
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from medrlvr_jax.report import curves
+
+    curves(args.runs, args.out)
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Supervised fine-tuning and pretraining: the second half of a training step, with another objective.
+
+Targets by `sft.target`: the answer alone (the paper's baseline), the rationale and the answer, or the responses that `text`
+lines bring (how the embedded model was pretrained). A batch is `sample.questions` rows, learned in minibatches.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from medrlvr_jax import data, evaluate, sharding, text
+from medrlvr_jax.build import Parts, build, init_learner, make_relay, total_steps, updates_in
+from medrlvr_jax.config import Config, ConfigError
+from medrlvr_jax.experience import PROMPT_STEP
+from medrlvr_jax.learn import compile_learn, make_optimizer, nll_objective
+from medrlvr_jax.train import drive
+from medrlvr_jax.types import Experience, TrainState
+
+
+def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int]:
+    """(prompt, target) tokens of every row, and how many were dropped for their length."""
+    c, tok = parts.config, parts.tokenizer
+    if c.sft.target == "text":
+        rows = [(text.encode_text(tok, e.prompt) or [tok.stop_ids[0]], text.encode_target(tok, e.response)) for e in data.load_text(c.data)]
+    else:
+        questions = data.load(c.data)
+        rows = [(text.encode_prompt(tok, q, c.prompt), text.encode_target(tok, text.sft_target(q, c.sft.target))) for q in questions]
+    kept = [r for r in rows if len(r[0]) <= c.prompt.max_tokens and len(r[1]) <= c.sft.max_new_tokens]
+    if not kept:
+        raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")
+    return kept, len(rows) - len(kept)
+
+
+def batch(rows: list[tuple[list[int], list[int]]], index: np.ndarray, widths: tuple[int, int], pad_id: int) -> Experience:
+    """Rows as experience with one response each; what only RL has is None."""
+    prompts = text.pad_prompts([rows[i][0] for i in index], index.astype(np.uint32), widths[0], pad_id)
+    tokens = np.full((len(index), 1, widths[1]), pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, i in enumerate(index):
+        target = rows[i][1]
+        tokens[row, 0, : len(target)], mask[row, 0, : len(target)] = target, True
+    return Experience(prompts.tokens, prompts.mask, tokens, mask, None, None, None, None, None)
+
+
+def sft(config: Config) -> dict[str, Any]:
+    """Run or resume a fine-tuning; returns what summary.json holds."""
+    parts = build(config)
+    rows, dropped = encode_pairs(parts)
+    steps = total_steps(config, len(rows))
+    sets = evaluate.load_sets(parts)
+    widths = tuple(-(-max(len(r[i]) for r in rows) // PROMPT_STEP) * PROMPT_STEP for i in (0, 1))
+    with jax.set_mesh(parts.mesh):
+        tx = make_optimizer(config.learn.policy, updates_in(config, steps))
+        learner, placed = init_learner(parts, parts.cfg, tx)
+        learn = compile_learn(config, nll_objective(config, parts.cfg), tx, placed)
+        zeros = jax.device_put((np.float32(0), np.int32(0)), sharding.replicated(parts.mesh))
+
+        def one(state: TrainState, step: int):
+            index = data.batch_at(len(rows), step, config.sample.questions, config.seed)
+            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            targets = sharding.place_rows(batch(rows, index, widths, parts.tokenizer.pad_id), parts.mesh)
+            learner, means = learn(state.policy, targets, key, None)
+            means = sharding.to_host(means)
+            metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}
+            return TrainState(learner, None, state.kl_coef, state.step + 1), metrics, []
+
+        notices = [f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens"] if dropped else []
+        return drive(parts, sets, steps, TrainState(learner, None, *zeros), one, make_relay(parts), notices)
