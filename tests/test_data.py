@@ -1,0 +1,326 @@
+"""Every format in a few invented lines, every complaint in its own words, hostile bytes, the real counts where the data is there."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medrlvr_jax import data
+from medrlvr_jax.config import SetConfig
+from medrlvr_jax.data import DataError, Example, Question, batch_at, load, load_text
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not in ../shared/data")
+
+PLAIN = {"question": "Which vitamin is scarce in scurvy?", "options": {"A": "A", "B": "C", "C": "D"}, "answer": "B"}
+MEDQA = {"question": "Which nerve?", "options": {"A": "Ulnar", "B": "Radial"}, "answer_idx": "B", "answer": "Radial", "meta_info": "step1"}
+PRO = {"question_id": 70, "question": "Which?\n", "options": ["x", "y", "z"], "answer": "C", "answer_index": 2, "category": "health"}
+MCQA = {"id": "f00", "question": "Which?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 4, "exp": "Since.", "subject_name": "ENT"}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(name, content):
+        if not isinstance(content, bytes):
+            lines = content if isinstance(content, list) else [content]
+            content = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode()
+        (tmp_path / name).write_bytes(content)
+        return str(tmp_path / name)
+
+    return write
+
+
+def read(path, **fields):
+    return load(SetConfig(path=path, **fields))
+
+
+def complaint(path, **fields):
+    with pytest.raises(DataError) as e:
+        read(path, **fields)
+    return str(e.value).replace(path, Path(path).name)
+
+
+# ---- formats ----
+
+
+def test_plain(file):
+    listed = PLAIN | {"id": "s1", "options": ["A", "C"], "answer": " b ", "subject": "diet", "rationale": "No collagen."}
+    first, second = read(file("own.jsonl", [PLAIN, "", listed]))
+    assert first == Question("own-1", "Which vitamin is scarce in scurvy?", ("A", "C", "D"), 1)
+    assert second == Question("s1", PLAIN["question"], ("A", "C"), 1, "diet", "No collagen.")
+
+
+def test_plain_as_json_csv_and_parquet(file, tmp_path):
+    want = read(file("own.jsonl", [PLAIN, PLAIN | {"answer": "C"}]))
+    assert [(q.options, q.answer) for q in want] == [(("A", "C", "D"), 1), (("A", "C", "D"), 2)]
+    rows = [[PLAIN["question"], "A", "C", "D", key] for key in "BC"]
+    assert read(file("own.json", json.dumps([PLAIN, PLAIN | {"answer": "C"}]))) == want
+    csv = "\ufeffquestion,A,B,C,answer\r\n" + "".join(",".join(row) + "\r\n" for row in rows)
+    assert [q.id for q in read(file("own.csv", csv))] == ["own-2", "own-3"]  # numbered by the lines of their file
+    assert [(q.question, q.options, q.answer) for q in read(file("own.csv", csv))] == [(q.question, q.options, q.answer) for q in want]
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list([PLAIN, PLAIN | {"answer": "C"}]).to_parquet(str(tmp_path / "own.parquet"))
+    assert read(str(tmp_path / "own.parquet")) == want
+
+
+def test_medqa_of_four_and_five_options(file):
+    five = MEDQA | {"id": "q5", "options": dict(zip("EDCBA", "vwxyz", strict=True)), "answer_idx": "D", "answer": "w"}
+    assert read(file("m.jsonl", [MEDQA, five])) == [
+        Question("m-1", "Which nerve?", ("Ulnar", "Radial"), 1, "step1"),
+        Question("q5", "Which nerve?", ("z", "y", "x", "w", "v"), 3, "step1"),
+    ]
+    assert "field answer: 'Radial' is not option A, 'Ulnar'; mend either" in complaint(file("m.jsonl", [MEDQA | {"answer_idx": "A"}]))
+
+
+def test_mmlu_pro_keeps_health_of_several_categories(file):
+    law = PRO | {"question_id": 71, "category": "law"}
+    assert read(file("p.jsonl", [law, PRO])) == [Question("70", "Which?", ("x", "y", "z"), 2, "health")]
+    assert len(read(file("p.jsonl", [law, law | {"question_id": 72}]))) == 2  # a set cut to one category on purpose
+    assert "answer_index: 1 is not 2, that of answer C" in complaint(file("p.jsonl", [PRO | {"answer_index": 1}]))
+
+
+def test_mmlu_csv_without_header_and_the_hubs_form(file):
+    path = file("anatomy_test.csv", '"Which,\nif any?",1,2,3,4,D\nHow ""many?,1,2,3,4,A\n')
+    assert read(path) == [
+        Question("anatomy_test-1", "Which,\nif any?", ("1", "2", "3", "4"), 3, "anatomy"),
+        Question("anatomy_test-3", 'How ""many?', ("1", "2", "3", "4"), 0, "anatomy"),
+    ]
+    hub = {"question": "Which?", "choices": ["1", "2"], "answer": 1, "subject": "virology"}
+    assert read(file("m.jsonl", [hub]))[0] == Question("m-1", "Which?", ("1", "2"), 1, "virology")
+    assert "answer: 2 is not the index of one of the 2 choices" in complaint(file("m.jsonl", [hub | {"answer": 2}]))
+
+
+def test_medmcqa_counts_from_one_in_files_and_by_label_on_the_hub(file, tmp_path):
+    assert read(file("d.jsonl", [MCQA])) == [Question("f00", "Which?", ("a", "b", "c", "d"), 3, "ENT", "Since.")]
+    for bad in (0, 5, -2):
+        assert f"field cop: {bad} is not 1 to 4; files count from 1" in complaint(file("d.jsonl", [MCQA | {"cop": bad}]))
+    assert "take the train or validation split" in complaint(file("d.jsonl", [MCQA | {"cop": -1}]))
+    assert "True" in complaint(file("d.jsonl", [MCQA | {"cop": True}]))  # in Python True == 1
+    import datasets
+
+    features = datasets.Features({k: datasets.Value("string") for k in MCQA} | {"cop": datasets.ClassLabel(names=list("abcd"))})
+    datasets.Dataset.from_list([MCQA | {"cop": 0}, MCQA | {"id": "f01", "cop": 3}], features).to_parquet(str(tmp_path / "d.parquet"))
+    assert [q.answer for q in read(str(tmp_path / "d.parquet"))] == [0, 3]
+
+
+def test_pubmedqa_by_pmid_and_the_hubs_form(file):
+    local = {"QUESTION": "Does it?", "CONTEXTS": ["It may.", "It did."], "final_decision": "maybe", "LONG_ANSWER": "It depends."}
+    want = Question("123", "It may.\nIt did.\nDoes it?", ("yes", "no", "maybe"), 2, "", "It depends.")
+    assert read(file("p.json", json.dumps({"123": local}))) == [want]
+    hub = {"pubid": 123, "question": "Does it?", "context": {"contexts": ["It may.", "It did."]}, "long_answer": "It depends."}
+    assert read(file("p.jsonl", [hub | {"final_decision": "maybe"}])) == [want]
+    assert "is none of yes, no, maybe" in complaint(file("p.jsonl", [hub | {"final_decision": "perhaps"}]))
+
+
+def test_text(file):
+    path = file("t.jsonl", [{"prompt": "", "response": " Hello\n"}, {"text": "Bare."}, {"prompt": "Q ", "response": "A"}])
+    assert load_text(SetConfig(path=path)) == [Example("", " Hello\n"), Example("", "Bare."), Example("Q ", "A")]
+    assert load_text(SetConfig(path=path, format="text", limit=1)) == [Example("", " Hello\n")]
+    assert "format text, where plain or medqa" in complaint(path)
+    with pytest.raises(DataError, match="format plain, where text is needed"):
+        load_text(SetConfig(path=file("q.jsonl", [PLAIN])))
+
+
+def test_limit_and_explicit_format(file):
+    path = file("m.jsonl", [MEDQA] * 5)
+    assert [q.id for q in read(path, limit=2)] == ["m-1", "m-2"]
+    assert "line 1: field answer: 'Radial' is not the letter of one of its 2 options" in complaint(path, format="plain")
+
+
+def test_unknown_and_ambiguous_fields_list_the_formats(file):
+    told = complaint(file("x.jsonl", [{"stem": "Which?", "key": "A"}]))
+    assert all(form in told for form in data.FORMATS) and "['stem', 'key'] fit no format" in told
+    assert "fit medqa and medmcqa alike; set format" in complaint(file("x.jsonl", [MEDQA | MCQA]))
+
+
+# ---- complaints ----
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (PLAIN | {"answer": "D"}, "field answer: 'D' is not the letter of one of its 3 options"),
+        (PLAIN | {"answer": "ABC"}, "field answer: 'ABC' is not the letter"),
+        (PLAIN | {"answer": "Ｂ"}, "is not the letter"),  # a full-width look-alike
+        (PLAIN | {"answer": 1}, "field answer: 1 is not a string"),
+        (PLAIN | {"question": " "}, "field question: ' ' is blank"),
+        (PLAIN | {"question": None}, "field question: needed, and not there; the record has ['question', 'options', 'answer']"),
+        (PLAIN | {"question": "\ud800"}, "half a surrogate pair"),
+        (PLAIN | {"options": ["x"], "answer": "A"}, "field options: 1 of them; a question has 2 to 10"),
+        (PLAIN | {"options": list("abcdefghijk")}, "field options: 11 of them"),
+        (PLAIN | {"options": {"A": "x", "C": "y"}}, "letters ['A', 'C'] are not A, B, C … without a gap"),
+        (PLAIN | {"options": "A or B"}, "field options: 'A or B': a list of options is needed"),
+        (PLAIN | {"options": ["x", 2]}, "field options 2: 2 is not a string"),
+        (PLAIN | {"options": ["x", "x "]}, "field options: ('x', 'x') has one text twice"),
+        (PLAIN | {"id": [1]}, "field id: [1] is neither a string nor a whole number"),
+        (PLAIN | {"rationale": 3}, "field rationale: 3 is not a string"),
+        ('{"question": "a", "question": "b"}', "field 'question' is given twice"),
+        ('{"question": ', "not JSON: Expecting value"),
+        ('["question"]', "a record is an object with fields"),
+        ("9" * 5000, "not JSON: "),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+def test_a_complaint_names_line_field_value_and_remedy(file, line, told):
+    said = complaint(file("own.jsonl", [PLAIN, "", line]))
+    assert said.startswith("own.jsonl, line 3: ") and told in said and "\n" not in said
+
+
+def test_bytes_that_are_not_utf8_name_their_line(file):
+    assert "own.jsonl, line 2: byte 15 is not UTF-8" in complaint(file("own.jsonl", json.dumps(PLAIN).encode() + b'\n{"question": "\xe9"}'))
+
+
+def test_ten_complaints_at_once(file):
+    said = complaint(file("own.jsonl", [PLAIN] + [PLAIN | {"answer": "?"}] * 30)).split("\n")
+    assert len(said) == 11 and [int(re.search(r"line (\d+)", s)[1]) for s in said[:10]] == list(range(2, 12)) and "may be more" in said[10]
+
+
+def test_ids_must_differ(file):
+    assert "line 2: id '7' is already that of line 1; give each its own, or none" in complaint(file("own.jsonl", [PLAIN | {"id": 7}] * 2))
+
+
+def test_an_absurd_line_is_refused_without_reading_it_whole(file, monkeypatch):
+    monkeypatch.setattr(data, "MAX_LINE", 2**20)
+    assert "line 2: longer than 1 MiB" in complaint(file("own.jsonl", [PLAIN, "x" * 2**21]))
+
+
+def test_csv_complaints(file):
+    assert "line 3: 3 cells under a header of 4" in complaint(file("x.csv", "question,A,B,answer\nq,1,2,A\nq,1,A\n"))
+    assert "line 2: 5 cells; without a header there are six" in complaint(file("x_test.csv", "q,1,2,3,4,A\nq,1,2,3,A\n"))
+    assert "line 2: not CSV in UTF-8" in complaint(file("x.csv", 'question,A,B,answer\nq,1,2,"A\nq,1,2,B\n'))
+    assert "not CSV in UTF-8" in complaint(file("x.csv", b"question,A,B,answer\nq\xff,1,2,A\n"))
+
+
+def test_paths(file, tmp_path):
+    for path, told in (
+        ("nowhere.jsonl", "no such file"),
+        (str(tmp_path / "gone"), "no such file"),
+        (str(tmp_path), "a folder"),
+        (file("x.txt", ""), "a file of another kind"),
+        (file("x.parquet", "no"), "not a parquet file"),
+        (file("empty.jsonl", ""), "not one record"),
+        (file("ids.json", '{"1": "yes"}'), "fit no format"),
+        ("embedded:corpus", "take embedded:train or embedded:in_distribution or embedded:out_of_distribution"),
+    ):
+        assert told in complaint(path)
+
+
+def test_hub_sets_go_through_load_dataset_and_name_their_splits(monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_list([MEDQA])
+    asked = []
+
+    def load_dataset(path, subset, split):
+        asked.append((path, subset, split))
+        return rows if split else datasets.DatasetDict(train=rows, test=rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("org/medqa", subset="en", split="test") == [Question("medqa-en-test-1", "Which nerve?", ("Ulnar", "Radial"), 1, "step1")]
+    assert "split None: set split to one of train, test" in complaint("org/medqa")
+    assert asked == [("org/medqa", "en", "test"), ("org/medqa", None, None)]
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUES = SCALARS | st.lists(SCALARS, max_size=4) | st.dictionaries(st.sampled_from("ABCDE") | st.text(max_size=3), SCALARS, max_size=4)
+FIELDS = sorted({field for _, ways in data.FORMATS.values() for way in ways for field in way} | {"id", "subject", "rationale"})
+
+
+def only_data_errors(path, form):
+    try:
+        for q in read(str(path), format=form):
+            assert 2 <= len(q.options) <= 10 and 0 <= q.answer < len(q.options) and q.question and all(q.options)
+            f"{q}".encode()
+    except DataError:
+        pass
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    form=st.sampled_from(["auto", *data.FORMATS]),
+    rows=st.lists(st.dictionaries(st.sampled_from(FIELDS), VALUES), max_size=3),
+    damage=st.data(),
+)
+def test_hostile_records_raise_nothing_but_data_errors(tmp_path_factory, form, rows, damage):
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    kind = {"medqa": MEDQA, "mmlu_pro": PRO, "medmcqa": MCQA, "plain": PLAIN}.get(form, {})
+    path.write_text("\n".join(json.dumps(kind | row) for row in rows))
+    only_data_errors(path, form)
+
+
+@settings(max_examples=60, deadline=None)
+@given(form=st.sampled_from(["auto", "plain", "medmcqa"]), suffix=st.sampled_from([".jsonl", ".json", ".csv"]), content=st.binary())
+def test_hostile_bytes_raise_nothing_but_data_errors(tmp_path_factory, form, suffix, content):
+    path = tmp_path_factory.getbasetemp() / f"bytes{suffix}"
+    path.write_bytes(content)
+    only_data_errors(path, form)
+
+
+# ---- batches ----
+
+
+@given(n=st.integers(1, 200), size=st.integers(1, 200), epoch=st.integers(0, 50), seed=st.integers(0, 2**32 - 1))
+def test_an_epoch_holds_no_question_twice(n, size, epoch, seed):
+    size = min(n, size)
+    steps = range(epoch * (n // size), (epoch + 1) * (n // size))
+    batches = [batch_at(n, step, size, seed) for step in steps]
+    seen = np.concatenate(batches)
+    assert all(b.shape == (size,) and b.dtype == np.int64 for b in batches)
+    assert len(set(seen.tolist())) == len(seen) == n // size * size and 0 <= seen.min() and seen.max() < n
+    assert np.array_equal(batches[-1], batch_at(n, steps[-1], size, seed))
+
+
+def test_batches_are_what_they_were():
+    """Pinned: a run that is resumed under another NumPy must go on with the same questions."""
+    assert [batch_at(7, step, 3, 0).tolist() for step in range(4)] == [[0, 3, 5], [1, 2, 6], [3, 4, 2], [1, 6, 5]]
+    assert batch_at(7, 0, 3, 1).tolist() != [0, 3, 5]
+
+
+def test_the_tail_left_out_differs_between_epochs_and_all_questions_come():
+    left = [
+        frozenset(range(10)) - set(np.concatenate([batch_at(10, 3 * epoch + i, 3, 5) for i in range(3)]).tolist()) for epoch in range(60)
+    ]
+    assert all(len(tail) == 1 for tail in left) and len(set(left)) == 10
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    with pytest.raises(DataError, match=r"a batch of 8 questions cannot be drawn from 7 .* set sample.questions to 7 or less"):
+        batch_at(7, 0, 8, 0)
+
+
+# ---- the real sets ----
+
+
+@real
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("medqa/dev_4opt.jsonl", {4: 1272}),
+        ("medqa/dev_5opt.jsonl", {5: 1272}),
+        ("medqa/test_4opt.jsonl", {4: 1273}),
+        ("medqa/test_5opt.jsonl", {5: 1273}),
+        ("medqa/train_partial_3503.jsonl", {4: 2608, 5: 895}),
+        ("mmlu_pro/health_test.jsonl", {3: 3, 4: 72, 5: 8, 6: 8, 7: 20, 8: 42, 9: 67, 10: 598}),
+        ("medmcqa/dev.jsonl", {4: 4183}),
+        ("pubmedqa/ori_pqal.json", {3: 1000}),
+    ],
+)
+def test_real_counts(path, options):
+    questions = read(str(SHARED / path))
+    assert Counter(len(q.options) for q in questions) == options
+    assert len({q.id for q in questions}) == len(questions)
+
+
+@real
+def test_real_keys_repeats_and_mmlu():
+    assert len(data.distinct(read(str(SHARED / "mmlu_pro/health_test.jsonl")))) == 723
+    assert Counter(q.answer for q in read(str(SHARED / "medmcqa/dev.jsonl"))) == {0: 1348, 1: 1085, 2: 925, 3: 825}
+    files = sorted((SHARED / "mmlu").glob("*_test.csv"))
+    assert len(files) == 6 and sum(len(read(str(path))) for path in files) == 1089
