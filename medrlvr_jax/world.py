@@ -5,11 +5,11 @@
     … → the class of the drug                                          kind `class`
     … → which usual drug is it that the history rules out              kind `avoid`
 
-`embedded/knowledge.yaml` is the table. A case is a `Key`: condition, set of findings, history. Keys are dealt once to `train`,
-`in_distribution`, `out_of_distribution` and `corpus`, so no set shares a case with another, the text of pre-training included.
-In train most cases show typical findings. Out of distribution are findings never seen together, histories never seen with that
-condition, other wordings, other shares of the kinds, and up to ten options: what was memorised about cases is worth nothing there,
-what was learnt about reasoning still is.
+`embedded/knowledge.yaml` is the table (knowledge.py reads it). A case is a `Key`: condition, set of findings, history. Keys are dealt once
+to `train`, `in_distribution`, `out_of_distribution` and `corpus`, so no set shares a case with another, the text of pre-training included.
+In train most cases show typical findings. Out of distribution are findings never seen together (in the corpus neither), harmless
+histories never seen with that condition in train, other wordings, other shares of the kinds, and up to ten options: what was memorised
+about cases is worth nothing there, what was learnt about reasoning still is.
 
 The corpus teaches the base all it needs, and leaves it unreliable: it knows the facts and can reason, but of the worked cases most do
 not use the tags, some use them wrongly, some guess. Sampled, the base does likewise. Reinforcement has to find out what pays.
@@ -23,15 +23,12 @@ All draws come from `random.Random(str).random()`, which Python promises to keep
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, TypeVar
 
-import yaml
-
 from medrlvr_jax.data import LETTERS, Example, Question
+from medrlvr_jax.knowledge import Condition, finding_sets, histories, table, wrong_options
 
 T = TypeVar("T")
 
@@ -96,42 +93,12 @@ ASKS = {
 }
 
 
-@dataclass(frozen=True)
-class Condition:
-    """One row of the table; `unless` maps a history that bars the first line to the alternative."""
-
-    name: str
-    who: tuple[str, int, int]  # sex or "any", youngest, oldest
-    typical: tuple[str, ...]
-    rare: tuple[str, ...]
-    first: str
-    unless: dict[str, str]
-    also: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Drug:
-    """`avoid`: histories that bar it; `care`: histories with which no question is made of it."""
-
-    name: str
-    group: str
-    avoid: tuple[str, ...] = ()
-    care: tuple[str, ...] = ()
-
-
 class Key(NamedTuple):
     """A case: what must not be seen before it is asked."""
 
     condition: str
     findings: tuple[str, ...]  # sorted
     history: str | None
-
-
-class Table(NamedTuple):
-    conditions: dict[str, Condition]
-    drugs: dict[str, Drug]
-    histories: tuple[str, ...]
 
 
 class Vignette(NamedTuple):
@@ -143,18 +110,6 @@ class Vignette(NamedTuple):
     options: tuple[str, ...]
     answer: int
     why: str  # the reasoning, which ends in "… is C."
-
-
-@cache
-def table() -> Table:
-    """The knowledge, as written in `embedded/knowledge.yaml`."""
-    tree = yaml.safe_load((Path(__file__).parent / "embedded" / "knowledge.yaml").read_text(encoding="utf-8"))
-
-    def frozen(row: dict[str, Any]) -> dict[str, Any]:
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
-
-    drugs = {name: Drug(name, row["class"], tuple(row.get("avoid", ())), tuple(row.get("care", ()))) for name, row in tree["drugs"].items()}
-    return Table({name: Condition(name, **frozen(row)) for name, row in tree["conditions"].items()}, drugs, tuple(tree["histories"]))
 
 
 def questions(split: str) -> list[Question]:
@@ -216,9 +171,9 @@ def response(rng: Random, v: Vignette) -> str:
 def facts(rng: Random) -> str:
     """Some rows of the table, in the words of the reasoning and in some others: as long as a case's response."""
     said = ["note:"]
-    for condition, share in zip(_shuffled(rng, list(table().conditions.values())), (2, 1), strict=False):
+    for condition, share in zip(_shuffled(rng, list(table().conditions.values()), 2), (2, 1), strict=False):
         every = condition.typical + condition.rare
-        some = _shuffled(rng, every)[: 2 + _below(rng, 2)]
+        some = _shuffled(rng, every, 2 + _below(rng, 2))
         history, other = _pick(rng, list(condition.unless.items()))
         drug = _pick(rng, [condition.first, other])
         lines = (
@@ -227,7 +182,7 @@ def facts(rng: Random) -> str:
             f"{condition.name}, first line {condition.first}. {history} rules it out. use {other}.",
             f"{drug}: class {table().drugs[drug].group}.",
         )
-        said += _shuffled(rng, lines)[:share]
+        said += _shuffled(rng, lines, share)
     return " ".join(said)
 
 
@@ -247,14 +202,12 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
     other = condition.unless[key.history] if barred else _pick(rng, list(condition.unless.values()))
     lure = condition.first if right != condition.first else other
     wanted = right != condition.first or (lure not in condition.also and rng.random() < 0.6)
-    defended = {condition.first, *condition.unless.values(), *condition.also}
-    if kind == "class":  # the same, a level up: no class of a drug that could be defended
+    others = wrong_options(condition.name, right, kind == "class")
+    if kind == "class":
         right, lure = drugs[right].group, drugs[lure].group
-        others = sorted({d.group for d in drugs.values()} - {drugs[name].group for name in defended})
-    else:
-        others = [d.name for d in drugs.values() if d.name not in defended and d.group != drugs[right].group]
-    wrong = ([lure] if wanted and lure != right else []) + _shuffled(rng, others)
-    options = tuple(_shuffled(rng, [right, *wrong[: _pick(rng, OPTIONS[wording]) - 1]]))
+    n = _pick(rng, OPTIONS[wording]) - 1
+    wrong = ([lure] if wanted and lure != right else []) + _shuffled(rng, others, n)
+    options = tuple(_shuffled(rng, [right, *wrong[:n]]))
     answer = options.index(right)
 
     why = [f"here {', '.join(findings)} suggest {condition.name}.", f"first line {condition.first}."]
@@ -282,7 +235,7 @@ def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
     for condition in table().conditions.values():
         rng = _rng("pools", condition.name)
         clear, barred = histories(condition)
-        hidden = {*_shuffled(rng, clear)[: len(clear) // 3], *barred[1:][-1:]}
+        hidden = {*_shuffled(rng, clear, len(clear) // 3), *barred[1:][-1:]}
         sets = finding_sets(condition)
         rare_sets = _shuffled(rng, [s for s in sets if not set(s) <= set(condition.typical)])
         foreign, shared = rare_sets[:5], rare_sets[5:9]
@@ -300,22 +253,6 @@ def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
                 if split:
                     out[split][status, rare].append(Key(condition.name, found, history))
     return out
-
-
-def finding_sets(condition: Condition) -> list[tuple[str, ...]]:
-    """Two or three of the condition's findings that are not all findings of another one, too."""
-    every = sorted(condition.typical + condition.rare)
-    others = [{*c.typical, *c.rare} for c in table().conditions.values() if c.name != condition.name]
-    sets = [found for size in (2, 3) for found in itertools.combinations(every, size)]
-    return [found for found in sets if not any(set(found) <= other for other in others)]
-
-
-def histories(condition: Condition) -> tuple[list[str], list[str]]:
-    """The histories that leave the first line as it is, and those that bar it and have an alternative; the doubtful are in neither."""
-    drug, (sex, low, high) = table().drugs[condition.first], condition.who
-    fertile = sex != "man" and max(low, 20) <= min(high, 40)
-    fits = [h for h in table().histories if h not in condition.skip and (h != "pregnancy" or fertile)]
-    return [h for h in fits if h not in drug.avoid + drug.care], [h for h in fits if h in condition.unless]
 
 
 def _has_class(key: Key) -> bool:
@@ -357,8 +294,14 @@ def _pick(rng: Random, items: Sequence[T]) -> T:
     return items[_below(rng, len(items))]
 
 
-def _shuffled(rng: Random, items: Sequence[T]) -> list[T]:
-    return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))]
+def _shuffled(rng: Random, items: Sequence[T], n: int | None = None) -> list[T]:
+    """All items in some order, or `n` of them."""
+    out = list(items)
+    n = len(out) if n is None else min(n, len(out))
+    for i in range(n):
+        j = i + _below(rng, len(out) - i)
+        out[i], out[j] = out[j], out[i]
+    return out[:n]
 
 
 def _weighted(rng: Random, shares: dict[str, float]) -> str:
