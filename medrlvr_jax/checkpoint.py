@@ -1,0 +1,281 @@
+"""Checkpoints: saved by Orbax while training goes on, sealed with digests, restored whole onto any mesh.
+
+    checkpoints/20/state/         the TrainState, each leaf by its path
+                   meta/          JSON: the settings, versions and git revision that made it
+                   metrics/       JSON: the number by which it may be the best
+                   digests.json   size and CRC-32 of every file above
+
+Orbax writes into a temporary folder and renames it at the end, so a checkpoint that a crash cut short never shows itself. What it
+does not notice is damage afterwards: a flipped bit in an array file is read back as a weight. `digests.json` is written into the
+temporary folder just before the rename, and read before anything is restored.
+"""
+
+import json
+import logging
+import math
+import shutil
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as managers
+
+from medrlvr_jax.config import CheckpointConfig
+from medrlvr_jax.log import write_json
+
+SEAL = "digests.json"
+SMALL = 1 << 16  # bytes
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or read, or that belongs to another model."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, for the process (or all the processes) that trains it.
+
+    Making one looks at what is there: damaged checkpoints are moved aside to `<step>.damaged`, and `notice` gets a line for each.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, meta: dict[str, Any], notice: Callable[[str], None] = print):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs with a traceback what it raises as well
+        self.folder = folder.absolute()
+        self._meta = meta
+        self._best = config.best
+        self._saving = 0
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _set_damaged_aside(self.folder, notice)
+        _barrier("checkpoints looked at")
+        keep: list[Any] = [managers.LatestN(config.keep)]
+        if config.best:
+            keep.append(managers.BestN(get_metric_fn=self._quality, n=1, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=managers.AnyPreservationPolicy(keep),
+            best_fn=self._quality if config.best else None,  # metrics are stored only where there is a best_fn
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
+
+    def steps(self) -> list[int]:
+        """Those that are whole on the disk; one that is being written is not yet among them."""
+        return saved_steps(self.folder)
+
+    def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
+        """Copy `state` to the host, then write it in the background. An error of the save before this one is raised here.
+
+        The records of `step` must be in the logs by now (see log.py). A step that is there already is left as it is.
+        """
+        self.wait()  # also because `_seal` runs in the background and must find `_saving` as it was
+        if step in self.steps():
+            return
+        quality = (metrics or {}).get(self._best or "")
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(self._meta | {"step": step}))
+        self._saving = step
+        with self._named_errors():
+            found = {self._best: float(quality)} if quality is not None and math.isfinite(quality) else None
+            self._manager.save(step, args=args, metrics=found, force=True)
+
+    def check(self) -> None:
+        """Raise if the latest save has failed; waits for nothing."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        with self._named_errors():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        with self._named_errors():
+            self._manager.close()
+
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, int] | None:
+        """The newest state, or that of `step`, laid out as `abstract` says (ShapeDtypeStructs with shardings); None if none was saved."""
+        self.wait()
+        if step is None and not self.steps():
+            damaged = [p.name for p in self.folder.glob("*.damaged")]
+            if damaged:  # starting over in silence would throw away the logs of the steps so far
+                remedy = "start again under another name=, or delete them to start over"
+                raise CheckpointError(f"{self.folder}: no whole checkpoint is left, only {', '.join(sorted(damaged))}; {remedy}")
+            return None
+        step = self.steps()[-1] if step is None else step
+        if step not in self.steps():
+            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; there are {self.steps()}")
+        return _read(self.folder / str(step), abstract), step
+
+    def restore_newest(self, state: Any) -> tuple[Any, int]:
+        """`(state, 0)` at a run's start, else the newest state and the steps done. `state` is then freed first: two might not fit."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        self.wait()
+        if not self.steps():
+            return self.restore(abstract) or (state, 0)
+        jax.tree.map(lambda x: x.delete(), state)
+        return self.restore(abstract)  # type: ignore[return-value]  # there are steps
+
+    def _quality(self, metrics: dict[str, float]) -> float:
+        return metrics.get(self._best or "", -math.inf)  # the name of the best may have changed since
+
+    def _seal(self) -> None:
+        """Called by Orbax in the background on process 0 when all files are written, before the rename that makes them count."""
+        [temporary] = self.folder.glob(f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}*")
+        write_json(temporary / SEAL, digests(temporary))
+
+    @contextmanager
+    def _named_errors(self):
+        try:
+            yield
+        except Exception as e:
+            whole = [s for s in self.steps() if s != self._saving]
+            kept = f"the newest whole one is that of step {whole[-1]}" if whole else "no earlier one is there"
+            reason, room = " ".join(str(e).split())[:800], f"{shutil.disk_usage(self.folder).free / 2**30:.1f} GiB are free there"
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint of step {self._saving} could not be written; {kept}; {room}: {reason}"
+            ) from e
+
+
+def restore_params(folder: Path, abstract: Any, which: int | Literal["best"] | None = None) -> tuple[Any, int]:
+    """The policy's parameters alone, of a step, of the best, or of the newest whole checkpoint. Changes nothing in the folder.
+
+    Dtypes are those of `abstract`: master weights may be read straight into bfloat16.
+    """
+    step = _everywhere(lambda: _choose(folder, which))
+    return _read(folder / str(step), {"policy": {"params": abstract}}, partial=True)["policy"]["params"], step
+
+
+def read_meta(folder: Path, step: int) -> dict[str, Any]:
+    """The settings (`config`), versions and revision that a checkpoint was made with."""
+    return json.loads((folder / str(step) / "meta" / "metadata").read_text(encoding="utf-8"))
+
+
+# --- whole or damaged ------------------------------------------------------------------------------------------------
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def digests(path: Path, below: float = math.inf) -> dict[str, list[int]]:
+    """`[bytes, CRC-32]` of every file in the subfolders of a checkpoint; those of `below` bytes and more get 0 for the CRC."""
+    names = sorted(str(p.relative_to(path)) for p in path.glob("*/**/*") if p.is_file())
+
+    def digest(name: str) -> list[int]:
+        size, crc = (path / name).stat().st_size, 0
+        with open(path / name, "rb") as file:
+            while size < below and (block := file.read(1 << 20)):
+                crc = zlib.crc32(block, crc)
+        return [size, crc]
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def damage(path: Path, below: float = math.inf) -> str | None:
+    """What is wrong with a checkpoint; None when it is whole. Files of `below` bytes and more are judged by their size alone."""
+    try:
+        sealed = json.loads((path / SEAL).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return f"{SEAL} is missing or damaged"
+    found = digests(path, below)
+    for name, (size, crc) in sealed.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] != size:
+            return f"{name} has {found[name][0]:,} bytes where {size:,} were written"
+        if found[name][1] != crc and size < below:
+            return f"{name} does not hold what was written"
+    return None
+
+
+def _set_damaged_aside(folder: Path, notice: Callable[[str], None]) -> None:
+    """The newest whole checkpoint is read through; the older ones, which are not about to be restored, are only glanced at."""
+    below = math.inf
+    for step in reversed(saved_steps(folder)):
+        path, wrong = folder / str(step), damage(folder / str(step), below)
+        if wrong:
+            aside = path.with_name(f"{step}.damaged")
+            if aside.exists():
+                shutil.rmtree(aside)
+            path.rename(aside)
+            notice(f"checkpoint {path} is damaged ({wrong}): moved to {aside.name}, going on without it")
+        else:
+            below = SMALL
+
+
+def _choose(folder: Path, which: int | Literal["best"] | None) -> int:
+    steps = saved_steps(folder)
+    if which is None:
+        found = next((s for s in reversed(steps) if not damage(folder / str(s))), None)
+        if found is None:
+            raise CheckpointError(f"{folder}: no whole checkpoint; there are {steps}")
+        return found
+    step = _best_of(folder, steps) if which == "best" else which
+    wrong = damage(folder / str(step)) if step in steps else f"not one of {steps}"
+    if wrong:
+        raise CheckpointError(f"{folder}: checkpoint {step} cannot be used: {wrong}")
+    return step
+
+
+def _best_of(folder: Path, steps: list[int]) -> int:
+    files = {s: folder / str(s) / "metrics" / "metrics" for s in steps}
+    metrics = {s: json.loads(f.read_text(encoding="utf-8")) for s, f in files.items() if f.exists()}
+    if not metrics:
+        raise CheckpointError(f"{folder}: no checkpoint says how good it is; the run had checkpoint.best null, so name a step")
+    [name] = metrics[max(metrics)]
+    return max((m[name], s) for s, m in metrics.items() if name in m)[1]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, abstract: Any, partial: bool = False) -> Any:
+    state, handler = epath.Path(path.absolute()) / "state", ocp.PyTreeCheckpointHandler()
+    _check_fits(path, handler.metadata(state).tree, abstract, partial)
+    how = ocp.checkpoint_utils.construct_restore_args(abstract)
+    with ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(state, args=ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=partial))
+
+
+def _check_fits(path: Path, saved: Any, abstract: Any, partial: bool) -> None:
+    """Name the first leaf that differs: Orbax would read another dtype without a word, and leave out what it does not find."""
+    there, here = _leaves(saved), _leaves(abstract)
+    for name in list(here) + ([] if partial else [k for k in there if k not in here]):
+        a, b = (_describe(tree.get(name), partial) for tree in (there, here))
+        if a != b:
+            remedy = "take the settings it was made with (its meta/metadata has them), or start under another name="
+            raise CheckpointError(f"{path} is of another model: {name} is {a} there and {b} here; {remedy}")
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """By dotted path, which is the same for a dataclass or named tuple and for the dicts that Orbax makes of them."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+
+
+def _describe(leaf: Any, shape_only: bool) -> str:
+    if leaf is None:
+        return "absent"
+    return str(list(leaf.shape)) if shape_only else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _everywhere(choose: Callable[[], int]) -> int:
+    """Process 0 looks and decides for all, so that no two of them read different steps."""
+    if jax.process_count() == 1:
+        return choose()
+    return int(multihost_utils.broadcast_one_to_all(np.int32(choose() if jax.process_index() == 0 else 0)))

@@ -1,0 +1,396 @@
+"""What a run writes beside its checkpoints: its folder and lock, JSON lines, progress, trackers, the summary.
+
+    runs/<name>/config.yaml     the resolved settings
+                metrics.jsonl   one object a step; step 0 is the evaluation before training
+                samples.jsonl   some completions, every few steps
+                summary.json    at the end
+                checkpoints/    checkpoint.py
+
+Process 0 alone writes these. Each step stands exactly once in the two logs, whatever kills the run, because of one order:
+the records of step k are on the disk before checkpoint k is begun (`Run.record`, then `Checkpoints.save`), and a run that goes on
+from checkpoint k first drops the records after k (`Run.resume`). Record k and checkpoint k both belong to the k-th step: 1, 2, ….
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+import rich.console
+import yaml
+from jax.experimental import multihost_utils
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+import medrlvr_jax
+from medrlvr_jax import config as configs
+from medrlvr_jax.config import Config, ConfigError
+
+MAY_CHANGE = ("runs", "steps", "passes", "checkpoint", "log", "eval", "mesh")  # settings that a resumed run may have new
+
+
+class Run:
+    """One training's records, from `with` to `finish`: what the training loop says here goes to files, console and trackers.
+
+    Entering makes `runs/<name>` or reopens it; refused while another process has it, or if it was begun with other settings.
+    The first SIGINT or SIGTERM sets `stopping` once the step is recorded, so that the loop can save and leave; the second kills.
+    """
+
+    def __init__(self, config: Config, steps: int):
+        self.path = Path(config.runs) / config.name
+        self.meta = {"config": configs.to_tree(config), "versions": versions()}
+        self.stopping = False
+        self._config, self._steps, self._began = config, steps, time.time()
+        self._lock = open_folder(self.path, config) if jax.process_index() == 0 else None
+        self._console = Console(steps)
+        self._tracker: Tracker | None = None
+        self._signal, self._done = 0, 0
+
+    def __enter__(self) -> "Run":
+        self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._tracker:
+            self._tracker.close()
+        self._console.close()
+        if self._lock:
+            self._lock.close()  # which gives the lock back
+
+    def _stop(self, number: int, _: Any) -> None:
+        self._signal = number
+        for s, handler in self._handlers.items():
+            signal.signal(s, handler)
+        self.notice(f"{signal.Signals(number).name}: stopping after this step; once more stops at once, without a checkpoint")
+
+    def resume(self, done: int) -> None:
+        """Go back to where checkpoint `done` was made; 0 is a start with empty logs."""
+        if self._lock:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                rewind(self.path / name, done)
+        self._done, self._tracker = done, Tracker(self.path, self._config, done)
+        if done:
+            self.notice(f"{self.path}: going on after step {done}")
+
+    def record(self, step: int, metrics: dict[str, Any], samples: Iterable[dict[str, Any]] = ()) -> None:
+        """A step is done. On the disk when this returns."""
+        if metrics.get("seconds") and "tokens" in metrics:
+            metrics = metrics | {"tokens_per_second": metrics["tokens"] / metrics["seconds"]}
+        if self._lock:
+            append(self.path / "samples.jsonl", [{"step": step, **row} for row in samples])
+            append(self.path / "metrics.jsonl", [{"step": step, **metrics}])
+        if self._tracker:
+            self._tracker.log(step, metrics)
+        self._console.step(step, metrics)
+        self._done, self.stopping = step, _any_process(self._signal)
+
+    def notice(self, text: str) -> None:
+        self._console.notice(text)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self._console.progress(what, done, total)
+
+    def finish(self) -> dict[str, Any]:
+        """Write and return the summary; of a run that was stopped before its end, only the exit status that its signal asks for."""
+        if self.stopping and self._done < self._steps:
+            self.notice("stopped; the same command goes on from here")
+            return {"exit_status": 128 + (self._signal or signal.SIGTERM)}
+        if not self._lock:
+            return {}
+        records = read_jsonl(self.path / "metrics.jsonl")
+        summary = {"name": self._config.name, "steps": self._steps, "seconds": time.time() - self._began, "eval": before_after(records)}
+        write_json(self.path / "summary.json", summary | {"last": records[-1] if records else {}} | self.meta)
+        return summary
+
+
+def before_after(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """`{set: {"before", "after": {"n", "correct", …}}}` from the `eval.<set>.<count>` of step 0 and of the last evaluation."""
+    out: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith("eval."):
+                name, count = key.removeprefix("eval.").rsplit(".", 1)
+                out.setdefault(name, {}).setdefault("after" if record["step"] else "before", {})[count] = value
+    return out
+
+
+def _any_process(number: int) -> bool:
+    """All processes stop after the same step, whichever of them the signal has reached."""
+    return bool(number) if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(number)).any())
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """All or nothing: a reader, or a run after a crash, sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    write_text(path, json.dumps(_plain(tree), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: arrays as lists, and NaN and ±inf, which JSON does not have, as null; the key stays."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Add lines to a JSONL file; on the disk when this returns. Call it once a step: each call waits for the disk."""
+    lines = [json.dumps(_plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records]
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines. A last line without its newline was torn by a crash, or is being written: it does not count."""
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}:{number}: not a JSON line ({e}); a crash cannot do this, so repair or remove the file") from None
+    return records
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop what was logged after `step`, and a torn last line, in one atomic move; 0 is a new start, and keeps nothing."""
+    if path.exists():
+        records = [r for r in read_jsonl(path) if step and r["step"] <= step]
+        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+# --- the run's folder ------------------------------------------------------------------------------------------------
+
+
+def open_folder(path: Path, config: Config) -> TextIO:
+    """Make or reopen a run's folder. Returns its lock, held until that is closed."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _take_lock(path)
+    try:
+        if (path / "config.yaml").exists():
+            check_same(path / "config.yaml", config)
+        write_text(path / "config.yaml", configs.dump(config))
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _take_lock(path: Path) -> TextIO:
+    """The kernel gives a flock back when its process ends, however it ends: there are no stale locks to clear."""
+    lock = open(path / ".lock", "a+", encoding="utf-8")  # open for as long as the run is
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(lock)
+        lock.close()
+        raise ConfigError(f"name: {path} is in use by {holder}; wait for it, stop it, or give this run another name=") from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def _holder(lock: TextIO) -> str:
+    lock.seek(0)
+    return f"process {lock.read() or '(starting)'}"
+
+
+def lock_holder(path: Path) -> str | None:
+    """Which process runs in this folder, for messages; None if none does."""
+    if not (path / ".lock").exists():
+        return None
+    with open(path / ".lock", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(lock)
+    return None
+
+
+def check_same(path: Path, config: Config) -> None:
+    """One folder holds one experiment: going on with other settings would make a curve of two."""
+    old, new = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(configs.to_tree(config))
+    names = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in MAY_CHANGE and old.get(k) != new.get(k)]
+    if names:
+        lines = [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in names]
+        remedy = "give this run another name=, or the settings it was begun with"
+        raise ConfigError("\n".join([f"name: {path.parent} was begun with other settings; {remedy}:", *lines]))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+# --- what ran --------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, Any]:
+    """What would be needed to run the same thing again: packages, devices, revision."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    devices = jax.devices()
+    return {
+        "medrlvr_jax": medrlvr_jax.__version__,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+    }
+
+
+def git_revision() -> dict[str, Any] | None:
+    """`{"revision", "dirty"}` of the checkout that this package runs from; None when it is installed from elsewhere."""
+    root = Path(medrlvr_jax.__file__).resolve().parent.parent
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
+    ("seconds", lambda v: f"{v:.2f} s"),
+    ("tokens_per_second", lambda v: f"{v:,.0f} tok/s"),
+    ("loss", lambda v: f"loss {v:.4f}"),
+    ("reward", lambda v: f"reward {v:+.3f}"),
+    ("accuracy", lambda v: f"correct {v:.1%}"),
+    ("format_ok", lambda v: f"format {v:.1%}"),
+    ("kl", lambda v: f"KL {v:.4f}"),
+    ("response_length", lambda v: f"length {v:.0f}"),
+)
+
+
+def line(metrics: dict[str, float]) -> str:
+    """The few numbers to watch, of those that are there."""
+    return "  ".join(show(metrics[key]) for key, show in FIELDS if metrics.get(key) is not None)
+
+
+class Console:
+    """Progress on stderr: a bar on a terminal, else one line a step. Silent on processes other than 0."""
+
+    def __init__(self, total: int, file: TextIO | None = None):
+        self._rich = rich.console.Console(file=file or sys.stderr, quiet=jax.process_index() > 0, highlight=False, soft_wrap=True)
+        self._total = total
+        self._seconds: deque[float] = deque(maxlen=21)
+        self._bar = None
+        if self._rich.is_terminal and not self._rich.quiet:
+            columns = (MofNCompleteColumn(), BarColumn(24), TextColumn("{task.description}", markup=False))
+            self._bar = Progress(*columns, console=self._rich)
+            self._task = self._bar.add_task("starting", total=total)
+            self._bar.start()
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        text = line(metrics)
+        if "seconds" in metrics:
+            self._seconds.append(metrics["seconds"])  # their median: the first steps compile and would spoil a mean
+            text += f"  {clock(statistics.median(self._seconds) * (self._total - step))} left"
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text)
+        elif text:
+            self.notice(f"step {step}/{self._total}  {text}")
+        for name, counts in before_after([{"step": step, **metrics}]).items():
+            c = next(iter(counts.values()))
+            self.notice(f"step {step}/{self._total}  eval {name}: correct {c['correct']}/{c['n']}, format {c['format_ok']}/{c['n']}")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Of something within a step; shown on a terminal only."""
+        if self._bar:
+            self._bar.update(self._task, description=f"{what}  {done}/{total}")
+
+    def notice(self, text: str) -> None:
+        self._rich.print(text, markup=False)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}"
+
+
+# --- trackers --------------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """The same numbers to TensorBoard and Weights & Biases, where `log` names them; process 0 only."""
+
+    def __init__(self, path: Path, config: Config, done: int):
+        on = jax.process_index() == 0
+        self._board = _tensorboard(path / "tensorboard", done) if on and config.log.tensorboard else None
+        self._wandb = _wandb(path, config) if on and config.log.wandb else None
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        numbers = {k: float(v) for k, v in metrics.items() if v is not None}
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _tensorboard(path: Path, done: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ConfigError("log.tensorboard: true needs tensorboardX: pip install 'medrlvr-jax[tensorboard]', or set it to false") from None
+    return SummaryWriter(str(path), purge_step=done + 1)  # a resumed run replaces the points after its checkpoint
+
+
+def _wandb(path: Path, config: Config) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(f"log.wandb: {config.log.wandb} needs wandb: pip install 'medrlvr-jax[wandb]', or set it to null") from None
+    tree = configs.to_tree(config)
+    return wandb.init(project=config.log.wandb, name=config.name, id=config.name, resume="allow", dir=str(path), config=tree)

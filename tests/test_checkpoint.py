@@ -1,0 +1,261 @@
+"""Checkpoints come back bit for bit, on any mesh; damage and full disks are noticed, and never take the last whole one."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from medrlvr_jax import checkpoint
+from medrlvr_jax.checkpoint import CheckpointError, Checkpoints, restore_params
+from medrlvr_jax.config import CheckpointConfig
+from medrlvr_jax.types import Learner, TrainState
+
+META = {"config": {"name": "test", "lr": 1e-3, "absent": None}, "versions": {"git": None}}
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16))
+
+
+def mesh_of(*shape):
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def make_state(mesh, seed=0, width=32, critic=False):
+    """Filled by numpy, for nothing here is worth compiling."""
+    random = np.random.default_rng(seed)
+
+    def fill(leaf):
+        spec = PartitionSpec(None, "fsdp", "tensor") if leaf.ndim == 3 else PartitionSpec()
+        return jax.device_put(random.normal(size=leaf.shape, scale=9).astype(leaf.dtype), NamedSharding(mesh, spec))
+
+    def learner():
+        params = {"layers": {"w": jax.ShapeDtypeStruct((4, 64, width), jnp.float32), "b": jax.ShapeDtypeStruct((width,), jnp.bfloat16)}}
+        return Learner(params, jax.eval_shape(TX.init, params))
+
+    scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.tree.map(fill, TrainState(learner(), learner() if critic else None, *scalars))
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def saved(folder, *steps, config=None, **kwargs):
+    """A folder with checkpoints of `steps`, each of the state with that seed."""
+    checkpoints = Checkpoints(folder, config or CheckpointConfig(keep=9), META)
+    for step in steps:
+        checkpoints.save(step, make_state(mesh_of(2, 2, 2), seed=step, **kwargs))
+    checkpoints.close()
+    return folder
+
+
+@pytest.mark.parametrize("critic", [False, True])
+def test_round_trip_is_bitwise_and_onto_another_mesh(tmp_path, critic):
+    state = make_state(mesh_of(2, 2, 2), seed=20, critic=critic)
+    checkpoints = Checkpoints(saved(tmp_path, 20, critic=critic), CheckpointConfig(), META)
+    for shape in ((2, 2, 2), (1, 8, 1), (8, 1, 1)):
+        target = abstract(make_state(mesh_of(*shape), critic=critic))
+        back, step = checkpoints.restore(target)
+        assert step == 20
+        assert_same(back, state)
+        assert jax.tree.leaves(jax.tree.map(lambda x, t: x.sharding == t.sharding, back, target)) == [True] * len(jax.tree.leaves(back))
+
+
+def test_newest_takes_the_place_of_a_fresh_state(tmp_path):
+    fresh = make_state(mesh_of(2, 2, 2))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META)
+    assert checkpoints.restore(abstract(fresh)) is None
+    assert checkpoints.restore_newest(fresh) == (fresh, 0)
+    checkpoints.save(3, make_state(mesh_of(2, 2, 2), seed=3))
+    back, done = checkpoints.restore_newest(fresh)
+    assert done == 3 and fresh.step.is_deleted()
+    assert_same(back, make_state(mesh_of(2, 2, 2), seed=3))
+    checkpoints.save(3, back)  # a step that is there is left alone
+    checkpoints.close()
+
+
+def test_training_may_overwrite_the_state_while_it_is_being_written(tmp_path):
+    """On the CPU a host copy can be a view: donating the state at once must not reach what is being written."""
+    state = make_state(mesh_of(2, 2, 2), seed=1, width=512)
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META)
+    expected = jax.tree.map(lambda x: np.array(x), state)
+    for _ in range(2):
+        checkpoints.save(1, state)
+        state = step(state)
+    back, _ = checkpoints.restore(abstract(state))
+    assert_same(jax.tree.map(np.asarray, back), expected)
+
+
+def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path):
+    config = CheckpointConfig(keep=2, best="eval.dev.accuracy")
+    state = make_state(mesh_of(2, 2, 2))
+    for scores in ({1: 0.1, 2: 0.9, 3: None}, {4: 0.2, 5: float("nan"), 6: 0.3}):
+        checkpoints = Checkpoints(tmp_path, config, META)
+        for step, score in scores.items():
+            checkpoints.save(step, state, None if score is None else {"eval.dev.accuracy": score, "reward": 1.0})
+        checkpoints.close()
+    assert checkpoint.saved_steps(tmp_path) == [2, 5, 6]
+    params = abstract(state).policy.params
+    assert restore_params(tmp_path, params, "best")[1] == 2
+    assert restore_params(tmp_path, params)[1] == 6
+
+
+def test_params_alone_also_in_another_dtype(tmp_path):
+    saved(tmp_path, 4, critic=True)
+    mesh = mesh_of(8, 1, 1)
+    shapes = abstract(make_state(mesh)).policy.params
+    half = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=s.sharding), shapes)
+    params, step = restore_params(tmp_path, half, 4)
+    assert step == 4
+    assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(mesh, seed=4, critic=True).policy.params))
+    assert checkpoint.read_meta(tmp_path, 4) == {**META, "step": 4}
+    with pytest.raises(CheckpointError, match=r"checkpoint 5 cannot be used: not one of \[4\]"):
+        restore_params(tmp_path, half, 5)
+    with pytest.raises(CheckpointError, match=r"had checkpoint\.best null"):
+        restore_params(tmp_path, half, "best")
+
+
+def test_another_model_is_refused_by_the_first_leaf_that_differs(tmp_path):
+    checkpoints = Checkpoints(saved(tmp_path, 1), CheckpointConfig(), META)
+    wider, with_critic = make_state(mesh_of(2, 2, 2), width=64), make_state(mesh_of(2, 2, 2), critic=True)
+    with pytest.raises(CheckpointError, match=r"policy\.params\.layers\.b is bfloat16\[32\] there and bfloat16\[64\] here"):
+        checkpoints.restore(abstract(wider))
+    with pytest.raises(CheckpointError, match=r"critic\.params\.layers\.b is absent there and bfloat16\[32\] here"):
+        checkpoints.restore(abstract(with_critic))
+    with pytest.raises(CheckpointError, match=r"b is \[32\] there and \[64\] here"):
+        restore_params(tmp_path, abstract(wider).policy.params)
+    other = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding), abstract(make_state(mesh_of(2, 2, 2))))
+    with pytest.raises(CheckpointError, match=r"b is bfloat16\[32\] there and float32\[32\] here"):
+        checkpoints.restore(other)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 2; there are \[1\]"):
+        checkpoints.restore(abstract(wider), 2)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "flip": (flip, "does not hold what was written"),
+    "cut": (lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]), "were written"),
+    "gone": (Path.unlink, "is missing"),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        *(("state/ocdbt.process_0/d/*", how) for how in DAMAGES),
+        ("state/_METADATA", "flip"),
+        ("meta/metadata", "gone"),
+        ("digests.json", "cut"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, what, how):
+    saved(tmp_path, 1, 2)
+    act, reason = DAMAGES[how]
+    act(max((tmp_path / "2").glob(what), key=lambda p: p.stat().st_size))
+    params = abstract(make_state(mesh_of(2, 2, 2))).policy.params
+    assert restore_params(tmp_path, params)[1] == 1  # a reader goes round it, and touches nothing
+    with pytest.raises(CheckpointError, match="checkpoint 2 cannot be used"):
+        restore_params(tmp_path, params, 2)
+    notices = []
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META, notices.append)
+    back, step = checkpoints.restore(abstract(make_state(mesh_of(2, 2, 2))))
+    assert step == 1
+    assert_same(back, make_state(mesh_of(2, 2, 2), seed=1))
+    [notice] = notices
+    assert "2.damaged" in notice and (reason in notice or what == "digests.json")
+    checkpoints.save(2, back)  # and the step can be saved anew
+    checkpoints.close()
+    assert checkpoint.saved_steps(tmp_path) == [1, 2] and checkpoint.damage(tmp_path / "2") is None
+
+
+def test_nothing_starts_over_when_all_are_damaged(tmp_path):
+    saved(tmp_path, 1)
+    flip(tmp_path / "1" / "meta" / "metadata")
+    for _ in range(2):
+        checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META, lambda text: None)
+        with pytest.raises(CheckpointError, match=r"no whole checkpoint is left, only 1\.damaged"):
+            checkpoints.restore(abstract(make_state(mesh_of(2, 2, 2))))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's, as it gives up
+def test_a_full_disk_is_an_error_at_the_next_call_and_leaves_the_last_checkpoint(tmp_path):
+    state = make_state(mesh_of(2, 2, 2), width=512)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1), META)
+    checkpoints.save(1, make_state(mesh_of(2, 2, 2), seed=1, width=512))
+    checkpoints.wait()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # a write beyond fails, as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint of step 2 could not be written; the newest whole one is that of step 1"):
+            checkpoints.save(2, state)
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1), META)
+    back, step = checkpoints.restore(abstract(state))
+    assert step == 1
+    assert_same(back, make_state(mesh_of(2, 2, 2), seed=1, width=512))
+
+
+def test_check_tells_of_a_failure_without_waiting(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META)
+    monkeypatch.setattr(checkpoint, "write_json", fail)
+    checkpoints.save(1, make_state(mesh_of(2, 2, 2)))
+    with pytest.raises(CheckpointError, match=r"step 1 could not be written; no earlier one.*\[Errno 28\] No space left on device"):
+        for _ in range(10_000):
+            checkpoints.check()
+            signal.sigtimedwait([], 0.01)
+    assert checkpoint.saved_steps(tmp_path) == []
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import conftest
+from test_checkpoint import META, CheckpointConfig, Checkpoints, checkpoint, make_state, mesh_of
+write = checkpoint.write_json
+def die(path, tree):
+    if path.parent.name.startswith("2"):
+        os.kill(os.getpid(), 9)
+    write(path, tree)
+checkpoint.write_json = die
+checkpoints = Checkpoints(Path(sys.argv[1]), CheckpointConfig(keep=1), META)
+for step in (1, 2):
+    checkpoints.save(step, make_state(mesh_of(2, 2, 2), seed=step))
+checkpoints.wait()
+"""
+
+
+def test_a_kill_before_the_rename_leaves_the_checkpoint_before(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=env)
+    assert run.returncode == -signal.SIGKILL
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1), META)
+    back, step = checkpoints.restore(abstract(make_state(mesh_of(2, 2, 2))))
+    assert step == 1
+    assert_same(back, make_state(mesh_of(2, 2, 2), seed=1))
+    checkpoints.save(2, back)
+    checkpoints.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]

@@ -1,0 +1,197 @@
+"""A run's files: whole after any crash, each step once, one process at a time, one set of settings to a folder."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medrlvr_jax import log
+from medrlvr_jax.config import ConfigError, from_tree, load
+
+ROOT = Path(__file__).parents[1]
+
+
+def config(tmp_path, **changes):
+    tree = {
+        "name": "run",
+        "runs": str(tmp_path),
+        "steps": 3,
+        "model": {"path": "embedded"},
+        "data": {"path": "embedded:train"},
+        "learn": {"policy": {"lr": 1e-4}, "critic": {"lr": 1e-3}},
+    }
+    return from_tree(tree | changes)
+
+
+def test_jsonl_round_trip(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log.append(path, [{"step": 1, "a": np.float32(0.5), "b": math.nan, "c": [np.inf, 1], "d": "β\n", "e": np.arange(2)}])
+    log.append(path, [])
+    log.append(path, [{"step": 2}, {"step": 3}])
+    assert log.read_jsonl(path) == [{"step": 1, "a": 0.5, "b": None, "c": [None, 1], "d": "β\n", "e": [0, 1]}, {"step": 2}, {"step": 3}]
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 5, "rew', '{"step": 4}'])
+def test_rewind_leaves_each_step_once(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    log.append(path, [{"step": k} for k in (0, 1, 2, 2, 3, 4)])
+    with open(path, "a") as file:
+        file.write(torn)
+    assert [r["step"] for r in log.read_jsonl(path)] == [0, 1, 2, 2, 3, 4]  # a reader of a running run does without the torn line
+    log.rewind(path, 3)
+    log.append(path, [{"step": 4}])
+    assert [r["step"] for r in log.read_jsonl(path)] == [0, 1, 2, 2, 3, 4]
+    log.rewind(path, 0)
+    assert path.read_text() == "" and os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_rewind_survives_a_torn_character(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    log.append(path, [{"step": 1, "completion": "β"}])
+    with open(path, "ab") as file:
+        file.write('{"step": 2, "completion": "β'.encode()[:-1])
+    log.rewind(path, 1)
+    assert log.read_jsonl(path) == [{"step": 1, "completion": "β"}]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a JSON line"):
+        log.rewind(path, 3)
+    assert path.read_text().count("\n") == 3
+
+
+def test_a_run_writes_its_records_and_summary(tmp_path):
+    c = config(tmp_path)
+    counts = {"n": 10, "correct": 3, "format_ok": 9}
+    with log.Run(c, 2) as run:
+        run.resume(0)
+        run.record(0, {f"eval.dev.set.{k}": v for k, v in counts.items()})
+        run.record(1, {"reward": -0.5, "seconds": 2.0, "tokens": 100}, [{"completion": "a"}, {"completion": "b"}])
+        run.record(2, {"reward": 0.5, "seconds": 2.0} | {f"eval.dev.set.{k}": v + 1 for k, v in counts.items()})
+        summary = run.finish()
+    assert load(run.path / "config.yaml") == c
+    records = log.read_jsonl(run.path / "metrics.jsonl")
+    assert [r["step"] for r in records] == [0, 1, 2] and records[1]["tokens_per_second"] == 50
+    assert log.read_jsonl(run.path / "samples.jsonl") == [{"step": 1, "completion": "a"}, {"step": 1, "completion": "b"}]
+    assert summary["eval"] == {"dev.set": {"before": counts, "after": {k: v + 1 for k, v in counts.items()}}}
+    written = json.loads((run.path / "summary.json").read_text())
+    assert written["eval"] == summary["eval"] and written["last"]["reward"] == 0.5 and written["config"]["steps"] == 3
+    assert written["versions"]["jax"] and set(written["versions"]["git"] or {"revision", "dirty"}) == {"revision", "dirty"}
+
+
+def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
+    for done, steps in ((0, range(1, 6)), (3, range(4, 7)), (0, range(1, 3))):
+        with log.Run(config(tmp_path), 9) as run:
+            run.resume(done)
+            for k in steps:
+                run.record(k, {"reward": 0.0}, [{"completion": "x"}])
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            assert [r["step"] for r in log.read_jsonl(run.path / name)] == list(range(1, steps[-1] + 1))
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    with log.Run(config(tmp_path), 3):
+        pass
+    changed = config(tmp_path, steps=5, seed=3, mesh={"fsdp": 2}, checkpoint={"keep": 7}, model={"path": "elsewhere"})
+    with pytest.raises(ConfigError) as e:
+        log.Run(changed, 5)
+    message = str(e.value)
+    assert "model.path: 'embedded' there, 'elsewhere' now" in message and "seed: 0 there, 3 now" in message and "another name=" in message
+    assert not any(f"  {name}" in message for name in ("steps", "mesh", "checkpoint"))
+    with log.Run(config(tmp_path, steps=5), 5) as run:  # and the refusal gave the lock back
+        assert load(run.path / "config.yaml").steps == 5
+
+
+def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(tmp_path):
+    hold = (
+        "import sys, time; from pathlib import Path; from medrlvr_jax.log import _take_lock;"
+        "lock = _take_lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    (tmp_path / "run").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE, cwd=ROOT)
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(ConfigError, match=rf"run is in use by process {other.pid} on .*another name="):
+        log.Run(config(tmp_path), 3)
+    assert f"process {other.pid}" in log.lock_holder(tmp_path / "run")
+    other.kill()
+    other.wait()
+    assert log.lock_holder(tmp_path / "run") is None
+    with log.Run(config(tmp_path), 3):
+        pass
+
+
+def test_the_first_signal_ends_the_step_and_the_second_kills(tmp_path):
+    with log.Run(config(tmp_path), 3) as run:
+        run.resume(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not run.stopping  # not until the step is recorded
+        run.record(1, {"reward": 0.0})
+        assert run.stopping
+        assert run.finish() == {"exit_status": 128 + signal.SIGTERM}
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not (run.path / "summary.json").exists()
+        run.record(3, {"reward": 0.0})
+        assert run.finish()["steps"] == 3  # it was the last step: the run is complete
+
+
+def test_console_prints_a_line_a_step_where_there_is_no_terminal():
+    file = io.StringIO()
+    console = log.Console(400, file)
+    console.step(0, {"eval.dev.n": 4, "eval.dev.correct": 1, "eval.dev.format_ok": 2})
+    console.notice("7 questions dropped [too long]")
+    for step in (1, 2, 3):
+        console.step(
+            step, {"seconds": 90.0 if step == 1 else 3.0, "tokens_per_second": 1834.2, "reward": math.nan, "accuracy": 0.481, "kl": None}
+        )
+    console.close()
+    first, notice, *_, last = file.getvalue().splitlines()
+    assert first == "step 0/400  eval dev: correct 1/4, format 2/4"
+    assert notice == "7 questions dropped [too long]"
+    assert last == "step 3/400  3.00 s  1,834 tok/s  reward +nan  correct 48.1%  0:19:51 left"
+
+
+def test_trackers(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    with log.Run(config(tmp_path, log={"tensorboard": True}), 3) as run:
+        run.resume(0)
+        run.record(1, {"reward": 0.5, "kl": None, "policy/clip_fraction": 0.1})
+    [events] = (run.path / "tensorboard").iterdir()
+    assert b"policy/clip_fraction" in events.read_bytes()
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for settings, extra in (({"tensorboard": True}, "tensorboard"), ({"wandb": "project"}, "wandb")):
+        with pytest.raises(ConfigError, match=rf"log\.{extra}.*medrlvr-jax\[{extra}\]"), log.Run(config(tmp_path, log=settings), 3) as run:
+            run.resume(0)
+
+
+def test_wandb_gets_the_settings_and_the_numbers(tmp_path, monkeypatch):
+    calls = []
+
+    class Fake:
+        def init(self, **kwargs):
+            calls.append(kwargs)
+            return self
+
+        def log(self, numbers, step):
+            calls.append((step, numbers))
+
+        def finish(self):
+            calls.append("finish")
+
+    monkeypatch.setitem(sys.modules, "wandb", Fake())
+    with log.Run(config(tmp_path, log={"wandb": "medicine"}), 3) as run:
+        run.resume(0)
+        run.record(1, {"reward": 0.5})
+    assert calls[0]["project"] == "medicine" and calls[0]["config"]["seed"] == 0
+    assert calls[1:] == [(1, {"reward": 0.5}), "finish"]
