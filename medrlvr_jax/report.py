@@ -1,0 +1,152 @@
+"""What a run came to: training curves as a picture, accuracies as a table with their uncertainty."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from medrlvr_jax.config import ConfigError
+from medrlvr_jax.log import read_jsonl
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's: told apart by all eyes
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+Records = list[dict[str, Any]]
+PANELS = (  # key in metrics.jsonl, title, whether it is a share
+    ("reward", "Reward", False),
+    ("accuracy", "Correct answers", True),
+    ("format_ok", "Answers in the format", True),
+    ("response_length", "Response length (tokens)", False),
+    ("kl", "KL to the reference (nats per token)", False),
+    ("entropy", "Entropy (nats per token)", False),
+)
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.edgecolor": "#888888",
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+}
+
+
+def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a share, 95 % by default. (0, 1) for n = 0.
+
+    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), with p = correct / n. Unlike p ± z √(p(1−p)/n) it never leaves [0, 1] and does
+    not shrink to a point at 0 of n. E. B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209–212.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p = correct / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Accuracy and format rate on each evaluation set, before and after training, with 95 % Wilson intervals."""
+    out = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=summary.get("name"), title_justify="left", title_style="bold")
+    out.add_column("set")
+    for name in ("n", "accuracy before", "after", "format before", "after"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for name, when in summary["eval"].items():
+        before, after = when.get("before"), when.get("after")
+        shares = [_share(counts, key) for key in ("correct", "format_ok") for counts in (before, after)]
+        out.add_row(name, f"{(after or before or {}).get('n', 0):,}", *shares)
+    text = io.StringIO()
+    rich.console.Console(file=text, width=120).print(out)
+    return "\n".join(row.rstrip() for row in text.getvalue().strip("\n").split("\n"))
+
+
+def _share(counts: dict[str, Any] | None, key: str) -> str:
+    if not counts or not counts["n"]:
+        return "–"
+    low, high = wilson(counts[key], counts["n"])
+    return f"{100 * counts[key] / counts['n']:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def curves(run_dirs: Sequence[Path | str], out_png: Path | str) -> None:
+    """Six panels over the steps of one or several runs; evaluations stand as markers, with 95 % intervals, among the correct answers."""
+    runs = {str(d): _metrics(Path(d)) for d in run_dirs}
+    with matplotlib.rc_context(STYLE):  # a Figure made by hand saves itself with Agg: pyplot and its globals stay out of it
+        figure = Figure(figsize=(10, 5.2), layout="constrained")
+        panels = {}
+        for axis, (key, title, share) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS, strict=True):
+            drawn = [_curve(axis, records, key, COLORS[i % len(COLORS)]) for i, records in enumerate(runs.values())]
+            if not any(drawn):
+                axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color="#888888")
+            axis.set_title(title)
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            if share:
+                axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            panels[key] = axis
+        _evaluations(panels["accuracy"], list(runs.values()))
+        for axis in figure.axes[3:]:
+            axis.set_xlabel("step")
+        if len(runs) > 1:
+            lines = [Line2D([], [], color=COLORS[i % len(COLORS)], lw=2) for i in range(len(runs))]
+            figure.legend(lines, [Path(d).name for d in runs], loc="outside lower center", ncols=min(4, len(runs)))
+        figure.savefig(out_png, dpi=160)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """The running mean over `window` values around each, fewer at the ends; NaNs do not count."""
+    there = np.isfinite(values)
+    total, count = (np.convolve(v, np.ones(window)) for v in (np.where(there, values, 0.0), there.astype(float)))
+    middle = slice(window // 2, window // 2 + len(values))
+    return np.divide(total[middle], count[middle], out=np.full(len(values), np.nan), where=count[middle] > 0)
+
+
+def _metrics(run: Path) -> Records:
+    if not (run / "metrics.jsonl").exists():
+        raise ConfigError(f"{run}: no metrics.jsonl there; name a run's folder, such as runs/<name>")
+    return read_jsonl(run / "metrics.jsonl")
+
+
+def _curve(axis: Axes, records: Records, key: str, color: str) -> bool:
+    """Every step faintly, and a running mean over a 25th of them; says whether there was anything to draw."""
+    points = [(r["step"], math.nan if r[key] is None else r[key]) for r in records if key in r]
+    if not points:
+        return False
+    steps, values = np.array(points, float).T
+    window = max(1, 2 * (len(points) // 50) + 1)
+    if window > 1:
+        axis.plot(steps, values, color=color, lw=0.7, alpha=0.25)
+    axis.plot(steps, smooth(values, window), color=color, lw=1.7, marker="" if len(points) > 1 else ".")
+    return True
+
+
+def _evaluations(axis: Axes, runs: list[Records]) -> None:
+    """A marker a set; its colour is the run's, or, of a single run, the set's own, since the first is then the training curve's."""
+    sets = sorted({k.removeprefix("eval.").rsplit(".", 1)[0] for records in runs for r in records for k in r if k.startswith("eval.")})
+    last = max((r["step"] for records in runs for r in records), default=0)
+    legend = [Line2D([], [], color=COLORS[0] if len(runs) == 1 else "#666666", lw=1.7, label="training batches")]
+    for i, name in enumerate(sets):
+        own, marker = COLORS[1 + i % (len(COLORS) - 1)], MARKERS[i % len(MARKERS)]
+        aside = 0.01 * last * (i - (len(sets) - 1) / 2)  # sets that are equally good stay visible side by side
+        for j, records in enumerate(runs):
+            found = [(r["step"], r[f"eval.{name}.correct"], r[f"eval.{name}.n"]) for r in records if r.get(f"eval.{name}.n")]
+            shares = np.array([(step + aside, correct / n, *wilson(correct, n)) for step, correct, n in found]).reshape(-1, 4)
+            steps, share, low, high = shares.T
+            style = {"marker": marker, "ms": 4.5, "mec": "white", "mew": 0.5, "lw": 0, "elinewidth": 0.9, "zorder": 3}
+            axis.errorbar(steps, share, [share - low, high - share], color=own if len(runs) == 1 else COLORS[j % len(COLORS)], **style)
+        color = own if len(runs) == 1 else "#666666"
+        legend.append(Line2D([], [], lw=0, marker=marker, ms=5, color=color, label=name.replace("_", " ")))
+    if sets:
+        axis.legend(handles=legend, fontsize=8, loc="best")

@@ -1,0 +1,59 @@
+"""The doctor says ok, note, warning or problem, the last two with a remedy, and writes nothing."""
+
+import pytest
+from test_checkpoint import META, flip, make_state, mesh_of
+from test_log import config
+
+from medrlvr_jax import checkpoint, doctor, log
+from medrlvr_jax.config import CheckpointConfig, ConfigError
+
+
+def test_the_machine():
+    lines, ok = doctor.report(None)
+    assert ok
+    text = "\n".join(lines)
+    assert "8 × cpu" in text and "host memory" in text and "orbax-checkpoint" in text and "GiB free" in text
+
+
+def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["jax>=99", "no-such-package", "wandb; extra == 'wandb'"])
+    problems = [str(f) for f in doctor._packages() if f.mark == "problem"]
+    assert "pip install 'jax>=99'" in problems[0] and "no-such-package is not installed" in problems[1] and len(problems) == 2
+
+
+def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_model", lambda config: iter(()))
+    c = config(tmp_path)
+    with log.Run(c, 3) as run:
+        checkpoints = checkpoint.Checkpoints(run.path / "checkpoints", CheckpointConfig(), META)
+        for step in (1, 2):
+            checkpoints.save(step, make_state(mesh_of(2, 2, 2)))
+        checkpoints.close()
+        lines, ok = doctor.report(c)
+        assert not ok and any(line.startswith("problem") and "in use by process" in line for line in lines)
+    flip(run.path / "checkpoints" / "2" / "meta" / "metadata")
+    before = sorted(tmp_path.rglob("*"))
+    lines, ok = doctor.report(c)
+    assert ok and "ok       checkpoint 1 is there" in lines
+    assert any(line.startswith("warning") and "checkpoint 2 is damaged: meta/metadata does not hold" in line for line in lines)
+    lines, ok = doctor.report(config(tmp_path, seed=5))
+    assert not ok and any("seed: 0 there, 5 now" in line for line in lines)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_training_refuses_is_a_problem(tmp_path, monkeypatch):
+    def refuse(config):
+        yield doctor.Finding("ok", "mesh")
+        raise ConfigError("sample.questions: 3 must divide by 8")
+
+    monkeypatch.setattr(doctor, "_model", refuse)
+    lines, ok = doctor.report(config(tmp_path))
+    assert not ok and "problem  sample.questions: 3 must divide by 8" in lines
+
+
+@pytest.mark.parametrize(("moments", "enough"), [("float32", False), ("bfloat16", True)])
+def test_room_for_the_checkpoints(tmp_path, monkeypatch, moments, enough):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("usage", (), {"free": 3 * 8 * 1000 + 3 * 12 * 1000}))
+    policy = {"lr": 1e-4, "moments": moments}  # n = 1000: 4 + 2 × 4 or 4 + 2 × 2 bytes each, with a critic of 4 + 2 × 4, three times
+    [finding] = doctor._room(config(tmp_path, learn={"policy": policy, "critic": {"lr": 1e-3}}), 1000)
+    assert (finding.mark == "ok") == enough

@@ -1,0 +1,60 @@
+"""Intervals against published values; pictures that draw what there is and do not touch pyplot."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from medrlvr_jax import log, report
+from medrlvr_jax.config import ConfigError
+
+
+def test_wilson_against_known_values():
+    # Newcombe, Statistics in Medicine 17 (1998) 857–872, table I, method 3.
+    for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+        assert report.wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
+    assert report.wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
+    assert report.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_smooth_is_a_running_mean_that_ignores_what_is_missing():
+    assert report.smooth(np.array([1.0, 2.0, 6.0]), 3) == pytest.approx([1.5, 3.0, 4.0])
+    assert report.smooth(np.array([1.0, np.nan, 6.0]), 3) == pytest.approx([1.0, 3.5, 6.0])
+    assert report.smooth(np.array([1.0, 2.0]), 5) == pytest.approx([1.5, 1.5])
+    assert np.isnan(report.smooth(np.array([np.nan]), 1)).all()
+    values = np.arange(40.0)
+    assert report.smooth(values, 5)[2:-2] == pytest.approx(values[2:-2])
+
+
+def test_table_has_before_and_after():
+    before, after = {"n": 1273, "correct": 400, "format_ok": 0}, {"n": 1273, "correct": 700, "format_ok": 1273}
+    text = report.table({"name": "run", "eval": {"medqa": {"before": before, "after": after}, "late_only": {"after": after}}})
+    assert "31.4 % (28.9–34.0)" in text and "55.0 % (52.2–57.7)" in text and "100.0 % (99.7–100.0)" in text
+    assert "–" in text.splitlines()[-1] and "1,273" in text
+
+
+@pytest.fixture
+def runs(tmp_path):
+    random = np.random.default_rng(0)
+    for name, n in (("long", 120), ("short", 1)):
+        counts = {"eval.dev.n": 50, "eval.dev.correct": 10, "eval.dev.format_ok": 50, "eval.none.n": 0, "eval.none.correct": 0}
+        records = [{"step": 0, **counts}] + [
+            {"step": k, "reward": random.normal(), "accuracy": 0.3, "format_ok": 1.0, "response_length": 80, "kl": None}
+            for k in range(1, n)
+        ]
+        (tmp_path / name).mkdir()
+        log.append(tmp_path / name / "metrics.jsonl", records)
+    return tmp_path
+
+
+@pytest.mark.parametrize("names", [["short"], ["long"] * 9])
+def test_curves_draw_what_there_is(runs, names):
+    report.curves([runs / name for name in names], runs / "curves.png")
+    data = (runs / "curves.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and 1200 < int.from_bytes(data[16:20]) < 2000
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_curves_say_which_folder_is_no_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"no metrics\.jsonl there"):
+        report.curves([tmp_path], tmp_path / "curves.png")
