@@ -69,9 +69,9 @@ MALFORMED = (
 
 STEMS = {  # without a history, and with
     "train": (
-        ("A {age}-year-old {sex} has {findings}.", " History: {history}."),
+        ("A {age}-year-old {sex} has {findings}.", " Note: {history}."),
         ("A {sex} of {age} presents with {findings}.", " Known {history}."),
-        ("A {age}-year-old {sex} comes in with {findings}.", " Past history of {history}."),
+        ("A {age}-year-old {sex} comes in with {findings}.", " Relevant now: {history}."),
     ),
     "out_of_distribution": (
         ("Seen today in clinic: {findings}, in a {sex} aged {age}.", " The chart mentions {history}."),
