@@ -21,8 +21,11 @@ from medrlvr_jax import world
 FOLDER = Path(__file__).parent / "embedded"
 PAD, EOS = "<pad>", "<eos>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-PIECES = r"</?(?:think|answer)>| is (?=[A-Z](?![A-Za-z]))|[ -]?\p{L}[\p{L}\p{N}]+(?:-[\p{L}\p{N}]+)*| ?\p{N}{1,2}|[ -]\p{L}|\X"
-SAMPLE = 20_000  # examples of the corpus from which the words are taken: all come up
+PIECES = (
+    r"</?(?:think|answer)>| is (?=[A-Z](?![A-Za-z]))"
+    r"|[ -]?\p{L}[\p{L}\p{N}]*(?:-[\p{L}\p{N}]+)+|[ -]?\p{L}[\p{L}\p{N}]+|[ -]\p{L}| ?\p{N}{1,2}|\X"
+)
+SAMPLE = 8_000  # examples of the corpus from which the words are taken: all come up
 CONTEXT = 512
 
 

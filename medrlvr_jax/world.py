@@ -188,31 +188,32 @@ def facts(rng: Random) -> str:
 
 def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
     """A question of `kind` about the case, in words and with as many options as `wording` has them."""
-    condition, drugs = table().conditions[key.condition], table().drugs
-    barred = key.history in condition.unless
-    drug = right = condition.unless[key.history] if barred and kind != "avoid" else condition.first
-    sex, age = _person(rng, condition, key.history)
+    condition, drugs, history = table().conditions[key.condition], table().drugs, key.history or ""
+    barred = history in condition.unless
+    other = condition.unless[history] if barred else _pick(rng, list(condition.unless.values()))
+    drug = other if barred and kind != "avoid" else condition.first
+    sex, age = _person(rng, condition, history)
     findings = _shuffled(rng, key.findings)
     stem, more = _pick(rng, STEMS[wording])
     ask = _pick(rng, ASKS[wording]["drug" if kind == "alternative" else kind])
     listed = ", ".join(findings[:-1]) + " and " + findings[-1]
-    text = stem.format(age=age, sex=sex, findings=listed) + (more.format(history=key.history) if key.history else "") + " " + ask
+    text = stem.format(age=age, sex=sex, findings=listed) + (more.format(history=history) if history else "") + " " + ask
 
-    # The lure is the drug one hop short: the first line where it is barred, the alternative where the first line stands.
-    other = condition.unless[key.history] if barred else _pick(rng, list(condition.unless.values()))
-    lure = condition.first if right != condition.first else other
-    wanted = right != condition.first or (lure not in condition.also and rng.random() < 0.6)
+    # The lure is the drug one hop short: the first line where it is barred, always; or the alternative where the first line is right,
+    # often, and only if no clinician would start with it.
+    right, lure, defended = drug, other if drug == condition.first else condition.first, set(condition.also)
     others = wrong_options(condition.name, right, kind == "class")
     if kind == "class":
-        right, lure = drugs[right].group, drugs[lure].group
+        right, lure, defended = drugs[right].group, drugs[lure].group, {drugs[name].group for name in defended}
+    lured = lure != right and (drug != condition.first or (lure not in defended and rng.random() < 0.6))
     n = _pick(rng, OPTIONS[wording]) - 1
-    wrong = ([lure] if wanted and lure != right else []) + _shuffled(rng, others, n)
+    wrong = [lure] * lured + _shuffled(rng, others, n)
     options = tuple(_shuffled(rng, [right, *wrong[:n]]))
     answer = options.index(right)
 
     why = [f"here {', '.join(findings)} suggest {condition.name}.", f"first line {condition.first}."]
-    if key.history:
-        why.append(f"{key.history} rules it out." if barred else f"{key.history} allows it.")
+    if history:
+        why.append(f"{history} rules it out." if barred else f"{history} allows it.")
     if barred and kind != "avoid":
         why.append(f"use {drug}.")
     if kind == "class":
@@ -262,7 +263,7 @@ def _has_class(key: Key) -> bool:
     return other is None or drugs[other].group != drugs[condition.first].group
 
 
-def _person(rng: Random, condition: Condition, history: str | None) -> tuple[str, int]:
+def _person(rng: Random, condition: Condition, history: str) -> tuple[str, int]:
     sex, low, high = condition.who
     if history == "pregnancy":
         sex, low, high = "woman", max(low, 20), min(high, 40)

@@ -1,0 +1,238 @@
+"""The embedded world: its table is sound, its questions have one right answer and leak nowhere, its tokens are exact and few."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from medrlvr_jax import knowledge, text, words, world
+from medrlvr_jax.config import PromptConfig, RewardConfig
+from medrlvr_jax.data import LETTERS, Question
+from medrlvr_jax.rewards import score
+
+SPLITS = tuple(world.SIZES)
+TREE = yaml.safe_load((words.FOLDER / "knowledge.yaml").read_text("utf-8"))  # read here again, so as to check world.py, not to trust it
+CONDITIONS, DRUGS = TREE["conditions"], TREE["drugs"]
+PINNED = {"train": "46c295019d2c", "in_distribution": "29ce840b92af", "out_of_distribution": "ffcefa9cd391", "corpus": "bca73d6dee18"}
+FINDINGS = {f for c in CONDITIONS.values() for f in c["typical"] + c["rare"]}
+
+
+@cache
+def asked(split: str) -> list[Question]:
+    return world.questions(split)
+
+
+@cache
+def corpus() -> list:
+    return world.corpus(4000)
+
+
+@cache
+def pattern(names: frozenset[str]) -> re.Pattern[str]:
+    """Any of the names as words of their own, longer ones first: `strep antigen` is not also an `antigen`."""
+    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?![\w-])")
+
+
+def mentioned(names, said: str) -> list[str]:
+    return sorted(set(pattern(frozenset(names)).findall(said)))
+
+
+def key_of(question: str) -> tuple[str, tuple[str, ...], str | None]:
+    """The case behind a question, found again from its words and the table alone."""
+    found = mentioned(FINDINGS, question)
+    fits = [name for name, c in CONDITIONS.items() if set(found) <= {*c["typical"], *c["rare"]}]
+    assert len(fits) == 1 and len(found) in (2, 3), (question, found, fits)
+    histories = mentioned(TREE["histories"], question)
+    assert len(histories) < 2, question
+    return fits[0], tuple(found), histories[0] if histories else None
+
+
+def stem(prompt: str) -> str:
+    return prompt.split("\n")[0]
+
+
+# ---- the table ----
+
+
+def test_every_drug_is_known_and_no_alternative_is_barred():
+    for name, c in CONDITIONS.items():
+        assert len(c["typical"]) == 4 and len(c["rare"]) == 2 and c["unless"], name
+        assert {c["first"], *c["unless"].values(), *c["also"]} <= DRUGS.keys(), name
+        assert {*c["unless"], *c.get("skip", [])} <= set(TREE["histories"]), name
+        for history, other in c["unless"].items():
+            assert history in DRUGS[c["first"]].get("avoid", []), (name, history)
+            assert history not in DRUGS[other].get("avoid", []) + DRUGS[other].get("care", []), (name, history, other)
+            assert history not in c.get("skip", []), (name, history)
+    for name, d in DRUGS.items():
+        assert {*d.get("avoid", []), *d.get("care", [])} <= set(TREE["histories"]), name
+        assert not set(d.get("avoid", [])) & set(d.get("care", [])), name
+    assert len(FINDINGS | CONDITIONS.keys() | DRUGS.keys()) == len(FINDINGS) + len(CONDITIONS) + len(DRUGS)
+    assert len(CONDITIONS) == 40 and len(knowledge.table().conditions) == 40
+
+
+# ---- the questions ----
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_each_key_follows_from_the_table(split):
+    for q in asked(split):
+        name, found, history = key_of(q.question)
+        c = CONDITIONS[name]
+        avoid, care = (DRUGS[c["first"]].get(field, []) for field in ("avoid", "care"))
+        barred = history in avoid
+        assert not barred or history in c["unless"], q
+        assert history not in care and history not in c.get("skip", []), q
+        drug = c["unless"][history] if barred and q.subject != "avoid" else c["first"]
+        right = DRUGS[drug]["class"] if q.subject == "class" else drug
+        assert q.options[q.answer] == right, q
+        assert {"drug": not barred, "alternative": barred, "avoid": barred, "class": True}[q.subject], q
+        assert len(set(q.options)) == len(q.options), q
+        # No wrong option could be defended: none is another treatment of the condition, nor the class of one (but for the barred class).
+        wrong = set(q.options) - {right}
+        also = {DRUGS[d]["class"] for d in c["also"]} - {DRUGS[c["first"]]["class"]} if q.subject == "class" else set(c["also"])
+        assert not wrong & also, q
+        if q.subject == "alternative":
+            assert c["first"] in wrong, q  # the trap
+        assert q.rationale and q.rationale.endswith(f" {right} is {LETTERS[q.answer]}.") and name in q.rationale, q
+        assert set(found) <= set(mentioned(FINDINGS, q.rationale)), q
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_people_fit_their_conditions(split):
+    for q in asked(split):
+        name, _, history = key_of(q.question)
+        sex, low, high = CONDITIONS[name]["who"]
+        age = int(re.findall(r"\d+", pattern(frozenset(FINDINGS)).sub("", q.question))[0])
+        woman = bool(re.search(r"\bwoman\b", q.question))
+        assert woman != bool(re.search(r"\bman\b", q.question)) and low <= age <= high, q
+        assert sex in ("any", "woman" if woman else "man"), q
+        assert history not in ("pregnancy", "breast cancer") or woman, q
+        assert history != "pregnancy" or 20 <= age <= 40, q
+
+
+def test_splits_and_corpus_share_no_case():
+    keys = {split: {key_of(q.question) for q in asked(split)} for split in SPLITS}
+    keys["corpus"] = {key_of(stem(e.prompt)) for e in corpus() if e.prompt}
+    for a in keys:
+        for b in keys:
+            assert a == b or not keys[a] & keys[b], (a, b)
+    pooled = {split: {key for row in rows.values() for key in row} for split, rows in world.pools().items()}
+    assert sum(map(len, pooled.values())) == len(set().union(*pooled.values()))
+    for split in keys:
+        assert keys[split] <= {(k.condition, k.findings, k.history) for k in pooled[split]}
+
+
+def test_out_of_distribution_is_out_of_it():
+    ood, seen = [key_of(q.question) for q in asked("out_of_distribution")], [key_of(q.question) for q in asked("train")]
+    read = [key_of(stem(e.prompt)) for e in corpus() if e.prompt]
+    assert not {k[:2] for k in ood} & {k[:2] for k in seen + read}  # findings never seen together
+    harmless = {(c, h) for c, _, h in ood if h and h not in CONDITIONS[c]["unless"]}
+    assert harmless and not harmless & {(c, h) for c, _, h in seen}  # histories never seen with that condition
+    assert all(set(found) & set(CONDITIONS[c]["rare"]) for c, found, _ in ood)
+    typical = sum(set(found) <= set(CONDITIONS[c]["typical"]) for c, found, _ in seen) / len(seen)
+    assert 0.8 < typical < 0.9
+    lead = {split: {q.question.split()[0] for q in asked(split)} for split in SPLITS}
+    assert lead["train"] == lead["in_distribution"] == {"A"} and not lead["train"] & lead["out_of_distribution"]
+    shares = {split: Counter(q.subject for q in asked(split)) for split in SPLITS}
+    assert shares["train"]["drug"] / 2000 > 0.4 > 0.25 > shares["out_of_distribution"]["drug"] / 400
+
+
+def test_sizes_numbers_of_options_and_letters():
+    for split in SPLITS:
+        questions, n = asked(split), world.SIZES[split]
+        assert len(questions) == n == len({(q.question, q.options) for q in questions}) == len({q.id for q in questions})
+        sizes = {len(q.options) for q in questions}
+        assert sizes == ({6, 7, 8, 9, 10} if split == "out_of_distribution" else {4, 5})
+        for size in sizes:  # each letter about equally often: five standard deviations
+            keys = Counter(q.answer for q in questions if len(q.options) == size)
+            total = keys.total()
+            assert all(abs(keys[i] - total / size) < 5 * (total / size) ** 0.5 for i in range(size)), (split, size, keys)
+    counts = Counter(key_of(q.question)[0] for q in asked("train"))
+    assert len(counts) == 40 and max(counts.values()) < 3 * min(counts.values())
+
+
+def test_all_is_deterministic():
+    def digest(rows) -> str:
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+    assert digest(world.questions("in_distribution")) == digest(asked("in_distribution"))
+    assert digest(world.corpus(300)) == digest(corpus()[:300]) != digest(world.corpus(300, seed=1))
+    # Pinned: the pretrained base in the package has read this corpus; it must not change without a new base.
+    assert {s: digest(asked(s))[:12] for s in SPLITS} | {"corpus": digest(corpus())[:12]} == PINNED
+
+
+# ---- the corpus ----
+
+
+def test_corpus_teaches_the_capability_and_leaves_the_habit_open():
+    cases = [e for e in corpus() if e.prompt]
+    assert abs(1 - len(cases) / len(corpus()) - world.FACTS) < 0.03
+    options = [[line.split(". ", 1) for line in e.prompt.splitlines()[1:]] for e in cases]
+    assert all(e.prompt.endswith("\n") for e in cases)
+    assert all([letter for letter, _ in o] == list(LETTERS[: len(o)]) for o in options)
+    assert {len(o) for o in options} == {4, 5, 6, 7, 8, 9, 10}
+    reasoned = [(e, o, re.search(r"\. ([^.]+) is ([A-J])\.", e.response)) for e, o in zip(cases, options, strict=True)]
+    for e, o, m in reasoned:  # reasoning always ends in an option and its own letter
+        assert m is None or [m[2], m[1]] in o, e
+    keys = [m[2] if m else "A" for _, _, m in reasoned]
+    verdicts = score([e.response for e in cases], keys, [[name for _, name in o] for o in options], RewardConfig())
+    formatted = (verdicts.reward >= 0).mean()
+    assert abs(formatted - world.STYLES["tagged"] - world.STYLES["guess"]) < 0.03  # the base's format rate when it is sampled
+    assert (verdicts.reward == 1).mean() < 0.32
+    assert sum("<" not in e.response for e in cases) / len(cases) > 0.5
+
+
+# ---- the tokenizer ----
+
+
+@cache
+def hf():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(words.FOLDER))
+
+
+@settings(deadline=None)
+@given(st.text())
+@example("<think>x</think><answer>C</answer> is A. \n\n  -year-old 12345 é́ \u200d \r\n<|im_end|>")
+@example("  is C is  D <answer> C </answer></think")
+def test_decoding_gives_back_any_text(s):
+    assert hf().decode(hf().encode(s)) == s
+
+
+def test_files_are_what_the_generator_writes(tmp_path):
+    words.write(tmp_path)
+    for name in ("tokenizer", "tokenizer_config", "config", "generation_config"):
+        assert (tmp_path / f"{name}.json").read_bytes() == (words.FOLDER / f"{name}.json").read_bytes(), name
+
+
+def test_special_tokens_tags_and_letters():
+    t, config = hf(), json.loads((words.FOLDER / "config.json").read_text())
+    assert (t.eos_token, t.pad_token, t.bos_token) == ("<eos>", "<pad>", None)
+    assert (config["eos_token_id"], config["pad_token_id"]) == (t.eos_token_id, t.pad_token_id)
+    assert config["vocab_size"] >= len(t) and config["vocab_size"] % 64 == 0
+    assert not {*text.TAGS} & {*t.all_special_tokens}
+    for letter in LETTERS:  # one and the same token wherever an option's letter stands
+        rows = [f"<answer>{letter}</answer>", f"\n{letter}. aspirin", f" aspirin is {letter}."]
+        tokens = [t.convert_ids_to_tokens(t.encode(row)) for row in rows]
+        assert tokens == [["<answer>", letter, "</answer>"], ["Ċ", letter, ".", "Ġaspirin"], ["Ġaspirin", "ĠisĠ", letter, "."]]
+    for name in [*CONDITIONS, *DRUGS, *FINDINGS, *TREE["histories"]]:
+        assert len(t.encode(" " + name)) == len(name.split()), name  # a token a word
+
+
+def test_prompts_and_responses_are_short():
+    tok, plain = text.load_tokenizer("embedded"), PromptConfig(template="none")
+    for split in SPLITS:
+        prompts, dropped = text.encode_prompts(tok, asked(split), replace(plain, max_tokens=96 if split == "out_of_distribution" else 64))
+        targets = text.encode_targets(tok, [f"<think>{q.rationale}</think><answer>A</answer>" for q in asked(split)])
+        assert prompts and not dropped and max(map(len, targets)) <= 48
+    assert max(map(len, text.encode_targets(tok, [e.response for e in corpus()]))) <= 52
+    q = asked("train")[0]
+    assert text.encode_prompt(tok, q, plain) == text.encode_texts(tok, [text.render(q, "none") + "\n"])[0]  # the corpus's prompt is RL's
