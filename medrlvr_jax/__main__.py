@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument("config", metavar="CONFIG.yaml")
         c.add_argument("settings", **settings)
     c = command("eval", "answer the config's eval.sets with a run's checkpoint, or with the config's own model")
-    c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a folder such as runs/quickstart, or a config file: then its model.path is evaluated")
+    c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a run's folder, or a config: then its model.path is evaluated")
     c.add_argument("settings", **settings)
     c.add_argument("--step", type=int, help="the run's checkpoint to take; the newest unless given")
     c.add_argument("--out", type=Path, help="folder for one JSONL of answers per set and eval.json; default RUN/eval-<step>")
@@ -55,13 +55,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from medrlvr_jax.checkpoint import CheckpointError
     from medrlvr_jax.config import ConfigError
 
     try:
         return globals()[f"run_{args.command}"](args)
-    except ConfigError as e:
+    except (ConfigError, CheckpointError) as e:
         print(f"medrlvr {args.command}: {e}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(e, ConfigError) else 1
 
 
 def run_train(args: argparse.Namespace) -> int:

@@ -3,14 +3,20 @@
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
 
 import pydantic
 import yaml
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-section = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+def section(cls: type[T]) -> type[T]:
+    return dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(cls)  # pyright: ignore[reportReturnType]
+
 
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=0)]
@@ -84,7 +90,7 @@ class AdvantageConfig:
     estimator: Literal["gae", "group", "group_mean", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "gae"
     gamma: Share = 1.0
     lam: Share = 1.0
-    whiten: bool = True  # gae and reinforce_pp: zero mean, unit variance over the step's tokens
+    whiten: bool = True  # gae and reinforce_pp…: zero mean, unit variance over the step's tokens
     std_ddof: Literal[0, 1] = 1  # group: 1 as verl, TRL and OpenRLHF; 0 as simply and EasyDeL
     std_eps: Weight = 1e-6  # group: 1e-6 as verl, 1e-4 as TRL, 1e-9 as OpenRLHF
     reward_clip: Annotated[float, Field(gt=0)] = 10.0  # rewards are clipped to ± this
@@ -128,7 +134,7 @@ class OptimConfig:
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Weight = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    moments: Literal["float32", "bfloat16"] = "float32"
+    moments: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment
 
 
 @section
@@ -311,11 +317,16 @@ def _cross_checks(c: Config) -> list[str]:
     if c.advantage.estimator != "gae" and c.learn.critic is not None:
         out.append(f"learn.critic: {c.advantage.estimator} has no use for a critic; set learn.critic to null, or take estimator gae")
     if c.advantage.estimator in ("group", "group_mean", "rloo", "reinforce_pp_baseline") and c.sample.samples < 2:
-        out.append(f"sample.samples: {c.sample.samples}: {c.advantage.estimator} compares samples of one question, so at least 2 are needed")
+        compared = f"{c.advantage.estimator} compares samples of one question"
+        out.append(f"sample.samples: {c.sample.samples}: {compared}, so at least 2 are needed")
     if c.sample.min_new_tokens >= c.sample.max_new_tokens:
         out.append(f"sample.min_new_tokens: {c.sample.min_new_tokens} must be below sample.max_new_tokens = {c.sample.max_new_tokens}")
     if c.sample.temperature == 0:
         out.append("sample.temperature: 0 is greedy, and greedy rollouts teach nothing; set it above 0 (eval.temperature may be 0)")
+    if c.kl.coef > 0 and c.kl.into == "loss" and c.kl.estimator == "k1":
+        out.append("kl.estimator: k1 in the loss has an expected gradient of zero; take k3 (GRPO) or k2, or put it into reward")
+    if c.loss.surrogate == "cispo" and (c.loss.ratio_cap or c.loss.dual_clip):
+        out.append("loss.surrogate: cispo has no use for loss.ratio_cap or loss.dual_clip; set them to null")
     if c.kl.target is not None and not (c.kl.coef > 0 and c.kl.into == "reward"):
         out.append(f"kl.target: {c.kl.target}: the adaptive coefficient needs kl.coef > 0 and kl.into reward")
     if c.eval.samples > 1 and c.eval.temperature == 0:

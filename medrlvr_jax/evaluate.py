@@ -1,15 +1,19 @@
 """Evaluation: the first half of a training step, over whole sets, with the training's own sampler and reward."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from medrlvr_jax import data
-from medrlvr_jax.build import Parts
-from medrlvr_jax.config import ConfigError, SampleConfig
+from medrlvr_jax import data, hf, log
+from medrlvr_jax.build import Parts, abstract_policy, build, load_params, make_relay
+from medrlvr_jax.checkpoint import restore_params
+from medrlvr_jax.config import ConfigError, SampleConfig, load
 from medrlvr_jax.experience import Encoded, encode, sample_and_score
+from medrlvr_jax.report import table
 from medrlvr_jax.types import Params
 
 NOISE = 2**31 + 1  # folded into the seed: evaluation draws from a stream of its own, the same at every step
@@ -21,7 +25,8 @@ def load_sets(parts: Parts) -> dict[str, Encoded]:
     for name, spec in parts.config.eval.sets.items():
         sets[name] = encode(parts.tokenizer, data.load(spec), parts.config)
         if not sets[name].questions:
-            raise ConfigError(f"eval.sets.{name}: no question of {spec.path} fits prompt.max_tokens = {parts.config.prompt.max_tokens}; raise it")
+            limit = parts.config.prompt.max_tokens
+            raise ConfigError(f"eval.sets.{name}: no question of {spec.path} fits prompt.max_tokens = {limit}; raise it")
     return sets
 
 
@@ -78,10 +83,55 @@ def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:
     }
 
 
-def evaluate_sets(parts: Parts, decode_params: Params, sets: dict[str, Encoded], run) -> dict[str, Any]:
-    """Evaluate each set of a run and write its rows to `eval/<set>.<step>.jsonl`; flat `eval.<set>.<count>` metrics."""
+def evaluate_sets(parts: Parts, decode_params: Params, sets: dict[str, Encoded], run: log.Run) -> dict[str, Any]:
+    """Every set of a run in training; flat `eval.<set>.<count>` metrics."""
     metrics = {}
     for name, encoded in sets.items():
-        counts, rows = evaluate(parts, decode_params, encoded, lambda done, n, name=name: run.progress(f"eval {name}", done, n))
+        counts, _ = evaluate(parts, decode_params, encoded, lambda done, n, name=name: run.progress(f"eval {name}", done, n))
         metrics |= {f"eval.{name}.{k}": v for k, v in counts.items()}
     return metrics
+
+
+def open_source(source: Path, settings: list[str], step: int | None) -> tuple[Parts, Params, Path]:
+    """A run's policy (by default its newest), or the model that a config names; and a folder to write to."""
+    if source.is_dir():
+        if not (source / "config.yaml").is_file():
+            raise ConfigError(f"{source}: no config.yaml in it; give a run's folder, such as runs/quickstart, or a config file")
+        parts = build(load(source / "config.yaml", settings))
+        with jax.set_mesh(parts.mesh):
+            params, step = restore_params(source / "checkpoints", abstract_policy(parts), step)
+        return parts, params, source / f"eval-{step}"
+    parts = build(load(source, settings))
+    with jax.set_mesh(parts.mesh):
+        return parts, load_params(parts, parts.cfg), Path(parts.config.runs) / parts.config.name / "eval-0"
+
+
+def evaluate_source(source: Path, settings: list[str], step: int | None, out: Path | None) -> int:
+    """`medrlvr eval`: one JSONL of answers a set, eval.json with the counts, and a table."""
+    parts, params, folder = open_source(source, settings, step)
+    folder = out or folder
+    if (folder / "eval.json").exists():
+        raise ConfigError(f"{folder}: it holds an evaluation already; give another --out")
+    sets = load_sets(parts)
+    if not sets:
+        raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")
+    folder.mkdir(parents=True, exist_ok=True)
+    console, results = log.Console(len(sets)), {}
+    with jax.set_mesh(parts.mesh):
+        decode_params = make_relay(parts)(params)
+        for name, encoded in sets.items():
+            counts, rows = evaluate(parts, decode_params, encoded, lambda done, n, name=name: console.progress(f"eval {name}", done, n))
+            results[name] = counts
+            log.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    console.close()
+    log.write_json(folder / "eval.json", {"source": str(source), "eval": results, "versions": log.versions()})
+    print(table({"eval": {name: {"after": counts} for name, counts in results.items()}}))
+    print(f"answers: {folder}")
+    return 0
+
+
+def export(run: Path, out: Path, step: int | None, dtype: str | None) -> None:
+    """`medrlvr export`: a run's policy as a Hugging Face directory."""
+    parts, params, _ = open_source(run, [], step)
+    hf.save_params(params, parts.cfg, parts.config.model.path, out, dtype)
+    print(out)

@@ -21,7 +21,11 @@ from medrlvr_jax.sample import generate
 from medrlvr_jax.sharding import place_rows, to_host
 from medrlvr_jax.types import Array, Assessment, Experience, Params, Prompts, Rollout
 
-PROMPT_STEP = 32  # prompt widths are multiples of this, so that few shapes are compiled
+WIDTH_STEP = 16  # widths are multiples of this, so that few shapes are compiled
+
+
+def width(longest: int) -> int:
+    return -(-longest // WIDTH_STEP) * WIDTH_STEP
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Encoded:
 
     @property
     def width(self) -> int:
-        return -(-max(map(len, self.tokens)) // PROMPT_STEP) * PROMPT_STEP
+        return width(max(map(len, self.tokens)))
 
     def prompts(self, index: Sequence[int] | np.ndarray, pad_id: int) -> Prompts:
         return text.pad_prompts([self.tokens[i] for i in index], self.ids[np.asarray(index)], self.width, pad_id)

@@ -12,7 +12,7 @@ import numpy as np
 from medrlvr_jax import data, evaluate, sharding, text
 from medrlvr_jax.build import Parts, build, init_learner, make_relay, total_steps, updates_in
 from medrlvr_jax.config import Config, ConfigError
-from medrlvr_jax.experience import PROMPT_STEP
+from medrlvr_jax.experience import width
 from medrlvr_jax.learn import compile_learn, make_optimizer, nll_objective
 from medrlvr_jax.train import drive
 from medrlvr_jax.types import Experience, TrainState
@@ -22,10 +22,14 @@ def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int]:
     """(prompt, target) tokens of every row, and how many were dropped for their length."""
     c, tok = parts.config, parts.tokenizer
     if c.sft.target == "text":
-        rows = [(text.encode_text(tok, e.prompt) or [tok.stop_ids[0]], text.encode_target(tok, e.response)) for e in data.load_text(c.data)]
+        examples = data.load_text(c.data)
+        prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, [e.prompt for e in examples])]
+        targets = [e.response for e in examples]
     else:
         questions = data.load(c.data)
-        rows = [(text.encode_prompt(tok, q, c.prompt), text.encode_target(tok, text.sft_target(q, c.sft.target))) for q in questions]
+        prompts = [text.encode_prompt(tok, q, c.prompt) for q in questions]
+        targets = [text.sft_target(q, c.sft.target) for q in questions]
+    rows = list(zip(prompts, text.encode_targets(tok, targets), strict=True))
     kept = [r for r in rows if len(r[0]) <= c.prompt.max_tokens and len(r[1]) <= c.sft.max_new_tokens]
     if not kept:
         raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")
@@ -49,7 +53,7 @@ def sft(config: Config) -> dict[str, Any]:
     rows, dropped = encode_pairs(parts)
     steps = total_steps(config, len(rows))
     sets = evaluate.load_sets(parts)
-    widths = tuple(-(-max(len(r[i]) for r in rows) // PROMPT_STEP) * PROMPT_STEP for i in (0, 1))
+    widths = width(max(len(r[0]) for r in rows)), width(max(len(r[1]) for r in rows))
     with jax.set_mesh(parts.mesh):
         tx = make_optimizer(config.learn.policy, updates_in(config, steps))
         learner, placed = init_learner(parts, parts.cfg, tx)

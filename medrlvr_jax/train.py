@@ -25,7 +25,7 @@ import numpy as np
 from medrlvr_jax import data, evaluate, log, sharding
 from medrlvr_jax.build import Parts, build, init_learner, load_params, make_relay, total_steps, updates_in
 from medrlvr_jax.checkpoint import Checkpoints
-from medrlvr_jax.config import Config
+from medrlvr_jax.config import Config, ConfigError
 from medrlvr_jax.experience import Encoded, Scored, collect, encode
 from medrlvr_jax.learn import adapt_kl, compile_learn, critic_objective, make_optimizer, policy_objective
 from medrlvr_jax.losses import explained_variance
@@ -52,11 +52,13 @@ def train(config: Config) -> dict[str, Any]:
         return drive(parts, sets, steps, state, one, programs.relay, notices)
 
 
-def drive(parts: Parts, sets: dict[str, Encoded], steps: int, state: TrainState, one: Any, relay: Any, notices: list[str]) -> dict[str, Any]:
+def drive(
+    parts: Parts, sets: dict[str, Encoded], steps: int, state: TrainState, one: Any, relay: Any, notices: list[str]
+) -> dict[str, Any]:
     """The loop around any step: resume, evaluate, record, checkpoint, stop when asked. `one`: (state, step) → (state, metrics, samples)."""
     config = parts.config
     with log.Run(config, steps) as run:
-        checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta)
+        checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice)
         state, done = checkpoints.restore_newest(state)
         run.resume(done)
         for text in notices:

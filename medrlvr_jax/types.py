@@ -5,7 +5,7 @@ Absence is `None`: no reference model, no critic, nothing truncated.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 
@@ -13,7 +13,11 @@ Array = Any  # jax.Array on the device, numpy on the host
 Params = Any
 
 
-def pytree(cls):
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type[T]) -> type[T]:
     """A frozen dataclass whose fields are all children. No checks inside: JAX rebuilds it at every unflatten."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
@@ -24,7 +28,7 @@ class Mean(NamedTuple):
     total: Array
     count: Array
 
-    def __add__(self, other):
+    def __add__(self, other):  # pyright: ignore[reportIncompatibleMethodOverride]  # adds, where tuples join
         return Mean(self.total + other.total, self.count + other.count)
 
     def value(self):
