@@ -1,0 +1,147 @@
+"""Our decoder computes what transformers computes: logits and greedy tokens of each family, with every norm and bias at work.
+
+Against transformers itself where torch is installed, else (and as well) against its stored numbers. When a change of
+transformers is meant: `python tests/make_parity.py`.
+"""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from make_parity import FAMILIES, GOLDEN, NEW, case, reference, weights, write
+
+from medrlvr_jax import hf, model, sharding
+from medrlvr_jax.config import MeshConfig
+
+TOLERANCE = 3e-5  # logits reach 5; float32 sums in another order differ by 5e-6 to 8e-6
+ONE = MeshConfig()
+
+
+def load(path, cfg, dtype="float32", mesh=ONE, devices=1):
+    mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
+    return hf.load_params(path, cfg, sharding.shardings(abstract(cfg), mesh, sharding.TRAIN), dtype)
+
+
+@cache
+def abstract(cfg):
+    return jax.eval_shape(partial(model.init, cfg), jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory):
+    @cache
+    def make(family):
+        return write(tmp_path_factory.mktemp(family), FAMILIES[family], weights(FAMILIES[family]))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ours(directory):
+    """Family -> our logits, laid out as `reference` lays out transformers', and our greedy tokens."""
+
+    @cache
+    def compute(family):
+        cfg = hf.read_config(directory(family))
+        params, c = load(directory(family), cfg), case()
+        width, groups = c.prompts.shape[1], c.tokens.shape[1]
+
+        @jax.jit
+        def score(params):
+            prompt, _ = model.Decoder(cfg).apply({"params": params}, c.prompts, c.mask, None)
+            # One column more than there are tokens: its state is the one after the last token.
+            own = model.hidden_states(params, cfg, c.prompts, c.mask, jnp.pad(c.tokens, ((0, 0), (0, 0), (0, 1))))
+            return model.logits(params, cfg, prompt), model.logits(params, cfg, own)
+
+        prompt, own = score(params)
+        repeated = np.repeat(np.asarray(prompt)[:, None], groups, 1)
+        np.testing.assert_allclose(own[:, :, 0], repeated[:, :, -1], rtol=0, atol=TOLERANCE)  # the state before the first response token
+        rows = np.concatenate([repeated, own[:, :, 1:]], 2)
+        real = np.concatenate([np.repeat(c.mask[:, None], groups, 1), np.ones_like(c.tokens, bool)], 2)
+        assert rows.shape[2] == width + c.tokens.shape[2]
+        return {"logits": np.where(real[..., None], rows, 0), "greedy": greedy(params, cfg, c)}
+
+    return compute
+
+
+def greedy(params, cfg, c):
+    """`prefill`, then one `decode_step` a token, two samples of each question side by side."""
+    rows, groups, layers = len(c.prompts), 2, model.split_layers(params, cfg)
+    hidden, (keys, values) = jax.jit(partial(model.prefill, cfg=cfg))(params, prompts=c.prompts, prompt_mask=c.mask)
+    empty = jnp.zeros((rows, groups, cfg.kv_heads, NEW, cfg.head_dim))
+    caches = [model.Cache(keys[i], values[i], empty, empty) for i in range(cfg.layers)]
+
+    @jax.jit
+    def step(params, layers, tokens, caches, t):
+        hidden, grown = model.decode_step(params, cfg, layers, tokens, c.mask, caches, t)
+        return jnp.argmax(model.logits(params, cfg, hidden), -1), grown
+
+    tokens = jnp.repeat(jnp.argmax(model.logits(params, cfg, hidden), -1)[:, None], groups, 1)
+    out = [tokens]
+    for t in range(NEW - 1):
+        tokens, caches = step(params, layers, tokens, caches, t)
+        out.append(tokens)
+    both = np.stack(out, -1)
+    np.testing.assert_array_equal(both[:, 0], both[:, 1])
+    return both[:, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_transformers_was(family, ours):
+    golden = np.load(GOLDEN)
+    np.testing.assert_allclose(ours(family)["logits"], golden[f"{family}.logits"], rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(ours(family)["greedy"], golden[f"{family}.greedy"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_transformers_is(family, ours, directory, record_property):
+    pytest.importorskip("torch")
+    theirs = reference(directory(family))
+    record_property("max_abs_difference", float(np.abs(ours(family)["logits"] - theirs["logits"]).max()))
+    np.testing.assert_allclose(ours(family)["logits"], theirs["logits"], rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(ours(family)["greedy"], theirs["greedy"])
+
+
+def test_every_norm_and_bias_matters(directory):
+    """So a forgotten one would fail the tests above: each, made neutral in one layer, moves the logits."""
+    c = case()
+    for family in ("qwen2_untied", "qwen3"):
+        cfg = hf.read_config(directory(family))
+        score = jax.jit(lambda p, cfg=cfg: model.logits(p, cfg, model.Decoder(cfg).apply({"params": p}, c.prompts, c.mask, None)[0]))
+        flat = flatten_dict(load(directory(family), cfg))
+        whole = np.asarray(score(unflatten_dict(flat)))
+        for key in [key for key in flat if key[-1].endswith(("norm", "bias"))]:
+            for layer in range(cfg.layers) if key[0] == "layers" else [...]:
+                without = unflatten_dict(flat | {key: flat[key].at[layer].set(key[-1].endswith("norm"))})
+                moved = np.abs(np.asarray(score(without)) - whole)[c.mask].max()
+                assert moved > 100 * TOLERANCE, (family, key, layer, moved)
+
+
+def test_llama3_frequencies():
+    pytest.importorskip("torch")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = model.RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](
+        LlamaConfig(
+            hidden_size=2048,
+            num_attention_heads=32,
+            max_position_embeddings=131072,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
+        "cpu",
+    )
+    cfg = model.DecoderConfig(8, 2048, 1, 32, 8, 64, 8, 5e5, 1e-5, True, rope_scaling=scaling)
+    cos, sin = model.rope_tables(jnp.ones(()), cfg)
+    np.testing.assert_allclose(np.arctan2(sin, cos), theirs.numpy(), rtol=2e-6)
