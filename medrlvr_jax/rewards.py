@@ -1,0 +1,350 @@
+"""Med-RLVR's verifiable reward: the format first, then the letter. One function scores training and evaluation.
+
+Two rules (arXiv 2502.19655). White space is ASCII's six, space \\t \\n \\v \\f \\r; tags count only as spelled here, lower case, nothing
+inside; letters are the capitals A.. of the question's own options, ASCII only, so look-alikes of other scripts are not letters.
+
+paper   the lenient rule, loopholes included: the first match anywhere of
+            <think> at least one character, whatever it is </think> white space <answer> white space X white space </answer>
+        for X an option's letter and white space possibly none. It is the leftmost shortest match of the regular expression
+        `(?s)<think>.+?</think>\\s*<answer>\\s*([A-E])\\s*</answer>`. So a thought of blanks is a thought; a thought may hold tags, since
+        it runs from the first `<think>`; and a letter that is no option makes its place no place, and the search goes on.
+strict  the whole completion is one <think> with more than white space in it, closed, and one <answer> that holds X, or X with `.`, `)`
+        or `:` and this option's own text, spelled the same. White space may stand around the tags and the answer, nothing else;
+        each of the four tags stands exactly once.
+
+How: Arrow lays a block of completions out as one run of UTF-8 bytes; one pass finds every `<`, and those that begin a tag become a
+table in the order of the text. Both rules are arithmetic on that table; the bytes between tags are looked at again only where white
+space must be stepped over, long runs of it by Arrow's RE2 kernel. Every step is linear in the bytes, whatever they are. (Why no string
+kernel for the tags: one call tells of one tag, at 0.2 µs a row, and a rule needs five; and the plain `find_substring` reads 0.5 GB/s.)
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from medrlvr_jax.config import RewardConfig
+
+LETTERS = "ABCDEFGHIJ"
+WHITE = b" \t\n\v\f\r"
+BLOCK = 4096  # rows judged at once: their 5 MB and what is computed of them stay in the cache, which halves the time
+TAGS = (b"<think>", b"</think>", b"<answer>", b"</answer>")
+THINK, END_THINK, ANSWER, END_ANSWER = 1, 2, 3, 4  # the kinds of tag; 0 is no tag
+
+REASONS = {  # every value of `Verdicts.reason`; where several would fit, the first of a mode's own order is given
+    "correct": "the key's letter",
+    "wrong": "another option's letter",
+    "no_think": "no <think>",
+    "unclosed_think": "no </think> (paper: none after the first <think>)",
+    "no_answer": "no <answer>",
+    "unclosed_answer": "no </answer> (paper: none right after an <answer> that follows a thought)",
+    "text_between": "more than white space between </think> and <answer> (paper: everywhere)",
+    "empty_think": "nothing in the thought (strict: nothing but white space)",
+    "empty_answer": "nothing but white space in the answer",
+    "not_one_letter": "the answer is not a letter: several, lower case, a look-alike, a text",
+    "letter_not_an_option": "the answer is a capital that this question does not offer",
+    "other_text": "strict: a letter, then a text that is not this option's own",
+    "several_answers": "strict: more than one <answer> among the first five tags",
+    "repeated_tags": "strict: another tag more than once among the first five tags; so nested thoughts, too",
+    "tags_out_of_order": "strict: each tag once, but not as <think> </think> <answer> </answer>",
+    "text_before_think": "strict: more than white space before <think>",
+    "text_after_answer": "strict: more than white space after </answer>",
+}
+_code = list(REASONS).index
+
+
+class DataError(ValueError):
+    """Input that cannot be scored: the message names the file, the line, the field, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What the rule says of each of N completions."""
+
+    reward: np.ndarray  # float32 [N]
+    format_ok: np.ndarray  # bool [N]
+    correct: np.ndarray  # bool [N]
+    answer: np.ndarray  # str [N], the letter; "" where the format failed
+    reason: np.ndarray  # str [N], a key of REASONS
+
+
+def score(completions: Sequence[str], answers: Sequence[str], options: Sequence[Sequence[str]], config: RewardConfig) -> Verdicts:
+    """Judge completion i by its key letter `answers[i]` and its question's own 2 to 10 `options[i]`, each by itself.
+
+    `DataError` if the three differ in length, or a row has too few or too many options, or a key that is none of them.
+    """
+    n = len(completions)
+    if not n == len(answers) == len(options):
+        raise DataError(f"{n} completions, {len(answers)} answers, {len(options)} lists of options: give one of each for every row")
+    count = np.fromiter(map(len, options), np.int64, n)
+    place = {letter: i for i, letter in enumerate(LETTERS)}
+    key = np.array([place.get(a, len(LETTERS)) for a in answers], np.int64)
+    bad = np.flatnonzero((count < 2) | (count > len(LETTERS)) | (key >= count)).tolist()
+    if bad:
+        i = bad[0]
+        raise DataError(f"row {i}: answer {_brief(answers[i])} with {count[i]} options: 2 to 10 options and the letter of one are needed")
+    letter, fault = np.empty(n, np.int64), np.empty(n, np.int64)
+    for i in range(0, n, BLOCK):
+        rows = slice(i, i + BLOCK)
+        batch = _lay_out(completions[rows], i)
+        tags = _find_tags(batch)
+        letter[rows], fault[rows] = (
+            _paper(batch, tags, count[rows]) if config.mode == "paper" else _strict(batch, tags, count[rows], options[rows])
+        )
+    format_ok, correct = letter >= 0, letter == key
+    worth = np.array([config.unformatted, config.wrong, config.correct], np.float32)
+    return Verdicts(
+        reward=worth[format_ok.astype(np.int8) + correct],
+        format_ok=format_ok,
+        correct=correct,
+        answer=np.array([*LETTERS, ""])[letter],
+        reason=np.array(list(REASONS))[np.where(correct, _code("correct"), np.where(format_ok, _code("wrong"), fault))],
+    )
+
+
+class _Batch(NamedTuple):
+    """N completions end to end, and a few bytes more, so that a tag's length can be read at any place."""
+
+    data: pa.Buffer
+    text: np.ndarray  # uint8, the same bytes
+    bounds: np.ndarray  # int64 [N+1], row i is text[bounds[i]:bounds[i + 1]]
+
+
+class _Tags(NamedTuple):
+    """All tags of a batch, M of them, in the order of the text; and one more of kind 0 and no row, so that there is a next one."""
+
+    kind: np.ndarray  # int8 [M+2]
+    row: np.ndarray  # int64 [M+2]
+    start: np.ndarray  # int64 [M+2], into _Batch.text
+    end: np.ndarray  # int64 [M+2]
+
+
+def _lay_out(completions: Sequence[str], before: int) -> _Batch:
+    rows = [*completions, "\0" * 8]
+    try:
+        array = pa.array(rows, pa.large_string())
+    except UnicodeEncodeError:  # a lone surrogate, which a tokenizer may give: three bytes that no tag or letter has
+        array = pa.array([row.encode("utf-8", "surrogatepass") for row in rows], pa.large_binary())
+    if array.null_count:
+        row = before + array.is_null().index(True).as_py()
+        raise DataError(f"row {row}: its completion is None: an empty completion is an empty text")
+    _, bounds, data = array.buffers()
+    return _Batch(data, np.frombuffer(data, np.uint8), np.frombuffer(bounds, np.int64, len(rows)))
+
+
+def _find_tags(batch: _Batch) -> _Tags:
+    """The eight bytes at every `<` are one integer: four comparisons tell what stands there."""
+    start = np.flatnonzero(batch.text == ord("<"))
+    word = np.ndarray(len(batch.text) - 7, "<u8", batch.text, strides=(1,))[start]
+    kind = np.zeros(len(start), np.int8)
+    for k, tag in enumerate(TAGS, 1):
+        known = min(len(tag), 8)
+        kind += np.int8(k) * (word & ((1 << 8 * known) - 1) == int.from_bytes(tag[:known], "little"))
+    nine = np.flatnonzero(kind == END_ANSWER)
+    kind[nine[batch.text[start[nine] + 8] != ord(">")]] = 0
+    kind, start = kind[kind > 0], start[kind > 0]
+    end = start + np.array([0, *map(len, TAGS)])[kind]
+    row = np.searchsorted(batch.bounds, start, "right") - 1
+    whole = end <= batch.bounds[row + 1]  # not begun in one row and ended in the next
+    kind, row, start, end = (column[whole] for column in (kind, row, start, end))
+    return _Tags(np.append(kind, [0, 0]), np.append(row, [-1, -1]), np.append(start, [0, 0]), np.append(end, [0, 0]))
+
+
+def _skip_white(batch: _Batch, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Where each span's first byte that is not white space stands, or the span's end. Spans in the order of the text, none overlap."""
+    at = start.copy()
+    white = np.isin(np.arange(256), list(WHITE))
+    for _ in range(2):  # nearly every run is this short; the kernel, with its 0.2 µs a row, is for the others
+        at += (at < end) & white[batch.text[at]]
+    todo = np.flatnonzero((at < end) & white[batch.text[at]])
+    start, end = at[todo], end[todo]
+    edges = np.stack([start, end], 1).ravel()
+    # The spans are every second element of one array over the batch's own bytes; what lies between them is null, so it is not read.
+    offsets, valid = pa.py_buffer(np.append(edges, edges[-1:] if len(edges) else 0)), pa.py_buffer(b"\x55" * (len(todo) // 4 + 1))
+    spans = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(edges), [valid, offsets, batch.data])
+    found = pc.find_substring_regex(spans, r"[^ \t-\r]")  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+    found = found.fill_null(-1).to_numpy()[::2]
+    at[todo] = np.where(found < 0, end, start + found)
+    return at
+
+
+def _read_letter(batch: _Batch, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each span's first byte after white space: where, which letter (0 is A; -1: no capital), and whether only white space follows."""
+    at = _skip_white(batch, start, end)
+    letter = batch.text[at].astype(np.int64) - ord("A")
+    letter[(at >= end) | (letter < 0) | (letter >= 26)] = -1
+    return at, letter, (at < end) & (_skip_white(batch, np.minimum(at + 1, end), end) == end)
+
+
+def _paper(batch: _Batch, tags: _Tags, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Letter [N], -1 where there is none, and fault [N], a code of REASONS, by the lenient rule.
+
+    Every `</think>` after its row's first `<think>` is tried; the tests grow harder, so a row fails for what stopped the best of them.
+    """
+    n = len(count)
+    fault = np.full(n, _code("no_think"))
+    first = np.flatnonzero(tags.kind == THINK)[::-1]  # backwards, so that a row's first is written last
+    opened = np.full(n, len(batch.text))
+    opened[tags.row[first]] = tags.end[first]
+    fault[tags.row[first]] = _code("unclosed_think")
+
+    j = np.flatnonzero(tags.kind == END_THINK)
+    j = j[tags.start[j] >= opened[tags.row[j]]]
+    answered = np.zeros(n, bool)
+    answered[tags.row[tags.kind == ANSWER]] = True
+    fault[tags.row[j]] = np.where(answered[tags.row[j]], _code("text_between"), _code("no_answer"))
+    j = j[(tags.row[j + 1] == tags.row[j]) & (tags.kind[j + 1] == ANSWER)]
+    j = j[_skip_white(batch, tags.end[j], tags.start[j + 1]) == tags.start[j + 1]]
+    fault[tags.row[j]] = _code("unclosed_answer")
+    j = j[(tags.row[j + 2] == tags.row[j]) & (tags.kind[j + 2] == END_ANSWER)]
+    fault[tags.row[j]] = _code("empty_answer")
+
+    row = tags.row[j]
+    at, letter, alone = _read_letter(batch, tags.end[j + 1], tags.start[j + 2])
+    passed = at < tags.start[j + 2]
+    fault[row[passed]] = _code("not_one_letter")
+    passed &= alone & (letter >= 0)
+    fault[row[passed]] = _code("letter_not_an_option")
+    passed &= letter < count[row]
+    fault[row[passed]] = _code("empty_think")
+    passed &= tags.start[j] > opened[row]
+
+    out = np.full(n, -1)
+    out[row[passed][::-1]] = letter[passed][::-1]
+    return out, fault
+
+
+def _strict(batch: _Batch, tags: _Tags, count: np.ndarray, options: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Letter [N], -1 where there is none, and fault [N], a code of REASONS, by the rule that the exploits do not satisfy.
+
+    Five tags suffice to judge a layout of four: with a fifth, one of the kinds is there twice.
+    """
+    n = len(count)
+    total = np.bincount(tags.row[:-2], minlength=n)
+    first = np.cumsum(total) - total
+    nth = np.arange(5)[:, None]
+    kind = np.where(nth < total, tags.kind[np.minimum(first + nth, len(tags.kind) - 1)], 0)  # [5, n]
+    times = [(kind == k).sum(0) for k in range(5)]
+    faults = {
+        "several_answers": times[ANSWER] > 1,
+        "repeated_tags": np.max(times[1:], axis=0) > 1,
+        "no_think": times[THINK] == 0,
+        "unclosed_think": times[END_THINK] == 0,
+        "no_answer": times[ANSWER] == 0,
+        "unclosed_answer": times[END_ANSWER] == 0,
+    }
+    fault = np.select(list(faults.values()), list(map(_code, faults)), _code("tags_out_of_order"))
+
+    row = np.flatnonzero((kind.T == [THINK, END_THINK, ANSWER, END_ANSWER, 0]).all(1))
+    j = first[row]
+    begin, end = batch.bounds[row], batch.bounds[row + 1]
+    at, letter, alone = _read_letter(batch, tags.end[j + 2], tags.start[j + 3])
+    marked = (letter >= 0) & ~alone & np.isin(batch.text[at + 1], list(b".):"))
+    own = marked & (letter < count[row])
+    where = (column[own].tolist() for column in (at + 2, tags.start[j + 3], row, letter))
+    own[own] = [_is_text(batch.data[a:b], options[i][k]) for a, b, i, k in zip(*where, strict=True)]
+    faults = {
+        "text_before_think": _skip_white(batch, begin, tags.start[j]) < tags.start[j],
+        "empty_think": _skip_white(batch, tags.end[j], tags.start[j + 1]) == tags.start[j + 1],
+        "text_between": _skip_white(batch, tags.end[j + 1], tags.start[j + 2]) < tags.start[j + 2],
+        "text_after_answer": _skip_white(batch, tags.end[j + 3], end) < end,
+        "empty_answer": at == tags.start[j + 3],
+        "not_one_letter": (letter < 0) | ~(alone | marked),
+        "letter_not_an_option": letter >= count[row],
+        "other_text": marked & ~own,
+    }
+    fault[row] = np.select(list(faults.values()), list(map(_code, faults)), _code("correct"))
+    good = fault[row] == _code("correct")
+    out = np.full(n, -1)
+    out[row[good]] = letter[good]
+    return out, fault
+
+
+def _is_text(found: pa.Buffer, option: str) -> bool:
+    own = option.encode("utf-8", "surrogatepass").strip(WHITE)
+    return own != b"" and found.to_pybytes().strip(WHITE) == own
+
+
+def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, overwrite: bool = False) -> int:
+    """Score a JSONL file into another, line by line in the same order, and return how many lines.
+
+    In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}`, 2 to 10 options, other fields ignored.
+    Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of REASONS}`.
+    A line that cannot be scored raises `DataError`, and then there is no output at all: the file gets its name when it is whole.
+    """
+    source, target = Path(in_path), Path(out_path)
+    if not source.exists():
+        raise DataError(f"{source}: no such file; give a JSONL file of completions, answers and options")
+    if not target.parent.is_dir():
+        raise DataError(f"{target}: its folder does not exist; make {target.parent} first")
+    if target.exists() and (not overwrite or target.samefile(source)):
+        raise DataError(f"{target}: exists already, and is not overwritten; give another name or move it away")
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    worth, lines = [config.unformatted, config.wrong, config.correct], 0  # the settings' own numbers, not float32's
+    try:
+        with part.open("x", encoding="utf-8", newline="\n") as file:
+            for block in _blocks(source):
+                completions, answers, options = zip(*block, strict=True)
+                verdicts = score(completions, answers, options, config)
+                rank = (verdicts.format_ok.astype(int) + verdicts.correct).tolist()
+                for r, answer, reason in zip(rank, verdicts.answer.tolist(), verdicts.reason.tolist(), strict=True):
+                    line = {"reward": worth[r], "format_ok": r > 0, "answer": answer or None, "reason": reason}
+                    file.write(json.dumps(line) + "\n")
+                lines += len(block)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    return lines
+
+
+def _blocks(source: Path, most_rows: int = BLOCK, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, str, list[str]]]]:
+    """The file's records, as many at a time as are good for speed and kind to memory."""
+    block, size = [], 0
+    with source.open("rb") as file:  # bytes, since only \n ends a line of JSON: str.splitlines knows nine more ends
+        for number, line in enumerate(file, 1):
+            block.append(_record(line, f"{source}, line {number}"))
+            size += len(line)
+            if len(block) >= most_rows or size >= most_bytes:
+                yield block
+                block, size = [], 0
+    if block:
+        yield block
+
+
+def _record(line: bytes, where: str) -> tuple[str, str, list[str]]:
+    """Completion, key letter and options of one line, or a `DataError` that says what is wrong with it."""
+    try:
+        tree = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: {_brief(line)} is not UTF-8 JSON ({e}); write one object a line, and no empty lines") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{where}: {_brief(tree)} is not an object; write {{\"completion\": …, \"answer\": …, \"options\": …}}")
+    for name in ("completion", "answer", "options"):
+        if name not in tree:
+            raise DataError(f"{where}: {name}: missing; the line has {_brief(list(tree))}")
+    completion, answer, options = tree["completion"], tree["answer"], tree["options"]
+    if not isinstance(completion, str):
+        raise DataError(f"{where}: completion: {_brief(completion)} is not a text; an empty completion is \"\"")
+    if isinstance(options, dict):
+        if sorted(options) != list(LETTERS[: len(options)]):
+            raise DataError(f"{where}: options: the letters {_brief(list(options))} must be A, B, … without a gap")
+        options = [options[letter] for letter in sorted(options)]
+    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
+        raise DataError(f"{where}: options: {_brief(options)}: give 2 to 10 texts, as a list or as {{\"A\": …, \"B\": …}}")
+    for letter, text in zip(LETTERS, options, strict=False):
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: options: {letter} is {_brief(text)}; every option needs a text")
+    if not isinstance(answer, str) or answer not in list(LETTERS[: len(options)]):
+        raise DataError(f"{where}: answer: {_brief(answer)} is not a letter from A to {LETTERS[len(options) - 1]}, as there are options")
+    return completion, answer, options
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"

@@ -1,0 +1,130 @@
+"""Time `score` against a loop over compiled regular expressions that gives the same verdicts.
+
+    python tests/bench_reward.py [rows] [pairs]
+
+100,000 completions of 200 to 2,000 characters, all kinds of verdict, one call. Each pair times the loop and then `score` on the same rows;
+the ratio is the median over the pairs. `plain` is the pattern as one writes it down; `tuned` is the fastest loop found, with the pattern
+unrolled at every `<` and the paper's thought skipped by `str.find`. One JSON line a mode.
+"""
+
+import json
+import random
+import re
+import statistics
+import sys
+import time
+
+import numpy as np
+
+from medrlvr_jax.config import RewardConfig
+from medrlvr_jax.rewards import score
+
+TERMS = """the patient presents with fever chest pain dyspnea on exertion an elevated troponin level suggests myocardial infarction
+warfarin inhibits vitamin K epoxide reductase INR < 2.0 and LDL >100 mg/dL so option B is less likely than C given a history of
+hypertension (BP 150/90 mmHg), beta-blockers reduce mortality; however, the most appropriate next step in management is therefore""".split()
+OPTIONS = ["Coronary angiography", "Chest X-ray", "Transthoracic echocardiography", "Troponin measurement", "Watchful waiting"]
+WHITE = r"[ \t\n\v\f\r]*"
+TAG = r"</?(?:think|answer)>"
+PLAIN = {
+    "paper": re.compile(rf"<think>.+?</think>{WHITE}<answer>{WHITE}([A-E]){WHITE}</answer>", re.S),
+    "strict": re.compile(
+        rf"{WHITE}<think>((?:(?!{TAG}).)*)</think>{WHITE}<answer>{WHITE}([A-E])(?:[.):]((?:(?!{TAG}).)*))?{WHITE}</answer>{WHITE}", re.S
+    ),
+}
+TUNED = {
+    "paper": re.compile(rf"</think>{WHITE}<answer>{WHITE}([A-E]){WHITE}</answer>"),
+    "strict": re.compile(
+        rf"{WHITE}<think>([^<]*(?:<(?!/?(?:think|answer)>)[^<]*)*)</think>{WHITE}<answer>{WHITE}([A-E])"
+        rf"(?:[.):]([^<]*(?:<(?!/?(?:think|answer)>)[^<]*)*))?{WHITE}</answer>{WHITE}"
+    ),
+}
+ASCII_WHITE = " \t\n\v\f\r"
+
+
+def completion(rng: random.Random) -> str:
+    """Mostly well formed, as in the middle of training; the rest spread over the failures, thought lengths over 200 to 2,000."""
+    thought = " ".join(rng.choices(TERMS, k=rng.randint(30, 300))) + rng.choice([""] * 9 + [" β₁"])  # one in ten is not ASCII
+    letter = rng.choice("ABCDE")
+    text = f"{letter}{rng.choice('.):')} {OPTIONS['ABCDE'.index(letter)]}"
+    kind = rng.random()
+    if kind < 0.60:
+        return f"<think>{thought}</think>\n<answer>{letter}</answer>"
+    if kind < 0.70:
+        return f"<think>\n{thought}\n</think>\n\n<answer> {text} </answer>\n"
+    if kind < 0.78:
+        return f"{thought}<think>ok</think><answer>{letter}</answer>"
+    return rng.choice(
+        [
+            thought,
+            f"<think>{thought}",
+            f"<think>{thought}</think>\nThe answer is {letter}.",
+            f"<think>{thought}</think>\n<answer>A, B, C, D, E</answer>",
+            f"<think>{thought}</think>\n<answer>{letter}</answer><answer>A</answer>",
+            f"<think>{thought}</think> So: <answer>{letter}</answer>",
+            f"<think></think><answer>{letter}</answer> {thought}",
+            f"<think>{thought}</think>\n<answer>{letter}. Aspirin</answer>",
+            f"<think>{thought}</think>\n<answer>Ｃ</answer>",
+        ]
+    )
+
+
+def loop(mode: str, pattern: re.Pattern, completions: list[str], answers: list[str], options: list[list[str]], tuned: bool):
+    """All of Verdicts but the reason, one completion at a time. Five options everywhere spare the loop a choice of pattern."""
+    rewards, letters, format_ok, correct = [], [], [], []
+    for i, text in enumerate(completions):
+        letter = ""
+        if mode == "strict":
+            if (m := pattern.fullmatch(text)) and m[1].strip(ASCII_WHITE):
+                own = m[3] is None or m[3].strip(ASCII_WHITE) == options[i]["ABCDE".index(m[2])].strip(ASCII_WHITE)
+                letter = m[2] if own else ""
+        elif tuned:
+            opened = text.find("<think>")
+            m = pattern.search(text, opened + 8) if opened >= 0 else None
+            letter = m[1] if m else ""
+        elif m := pattern.search(text):
+            letter = m[1]
+        letters.append(letter)
+        format_ok.append(letter != "")
+        correct.append(letter == answers[i])
+        rewards.append(-1.0 if not letter else 1.0 if letter == answers[i] else 0.0)
+    return np.array(rewards, np.float32), np.array(format_ok), np.array(correct), np.array(letters)
+
+
+def timed(function, *args):
+    start = time.perf_counter()
+    out = function(*args)
+    return out, time.perf_counter() - start
+
+
+def main(rows: int = 100_000, pairs: int = 5) -> None:
+    rng = random.Random(0)
+    completions, answers = [completion(rng) for _ in range(rows)], rng.choices("ABCDE", k=rows)
+    options = [OPTIONS] * rows
+    lengths = sorted(map(len, completions))
+    for mode in ("paper", "strict"):
+        seconds = {"score": [], "plain": [], "tuned": []}
+        for _ in range(pairs):
+            completions = [c[:9] + c[9:] for c in completions]  # fresh, as a tokenizer gives them: Python keeps a str's UTF-8 once asked
+            (plain, t) = timed(loop, mode, PLAIN[mode], completions, answers, options, False)
+            seconds["plain"].append(t)
+            (tuned, t) = timed(loop, mode, TUNED[mode], completions, answers, options, True)
+            seconds["tuned"].append(t)
+            (got, t) = timed(score, completions, answers, options, RewardConfig(mode=mode))
+            seconds["score"].append(t)
+            for columns in (plain, tuned):
+                assert all(map(np.array_equal, columns, (got.reward, got.format_ok, got.correct, got.answer)))
+        ratio = {k: statistics.median(t / s for t, s in zip(seconds[k], seconds["score"], strict=True)) for k in ("plain", "tuned")}
+        figures = {
+            "mode": mode,
+            "rows": rows,
+            "characters": {"least": lengths[0], "median": lengths[rows // 2], "most": lengths[-1]},
+            "rewards": {str(v): int((got.reward == v).sum()) for v in (-1, 0, 1)},
+            "seconds": {k: round(statistics.median(v), 4) for k, v in seconds.items()},
+            "times_faster_than_plain": round(ratio["plain"], 1),
+            "times_faster_than_tuned": round(ratio["tuned"], 2),
+        }
+        print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,285 @@
+"""The reward rule against a corpus judged by hand, and against two references too slow to use and too plain to be wrong."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from medrlvr_jax.config import RewardConfig
+from medrlvr_jax.rewards import BLOCK, REASONS, DataError, score, score_file
+
+WHITE = " \t\n\v\f\r"
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+FOUR = ["Aspirin", "Heparin", "Warfarin", "Insulin"]
+MODES = ["paper", "strict"]
+CORPUS = [json.loads(line) for line in (Path(__file__).parent / "data" / "reward_corpus.jsonl").read_text("utf-8").splitlines()]
+
+
+def paper_reference(text: str, options: list[str]) -> str:
+    """Every start, every end behind it: the first pair that fits. Quadratic at least."""
+    for start in range(len(text)):
+        if not text.startswith("<think>", start):
+            continue
+        for end in range(start + len("<think>") + 1, len(text)):
+            if not text.startswith("</think>", end):
+                continue
+            rest = text[end + len("</think>") :].lstrip(WHITE)
+            if not rest.startswith("<answer>"):
+                continue
+            content, closed, _ = rest[len("<answer>") :].partition("</answer>")
+            if closed and content.strip(WHITE) in list("ABCDEFGHIJ"[: len(options)]):
+                return content.strip(WHITE)
+    return ""
+
+
+def strict_reference(text: str, options: list[str]) -> str:
+    """Take the four tags off one by one; then try every form of every option."""
+    text = text.strip(WHITE)
+    if any(text.count(tag) != 1 for tag in TAGS) or not (text.startswith("<think>") and text.endswith("</answer>")):
+        return ""
+    thought, _, rest = text.removeprefix("<think>").removesuffix("</answer>").partition("</think>")
+    between, _, content = rest.partition("<answer>")
+    if not thought.strip(WHITE) or between.strip(WHITE) or "<answer>" in thought or "</answer>" in thought:
+        return ""
+    content = content.strip(WHITE)
+    for letter, option in zip("ABCDEFGHIJ", options, strict=False):
+        own = option.strip(WHITE)
+        if content == letter or (own and content[:1] == letter and content[1:2] in (".", ")", ":") and content[2:].strip(WHITE) == own):
+            return letter
+    return ""
+
+
+REFERENCE = {"paper": paper_reference, "strict": strict_reference}
+
+
+def judge(mode: str, rows: list[dict]):
+    return score([r["completion"] for r in rows], [r["answer"] for r in rows], [r["options"] for r in rows], RewardConfig(mode=mode))
+
+
+def test_corpus_is_large_and_without_twins():
+    assert len(CORPUS) >= 300
+    assert len({(r["completion"], r["answer"], tuple(r["options"])) for r in CORPUS}) == len(CORPUS)
+    for mode in MODES:
+        assert min(sum(r[mode]["reward"] == value for r in CORPUS) for value in (-1, 0, 1)) >= 15
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_corpus_verdicts(mode):
+    """Precision and recall 1.0: not one line is judged otherwise than by hand; nor does the reference differ from the hand."""
+    got = judge(mode, CORPUS)
+    wrong = [
+        (row["note"], row[mode], answer, reason)
+        for row, reward, answer, reason in zip(CORPUS, got.reward, got.answer, got.reason, strict=True)
+        if (reward, answer) != (row[mode]["reward"], row[mode]["answer"] or "")
+    ]
+    assert wrong == []
+    assert [REFERENCE[mode](r["completion"], r["options"]) for r in CORPUS] == [r[mode]["answer"] or "" for r in CORPUS]
+    assert got.reward.dtype == np.float32 and got.format_ok.dtype == got.correct.dtype == bool
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_is_its_rows(mode):
+    """What stands in the other rows changes nothing: not a tag begun in one and ended in the next, not a lone surrogate."""
+    batch = judge(mode, CORPUS)
+    for i, row in enumerate(CORPUS):
+        alone = judge(mode, [row])
+        for field in ("reward", "format_ok", "correct", "answer", "reason"):
+            assert getattr(alone, field)[0] == getattr(batch, field)[i], (field, row["note"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reasons_fit_the_verdicts(mode):
+    got = judge(mode, CORPUS)
+    assert set(got.reason) <= set(REASONS)
+    assert np.array_equal(got.reason == "correct", got.reward == 1) and np.array_equal(got.reason == "wrong", got.reward == 0)
+    assert np.array_equal(got.answer != "", got.format_ok) and np.array_equal(got.correct, got.reward == 1)
+    if mode == "strict":
+        assert set(got.reason) == set(REASONS)
+
+
+@pytest.mark.parametrize(
+    ("completion", "paper", "strict"),
+    [
+        ("C", "no_think", "no_think"),
+        ("<think>x", "unclosed_think", "unclosed_think"),
+        ("</think><think>x<answer>C</answer>", "unclosed_think", "tags_out_of_order"),
+        ("<think>x</think>C", "no_answer", "no_answer"),
+        ("<think>x</think><answer>C", "unclosed_answer", "unclosed_answer"),
+        ("<think>x</think>so<answer>C</answer>", "text_between", "text_between"),
+        ("<think></think><answer>C</answer>", "empty_think", "empty_think"),
+        ("<think> </think><answer>C</answer>", "correct", "empty_think"),
+        ("<think>x</think><answer> </answer>", "empty_answer", "empty_answer"),
+        ("<think>x</think><answer>A or C</answer>", "not_one_letter", "not_one_letter"),
+        ("<think>x</think><answer>E</answer>", "letter_not_an_option", "letter_not_an_option"),
+        ("<think>x</think><answer>E. Warfarin</answer>", "not_one_letter", "letter_not_an_option"),
+        ("<think>x</think><answer>C. Aspirin</answer>", "not_one_letter", "other_text"),
+        ("<think>x</think><answer>C. Warfarin</answer>", "not_one_letter", "correct"),
+        ("<think>x</think><answer>C</answer><answer>A</answer>", "correct", "several_answers"),
+        ("<think><think>x</think><answer>C</answer>", "correct", "repeated_tags"),
+        ("so <think>x</think><answer>A</answer>", "wrong", "text_before_think"),
+        ("<think>x</think><answer>A</answer>.", "wrong", "text_after_answer"),
+    ],
+)
+def test_reasons(completion, paper, strict):
+    row = {"completion": completion, "answer": "C", "options": FOUR}
+    assert [judge(mode, [row]).reason[0] for mode in MODES] == [paper, strict]
+
+
+JUNK = ["A", "C", "E", "J", "Ｃ", "C. Warfarin", "A) Heparin", ".", "<", "</", "<th", "ink>", ">", "é", "\0", "\ud800", "x"]
+GAPS = st.lists(st.sampled_from(["", "", "", " ", "\n", "x", "\u00a0", *TAGS]), min_size=5, max_size=5)
+COMPLETIONS = st.one_of(
+    st.lists(st.sampled_from([*TAGS * 3, *WHITE, *JUNK]), max_size=12).map("".join),
+    GAPS.map(lambda gaps: "".join(a + b for a, b in zip(gaps, ["<think>", "x</think>", "<answer>", "C", "</answer>"], strict=True))),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(COMPLETIONS, st.integers(3, 10)), max_size=6), st.sampled_from(MODES))
+@example([("<think>x</think><ans", 4), ("wer>C</answer>", 4), ("", 4), ("<think>x</think><answer>C</answer>", 4)], "paper")
+@example([("<think>x</think><answer>C</answer", 4), (">", 4)], "strict")
+@example([("<think>a</think><answer>C</answer>", 4), ("</think>", 3), ("<answer>A</answer>", 3)], "paper")
+@example([("<think>a</think>", 4), ("<answer>C</answer>", 4), ("<think>a</think><answer>", 4), ("C</answer>", 4)], "paper")
+@example([("<think>a</think><answer>G.</answer>", 10)], "strict")
+def test_agrees_with_the_reference(rows, mode):
+    options = [[*FOUR, "x", "A", " ", ".", "<think>", "é"][:n] for _, n in rows]
+    completions = [completion for completion, _ in rows]
+    got = score(completions, ["C"] * len(rows), options, RewardConfig(mode=mode))
+    assert got.answer.tolist() == [REFERENCE[mode](c, o) for c, o in zip(completions, options, strict=True)]
+    assert np.array_equal(got.correct, got.answer == "C")
+
+
+def test_rewards_are_the_settings():
+    rows = [{"completion": f"<think>x</think><answer>{a}</answer>", "answer": "C", "options": FOUR} for a in ("C", "A", "E")]
+    config = RewardConfig(correct=2.5, wrong=-0.25, unformatted=-3)
+    got = score([r["completion"] for r in rows], "CCC", [FOUR] * 3, config)
+    assert got.reward.tolist() == [2.5, -0.25, -3]
+
+
+BAITS = {
+    "opening tags": "<think>",
+    "closing tags": "</think>",
+    "thoughts": "<think>x</think>",
+    "answers": "<answer>C</answer>",
+    "places without a letter": "<think>x</think> <answer> E </answer>",
+    "thoughts that almost reach an answer": "<think>x</think> \n\t ",
+    "answers that almost end": "<think>x</think><answer>C</answer",
+    "brackets": "<",
+    "half tags": "</",
+    "blanks": " ",
+    "lone surrogates": "\ud800",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("head", ["", "<think>x</think>", "<think>x</think><answer>C. "])
+def test_time_is_linear(mode, head):
+    """Baits that make backtracking quadratic or worse: four times the text takes at most ten times as long, 2 MB less than a second."""
+
+    def seconds(text):
+        start = time.perf_counter()
+        score([text], ["C"], [FOUR], RewardConfig(mode=mode))
+        return time.perf_counter() - start
+
+    for name, bait in BAITS.items():
+        small, large = ((head + bait * (size // len(bait)) + "</answer>") for size in (500_000, 2_000_000))
+        times = min(seconds(small) for _ in range(2)), min(seconds(large) for _ in range(2))
+        assert times[1] < max(10 * times[0], 0.05) and times[1] < 1, (name, times)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_large_and_dense(mode):
+    """10 MB in one completion, and 5,000 repeated tags in one of many rows, judged right and in time."""
+    gap = " \n" * 2_500_000
+    rows = [f"<think>{'x <' * 3_000_000}</think><answer>C</answer>", f"<think>{gap}x</think>{gap}<answer>C</answer>"]
+    rows += ["<think>a</think>" * 5000 + "<answer>C</answer>", "<think>" + "</think>" * 5000 + "<answer>C</answer>"]
+    start = time.perf_counter()
+    got = score(rows, ["C"] * 4, [FOUR] * 4, RewardConfig(mode=mode))
+    assert time.perf_counter() - start < 5
+    assert got.format_ok.tolist() == [True, True, mode == "paper", mode == "paper"]
+
+
+@pytest.mark.parametrize(
+    ("completions", "answers", "options", "complaint"),
+    [
+        (["x"], ["A", "B"], [FOUR], "1 completions, 2 answers"),
+        (["x", "y"], ["A", "E"], [FOUR, FOUR], "row 1: answer 'E' with 4 options"),
+        (["x"], ["AB"], [FOUR], "row 0: answer 'AB'"),
+        (["x"], [""], [FOUR], "row 0: answer ''"),
+        (["x"], ["A"], [["one"]], "1 options"),
+        (["x"], ["A"], [list("abcdefghijk")], "11 options"),
+        (["x", None], ["A", "A"], [FOUR, FOUR], "row 1: its completion is None"),
+    ],
+)
+def test_refuses_rows_that_do_not_fit(completions, answers, options, complaint):
+    with pytest.raises(DataError, match=complaint):
+        score(completions, answers, options, RewardConfig())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_file_gives_the_same_verdicts(tmp_path, mode):
+    """Line by line, in order, whether options are a list or a dict in any order, in one block or several."""
+    rows = CORPUS * 20
+    with (tmp_path / "in.jsonl").open("w", encoding="utf-8") as file:
+        for i, row in enumerate(rows):
+            options = dict(reversed(list(zip("ABCDEFGHIJ", row["options"], strict=False)))) if i % 2 else row["options"]
+            file.write(json.dumps({"completion": row["completion"], "answer": row["answer"], "options": options, "id": i}) + "\n")
+    assert score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(mode=mode, correct=0.1)) == len(rows) > 2 * BLOCK
+    got, batch = [json.loads(line) for line in (tmp_path / "out.jsonl").open()], judge(mode, rows)
+    assert [line["answer"] for line in got] == [row[mode]["answer"] for row in rows]
+    assert [line["reason"] for line in got] == batch.reason.tolist() and [line["format_ok"] for line in got] == batch.format_ok.tolist()
+    assert {line["reward"] for line in got} == {-1.0, 0.0, 0.1} and set(got[0]) == {"reward", "format_ok", "answer", "reason"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+GOOD = {"completion": "<think>x</think><answer>C</answer>", "answer": "C", "options": FOUR}
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b"", "no empty lines"),
+        (b"{", "is not UTF-8 JSON"),
+        (b'"\xff"', "is not UTF-8 JSON"),
+        (b"[" * 100_000, "is not UTF-8 JSON"),
+        (b"[]", r"\[\] is not an object"),
+        (json.dumps(GOOD | {"completion": None}).encode(), "completion: None is not a text"),
+        (json.dumps({"answer": "C", "options": FOUR}).encode(), "completion: missing; the line has"),
+        (json.dumps(GOOD | {"answer": "E"}).encode(), "answer: 'E' is not a letter from A to D"),
+        (json.dumps(GOOD | {"answer": "c"}).encode(), "answer: 'c'"),
+        (json.dumps(GOOD | {"answer": ["C"]}).encode(), r"answer: \['C'\]"),
+        (json.dumps(GOOD | {"answer": 2}).encode(), "answer: 2"),
+        (json.dumps(GOOD | {"options": "ABCD"}).encode(), "options: 'ABCD': give 2 to 10 texts"),
+        (json.dumps(GOOD | {"options": ["one"]}).encode(), "give 2 to 10 texts"),
+        (json.dumps(GOOD | {"options": list("abcdefghijk")}).encode(), "give 2 to 10 texts"),
+        (json.dumps(GOOD | {"options": ["a", "b", 3]}).encode(), "options: C is 3; every option needs a text"),
+        (json.dumps(GOOD | {"options": ["a", " ", "c"]}).encode(), "options: B is ' '"),
+        (json.dumps(GOOD | {"options": {"A": "a", "C": "c"}}).encode(), "must be A, B, … without a gap"),
+        (json.dumps(GOOD | {"options": {str(i): "a" for i in range(12)}}).encode(), "must be A, B, … without a gap"),
+    ],
+)
+def test_file_with_a_bad_line_is_refused_whole(tmp_path, line, complaint):
+    (tmp_path / "in.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
+    with pytest.raises(DataError, match=f"in.jsonl, line 2: .*{complaint}"):
+        score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig())
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_file_is_never_overwritten_unasked(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(GOOD))  # the last line may do without its end
+    target.write_text("precious")
+    with pytest.raises(DataError, match="exists already"):
+        score_file(source, target, RewardConfig())
+    assert target.read_text() == "precious"
+    assert score_file(source, target, RewardConfig(), overwrite=True) == 1
+    assert target.read_text() == '{"reward": 1.0, "format_ok": true, "answer": "C", "reason": "correct"}\n'
+    with pytest.raises(DataError, match="exists already"):
+        score_file(source, source, RewardConfig(), overwrite=True)
+    with pytest.raises(DataError, match="no such file"):
+        score_file(tmp_path / "none.jsonl", tmp_path / "new.jsonl", RewardConfig())
+    with pytest.raises(DataError, match="its folder does not exist"):
+        score_file(source, tmp_path / "none" / "new.jsonl", RewardConfig())
