@@ -137,7 +137,7 @@ COMPLETIONS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(COMPLETIONS, st.integers(3, 10)), max_size=6), st.sampled_from(MODES))
 @example([("<think>x</think><ans", 4), ("wer>C</answer>", 4), ("", 4), ("<think>x</think><answer>C</answer>", 4)], "paper")
 @example([("<think>x</think><answer>C</answer", 4), (">", 4)], "strict")
@@ -150,6 +150,8 @@ def test_agrees_with_the_reference(rows, mode):
     got = score(completions, ["C"] * len(rows), options, RewardConfig(mode=mode))
     assert got.answer.tolist() == [REFERENCE[mode](c, o) for c, o in zip(completions, options, strict=True)]
     assert np.array_equal(got.correct, got.answer == "C")
+    alone = [score([c], ["C"], [o], RewardConfig(mode=mode)).reason[0] for c, o in zip(completions, options, strict=True)]
+    assert got.reason.tolist() == alone
 
 
 def test_rewards_are_the_settings():
@@ -177,7 +179,7 @@ BAITS = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("head", ["", "<think>x</think>", "<think>x</think><answer>C. "])
 def test_time_is_linear(mode, head):
-    """Baits that make backtracking quadratic or worse: four times the text takes at most ten times as long, 2 MB less than a second."""
+    """Baits that make backtracking quadratic or worse: four times the text takes at most ten times as long, 1 MB less than a second."""
 
     def seconds(text):
         start = time.perf_counter()
@@ -185,7 +187,7 @@ def test_time_is_linear(mode, head):
         return time.perf_counter() - start
 
     for name, bait in BAITS.items():
-        small, large = ((head + bait * (size // len(bait)) + "</answer>") for size in (500_000, 2_000_000))
+        small, large = ((head + bait * (size // len(bait)) + "</answer>") for size in (250_000, 1_000_000))
         times = min(seconds(small) for _ in range(2)), min(seconds(large) for _ in range(2))
         assert times[1] < max(10 * times[0], 0.05) and times[1] < 1, (name, times)
 
