@@ -1,0 +1,207 @@
+"""The loop on a two-layer model: what must not matter (mesh, micro-batches, row order), what must, and that it learns."""
+
+import dataclasses
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medrlvr_jax import build, config, experience, learn, sample, sharding
+from medrlvr_jax.build import Parts
+from medrlvr_jax.model import DecoderConfig
+from medrlvr_jax.types import Mean, Prompts
+
+CFG = DecoderConfig(
+    vocab=64, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, rope_theta=1e4, norm_eps=1e-6, tied=True, qkv_bias=True
+)
+Q, P, G, R, GOOD = 8, 5, 4, 6, 5
+STOPS, PAD = (1, 2), 0
+
+
+def settings(estimator="gae", **changes):
+    gae = estimator == "gae"
+    tree = {
+        "name": "t",
+        "steps": 10,
+        "model": {"path": "unused", "init": "random"},
+        "data": {"path": "unused"},
+        "sample": {"questions": Q, "samples": G, "max_new_tokens": R},
+        "advantage": {"estimator": estimator},
+        "kl": {"coef": 0.01, "into": "reward", "estimator": "k1"} if gae else {"coef": 0.01, "into": "loss", "estimator": "k3"},
+        "learn": {"minibatch": 4, "epochs": 2, "policy": {"lr": 3e-3}, "critic": {"lr": 1e-3} if gae else None},
+    }
+    for name, value in changes.items():
+        *path, leaf = name.split("__")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = value
+    return config.from_tree(tree)
+
+
+class Loop:
+    """A few steps of training without tokenizer or text: the reward counts how often a response says GOOD."""
+
+    def __init__(self, c, devices=1, score=lambda tokens: (tokens == GOOD).sum(-1)):
+        self.c, self.score, self.step = c, score, 0
+        mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
+        self.parts = p = Parts(c, None, CFG, dataclasses.replace(CFG, value_head=True), mesh)
+        with jax.set_mesh(mesh):
+            tx = learn.make_optimizer(c.learn.policy, 40)
+            self.policy, placed = build.init_learner(p, CFG, tx)
+            self.learn_policy = learn.compile_learn(c, learn.policy_objective(c, CFG), tx, placed)
+            self.reference = build.load_params(p, CFG)
+            self.critic = None
+            if c.learn.critic:
+                tx = learn.make_optimizer(c.learn.critic, 40)
+                self.critic, placed = build.init_learner(p, p.critic_cfg, tx)
+                self.learn_critic = learn.compile_learn(c, learn.critic_objective(c, p.critic_cfg), tx, placed)
+            self.relay = build.make_relay(p)
+
+    def rollout(self):
+        c, mesh = self.c, self.parts.mesh
+        rng = np.random.default_rng(self.step)
+        mask = np.arange(P)[None] >= rng.integers(0, 3, Q)[:, None]
+        prompts = Prompts(rng.integers(3, 64, (Q, P)).astype(np.int32), mask, np.arange(Q, dtype=np.uint32))
+        prompts = sharding.place_rows(prompts, mesh)
+        self.key = jax.random.fold_in(jax.random.key(0), self.step)
+        rollout = sample.generate(self.relay(self.policy.params), CFG, prompts, self.key, c.sample, STOPS, PAD)
+        critic = self.critic and self.critic.params
+        assessment = experience.assess(
+            self.policy.params,
+            self.reference,
+            critic,
+            prompts,
+            rollout.tokens,
+            cfg=CFG,
+            critic_cfg=self.parts.critic_cfg,
+            temperature=1.0,
+            slab=64,
+        )
+        rewards = sharding.place_rows(np.asarray(self.score(np.asarray(rollout.tokens)), np.float32), mesh)
+        made, stats = experience.make_experience(prompts, rollout, assessment, rewards, jnp.float32(0.01), config=(c.advantage, c.kl))
+        return rollout, made, stats
+
+    def run(self, steps):
+        tokens = []
+        with jax.set_mesh(self.parts.mesh):
+            for _ in range(steps):
+                rollout, made, self.stats = self.rollout()
+                shuffle = jax.random.fold_in(self.key, 2**31)
+                self.policy, self.metrics = self.learn_policy(self.policy, made, shuffle, jnp.float32(0.01))
+                if self.critic:
+                    self.critic, _ = self.learn_critic(self.critic, made, shuffle, None)
+                tokens.append(np.asarray(rollout.tokens))
+                self.step += 1
+        params = [self.policy.params] + ([self.critic.params] if self.critic else [])
+        return np.stack(tokens), jax.device_get(params)
+
+
+def furthest(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
+
+
+@lru_cache
+def plain(estimator):
+    loop = Loop(settings(estimator))
+    out = loop.run(3)
+    assert loop.learn_policy._cache_size() == 1  # a second compilation would mean that the state's shardings moved
+    return out
+
+
+@pytest.mark.parametrize("estimator", ["gae", "group"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learn__microbatch": 1},
+        {"learn__microbatch": 2},
+        {"mesh": {"data": 4, "fsdp": 1}, "devices": 4},
+        {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "devices": 8},
+        {"mesh": {"data": 1, "fsdp": 2, "tensor": 4}, "devices": 8},  # more ways than kv heads: those are replicated
+    ],
+    ids=str,
+)
+def test_mesh_and_microbatches_change_nothing(estimator, change):
+    change = dict(change)
+    devices = change.pop("devices", 1)
+    tokens, params = Loop(settings(estimator, **change), devices).run(3)
+    want_tokens, want_params = plain(estimator)
+    np.testing.assert_array_equal(tokens, want_tokens)
+    # Adam's first steps are the gradient's sign, so where a gradient is near zero rounding shows as a share of lr = 3e-3.
+    assert furthest(params, want_params) < 1e-4
+
+
+def test_it_learns_and_a_constant_reward_teaches_nothing():
+    loop = Loop(settings(learn__policy={"lr": 1e-2}, kl__coef=0.0))
+    loop.run(1)
+    before = float(loop.stats["reward"])
+    loop.run(24)
+    assert float(loop.stats["reward"]) > before + 2
+    idle = Loop(settings("group", kl__coef=0.0), score=lambda tokens: np.zeros(tokens.shape[:2]))
+    start = jax.device_get(idle.policy.params)
+    _, (end,) = idle.run(2)
+    assert furthest(start, end) == 0
+
+
+def test_a_learning_rate_of_zero_changes_nothing():
+    loop = Loop(settings(learn__policy={"lr": 0.0}, learn__critic={"lr": 0.0}))
+    start = jax.device_get([loop.policy.params, loop.critic.params])
+    _, end = loop.run(2)
+    assert furthest(start, end) == 0
+
+
+def test_first_inner_step_has_ratio_one_and_no_kl():
+    loop = Loop(settings(learn__epochs=1, learn__minibatch=8))
+    loop.run(1)
+    assert float(loop.metrics["ratio"].value()) == pytest.approx(1, abs=1e-6)
+    assert abs(float(loop.metrics["kl_ref"].value())) < 1e-6
+    assert float(loop.metrics["clip_low"].value()) == float(loop.metrics["clip_high"].value()) == 0
+    assert float(loop.stats["sampler_gap"]) < 1e-5
+
+
+def test_fractional_rewards_reach_the_loss():
+    loop = Loop(settings("group_mean", kl__coef=0.0), score=lambda tokens: np.where(np.arange(G) == 0, 0.25, 0.0) * np.ones((Q, G)))
+    with jax.set_mesh(loop.parts.mesh):
+        _, made, _ = loop.rollout()
+    first = np.asarray(made.advantages)[:, :, 0]
+    np.testing.assert_allclose(first, np.where(np.arange(G) == 0, 0.1875, -0.0625) * np.ones((Q, G)), rtol=1e-6)
+
+
+def test_the_stop_token_is_learned_from():
+    loop = Loop(settings())
+    with jax.set_mesh(loop.parts.mesh):
+        rollout, made, _ = loop.rollout()
+    stops = np.isin(np.asarray(rollout.tokens), STOPS) & np.asarray(made.mask)
+    assert stops.any() and (np.asarray(made.advantages)[stops] != 0).all()
+
+
+def test_adaptive_kl_moves_towards_its_target():
+    kl = config.KLConfig(coef=0.1, target=2.0, horizon=1000)
+    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(2.2), 100, kl)) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(9.0), 100, kl)) == pytest.approx(0.1 * (1 + 0.2 * 0.1))
+    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(0.0), 100, kl)) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+
+
+def test_warmup_and_schedules():
+    """The size of Adam's first steps on a constant gradient is the learning rate."""
+
+    def rates(n, **kw):
+        tx = learn.make_optimizer(config.OptimConfig(lr=1.0, clip_norm=1e9, **kw), n)
+        params, out = jnp.zeros(1), []
+        state = tx.init(params)
+        for _ in range(n):
+            step, state = tx.update(jnp.ones(1), state, params)
+            out.append(-float(step[0]))
+        return out
+
+    np.testing.assert_allclose(rates(10, warmup=0.4), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1], rtol=1e-4)
+    np.testing.assert_allclose(rates(6, warmup=0.0, schedule="linear"), [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6], rtol=1e-4)
+    cosine = [0.5, 1, *(0.5 + 0.5 * np.cos(np.pi * np.arange(6) / 6))]
+    np.testing.assert_allclose(rates(8, warmup=0.25, schedule="cosine"), cosine, rtol=1e-3, atol=1e-6)
+
+
+def test_means_add():
+    a, b = Mean(jnp.float32(3), jnp.float32(1)), Mean(jnp.float32(1), jnp.float32(3))
+    assert float((a + b).value()) == 1.0

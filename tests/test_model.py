@@ -1,0 +1,95 @@
+"""The decoder's one layout: a prompt and its responses side by side must be what each response is alone, and what decoding computes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from medrlvr_jax import model
+from medrlvr_jax.model import Cache, DecoderConfig
+
+CFG = DecoderConfig(
+    vocab=97, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, rope_theta=1e4, norm_eps=1e-6, tied=True, qkv_bias=True
+)
+Q, P, G, R = 3, 7, 2, 5
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Weights large enough that every part of the model is seen in the result."""
+    return jax.tree.map(lambda p: p + 0.2 * jax.random.normal(jax.random.key(1), p.shape), nn.meta.unbox(model.init(CFG, jax.random.key(0))))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    mask = np.arange(P)[None] >= np.array([0, 2, 4])[:, None]
+    return rng.integers(0, 97, (Q, P)), mask, rng.integers(0, 97, (Q, G, R))
+
+
+def test_side_by_side_is_alone(params, batch):
+    prompts, mask, tokens = batch
+    hidden = model.hidden_states(params, CFG, prompts, mask, tokens)
+    for q in range(Q):
+        for g in range(G):
+            prompt = prompts[q][mask[q]]
+            row = np.concatenate([prompt, tokens[q, g]])[None]
+            alone, _ = model.Decoder(CFG).apply({"params": params}, row, np.ones_like(row, bool), None)
+            np.testing.assert_allclose(hidden[q, g], alone[0, len(prompt) - 1 : -1], atol=1e-5)
+
+
+def test_decoding_is_scoring(params, batch):
+    prompts, mask, tokens = batch
+    hidden = model.hidden_states(params, CFG, prompts, mask, tokens)
+    state, (keys, values) = model.prefill(params, CFG, prompts, mask)
+    np.testing.assert_allclose(state, hidden[:, 0, 0], atol=1e-5)
+    own = jnp.zeros((Q, G, CFG.kv_heads, R, CFG.head_dim))
+    caches = [Cache(keys[i], values[i], own, own) for i in range(CFG.layers)]
+    layers = model.split_layers(params, CFG)
+    for t in range(R - 1):
+        state, caches = model.decode_step(params, CFG, layers, tokens[:, :, t], mask, caches, t)
+        np.testing.assert_allclose(state, hidden[:, :, t + 1], atol=1e-5)
+
+
+def test_the_future_is_not_seen(params, batch):
+    prompts, mask, tokens = batch
+    before = model.hidden_states(params, CFG, prompts, mask, tokens)
+    after = model.hidden_states(params, CFG, prompts, mask, np.where(np.arange(R) >= 3, 5, tokens))
+    np.testing.assert_array_equal(before[:, :, :4], after[:, :, :4])  # column 3 is the state before token 3
+    assert np.abs(before[:, :, 4:] - after[:, :, 4:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("slab", [1, 7, 12, 10_000])
+def test_logprobs_in_slabs_are_whole_ones(params, batch, slab):
+    """Values and gradients, against log_softmax over logits that exist whole."""
+    prompts, mask, tokens = batch
+    weight = np.random.default_rng(1).normal(size=(Q, G, R))
+
+    def whole(params):
+        scores = jax.nn.log_softmax(model.logits(params, CFG, model.hidden_states(params, CFG, prompts, mask, tokens)) / 0.7)
+        return jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0], -(jnp.exp(scores) * scores).sum(-1)
+
+    def pieces(params):
+        hidden = model.hidden_states(params, CFG, prompts, mask, tokens)
+        return model.token_logprobs(params, CFG, hidden, tokens, 0.7, slab)
+
+    for a, b in zip(whole(params), jax.jit(pieces)(params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    for part in (0, 1):
+        want, got = (jax.grad(lambda p, f=f, part=part: (f(p)[part] * weight).sum())(params) for f in (whole, jax.jit(pieces)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), want, got)
+
+
+def test_linear_has_autodiffs_gradient():
+    x, w = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.normal(jax.random.key(1), (4, 5))
+    got, want = (jax.grad(lambda x, w, f=f: jnp.sin(f(x, w)).sum(), (0, 1))(x, w) for f in (model.linear, jnp.matmul))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+def test_a_critic_starts_at_zero_and_reads_its_head(params, batch):
+    prompts, mask, tokens = batch
+    hidden = model.hidden_states(params, CFG, prompts, mask, tokens)
+    head = jnp.zeros(CFG.embed + 1).at[3].set(2.0).at[-1].set(0.5)
+    np.testing.assert_array_equal(model.values({"value": jnp.zeros(CFG.embed + 1)}, CFG, hidden), np.zeros((Q, G, R)))
+    np.testing.assert_allclose(model.values({"value": head}, CFG, hidden), 2 * hidden[..., 3] + 0.5, rtol=1e-5, atol=1e-5)
