@@ -24,14 +24,16 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, help: str, description: str = "") -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=description or help)
 
-    settings = {"nargs": "*", "metavar": "a.b=value", "help": "settings that replace those of the file; values are YAML"}
+    def settings(c: argparse.ArgumentParser) -> None:
+        c.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that replace those of the file; values are YAML")
+
     for name, help in (("train", "PPO, GRPO and kin on questions with keys"), ("sft", "supervised fine-tuning, or pretraining on text")):
         c = command(name, help, f"{help}. Writes runs/<name>/; the same command again resumes it.")
         c.add_argument("config", metavar="CONFIG.yaml")
-        c.add_argument("settings", **settings)
+        settings(c)
     c = command("eval", "answer the config's eval.sets with a run's checkpoint, or with the config's own model")
     c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a run's folder, or a config: then its model.path is evaluated")
-    c.add_argument("settings", **settings)
+    settings(c)
     c.add_argument("--step", type=int, help="the run's checkpoint to take; the newest unless given")
     c.add_argument("--out", type=Path, help="folder for one JSONL of answers per set and eval.json; default RUN/eval-<step>")
     c = command("export", "write a run's policy as a Hugging Face directory")
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
     c = command("doctor", "versions, devices, mesh, memory, tokenizer traps")
     c.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="also check what this config needs")
-    c.add_argument("settings", **settings)
+    settings(c)
     c = command("report", "draw the curves of one or several runs")
     c.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     c.add_argument("--out", type=Path, default=Path("curves.png"), metavar="OUT.png")

@@ -7,7 +7,7 @@ responses is never computed. Decoding is the same block with a cache. Column t o
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ class Block(nn.Module):
     def setup(self):
         c = self.cfg
 
-        def weight(name, shape, axes, init=None):
+        def weight(name, shape, axes, init=None) -> Any:
             return self.param(name, nn.with_logical_partitioning(init or nn.initializers.normal(0.02), axes), shape, jnp.float32)
 
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
@@ -237,7 +237,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # flax types the plain form only
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -279,7 +279,7 @@ def hidden_states(params: Params, cfg: DecoderConfig, prompts: Array, prompt_mas
 
 def prefill(params: Params, cfg: DecoderConfig, prompts: Array, prompt_mask: Array) -> tuple[Array, tuple[Array, Array]]:
     """The state after each prompt [Q, E], and the prompts' keys and values [L, Q, K, P, D]."""
-    packed, cache = Decoder(cfg, keep_cache=True).apply({"params": params}, prompts, prompt_mask, None)
+    packed, cache = cast(tuple, Decoder(cfg, keep_cache=True).apply({"params": params}, prompts, prompt_mask, None))
     return packed[:, -1], cache
 
 

@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medrlvr_jax.config import RewardConfig
+from medrlvr_jax.data import LETTERS, DataError
 
-LETTERS = "ABCDEFGHIJ"
 WHITE = b" \t\n\v\f\r"
 BLOCK = 4096  # rows judged at once: their 5 MB and what is computed of them stay in the cache, which halves the time
 TAGS = (b"<think>", b"</think>", b"<answer>", b"</answer>")
@@ -57,10 +57,6 @@ REASONS = {  # every value of `Verdicts.reason`; where several would fit, the fi
     "text_after_answer": "strict: more than white space after </answer>",
 }
 _code = list(REASONS).index
-
-
-class DataError(ValueError):
-    """Input that cannot be scored: the message names the file, the line, the field, the value and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +243,7 @@ def _strict(batch: _Batch, tags: _Tags, count: np.ndarray, options: Sequence[Seq
     at, letter, alone = _read_letter(batch, tags.end[j + 2], tags.start[j + 3])
     marked = (letter >= 0) & ~alone & np.isin(batch.text[at + 1], list(b".):"))
     own = marked & (letter < count[row])
-    where = (column[own].tolist() for column in (at + 2, tags.start[j + 3], row, letter))
+    where: list[Any] = [column[own].tolist() for column in (at + 2, tags.start[j + 3], row, letter)]
     own[own] = [_is_text(batch.data[a:b], options[i][k]) for a, b, i, k in zip(*where, strict=True)]
     faults = {
         "text_before_think": _skip_white(batch, begin, tags.start[j]) < tags.start[j],

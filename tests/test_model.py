@@ -18,7 +18,8 @@ Q, P, G, R = 3, 7, 2, 5
 @pytest.fixture(scope="module")
 def params():
     """Weights large enough that every part of the model is seen in the result."""
-    return jax.tree.map(lambda p: p + 0.2 * jax.random.normal(jax.random.key(1), p.shape), nn.meta.unbox(model.init(CFG, jax.random.key(0))))
+    fresh = nn.meta.unbox(model.init(CFG, jax.random.key(0)))
+    return jax.tree.map(lambda p: p + 0.2 * jax.random.normal(jax.random.key(1), p.shape), fresh)
 
 
 @pytest.fixture(scope="module")

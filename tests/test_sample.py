@@ -34,7 +34,7 @@ def run(params, prompts, step=0, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 9, "top_p": 0.8, "min_new_tokens": 3}, {"temperature": 0.0}]
+    "settings", [{}, {"temperature": 0.6}, {"top_k": 9, "top_p": 0.8, "min_new_tokens": 3}, {"temperature": 0.0}], ids=str
 )
 def test_recorded_logprobs_are_the_trainers(params, prompts, settings):
     rollout = run(params, prompts, **settings)
