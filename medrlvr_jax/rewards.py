@@ -243,8 +243,8 @@ def _strict(batch: _Batch, tags: _Tags, count: np.ndarray, options: Sequence[Seq
     at, letter, alone = _read_letter(batch, tags.end[j + 2], tags.start[j + 3])
     marked = (letter >= 0) & ~alone & np.isin(batch.text[at + 1], list(b".):"))
     own = marked & (letter < count[row])
-    where: list[Any] = [column[own].tolist() for column in (at + 2, tags.start[j + 3], row, letter)]
-    own[own] = [_is_text(batch.data[a:b], options[i][k]) for a, b, i, k in zip(*where, strict=True)]
+    where = [column[own].tolist() for column in (at + 2, tags.start[j + 3], row, letter)]
+    own[own] = [_is_text(batch.data[a:b], options[int(i)][int(k)]) for a, b, i, k in zip(*where, strict=True)]
     faults = {
         "text_before_think": _skip_white(batch, begin, tags.start[j]) < tags.start[j],
         "empty_think": _skip_white(batch, tags.end[j], tags.start[j + 1]) == tags.start[j + 1],

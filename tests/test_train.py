@@ -1,0 +1,137 @@
+"""The commands end to end, on the embedded tokenizer and questions with a model of random weights."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from medrlvr_jax import __main__, build, checkpoint, config, hf, sharding
+
+TREE = {
+    "name": "run",
+    "steps": 2,
+    "model": {"path": "", "remat": "none"},
+    "data": {"path": "embedded:train", "limit": 32},
+    "prompt": {"template": "none", "max_tokens": 96},
+    "sample": {"questions": 8, "samples": 2, "max_new_tokens": 8},
+    "learn": {"minibatch": 8, "policy": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
+    "eval": {"batch": 8, "sets": {"in_distribution": {"path": "embedded:in_distribution", "limit": 12}}},
+    "checkpoint": {"every": 1},
+    "log": {"samples_every": 1, "samples": 2},
+    "mesh": {"data": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny Hugging Face model of random weights and a config that trains it."""
+    root = tmp_path_factory.mktemp("train")
+    source = hf.resolve("embedded")
+    small = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+    (root / "tiny").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (root / "tiny" / name).write_bytes((source / name).read_bytes())
+    (root / "tiny" / "config.json").write_text(json.dumps(small))
+    tree = TREE | {"runs": str(root / "runs"), "model": TREE["model"] | {"path": str(root / "tiny"), "init": "random"}}
+    (root / "config.yaml").write_text(yaml.safe_dump(tree))
+    return root
+
+
+def main(*args):
+    return __main__.main([str(a) for a in args])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    assert main("train", folder / "config.yaml") == 0
+    return folder / "runs" / "run"
+
+
+def test_what_a_run_leaves(run):
+    metrics, samples = lines(run / "metrics.jsonl"), lines(run / "samples.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1, 2]
+    for m in metrics[1:]:
+        assert {"reward", "accuracy", "format_ok", "response_length", "kl", "policy/loss", "critic/loss", "tokens_per_second"} <= m.keys()
+        assert m["sampler_gap"] < 1e-5
+    assert len(samples) == 4 and samples[0]["prompt"].startswith("Question: ")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["seconds"] > 0 and summary["versions"]["jax"] == jax.__version__
+    for when in ("before", "after"):
+        assert summary["eval"]["in_distribution"][when]["n"] == 12
+        assert {"correct", "format_ok"} <= summary["eval"]["in_distribution"][when].keys()
+
+
+def test_it_resumes_to_the_same_run(run, folder):
+    """Two steps and then two more are four steps at once, bit for bit."""
+    halves, whole = {"name": "halves"}, {"name": "whole"}
+    tree = yaml.safe_load((folder / "config.yaml").read_text()) | {"eval": {"batch": 8}}
+    # The schedule knows the run's length, so both are four steps long; the first is stopped by leaving out its later checkpoints.
+    for changes in (halves, whole):
+        (folder / "c.yaml").write_text(yaml.safe_dump(tree | changes | {"steps": 4, "checkpoint": {"every": 1, "keep": 9}}))
+        assert main("train", folder / "c.yaml") == 0
+        if changes is halves:
+            import shutil
+
+            for step in (3, 4):
+                shutil.rmtree(folder / "runs" / "halves" / "checkpoints" / str(step))
+            assert main("train", folder / "c.yaml") == 0
+    one, two = (lines(folder / "runs" / name / "metrics.jsonl") for name in ("halves", "whole"))
+    timing = {"seconds", "tokens_per_second"}
+    assert [{k: v for k, v in m.items() if k not in timing} for m in one] == [{k: v for k, v in m.items() if k not in timing} for m in two]
+    assert lines(folder / "runs/halves/samples.jsonl") == lines(folder / "runs/whole/samples.jsonl")
+    parts = build.build(config.load(folder / "c.yaml"))
+    a, b = (checkpoint.restore_params(folder / "runs" / n / "checkpoints", build.abstract_policy(parts), 4)[0] for n in ("halves", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, sharding.to_host(a), sharding.to_host(b))
+
+
+def test_eval_and_export(run, folder, capsys):
+    assert main("eval", run, "--out", folder / "answers") == 0
+    assert "in_distribution" in capsys.readouterr().out
+    counts = json.loads((folder / "answers" / "eval.json").read_text())["eval"]["in_distribution"]
+    assert counts["n"] == len(lines(folder / "answers" / "in_distribution.jsonl")) == 12
+    assert counts["correct"] == json.loads((run / "summary.json").read_text())["eval"]["in_distribution"]["after"]["correct"]
+    assert main("eval", run, "--out", folder / "answers") == 2  # nothing is overwritten
+    assert main("export", run, folder / "exported") == 0
+    assert main("eval", folder / "config.yaml", f"model.path={folder / 'exported'}", "model.init=pretrained", "--out", folder / "again") == 0
+    assert lines(folder / "again" / "in_distribution.jsonl") == lines(folder / "answers" / "in_distribution.jsonl")
+
+
+def test_grpo_and_sft_run(folder):
+    grpo = ["name=grpo", "learn.critic=null", "advantage.estimator=group", "kl={coef: 0.01, into: loss, estimator: k3}", "eval.sets={}"]
+    assert main("train", folder / "config.yaml", *grpo) == 0
+    assert "critic/loss" not in lines(folder / "runs/grpo/metrics.jsonl")[-1]
+    sft = ["name=sft", "steps=12", "sft.target=rationale", "eval.sets={}", "checkpoint.every=0", "learn.policy.lr=1e-2"]
+    assert main("sft", folder / "config.yaml", *sft) == 0
+    losses = [m["loss"] for m in lines(folder / "runs/sft/metrics.jsonl")]
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("sample.questions=6", "learn.minibatch: 8 does not divide sample.questions = 6"),
+        ("data.path=nowhere.jsonl", "nowhere.jsonl"),
+        ("model.path=./nowhere", "./nowhere"),
+        ("sample.temprature=1", "did you mean temperature?"),
+        ("mesh.data=3", "mesh.data=3"),
+        ("prompt.max_tokens=3", "prompt.max_tokens = 3"),
+        ("sample.questions=64", "sample.questions: 64 is more than the 32 questions"),
+    ],
+)
+def test_refusals_name_the_field_and_the_remedy(folder, capsys, change, named):
+    assert main("train", folder / "config.yaml", "name=refused", change) == 2
+    assert named in capsys.readouterr().err
+    assert not (folder / "runs" / "refused").exists()
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "medrlvr_jax", "--help"], capture_output=True, text=True, check=True)
+    assert "train" in done.stdout and "doctor" in done.stdout
