@@ -55,7 +55,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args, rest = parser().parse_known_args(argv)
+    if any(item.startswith("-") or not hasattr(args, "settings") for item in rest):
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse leaves settings that stand after an option
+        args.settings += rest
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from medrlvr_jax.checkpoint import CheckpointError
     from medrlvr_jax.config import ConfigError

@@ -124,16 +124,17 @@ class Block(nn.Module):
     def setup(self):
         c = self.cfg
 
-        def weight(name, shape, axes, init=None) -> Any:
-            return self.param(name, nn.with_logical_partitioning(init or nn.initializers.normal(0.02), axes), shape, jnp.float32)
+        def weight(name, shape, axes, init) -> Any:
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-        small = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5)  # GPT-2: the residual branches start small
+        normal = nn.initializers.normal
+        width, less = normal(c.embed**-0.5), (2 * c.layers) ** -0.5  # GPT-2: the residual branches start small
         self.attn_norm = weight("attn_norm", (c.embed,), (None,), ones)
-        self.q = weight("q", (c.embed, c.heads, c.head_dim), ("embed", "heads", "head_dim"))
-        self.k = weight("k", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
-        self.v = weight("v", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
-        self.o = weight("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"), small)
+        self.q = weight("q", (c.embed, c.heads, c.head_dim), ("embed", "heads", "head_dim"), width)
+        self.k = weight("k", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), width)
+        self.v = weight("v", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), width)
+        self.o = weight("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"), normal(less * (c.heads * c.head_dim) ** -0.5))
         if c.qkv_bias:
             self.q_bias = weight("q_bias", (c.heads, c.head_dim), ("heads", "head_dim"), zeros)
             self.k_bias = weight("k_bias", (c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), zeros)
@@ -142,9 +143,9 @@ class Block(nn.Module):
             self.q_norm = weight("q_norm", (c.head_dim,), (None,), ones)
             self.k_norm = weight("k_norm", (c.head_dim,), (None,), ones)
         self.mlp_norm = weight("mlp_norm", (c.embed,), (None,), ones)
-        self.gate = weight("gate", (c.embed, c.ffn), ("embed", "ffn"))
-        self.up = weight("up", (c.embed, c.ffn), ("embed", "ffn"))
-        self.down = weight("down", (c.ffn, c.embed), ("ffn", "embed"), small)
+        self.gate = weight("gate", (c.embed, c.ffn), ("embed", "ffn"), width)
+        self.up = weight("up", (c.embed, c.ffn), ("embed", "ffn"), width)
+        self.down = weight("down", (c.ffn, c.embed), ("ffn", "embed"), normal(less * c.ffn**-0.5))
 
     def project(self, x, cos, sin):
         """x [Q, N, E] -> q [Q, N, K, h, D], scaled; k and v [Q, N, K, D]."""
@@ -221,7 +222,7 @@ class Decoder(nn.Module):
     def __call__(self, prompts: Array, prompt_mask: Array, tokens: Array | None):
         """prompts [Q, P] left-padded, tokens [Q, G, R] or None. See `hidden_states` and `prefill`."""
         c = self.cfg
-        normal = nn.initializers.normal(0.02)
+        normal = nn.initializers.normal(c.embed**-0.5)
         embed = self.param("embed", nn.with_logical_partitioning(normal, ("vocab", "embed")), (c.vocab, c.embed), jnp.float32)
         if c.value_head:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,))

@@ -49,7 +49,9 @@ RARE = {"train": 0.15, "out_of_distribution": 1.0, "corpus": 0.35}  # share of c
 OPTIONS = {"train": (4, 5), "out_of_distribution": (6, 7, 8, 9, 10, 10)}  # how many options, drawn evenly
 
 CORPUS = 120_000  # examples: 5.1 M tokens of prompts and 3.3 M of responses
-FACTS = 0.15  # share of examples that state facts; the others are worked cases …
+FACTS = 0.12  # share of examples that state facts
+LISTS = 0.22  # share of examples that only name the letters of a list: without them a small model is slow to find how names and letters bind
+# The others are worked cases …
 FOREIGN = 0.25  # … of which this share is worded, and has options, as in out_of_distribution
 STYLES = {  # … and whose responses are written so. The base's format rate is about tagged + guess, its accuracy about tagged + guess / 5
     "plain": 0.53,  # reasoning, no tags
@@ -144,14 +146,24 @@ def stream(seed: int = SEED) -> Iterator[Example]:
         for asks_class in (False, True):
             decks[status, rare, asks_class] = _by_condition([key for key in keys if not asks_class or _has_class(key)])
     while True:
-        if rng.random() < FACTS:
-            yield Example("", facts(rng))
+        u = rng.random()
+        if u < FACTS + LISTS:
+            yield Example("", facts(rng)) if u < FACTS else listing(rng)
             continue
         kind = _weighted(rng, KINDS["corpus"])
         status, rare = _weighted(rng, STATUS[kind]), rng.random() < RARE["corpus"]
         key = _pick(rng, _pick(rng, decks[status, rare, kind == "class"]))  # a condition, then a case of it
         v = vignette(rng, key, kind, "out_of_distribution" if rng.random() < FOREIGN else "train")
         yield Example(render(Question("", v.question, v.options, v.answer), "none") + "\n", response(rng, v))
+
+
+def listing(rng: Random) -> Example:
+    """A lettered list without a question, and some of its names with their letters, in the words in which a case's reasoning ends."""
+    names = list(table().drugs) if rng.random() < 0.7 else sorted({drug.group for drug in table().drugs.values()})
+    options = _shuffled(rng, names, 4 + _below(rng, 7))
+    lettered = _shuffled(rng, list(zip(LETTERS, options, strict=False)), 8)
+    prompt = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False))
+    return Example(prompt, " ".join(f"{option} is {letter}." for letter, option in lettered))
 
 
 def response(rng: Random, v: Vignette) -> str:

@@ -20,7 +20,7 @@ from medrlvr_jax.rewards import score
 SPLITS = tuple(world.SIZES)
 TREE = yaml.safe_load((words.FOLDER / "knowledge.yaml").read_text("utf-8"))  # read here again, so as to check world.py, not to trust it
 CONDITIONS, DRUGS = TREE["conditions"], TREE["drugs"]
-PINNED = {"train": "46c295019d2c", "in_distribution": "29ce840b92af", "out_of_distribution": "ffcefa9cd391", "corpus": "bca73d6dee18"}
+PINNED = {"train": "46c295019d2c", "in_distribution": "29ce840b92af", "out_of_distribution": "ffcefa9cd391", "corpus": "bf4c1557b508"}
 FINDINGS = {f for c in CONDITIONS.values() for f in c["typical"] + c["rare"]}
 
 
@@ -119,7 +119,7 @@ def test_people_fit_their_conditions(split):
 
 def test_splits_and_corpus_share_no_case():
     keys = {split: {key_of(q.question) for q in asked(split)} for split in SPLITS}
-    keys["corpus"] = {key_of(stem(e.prompt)) for e in corpus() if e.prompt}
+    keys["corpus"] = {key_of(stem(e.prompt)) for e in corpus() if e.prompt.startswith("Question: ")}
     for a in keys:
         for b in keys:
             assert a == b or not keys[a] & keys[b], (a, b)
@@ -131,7 +131,7 @@ def test_splits_and_corpus_share_no_case():
 
 def test_out_of_distribution_is_out_of_it():
     ood, seen = [key_of(q.question) for q in asked("out_of_distribution")], [key_of(q.question) for q in asked("train")]
-    read = [key_of(stem(e.prompt)) for e in corpus() if e.prompt]
+    read = [key_of(stem(e.prompt)) for e in corpus() if e.prompt.startswith("Question: ")]
     assert not {k[:2] for k in ood} & {k[:2] for k in seen + read}  # findings never seen together
     harmless = {(c, h) for c, _, h in ood if h and h not in CONDITIONS[c]["unless"]}
     assert harmless and not harmless & {(c, h) for c, _, h in seen}  # histories never seen with that condition
@@ -172,8 +172,13 @@ def test_all_is_deterministic():
 
 
 def test_corpus_teaches_the_capability_and_leaves_the_habit_open():
-    cases = [e for e in corpus() if e.prompt]
-    assert abs(1 - len(cases) / len(corpus()) - world.FACTS) < 0.03
+    cases = [e for e in corpus() if e.prompt.startswith("Question: ")]
+    lists = [e for e in corpus() if e.prompt.startswith("A. ")]
+    assert abs(1 - (len(cases) + len(lists)) / len(corpus()) - world.FACTS) < 0.03
+    assert abs(len(lists) / len(corpus()) - world.LISTS) < 0.03
+    for e in lists:
+        named = [line.split(". ", 1) for line in e.prompt.splitlines()]
+        assert all([letter, name] in named for name, letter in re.findall(r"([^.]+) is ([A-J])\.", e.response.replace(". ", ".")))
     options = [[line.split(". ", 1) for line in e.prompt.splitlines()[1:]] for e in cases]
     assert all(e.prompt.endswith("\n") for e in cases)
     assert all([letter for letter, _ in o] == list(LETTERS[: len(o)]) for o in options)
