@@ -105,7 +105,7 @@ def update(
     grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
     params = optax.apply_updates(learner.params, updates)
-    metrics["grad_norm"] = Mean(optax.global_norm(grads), jnp.float32(1))
+    metrics["grad_norm"] = Mean(optax.tree.norm(grads), jnp.float32(1))
     return Learner(params, opt_state), metrics
 
 

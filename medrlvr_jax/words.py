@@ -5,8 +5,8 @@ merges nothing else: `ignore_merges` takes a piece of text whole if it is in the
 byte. So decoding gives back any text exactly, and where a piece ends is decided by `PIECES` alone:
 
     <think> …      a tag is one token, an ordinary one: the model has to learn to write it
-    " is " + "C"   before a single capital, "is" takes both spaces. So an option's letter is one and the same token wherever it stands:
-                   in "\\nC. drug", in "drug is C." and in "<answer>C</answer>", and can be copied from each to the next
+    "C."           an option's letter and its point are one token, right before the option's name in "\\nC. drug" and after " is " in
+                   "drug is C.", so that it can be found next to the name and copied; "is" takes both spaces there
     " drug"        a word brings the space before it, a hyphen too ("-year-old")
     " 34"          so do numbers of two digits
 """
@@ -17,13 +17,12 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from medrlvr_jax import world
-from medrlvr_jax.data import LETTERS
 
 FOLDER = Path(__file__).parent / "embedded"
 PAD, EOS = "<pad>", "<eos>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 PIECES = (
-    r"</?(?:think|answer)>| is (?=[A-Z](?![A-Za-z]))"
+    r"</?(?:think|answer)>| is (?=[A-Z](?![A-Za-z]))|(?<!\p{L})[A-J]\.(?=[ <]|\z)"  # `C.` is one token, next to its option and after ` is `
     r"|[ -]?\p{L}[\p{L}\p{N}]*(?:-[\p{L}\p{N}]+)+|[ -]?\p{L}[\p{L}\p{N}]+|[ -]\p{L}| ?\p{N}{1,2}|\X"
 )
 SAMPLE = 12_000  # examples of the corpus from which the words are taken: all come up
@@ -34,9 +33,7 @@ def build() -> Tokenizer:
     """The tokenizer, made anew from the corpus: the same on every machine."""
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), as_bytes])
-    # Lists are left out: they have no words of their own but a name at the very start, without its space, which bytes spell well enough.
-    told = [example for example in world.corpus(SAMPLE) if not example.prompt.startswith(f"{LETTERS[0]}. ")]
-    texts = [part for example in told for part in (example.prompt, example.response)]
+    texts = [part for example in world.corpus(SAMPLE) for part in (example.prompt, example.response)]
     texts += [question.question for split in world.SIZES for question in world.questions(split)]
     seen = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text)}
     fixed = [PAD, EOS, *TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet())]

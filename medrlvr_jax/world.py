@@ -49,8 +49,8 @@ RARE = {"train": 0.15, "out_of_distribution": 1.0, "corpus": 0.35}  # share of c
 OPTIONS = {"train": (4, 5), "out_of_distribution": (6, 7, 8, 9, 10, 10)}  # how many options, drawn evenly
 
 CORPUS = 120_000  # examples: 5.1 M tokens of prompts and 3.3 M of responses
-FACTS = 0.12  # share of examples that state facts
-LISTS = 0.22  # share of examples that only name the letters of a list: without them a small model is slow to find how names and letters bind
+FACTS = 0.10  # share of examples that state facts
+LISTS = 0.40  # share of lettered lists: a small model is slow to find how names and letters bind, and these are nothing else
 # The others are worked cases …
 FOREIGN = 0.25  # … of which this share is worded, and has options, as in out_of_distribution
 STYLES = {  # … and whose responses are written so. The base's format rate is about tagged + guess, its accuracy about tagged + guess / 5
@@ -158,12 +158,14 @@ def stream(seed: int = SEED) -> Iterator[Example]:
 
 
 def listing(rng: Random) -> Example:
-    """A lettered list without a question, and some of its names with their letters, in the words in which a case's reasoning ends."""
+    """A lettered list without a question; then it again in another order, or its names with their letters, as a case's reasoning ends."""
     names = list(table().drugs) if rng.random() < 0.7 else sorted({drug.group for drug in table().drugs.values()})
-    options = _shuffled(rng, names, 4 + _below(rng, 7))
-    lettered = _shuffled(rng, list(zip(LETTERS, options, strict=False)), 8)
-    prompt = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False))
-    return Example(prompt, " ".join(f"{option} is {letter}." for letter, option in lettered))
+    options = list(zip(LETTERS, _shuffled(rng, names, 4 + _below(rng, 7)), strict=False))
+    prompt = "".join(f"{letter}. {option}\n" for letter, option in options)
+    told = _shuffled(rng, options, 8)
+    if rng.random() < 0.5:
+        return Example(prompt, "note:" + "".join(f"\n{letter}. {option}" for letter, option in told))
+    return Example(prompt, "note:" + "".join(f" {option} is {letter}." for letter, option in told))
 
 
 def response(rng: Random, v: Vignette) -> str:

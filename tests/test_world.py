@@ -20,7 +20,7 @@ from medrlvr_jax.rewards import score
 SPLITS = tuple(world.SIZES)
 TREE = yaml.safe_load((words.FOLDER / "knowledge.yaml").read_text("utf-8"))  # read here again, so as to check world.py, not to trust it
 CONDITIONS, DRUGS = TREE["conditions"], TREE["drugs"]
-PINNED = {"train": "46c295019d2c", "in_distribution": "29ce840b92af", "out_of_distribution": "ffcefa9cd391", "corpus": "bf4c1557b508"}
+PINNED = {"train": "46c295019d2c", "in_distribution": "29ce840b92af", "out_of_distribution": "ffcefa9cd391", "corpus": "325b35f2607d"}
 FINDINGS = {f for c in CONDITIONS.values() for f in c["typical"] + c["rare"]}
 
 
@@ -178,7 +178,9 @@ def test_corpus_teaches_the_capability_and_leaves_the_habit_open():
     assert abs(len(lists) / len(corpus()) - world.LISTS) < 0.03
     for e in lists:
         named = [line.split(". ", 1) for line in e.prompt.splitlines()]
-        assert all([letter, name] in named for name, letter in re.findall(r"([^.]+) is ([A-J])\.", e.response.replace(". ", ".")))
+        said = [line.split(". ", 1) for line in e.response.splitlines()[1:]]
+        said += [[letter, name.strip()] for name, letter in re.findall(r" ([^.:]+) is ([A-J])\.", e.response)]
+        assert len(said) == min(len(named), 8) and all(pair in named for pair in said), e
     options = [[line.split(". ", 1) for line in e.prompt.splitlines()[1:]] for e in cases]
     assert all(e.prompt.endswith("\n") for e in cases)
     assert all([letter for letter, _ in o] == list(LETTERS[: len(o)]) for o in options)
@@ -224,10 +226,10 @@ def test_special_tokens_tags_and_letters():
     assert (config["eos_token_id"], config["pad_token_id"]) == (t.eos_token_id, t.pad_token_id)
     assert config["vocab_size"] >= len(t) and config["vocab_size"] % 64 == 0
     assert not {*text.TAGS} & {*t.all_special_tokens}
-    for letter in LETTERS:  # one and the same token wherever an option's letter stands
+    for letter in LETTERS:  # one token wherever an option's letter stands with its point, next to its name or one word on
         rows = [f"<answer>{letter}</answer>", f"\n{letter}. aspirin", f" aspirin is {letter}."]
         tokens = [t.convert_ids_to_tokens(t.encode(row)) for row in rows]
-        assert tokens == [["<answer>", letter, "</answer>"], ["Ċ", letter, ".", "Ġaspirin"], ["Ġaspirin", "ĠisĠ", letter, "."]]
+        assert tokens == [["<answer>", letter, "</answer>"], ["Ċ", f"{letter}.", "Ġaspirin"], ["Ġaspirin", "ĠisĠ", f"{letter}."]]
     for name in [*CONDITIONS, *DRUGS, *FINDINGS, *TREE["histories"]]:
         assert len(t.encode(" " + name)) == len(name.split()), name  # a token a word
 
