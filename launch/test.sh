@@ -7,4 +7,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 ensure_venv ".[test]"
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"  # compiling is most of the time, and it keeps one core busy

@@ -1,6 +1,7 @@
 """The commands end to end, on the embedded tokenizer and questions with a model of random weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -31,7 +32,8 @@ def folder(tmp_path_factory):
     """A folder with a tiny Hugging Face model of random weights and a config that trains it."""
     root = tmp_path_factory.mktemp("train")
     source = hf.resolve("embedded")
-    small = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+    small = json.loads((source / "config.json").read_text()) | shape
     (root / "tiny").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (root / "tiny" / name).write_bytes((source / name).read_bytes())
@@ -73,13 +75,11 @@ def test_it_resumes_to_the_same_run(run, folder):
     """Two steps and then two more are four steps at once, bit for bit."""
     halves, whole = {"name": "halves"}, {"name": "whole"}
     tree = yaml.safe_load((folder / "config.yaml").read_text()) | {"eval": {"batch": 8}}
-    # The schedule knows the run's length, so both are four steps long; the first is stopped by leaving out its later checkpoints.
+    # The schedule knows the run's length, so both are of four steps; one of them then loses its last two checkpoints and goes on.
     for changes in (halves, whole):
         (folder / "c.yaml").write_text(yaml.safe_dump(tree | changes | {"steps": 4, "checkpoint": {"every": 1, "keep": 9}}))
         assert main("train", folder / "c.yaml") == 0
         if changes is halves:
-            import shutil
-
             for step in (3, 4):
                 shutil.rmtree(folder / "runs" / "halves" / "checkpoints" / str(step))
             assert main("train", folder / "c.yaml") == 0
@@ -100,7 +100,8 @@ def test_eval_and_export(run, folder, capsys):
     assert counts["correct"] == json.loads((run / "summary.json").read_text())["eval"]["in_distribution"]["after"]["correct"]
     assert main("eval", run, "--out", folder / "answers") == 2  # nothing is overwritten
     assert main("export", run, folder / "exported") == 0
-    assert main("eval", folder / "config.yaml", f"model.path={folder / 'exported'}", "model.init=pretrained", "--out", folder / "again") == 0
+    exported = [f"model.path={folder / 'exported'}", "model.init=pretrained"]
+    assert main("eval", folder / "config.yaml", "--out", folder / "again", *exported) == 0
     assert lines(folder / "again" / "in_distribution.jsonl") == lines(folder / "answers" / "in_distribution.jsonl")
 
 
