@@ -381,7 +381,7 @@ class Tracker:
 
 def _tensorboard(path: Path, done: int) -> Any:
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError("log.tensorboard: true needs tensorboardX: pip install 'medrlvr-jax[tensorboard]', or set it to false") from None
     return SummaryWriter(str(path), purge_step=done + 1)  # a resumed run replaces the points after its checkpoint
