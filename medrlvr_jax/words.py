@@ -5,8 +5,8 @@ merges nothing else: `ignore_merges` takes a piece of text whole if it is in the
 byte. So decoding gives back any text exactly, and where a piece ends is decided by `PIECES` alone:
 
     <think> …      a tag is one token, an ordinary one: the model has to learn to write it
-    "C."           an option's letter and its point are one token, right before the option's name in "\\nC. drug" and after " is " in
-                   "drug is C.", so that it can be found next to the name and copied; "is" takes both spaces there
+    "C."           an option's letter and its point are one token, right before the option's name in "\\nC. drug" and right after it in
+                   the reasoning's "drug C.", so that one can be found by the other
     " drug"        a word brings the space before it, a hyphen too ("-year-old")
     " 34"          so do numbers of two digits
 """
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent / "embedded"
 PAD, EOS = "<pad>", "<eos>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 PIECES = (
-    r"</?(?:think|answer)>| is (?=[A-Z](?![A-Za-z]))|(?<!\p{L})[A-J]\.(?=[ <]|\z)"  # `C.` is one token, next to its option and after ` is `
+    r"</?(?:think|answer)>| ?(?<!\p{L})[A-J]\.(?=[ <]|\z)"  # an option's letter and its point
     r"|[ -]?\p{L}[\p{L}\p{N}]*(?:-[\p{L}\p{N}]+)+|[ -]?\p{L}[\p{L}\p{N}]+|[ -]\p{L}| ?\p{N}{1,2}|\X"
 )
 SAMPLE = 12_000  # examples of the corpus from which the words are taken: all come up

@@ -51,6 +51,7 @@ OPTIONS = {"train": (4, 5), "out_of_distribution": (6, 7, 8, 9, 10, 10)}  # how 
 CORPUS = 120_000  # examples: 5.1 M tokens of prompts and 3.3 M of responses
 FACTS = 0.10  # share of examples that state facts
 LISTS = 0.40  # share of lettered lists: a small model is slow to find how names and letters bind, and these are nothing else
+LISTED = (2, 2, 2, 2, 3, 3, 4, 5, 7, 10)  # how long those lists are, drawn evenly: on two names binding shows itself, on ten alone it never did
 # The others are worked cases …
 FOREIGN = 0.25  # … of which this share is worded, and has options, as in out_of_distribution
 STYLES = {  # … and whose responses are written so. The base's format rate is about tagged + guess, its accuracy about tagged + guess / 5
@@ -111,7 +112,7 @@ class Vignette(NamedTuple):
     question: str
     options: tuple[str, ...]
     answer: int
-    why: str  # the reasoning, which ends in "… is C."
+    why: str  # the reasoning, which ends in "… C."
 
 
 def questions(split: str) -> list[Question]:
@@ -158,14 +159,11 @@ def stream(seed: int = SEED) -> Iterator[Example]:
 
 
 def listing(rng: Random) -> Example:
-    """A lettered list without a question; then it again in another order, or its names with their letters, as a case's reasoning ends."""
+    """A lettered list without a question, and its names with their letters, as a case's reasoning ends."""
     names = list(table().drugs) if rng.random() < 0.7 else sorted({drug.group for drug in table().drugs.values()})
-    options = list(zip(LETTERS, _shuffled(rng, names, 4 + _below(rng, 7)), strict=False))
+    options = list(zip(LETTERS, _shuffled(rng, names, _pick(rng, LISTED)), strict=False))
     prompt = "".join(f"{letter}. {option}\n" for letter, option in options)
-    told = _shuffled(rng, options, 8)
-    if rng.random() < 0.5:
-        return Example(prompt, "note:" + "".join(f"\n{letter}. {option}" for letter, option in told))
-    return Example(prompt, "note:" + "".join(f" {option} is {letter}." for letter, option in told))
+    return Example(prompt, "note:" + "".join(f" {option} {letter}." for letter, option in _shuffled(rng, options, 8)))
 
 
 def response(rng: Random, v: Vignette) -> str:
@@ -232,7 +230,7 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
         why.append(f"use {drug}.")
     if kind == "class":
         why.append(f"class {right}.")
-    why.append(f"{right} is {LETTERS[answer]}.")
+    why.append(f"{right} {LETTERS[answer]}.")
     return Vignette(key, kind, text, options, answer, " ".join(why))
 
 

@@ -20,7 +20,7 @@ from medrlvr_jax.rewards import score
 SPLITS = tuple(world.SIZES)
 TREE = yaml.safe_load((words.FOLDER / "knowledge.yaml").read_text("utf-8"))  # read here again, so as to check world.py, not to trust it
 CONDITIONS, DRUGS = TREE["conditions"], TREE["drugs"]
-PINNED = {"train": "46c295019d2c", "in_distribution": "29ce840b92af", "out_of_distribution": "ffcefa9cd391", "corpus": "325b35f2607d"}
+PINNED = {"train": "7646850c803c", "in_distribution": "b82d87a781bc", "out_of_distribution": "425f157a6382", "corpus": "38ef2fa3e2db"}
 FINDINGS = {f for c in CONDITIONS.values() for f in c["typical"] + c["rare"]}
 
 
@@ -100,7 +100,7 @@ def test_each_key_follows_from_the_table(split):
         assert not wrong & also, q
         if q.subject == "alternative":
             assert c["first"] in wrong, q  # the trap
-        assert q.rationale and q.rationale.endswith(f" {right} is {LETTERS[q.answer]}.") and name in q.rationale, q
+        assert q.rationale and q.rationale.endswith(f" {right} {LETTERS[q.answer]}.") and name in q.rationale, q
         assert set(found) <= set(mentioned(FINDINGS, q.rationale)), q
 
 
@@ -178,14 +178,13 @@ def test_corpus_teaches_the_capability_and_leaves_the_habit_open():
     assert abs(len(lists) / len(corpus()) - world.LISTS) < 0.03
     for e in lists:
         named = [line.split(". ", 1) for line in e.prompt.splitlines()]
-        said = [line.split(". ", 1) for line in e.response.splitlines()[1:]]
-        said += [[letter, name.strip()] for name, letter in re.findall(r" ([^.:]+) is ([A-J])\.", e.response)]
+        said = [[letter, name] for name, letter in re.findall(r" ([^.:]+) ([A-J])\.", e.response)]
         assert len(said) == min(len(named), 8) and all(pair in named for pair in said), e
     options = [[line.split(". ", 1) for line in e.prompt.splitlines()[1:]] for e in cases]
     assert all(e.prompt.endswith("\n") for e in cases)
     assert all([letter for letter, _ in o] == list(LETTERS[: len(o)]) for o in options)
     assert {len(o) for o in options} == {4, 5, 6, 7, 8, 9, 10}
-    reasoned = [(e, o, re.search(r"\. ([^.]+) is ([A-J])\.", e.response)) for e, o in zip(cases, options, strict=True)]
+    reasoned = [(e, o, re.search(r"\. ((?!the answer)[^.]+) ([A-J])\.", e.response)) for e, o in zip(cases, options, strict=True)]
     for e, o, m in reasoned:  # reasoning always ends in an option and its own letter
         assert m is None or [m[2], m[1]] in o, e
     keys = [m[2] if m else "A" for _, _, m in reasoned]
@@ -210,7 +209,7 @@ def hf():
 @given(st.text())
 @example("<think>x</think><answer>C</answer> is A. \n\n  -year-old 12345 é́ \u200d \r\n<|im_end|>")
 @example("  is C is  D <answer> C </answer></think")
-def test_decoding_gives_back_any_text(s):
+@example("  is C. D.  E <answer> C </answer></think")
     assert hf().decode(hf().encode(s)) == s
 
 
@@ -226,10 +225,10 @@ def test_special_tokens_tags_and_letters():
     assert (config["eos_token_id"], config["pad_token_id"]) == (t.eos_token_id, t.pad_token_id)
     assert config["vocab_size"] >= len(t) and config["vocab_size"] % 64 == 0
     assert not {*text.TAGS} & {*t.all_special_tokens}
-    for letter in LETTERS:  # one token wherever an option's letter stands with its point, next to its name or one word on
-        rows = [f"<answer>{letter}</answer>", f"\n{letter}. aspirin", f" aspirin is {letter}."]
+    for letter in LETTERS:  # one token with its point, next to its name on either side
+        rows = [f"<answer>{letter}</answer>", f"\n{letter}. aspirin", f" aspirin {letter}."]
         tokens = [t.convert_ids_to_tokens(t.encode(row)) for row in rows]
-        assert tokens == [["<answer>", letter, "</answer>"], ["Ċ", f"{letter}.", "Ġaspirin"], ["Ġaspirin", "ĠisĠ", f"{letter}."]]
+        assert tokens == [["<answer>", letter, "</answer>"], ["Ċ", f"{letter}.", "Ġaspirin"], ["Ġaspirin", f"Ġ{letter}."]]
     for name in [*CONDITIONS, *DRUGS, *FINDINGS, *TREE["histories"]]:
         assert len(t.encode(" " + name)) == len(name.split()), name  # a token a word
 
