@@ -208,8 +208,8 @@ def hf():
 @settings(deadline=None)
 @given(st.text())
 @example("<think>x</think><answer>C</answer> is A. \n\n  -year-old 12345 é́ \u200d \r\n<|im_end|>")
-@example("  is C is  D <answer> C </answer></think")
-@example("  is C. D.  E <answer> C </answer></think")
+@example("  is C.  is  D <answer> C </answer></think")
+def test_decoding_gives_back_any_text(s):
     assert hf().decode(hf().encode(s)) == s
 
 
