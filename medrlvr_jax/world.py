@@ -51,7 +51,7 @@ OPTIONS = {"train": (4, 5), "out_of_distribution": (6, 7, 8, 9, 10, 10)}  # how 
 CORPUS = 120_000  # examples: 5.1 M tokens of prompts and 3.3 M of responses
 FACTS = 0.10  # share of examples that state facts
 LISTS = 0.40  # share of lettered lists: a small model is slow to find how names and letters bind, and these are nothing else
-LISTED = (2, 2, 2, 2, 3, 3, 4, 5, 7, 10)  # how long those lists are, drawn evenly: on two names binding shows itself, on ten alone it never did
+LISTED = (2, 2, 2, 2, 3, 3, 4, 5, 7, 10)  # their lengths, drawn evenly: on two names binding shows itself, on ten alone it never did
 # The others are worked cases …
 FOREIGN = 0.25  # … of which this share is worded, and has options, as in out_of_distribution
 STYLES = {  # … and whose responses are written so. The base's format rate is about tagged + guess, its accuracy about tagged + guess / 5
