@@ -76,8 +76,7 @@ def load_text(config: SetConfig) -> list[Example]:
     if config.path.startswith("embedded:"):
         from medrlvr_jax import world
 
-        _embedded(config.path, ("corpus",))
-        return world.corpus()[: config.limit]
+        return {"corpus": world.corpus, "lists": world.lists}[_embedded(config.path, ("corpus", "lists"))]()[: config.limit]
     return _collect(config, ("text",))[: config.limit]
 
 

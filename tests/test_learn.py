@@ -81,7 +81,7 @@ class Loop:
             slab=64,
         )
         rewards = sharding.place_rows(np.asarray(self.score(np.asarray(rollout.tokens)), np.float32), mesh)
-        made, stats = experience.make_experience(prompts, rollout, assessment, rewards, jnp.float32(0.01), config=(c.advantage, c.kl))
+        made, stats = experience.make_experience(prompts, rollout, assessment, rewards, jnp.float32(c.kl.coef), config=(c.advantage, c.kl))
         return rollout, made, stats
 
     def run(self, steps):
@@ -90,7 +90,7 @@ class Loop:
             for _ in range(steps):
                 rollout, made, self.stats = self.rollout()
                 shuffle = jax.random.fold_in(self.key, 2**31)
-                self.policy, self.metrics = self.learn_policy(self.policy, made, shuffle, jnp.float32(0.01))
+                self.policy, self.metrics = self.learn_policy(self.policy, made, shuffle, jnp.float32(self.c.kl.coef))
                 if self.critic:
                     self.critic, _ = self.learn_critic(self.critic, made, shuffle, None)
                 tokens.append(np.asarray(rollout.tokens))
