@@ -44,25 +44,9 @@ def evaluate(parts: Parts, decode_params: Params, encoded: Encoded, progress: Ca
     for start in range(0, n, c.eval.batch):
         index = np.arange(start, start + c.eval.batch) % n  # the last batch is filled up; its surplus is not counted
         scored = sample_and_score(decode_params, parts, encoded, index, key, sample)
-        v = scored.verdicts
         for row in range(min(c.eval.batch, n - start) * c.eval.samples):
             question = encoded.questions[start + row // c.eval.samples]
-            rows.append(
-                {
-                    "id": question.id,
-                    "subject": question.subject,
-                    "sample": row % c.eval.samples,
-                    "completion": scored.completions[row],
-                    "key": data.LETTERS[question.answer],
-                    "answer": str(v.answer[row]) or None,
-                    "reward": float(v.reward[row]),
-                    "format_ok": bool(v.format_ok[row]),
-                    "correct": bool(v.correct[row]),
-                    "reason": str(v.reason[row]),
-                    "length": int(scored.lengths[row]),
-                    "stopped": bool(scored.stopped[row]),
-                }
-            )
+            rows.append(scored.record(row, question) | {"subject": question.subject, "sample": row % c.eval.samples})
         progress(min(start + c.eval.batch, n), n)
     return summarise(rows, encoded.dropped), rows
 

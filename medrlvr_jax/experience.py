@@ -6,6 +6,7 @@ encode → generate → (assess on the device ‖ decode and score on the host) 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,22 @@ class Scored:
     verdicts: Verdicts  # of the same rows
     lengths: np.ndarray  # int [Q·G], tokens up to and including the stop token
     stopped: np.ndarray  # bool [Q·G], False where the budget cut the response
+
+    def record(self, row: int, question: Question) -> dict[str, Any]:
+        """One completion of `question` as a JSON object: what samples.jsonl and an evaluation's answers both say of it."""
+        v = self.verdicts
+        return {
+            "id": question.id,
+            "completion": self.completions[row],
+            "key": LETTERS[question.answer],
+            "answer": str(v.answer[row]) or None,
+            "reward": float(v.reward[row]),
+            "format_ok": bool(v.format_ok[row]),
+            "correct": bool(v.correct[row]),
+            "reason": str(v.reason[row]),
+            "length": int(self.lengths[row]),
+            "stopped": bool(self.stopped[row]),
+        }
 
 
 def encode(tokenizer: text.Tokenizer, questions: list[Question], config: Config) -> Encoded:

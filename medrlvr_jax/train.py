@@ -161,25 +161,10 @@ def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[d
     c = parts.config
     if not c.log.samples_every or step % c.log.samples_every:
         return []
-    index, v = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed), scored.verdicts
+    index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
     rows = []
     for place in np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int):
-        row, question = int(place) * c.sample.samples, encoded.questions[index[place]]
-        rows.append(
-            {
-                "row": row,
-                "id": question.id,
-                "prompt": parts.tokenizer.show(encoded.tokens[index[place]]),
-                "completion": scored.completions[row],
-                "key": data.LETTERS[question.answer],
-                "answer": str(v.answer[row]) or None,
-                "reward": float(v.reward[row]),
-                "format_ok": bool(v.format_ok[row]),
-                "correct": bool(v.correct[row]),
-                "reason": str(v.reason[row]),
-                "prompt_length": len(encoded.tokens[index[place]]),
-                "length": int(scored.lengths[row]),
-                "stopped": bool(scored.stopped[row]),
-            }
-        )
+        row, tokens = int(place) * c.sample.samples, encoded.tokens[index[place]]
+        shown = {"row": row, "prompt": parts.tokenizer.show(tokens), "prompt_length": len(tokens)}
+        rows.append(shown | scored.record(row, encoded.questions[index[place]]))
     return rows
