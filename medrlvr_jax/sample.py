@@ -1,7 +1,10 @@
-"""Jitted generation: prefill each prompt once, then one `while_loop` over a documented state until every row has stopped.
+"""Jitted generation: prefill each prompt once, then a short chain of `while_loop`s until every row has stopped.
 
 Noise is counter-based: the uniform behind a token is a function of (seed, step, question, sample, position) alone, so a
 sample is the same whatever the batch, the padding or the mesh.
+
+Rows that have stopped make room: when half of them have, the others move together into a loop of half the width, and so on
+down a short ladder. A row that moves takes along its own copy of its prompt's keys and values, which its group shares before.
 """
 
 from functools import partial
@@ -13,77 +16,126 @@ import jax.numpy as jnp
 from medrlvr_jax import model
 from medrlvr_jax.config import SampleConfig
 from medrlvr_jax.model import Cache, DecoderConfig
-from medrlvr_jax.sharding import constrain
+from medrlvr_jax.sharding import batch_ways, constrain
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
 
 BLOCK = 128  # words per block of the two-level inverse CDF
+NARROWEST = 4  # rows a device: below, reading the weights is all there is to a step
+HALVINGS = 3  # each is another loop to compile
 
 
 class State(NamedTuple):
-    """Loop state before column t is drawn; columns below t of the arrays are final."""
+    """Loop state before column t is drawn; columns below t are final. After the first narrowing Q counts rows, and G is 1."""
 
     t: Array  # int32 []
-    tokens: Array  # int32 [Q, G, R]
-    mask: Array  # bool [Q, G, R]
-    logprobs: Array  # float32 [Q, G, R]
-    policy_logprobs: Array | None  # float32 [Q, G, R]
+    drawn: Rollout
     running: Array  # bool [Q, G], no stop token yet
+    keys: Array  # [Q, G], of each row's noise
+    limits: Array  # int32 [Q, G], tokens that a row may have
+    prompt_mask: Array  # bool [Q, P]
     caches: list  # one `Cache` per layer
 
 
 @partial(jax.jit, static_argnames=("cfg", "sample", "stop_ids", "pad_id"))
 def generate(
-    params: Params, cfg: DecoderConfig, prompts: Prompts, key: Array, sample: SampleConfig, stop_ids: tuple[int, ...], pad_id: int
+    params: Params,
+    cfg: DecoderConfig,
+    prompts: Prompts,
+    key: Array,
+    sample: SampleConfig,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    limits: Array | None = None,
 ) -> Rollout:
     """Draw `sample.samples` responses to each prompt; `key` is the step's, `fold_in(key(seed), step)`.
 
     The stop token is part of the response. Log-probs are recorded where a token is drawn: under the distribution it was
     drawn from, and, where top-k, top-p, greedy choice or a minimum length make that another one, under the policy itself.
+    `limits` int32 [Q, G] ends single rows before `max_new_tokens`.
     """
     rows, groups, length = prompts.tokens.shape[0], sample.samples, sample.max_new_tokens
     truncated = bool(sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0)
     with jax.named_scope("prefill"):
         last, (prompt_k, prompt_v) = model.prefill(params, cfg, prompts.tokens, prompts.mask)
-    keys = row_keys(key, prompts.ids, groups)
     layers = model.split_layers(params, cfg)
     own = jnp.zeros((rows, groups, cfg.kv_heads, length, cfg.head_dim), cfg.dtype)
     own = constrain(own, "batch", None, "kv_heads", None, None)
     zeros = jnp.zeros((rows, groups, length), jnp.float32)
+    tokens = jnp.full((rows, groups, length), pad_id, jnp.int32)
     state = State(
         t=jnp.int32(0),
-        tokens=jnp.full((rows, groups, length), pad_id, jnp.int32),
-        mask=jnp.zeros((rows, groups, length), bool),
-        logprobs=zeros,
-        policy_logprobs=zeros if truncated else None,
+        drawn=Rollout(tokens, jnp.zeros(tokens.shape, bool), zeros, zeros if truncated else None),
         running=jnp.ones((rows, groups), bool),
+        keys=row_keys(key, prompts.ids, groups),
+        limits=jnp.full((rows, groups), length) if limits is None else jnp.minimum(limits, length),
+        prompt_mask=prompts.mask,
         caches=[Cache(prompt_k[i], prompt_v[i], own, own) for i in range(cfg.layers)],
     )
 
     def record(state: State, hidden: Array) -> State:
         """Draw column t from the states [Q, G, E] before it."""
         scores = constrain(model.logits(params, cfg, hidden), "batch", None, "vocab")
-        token, drawn, policy = draw(scores, keys, state.t, sample, stop_ids)
-        token = jnp.where(state.running, token, pad_id)
+        token, drawn, policy = draw(scores, state.keys, state.t, sample, stop_ids)
         put = lambda x, column: jax.lax.dynamic_update_slice_in_dim(x, column[:, :, None], state.t, axis=2)  # noqa: E731
-        return State(
-            t=state.t + 1,
-            tokens=put(state.tokens, token),
-            mask=put(state.mask, state.running),
-            logprobs=put(state.logprobs, jnp.where(state.running, drawn, 0.0)),
-            policy_logprobs=put(state.policy_logprobs, jnp.where(state.running, policy, 0.0)) if truncated else None,
-            running=state.running & ~is_stop(token, stop_ids),
-            caches=state.caches,
+        d = state.drawn
+        columns = Rollout(
+            tokens=put(d.tokens, jnp.where(state.running, token, pad_id)),
+            mask=put(d.mask, state.running),
+            logprobs=put(d.logprobs, jnp.where(state.running, drawn, 0.0)),
+            policy_logprobs=put(d.policy_logprobs, jnp.where(state.running, policy, 0.0)) if truncated else None,
         )
+        running = state.running & ~is_stop(token, stop_ids) & (state.t + 1 < state.limits)
+        return state._replace(t=state.t + 1, drawn=columns, running=running)
 
     def body(state: State) -> State:
-        token = jax.lax.dynamic_index_in_dim(state.tokens, state.t - 1, axis=2, keepdims=False)
-        hidden, caches = model.decode_step(params, cfg, layers, token, prompts.mask, state.caches, state.t - 1)
+        token = jax.lax.dynamic_index_in_dim(state.drawn.tokens, state.t - 1, axis=2, keepdims=False)
+        hidden, caches = model.decode_step(params, cfg, layers, token, state.prompt_mask, state.caches, state.t - 1)
         return record(state._replace(caches=caches), hidden)
 
+    shards = batch_ways(rows)
+
+    def finish(state: State, halvings: int) -> Rollout:
+        """Draw until no row runs."""
+        width = state.running.size // shards
+        narrower = width // 2 if halvings and width % 2 == 0 and width // 2 >= NARROWEST else 0
+        state = jax.lax.while_loop(lambda s: s.running.reshape(shards, -1).sum(1).max() > narrower, body, state)
+        if not narrower:
+            return state.drawn
+        place = jnp.argsort(~state.running.reshape(shards, -1), axis=1, stable=True)[:, :narrower]
+        return put_rows(state.drawn, place, finish(take_rows(state, place), halvings - 1))
+
     with jax.named_scope("decode"):
-        state = record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed)))
-        state = jax.lax.while_loop(lambda s: (s.t < length) & s.running.any(), body, state)
-    return Rollout(state.tokens, state.mask, state.logprobs, state.policy_logprobs)
+        return finish(record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed))), HALVINGS)
+
+
+def take_rows(state: State, place: Array) -> State:
+    """The rows at `place` [shards, n], places among a shard's rows: [shards·n, 1, …] of what is a row's, [shards·n, …] of a question's."""
+    groups = state.running.shape[1]
+
+    def take(x, place):
+        split = constrain(x.reshape(place.shape[0], -1, *x.shape[1:]), "batch", *[None] * x.ndim)
+        return jax.vmap(lambda x, i: x[i])(split, place).reshape(-1, *x.shape[1:])
+
+    def of_question(x):
+        return take(x, place // groups)
+
+    def of_row(x):
+        return take(x.reshape(-1, *x.shape[2:]), place)[:, None]
+
+    caches = [Cache(of_question(c.prompt_k), of_question(c.prompt_v), of_row(c.own_k), of_row(c.own_v)) for c in state.caches]
+    drawn = jax.tree.map(of_row, state.drawn)
+    rows = [of_row(x) for x in (state.running, state.keys, state.limits)]
+    return State(state.t, drawn, *rows, of_question(state.prompt_mask), caches)
+
+
+def put_rows(drawn: Rollout, place: Array, rows: Rollout) -> Rollout:
+    """`drawn` [Q, G, R] with its rows at `place` [shards, n] replaced by `rows` [shards·n, 1, R]."""
+
+    def put(x, new):
+        split = constrain(x.reshape(place.shape[0], -1, x.shape[-1]), "batch", None, None)
+        return jax.vmap(lambda x, i, new: x.at[i].set(new))(split, place, new.reshape(*place.shape, -1)).reshape(x.shape)
+
+    return jax.tree.map(put, drawn, rows)
 
 
 def row_keys(key: Array, ids: Array, groups: int) -> Array:

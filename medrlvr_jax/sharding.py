@@ -40,6 +40,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, ACTIVATIONS, dict(mesh.shape)))
 
 
+def batch_ways(size: int) -> int:
+    """Over how many devices a batch axis of `size` is split in the current mesh; 1 where it does not divide, or outside a mesh."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    ways = int(np.prod([sizes.get(axis, 1) for axis in ACTIVATIONS["batch"]]))
+    return ways if size % ways == 0 else 1
+
+
 def _spec(axes: tuple, shape: tuple[int, ...], table: dict, sizes: dict[str, int]) -> PartitionSpec:
     """Axes that do not divide are replicated: small key/value heads on a wide `tensor` axis; `check_divides` refuses the rest."""
 

@@ -121,3 +121,24 @@ def test_top_k_keeps_k_and_ties(k):
 def test_top_p_keeps_the_smallest_set():
     np.testing.assert_array_equal(sample.truncate(jnp.asarray([0.1, 0.5, 0.25, 0.15], jnp.float32), 0, 0.7), [0, 0.5, 0.25, 0])
     np.testing.assert_array_equal(sample.truncate(jnp.asarray([0.1, 0.5, 0.25, 0.15], jnp.float32), 0, 0.2), [0, 0.5, 0, 0])
+
+
+def test_rows_that_stop_make_room_and_change_nothing(params, prompts, monkeypatch):
+    """64 rows on a ladder of 64, 32, 16, 8 and in one loop of 64, with a stop token that falls often, and limits on top."""
+    rng = np.random.default_rng(1)
+    limits = np.clip(np.exp(rng.normal(2.5, 0.9, (Q, 16))), 1, 40).astype(np.int32)
+    results = []
+    for halvings in (sample.HALVINGS, 0):
+        monkeypatch.setattr(sample, "HALVINGS", halvings)
+        draw = jax.jit(sample.generate.__wrapped__, static_argnums=(1, 4, 5, 6))  # a program of its own
+        config = SampleConfig(questions=Q, samples=16, max_new_tokens=40, top_k=30)
+        results.append(draw(params, CFG, prompts, jax.random.key(3), config, STOPS, PAD, limits))
+        text = draw.lower(params, CFG, prompts, jax.random.key(3), config, STOPS, PAD, limits).as_text()
+        assert text.count("stablehlo.while") >= 1 + halvings
+    a, b = results
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.mask, b.mask)
+    for one, other in ((a.logprobs, b.logprobs), (a.policy_logprobs, b.policy_logprobs)):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+    lengths = np.asarray(a.mask).sum(-1)
+    assert (lengths <= limits).all() and (lengths == limits).any() and (lengths < limits).any()
