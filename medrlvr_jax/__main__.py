@@ -1,6 +1,7 @@
 """The command line: `medrlvr …`, and the same as `python -m medrlvr_jax …`."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,10 @@ def parser() -> argparse.ArgumentParser:
     settings(c)
     c.add_argument("--step", type=int, help="the run's checkpoint to take; the newest unless given")
     c.add_argument("--out", type=Path, help="folder for one JSONL of answers per set and eval.json; default RUN/eval-<step>")
+    c = command("compare", "two evaluations of the same questions: paired tests, what one solves and the other does not")
+    c.add_argument("a", type=Path, metavar="EVAL_A", help="a folder that `medrlvr eval` wrote, such as RUN/eval-32")
+    c.add_argument("b", type=Path, metavar="EVAL_B")
+    c.add_argument("--json", action="store_true", help="everything, as one JSON object: also pass@k, majority, letters")
     c = command("export", "write a run's policy as a Hugging Face directory")
     c.add_argument("run", type=Path, metavar="RUN")
     c.add_argument("out", type=Path, metavar="OUT_DIR")
@@ -98,6 +103,14 @@ def run_eval(args: argparse.Namespace) -> int:
     from medrlvr_jax.evaluate import evaluate_source
 
     return evaluate_source(Path(args.source), args.settings, args.step, args.out)
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    from medrlvr_jax.compare import compare, show
+
+    found = compare(args.a, args.b)
+    print(json.dumps(found) if args.json else show(found))
+    return 0
 
 
 def run_export(args: argparse.Namespace) -> int:

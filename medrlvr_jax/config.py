@@ -233,7 +233,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a mapping of settings is needed, got {type(tree).__name__}")
     for item in overrides:
-        _override(tree, item)
+        override(tree, item)
     return from_tree(tree, str(path))
 
 
@@ -258,7 +258,7 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
 
 
-def _override(tree: dict[str, Any], item: str) -> None:
+def override(tree: dict[str, Any], item: str) -> None:
     name, sep, text = item.partition("=")
     if not sep or not name:
         raise ConfigError(f"override {item!r}: write it as a.b=value, such as sample.temperature=0.7")

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.log import read_jsonl
+from medrlvr_jax.stats import wilson
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's: told apart by all eyes
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -44,19 +45,6 @@ STYLE: Any = {
     "ytick.color": "#444444",
     "legend.frameon": False,
 }
-
-
-def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95 % by default. (0, 1) for n = 0.
-
-    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), with p = correct / n. Unlike p ± z √(p(1−p)/n) it never leaves [0, 1] and does
-    not shrink to a point at 0 of n. E. B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209–212.
-    """
-    if n == 0:
-        return 0.0, 1.0
-    p = correct / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -320,19 +320,19 @@ def _record(line: bytes, where: str) -> tuple[str, str, list[str]]:
     except (ValueError, RecursionError) as e:
         raise DataError(f"{where}: {_brief(line)} is not UTF-8 JSON ({e}); write one object a line, and no empty lines") from None
     if not isinstance(tree, dict):
-        raise DataError(f"{where}: {_brief(tree)} is not an object; write {{\"completion\": …, \"answer\": …, \"options\": …}}")
+        raise DataError(f'{where}: {_brief(tree)} is not an object; write {{"completion": …, "answer": …, "options": …}}')
     for name in ("completion", "answer", "options"):
         if name not in tree:
             raise DataError(f"{where}: {name}: missing; the line has {_brief(list(tree))}")
     completion, answer, options = tree["completion"], tree["answer"], tree["options"]
     if not isinstance(completion, str):
-        raise DataError(f"{where}: completion: {_brief(completion)} is not a text; an empty completion is \"\"")
+        raise DataError(f'{where}: completion: {_brief(completion)} is not a text; an empty completion is ""')
     if isinstance(options, dict):
         if sorted(options) != list(LETTERS[: len(options)]):
             raise DataError(f"{where}: options: the letters {_brief(list(options))} must be A, B, … without a gap")
         options = [options[letter] for letter in sorted(options)]
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
-        raise DataError(f"{where}: options: {_brief(options)}: give 2 to 10 texts, as a list or as {{\"A\": …, \"B\": …}}")
+        raise DataError(f'{where}: options: {_brief(options)}: give 2 to 10 texts, as a list or as {{"A": …, "B": …}}')
     for letter, text in zip(LETTERS, options, strict=False):
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{where}: options: {letter} is {_brief(text)}; every option needs a text")

@@ -123,9 +123,14 @@ def take_rows(state: State, place: Array) -> State:
         return take(x.reshape(-1, *x.shape[2:]), place)[:, None]
 
     caches = [Cache(of_question(c.prompt_k), of_question(c.prompt_v), of_row(c.own_k), of_row(c.own_v)) for c in state.caches]
-    drawn = jax.tree.map(of_row, state.drawn)
-    rows = [of_row(x) for x in (state.running, state.keys, state.limits)]
-    return State(state.t, drawn, *rows, of_question(state.prompt_mask), caches)
+    return state._replace(
+        drawn=jax.tree.map(of_row, state.drawn),
+        running=of_row(state.running),
+        keys=of_row(state.keys),
+        limits=of_row(state.limits),
+        prompt_mask=of_question(state.prompt_mask),
+        caches=caches,
+    )
 
 
 def put_rows(drawn: Rollout, place: Array, rows: Rollout) -> Rollout:

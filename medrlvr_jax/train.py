@@ -73,6 +73,7 @@ def drive(
             if last or (config.eval.every and n % config.eval.every == 0):
                 metrics |= evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run)
             run.record(n, metrics, rows)
+            checkpoints.check()
             if last or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
                 checkpoints.save(n, state, metrics)
             if run.stopping:

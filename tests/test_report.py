@@ -9,14 +9,6 @@ from medrlvr_jax import log, report
 from medrlvr_jax.config import ConfigError
 
 
-def test_wilson_against_known_values():
-    # Newcombe, Statistics in Medicine 17 (1998) 857–872, table I, method 3.
-    for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
-        assert report.wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
-    assert report.wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
-    assert report.wilson(0, 0) == (0.0, 1.0)
-
-
 def test_smooth_is_a_running_mean_that_ignores_what_is_missing():
     assert report.smooth(np.array([1.0, 2.0, 6.0]), 3) == pytest.approx([1.5, 3.0, 4.0])
     assert report.smooth(np.array([1.0, np.nan, 6.0]), 3) == pytest.approx([1.0, 3.5, 6.0])

@@ -1,0 +1,176 @@
+"""What an accuracy can and cannot show: intervals, paired tests, pass@k, the boundary between two models.
+
+Everything is per question. `correct` is bool or float [n] (one answer a question, or the share of its samples that are right) or
+bool [n, k] (k samples of each question). Samples of one question are not independent, so intervals and tests resample questions.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+from scipy.special import gammaln
+
+DRAWS = 10_000  # bootstrap resamples
+Z95 = 1.959964
+
+
+class Interval(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+
+def wilson(correct: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """The Wilson score interval of a share, 95 % by default. (0, 1) for n = 0.
+
+    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), with p = correct / n. Unlike p ± z √(p(1−p)/n) it never leaves [0, 1] and does
+    not shrink to a point at 0 of n. E. B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209–212.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p = correct / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval:
+    """Mean of per-question values [n] and its 95 % percentile interval over resampled questions (Efron 1979)."""
+    values = np.asarray(values, np.float64)
+    # Resampling n of n is a multinomial draw of how often each question comes.
+    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
+    low, high = np.quantile(counts @ values / len(values), (0.025, 0.975))
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def accuracy(correct: np.ndarray) -> Interval:
+    """Share of right answers: Wilson's interval for one answer a question, resampled questions for several ([n, k])."""
+    correct = np.asarray(correct)
+    if correct.ndim == 1 or correct.shape[1] == 1:
+        return Interval(float(correct.mean()), *wilson(float(correct.sum()), correct.size))
+    return bootstrap(correct.mean(1))
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
+    """Two models on the same questions, one answer each, bool [n]: questions only a has right, only b, and the exact two-sided p.
+
+    Under the null hypothesis each discordant question falls to either side with probability ½ (McNemar 1947, binomial form).
+    """
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    n = only_a + only_b
+    return only_a, only_b, float(scipy.stats.binomtest(only_a, n).pvalue) if n else 1.0
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Interval:
+    """Mean of b − a over the same questions, with the 95 % interval over resampled questions; [n] or [n, k] each."""
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1).mean(1) for x in (a, b))
+    return bootstrap(b - a, seed)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Adjusted p-values for several tests, in their order (Holm 1979): max over smaller ones of (m − rank) · p, at most 1."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = running
+    return adjusted
+
+
+def detectable(n: int, discordant: float, power: float = 0.8) -> float:
+    """The smallest difference in accuracy that n paired questions show with this power at two-sided 5 %.
+
+    `discordant` is the share of questions on which the two differ. Solves n δ² = (z_α √ψ + z_β √(ψ − δ²))² for δ (Connor 1987).
+    """
+    z_alpha, z_beta, low, high = Z95, float(scipy.stats.norm.ppf(power)), 0.0, discordant
+    for _ in range(60):
+        middle = (low + high) / 2
+        needed = (z_alpha * math.sqrt(discordant) + z_beta * math.sqrt(max(discordant - middle**2, 0))) ** 2
+        low, high = (middle, high) if n * middle**2 < needed else (low, middle)
+    return high
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
+    """Per question [n], the unbiased chance that one of k samples is right: 1 − C(s−c, k) / C(s, k), s samples with c right.
+
+    Chen et al. 2021 (arXiv 2107.03374); used as in arXiv 2504.13837.
+    """
+    samples, right = correct.shape[1], correct.sum(1)
+    if not 1 <= k <= samples:
+        raise ValueError(f"k = {k} must be from 1 to the {samples} samples there are")
+    wrong = samples - right
+    log = gammaln(wrong + 1) - gammaln(np.maximum(wrong - k, 0) + 1) - gammaln(samples + 1) + gammaln(samples - k + 1)
+    return np.where(wrong < k, 1.0, 1.0 - np.exp(log))
+
+
+def beyond_chance(passed: np.ndarray, options: np.ndarray, k: int) -> float:
+    """Mean pass@k on a scale where guessing is 0 and certainty 1: (p − g) / (1 − g), g the mean of 1 − (1 − 1/m)^k for m options [n].
+
+    With 4 options a coin's pass@16 is 0.99: without this, all models look alike at large k. The means are taken first, since a
+    single question's 1 − g is near 0 where it has few options.
+    """
+    guess = (1 - (1 - 1 / np.asarray(options, np.float64)) ** k).mean()
+    return float((passed.mean() - guess) / (1 - guess))
+
+
+def majority(answers: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Per question [n], the chance that the most frequent of its answers [n, k] is the key; a tie is drawn with equal chances.
+
+    Empty answers do not vote; where nobody votes, it is 0.
+    """
+    out = np.zeros(len(answers))
+    for i, (row, right) in enumerate(zip(answers, key, strict=True)):
+        names, counts = np.unique(row[row != ""], return_counts=True)
+        top = names[counts == counts.max()] if len(names) else names
+        out[i] = (right in top) / max(len(top), 1)
+    return out
+
+
+def answer_entropy(answers: np.ndarray) -> np.ndarray:
+    """Per question [n], −Σ p log p over the distinct answers of its samples [n, k], in nats; no answer counts as one of them."""
+    out = np.zeros(len(answers))
+    for i, row in enumerate(answers):
+        p = np.unique(row, return_counts=True)[1] / len(row)
+        out[i] = -(p * np.log(p)).sum()
+    return out
+
+
+def boundary(base: np.ndarray, trained: np.ndarray) -> dict[str, float]:
+    """What training kept, gained and lost of the questions that k samples solve at least once; bool [n, k] each.
+
+    Invisible Leash (arXiv 2507.14843): P both, E only trained, S only base, O neither; support retention SRR = P/(P+S), net discovery
+    NDR = E/(P+E), SDS their harmonic mean, net change NSCR = (E−S)/(P+E+S). The sampling-efficiency gap (arXiv 2504.13837) is
+    base pass@k − trained pass@1. A ratio without denominator is NaN.
+    """
+    a, b = base.any(1), trained.any(1)
+    p, e, s, o = (int(x.sum()) for x in (a & b, b & ~a, a & ~b, ~a & ~b))
+    srr, ndr = _share(p, p + s), _share(e, p + e)
+    return {
+        "preserved": p,
+        "gained": e,
+        "lost": s,
+        "never": o,
+        "srr": srr,
+        "ndr": ndr,
+        "sds": _share(2 * srr * ndr, srr + ndr),
+        "nscr": _share(e - s, p + e + s),
+        "efficiency_gap": float(a.mean() - trained.mean()),
+    }
+
+
+def letter_bias(answers: np.ndarray, key: np.ndarray) -> dict[str, Any]:
+    """How often each letter is answered against how often it is the key, and the χ² test of the one against the other's shares."""
+    given = answers[answers != ""]
+    letters = sorted(set(key.tolist()) | set(given.tolist()))
+    answered, keyed = (np.array([(x == letter).sum() for letter in letters]) for x in (given, key))
+    use = keyed > 0  # a letter that is never the key has no expected count
+    if len(given) == 0 or use.sum() < 2 or answered[use].sum() == 0:
+        p = 1.0
+    else:
+        p = float(scipy.stats.chisquare(answered[use], keyed[use] / keyed[use].sum() * answered[use].sum()).pvalue)
+    shares = {x: {"answered": a / max(len(given), 1), "key": b / len(key)} for x, a, b in zip(letters, answered, keyed, strict=True)}
+    return {"letters": shares, "p": p}
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

@@ -1,0 +1,117 @@
+"""Statistics against hand counts, brute force and published values."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medrlvr_jax import stats
+
+
+def test_mcnemar_by_hand():
+    a = np.array([1, 1, 1, 1, 1, 1, 0, 1, 0, 0], bool)
+    b = np.array([0, 0, 0, 0, 0, 0, 1, 1, 0, 0], bool)
+    only_a, only_b, p = stats.mcnemar(a, b)
+    assert (only_a, only_b) == (6, 1)
+    assert p == pytest.approx(2 * (1 + 7) / 2**7)  # both tails of Binomial(7, ½) at 6 or more
+    assert stats.mcnemar(a, a) == (0, 0, 1.0)
+
+
+def test_holm_by_hand():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+
+
+@given(st.integers(1, 6), st.integers(0, 6), st.integers(1, 6))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(samples, right, k):
+    right, k = min(right, samples), min(k, samples)
+    row = np.arange(samples) < right
+    subsets = list(itertools.combinations(row, k))
+    assert stats.pass_at_k(row[None], k)[0] == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_k_wants_enough_samples():
+    with pytest.raises(ValueError, match="k = 3 must be from 1 to the 2 samples"):
+        stats.pass_at_k(np.zeros((1, 2), bool), 3)
+
+
+def test_a_coin_is_at_zero_beyond_chance():
+    rng = np.random.default_rng(0)
+    options = rng.integers(3, 11, 4000)
+    coin = rng.random((4000, 8)) < 1 / options[:, None]
+    for k in (1, 4, 8):
+        assert abs(stats.beyond_chance(stats.pass_at_k(coin, k), options, k)) < 0.04
+    assert stats.beyond_chance(np.ones(3), np.array([4, 5, 10]), 4) == 1
+
+
+def test_majority_draws_ties_fairly_and_counts_no_silence():
+    answers = np.array([["A", "A", "B"], ["A", "B", ""], ["", "", "C"], ["", "", ""]])
+    assert stats.majority(answers, np.array(["A", "B", "C", "D"])).tolist() == [1.0, 0.5, 1.0, 0.0]
+
+
+def test_answer_entropy():
+    answers = np.array([["A", "A", "A", "A"], ["A", "B", "C", ""], ["A", "A", "B", "B"]])
+    np.testing.assert_allclose(stats.answer_entropy(answers), [0, math.log(4), math.log(2)], atol=1e-12)
+
+
+def test_boundary_by_hand():
+    base = np.array([[1, 0], [1, 1], [0, 0], [0, 0], [0, 1]], bool)
+    trained = np.array([[1, 1], [0, 0], [1, 1], [0, 0], [1, 1]], bool)
+    b = stats.boundary(base, trained)
+    assert [b[k] for k in ("preserved", "gained", "lost", "never")] == [2, 1, 1, 1]
+    assert b["srr"] == pytest.approx(2 / 3) and b["ndr"] == pytest.approx(1 / 3)
+    assert b["sds"] == pytest.approx(2 * (2 / 9) / 1) and b["nscr"] == 0
+    assert b["efficiency_gap"] == pytest.approx(3 / 5 - 6 / 10)
+    assert math.isnan(stats.boundary(base[3:4], trained[3:4])["srr"])
+
+
+def test_clustered_interval_is_wider_than_that_of_independent_samples():
+    rng = np.random.default_rng(0)
+    easy = rng.random(200) < 0.5
+    correct = np.repeat(easy[:, None], 16, axis=1)  # all samples of a question agree: 200 observations, not 3,200
+    value, low, high = stats.accuracy(correct)
+    naive = stats.wilson(correct.sum(), correct.size)
+    assert value == pytest.approx(easy.mean())
+    assert high - low == pytest.approx(np.diff(stats.wilson(easy.sum(), 200))[0], rel=0.1)
+    assert high - low > 3 * (naive[1] - naive[0])
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for seed in range(200):
+        a, b = rng.random(150) < 0.4, rng.random(150) < 0.5
+        _, low, high = stats.paired_difference(a, b, seed)
+        hits += low <= 0.1 <= high
+    assert 0.90 <= hits / 200 <= 0.99
+
+
+def test_detectable_difference_is_shown_that_often():
+    n, discordant = 400, 0.3
+    delta = stats.detectable(n, discordant)
+    rng = np.random.default_rng(0)
+    up = rng.binomial(n, discordant, 400)
+    wins = rng.binomial(up, 0.5 + delta / discordant / 2)
+    shown = np.mean([stats.scipy.stats.binomtest(int(w), int(u)).pvalue < 0.05 for w, u in zip(wins, up, strict=True)])
+    assert 0.70 < shown < 0.88  # the exact test is a little conservative
+    assert stats.detectable(1600, discordant) == pytest.approx(delta / 2, rel=0.05)
+
+
+def test_letter_bias():
+    key = np.array(list("ABCD" * 50))
+    fair, stuck = stats.letter_bias(key, key), stats.letter_bias(np.array(["B"] * 200), key)
+    assert fair["p"] == pytest.approx(1) and stuck["p"] < 1e-30
+    assert stuck["letters"]["B"] == {"answered": 1.0, "key": 0.25}
+    assert stats.letter_bias(np.array([""] * 4), key)["p"] == 1.0
+
+
+def test_wilson_against_known_values():
+    # Newcombe, Statistics in Medicine 17 (1998) 857–872, table I, method 3.
+    for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+        assert stats.wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
+    assert stats.wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
+    assert stats.wilson(0, 0) == (0.0, 1.0)
