@@ -124,7 +124,10 @@ def run_score(args: argparse.Namespace) -> int:
     from medrlvr_jax.config import RewardConfig
     from medrlvr_jax.rewards import score_file
 
-    score_file(args.file, args.out, RewardConfig(mode=args.mode))
+    reasons = score_file(args.file, args.out, RewardConfig(mode=args.mode))
+    for reason, count in reasons.most_common():
+        print(f"{count:>9,}  {100 * count / reasons.total():5.1f} %  {reason}")
+    print(f"{reasons.total():>9,}  completions scored by the rule {args.mode}: {args.out}")
     return 0
 
 

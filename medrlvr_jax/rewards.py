@@ -20,6 +20,7 @@ kernel for the tags: one call tells of one tag, at 0.2 µs a row, and a rule nee
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,8 +268,8 @@ def _is_text(found: pa.Buffer, option: str) -> bool:
     return own != b"" and found.to_pybytes().strip(WHITE) == own
 
 
-def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, overwrite: bool = False) -> int:
-    """Score a JSONL file into another, line by line in the same order, and return how many lines.
+def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, overwrite: bool = False) -> Counter[str]:
+    """Score a JSONL file into another, line by line in the same order, and return how many lines had each reason.
 
     In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}`, 2 to 10 options, other fields ignored.
     Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of REASONS}`.
@@ -282,7 +283,8 @@ def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, 
     if target.exists() and (not overwrite or target.samefile(source)):
         raise DataError(f"{target}: exists already, and is not overwritten; give another name or move it away")
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    worth, lines = [config.unformatted, config.wrong, config.correct], 0  # the settings' own numbers, not float32's
+    worth = [config.unformatted, config.wrong, config.correct]  # the settings' own numbers, not float32's
+    reasons: Counter[str] = Counter()
     try:
         with part.open("x", encoding="utf-8", newline="\n") as file:
             for block in _blocks(source):
@@ -292,11 +294,11 @@ def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, 
                 for r, answer, reason in zip(rank, verdicts.answer.tolist(), verdicts.reason.tolist(), strict=True):
                     line = {"reward": worth[r], "format_ok": r > 0, "answer": answer or None, "reason": reason}
                     file.write(json.dumps(line) + "\n")
-                lines += len(block)
+                reasons.update(verdicts.reason.tolist())
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-    return lines
+    return reasons
 
 
 def _blocks(source: Path, most_rows: int = BLOCK, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, str, list[str]]]]:

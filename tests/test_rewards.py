@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -229,9 +230,11 @@ def test_file_gives_the_same_verdicts(tmp_path, mode):
         for i, row in enumerate(rows):
             options = dict(reversed(list(zip("ABCDEFGHIJ", row["options"], strict=False)))) if i % 2 else row["options"]
             file.write(json.dumps({"completion": row["completion"], "answer": row["answer"], "options": options, "id": i}) + "\n")
-    assert score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(mode=mode, correct=0.1)) == len(rows) > 2 * BLOCK
+    reasons = score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(mode=mode, correct=0.1))
+    assert reasons.total() == len(rows) > 2 * BLOCK
     got, batch = [json.loads(line) for line in (tmp_path / "out.jsonl").open()], judge(mode, rows)
     assert [line["answer"] for line in got] == [row[mode]["answer"] for row in rows]
+    assert reasons == Counter(line["reason"] for line in got)
     assert [line["reason"] for line in got] == batch.reason.tolist() and [line["format_ok"] for line in got] == batch.format_ok.tolist()
     assert {line["reward"] for line in got} == {-1.0, 0.0, 0.1} and set(got[0]) == {"reward", "format_ok", "answer", "reason"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
@@ -277,7 +280,7 @@ def test_file_is_never_overwritten_unasked(tmp_path):
     with pytest.raises(DataError, match="exists already"):
         score_file(source, target, RewardConfig())
     assert target.read_text() == "precious"
-    assert score_file(source, target, RewardConfig(), overwrite=True) == 1
+    assert score_file(source, target, RewardConfig(), overwrite=True).total() == 1
     assert target.read_text() == '{"reward": 1.0, "format_ok": true, "answer": "C", "reason": "correct"}\n'
     with pytest.raises(DataError, match="exists already"):
         score_file(source, source, RewardConfig(), overwrite=True)
