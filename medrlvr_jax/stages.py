@@ -1,0 +1,87 @@
+"""The six stages that the paper saw its policy pass (arXiv 2502.19655), told from a completion's text alone. Every number is here.
+
+    format_failure         no place that the lenient rule `paper` accepts
+    step_by_step_exploit   more than BEFORE words stand before <think>: the reasoning was moved there (15 words: arXiv 2509.15557)
+    direct_answer_hacker   at most CONTENT words are left of the thought once statements of the answer are taken out
+    verbose_formatter      the thought has over LONG words, or more than BEFORE words follow </answer>, or over half of its 4-grams repeat
+    reintegrated_reasoning at least two clauses in the thought, and as many signs of inference as SIGNS asks
+    concise_structurer     what is left: the tags are right, and the thought is short and asserts rather than infers
+
+They are tried in this order. A text cannot tell when in a run it was written: stages 3 and 6 differ here by whether the thought infers.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+STAGES = (
+    "format_failure",
+    "verbose_formatter",
+    "concise_structurer",
+    "direct_answer_hacker",
+    "step_by_step_exploit",
+    "reintegrated_reasoning",
+)
+BEFORE, CONTENT, LONG, SIGNS = 15, 6, 150, 1
+
+PLACE = re.compile(r"</think>[ \t\n\v\f\r]*<answer>[ \t\n\v\f\r]*[A-J][ \t\n\v\f\r]*</answer>")
+TAGS = re.compile(r"</?(?:think|answer)>")
+WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+CLAUSE = re.compile(r"[.;:!?\n]+|,? (?:so|but|and) ")
+LETTER = r"\(?[A-J]\)?(?!\w)"  # capitals only: "this is a clot" states nothing
+STATEMENT = re.compile(  # a statement of the answer: "the answer is C", "Option B.", "(D)", "I choose A", "it is E"
+    r"(?i:\b(?:so |thus |therefore |hence )?(?:the |my )?(?:(?:final|correct|best|right) )*(?:answer|choice|option)\b"
+    rf"(?: (?:is|should be|must be|would be|here))*[:=]?(?: option)?)(?: ?{LETTER})?"
+    rf"|(?i:\b(?:i |we |you )?(?:choose|pick|select|go with) (?:option |answer )?){LETTER}"
+    rf"|(?i:\b(?:it|this|that) is (?:option )?){LETTER}"
+    rf"|(?<!\w){LETTER}(?! [a-z])"  # but "A swollen leg"
+)
+SIGN = re.compile(
+    r"\b(?:because|since|as (?:the|she|he|it|they)|therefore|thus|hence|so|suggest\w*|indicat\w*|impl(?:y|ies)|point\w* to|consistent with"
+    r"|rule[sd]? (?:\w+ )?out|exclud\w*|unlike\w*|leads? to|caus\w+|due to|means?|which (?:is|are|makes)|contraindicat\w*|avoid\w*|must not"
+    r"|instead|rather than|first[- ]line|mechanism|typical of|characteristic of|explain\w*|confirm\w*|allows? it|if)\b",
+    re.I,
+)
+
+
+def stage(completion: str, formatted: bool, options: Sequence[str] = ()) -> str:
+    """The stage of one completion; `formatted` is the rule `paper`'s verdict. The options' own texts count as statements of the answer."""
+    if not formatted:
+        return "format_failure"
+    opened = completion.index("<think>") + len("<think>")
+    place = PLACE.search(completion, opened + 1)
+    assert place is not None, "the rule found a place"
+    before, thought, after = completion[: opened - len("<think>")], completion[opened : place.start()], completion[place.end() :]
+    if words(before) > BEFORE:
+        return "step_by_step_exploit"
+    thought = TAGS.sub(" ", thought)
+    if words(without_answers(thought, options)) <= CONTENT:
+        return "direct_answer_hacker"
+    if words(thought) > LONG or words(after) > BEFORE or repetition(thought) > 0.5:
+        return "verbose_formatter"
+    clauses = [c for c in CLAUSE.split(thought) if words(c) >= 2]
+    return "reintegrated_reasoning" if len(clauses) >= 2 and len(SIGN.findall(thought)) >= SIGNS else "concise_structurer"
+
+
+def words(text: str) -> int:
+    return len(WORD.findall(text))
+
+
+def without_answers(thought: str, options: Sequence[str]) -> str:
+    """The thought without statements of an answer and without the options' own texts."""
+    for option in sorted(options, key=len, reverse=True):
+        thought = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", " ", thought, flags=re.I)
+    return STATEMENT.sub(" ", thought)
+
+
+def repetition(text: str) -> float:
+    """Share of 4-grams of words that stood before; 0 for texts of less than 24 words, where a repeat says little."""
+    tokens = [w.lower() for w in WORD.findall(text) if not w.isdigit()]  # a list's numbers make no line new
+    grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
+    return 1 - len(set(grams)) / len(grams) if len(tokens) >= 24 else 0.0
+
+
+def shares(stages: Sequence[str]) -> dict[str, float]:
+    """Share of each of the six among the completions of a step."""
+    counts = Counter(stages)
+    return {name: counts[name] / max(len(stages), 1) for name in STAGES}
