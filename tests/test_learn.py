@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medrlvr_jax import build, config, experience, learn, sample, sharding
+from medrlvr_jax import build, config, experience, learn, lora, sample, sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.types import Mean, Prompts
@@ -44,20 +44,23 @@ def settings(estimator="gae", **changes):
 class Loop:
     """A few steps of training without tokenizer or text: the reward counts how often a response says GOOD."""
 
-    def __init__(self, c, devices=1, score=lambda tokens: (tokens == GOOD).sum(-1)):
+    def __init__(self, c, devices=1, score=lambda tokens: (tokens == GOOD).sum(-1), cfg=CFG):
         self.c, self.score, self.step = c, score, 0
         mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
-        self.parts = p = Parts(c, None, CFG, dataclasses.replace(CFG, value_head=True), mesh)
+        self.cfg = cfg = dataclasses.replace(cfg, lora=c.model.lora)
+        self.parts = p = Parts(c, None, cfg, dataclasses.replace(cfg, value_head=True), mesh)
         with jax.set_mesh(mesh):
             tx = learn.make_optimizer(c.learn.policy, 40)
-            self.policy, placed = build.init_learner(p, CFG, tx)
-            self.learn_policy = learn.compile_learn(c, learn.policy_objective(c, CFG), tx, placed)
-            self.reference = build.load_params(p, CFG)
+            policy, placed = build.init_learner(p, cfg, tx)
+            program = learn.compile_learn(c, learn.policy_objective(c, cfg), tx, placed)
+            self.policy, self.learn_policy = learn.offload(c, policy, program)
+            self.frozen = build.load_frozen(p)
             self.critic = None
             if c.learn.critic:
                 tx = learn.make_optimizer(c.learn.critic, 40)
-                self.critic, placed = build.init_learner(p, p.critic_cfg, tx)
-                self.learn_critic = learn.compile_learn(c, learn.critic_objective(c, p.critic_cfg), tx, placed)
+                critic, placed = build.init_learner(p, p.critic_cfg, tx)
+                program = learn.compile_learn(c, learn.critic_objective(c, p.critic_cfg), tx, placed)
+                self.critic, self.learn_critic = learn.offload(c, critic, program)
             self.relay = build.make_relay(p)
 
     def rollout(self):
@@ -67,15 +70,16 @@ class Loop:
         prompts = Prompts(rng.integers(3, 64, (Q, P)).astype(np.int32), mask, np.arange(Q, dtype=np.uint32))
         prompts = sharding.place_rows(prompts, mesh)
         self.key = jax.random.fold_in(jax.random.key(0), self.step)
-        rollout = sample.generate(self.relay(self.policy.params), CFG, prompts, self.key, c.sample, STOPS, PAD)
+        whole = lora.join(self.frozen.base, self.policy.params)
+        rollout = sample.generate(self.relay(whole), self.cfg, prompts, self.key, c.sample, STOPS, PAD)
         critic = self.critic and self.critic.params
         assessment = experience.assess(
+            sharding.to_memory(self.frozen, "device"),
             self.policy.params,
-            self.reference,
             critic,
             prompts,
             rollout.tokens,
-            cfg=CFG,
+            cfg=self.cfg,
             critic_cfg=self.parts.critic_cfg,
             temperature=1.0,
             slab=64,
@@ -90,9 +94,9 @@ class Loop:
             for _ in range(steps):
                 rollout, made, self.stats = self.rollout()
                 shuffle = jax.random.fold_in(self.key, 2**31)
-                self.policy, self.metrics = self.learn_policy(self.policy, made, shuffle, jnp.float32(self.c.kl.coef))
+                self.policy, self.metrics = self.learn_policy(self.policy, self.frozen.base, made, shuffle, jnp.float32(self.c.kl.coef))
                 if self.critic:
-                    self.critic, _ = self.learn_critic(self.critic, made, shuffle, None)
+                    self.critic, _ = self.learn_critic(self.critic, self.frozen.base, made, shuffle, None)
                 tokens.append(np.asarray(rollout.tokens))
                 self.step += 1
         params = [self.policy.params] + ([self.critic.params] if self.critic else [])
