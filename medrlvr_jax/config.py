@@ -9,6 +9,7 @@ import pydantic
 import yaml
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import to_jsonable_python
 
 T = TypeVar("T")
 
@@ -263,7 +264,8 @@ def from_tree(tree: dict[str, Any], source: str = "config") -> Config:
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    """Nested dicts and lists, as YAML reads them back."""
+    return to_jsonable_python(config)
 
 
 def dump(config: Config) -> str:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from medrlvr_jax import build, config, experience, learn, lora, sample, sharding
+from medrlvr_jax import build, config, experience, learn, lora, model, sample, sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model import DecoderConfig
-from medrlvr_jax.types import Mean, Prompts
+from medrlvr_jax.types import Experience, Mean, Prompts
 
 CFG = DecoderConfig(
     vocab=64, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, rope_theta=1e4, norm_eps=1e-6, tied=True, qkv_bias=True
@@ -209,3 +210,49 @@ def test_warmup_and_schedules():
 def test_means_add():
     a, b = Mean(jnp.float32(3), jnp.float32(1)), Mean(jnp.float32(1), jnp.float32(3))
     assert float((a + b).value()) == 1.0
+
+
+def fit(kind, mesh, devices):
+    """Eight minibatches of likelihood on one batch; Adafactor factors axes of 128 and more, so the model is wider here."""
+    cfg = dataclasses.replace(CFG, embed=128, ffn=256, layers=1)
+    c = settings("group", mesh=mesh, learn__policy={"kind": kind, "lr": 1e-2, "weight_decay": 0.1, "moments": "bfloat16"})
+    parts = Parts(c, None, cfg, cfg, sharding.make_mesh(c.mesh, jax.devices()[:devices]))
+    rng = np.random.default_rng(0)
+    prompts, targets = rng.integers(0, 64, (Q, P)), rng.integers(0, 64, (Q, 1, R))
+    rows = Experience(prompts, np.ones((Q, P), bool), targets, np.ones((Q, 1, R), bool), *[None] * 5)
+    tx = learn.make_optimizer(c.learn.policy, 8)
+    with jax.set_mesh(parts.mesh):
+        learner, placed = build.init_learner(parts, cfg, tx)
+        program = learn.compile_learn(c, learn.nll_objective(c, cfg), tx, placed)
+        losses = []
+        for _ in range(2):
+            learner, metrics = program(learner, {}, sharding.place_rows(rows, parts.mesh), jax.random.key(0), None)
+            losses.append(float(metrics["loss"].value()))
+    assert program._cache_size() == 1
+    assert [x.sharding for x in jax.tree.leaves(learner)] == jax.tree.leaves(placed)
+    return losses, jax.device_get(learner.params), learner.opt_state
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
+def test_optimisers_learn_and_shard(kind):
+    (losses, want, _), (_, got, state) = fit(kind, {}, 1), fit(kind, {"fsdp": 4, "tensor": 2}, 8)
+    assert losses[1] < losses[0] - 0.5
+    assert furthest(want, got) < 1e-3
+    gate = {
+        jax.tree_util.keystr(path): tuple(x.sharding.spec)
+        for path, x in jax.tree_util.tree_flatten_with_path(state)[0]
+        if "gate" in jax.tree_util.keystr(path) and x.size > 1
+    }
+    whole, row, column = (None, "fsdp", "tensor"), (None, "fsdp"), (None, "tensor")  # of a gate [layers, embed, ffn]
+    assert sorted(gate.values(), key=str) == {"adamw": [whole, whole], "adafactor": sorted([row, column]), "muon": [whole]}[kind]
+
+
+def test_weight_decay_leaves_norms_biases_and_the_value_head_alone():
+    params = jax.tree.map(jnp.ones_like, nn.meta.unbox(model.init(dataclasses.replace(CFG, value_head=True), jax.random.key(0))))
+    for kind in ("adamw", "adafactor", "muon"):
+        tx = learn.make_optimizer(config.OptimConfig(kind=kind, lr=0.1, warmup=0.0, weight_decay=0.5), 4)
+        step, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        decayed = {"/".join(key) for key, leaf in lora.flat(step).items() if (leaf != 0).any()}
+        matrices = {f"layers/{name}" for name in model.MATRICES}
+        assert decayed == (matrices if kind == "muon" else matrices | {"embed"})
+        np.testing.assert_allclose(step["layers"]["q"], -0.05, rtol=1e-6)
