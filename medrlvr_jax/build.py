@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 
-from medrlvr_jax import hf, model, sharding, text
+from medrlvr_jax import hf, lora, model, sharding, text
 from medrlvr_jax.config import Config, ConfigError
 from medrlvr_jax.model import DecoderConfig
-from medrlvr_jax.types import Learner, Params
+from medrlvr_jax.types import Frozen, Learner, Params
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Parts:
 def build(config: Config) -> Parts:
     """Read everything that can be refused before any device work, then lay out the mesh."""
     cfg = hf.read_config(config.model.path)
-    cfg = dataclasses.replace(cfg, dtype=jnp.dtype(config.model.dtype).type, remat=config.model.remat)
+    cfg = dataclasses.replace(cfg, dtype=jnp.dtype(config.model.dtype).type, remat=config.model.remat, lora=config.model.lora)
     tokenizer = text.load_tokenizer(config.model.path)
     text.check_fits(tokenizer, cfg.vocab, config.model.path)
     mesh = sharding.make_mesh(config.mesh)
@@ -42,54 +43,105 @@ def build(config: Config) -> Parts:
     return Parts(config, tokenizer, cfg, dataclasses.replace(cfg, value_head=True), mesh)
 
 
-def param_shardings(parts: Parts, cfg: DecoderConfig, table: dict) -> Any:
-    return sharding.shardings(_abstract(cfg), parts.mesh, table)
+# --- shapes, dtypes and shardings, of which everything below is made ---------------------------------------------------
 
 
-def _abstract(cfg: DecoderConfig) -> Any:
-    return jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+def abstract_params(parts: Parts, cfg: DecoderConfig, table: dict = sharding.TRAIN) -> Params:
+    """The whole tree of a decoder as ShapeDtypeStructs with shardings: adapters and what goes with them float32, else `param_dtype`."""
+    boxed = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+    where = lora.flat(sharding.shardings(boxed, parts.mesh, table))
+    adapters = lora.flat(lora.trained(boxed, cfg)) if cfg.lora else {}
+    kept = jnp.dtype(parts.config.model.param_dtype)
+
+    def one(key, leaf):
+        return jax.ShapeDtypeStruct(leaf.value.shape, jnp.dtype("float32") if key in adapters else kept, sharding=where[key])
+
+    return unflatten_dict({key: one(key, leaf) for key, leaf in lora.flat(boxed).items()})
+
+
+def abstract_base(parts: Parts) -> Params:
+    """What `load_base` returns, abstractly."""
+    return abstract_params(parts, lora.off(parts.cfg)) if parts.cfg.lora else {}
+
+
+def abstract_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformation) -> Learner:
+    """A learner as ShapeDtypeStructs with the shardings it has while it learns."""
+    params = lora.trained(abstract_params(parts, cfg), cfg)
+    state = jax.eval_shape(tx.init, params)
+    where = sharding.like(state, params, parts.mesh)
+    return Learner(params, jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state, where))
+
+
+def places(abstract: Any) -> Any:
+    """The shardings of a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda s: s.sharding, abstract)
+
+
+# --- the same, filled -------------------------------------------------------------------------------------------------
+
+
+def load_base(parts: Parts) -> Params:
+    """The frozen decoder under the adapters; {} where all weights are trained."""
+    return load_params(parts, lora.off(parts.cfg)) if parts.cfg.lora else {}
 
 
 def load_params(parts: Parts, cfg: DecoderConfig) -> Params:
-    """The policy's (or, with `value_head`, the critic's) parameters, from the checkpoint or at random, in their TRAIN shards."""
-    dtype, placed = jnp.dtype(parts.config.model.param_dtype), param_shardings(parts, cfg, sharding.TRAIN)
-    if parts.config.model.init == "pretrained":
-        return hf.load_params(parts.config.model.path, cfg, placed, dtype)
+    """What is trained at a run's start: all weights, from the model's directory or at random; or fresh adapters (and a value head)."""
+    c, abstract = parts.config, lora.trained(abstract_params(parts, cfg), cfg)
+    if c.model.init == "pretrained" and not cfg.lora:
+        return hf.load_params(c.model.path, cfg, places(abstract), jnp.dtype(c.model.param_dtype))
 
     def fresh(key):
-        return jax.tree.map(lambda p: p.astype(dtype), nn.meta.unbox(model.init(cfg, key)))
+        params = lora.trained(nn.meta.unbox(model.init(cfg, key)), cfg)
+        return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract)
 
-    return jax.jit(fresh, out_shardings=placed)(jax.random.key(parts.config.seed))
+    key = jax.random.key(c.seed)
+    return jax.jit(fresh, out_shardings=places(abstract))(jax.random.fold_in(key, cfg.value_head) if cfg.lora else key)
+
+
+def load_frozen(parts: Parts) -> Frozen:
+    """Base and reference. The reference of adapters is the base itself; any other is a copy of the start, in host memory if offloaded."""
+    reference = None
+    if parts.config.kl.coef > 0:
+        reference = {} if parts.cfg.lora else load_params(parts, parts.cfg)
+    if reference and parts.config.learn.offload:
+        reference = sharding.to_memory(reference, "pinned_host")
+    return Frozen(load_base(parts), reference)
 
 
 def init_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformation) -> tuple[Learner, Learner]:
     """A learner at its start, and its shardings."""
     params = load_params(parts, cfg)
-    placed = learner_shardings(parts, cfg, tx)
+    placed = places(abstract_learner(parts, cfg, tx))
     return Learner(params, jax.jit(tx.init, out_shardings=placed.opt_state)(params)), placed
 
 
-def learner_shardings(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformation) -> Learner:
-    placed = param_shardings(parts, cfg, sharding.TRAIN)
-    shapes = jax.eval_shape(tx.init, nn.meta.unbox(_abstract(cfg)))
-    return Learner(placed, sharding.like(shapes, placed, parts.mesh))
+def relay_program(parts: Parts) -> tuple[Any, dict[tuple, Any]]:
+    """The jitted part of `make_relay`, and its arguments as ShapeDtypeStructs by path: those that lie otherwise in the sampler's copy."""
+    dtype, have = jnp.dtype(parts.config.model.dtype), lora.flat(abstract_params(parts, parts.cfg))
+    want = lora.flat(abstract_params(parts, parts.cfg, sharding.DECODE))
 
+    def stays(key):
+        return have[key].dtype == dtype and have[key].sharding.is_equivalent_to(want[key].sharding, want[key].ndim)
 
-def abstract_policy(parts: Parts) -> Params:
-    """Shapes, dtypes and shardings of the policy's parameters, for restoring them."""
-    dtype, placed = jnp.dtype(parts.config.model.param_dtype), param_shardings(parts, parts.cfg, sharding.TRAIN)
-    shapes = nn.meta.unbox(_abstract(parts.cfg))
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype, sharding=where), shapes, placed)
+    moved = {key: leaf for key, leaf in have.items() if not stays(key)}
+    program = jax.jit(lambda params: {k: p.astype(dtype) for k, p in params.items()}, out_shardings={k: want[k].sharding for k in moved})
+    return program, moved
 
 
 def make_relay(parts: Parts):
-    """Parameters → the sampler's copy: arithmetic dtype, DECODE shards. Once per rollout, so that no token pays an all-gather."""
-    dtype = jnp.dtype(parts.config.model.dtype)
+    """Whole parameters → the sampler's: arithmetic dtype, DECODE shards. Once per rollout, so that no token pays an all-gather.
+
+    What is so already is passed on as it is: a frozen bfloat16 base on one chip is never copied. Adapters stay beside their
+    matrices, for a sum rounded to bfloat16 would lose the small ones, and the sampler's log-probs would not be the trainer's.
+    """
+    program, moved = relay_program(parts)
 
     def relay(params):
-        return jax.tree.map(lambda p: p.astype(dtype), params)
+        flat = lora.flat(params)
+        return unflatten_dict(flat | program({key: flat[key] for key in moved}))
 
-    return jax.jit(relay, out_shardings=param_shardings(parts, parts.cfg, sharding.DECODE))
+    return relay
 
 
 def updates_in(config: Config, steps: int) -> int:

@@ -9,6 +9,7 @@ import pydantic
 import yaml
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import to_jsonable_python
 
 T = TypeVar("T")
 
@@ -22,10 +23,20 @@ Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a layer
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used: the message names the field, the value and the remedy."""
+
+
+@section
+class LoRAConfig:
+    """Adapters of rank `rank` beside frozen weights (Hu et al. 2021, arXiv 2106.09685); they are added times alpha / rank."""
+
+    rank: Count = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    targets: tuple[Matrix, ...] = get_args(Matrix)
 
 
 @section
@@ -38,6 +49,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master weights
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass keeps: all, matmul results, layer inputs
     logit_slab: Count = 8192  # tokens whose logits are alive at once while log-probs are taken
+    lora: LoRAConfig | None = None  # null: all weights are trained; else adapters alone, in float32, policy's and critic's on one base
 
 
 @section
@@ -124,17 +136,18 @@ class LossConfig:
 
 @section
 class OptimConfig:
-    """AdamW with linear warm-up, then constant, linear or cosine."""
+    """An optimiser with linear warm-up, then constant, linear or cosine; lr is AdamW's for all three (see `learn.make_optimizer`)."""
 
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
     lr: Weight
     warmup: Share = 0.03  # of all optimiser steps
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    b1: Share = 0.9
-    b2: Share = 0.95
+    b1: Share = 0.9  # of the first moment, and Muon's momentum; Adafactor has none
+    b2: Share = 0.95  # of Adam's second moment
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Weight = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    moments: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment
+    moments: Literal["float32", "bfloat16"] = "float32"  # of the first moment
 
 
 @section
@@ -147,6 +160,7 @@ class LearnConfig:
     policy: OptimConfig
     critic: OptimConfig | None = None  # null: no critic (GRPO and its kin)
     critic_warmup: Size = 0  # first steps in which only the critic learns
+    offload: bool = False  # reference and idle optimiser states wait in the host's pinned memory (on a CPU: no gain)
 
 
 @section
@@ -250,7 +264,8 @@ def from_tree(tree: dict[str, Any], source: str = "config") -> Config:
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    """Nested dicts and lists, as YAML reads them back."""
+    return to_jsonable_python(config)
 
 
 def dump(config: Config) -> str:
@@ -308,6 +323,8 @@ def _cross_checks(c: Config) -> list[str]:
     out = []
     if (c.steps is None) == (c.passes is None):
         out.append(f"steps: {c.steps} and passes: {c.passes}: give exactly one of the two")
+    if c.model.lora and not c.model.lora.targets:
+        out.append("model.lora.targets: [] would train nothing; name some of the layers' matrices, or set model.lora to null")
     if c.sample.questions % c.learn.minibatch:
         out.append(_divide("learn.minibatch", c.learn.minibatch, "sample.questions", c.sample.questions))
     if c.learn.microbatch and c.learn.minibatch % c.learn.microbatch:

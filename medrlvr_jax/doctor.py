@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from packaging.requirements import Requirement
 
 import medrlvr_jax
@@ -113,21 +112,24 @@ def _run(config: Config) -> Iterator[Finding]:
 
 def _model(config: Config) -> Iterator[Finding]:
     """Mesh, model and tokenizer, by the same code that begins a training."""
-    from medrlvr_jax import build, text
+    from medrlvr_jax import build, lora, text
+    from medrlvr_jax.learn import make_optimizer
 
     parts = build.build(config)
     yield Finding("ok", f"mesh: {' × '.join(f'{axis} {size}' for axis, size in parts.mesh.shape.items())}")
-    n = sum(leaf.size for leaf in jax.tree.leaves(build.abstract_policy(parts)))
-    yield Finding("ok", f"model {config.model.path}: {n / 1e6:,.1f} million parameters")
+    whole = build.abstract_params(parts, parts.cfg)
+    n, trained = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (whole, lora.trained(whole, parts.cfg)))
+    frozen = f", of which {trained / 1e6:,.1f} million are trained" if trained < n else ""
+    yield Finding("ok", f"model {config.model.path}: {n / 1e6:,.1f} million parameters{frozen}")
     for line in text.tokenizer_traps(parts.tokenizer, parts.cfg.vocab):
         yield Finding("note", f"tokenizer: {line}")
-    yield from _room(config, n)
+    learners = [(parts.cfg, config.learn.policy), (parts.critic_cfg, config.learn.critic)]
+    states = [build.abstract_learner(parts, cfg, make_optimizer(optimiser, 1)) for cfg, optimiser in learners if optimiser]
+    yield from _room(config, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states)))
 
 
-def _room(config: Config, n: int) -> Iterator[Finding]:
-    """Disk for the checkpoints kept, and for the one that is being written before an old one may go."""
-    learners = [o for o in (config.learn.policy, config.learn.critic) if o]
-    size = sum(n * (jnp.dtype(config.model.param_dtype).itemsize + 2 * jnp.dtype(o.moments).itemsize) for o in learners)
+def _room(config: Config, size: int) -> Iterator[Finding]:
+    """Disk for the checkpoints kept, of `size` bytes each, and for the one that is being written before an old one may go."""
     count = config.checkpoint.keep + 1 + (config.checkpoint.best is not None)
     folder = next(p for p in (Path(config.runs).absolute(), *Path(config.runs).absolute().parents) if p.is_dir())
     free = shutil.disk_usage(folder).free

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from medrlvr_jax import data, hf, log
-from medrlvr_jax.build import Parts, abstract_policy, build, load_params, make_relay
+from medrlvr_jax import data, hf, log, lora
+from medrlvr_jax.build import Parts, abstract_params, build, load_base, load_params, make_relay
 from medrlvr_jax.checkpoint import restore_params
 from medrlvr_jax.config import ConfigError, SampleConfig, load
 from medrlvr_jax.experience import Encoded, encode, sample_and_score
@@ -77,17 +77,19 @@ def evaluate_sets(parts: Parts, decode_params: Params, sets: dict[str, Encoded],
 
 
 def open_source(source: Path, settings: list[str], step: int | None) -> tuple[Parts, Params, Path]:
-    """A run's policy (by default its newest), or the model that a config names; and a folder to write to."""
+    """A run's policy (by default its newest), or the model that a config names, whole; and a folder to write to."""
     if source.is_dir():
         if not (source / "config.yaml").is_file():
             raise ConfigError(f"{source}: no config.yaml in it; give a run's folder, such as runs/quickstart, or a config file")
         parts = build(load(source / "config.yaml", settings))
         with jax.set_mesh(parts.mesh):
-            params, step = restore_params(source / "checkpoints", abstract_policy(parts), step)
-        return parts, params, source / f"eval-{step}"
+            abstract = lora.trained(abstract_params(parts, parts.cfg), parts.cfg)
+            params, step = restore_params(source / "checkpoints", abstract, step)
+            return parts, lora.join(load_base(parts), params), source / f"eval-{step}"
     parts = build(load(source, settings))
     with jax.set_mesh(parts.mesh):
-        return parts, load_params(parts, parts.cfg), Path(parts.config.runs) / parts.config.name / "eval-0"
+        params = lora.join(load_base(parts), load_params(parts, parts.cfg))
+        return parts, params, Path(parts.config.runs) / parts.config.name / "eval-0"
 
 
 def evaluate_source(source: Path, settings: list[str], step: int | None, out: Path | None) -> int:
@@ -115,7 +117,8 @@ def evaluate_source(source: Path, settings: list[str], step: int | None, out: Pa
 
 
 def export(run: Path, out: Path, step: int | None, dtype: str | None) -> None:
-    """`medrlvr export`: a run's policy as a Hugging Face directory."""
+    """`medrlvr export`: a run's policy, adapters merged, as a Hugging Face directory."""
     parts, params, _ = open_source(run, [], step)
-    hf.save_params(params, parts.cfg, parts.config.model.path, out, dtype)
+    with jax.set_mesh(parts.mesh):
+        hf.save_params(lora.merge(params, parts.cfg), lora.off(parts.cfg), parts.config.model.path, out, dtype)
     print(out)

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax import advantages, model, text
+from medrlvr_jax import advantages, lora, model, text
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import Config, SampleConfig
 from medrlvr_jax.data import LETTERS, Question
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, score
 from medrlvr_jax.sample import generate
-from medrlvr_jax.sharding import place_rows, to_host
-from medrlvr_jax.types import Array, Assessment, Experience, Params, Prompts, Rollout
+from medrlvr_jax.sharding import place_rows, to_host, to_memory
+from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Params, Prompts, Rollout
 
 WIDTH_STEP = 16  # widths are multiples of this, so that few shapes are compiled
 
@@ -102,8 +102,8 @@ def sample_and_score(decode_params: Params, parts: Parts, encoded: Encoded, inde
 
 @partial(jax.jit, static_argnames=("cfg", "critic_cfg", "temperature", "slab"))
 def assess(
+    frozen: Frozen,
     policy: Params,
-    reference: Params | None,
     critic: Params | None,
     prompts: Prompts,
     tokens: Array,
@@ -113,21 +113,26 @@ def assess(
     temperature: float,
     slab: int,
 ) -> Assessment:
-    """What the trainer itself says of the rollout before learning: log-probs, the reference's, and values."""
+    """What the trainer itself says of the rollout before learning: log-probs, the reference's, and values.
 
-    def logprobs(params):
+    `policy` and `critic` are what is trained of them; the reference is computed without adapters.
+    """
+
+    def logprobs(trained, cfg):
+        params = lora.join(frozen.base, trained)
         hidden = model.hidden_states(params, cfg, prompts.tokens, prompts.mask, tokens)
         return model.token_logprobs(params, cfg, hidden, tokens, temperature, slab)
 
     with jax.named_scope("assess_policy"):
-        own, entropy = logprobs(policy)
+        own, entropy = logprobs(policy, cfg)
     with jax.named_scope("assess_reference"):
-        ref = None if reference is None else logprobs(reference)[0]
+        ref = None if frozen.reference is None else logprobs(frozen.reference, lora.off(cfg))[0]
     with jax.named_scope("assess_critic"):
         values = None
         if critic is not None:
-            hidden = model.hidden_states(critic, critic_cfg, prompts.tokens, prompts.mask, tokens)
-            values = model.values(critic, critic_cfg, hidden)
+            params = lora.join(frozen.base, critic)
+            hidden = model.hidden_states(params, critic_cfg, prompts.tokens, prompts.mask, tokens)
+            values = model.values(params, critic_cfg, hidden)
     return Assessment(own, entropy, ref, values)
 
 
@@ -167,8 +172,8 @@ def make_experience(
 
 def collect(
     decode_params: Params,
+    frozen: Frozen,
     policy: Params,
-    reference: Params | None,
     critic: Params | None,
     parts: Parts,
     encoded: Encoded,
@@ -182,8 +187,8 @@ def collect(
     prompts = place_rows(encoded.prompts(index, tokenizer.pad_id), mesh)
     rollout = generate(decode_params, parts.cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
     assessment = assess(
+        to_memory(frozen, "device") if config.learn.offload else frozen,
         policy,
-        reference,
         critic,
         prompts,
         rollout.tokens,

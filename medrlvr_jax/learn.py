@@ -1,7 +1,8 @@
 """Learning from a rollout: one `update` and one `learn` for policy, critic and supervised fine-tuning.
 
-They differ by objective, a function (params, rows, extra) → (Mean loss, metrics). Gradients of the Mean's total add over
-micro-batches and are divided once by its count, so no split of the rows changes anything but rounding.
+They differ by objective, a function (params, rows, extra) → (Mean loss, metrics); params are the learner's joined with the frozen
+base, which is an argument of the program, not donated, and has no gradient. Gradients of the Mean's total add over micro-batches and
+are divided once by its count, so no split of the rows changes anything but rounding.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
-from medrlvr_jax import losses, model
+from medrlvr_jax import lora, losses, model, sharding
 from medrlvr_jax.config import Config, KLConfig, LossConfig, OptimConfig
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.types import Array, Experience, Learner, Mean, Params
@@ -22,7 +24,11 @@ Objective = Callable[[Params, Experience, Any], tuple[Mean, Metrics]]
 
 
 def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) after clipping by global norm; `updates` is the whole run's number."""
+    """The config's optimiser after clipping by global norm; `updates` is the whole run's number.
+
+    adamw: Loshchilov & Hutter, arXiv 1711.05101. adafactor: Shazeer & Stern, arXiv 1804.04235, without momentum and without scaling
+    by the parameter's size. muon: Jordan 2024 on the layers' matrices, scaled to AdamW's step (arXiv 2502.16982), AdamW on the rest.
+    """
     warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
     rest = max(1, updates - warmup)
     after = {
@@ -32,18 +38,46 @@ def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransform
     }[config.schedule]
     # Warm-up starts at lr / warmup, not at 0: no optimiser step is spent on standing still.
     rate = optax.join_schedules([lambda n: config.lr * (n + 1) / warmup, after], [warmup]) if warmup else after
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            rate,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mu_dtype=config.moments,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),  # norms and the value head do not decay
+    c, decay = config, config.weight_decay
+    rule = {
+        "adamw": lambda: optax.adamw(rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=decay, mu_dtype=c.moments, mask=_decays),
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(decay, _decays),
+            optax.scale_by_learning_rate(rate),
         ),
-    )
+        "muon": lambda: optax.contrib.muon(
+            rate,
+            beta=c.b1,
+            eps=c.eps,
+            weight_decay=decay,
+            mu_dtype=c.moments,
+            adam_b1=c.b1,
+            adam_b2=c.b2,
+            muon_weight_dimension_numbers=_matrix_axes,
+            consistent_rms=0.2,
+        ),
+    }[c.kind]
+    return optax.chain(optax.clip_by_global_norm(c.clip_norm), rule())
+
+
+def _decays(params: Params) -> Params:
+    """Norms, biases and the value head do not decay."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("norm", "bias", "value")), params)
+
+
+def _matrix_axes(params: Params) -> Params:
+    """Muon's view of each parameter: which axes are input and output of a layer's matrix (or adapter's half); None: not one."""
+
+    def axes(path, p):
+        name = path[-1].key
+        if path[0].key != "layers" or (name not in model.MATRICES and not lora.adapted(name)):
+            return None
+        inputs = 1 if name.endswith("_b") else model.MATRICES[lora.adapted(name) or name]
+        return optax.contrib.MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def policy_objective(config: Config, cfg: DecoderConfig) -> Objective:
@@ -81,13 +115,13 @@ def nll_objective(config: Config, cfg: DecoderConfig) -> Objective:
 
 
 def update(
-    learner: Learner, rows: Experience, extra: Any, objective: Objective, tx: optax.GradientTransformation, micro: int
+    learner: Learner, base: Params, rows: Experience, extra: Any, objective: Objective, tx: optax.GradientTransformation, micro: int
 ) -> tuple[Learner, Metrics]:
     """One optimiser step on `rows`, `micro` of them at a time."""
 
     def gradients(part: Experience):
         def total(params):
-            mean, metrics = objective(params, part, extra)
+            mean, metrics = objective(lora.join(base, params), part, extra)
             return mean.total, (mean, metrics)
 
         grads, (mean, metrics) = jax.grad(total, has_aux=True)(learner.params)
@@ -111,6 +145,7 @@ def update(
 
 def learn(
     learner: Learner,
+    base: Params,
     experience: Experience,
     key: Array,
     extra: Any,
@@ -128,7 +163,7 @@ def learn(
 
     def one(learner, index):
         rows = experience if minibatch == n else jax.tree.map(lambda x: x[index], experience)
-        return update(learner, rows, extra, objective, tx, micro)
+        return update(learner, base, rows, extra, objective, tx, micro)
 
     learner, metrics = jax.lax.scan(one, learner, order)
     return learner, jax.tree.map(lambda x: x.sum(0), metrics)
@@ -139,6 +174,19 @@ def compile_learn(config: Config, objective: Objective, tx: optax.GradientTransf
     c = config.learn
     body = partial(learn, objective=objective, tx=tx, epochs=c.epochs, minibatch=c.minibatch, micro=c.microbatch or c.minibatch)
     return jax.jit(body, donate_argnums=0, out_shardings=(learner_shardings, None))
+
+
+def offload(config: Config, learner: Learner, program: Any) -> tuple[Learner, Any]:
+    """With `learn.offload`: the learner's optimiser state waits in the host's memory, and comes to the device for `program` alone."""
+
+    def moved(learner: Learner, kind: str) -> Learner:
+        return Learner(learner.params, sharding.to_memory(learner.opt_state, kind))
+
+    def visit(learner: Learner, *rest):
+        learner, metrics = program(moved(learner, "device"), *rest)
+        return moved(learner, "pinned_host"), metrics
+
+    return (moved(learner, "pinned_host"), visit) if config.learn.offload else (learner, program)
 
 
 def adapt_kl(coef: Array, kl: Array, samples: int, config: KLConfig) -> Array:

@@ -7,12 +7,14 @@ responses is never computed. Decoding is the same block with a cache. Column t o
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from medrlvr_jax.config import LoRAConfig
 from medrlvr_jax.sharding import constrain
 from medrlvr_jax.types import Array, Params
 
@@ -46,6 +48,7 @@ class DecoderConfig:
     dtype: Any = jnp.float32
     remat: str = "full"
     value_head: bool = False  # a critic: one number per token in place of the vocabulary
+    lora: LoRAConfig | None = None  # adapters beside the matrices: `<name>_a` and `<name>_b`
 
 
 class Cache(NamedTuple):
@@ -57,6 +60,7 @@ class Cache(NamedTuple):
     own_v: Array  # [Q, G, KV, R, D]
 
 
+MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # of a layer: how many axes, from the left, are its input
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -127,14 +131,23 @@ class Block(nn.Module):
         def weight(name, shape, axes, init) -> Any:
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
+        def matrix(name, shape, axes, init):
+            """One of `MATRICES`; and where it is adapted, A (Gaussian, so that x·A is about as large as x) and B (zero), its factors."""
+            setattr(self, name, weight(name, shape, axes, init))
+            if c.lora and name in c.lora.targets:
+                n, rank = MATRICES[name], c.lora.rank
+                a = weight(f"{name}_a", (*shape[:n], rank), (*axes[:n], None), normal(prod(shape[:n]) ** -0.5))
+                b = weight(f"{name}_b", (rank, *shape[n:]), (None, *axes[n:]), zeros)
+                setattr(self, f"{name}_ab", (a, b))
+
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
         normal = nn.initializers.normal
         width, less = normal(c.embed**-0.5), (2 * c.layers) ** -0.5  # GPT-2: the residual branches start small
         self.attn_norm = weight("attn_norm", (c.embed,), (None,), ones)
-        self.q = weight("q", (c.embed, c.heads, c.head_dim), ("embed", "heads", "head_dim"), width)
-        self.k = weight("k", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), width)
-        self.v = weight("v", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), width)
-        self.o = weight("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"), normal(less * (c.heads * c.head_dim) ** -0.5))
+        matrix("q", (c.embed, c.heads, c.head_dim), ("embed", "heads", "head_dim"), width)
+        matrix("k", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), width)
+        matrix("v", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), width)
+        matrix("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"), normal(less * (c.heads * c.head_dim) ** -0.5))
         if c.qkv_bias:
             self.q_bias = weight("q_bias", (c.heads, c.head_dim), ("heads", "head_dim"), zeros)
             self.k_bias = weight("k_bias", (c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), zeros)
@@ -143,16 +156,25 @@ class Block(nn.Module):
             self.q_norm = weight("q_norm", (c.head_dim,), (None,), ones)
             self.k_norm = weight("k_norm", (c.head_dim,), (None,), ones)
         self.mlp_norm = weight("mlp_norm", (c.embed,), (None,), ones)
-        self.gate = weight("gate", (c.embed, c.ffn), ("embed", "ffn"), width)
-        self.up = weight("up", (c.embed, c.ffn), ("embed", "ffn"), width)
-        self.down = weight("down", (c.ffn, c.embed), ("ffn", "embed"), normal(less * c.ffn**-0.5))
+        matrix("gate", (c.embed, c.ffn), ("embed", "ffn"), width)
+        matrix("up", (c.embed, c.ffn), ("embed", "ffn"), width)
+        matrix("down", (c.ffn, c.embed), ("ffn", "embed"), normal(less * c.ffn**-0.5))
+
+    def times(self, x, name):
+        """x [..., in] by a matrix, flat: [..., out]; where it is adapted, x·W + x·A·B·alpha/rank."""
+        c = self.cfg
+        y = linear(x, getattr(self, name).astype(c.dtype).reshape(x.shape[-1], -1))
+        if c.lora and name in c.lora.targets:
+            a, b = getattr(self, f"{name}_ab")
+            low = linear(x, a.astype(c.dtype).reshape(-1, c.lora.rank))
+            y += linear(low, b.astype(c.dtype).reshape(c.lora.rank, -1)) * (c.lora.alpha / c.lora.rank)
+        return y
 
     def project(self, x, cos, sin):
         """x [Q, N, E] -> q [Q, N, K, h, D], scaled; k and v [Q, N, K, D]."""
         c, dtype = self.cfg, self.cfg.dtype
         x = rms_norm(x, self.attn_norm, c.norm_eps)
-        flat = [linear(x, w.astype(dtype).reshape(c.embed, -1)) for w in (self.q, self.k, self.v)]
-        q, k, v = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in flat)
+        q, k, v = (self.times(x, name).reshape(*x.shape[:2], -1, c.head_dim) for name in ("q", "k", "v"))
         if c.qkv_bias:
             q, k, v = q + self.q_bias.astype(dtype), k + self.k_bias.astype(dtype), v + self.v_bias.astype(dtype)
         if c.qk_norm:
@@ -164,13 +186,12 @@ class Block(nn.Module):
 
     def finish(self, x, attended):
         """The output projection and the MLP, each with its residual; attended [Q, N, K, h, D]."""
-        c, dtype = self.cfg, self.cfg.dtype
-        attended = attended.reshape(*attended.shape[:2], c.heads * c.head_dim)
-        x = x + linear(attended, self.o.astype(dtype).reshape(-1, c.embed))
+        c = self.cfg
+        x = x + self.times(attended.reshape(*attended.shape[:2], c.heads * c.head_dim), "o")
         x = constrain(x, "batch", None, None)
         y = rms_norm(x, self.mlp_norm, c.norm_eps)
-        y = nn.silu(linear(y, self.gate.astype(dtype))) * linear(y, self.up.astype(dtype))
-        x = x + linear(constrain(y, "batch", None, "ffn"), self.down.astype(dtype))
+        y = nn.silu(self.times(y, "gate")) * self.times(y, "up")
+        x = x + self.times(constrain(y, "batch", None, "ffn"), "down")
         return constrain(x, "batch", None, None)
 
     def __call__(self, x, cos, sin, prompt_mask, groups: int):

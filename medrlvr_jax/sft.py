@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from medrlvr_jax import data, evaluate, sharding, text
-from medrlvr_jax.build import Parts, build, init_learner, make_relay, total_steps, updates_in
+from medrlvr_jax import data, evaluate, lora, sharding, text
+from medrlvr_jax.build import Parts, build, init_learner, load_base, make_relay, total_steps, updates_in
 from medrlvr_jax.config import Config, ConfigError
 from medrlvr_jax.experience import width
-from medrlvr_jax.learn import compile_learn, make_optimizer, nll_objective
+from medrlvr_jax.learn import compile_learn, make_optimizer, nll_objective, offload
 from medrlvr_jax.train import drive
 from medrlvr_jax.types import Experience, TrainState
 
@@ -57,17 +57,19 @@ def sft(config: Config) -> dict[str, Any]:
     with jax.set_mesh(parts.mesh):
         tx = make_optimizer(config.learn.policy, updates_in(config, steps))
         learner, placed = init_learner(parts, parts.cfg, tx)
-        learn = compile_learn(config, nll_objective(config, parts.cfg), tx, placed)
+        learner, learn = offload(config, learner, compile_learn(config, nll_objective(config, parts.cfg), tx, placed))
+        base, relay = load_base(parts), make_relay(parts)
         zeros = jax.device_put((np.float32(0), np.int32(0)), sharding.replicated(parts.mesh))
 
         def one(state: TrainState, step: int):
             index = data.batch_at(len(rows), step, config.sample.questions, config.seed)
             key = jax.random.fold_in(jax.random.key(config.seed), step)
             targets = sharding.place_rows(batch(rows, index, widths, parts.tokenizer.pad_id), parts.mesh)
-            learner, means = learn(state.policy, targets, key, None)
+            learner, means = learn(state.policy, base, targets, key, None)
             means = sharding.to_host(means)
             metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}
             return TrainState(learner, None, state.kl_coef, state.step + 1), metrics, []
 
         notices = [f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens"] if dropped else []
-        return drive(parts, sets, steps, TrainState(learner, None, *zeros), one, make_relay(parts), notices)
+        state = TrainState(learner, None, *zeros)
+        return drive(parts, sets, steps, state, one, lambda params: relay(lora.join(base, params)), notices)

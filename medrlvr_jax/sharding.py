@@ -94,21 +94,30 @@ def check_divides(name: str, value: int, mesh: Mesh, axes: tuple[str, ...]) -> N
         raise ConfigError(f"{name}: {value} must divide by mesh {' × '.join(axes)} = {ways}; the nearest that do: {near}")
 
 
-def like(state: Any, param_shardings: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree that holds copies of the parameters (optimiser moments): theirs where the shape recurs, else replicated.
+def like(state: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree that holds arrays after the parameters' pattern (optimiser moments); `params` are shapes with shardings.
 
-    Matching is by path suffix, so that two parameters of one shape never mix.
+    A copy of a parameter lies as it does, one that lacks an axis (Adafactor's row and column means) as its other axes do, all else
+    is replicated. Matching is by path suffix, so that two parameters of one shape never mix.
     """
-    known = {
-        tuple(str(k) for k in path): s
-        for path, s in jax.tree_util.tree_flatten_with_path(param_shardings, is_leaf=lambda s: isinstance(s, NamedSharding))[0]
-    }
+    known = {tuple(str(k) for k in path): p for path, p in jax.tree_util.tree_flatten_with_path(params)[0]}
 
     def find(path, leaf):
         keys = tuple(str(k) for k in path)
-        for start in range(len(keys)):
-            if keys[start:] in known and leaf.ndim:
-                return known[keys[start:]]
+        param = next((known[keys[start:]] for start in range(len(keys)) if keys[start:] in known), None)
+        if param is None or not leaf.ndim:
+            return replicated(mesh)
+        if leaf.shape == param.shape:
+            return param.sharding
+        for axis in range(param.ndim):
+            if leaf.shape == param.shape[:axis] + param.shape[axis + 1 :]:
+                spec = tuple(param.sharding.spec) + (None,) * (param.ndim - len(param.sharding.spec))
+                return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(find, state)
+
+
+def to_memory(tree: Any, kind: str) -> Any:
+    """The arrays as they lie, but in the memory named: "device" or "pinned_host". Those that are there already are not copied."""
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))

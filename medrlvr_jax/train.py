@@ -22,14 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax import data, evaluate, log, sharding
-from medrlvr_jax.build import Parts, build, init_learner, load_params, make_relay, total_steps, updates_in
+from medrlvr_jax import data, evaluate, log, lora, sharding
+from medrlvr_jax.build import Parts, build, init_learner, load_frozen, make_relay, total_steps, updates_in
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.config import Config, ConfigError
 from medrlvr_jax.experience import Encoded, Scored, collect, encode
-from medrlvr_jax.learn import adapt_kl, compile_learn, critic_objective, make_optimizer, policy_objective
+from medrlvr_jax.learn import adapt_kl, compile_learn, critic_objective, make_optimizer, offload, policy_objective
 from medrlvr_jax.losses import explained_variance
-from medrlvr_jax.types import Mean, TrainState
+from medrlvr_jax.types import Frozen, Mean, TrainState
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -42,14 +42,14 @@ def train(config: Config) -> dict[str, Any]:
     sets = evaluate.load_sets(parts)
     with jax.set_mesh(parts.mesh):
         programs, state = start(parts, steps)
-        reference = load_params(parts, parts.cfg) if config.kl.coef > 0 else None
+        frozen = load_frozen(parts)
 
         def one(state: TrainState, step: int):
-            state, stats, scored = train_step(parts, programs, encoded, state, reference, step)
+            state, stats, scored = train_step(parts, programs, encoded, state, frozen, step)
             return state, summarise(stats, scored), samples(parts, encoded, scored, step)
 
         notices = [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
-        return drive(parts, sets, steps, state, one, programs.relay, notices)
+        return drive(parts, sets, steps, state, one, lambda params: programs.relay(lora.join(frozen.base, params)), notices)
 
 
 def drive(
@@ -96,12 +96,13 @@ def start(parts: Parts, steps: int) -> tuple[Programs, TrainState]:
     config, updates = parts.config, updates_in(parts.config, steps)
     policy_tx = make_optimizer(config.learn.policy, updates)
     policy, placed = init_learner(parts, parts.cfg, policy_tx)
-    learn_policy = compile_learn(config, policy_objective(config, parts.cfg), policy_tx, placed)
+    policy, learn_policy = offload(config, policy, compile_learn(config, policy_objective(config, parts.cfg), policy_tx, placed))
     critic, learn_critic = None, None
     if config.learn.critic is not None:
         critic_tx = make_optimizer(config.learn.critic, updates)
         critic, placed = init_learner(parts, parts.critic_cfg, critic_tx)
-        learn_critic = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
+        program = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
+        critic, learn_critic = offload(config, critic, program)
     scalar = sharding.replicated(parts.mesh)
     kl_coef = jax.device_put(jnp.float32(config.kl.coef), scalar)
     state = TrainState(policy, critic, kl_coef, jax.device_put(jnp.int32(0), scalar))
@@ -109,23 +110,22 @@ def start(parts: Parts, steps: int) -> tuple[Programs, TrainState]:
 
 
 def train_step(
-    parts: Parts, programs: Programs, encoded: Encoded, state: TrainState, reference: Any, step: int
+    parts: Parts, programs: Programs, encoded: Encoded, state: TrainState, frozen: Frozen, step: int
 ) -> tuple[TrainState, dict[str, Any], Scored]:
     """Step `step` of the method box above; batch and noise are functions of (seed, step), so a resumed run is the same run."""
     c = parts.config
     index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
     key = jax.random.fold_in(jax.random.key(c.seed), step)
     critic = None if state.critic is None else state.critic.params
-    experience, stats, scored = collect(
-        programs.relay(state.policy.params), state.policy.params, reference, critic, parts, encoded, index, key, state.kl_coef
-    )
+    whole, policy = lora.join(frozen.base, state.policy.params), state.policy.params
+    experience, stats, scored = collect(programs.relay(whole), frozen, policy, critic, parts, encoded, index, key, state.kl_coef)
     shuffle = jax.random.fold_in(key, 2**31)  # beyond every question's number: sampling and shuffling never share a key
     policy, learned = state.policy, {}
     if step >= c.learn.critic_warmup:
-        policy, learned["policy"] = programs.learn_policy(state.policy, experience, shuffle, state.kl_coef)
+        policy, learned["policy"] = programs.learn_policy(state.policy, frozen.base, experience, shuffle, state.kl_coef)
     critic = state.critic
     if critic is not None:
-        critic, learned["critic"] = programs.learn_critic(state.critic, experience, shuffle, None)
+        critic, learned["critic"] = programs.learn_critic(state.critic, frozen.base, experience, shuffle, None)
     kl_coef = state.kl_coef
     if c.kl.target is not None:
         kl_coef = adapt_kl(kl_coef, stats["kl_response"], scored.lengths.size, c.kl)

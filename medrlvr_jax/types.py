@@ -75,8 +75,16 @@ class Experience:
 
 @pytree
 class Learner:
-    params: Params
+    params: Params  # what is trained: all weights, or adapters (and a critic's value head)
     opt_state: Any
+
+
+@pytree
+class Frozen:
+    """What a run reads and never changes; no checkpoint holds it. Parameters are always `lora.join(base, trained)`."""
+
+    base: Params  # {} where all weights are trained
+    reference: Params | None  # the reference's part beside the base: all of it, or {} where it is the base; None: kl.coef is 0
 
 
 @pytree

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from medrlvr_jax import build, config, experience, learn, sample, sharding
+from medrlvr_jax import build, config, experience, learn, lora, model, sample, sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model import DecoderConfig
-from medrlvr_jax.types import Mean, Prompts
+from medrlvr_jax.types import Experience, Mean, Prompts
 
 CFG = DecoderConfig(
     vocab=64, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, rope_theta=1e4, norm_eps=1e-6, tied=True, qkv_bias=True
@@ -44,20 +45,23 @@ def settings(estimator="gae", **changes):
 class Loop:
     """A few steps of training without tokenizer or text: the reward counts how often a response says GOOD."""
 
-    def __init__(self, c, devices=1, score=lambda tokens: (tokens == GOOD).sum(-1)):
+    def __init__(self, c, devices=1, score=lambda tokens: (tokens == GOOD).sum(-1), cfg=CFG):
         self.c, self.score, self.step = c, score, 0
         mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
-        self.parts = p = Parts(c, None, CFG, dataclasses.replace(CFG, value_head=True), mesh)
+        self.cfg = cfg = dataclasses.replace(cfg, lora=c.model.lora)
+        self.parts = p = Parts(c, None, cfg, dataclasses.replace(cfg, value_head=True), mesh)
         with jax.set_mesh(mesh):
             tx = learn.make_optimizer(c.learn.policy, 40)
-            self.policy, placed = build.init_learner(p, CFG, tx)
-            self.learn_policy = learn.compile_learn(c, learn.policy_objective(c, CFG), tx, placed)
-            self.reference = build.load_params(p, CFG)
+            policy, placed = build.init_learner(p, cfg, tx)
+            program = learn.compile_learn(c, learn.policy_objective(c, cfg), tx, placed)
+            self.policy, self.learn_policy = learn.offload(c, policy, program)
+            self.frozen = build.load_frozen(p)
             self.critic = None
             if c.learn.critic:
                 tx = learn.make_optimizer(c.learn.critic, 40)
-                self.critic, placed = build.init_learner(p, p.critic_cfg, tx)
-                self.learn_critic = learn.compile_learn(c, learn.critic_objective(c, p.critic_cfg), tx, placed)
+                critic, placed = build.init_learner(p, p.critic_cfg, tx)
+                program = learn.compile_learn(c, learn.critic_objective(c, p.critic_cfg), tx, placed)
+                self.critic, self.learn_critic = learn.offload(c, critic, program)
             self.relay = build.make_relay(p)
 
     def rollout(self):
@@ -67,15 +71,16 @@ class Loop:
         prompts = Prompts(rng.integers(3, 64, (Q, P)).astype(np.int32), mask, np.arange(Q, dtype=np.uint32))
         prompts = sharding.place_rows(prompts, mesh)
         self.key = jax.random.fold_in(jax.random.key(0), self.step)
-        rollout = sample.generate(self.relay(self.policy.params), CFG, prompts, self.key, c.sample, STOPS, PAD)
+        whole = lora.join(self.frozen.base, self.policy.params)
+        rollout = sample.generate(self.relay(whole), self.cfg, prompts, self.key, c.sample, STOPS, PAD)
         critic = self.critic and self.critic.params
         assessment = experience.assess(
+            sharding.to_memory(self.frozen, "device"),
             self.policy.params,
-            self.reference,
             critic,
             prompts,
             rollout.tokens,
-            cfg=CFG,
+            cfg=self.cfg,
             critic_cfg=self.parts.critic_cfg,
             temperature=1.0,
             slab=64,
@@ -90,9 +95,9 @@ class Loop:
             for _ in range(steps):
                 rollout, made, self.stats = self.rollout()
                 shuffle = jax.random.fold_in(self.key, 2**31)
-                self.policy, self.metrics = self.learn_policy(self.policy, made, shuffle, jnp.float32(self.c.kl.coef))
+                self.policy, self.metrics = self.learn_policy(self.policy, self.frozen.base, made, shuffle, jnp.float32(self.c.kl.coef))
                 if self.critic:
-                    self.critic, _ = self.learn_critic(self.critic, made, shuffle, None)
+                    self.critic, _ = self.learn_critic(self.critic, self.frozen.base, made, shuffle, None)
                 tokens.append(np.asarray(rollout.tokens))
                 self.step += 1
         params = [self.policy.params] + ([self.critic.params] if self.critic else [])
@@ -205,3 +210,49 @@ def test_warmup_and_schedules():
 def test_means_add():
     a, b = Mean(jnp.float32(3), jnp.float32(1)), Mean(jnp.float32(1), jnp.float32(3))
     assert float((a + b).value()) == 1.0
+
+
+def fit(kind, mesh, devices):
+    """Eight minibatches of likelihood on one batch; Adafactor factors axes of 128 and more, so the model is wider here."""
+    cfg = dataclasses.replace(CFG, embed=128, ffn=256, layers=1)
+    c = settings("group", mesh=mesh, learn__policy={"kind": kind, "lr": 1e-2, "weight_decay": 0.1, "moments": "bfloat16"})
+    parts = Parts(c, None, cfg, cfg, sharding.make_mesh(c.mesh, jax.devices()[:devices]))
+    rng = np.random.default_rng(0)
+    prompts, targets = rng.integers(0, 64, (Q, P)), rng.integers(0, 64, (Q, 1, R))
+    rows = Experience(prompts, np.ones((Q, P), bool), targets, np.ones((Q, 1, R), bool), *[None] * 5)
+    tx = learn.make_optimizer(c.learn.policy, 8)
+    with jax.set_mesh(parts.mesh):
+        learner, placed = build.init_learner(parts, cfg, tx)
+        program = learn.compile_learn(c, learn.nll_objective(c, cfg), tx, placed)
+        losses = []
+        for _ in range(2):
+            learner, metrics = program(learner, {}, sharding.place_rows(rows, parts.mesh), jax.random.key(0), None)
+            losses.append(float(metrics["loss"].value()))
+    assert program._cache_size() == 1
+    assert [x.sharding for x in jax.tree.leaves(learner)] == jax.tree.leaves(placed)
+    return losses, jax.device_get(learner.params), learner.opt_state
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
+def test_optimisers_learn_and_shard(kind):
+    (losses, want, _), (_, got, state) = fit(kind, {}, 1), fit(kind, {"fsdp": 4, "tensor": 2}, 8)
+    assert losses[1] < losses[0] - 0.5
+    assert furthest(want, got) < 1e-3
+    gate = {
+        jax.tree_util.keystr(path): tuple(x.sharding.spec)
+        for path, x in jax.tree_util.tree_flatten_with_path(state)[0]
+        if "gate" in jax.tree_util.keystr(path) and x.size > 1
+    }
+    whole, row, column = (None, "fsdp", "tensor"), (None, "fsdp"), (None, "tensor")  # of a gate [layers, embed, ffn]
+    assert sorted(gate.values(), key=str) == {"adamw": [whole, whole], "adafactor": sorted([row, column]), "muon": [whole]}[kind]
+
+
+def test_weight_decay_leaves_norms_biases_and_the_value_head_alone():
+    params = jax.tree.map(jnp.ones_like, nn.meta.unbox(model.init(dataclasses.replace(CFG, value_head=True), jax.random.key(0))))
+    for kind in ("adamw", "adafactor", "muon"):
+        tx = learn.make_optimizer(config.OptimConfig(kind=kind, lr=0.1, warmup=0.0, weight_decay=0.5), 4)
+        step, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        decayed = {"/".join(key) for key, leaf in lora.flat(step).items() if (leaf != 0).any()}
+        matrices = {f"layers/{name}" for name in model.MATRICES}
+        assert decayed == (matrices if kind == "muon" else matrices | {"embed"})
+        np.testing.assert_allclose(step["layers"]["q"], -0.05, rtol=1e-6)

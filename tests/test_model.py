@@ -1,5 +1,7 @@
 """The decoder's one layout: a prompt and its responses side by side must be what each response is alone, and what decoding computes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,3 +96,15 @@ def test_a_critic_starts_at_zero_and_reads_its_head(params, batch):
     head = jnp.zeros(CFG.embed + 1).at[3].set(2.0).at[-1].set(0.5)
     np.testing.assert_array_equal(model.values({"value": jnp.zeros(CFG.embed + 1)}, CFG, hidden), np.zeros((Q, G, R)))
     np.testing.assert_allclose(model.values({"value": head}, CFG, hidden), 2 * hidden[..., 3] + 0.5, rtol=1e-5, atol=1e-5)
+
+
+def test_remat_changes_no_gradient(params, batch):
+    """The policies by name keep different things; `linear`'s own backward pass is among what is recomputed."""
+
+    def gradient(remat):
+        cfg = dataclasses.replace(CFG, remat=remat)
+        return jax.jit(jax.grad(lambda p: jnp.sin(model.hidden_states(p, cfg, *batch)).sum()))(params)
+
+    none, dots, full = map(gradient, model.REMAT)
+    for other in (dots, full):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), none, other)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, build, checkpoint, config, hf, sharding
+from medrlvr_jax import __main__, build, checkpoint, config, hf, lora, model, sharding
 
 TREE = {
     "name": "run",
@@ -88,7 +88,8 @@ def test_it_resumes_to_the_same_run(run, folder):
     assert [{k: v for k, v in m.items() if k not in timing} for m in one] == [{k: v for k, v in m.items() if k not in timing} for m in two]
     assert lines(folder / "runs/halves/samples.jsonl") == lines(folder / "runs/whole/samples.jsonl")
     parts = build.build(config.load(folder / "c.yaml"))
-    a, b = (checkpoint.restore_params(folder / "runs" / n / "checkpoints", build.abstract_policy(parts), 4)[0] for n in ("halves", "whole"))
+    abstract = build.abstract_params(parts, parts.cfg)
+    a, b = (checkpoint.restore_params(folder / "runs" / n / "checkpoints", abstract, 4)[0] for n in ("halves", "whole"))
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(a), sharding.to_host(b))
 
 
@@ -136,3 +137,40 @@ def test_refusals_name_the_field_and_the_remedy(folder, capsys, change, named):
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "medrlvr_jax", "--help"], capture_output=True, text=True, check=True)
     assert "train" in done.stdout and "doctor" in done.stdout
+
+
+def test_a_run_with_adapters(folder):
+    """Trained, resumed bit for bit, evaluated and exported; sharded three ways, idle moments in host memory."""
+    args = ["name=lora", "model.lora={rank: 4}", "learn.offload=true", "learn.policy.lr=3e-2", "mesh={data: 2, fsdp: 2, tensor: 2}"]
+    assert main("train", folder / "config.yaml", *args) == 0
+    run = folder / "runs" / "lora"
+    parts = build.build(config.load(run / "config.yaml"))
+    abstract = lora.trained(build.abstract_params(parts, parts.cfg), parts.cfg)
+    first = lines(run / "metrics.jsonl"), sharding.to_host(checkpoint.restore_params(run / "checkpoints", abstract, 2)[0])
+    shutil.rmtree(run / "checkpoints" / "2")
+    assert main("train", folder / "config.yaml", *args) == 0
+    again = lines(run / "metrics.jsonl"), sharding.to_host(checkpoint.restore_params(run / "checkpoints", abstract, 2)[0])
+    same = [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in first[0]]
+    assert same == [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in again[0]]
+    jax.tree.map(np.testing.assert_array_equal, first[1], again[1])
+    assert abs(again[0][1]["kl"]) < 1e-6 < abs(again[0][2]["kl"])
+    assert main("eval", run, "--out", folder / "lora_answers") == 0
+    assert main("export", run, folder / "merged") == 0
+    exported = [f"model.path={folder / 'merged'}", "model.init=pretrained"]
+    assert main("eval", folder / "config.yaml", "--out", folder / "merged_answers", *exported) == 0
+    assert lines(folder / "merged_answers" / "in_distribution.jsonl") == lines(folder / "lora_answers" / "in_distribution.jsonl")
+    # The merged directory, by transformers, is the base with its adapters, by us.
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokens = np.arange(3, 15)[None]
+    with jax.set_mesh(parts.mesh):
+        state, _ = model.Decoder(parts.cfg).apply({"params": lora.join(build.load_base(parts), again[1])}, tokens, tokens > 0, None)
+        ours = model.logits(build.load_base(parts), parts.cfg, state)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")(torch.tensor(tokens)).logits.detach().numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_adapters_are_fine_tuned(folder):
+    sft = ["name=lora_sft", "steps=12", "sft.target=rationale", "eval.sets={}", "checkpoint.every=0", "learn.policy.lr=3e-2"]
+    assert main("sft", folder / "config.yaml", *sft, "model.lora={rank: 4}", "learn.offload=true") == 0
+    losses = [m["loss"] for m in lines(folder / "runs/lora_sft/metrics.jsonl")]
+    assert losses[-1] < losses[0] - 0.2
