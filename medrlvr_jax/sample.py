@@ -83,7 +83,8 @@ def generate(
     with jax.named_scope("decode"):
         state = record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed)))
         state = jax.lax.while_loop(lambda s: (s.t < length) & s.running.any(), body, state)
-    return Rollout(state.tokens, state.mask, state.logprobs, state.policy_logprobs)
+    rollout = Rollout(state.tokens, state.mask, state.logprobs, state.policy_logprobs)
+    return jax.tree.map(lambda x: constrain(x, "batch", None, None), rollout)  # so that each process finds its own rows in it
 
 
 def row_keys(key: Array, ids: Array, groups: int) -> Array:
