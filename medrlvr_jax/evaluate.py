@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,12 @@ def evaluate(parts: Parts, decode_params: Params, encoded: Encoded, progress: Ca
     for start in range(0, n, c.eval.batch):
         index = np.arange(start, start + c.eval.batch) % n  # the last batch is filled up; its surplus is not counted
         scored = sample_and_score(decode_params, parts, encoded, index, key, sample)
-        for row in np.flatnonzero(scored.counted & (scored.places < (n - start) * c.eval.samples)):
+        for row in np.flatnonzero(scored.counted & (scored.places < (n - start) * c.eval.samples)).tolist():
             place = int(scored.places[row])
             whose = {"subject": scored.questions[row].subject, "sample": place % c.eval.samples}
             rows.append((start * c.eval.samples + place, scored.record(row) | whose))
         progress(min(start + c.eval.batch, n), n)
-    rows = [row for _, row in sorted(sum(gather(rows), []), key=lambda r: r[0])]
+    rows = [row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda r: r[0])]
     return summarise(rows, encoded.dropped), rows
 
 

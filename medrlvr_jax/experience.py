@@ -105,9 +105,7 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
     return place_rows(encoded.prompts(index[own], parts.tokenizer.pad_id), len(index), parts.mesh)
 
 
-def sample_and_score(
-    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig
-) -> Scored:
+def sample_and_score(decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig) -> Scored:
     """Evaluation's whole job."""
     prompts = place_prompts(parts, encoded, index)
     rollout = generate(decode_params, parts.cfg, prompts, key, sample, parts.tokenizer.stop_ids, parts.tokenizer.pad_id)

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental.multihost_utils import process_allgather
 
 from medrlvr_jax.config import ConfigError
@@ -125,4 +126,4 @@ def _end(status: int) -> NoReturn:
 
 def _client() -> Any:
     """The coordination service's key-value store, for which JAX has no public name (Orbax takes it from here too)."""
-    return jax._src.distributed.global_state.client
+    return distributed.global_state.client

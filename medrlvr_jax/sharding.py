@@ -9,7 +9,8 @@ A process holds the rows of a batch that its devices hold, and no others: it enc
 """
 
 from collections.abc import Sequence
-from itertools import groupby
+from functools import cache
+from itertools import chain, groupby
 from math import gcd
 from typing import Any
 
@@ -64,7 +65,7 @@ def _slices(devices: Sequence[Any], n: int) -> list[list[Any]]:
         near = nearest_divisors(n, len(granules))
         raise ConfigError(f"mesh.slices: {n} does not divide the {len(granules)} processes or slices here; the nearest that do: {near}")
     size = len(granules) // n
-    return [sum(granules[i * size : (i + 1) * size], []) for i in range(n)]
+    return [list(chain.from_iterable(granules[i * size : (i + 1) * size])) for i in range(n)]
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -105,6 +106,7 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+@cache
 def own_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
     """Which of n rows this process's devices hold, ascending int [own]; and bool [own], True for those that it counts."""
     holder = np.full(n, jax.process_count())
@@ -157,11 +159,12 @@ def check_divides(name: str, value: int, mesh: Mesh, axes: tuple[str, ...]) -> N
 
 def check_model(mesh: Mesh, axis: str, sizes: dict[str, int]) -> None:
     """Refuse a mesh that cannot split the model's own sizes, with the nearest that can. Key/value heads may be fewer: see `_spec`."""
+    ways = mesh.shape[axis]
     for name, size in sizes.items():
-        if size % mesh.shape[axis]:
-            near = nearest_divisors(mesh.shape[axis], gcd(*sizes.values()))
-            what = f"{' and '.join(sizes)} ({' and '.join(map(str, sizes.values()))})" if len(sizes) > 1 else "it"
-            raise ConfigError(f"mesh.{axis}: {mesh.shape[axis]} does not divide the model's {name} = {size}; the nearest that divide {what}: {near}")
+        if size % ways:
+            near = nearest_divisors(ways, gcd(*sizes.values()))
+            every = ", ".join(f"{n} = {s}" for n, s in sizes.items())
+            raise ConfigError(f"mesh.{axis}: {ways} does not divide the model's {name} = {size}; the nearest that divide {every}: {near}")
 
 
 def like(state: Any, param_shardings: Any, mesh: Mesh) -> Any:

@@ -16,6 +16,7 @@ Departures from the paper as it is known, in one place:
 
 import dataclasses
 import time
+from itertools import chain
 from typing import Any
 
 import jax
@@ -163,7 +164,7 @@ def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[d
     index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
     wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
     rows = []
-    for row in np.flatnonzero(scored.counted & np.isin(scored.places, wanted)):
+    for row in np.flatnonzero(scored.counted & np.isin(scored.places, wanted)).tolist():
         place, tokens = int(scored.places[row]), encoded.tokens[index[scored.places[row] // c.sample.samples]]
         rows.append({"row": place, "prompt": parts.tokenizer.show(tokens), "prompt_length": len(tokens)} | scored.record(row))
-    return sorted(sum(gather(rows), []), key=lambda r: r["row"])
+    return sorted(chain.from_iterable(gather(rows)), key=lambda r: r["row"])
