@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 EPILOG = """\
@@ -25,6 +26,9 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, help: str, description: str = "") -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=description or help)
 
+    def distributed(c: argparse.ArgumentParser) -> None:
+        c.add_argument("--distributed", action="store_true", help="one of several processes that run this command as one program")
+
     def settings(c: argparse.ArgumentParser) -> None:
         c.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that replace those of the file; values are YAML")
 
@@ -32,11 +36,13 @@ def parser() -> argparse.ArgumentParser:
         c = command(name, help, f"{help}. Writes runs/<name>/; the same command again resumes it.")
         c.add_argument("config", metavar="CONFIG.yaml")
         settings(c)
+        distributed(c)
     c = command("eval", "answer the config's eval.sets with a run's checkpoint, or with the config's own model")
     c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a run's folder, or a config: then its model.path is evaluated")
     settings(c)
     c.add_argument("--step", type=int, help="the run's checkpoint to take; the newest unless given")
     c.add_argument("--out", type=Path, help="folder for one JSONL of answers per set and eval.json; default RUN/eval-<step>")
+    distributed(c)
     c = command("compare", "two evaluations of the same questions: paired tests, what one solves and the other does not")
     c.add_argument("a", type=Path, metavar="EVAL_A", help="a folder that `medrlvr eval` wrote, such as RUN/eval-32")
     c.add_argument("b", type=Path, metavar="EVAL_B")
@@ -46,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("out", type=Path, metavar="OUT_DIR")
     c.add_argument("--step", type=int, help="the checkpoint to take; the newest unless given")
     c.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; the run's own unless given")
+    distributed(c)
     c = command("score", "dry-run of the reward on text", 'Lines {"completion", "answer": "C", "options": [...]} in, verdicts out.')
     c.add_argument("file", type=Path, metavar="IN.jsonl")
     c.add_argument("--mode", choices=("paper", "strict"), default="strict", help="the rule; default strict")
@@ -69,8 +76,14 @@ def main(argv: list[str] | None = None) -> int:
     from medrlvr_jax.checkpoint import CheckpointError
     from medrlvr_jax.config import ConfigError
 
+    together = nullcontext()
+    if getattr(args, "distributed", False):
+        from medrlvr_jax import processes
+
+        together = processes.together((ConfigError, CheckpointError))
     try:
-        return globals()[f"run_{args.command}"](args)
+        with together:
+            return globals()[f"run_{args.command}"](args)
     except (ConfigError, CheckpointError) as e:
         print(f"medrlvr {args.command}: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1

@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax import train
-from medrlvr_jax.build import Parts, build, load_params, make_relay
+from medrlvr_jax import lora, train
+from medrlvr_jax.build import Parts, build, load_base, load_frozen, load_params, make_relay
 from medrlvr_jax.config import Config, RewardConfig, from_tree, override
 from medrlvr_jax.data import Question
-from medrlvr_jax.experience import Encoded
+from medrlvr_jax.experience import Encoded, place_prompts
 from medrlvr_jax.rewards import score
 from medrlvr_jax.sample import generate
 from medrlvr_jax.sharding import place_rows
@@ -93,8 +93,8 @@ def lengths(args: argparse.Namespace) -> np.ndarray | None:
 
 
 def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    params = make_relay(parts)(load_params(parts, parts.cfg))
-    prompts = place_rows(encoded_questions(args, parts).prompts(range(args.questions), parts.tokenizer.pad_id), parts.mesh)
+    params = make_relay(parts)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
+    prompts = place_prompts(parts, encoded_questions(args, parts), np.arange(args.questions))
     limits = lengths(args)
     stops = (parts.cfg.vocab,)  # none that can be drawn: how long a row gets is the case's to say
 
@@ -124,10 +124,10 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         values=None,
         returns=None,
     )
-    rows, times, learner = place_rows(rows, parts.mesh), [], state.policy
+    rows, times, learner, base = place_rows(rows, args.questions, parts.mesh), [], state.policy, load_base(parts)
     for _ in range(args.runs + 1):
         start = time.perf_counter()
-        learner, _ = jax.block_until_ready(programs.learn_policy(learner, rows, jax.random.key(0), jnp.float32(0.01)))
+        learner, _ = jax.block_until_ready(programs.learn_policy(learner, base, rows, jax.random.key(0), jnp.float32(0.01)))
         times.append(time.perf_counter() - start)
     packed, padded = args.questions * (width + args.samples * args.new), args.questions * args.samples * (width + args.new)
     work = 6 * sum(p.size for p in jax.tree.leaves(learner.params)) * packed
@@ -137,10 +137,10 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 def step_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     programs, state = train.start(parts, 1)
-    reference, encoded, times = load_params(parts, parts.cfg), encoded_questions(args, parts), []
+    frozen, encoded, times = load_frozen(parts), encoded_questions(args, parts), []
     for step in range(args.runs + 1):
         start = time.perf_counter()
-        state, stats, scored = train.train_step(parts, programs, encoded, state, reference, step)
+        state, stats, scored = train.train_step(parts, programs, encoded, state, frozen, step)
         jax.block_until_ready((state, train.summarise(stats, scored)))
         times.append(time.perf_counter() - start)
     tokens = int(scored.lengths.sum())

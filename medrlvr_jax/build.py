@@ -38,8 +38,8 @@ def build(config: Config) -> Parts:
         sharding.check_divides(name, size, mesh, sharding.BATCH)
     sharding.check_divides("learn.microbatch", config.learn.microbatch or config.learn.minibatch, mesh, sharding.BATCH)
     sharding.check_divides("eval.batch", config.eval.batch, mesh, sharding.BATCH)
-    for name, size in (("attention heads", cfg.heads), ("MLP width", cfg.ffn), ("vocabulary", cfg.vocab)):
-        sharding.check_divides(f"the model's {name}", size, mesh, ("tensor",))
+    sharding.check_model(mesh, "tensor", {"attention heads": cfg.heads, "MLP width": cfg.ffn, "vocabulary": cfg.vocab})
+    sharding.check_model(mesh, "fsdp", {"embedding width": cfg.embed})
     return Parts(config, tokenizer, cfg, dataclasses.replace(cfg, value_head=True), mesh)
 
 

@@ -206,6 +206,7 @@ class LogConfig:
 class MeshConfig:
     """Devices along each axis; data -1 takes what is left."""
 
+    slices: Count = 1  # the slow outer axis: TPU slices, or nodes; it splits the batch, never the weights
     data: Annotated[int, Field(ge=-1)] = -1
     fsdp: Count = 1
     tensor: Count = 1
@@ -352,5 +353,10 @@ def _cross_checks(c: Config) -> list[str]:
 
 
 def _divide(small: str, s: int, large: str, n: int) -> str:
-    near = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - s))[:2]
-    return f"{small}: {s} does not divide {large} = {n}; the nearest that do: {', '.join(map(str, sorted(near)))}"
+    return f"{small}: {s} does not divide {large} = {n}; the nearest that do: {nearest_divisors(s, n)}"
+
+
+def nearest_divisors(wanted: int, n: int) -> str:
+    """The two divisors of n that are nearest to `wanted`, for messages."""
+    near = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))[:2]
+    return ", ".join(map(str, sorted(near)))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from medrlvr_jax.build import Parts, abstract_params, build, load_base, load_par
 from medrlvr_jax.checkpoint import restore_params
 from medrlvr_jax.config import ConfigError, SampleConfig, load
 from medrlvr_jax.experience import Encoded, encode, sample_and_score
+from medrlvr_jax.processes import gather
 from medrlvr_jax.report import table
 from medrlvr_jax.types import Params
 
@@ -44,10 +46,12 @@ def evaluate(parts: Parts, decode_params: Params, encoded: Encoded, progress: Ca
     for start in range(0, n, c.eval.batch):
         index = np.arange(start, start + c.eval.batch) % n  # the last batch is filled up; its surplus is not counted
         scored = sample_and_score(decode_params, parts, encoded, index, key, sample)
-        for row in range(min(c.eval.batch, n - start) * c.eval.samples):
-            question = encoded.questions[start + row // c.eval.samples]
-            rows.append(scored.record(row, question) | {"subject": question.subject, "sample": row % c.eval.samples})
+        for row in np.flatnonzero(scored.counted & (scored.places < (n - start) * c.eval.samples)).tolist():
+            place = int(scored.places[row])
+            whose = {"subject": scored.questions[row].subject, "sample": place % c.eval.samples}
+            rows.append((start * c.eval.samples + place, scored.record(row) | whose))
         progress(min(start + c.eval.batch, n), n)
+    rows = [row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda r: r[0])]
     return summarise(rows, encoded.dropped), rows
 
 
@@ -101,15 +105,19 @@ def evaluate_source(source: Path, settings: list[str], step: int | None, out: Pa
     sets = load_sets(parts)
     if not sets:
         raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")
-    folder.mkdir(parents=True, exist_ok=True)
-    console, results = log.Console(len(sets)), {}
+    writes, console, results = jax.process_index() == 0, log.Console(len(sets)), {}
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(parts.mesh):
         decode_params = make_relay(parts)(params)
         for name, encoded in sets.items():
             counts, rows = evaluate(parts, decode_params, encoded, lambda done, n, name=name: console.progress(f"eval {name}", done, n))
             results[name] = counts
-            log.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            if writes:
+                log.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     console.close()
+    if not writes:
+        return 0
     log.write_json(folder / "eval.json", {"source": str(source), "eval": results, "versions": log.versions()})
     print(table({"eval": {name: {"after": counts} for name, counts in results.items()}}))
     print(f"answers: {folder}")
@@ -121,4 +129,5 @@ def export(run: Path, out: Path, step: int | None, dtype: str | None) -> None:
     parts, params, _ = open_source(run, [], step)
     with jax.set_mesh(parts.mesh):
         hf.save_params(lora.merge(params, parts.cfg), lora.off(parts.cfg), parts.config.model.path, out, dtype)
-    print(out)
+    if jax.process_index() == 0:
+        print(out)

@@ -1,6 +1,7 @@
 """From questions to experience: the only place where host and device alternate.
 
 encode → generate → (assess on the device ‖ decode and score on the host) → experience. Evaluation is the first half.
+Of a batch, a process encodes, decodes and scores the rows that its devices hold.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from medrlvr_jax.data import LETTERS, Question
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, score
 from medrlvr_jax.sample import generate
-from medrlvr_jax.sharding import place_rows, to_host, to_memory
+from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows, to_memory
 from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Params, Prompts, Rollout
 
 WIDTH_STEP = 16  # widths are multiples of this, so that few shapes are compiled
@@ -48,16 +49,19 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Scored:
-    """What the host knows of a rollout; flat rows, question by question."""
+    """What this process knows of a rollout: N flat rows, those of its own questions, question by question."""
 
-    completions: list[str]  # [Q·G]
+    questions: list[Question]  # [N]
+    places: np.ndarray  # int [N], each row's place among the Q·G of the whole batch
+    counted: np.ndarray  # bool [N], False where a process before this one has the same row, and counts it
+    completions: list[str]  # [N]
     verdicts: Verdicts  # of the same rows
-    lengths: np.ndarray  # int [Q·G], tokens up to and including the stop token
-    stopped: np.ndarray  # bool [Q·G], False where the budget cut the response
+    lengths: np.ndarray  # int [N], tokens up to and including the stop token
+    stopped: np.ndarray  # bool [N], False where the budget cut the response
 
-    def record(self, row: int, question: Question) -> dict[str, Any]:
-        """One completion of `question` as a JSON object: what samples.jsonl and an evaluation's answers both say of it."""
-        v = self.verdicts
+    def record(self, row: int) -> dict[str, Any]:
+        """One completion as a JSON object: what samples.jsonl and an evaluation's answers both say of it."""
+        v, question = self.verdicts, self.questions[row]
         return {
             "id": question.id,
             "completion": self.completions[row],
@@ -80,24 +84,33 @@ def encode(tokenizer: text.Tokenizer, questions: list[Question], config: Config)
     return Encoded([questions[i] for i in kept], tokens, np.array(kept, np.uint32), len(dropped))
 
 
-def score_rollout(tokenizer: text.Tokenizer, questions: list[Question], rollout: Rollout, config: Config) -> Scored:
-    """Host work: bring the tokens over, decode, score. `questions` are those of the rollout's rows."""
-    tokens, mask = to_host((rollout.tokens, rollout.mask))
+def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout) -> Scored:
+    """Host work: bring this process's tokens over, decode, score. `index` names the questions of the whole rollout."""
+    tokenizer = parts.tokenizer
+    own, counted = own_rows(len(index), parts.mesh)
+    tokens, mask = fetch_rows((rollout.tokens, rollout.mask), parts.mesh)
     groups, length = tokens.shape[1:]
     flat, flat_mask = tokens.reshape(-1, length), mask.reshape(-1, length)
     completions = text.decode(tokenizer, flat, flat_mask)
     lengths = flat_mask.sum(1)
     last = flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)]
-    keys = [LETTERS[q.answer] for q in questions for _ in range(groups)]
-    options = [q.options for q in questions for _ in range(groups)]
-    return Scored(completions, score(completions, keys, options, config.reward), lengths, np.isin(last, tokenizer.stop_ids))
+    questions = [encoded.questions[i] for i in index[own] for _ in range(groups)]
+    verdicts = score(completions, [LETTERS[q.answer] for q in questions], [q.options for q in questions], parts.config.reward)
+    places = (own[:, None] * groups + np.arange(groups)).ravel()
+    return Scored(questions, places, counted.repeat(groups), completions, verdicts, lengths, np.isin(last, tokenizer.stop_ids))
+
+
+def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
+    """The prompts of the questions at `index` on the mesh; each process pads and places its own."""
+    own, _ = own_rows(len(index), parts.mesh)
+    return place_rows(encoded.prompts(index[own], parts.tokenizer.pad_id), len(index), parts.mesh)
 
 
 def sample_and_score(decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig) -> Scored:
     """Evaluation's whole job."""
-    prompts = place_rows(encoded.prompts(index, parts.tokenizer.pad_id), parts.mesh)
+    prompts = place_prompts(parts, encoded, index)
     rollout = generate(decode_params, parts.cfg, prompts, key, sample, parts.tokenizer.stop_ids, parts.tokenizer.pad_id)
-    return score_rollout(parts.tokenizer, [encoded.questions[i] for i in index], rollout, parts.config)
+    return score_rollout(parts, encoded, index, rollout)
 
 
 @partial(jax.jit, static_argnames=("cfg", "critic_cfg", "temperature", "slab"))
@@ -182,9 +195,9 @@ def collect(
     kl_coef: Array,
 ) -> tuple[Experience, dict[str, Array], Scored]:
     """One step's rollout of the questions at `index`, made into experience. Assessing runs while the host scores."""
-    config, tokenizer, mesh = parts.config, parts.tokenizer, parts.mesh
+    config, tokenizer = parts.config, parts.tokenizer
     sample, slab = config.sample, config.model.logit_slab
-    prompts = place_rows(encoded.prompts(index, tokenizer.pad_id), mesh)
+    prompts = place_prompts(parts, encoded, index)
     rollout = generate(decode_params, parts.cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
     assessment = assess(
         to_memory(frozen, "device") if config.learn.offload else frozen,
@@ -197,7 +210,7 @@ def collect(
         temperature=sample.temperature,
         slab=slab,
     )
-    scored = score_rollout(tokenizer, [encoded.questions[i] for i in index], rollout, config)
-    rewards = place_rows(scored.verdicts.reward.reshape(len(index), sample.samples), mesh)
+    scored = score_rollout(parts, encoded, index, rollout)
+    rewards = place_rows(scored.verdicts.reward.reshape(-1, sample.samples), len(index), parts.mesh)
     experience, stats = make_experience(prompts, rollout, assessment, rewards, kl_coef, config=(config.advantage, config.kl))
     return experience, stats, scored

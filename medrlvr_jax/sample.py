@@ -105,7 +105,8 @@ def generate(
         return put_rows(state.drawn, place, finish(take_rows(state, place), halvings - 1))
 
     with jax.named_scope("decode"):
-        return finish(record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed))), HALVINGS)
+        rollout = finish(record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed))), HALVINGS)
+    return jax.tree.map(lambda x: constrain(x, "batch", None, None), rollout)  # so that each process finds its own rows in it
 
 
 def take_rows(state: State, place: Array) -> State:

@@ -64,7 +64,8 @@ def sft(config: Config) -> dict[str, Any]:
         def one(state: TrainState, step: int):
             index = data.batch_at(len(rows), step, config.sample.questions, config.seed)
             key = jax.random.fold_in(jax.random.key(config.seed), step)
-            targets = sharding.place_rows(batch(rows, index, widths, parts.tokenizer.pad_id), parts.mesh)
+            own, _ = sharding.own_rows(len(index), parts.mesh)
+            targets = sharding.place_rows(batch(rows, index[own], widths, parts.tokenizer.pad_id), len(index), parts.mesh)
             learner, means = learn(state.policy, base, targets, key, None)
             means = sharding.to_host(means)
             metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}

@@ -1,35 +1,71 @@
 """Where arrays live: the mesh, two tables from logical to mesh axes, and the only uses of `PartitionSpec`.
 
 TRAIN shards every weight over `fsdp` and `tensor`; DECODE keeps `tensor` only, so that no token pays an all-gather.
-Activations follow one table in both.
+Activations follow one table in both. The outermost axis, `slice`, splits the batch alone: what crosses the slow network between
+slices or nodes is one sum of gradients an optimiser step.
+
+A process holds the rows of a batch that its devices hold, and no others: it encodes, decodes and scores those. Where `tensor` or
+`fsdp` spans processes, several hold the same rows; the first of them counts them.
 """
 
+from collections.abc import Sequence
+from functools import cache
+from itertools import chain, groupby
+from math import gcd
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from medrlvr_jax.config import ConfigError, MeshConfig
+from medrlvr_jax.config import ConfigError, MeshConfig, nearest_divisors
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH = ("slice", "data", "fsdp")
 TRAIN = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "layers": None, "head_dim": None}
 DECODE = TRAIN | {"embed": None}
 ACTIVATIONS = {"batch": BATCH, "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
 
 
-def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; sizes that do not multiply out are refused."""
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A (slice, data, fsdp, tensor) mesh over all devices; sizes that do not multiply out are refused.
+
+    What `create_hybrid_device_mesh` does for one outer axis, for granules that may be finer than a slice (one process per GPU).
+    """
     devices = jax.devices() if devices is None else devices
-    inner = config.fsdp * config.tensor
+    inner = config.slices * config.fsdp * config.tensor
     data = len(devices) // inner if config.data == -1 else config.data
     if data < 1 or data * inner != len(devices):
-        asked = f"mesh.data={config.data} × mesh.fsdp={config.fsdp} × mesh.tensor={config.tensor}"
+        sizes = {"slices": config.slices, "data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+        asked = " × ".join(f"mesh.{name}={size}" for name, size in sizes.items() if name != "slices" or size > 1)
         raise ConfigError(f"{asked} does not make the {len(devices)} devices here; set their product to {len(devices)}, or mesh.data to -1")
-    # Auto axes: the compiler propagates; the default of jax.make_mesh is Explicit.
-    return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape = (data, config.fsdp, config.tensor)
+    # Splitting a physical axis is how a v5e or v6e slice makes most shapes; elsewhere the argument is unused.
+    blocks = [mesh_utils.create_device_mesh(shape, part, allow_split_physical_axes=True) for part in _slices(devices, config.slices)]
+    # Auto axes: the compiler propagates.
+    return Mesh(np.stack(blocks), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: Sequence[Any], n: int) -> list[list[Any]]:
+    """Devices in `n` parts between which the network is slow: by the slice (TPU; NVLink domain) that each tells, else by process.
+
+    Devices of one process and one slice are cut in their order, as fake ones are.
+    """
+    where = {d: (getattr(d, "slice_index", 0), d.process_index) for d in devices}
+    physical = len({s for s, _ in where.values()})
+    if physical > 1 and devices[0].platform == "tpu" and n % physical:
+        raise ConfigError(f"mesh.slices: {n}, and the devices are {physical} TPU slices; set it to {physical}")
+    ordered = sorted(devices, key=lambda d: (*where[d], d.id))
+    granules = [list(g) for _, g in groupby(ordered, key=where.get)]
+    if len(granules) < n:
+        granules = [[d] for d in ordered]
+    if len(granules) % n:
+        near = nearest_divisors(n, len(granules))
+        raise ConfigError(f"mesh.slices: {n} does not divide the {len(granules)} processes or slices here; the nearest that do: {near}")
+    size = len(granules) // n
+    return [list(chain.from_iterable(granules[i * size : (i + 1) * size])) for i in range(n)]
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -73,13 +109,47 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """Leading axis over data × fsdp: every array of a rollout."""
+    """Leading axis over slice × data × fsdp: every array of a rollout."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def place_rows(tree: Any, mesh: Mesh) -> Any:
-    """Host arrays onto the mesh, leading axis sharded."""
-    return jax.device_put(tree, rows(mesh))
+@cache
+def own_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Which of n rows this process's devices hold, ascending int [own]; and bool [own], True for those that it counts."""
+    holder = np.full(n, jax.process_count())
+    own = np.zeros(n, bool)
+    for device, index in rows(mesh).devices_indices_map((n,)).items():
+        holder[index] = np.minimum(holder[index], device.process_index)
+        own[index] |= device.process_index == jax.process_index()
+    return np.flatnonzero(own), holder[own] == jax.process_index()
+
+
+def place_rows(tree: Any, n: int, mesh: Mesh) -> Any:
+    """Host arrays of this process's rows [own, …] as arrays of all n rows over the mesh; nothing crosses processes."""
+    own, _ = own_rows(n, mesh)
+
+    def one(x):
+        def piece(index):
+            return x[np.searchsorted(own, np.arange(n)[index[0]])]
+
+        return jax.make_array_from_callback((n, *x.shape[1:]), rows(mesh), piece)
+
+    return jax.tree.map(one, tree)
+
+
+def fetch_rows(tree: Any, mesh: Mesh) -> Any:
+    """This process's rows [own, …] of arrays that lie as `rows`, on the host; nothing crosses processes."""
+
+    def one(x):
+        if not x.sharding.is_equivalent_to(rows(mesh), x.ndim):
+            raise ValueError(f"rows are fetched from arrays laid out by `rows`, and this one lies as {x.sharding}")
+        own, _ = own_rows(len(x), mesh)
+        out = np.empty((len(own), *x.shape[1:]), x.dtype)
+        for shard in x.addressable_shards:
+            out[np.searchsorted(own, np.arange(len(x))[shard.index[0]])] = shard.data
+        return out
+
+    return jax.tree.map(one, tree)
 
 
 def to_host(tree: Any) -> Any:
@@ -92,6 +162,16 @@ def check_divides(name: str, value: int, mesh: Mesh, axes: tuple[str, ...]) -> N
     if value % ways:
         near = [n for n in (value // ways * ways, -(-value // ways) * ways) if n]
         raise ConfigError(f"{name}: {value} must divide by mesh {' × '.join(axes)} = {ways}; the nearest that do: {near}")
+
+
+def check_model(mesh: Mesh, axis: str, sizes: dict[str, int]) -> None:
+    """Refuse a mesh that cannot split the model's own sizes, with the nearest that can. Key/value heads may be fewer: see `_spec`."""
+    ways = mesh.shape[axis]
+    for name, size in sizes.items():
+        if size % ways:
+            near = nearest_divisors(ways, gcd(*sizes.values()))
+            every = ", ".join(f"{n} = {s}" for n, s in sizes.items())
+            raise ConfigError(f"mesh.{axis}: {ways} does not divide the model's {name} = {size}; the nearest that divide {every}: {near}")
 
 
 def like(state: Any, params: Any, mesh: Mesh) -> Any:

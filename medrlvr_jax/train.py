@@ -16,6 +16,7 @@ Departures from the paper as it is known, in one place:
 
 import dataclasses
 import time
+from itertools import chain
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from medrlvr_jax.config import Config, ConfigError
 from medrlvr_jax.experience import Encoded, Scored, collect, encode
 from medrlvr_jax.learn import adapt_kl, compile_learn, critic_objective, make_optimizer, offload, policy_objective
 from medrlvr_jax.losses import explained_variance
+from medrlvr_jax.processes import gather
 from medrlvr_jax.types import Frozen, Mean, TrainState
 
 
@@ -46,7 +48,8 @@ def train(config: Config) -> dict[str, Any]:
 
         def one(state: TrainState, step: int):
             state, stats, scored = train_step(parts, programs, encoded, state, frozen, step)
-            return state, summarise(stats, scored), samples(parts, encoded, scored, step)
+            metrics, rows = summarise(stats, scored), samples(parts, encoded, scored, step)
+            return state, metrics, rows
 
         notices = [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
         return drive(parts, sets, steps, state, one, lambda params: programs.relay(lora.join(frozen.base, params)), notices)
@@ -128,23 +131,20 @@ def train_step(
         critic, learned["critic"] = programs.learn_critic(state.critic, frozen.base, experience, shuffle, None)
     kl_coef = state.kl_coef
     if c.kl.target is not None:
-        kl_coef = adapt_kl(kl_coef, stats["kl_response"], scored.lengths.size, c.kl)
+        kl_coef = adapt_kl(kl_coef, stats["kl_response"], c.sample.questions * c.sample.samples, c.kl)
     stats |= {"kl_coef": state.kl_coef} | learned
     return TrainState(policy, critic, kl_coef, state.step + 1), stats, scored
 
 
 def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     """One flat record of a step: the rollout's shares and means, then `policy/…` and `critic/…`."""
-    v, n = scored.verdicts, len(scored.completions)
-    out = {
-        "reward": float(v.reward.mean()),
-        "accuracy": float(v.correct.mean()),
-        "format_ok": float(v.format_ok.mean()),
-        "response_length": float(scored.lengths.mean()),
-        "truncated": float(1 - scored.stopped.mean()),
-        "completions": n,
-        "tokens": int(scored.lengths.sum()),
-    }
+    v = scored.verdicts
+    rows = {"reward": v.reward, "accuracy": v.correct, "format_ok": v.format_ok, "response_length": scored.lengths}
+    rows |= {"truncated": ~scored.stopped, "completions": np.ones(len(scored.places))}
+    totals = gather({name: float(column[scored.counted].sum()) for name, column in rows.items()})  # one set from each process
+    sums = {name: sum(total[name] for total in totals) for name in rows}
+    n = int(sums.pop("completions"))
+    out = {name: total / n for name, total in sums.items()} | {"completions": n, "tokens": int(sums["response_length"])}
     stats = sharding.to_host(stats)
     critic = stats.get("critic")
     if critic is not None:
@@ -158,14 +158,14 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
 
 
 def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[dict[str, Any]]:
-    """Records for samples.jsonl: the first sample of questions spread over the step's batch."""
+    """Records for samples.jsonl: the first sample of questions spread over the step's batch, from whichever process has each."""
     c = parts.config
     if not c.log.samples_every or step % c.log.samples_every:
         return []
     index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
+    wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
     rows = []
-    for place in np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int):
-        row, tokens = int(place) * c.sample.samples, encoded.tokens[index[place]]
-        shown = {"row": row, "prompt": parts.tokenizer.show(tokens), "prompt_length": len(tokens)}
-        rows.append(shown | scored.record(row, encoded.questions[index[place]]))
-    return rows
+    for row in np.flatnonzero(scored.counted & np.isin(scored.places, wanted)).tolist():
+        place, tokens = int(scored.places[row]), encoded.tokens[index[scored.places[row] // c.sample.samples]]
+        rows.append({"row": place, "prompt": parts.tokenizer.show(tokens), "prompt_length": len(tokens)} | scored.record(row))
+    return sorted(chain.from_iterable(gather(rows)), key=lambda r: r["row"])

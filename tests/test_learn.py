@@ -1,6 +1,7 @@
 """The loop on a two-layer model: what must not matter (mesh, micro-batches, row order), what must, and that it learns."""
 
 import dataclasses
+import math
 from functools import lru_cache
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.experimental.multihost_utils import process_allgather
 
 from medrlvr_jax import build, config, experience, learn, lora, model, sample, sharding
 from medrlvr_jax.build import Parts
@@ -69,7 +71,8 @@ class Loop:
         rng = np.random.default_rng(self.step)
         mask = np.arange(P)[None] >= rng.integers(0, 3, Q)[:, None]
         prompts = Prompts(rng.integers(3, 64, (Q, P)).astype(np.int32), mask, np.arange(Q, dtype=np.uint32))
-        prompts = sharding.place_rows(prompts, mesh)
+        own, _ = sharding.own_rows(Q, mesh)
+        prompts = sharding.place_rows(jax.tree.map(lambda x: x[own], prompts), Q, mesh)
         self.key = jax.random.fold_in(jax.random.key(0), self.step)
         whole = lora.join(self.frozen.base, self.policy.params)
         rollout = sample.generate(self.relay(whole), self.cfg, prompts, self.key, c.sample, STOPS, PAD)
@@ -85,12 +88,14 @@ class Loop:
             temperature=1.0,
             slab=64,
         )
-        rewards = sharding.place_rows(np.asarray(self.score(np.asarray(rollout.tokens)), np.float32), mesh)
-        made, stats = experience.make_experience(prompts, rollout, assessment, rewards, jnp.float32(c.kl.coef), config=(c.advantage, c.kl))
+        self.rewards = sharding.place_rows(self.score(sharding.fetch_rows(rollout.tokens, mesh)).astype(np.float32), Q, mesh)
+        coef, kinds = jnp.float32(c.kl.coef), (c.advantage, c.kl)
+        made, stats = experience.make_experience(prompts, rollout, assessment, self.rewards, coef, config=kinds)
         return rollout, made, stats
 
     def run(self, steps):
-        tokens = []
+        """Tokens and rewards of each step, and the parameters after the last: all rows and all of them, on every process."""
+        tokens, rewards = [], []
         with jax.set_mesh(self.parts.mesh):
             for _ in range(steps):
                 rollout, made, self.stats = self.rollout()
@@ -98,44 +103,52 @@ class Loop:
                 self.policy, self.metrics = self.learn_policy(self.policy, self.frozen.base, made, shuffle, jnp.float32(self.c.kl.coef))
                 if self.critic:
                     self.critic, _ = self.learn_critic(self.critic, self.frozen.base, made, shuffle, None)
-                tokens.append(np.asarray(rollout.tokens))
+                tokens.append(process_allgather(rollout.tokens, tiled=True))
+                rewards.append(process_allgather(self.rewards, tiled=True))
                 self.step += 1
         params = [self.policy.params] + ([self.critic.params] if self.critic else [])
-        return np.stack(tokens), jax.device_get(params)
+        return np.stack(tokens), np.stack(rewards), process_allgather(params, tiled=True)
 
 
 def furthest(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
 
 
+# Adam's first steps are the gradient's sign, so where a gradient is near zero, rounding shows as a share of the rates.
+STEADY = {"learn__minibatch": 8, "learn__policy": {"lr": 3e-4}, "learn__critic": {"lr": 3e-4}}
+
+
+def steady(estimator, **changes):
+    return settings(estimator, **(STEADY if estimator == "gae" else STEADY | {"learn__critic": None}) | changes)
+
+
 @lru_cache
 def plain(estimator):
-    loop = Loop(settings(estimator))
+    loop = Loop(steady(estimator))
     out = loop.run(3)
     assert loop.learn_policy._cache_size() == 1  # a second compilation would mean that the state's shardings moved
     return out
 
 
-@pytest.mark.parametrize("estimator", ["gae", "group"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"learn__microbatch": 1},
-        {"learn__microbatch": 2},
-        {"mesh": {"data": 4, "fsdp": 1}, "devices": 4},
-        {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "devices": 8},
-        {"mesh": {"data": 1, "fsdp": 2, "tensor": 4}, "devices": 8},  # more ways than kv heads: those are replicated
-    ],
-    ids=str,
-)
+MESHES = [
+    {"data": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 8},
+    {"fsdp": 2, "tensor": 4},  # more ways than kv heads: those are replicated
+    {"slices": 2, "data": 2, "fsdp": 2},
+]
+CASES = [("gae", {"mesh": mesh}) for mesh in MESHES] + [("group", {"mesh": MESHES[1]}), ("group", {"learn__microbatch": 2})]
+CASES += [("gae", {"learn__microbatch": 1}), ("gae", {"learn__microbatch": 4, "mesh": {"data": 2, "fsdp": 2}})]
+
+
+@pytest.mark.parametrize(("estimator", "change"), CASES, ids=str)
 def test_mesh_and_microbatches_change_nothing(estimator, change):
-    change = dict(change)
-    devices = change.pop("devices", 1)
-    tokens, params = Loop(settings(estimator, **change), devices).run(3)
-    want_tokens, want_params = plain(estimator)
+    devices = math.prod(change.get("mesh", {}).values())
+    tokens, rewards, params = Loop(steady(estimator, **change), devices).run(3)
+    want_tokens, want_rewards, want_params = plain(estimator)
     np.testing.assert_array_equal(tokens, want_tokens)
-    # Adam's first steps are the gradient's sign, so where a gradient is near zero rounding shows as a share of lr = 3e-3.
-    assert furthest(params, want_params) < 1e-4
+    np.testing.assert_array_equal(rewards, want_rewards)
+    assert furthest(params, want_params) < 1e-5
 
 
 def test_it_learns_and_a_constant_reward_teaches_nothing():
@@ -146,14 +159,14 @@ def test_it_learns_and_a_constant_reward_teaches_nothing():
     assert float(loop.stats["reward"]) > before + 2
     idle = Loop(settings("group", kl__coef=0.0), score=lambda tokens: np.zeros(tokens.shape[:2]))
     start = jax.device_get(idle.policy.params)
-    _, (end,) = idle.run(2)
+    *_, (end,) = idle.run(2)
     assert furthest(start, end) == 0
 
 
 def test_a_learning_rate_of_zero_changes_nothing():
     loop = Loop(settings(learn__policy={"lr": 0.0}, learn__critic={"lr": 0.0}))
     start = jax.device_get([loop.policy.params, loop.critic.params])
-    _, end = loop.run(2)
+    *_, end = loop.run(2)
     assert furthest(start, end) == 0
 
 

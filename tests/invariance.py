@@ -1,0 +1,92 @@
+"""The same three PPO steps on meshes of fake devices and of real processes, against one device: the README's table.
+
+python tests/invariance.py                              # all of CASES, as a table
+python tests/invariance.py FOLDER data=2,fsdp=2 …       # some meshes, on this process's devices or on all of JAX_NUM_PROCESSES
+"""
+
+import math
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+CASES = {  # processes × devices of each
+    (1, 8): ["data=1", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=8", "fsdp=2,tensor=4", "slices=2,data=2,fsdp=2"],
+    (2, 2): ["data=4", "data=2,fsdp=2", "tensor=4", "slices=2,fsdp=2"],
+    (4, 2): ["data=4,fsdp=2", "fsdp=2,tensor=4", "slices=2,fsdp=4"],
+}
+
+
+def environment(devices: int) -> dict[str, str]:
+    """For a child with so many fake devices; programs are compiled without optimisation, since they run for an instant."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    return os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+
+
+def launch(n: int, devices: int, command: list[str], **popen) -> list[subprocess.Popen]:
+    """`python command` as n processes of so many devices; {i} in a word is each one's number."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = environment(devices) | ({"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n)} if n > 1 else {})
+    words = [[word.replace("{i}", str(i)) for word in command] for i in range(n)]
+    return [subprocess.Popen([sys.executable, *words[i]], env=env | {"JAX_PROCESS_ID": str(i)}, text=True, **popen) for i in range(n)]
+
+
+def run(folder: Path, meshes: list[str]) -> None:
+    """Three PPO steps on each mesh; process 0 writes tokens, rewards and parameters."""
+    import jax
+
+    from medrlvr_jax import processes
+
+    several = "JAX_NUM_PROCESSES" in os.environ
+    if several:
+        processes.join()
+    from test_learn import Loop, steady
+
+    for mesh in meshes:
+        sizes = {name: int(size) for name, size in (item.split("=") for item in mesh.split(","))}
+        tokens, rewards, params = Loop(steady("gae", mesh=sizes), math.prod(sizes.values())).run(3)
+        if jax.process_index() == 0:
+            leaves = {f"p{i}": leaf for i, leaf in enumerate(jax.tree.leaves(params))}
+            np.savez(folder / f"{mesh}.npz", tokens=tokens, rewards=rewards, **leaves)
+    if several:
+        jax.distributed.shutdown()
+
+
+def measure(n: int, devices: int, meshes: list[str]) -> list[dict[str, np.ndarray]]:
+    """What `run` writes, of each mesh."""
+    with tempfile.TemporaryDirectory() as folder:
+        codes = [p.wait(900) for p in launch(n, devices, [str(HERE / "invariance.py"), folder, *meshes])]
+        assert codes == [0] * n, codes
+        return [dict(np.load(f"{folder}/{mesh}.npz")) for mesh in meshes]
+
+
+def compare(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[int, int, float]:
+    """How many tokens and rewards differ, and by how much the parameters at most."""
+    furthest = max(float(np.abs(a[k] - b[k]).max()) for k in a if k.startswith("p"))
+    return int((a["tokens"] != b["tokens"]).sum()), int((a["rewards"] != b["rewards"]).sum()), furthest
+
+
+def table() -> None:
+    print("| processes × devices | mesh | tokens that differ | rewards that differ | largest difference of a parameter |")
+    print("|---|---|---|---|---|")
+    want = None
+    for (n, devices), meshes in CASES.items():
+        for mesh, got in zip(meshes, measure(n, devices, meshes), strict=True):
+            want = want or got
+            tokens, rewards, furthest = compare(got, want)
+            counts = f"{tokens} of {want['tokens'].size} | {rewards} of {want['rewards'].size}"
+            print(f"| {n} × {devices if mesh != 'data=1' else 1} | {mesh} | {counts} | {furthest:.1e} |", flush=True)
+
+
+if __name__ == "__main__" and len(sys.argv) > 1:
+    run(Path(sys.argv[1]), sys.argv[2:])
+elif __name__ == "__main__":
+    table()

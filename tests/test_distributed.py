@@ -1,0 +1,171 @@
+"""Several real processes: they compute what one does, keep to their own rows, and end together, whatever ends one of them."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from invariance import compare, launch, measure
+from test_learn import plain
+from test_train import folder, lines, main  # noqa: F401  (a fixture)
+
+from medrlvr_jax import build, checkpoint, config, processes, sharding
+from medrlvr_jax.config import ConfigError, MeshConfig
+
+SILENCE = 10  # seconds, in place of processes.HEARTBEAT
+MAIN = f"import sys; from medrlvr_jax import __main__, processes; processes.HEARTBEAT = {SILENCE}; sys.exit(__main__.main(sys.argv[1:]))"
+GRPO = {
+    "learn": {"minibatch": 8, "policy": {"lr": 1e-3, "warmup": 0.0}},
+    "advantage": {"estimator": "group"},
+    "kl": {"coef": 0.0},
+    "eval": {"batch": 8},
+    "log": {"samples_every": 1, "samples": 8},
+}
+
+
+@pytest.mark.parametrize(("n", "mesh"), [(2, "data=2,fsdp=2"), (2, "tensor=4"), (4, "slices=2,fsdp=4")])
+def test_processes_change_nothing(n, mesh):
+    [got] = measure(n, 2, [mesh])
+    tokens, rewards, params = plain("gae")
+    want = {"tokens": tokens, "rewards": rewards} | {f"p{i}": leaf for i, leaf in enumerate(jax.tree.leaves(params))}
+    different_tokens, different_rewards, furthest = compare(got, want)
+    assert (different_tokens, different_rewards) == (0, 0) and furthest < 1e-5
+
+
+def train(n, *settings):
+    return launch(n, 2, ["-c", MAIN, "train", "--distributed", *map(str, settings)], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def ends(started, timeout=600):
+    """Exit status and stderr of each."""
+    told = [p.communicate(timeout=timeout)[1] for p in started]
+    return [p.returncode for p in started], told
+
+
+def until(path, steps, started):
+    """Wait until so many steps stand in the metrics."""
+    while not path.exists() or path.read_text().count("\n") < steps:
+        assert all(p.poll() is None for p in started), ends(started)
+        time.sleep(0.1)
+
+
+def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
+    """Kill one of two; go on with both on another mesh; stop by a signal to one of them. All as one process computes it."""
+    tree = yaml.safe_load((folder / "config.yaml").read_text()) | GRPO
+    (folder / "several.yaml").write_text(
+        yaml.safe_dump(tree | {"name": "several", "mesh": {"data": 2, "fsdp": 2}, "checkpoint": {"keep": 99, "every": 1}})
+    )
+    run = folder / "runs" / "several"
+    first = train(2, folder / "several.yaml", "steps=100000")
+    until(run / "metrics.jsonl", 2, first)
+    first[1].kill()
+    began = time.monotonic()
+    (status, _), (told, _) = ends(first)
+    assert status not in (0, None) and time.monotonic() - began < 2 * SILENCE + 10
+    assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\s*1\s", told)
+    kept = checkpoint.saved_steps(run / "checkpoints")
+    assert kept and checkpoint.damage(run / "checkpoints" / str(kept[-1])) is None
+
+    second = train(2, folder / "several.yaml", "steps=100000", "mesh={data: 1, tensor: 4}")  # all rows on both, counted once
+    until(run / "metrics.jsonl", kept[-1] + 1, second)
+    second[1].send_signal(signal.SIGTERM)
+    statuses, told = ends(second)
+    assert statuses == [128 + signal.SIGTERM] * 2, told
+    metrics, samples = lines(run / "metrics.jsonl"), lines(run / "samples.jsonl")
+    done = checkpoint.saved_steps(run / "checkpoints")[-1]
+    assert [m["step"] for m in metrics] == list(range(1, done + 1)) and done > kept[-1]
+
+    (folder / "one.yaml").write_text(yaml.safe_dump(tree | {"name": "one", "steps": done, "checkpoint": {"every": 0}}))
+    assert main("train", folder / "one.yaml") == 0
+    for got, want in zip(metrics, lines(folder / "runs/one/metrics.jsonl"), strict=True):
+        assert got["completions"] == 16 and {k: got[k] for k in want if k in ("reward", "accuracy", "tokens", "truncated")} == {
+            k: want[k] for k in want if k in ("reward", "accuracy", "tokens", "truncated")
+        }
+    assert samples == lines(folder / "runs/one/samples.jsonl")
+    parts = build.build(config.load(folder / "one.yaml"))
+    several, one = (
+        checkpoint.restore_params(folder / "runs" / n / "checkpoints", build.abstract_policy(parts), done)[0] for n in ("several", "one")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), sharding.to_host(several), sharding.to_host(one))
+
+
+def test_a_refusal_of_one_process_ends_all(folder):  # noqa: F811
+    question = {"question": "?", "options": ["a", "b"], "answer": "B"}
+    (folder / "q0.jsonl").write_text("".join(json.dumps(question | {"id": str(i), "question": f"{i}?"}) + "\n" for i in range(8)))
+    began = time.monotonic()
+    started = train(2, folder / "config.yaml", "name=refused", f"data.path={folder}/q{{i}}.jsonl", "mesh.data=4", "eval.sets={}")
+    statuses, told = ends(started)
+    assert statuses == [2, 2] and time.monotonic() - began < 300
+    assert "q1.jsonl" in told[1] and "q1.jsonl" in told[0] and "process 1 on" in told[0]
+
+
+def test_without_a_cluster_it_is_refused(folder):  # noqa: F811
+    done = subprocess.run([sys.executable, "-c", MAIN, "train", "--distributed", folder / "config.yaml"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "medrlvr train: --distributed: no cluster" in done.stderr and "JAX_PROCESS_ID" in done.stderr
+
+
+class Device:
+    """What make_mesh looks at."""
+
+    platform, device_kind = "tpu", "fake"
+
+    def __init__(self, id, process, slice):
+        self.id, self.process_index, self.slice_index = id, process, slice
+
+
+def test_slices_follow_the_hardware():
+    """Parts of the outer axis are whole slices, or whole nodes, in their order; weights are never split over it."""
+    devices = [Device(i, i // 2, i // 4) for i in range(8)]
+    parts = sharding._slices(devices[::-1], 2)
+    assert [[d.id for d in part] for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [[d.id for d in part] for part in sharding._slices(devices, 4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    with pytest.raises(ConfigError, match=r"mesh\.slices: 1, and the devices are 2 TPU slices; set it to 2"):
+        sharding._slices(devices, 1)
+    with pytest.raises(ConfigError, match=r"mesh\.slices: 3 does not divide the 4 .* nearest that do: 2, 4"):
+        sharding._slices([Device(i, i // 2, 0) for i in range(8)], 3)
+    mesh = sharding.make_mesh(MeshConfig(slices=2, fsdp=2, tensor=2))
+    assert mesh.shape == {"slice": 2, "data": 1, "fsdp": 2, "tensor": 2}
+    assert not any("slice" in str(table) for table in (sharding.TRAIN, sharding.DECODE))
+
+
+def test_rows_make_the_round_trip():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    own, counted = sharding.own_rows(8, mesh)
+    assert own.tolist() == list(range(8)) and counted.all()
+    x = np.arange(24).reshape(8, 3)
+    placed = sharding.place_rows({"x": x}, 8, mesh)
+    assert placed["x"].sharding == sharding.rows(mesh)
+    np.testing.assert_array_equal(sharding.fetch_rows(placed, mesh)["x"], x)
+    with pytest.raises(ValueError, match="laid out by `rows`"):
+        sharding.fetch_rows(jax.device_put(x, sharding.replicated(mesh)), mesh)
+
+
+def test_what_the_mesh_cannot_split_is_refused(folder, capsys):  # noqa: F811
+    """The model: 4 heads, 2 key/value heads, embedding 32, MLP 64, vocabulary 1,024."""
+    refusals = {
+        "mesh={data: 1, tensor: 8}": "mesh.tensor: 8 does not divide the model's attention heads = 4",
+        "mesh={data: 2, fsdp: 4} sample.questions=12 learn.minibatch=12": "12 must divide by mesh slice × data × fsdp = 8;",
+        "mesh={data: 3}": "mesh.data=3 × mesh.fsdp=1 × mesh.tensor=1 does not make the 8 devices",
+        "mesh={slices: 3}": "mesh.slices=3",
+    }
+    for settings, words in refusals.items():
+        assert main("train", folder / "config.yaml", *re.split(r" (?=\w+\.)", settings)) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_few_key_value_heads_are_replicated(folder):  # noqa: F811
+    parts = build.build(config.load(folder / "config.yaml", ["mesh={data: 1, fsdp: 2, tensor: 4}"]))
+    placed = build.param_shardings(parts, parts.cfg, sharding.TRAIN)
+    assert parts.cfg.kv_heads == 2 and parts.cfg.heads == 4
+    assert "tensor" in str(placed["layers"]["q"].spec) and "tensor" not in str(placed["layers"]["k"].spec)
+
+
+def test_gather_is_of_one_here():
+    assert processes.gather({"a": [1, "é"]}) == [{"a": [1, "é"]}]
