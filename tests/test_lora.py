@@ -99,7 +99,7 @@ def test_only_the_targets_are_adapted():
 
 
 def adapted(estimator="gae", **changes):
-    return settings(estimator, model__lora={"rank": 3}, learn__policy={"lr": 1e-2}, **changes)
+    return settings(estimator, **({"model__lora": {"rank": 3}, "learn__policy": {"lr": 1e-2}} | changes))
 
 
 def test_the_first_step_has_no_kl_and_the_base_never_moves():
@@ -118,13 +118,14 @@ def test_the_first_step_has_no_kl_and_the_base_never_moves():
     assert max(leaf.size for leaf in jax.tree.leaves((loop.policy, loop.critic))) <= 2 * 3 * 64  # moments are of adapters alone
 
 
-@pytest.mark.parametrize("estimator", ["gae", "group"])
-def test_a_mesh_changes_nothing(estimator):
-    (want_tokens, want), (tokens, got) = (
-        Loop(adapted(estimator, mesh=mesh), devices).run(3) for mesh, devices in (({}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8))
-    )
+def test_a_mesh_changes_nothing():
+    smooth = {"lr": 1e-3, "eps": 1e-3}  # else Adam's first steps are the sign of gradients that may be rounding alone
+    runs = []
+    for mesh, devices in (({}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)):
+        runs.append(Loop(adapted(mesh=mesh, learn__policy=smooth, learn__critic=smooth), devices).run(3))
+    (want_tokens, want), (tokens, got) = runs
     np.testing.assert_array_equal(tokens, want_tokens)
-    assert furthest(want, got) < 1e-5 * 30  # see test_learn: a share of lr, here 1e-2
+    assert furthest(want, got) < 1e-5
 
 
 @pytest.mark.parametrize(("lora_", "copies"), [({"rank": 3}, 1), (None, 3 + 2 * 2)], ids=["lora", "all"])
