@@ -89,8 +89,8 @@ def leave(error: BaseException, expected: tuple[type[BaseException], ...]) -> No
         print(f"medrlvr: {me}: {error}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        # Perhaps a collective that broke because another process died. Then the service names that one and ends this process.
+    if isinstance(error, Exception) and not isinstance(error, ConfigError):
+        # Perhaps it comes of a collective that broke because another process died: then the service names that one, and ends this one.
         print(f"medrlvr: {me}: waiting {HEARTBEAT + 10} s for word of which process failed", file=sys.stderr, flush=True)
         time.sleep(HEARTBEAT + 10)
     status = 2 if isinstance(error, ConfigError) else 1
