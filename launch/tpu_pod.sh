@@ -7,7 +7,7 @@
 # Variables: NAME, ZONE, TPU (the accelerator type); RUNTIME, the VM's image (v2-alpha-tpuv5-lite, which goes with v5litepod);
 #   SPOT=1 for preemptible VMs; NFS; RUNS, the folder of all runs (/mnt/runs). Several slices: launch/gke_xpk.sh.
 # Again: the same command follows the training if it is alive, for it outlives the connection; else it goes on from the newest checkpoint,
-#   on a new slice if the old one was preempted. The VMs get SIGTERM first, but often too late to save: set checkpoint.every to what may be lost.
+#   on a new slice if the old one was preempted. Preemption sends SIGTERM, often too late to save: set checkpoint.every to what may be lost.
 # Save and stop: gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command='kill -- -$(cat medrlvr.pid)'
 # Give it back:  gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail
