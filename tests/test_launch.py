@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ TRAINERS = {  # each that takes [--dry-run] CONFIG, with the variables it needs
     "cpu_fake8.sh": {},
     "slurm_gpu.sbatch": {},
     "tpu_pod.sh": {"NAME": "pod", "ZONE": "us-west4-a", "TPU": "v5litepod-16", "NFS": "10.0.0.2:/runs"},
-    "gke_xpk.sh": {"NAME": "job", "CLUSTER": "tpus", "ZONE": "us-west4-a", "TPU": "v5litepod-16", "IMAGE": "img:1", "SLICES": "2", "SPOT": "1"},
+    "gke_xpk.sh": {"NAME": "job", "ZONE": "us-west4-a", "TPU": "v5litepod-16", "CLUSTER": "tpus", "IMAGE": "img:1", "SLICES": "2"},
 }
 OUTSIDE = ("gcloud", "xpk", "srun", "scontrol", "medrlvr", "python3", "git", "mkdir", "sleep")
 
@@ -96,7 +97,7 @@ DRY = {
         "xpk workload delete --workload=job --cluster=tpus --zone=us-west4-a",
         "xpk workload create --workload=job --cluster=tpus --zone=us-west4-a --tpu-type=v5litepod-16 --num-slices=2 --docker-image=img:1 "
         r"--command=exec medrlvr train --distributed configs/quickstart.yaml runs=/runs mesh.slices=2 steps=1 data.path=a\ b "
-        "--max-restarts=100 --restart-on-exit-codes=1 --termination-grace-period-seconds=300 --spot",
+        "--max-restarts=100 --restart-on-exit-codes=1 --termination-grace-period-seconds=300",
     ],
 }
 
@@ -137,7 +138,8 @@ sys.exit(max(t.wait() for t in tasks))
 MEDRLVR = """import jax, json, os, sys
 jax.distributed.initialize()
 from jax._src.distributed import global_state
-seen = [jax.process_index(), jax.process_count(), global_state.coordinator_address, jax.config.jax_cuda_visible_devices]
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
+seen = [jax.process_index(), jax.process_count(), global_state.coordinator_address, CUDA_VISIBLE_DEVICES.value]
 open(f"seen-{jax.process_index()}.json", "w").write(json.dumps([*seen, sys.argv[1:]]))
 sys.exit(int(os.environ["STATUS"]))
 """
@@ -221,17 +223,22 @@ def cloud(tmp_path):
     for name in ("true", "sleep", "python"):
         command(tmp_path / "bin", name, "exit 0")
     command(tmp_path / "bin", "gcloud", GCLOUD)
-    busy = f"while [[ -e ~/busy ]]; do {shutil.which('sleep')} 0.05; done"
-    command(tmp_path / "bin", "medrlvr", f'echo "$@" >>~/ran; trap "rm -f ~/busy" TERM; {busy}; echo done; exit $(cat ~/status)')
+    train = f"""echo "$@" >>~/ran
+        echo begun
+        trap "rm -f ~/busy" TERM
+        while [[ -e ~/busy ]]; do {shutil.which("sleep")} 0.05; done
+        echo done
+        exit $(cat ~/status)"""
+    command(tmp_path / "bin", "medrlvr", train)
     for worker in ("w0", "w1"):
         (tmp_path / worker / "status").write_text("0")
 
-    def train() -> subprocess.CompletedProcess:
+    def launch_pod() -> subprocess.CompletedProcess:
         (tmp_path / "log").write_text("")
         variables = TRAINERS["tpu_pod.sh"] | {"NFS": "", "RUNS": "/share", "CLOUD": str(tmp_path)}
         return launch("tpu_pod.sh", "configs/quickstart.yaml", "steps=1", bin=tmp_path / "bin", **variables)
 
-    return tmp_path, train
+    return tmp_path, launch_pod
 
 
 def asked(cloud: Path) -> list[str]:
@@ -239,9 +246,9 @@ def asked(cloud: Path) -> list[str]:
 
 
 def test_tpu_pod_is_made_once_and_trains_on_every_worker(cloud):
-    here, train = cloud
+    here, launch_pod = cloud
     words = "train --distributed configs/quickstart.yaml runs=/share steps=1\n"
-    first = train()
+    first = launch_pod()
     assert first.returncode == 0, first.stderr
     assert asked(here) == ["create", "scp", "ssh"]
     assert "WAITING_FOR_RESOURCES" in first.stdout and first.stdout.count("done") == 2
@@ -249,39 +256,38 @@ def test_tpu_pod_is_made_once_and_trains_on_every_worker(cloud):
     assert (here / "w0" / "medrlvr_jax" / "configs" / "quickstart.yaml").exists()
 
     (here / "w1" / "status").write_text("1")  # again: no new slice; one worker fails, and so does the command
-    assert train().returncode == 1
+    assert launch_pod().returncode == 1
     assert asked(here) == ["scp", "ssh"]
     assert (here / "w0" / "ran").read_text() == words * 2
 
     (here / "states").write_text("SUSPENDED")  # preempted
     (here / "w1" / "status").write_text("0")
-    assert train().returncode == 0
+    assert launch_pod().returncode == 0
     assert asked(here) == ["delete", "create", "scp", "ssh"]
 
     (here / "states").write_text("PROVISIONING FAILED")
-    failed = train()
-    assert failed.returncode == 1 and "pod: FAILED" not in failed.stderr
+    failed = launch_pod()
+    assert failed.returncode == 1 and "pod: FAILED" in failed.stdout
     assert asked(here) == []
 
 
 def test_tpu_training_that_is_alive_is_followed_and_a_stopped_one_tells_its_status(cloud):
-    here, train = cloud
-    (here / "w0" / "busy").touch()
-    (here / "w0" / "status").write_text("143")
-    environment = os.environ | {"HOME": str(here / "w0"), "PATH": f"{here / 'bin'}:{os.environ['PATH']}"}
-    environment.pop("VIRTUAL_ENV", None)
-    subprocess.run(["git", "archive", "--format=tar.gz", "--prefix=medrlvr_jax/", f"--output={here}/w0/medrlvr_jax.tar.gz", "HEAD"], cwd=ROOT)
+    home = cloud[0] / "w0"
+    (home / "busy").touch()
+    (home / "status").write_text("143")
+    env = os.environ | {"HOME": str(home), "PATH": f"{cloud[0] / 'bin'}:{os.environ['PATH']}"}
+    env.pop("VIRTUAL_ENV", None)
+    archive = ["git", "archive", "--format=tar.gz", "--prefix=medrlvr_jax/", f"--output={home}/medrlvr_jax.tar.gz", "HEAD", "launch"]
+    subprocess.run(archive, cwd=ROOT, check=True)
     worker = ["bash", str(LAUNCH / "tpu_worker.sh"), "/share", "", "train", "c.yaml"]
-    with subprocess.Popen(worker, env=environment, stdout=subprocess.PIPE, text=True) as first:
-        while not (here / "w0" / "ran").exists():
-            assert first.poll() is None
+    with subprocess.Popen(worker, env=env, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout and first.stdout.readline() == "begun\n"
         first.kill()  # the connection breaks
-    pid = int((here / "w0" / "medrlvr.pid").read_text())
-    with subprocess.Popen(worker, env=environment, stdout=subprocess.PIPE, text=True) as second:
-        assert second.poll() is None
-        os.killpg(pid, 15)  # the header's save and stop
-        assert second.wait(timeout=30) == 143
-    assert (here / "w0" / "ran").read_text() == "train c.yaml\n"  # started once
+    with subprocess.Popen(worker, env=env, stdout=subprocess.PIPE, text=True) as second:
+        assert second.stdout and second.stdout.readline() == "begun\n"
+        os.killpg(int((home / "medrlvr.pid").read_text()), signal.SIGTERM)  # the header's save and stop
+        assert second.stdout.read().endswith("done\n") and second.wait() == 143
+    assert (home / "ran").read_text() == "train c.yaml\n"  # started once
 
 
 # --- Kubernetes ------------------------------------------------------------------------------------------------------
