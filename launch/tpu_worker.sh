@@ -24,8 +24,9 @@ if ! grep -qs medrlvr "/proc/$(cat medrlvr.pid 2>/dev/null)/cmdline"; then
   source launch/venv.sh
   ensure_venv ".[tpu]"
   rm -f ~/medrlvr.status
+  : >~/medrlvr.log
   # The shell in between survives SIGTERM, to write down the status of a run that saves and stops.
-  setsid bash -c 'trap : TERM; medrlvr "$@"; echo $? >~/medrlvr.status' medrlvr "${@:3}" >~/medrlvr.log 2>&1 </dev/null &
+  setsid bash -c 'trap : TERM; medrlvr "$@"; echo $? >~/medrlvr.status' medrlvr "${@:3}" >>~/medrlvr.log 2>&1 </dev/null &
   echo $! >~/medrlvr.pid
 fi
 tail --pid="$(cat ~/medrlvr.pid)" --lines=+1 --follow ~/medrlvr.log
