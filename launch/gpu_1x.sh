@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# bash launch/gpu_1x.sh [--dry-run] CONFIG.yaml [a.b=value …]
+# One machine with NVIDIA GPUs: makes .venv if there is none, installs with the extra `cuda`, trains in one process on all its GPUs.
+# Needs: Python 3.11 or newer, an NVIDIA driver for CUDA 12; the network for pip, and for the hub where the config names it.
+# Variables: RUNS, the folder of all runs (runs).
+# Again: the same command goes on from the newest checkpoint. SIGTERM and Ctrl-C save and stop; a second one stops at once.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/run.sh
+source launch/venv.sh
+if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
+config=${1:?usage: bash launch/gpu_1x.sh [--dry-run] CONFIG.yaml [a.b=value …]}
+settings=("runs=${RUNS:-runs}" "${@:2}")
+
+run ensure_venv ".[cuda]"
+run env XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 medrlvr train "$config" "${settings[@]}"  # JAX takes 0.75 of a GPU's memory by itself
