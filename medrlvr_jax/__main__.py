@@ -74,17 +74,18 @@ def main(argv: list[str] | None = None) -> int:
         args.settings += rest
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from medrlvr_jax.checkpoint import CheckpointError
-    from medrlvr_jax.config import ConfigError
+    from medrlvr_jax.config import ConfigError, Diverged
 
+    expected = (ConfigError, CheckpointError, Diverged)
     together = nullcontext()
     if getattr(args, "distributed", False):
         from medrlvr_jax import processes
 
-        together = processes.together((ConfigError, CheckpointError))
+        together = processes.together(expected)
     try:
         with together:
             return globals()[f"run_{args.command}"](args)
-    except (ConfigError, CheckpointError) as e:
+    except expected as e:
         print(f"medrlvr {args.command}: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
 

@@ -140,7 +140,7 @@ def step_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     frozen, encoded, times = load_frozen(parts), encoded_questions(args, parts), []
     for step in range(args.runs + 1):
         start = time.perf_counter()
-        state, stats, scored = train.train_step(parts, programs, encoded, state, frozen, step)
+        state, stats, scored, _ = train.train_step(parts, programs, encoded, state, frozen, step)
         jax.block_until_ready((state, train.summarise(stats, scored)))
         times.append(time.perf_counter() - start)
     tokens = int(scored.lengths.sum())

@@ -30,6 +30,10 @@ class ConfigError(ValueError):
     """A setting that cannot be used: the message names the field, the value and the remedy."""
 
 
+class Diverged(RuntimeError):
+    """A run whose updates are no longer finite."""
+
+
 @section
 class LoRAConfig:
     """Adapters of rank `rank` beside frozen weights (Hu et al. 2021, arXiv 2106.09685); they are added times alpha / rank."""

@@ -117,7 +117,7 @@ def nll_objective(config: Config, cfg: DecoderConfig) -> Objective:
 def update(
     learner: Learner, base: Params, rows: Experience, extra: Any, objective: Objective, tx: optax.GradientTransformation, micro: int
 ) -> tuple[Learner, Metrics]:
-    """One optimiser step on `rows`, `micro` of them at a time."""
+    """One optimiser step on `rows`, `micro` at a time. One whose loss or gradient is not finite is not taken: `skipped` counts it."""
 
     def gradients(part: Experience):
         def total(params):
@@ -138,9 +138,13 @@ def update(
     count = jnp.maximum(metrics["loss"].count, 1)
     grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
-    params = optax.apply_updates(learner.params, updates)
-    metrics["grad_norm"] = Mean(optax.tree.norm(grads), jnp.float32(1))
-    return Learner(params, opt_state), metrics
+    after = Learner(optax.apply_updates(learner.params, updates), opt_state)
+    norm = optax.tree.norm(grads)
+    sound = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
+    metrics["grad_norm"] = Mean(norm, jnp.float32(1))
+    metrics = jax.tree.map(lambda x: jnp.where(sound, x, 0), metrics)  # they tell of the steps that were taken
+    metrics["skipped"] = Mean(1.0 - sound, jnp.float32(1))
+    return jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, learner), metrics
 
 
 def learn(
@@ -193,5 +197,5 @@ def adapt_kl(coef: Array, kl: Array, samples: int, config: KLConfig) -> Array:
     """Ziegler et al. 2019 (arXiv 1909.08593), eq. 6: the coefficient follows the KL per response towards its target."""
     if config.target is None:
         return coef
-    error = jnp.clip(kl / config.target - 1, -0.2, 0.2)
+    error = jnp.nan_to_num(jnp.clip(kl / config.target - 1, -0.2, 0.2))  # a rollout without a KL moves nothing
     return coef * (1 + error * samples / config.horizon)

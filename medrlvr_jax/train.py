@@ -17,21 +17,25 @@ Departures from the paper as it is known, in one place:
 import dataclasses
 import time
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from medrlvr_jax import data, evaluate, log, lora, sharding
 from medrlvr_jax.build import Parts, build, init_learner, load_frozen, make_relay, total_steps, updates_in
 from medrlvr_jax.checkpoint import Checkpoints
-from medrlvr_jax.config import Config, ConfigError
+from medrlvr_jax.config import Config, ConfigError, Diverged
 from medrlvr_jax.experience import Encoded, Scored, collect, encode
 from medrlvr_jax.learn import adapt_kl, compile_learn, critic_objective, make_optimizer, offload, policy_objective
 from medrlvr_jax.losses import explained_variance
 from medrlvr_jax.processes import gather
-from medrlvr_jax.types import Frozen, Mean, TrainState
+from medrlvr_jax.types import Experience, Frozen, Mean, TrainState
+
+SKIPS = 3  # steps in a row with an update that was not finite, after which a run stops
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -47,9 +51,9 @@ def train(config: Config) -> dict[str, Any]:
         frozen = load_frozen(parts)
 
         def one(state: TrainState, step: int):
-            state, stats, scored = train_step(parts, programs, encoded, state, frozen, step)
+            state, stats, scored, experience = train_step(parts, programs, encoded, state, frozen, step)
             metrics, rows = summarise(stats, scored), samples(parts, encoded, scored, step)
-            return state, metrics, rows
+            return state, metrics, rows, experience
 
         notices = [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
         return drive(parts, sets, steps, state, one, lambda params: programs.relay(lora.join(frozen.base, params)), notices)
@@ -58,8 +62,11 @@ def train(config: Config) -> dict[str, Any]:
 def drive(
     parts: Parts, sets: dict[str, Encoded], steps: int, state: TrainState, one: Any, relay: Any, notices: list[str]
 ) -> dict[str, Any]:
-    """The loop around any step: resume, evaluate, record, checkpoint, stop when asked. `one`: (state, step) → (state, metrics, samples)."""
-    config = parts.config
+    """The loop around any step: resume, evaluate, record, checkpoint, stop when asked.
+
+    `one`: (state, step) → (state, metrics, samples, the rows that were learned from).
+    """
+    config, skips = parts.config, 0
     with log.Run(config, steps) as run:
         checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice)
         state, done = checkpoints.restore_newest(state)
@@ -70,19 +77,38 @@ def drive(
             run.record(0, evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run))
         for step in range(done, steps):
             began = time.monotonic()
-            state, metrics, rows = one(state, step)
+            state, metrics, rows, learned = one(state, step)
             metrics |= {"seconds": time.monotonic() - began}
             n, last = step + 1, step + 1 == steps
+            if any(value > 0 for name, value in metrics.items() if name.split("/")[-1] == "skipped"):
+                skips += 1
+                run.notice(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
+            else:
+                skips = 0
             if last or (config.eval.every and n % config.eval.every == 0):
                 metrics |= evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run)
             run.record(n, metrics, rows)
             checkpoints.check()
-            if last or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
+            if last or skips == SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
                 checkpoints.save(n, state, metrics)
+            if skips == SKIPS:
+                checkpoints.close()
+                remedy = "lower the rates or learn.*.clip_norm, look into the rows, and start again under another name="
+                raise Diverged(f"{run.path}: {SKIPS} steps in a row had updates that were not finite; {remedy}. Step {n} is saved")
             if run.stopping:
                 break
         checkpoints.close()
         return run.finish()
+
+
+def dump(folder: Path, step: int, rows: Experience) -> Path:
+    """The rows of a step, for inspection: one array of `skipped/<step>.npz` for each field of `Experience` that is there."""
+    path = folder / "skipped" / f"{step}.npz"
+    whole = process_allgather(rows, tiled=True)
+    if jax.process_index() == 0:
+        path.parent.mkdir(exist_ok=True)
+        np.savez(path, **{name: array for name, array in vars(whole).items() if array is not None})
+    return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +140,7 @@ def start(parts: Parts, steps: int) -> tuple[Programs, TrainState]:
 
 def train_step(
     parts: Parts, programs: Programs, encoded: Encoded, state: TrainState, frozen: Frozen, step: int
-) -> tuple[TrainState, dict[str, Any], Scored]:
+) -> tuple[TrainState, dict[str, Any], Scored, Experience]:
     """Step `step` of the method box above; batch and noise are functions of (seed, step), so a resumed run is the same run."""
     c = parts.config
     index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
@@ -133,7 +159,7 @@ def train_step(
     if c.kl.target is not None:
         kl_coef = adapt_kl(kl_coef, stats["kl_response"], c.sample.questions * c.sample.samples, c.kl)
     stats |= {"kl_coef": state.kl_coef} | learned
-    return TrainState(policy, critic, kl_coef, state.step + 1), stats, scored
+    return TrainState(policy, critic, kl_coef, state.step + 1), stats, scored, experience
 
 
 def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The commands end to end, on the embedded tokenizer and questions with a model of random weights."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, build, checkpoint, config, hf, lora, model, sharding
+from medrlvr_jax import __main__, build, checkpoint, config, hf, lora, model, sharding, train
 
 TREE = {
     "name": "run",
@@ -175,3 +176,24 @@ def test_adapters_are_fine_tuned(folder):
     assert main("sft", folder / "config.yaml", *sft, "model.lora={rank: 4}", "learn.offload=true") == 0
     losses = [m["loss"] for m in lines(folder / "runs/lora_sft/metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.2
+
+
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys, monkeypatch):
+    """Advantages of NaN in steps 2 and on: nothing moves, each batch is kept, and the third in a row ends the run with a checkpoint."""
+    honest, factors = train.collect, iter([1.0, np.nan, np.nan, np.nan])
+
+    def spoiled(*args):
+        experience, stats, scored = honest(*args)
+        return dataclasses.replace(experience, advantages=experience.advantages * next(factors)), stats, scored
+
+    monkeypatch.setattr(train, "collect", spoiled)
+    assert main("train", folder / "config.yaml", "name=spoiled", "steps=4", "eval.sets={}", "checkpoint={every: 1, keep: 9}") == 1
+    said = capsys.readouterr().err
+    assert "3 steps in a row had updates that were not finite" in said and "Step 4 is saved" in said
+    path = folder / "runs" / "spoiled"
+    assert [m["policy/skipped"] for m in lines(path / "metrics.jsonl")] == [0, 1, 1, 1]
+    assert np.isnan(np.load(path / "skipped" / "3.npz")["advantages"]).all()
+    parts = build.build(config.load(folder / "config.yaml"))
+    abstract = build.abstract_params(parts, parts.cfg)
+    first, last = (checkpoint.restore_params(path / "checkpoints", abstract, step)[0] for step in (1, 4))
+    jax.tree.map(np.testing.assert_array_equal, sharding.to_host(first), sharding.to_host(last))
