@@ -72,9 +72,10 @@ def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
     assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\s*1\s", told), told
     kept = checkpoint.saved_steps(run / "checkpoints")
     assert kept and checkpoint.damage(run / "checkpoints" / str(kept[-1])) is None
+    recorded = lines(run / "metrics.jsonl")
 
     second = train(2, folder / "several.yaml", "steps=100000", "mesh={data: 1, tensor: 4}")  # all rows on both, counted once
-    until(run / "metrics.jsonl", kept[-1] + 1, second)
+    until(run / "metrics.jsonl", len(recorded) + 1, second)
     second[1].send_signal(signal.SIGTERM)
     statuses, told = ends(second)
     assert statuses == [128 + signal.SIGTERM] * 2, told
