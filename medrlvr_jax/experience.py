@@ -4,6 +4,7 @@ encode → generate → (assess on the device ‖ decode and score on the host) 
 Of a batch, a process encodes, decodes and scores the rows that its devices hold.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax import advantages, lora, model, text
+from medrlvr_jax import advantages, lora, model, stages, text
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import Config, SampleConfig
 from medrlvr_jax.data import LETTERS, Question
@@ -58,6 +59,7 @@ class Scored:
     verdicts: Verdicts  # of the same rows
     lengths: np.ndarray  # int [N], tokens up to and including the stop token
     stopped: np.ndarray  # bool [N], False where the budget cut the response
+    stages: list[str]  # [N], which of the paper's six stages each completion shows
 
     def record(self, row: int) -> dict[str, Any]:
         """One completion as a JSON object: what samples.jsonl and an evaluation's answers both say of it."""
@@ -72,6 +74,7 @@ class Scored:
             "format_ok": bool(v.format_ok[row]),
             "correct": bool(v.correct[row]),
             "reason": str(v.reason[row]),
+            "stage": self.stages[row],
             "length": int(self.lengths[row]),
             "stopped": bool(self.stopped[row]),
         }
@@ -95,9 +98,13 @@ def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Ro
     lengths = flat_mask.sum(1)
     last = flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)]
     questions = [encoded.questions[i] for i in index[own] for _ in range(groups)]
-    verdicts = score(completions, [LETTERS[q.answer] for q in questions], [q.options for q in questions], parts.config.reward)
+    keys, options, rule = [LETTERS[q.answer] for q in questions], [q.options for q in questions], parts.config.reward
+    verdicts = score(completions, keys, options, rule)
+    lenient = verdicts if rule.mode == "paper" else score(completions, keys, options, dataclasses.replace(rule, mode="paper"))
+    shown = [stages.stage(*row) for row in zip(completions, lenient.format_ok.tolist(), options, strict=True)]
     places = (own[:, None] * groups + np.arange(groups)).ravel()
-    return Scored(questions, places, counted.repeat(groups), completions, verdicts, lengths, np.isin(last, tokenizer.stop_ids))
+    stopped = np.isin(last, tokenizer.stop_ids)
+    return Scored(questions, places, counted.repeat(groups), completions, verdicts, lengths, stopped, shown)
 
 
 def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:

@@ -11,7 +11,6 @@ They are tried in this order. A text cannot tell when in a run it was written: s
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 STAGES = (
@@ -79,9 +78,3 @@ def repetition(text: str) -> float:
     tokens = [w.lower() for w in WORD.findall(text) if not w.isdigit()]  # a list's numbers make no line new
     grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
     return 1 - len(set(grams)) / len(grams) if len(tokens) >= 24 else 0.0
-
-
-def shares(stages: Sequence[str]) -> dict[str, float]:
-    """Share of each of the six among the completions of a step."""
-    counts = Counter(stages)
-    return {name: counts[name] / max(len(stages), 1) for name in STAGES}

@@ -33,6 +33,7 @@ from medrlvr_jax.experience import Encoded, Scored, collect, encode
 from medrlvr_jax.learn import adapt_kl, compile_learn, critic_objective, make_optimizer, offload, policy_objective
 from medrlvr_jax.losses import explained_variance
 from medrlvr_jax.processes import gather
+from medrlvr_jax.stages import STAGES
 from medrlvr_jax.types import Experience, Frozen, Mean, TrainState
 
 SKIPS = 3  # steps in a row with an update that was not finite, after which a run stops
@@ -167,6 +168,7 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     v = scored.verdicts
     rows = {"reward": v.reward, "accuracy": v.correct, "format_ok": v.format_ok, "response_length": scored.lengths}
     rows |= {"truncated": ~scored.stopped, "completions": np.ones(len(scored.places))}
+    rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
     totals = gather({name: float(column[scored.counted].sum()) for name, column in rows.items()})  # one set from each process
     sums = {name: sum(total[name] for total in totals) for name in rows}
     n = int(sums.pop("completions"))

@@ -29,11 +29,6 @@ def test_precision_and_recall(held_out):
         assert hits[name] / said[name] >= 0.95 and hits[name] / there[name] >= 0.95, (name, Counter(zip(labels, found, strict=True)))
 
 
-def test_shares():
-    assert stages.shares(["concise_structurer", "format_failure", "format_failure", "format_failure"])["format_failure"] == 0.75
-    assert sum(stages.shares(told(ROWS)).values()) == pytest.approx(1) and sum(stages.shares([]).values()) == 0
-
-
 def test_an_options_own_text_is_no_reasoning():
     completion = "<think>Drug-eluting stent placement in the left anterior descending artery</think><answer>B</answer>"
     options = ["Aspirin", "Drug-eluting stent placement in the left anterior descending artery"]

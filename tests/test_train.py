@@ -64,6 +64,7 @@ def test_what_a_run_leaves(run):
     for m in metrics[1:]:
         assert {"reward", "accuracy", "format_ok", "response_length", "kl", "policy/loss", "critic/loss", "tokens_per_second"} <= m.keys()
         assert m["sampler_gap"] < 1e-5
+        assert sum(v for k, v in m.items() if k.startswith("stage/")) == pytest.approx(1)
     assert len(samples) == 4 and samples[0]["prompt"].startswith("Question: ")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["seconds"] > 0 and summary["versions"]["jax"] == jax.__version__
