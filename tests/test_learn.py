@@ -228,7 +228,9 @@ def test_means_add():
 def fit(kind, mesh, devices):
     """Eight minibatches of likelihood on one batch; Adafactor factors axes of 128 and more, so the model is wider here."""
     cfg = dataclasses.replace(CFG, embed=128, ffn=256, layers=1)
-    c = settings("group", mesh=mesh, learn__policy={"kind": kind, "lr": 1e-2, "weight_decay": 0.1, "moments": "bfloat16"})
+    # Muon makes all directions of a moment alike, so the rounding of a bfloat16 one to whole steps in those the gradient has not.
+    moments = "float32" if kind == "muon" else "bfloat16"
+    c = settings("group", mesh=mesh, learn__policy={"kind": kind, "lr": 1e-2, "weight_decay": 0.1, "moments": moments})
     parts = Parts(c, None, cfg, cfg, sharding.make_mesh(c.mesh, jax.devices()[:devices]))
     rng = np.random.default_rng(0)
     prompts, targets = rng.integers(0, 64, (Q, P)), rng.integers(0, 64, (Q, 1, R))
