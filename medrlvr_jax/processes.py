@@ -1,10 +1,11 @@
 """Several processes as one program, by `jax.distributed` alone: how they find each other, share small facts, and end together.
 
 All run the same command; process 0 writes what is written once. Three ways to an end:
-- a process that fails (a refusal, an exception) says so to the others, which stop at once, naming it and its reason (`leave`);
+- a process that fails says so to the others, which stop, naming it and its reason: at once for a refused setting, else after
+  `HEARTBEAT` + 10 seconds, since the error may come of the death of a third process, which is to be named instead (`leave`);
 - a process that vanishes (killed, machine lost) is named by its number by JAX's coordination service once it has been silent for
   `HEARTBEAT` seconds, and the service then ends all others; if it was process 0, which is that service, they end at once;
-- a signal to any of them stops all after the same step (`log.Run`).
+- a signal to any of them, once steps are made, stops all after the same one (`log.Run`).
 """
 
 import json

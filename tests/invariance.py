@@ -22,10 +22,15 @@ CASES = {  # processes × devices of each
 }
 
 
-def environment(devices: int) -> dict[str, str]:
-    """For a child with so many fake devices; programs are compiled without optimisation, since they run for an instant."""
+def environment(n: int, devices: int) -> dict[str, str]:
+    """For one of n children with so many fake devices; programs are compiled without optimisation, since they run for an instant.
+
+    No compilation cache among several: JAX fills process 0's alone, which would then wait for the others' compilers, and gloo's
+    patience with a process that is late for their first meeting is 30 s.
+    """
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax") if n == 1 else ""}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     return os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
 
 
@@ -34,7 +39,7 @@ def launch(n: int, devices: int, command: list[str], **popen) -> list[subprocess
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = environment(devices) | ({"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n)} if n > 1 else {})
+    env = environment(n, devices) | ({"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n)} if n > 1 else {})
     words = [[word.replace("{i}", str(i)) for word in command] for i in range(n)]
     return [subprocess.Popen([sys.executable, *words[i]], env=env | {"JAX_PROCESS_ID": str(i)}, text=True, **popen) for i in range(n)]
 
