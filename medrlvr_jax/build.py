@@ -29,10 +29,15 @@ class Parts:
 def build(config: Config) -> Parts:
     """Read everything that can be refused before any device work, then lay out the mesh."""
     cfg = hf.read_config(config.model.path)
-    cfg = dataclasses.replace(cfg, dtype=jnp.dtype(config.model.dtype).type, remat=config.model.remat)
     tokenizer = text.load_tokenizer(config.model.path)
     text.check_fits(tokenizer, cfg.vocab, config.model.path)
-    mesh = sharding.make_mesh(config.mesh)
+    return lay_out(config, tokenizer, cfg)
+
+
+def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | None = None) -> Parts:
+    """The mesh over `devices` (by default all there are), once every size is known to divide."""
+    cfg = dataclasses.replace(cfg, dtype=jnp.dtype(config.model.dtype).type, remat=config.model.remat)
+    mesh = sharding.make_mesh(config.mesh, devices)
     for name, size in (("sample.questions", config.sample.questions), ("learn.minibatch", config.learn.minibatch)):
         sharding.check_divides(name, size, mesh, sharding.BATCH)
     sharding.check_divides("learn.microbatch", config.learn.microbatch or config.learn.minibatch, mesh, sharding.BATCH)
@@ -75,11 +80,24 @@ def learner_shardings(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransf
     return Learner(placed, sharding.like(shapes, placed, parts.mesh))
 
 
+def abstract_params(parts: Parts, cfg: DecoderConfig) -> Params:
+    """Shapes, dtypes and TRAIN shardings of a model's parameters."""
+    dtype, placed = jnp.dtype(parts.config.model.param_dtype), param_shardings(parts, cfg, sharding.TRAIN)
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype, sharding=where), nn.meta.unbox(_abstract(cfg)), placed)
+
+
 def abstract_policy(parts: Parts) -> Params:
-    """Shapes, dtypes and shardings of the policy's parameters, for restoring them."""
-    dtype, placed = jnp.dtype(parts.config.model.param_dtype), param_shardings(parts, parts.cfg, sharding.TRAIN)
-    shapes = nn.meta.unbox(_abstract(parts.cfg))
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype, sharding=where), shapes, placed)
+    """The same of the policy, for restoring it."""
+    return abstract_params(parts, parts.cfg)
+
+
+def abstract_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformation) -> Learner:
+    """What `init_learner` makes, as shapes, dtypes and shardings."""
+    params, placed = abstract_params(parts, cfg), learner_shardings(parts, cfg, tx)
+    state = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), jax.eval_shape(tx.init, params), placed.opt_state
+    )
+    return Learner(params, state)
 
 
 def make_relay(parts: Parts):

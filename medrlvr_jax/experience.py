@@ -3,7 +3,7 @@
 encode → generate → (assess on the device ‖ decode and score on the host) → experience. Evaluation is the first half.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from medrlvr_jax.data import LETTERS, Question
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, score
 from medrlvr_jax.sample import generate
-from medrlvr_jax.sharding import place_rows, to_host
+from medrlvr_jax.sharding import by_rows, place_rows, to_host
 from medrlvr_jax.types import Array, Assessment, Experience, Params, Prompts, Rollout
 
 WIDTH_STEP = 16  # widths are multiples of this, so that few shapes are compiled
@@ -129,7 +129,7 @@ def assess(
         if critic is not None:
             hidden = model.hidden_states(critic, critic_cfg, prompts.tokens, prompts.mask, tokens)
             values = model.values(critic, critic_cfg, hidden)
-    return Assessment(own, entropy, ref, values)
+    return by_rows(Assessment(own, entropy, ref, values))
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -163,11 +163,17 @@ def make_experience(
         values=a.values,
         returns=returns,
     )
-    return experience, stats
+    return by_rows(experience), stats
+
+
+def assess_settings(parts: Parts) -> dict[str, Any]:
+    """The static arguments of `assess`."""
+    c = parts.config
+    return {"cfg": parts.cfg, "critic_cfg": parts.critic_cfg, "temperature": c.sample.temperature, "slab": c.model.logit_slab}
 
 
 def collect(
-    decode_params: Params,
+    relay: Callable[[Params], Params],
     policy: Params,
     reference: Params | None,
     critic: Params | None,
@@ -177,22 +183,14 @@ def collect(
     key: Array,
     kl_coef: Array,
 ) -> tuple[Experience, dict[str, Array], Scored]:
-    """One step's rollout of the questions at `index`, made into experience. Assessing runs while the host scores."""
-    config, tokenizer, mesh = parts.config, parts.tokenizer, parts.mesh
-    sample, slab = config.sample, config.model.logit_slab
+    """One step's rollout of the questions at `index`, made into experience. Assessing runs while the host scores.
+
+    The sampler's copy of the policy (`relay`, see build.py) lives no longer than `generate`.
+    """
+    config, tokenizer, mesh, sample = parts.config, parts.tokenizer, parts.mesh, parts.config.sample
     prompts = place_rows(encoded.prompts(index, tokenizer.pad_id), mesh)
-    rollout = generate(decode_params, parts.cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
-    assessment = assess(
-        policy,
-        reference,
-        critic,
-        prompts,
-        rollout.tokens,
-        cfg=parts.cfg,
-        critic_cfg=parts.critic_cfg,
-        temperature=sample.temperature,
-        slab=slab,
-    )
+    rollout = generate(relay(policy), parts.cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
+    assessment = assess(policy, reference, critic, prompts, rollout.tokens, **assess_settings(parts))
     scored = score_rollout(tokenizer, [encoded.questions[i] for i in index], rollout, config)
     rewards = place_rows(scored.verdicts.reward.reshape(len(index), sample.samples), mesh)
     experience, stats = make_experience(prompts, rollout, assessment, rewards, kl_coef, config=(config.advantage, config.kl))

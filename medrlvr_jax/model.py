@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from medrlvr_jax.sharding import constrain
+from medrlvr_jax.sharding import constrain, divides, gather
 from medrlvr_jax.types import Array, Params
 
 
@@ -127,14 +127,17 @@ class Block(nn.Module):
         def weight(name, shape, axes, init) -> Any:
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
+        def matrix(name, shape, axes, init) -> Any:
+            return gather(weight(name, shape, axes, init).astype(c.dtype), axes)
+
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
         normal = nn.initializers.normal
         width, less = normal(c.embed**-0.5), (2 * c.layers) ** -0.5  # GPT-2: the residual branches start small
         self.attn_norm = weight("attn_norm", (c.embed,), (None,), ones)
-        self.q = weight("q", (c.embed, c.heads, c.head_dim), ("embed", "heads", "head_dim"), width)
-        self.k = weight("k", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), width)
-        self.v = weight("v", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), width)
-        self.o = weight("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"), normal(less * (c.heads * c.head_dim) ** -0.5))
+        self.q = matrix("q", (c.embed, c.heads, c.head_dim), ("embed", "heads", "head_dim"), width)
+        self.k = matrix("k", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), width)
+        self.v = matrix("v", (c.embed, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), width)
+        self.o = matrix("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"), normal(less * (c.heads * c.head_dim) ** -0.5))
         if c.qkv_bias:
             self.q_bias = weight("q_bias", (c.heads, c.head_dim), ("heads", "head_dim"), zeros)
             self.k_bias = weight("k_bias", (c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), zeros)
@@ -143,15 +146,15 @@ class Block(nn.Module):
             self.q_norm = weight("q_norm", (c.head_dim,), (None,), ones)
             self.k_norm = weight("k_norm", (c.head_dim,), (None,), ones)
         self.mlp_norm = weight("mlp_norm", (c.embed,), (None,), ones)
-        self.gate = weight("gate", (c.embed, c.ffn), ("embed", "ffn"), width)
-        self.up = weight("up", (c.embed, c.ffn), ("embed", "ffn"), width)
-        self.down = weight("down", (c.ffn, c.embed), ("ffn", "embed"), normal(less * c.ffn**-0.5))
+        self.gate = matrix("gate", (c.embed, c.ffn), ("embed", "ffn"), width)
+        self.up = matrix("up", (c.embed, c.ffn), ("embed", "ffn"), width)
+        self.down = matrix("down", (c.ffn, c.embed), ("ffn", "embed"), normal(less * c.ffn**-0.5))
 
     def project(self, x, cos, sin):
         """x [Q, N, E] -> q [Q, N, K, h, D], scaled; k and v [Q, N, K, D]."""
         c, dtype = self.cfg, self.cfg.dtype
         x = rms_norm(x, self.attn_norm, c.norm_eps)
-        flat = [linear(x, w.astype(dtype).reshape(c.embed, -1)) for w in (self.q, self.k, self.v)]
+        flat = [linear(x, w.reshape(c.embed, -1)) for w in (self.q, self.k, self.v)]
         q, k, v = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in flat)
         if c.qkv_bias:
             q, k, v = q + self.q_bias.astype(dtype), k + self.k_bias.astype(dtype), v + self.v_bias.astype(dtype)
@@ -164,13 +167,13 @@ class Block(nn.Module):
 
     def finish(self, x, attended):
         """The output projection and the MLP, each with its residual; attended [Q, N, K, h, D]."""
-        c, dtype = self.cfg, self.cfg.dtype
+        c = self.cfg
         attended = attended.reshape(*attended.shape[:2], c.heads * c.head_dim)
-        x = x + linear(attended, self.o.astype(dtype).reshape(-1, c.embed))
+        x = x + linear(attended, self.o.reshape(-1, c.embed))
         x = constrain(x, "batch", None, None)
         y = rms_norm(x, self.mlp_norm, c.norm_eps)
-        y = nn.silu(linear(y, self.gate.astype(dtype))) * linear(y, self.up.astype(dtype))
-        x = x + linear(constrain(y, "batch", None, "ffn"), self.down.astype(dtype))
+        y = nn.silu(linear(y, self.gate)) * linear(y, self.up)
+        x = x + linear(constrain(y, "batch", None, "ffn"), self.down)
         return constrain(x, "batch", None, None)
 
     def __call__(self, x, cos, sin, prompt_mask, groups: int):
@@ -230,7 +233,6 @@ class Decoder(nn.Module):
         elif not c.tied:
             self.param("head", nn.with_logical_partitioning(normal, ("embed", "vocab")), (c.embed, c.vocab), jnp.float32)
         packed, positions, groups = pack(prompts, prompt_mask, tokens)
-        # The table is looked up whole along `embed`, else XLA falls back to full rematerialisation.
         x = constrain(embed_lookup(embed, packed, c), "batch", None, None)
         cos, sin = rope_tables(positions, c)
         block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False, static_argnums=(5,))
@@ -248,7 +250,10 @@ class Decoder(nn.Module):
 
 
 def embed_lookup(embed: Array, tokens: Array, cfg: DecoderConfig) -> Array:
-    return constrain(embed.astype(cfg.dtype), "vocab", None)[tokens]
+    """States [..., E] of tokens. Each `fsdp` shard looks up its part of every state: the table, and its gradient, stay in their shards."""
+    places = ("replica", *(None,) * (tokens.ndim - 1))
+    x = embed.astype(cfg.dtype)[constrain(tokens, *places)]
+    return constrain(x, *places, "embed_shard")
 
 
 def pack(prompts: Array, prompt_mask: Array, tokens: Array | None) -> tuple[Array, Array, int]:
@@ -321,10 +326,15 @@ def token_logprobs(params: Params, cfg: DecoderConfig, hidden: Array, tokens: Ar
     Logits exist for at most about `slab` tokens at a time, in the forward and (recomputed) in the backward pass.
     """
 
+    # Over `fsdp` the words are split, not the rows: then states travel, and neither the table nor its gradient is ever whole.
+    rows_by, words_by = ("replica", "words") if divides("words", cfg.vocab) else ("batch", "vocab")
+    name, places = ("embed", (words_by, None)) if cfg.tied else ("head", (None, words_by))
+    params = params | {name: constrain(params[name].astype(cfg.dtype), *places)}
+
     @partial(jax.checkpoint, prevent_cse=False)
     def piece(hidden, tokens):
-        scores = logits(params, cfg, hidden) / temperature
-        scores = constrain(scores, "batch", None, None, "vocab")
+        scores = logits(params, cfg, constrain(hidden, rows_by, None, None, None)) / temperature
+        scores = constrain(scores, rows_by, None, None, words_by)
         total = jax.nn.logsumexp(scores, axis=-1)
         chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
         return chosen - total, total - jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)

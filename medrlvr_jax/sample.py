@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from medrlvr_jax import model
 from medrlvr_jax.config import SampleConfig
 from medrlvr_jax.model import Cache, DecoderConfig
-from medrlvr_jax.sharding import constrain
+from medrlvr_jax.sharding import by_rows, constrain
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
 
 BLOCK = 128  # words per block of the two-level inverse CDF
@@ -83,7 +83,7 @@ def generate(
     with jax.named_scope("decode"):
         state = record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed)))
         state = jax.lax.while_loop(lambda s: (s.t < length) & s.running.any(), body, state)
-    return Rollout(state.tokens, state.mask, state.logprobs, state.policy_logprobs)
+    return by_rows(Rollout(state.tokens, state.mask, state.logprobs, state.policy_logprobs))
 
 
 def row_keys(key: Array, ids: Array, groups: int) -> Array:

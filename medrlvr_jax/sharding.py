@@ -4,6 +4,7 @@ TRAIN shards every weight over `fsdp` and `tensor`; DECODE keeps `tensor` only, 
 Activations follow one table in both.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 TRAIN = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "layers": None, "head_dim": None}
 DECODE = TRAIN | {"embed": None}
-ACTIVATIONS = {"batch": BATCH, "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
+ACTIVATIONS = DECODE | {"batch": BATCH, "replica": "data", "embed_shard": "fsdp", "words": ("tensor", "fsdp")}
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -32,12 +33,40 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation to the mesh by logical axis names; nothing happens outside a mesh (`jax.set_mesh`)."""
+def constrain(x: jax.Array, *axes: str | None, table: dict = ACTIVATIONS) -> jax.Array:
+    """Pin an array to the mesh by logical axis names; nothing happens outside a mesh (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, ACTIVATIONS, dict(mesh.shape)))
+    return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, table, dict(mesh.shape)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(w: jax.Array, axes: tuple) -> jax.Array:
+    """A weight whole along `fsdp`; its gradient is summed whole, and goes back into TRAIN's shards.
+
+    Said aloud, or XLA:TPU turns each product with a sharded weight, and each weight's gradient, into a ring of small products: eight
+    times the traffic and far more to compile.
+    """
+    return constrain(w, *axes, table=DECODE)
+
+
+def _scatter(axes: tuple, _: None, g: jax.Array) -> tuple[jax.Array]:
+    return (constrain(constrain(g, *axes, table=DECODE), *axes, table=TRAIN),)
+
+
+gather.defvjp(lambda w, axes: (gather(w, axes), None), _scatter)
+
+
+def by_rows(tree: Any) -> Any:
+    """Pin the leading axis of every array to data × fsdp, so that a program's results lie as the next program's arguments."""
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
+
+
+def divides(name: str, size: int) -> bool:
+    """Whether an activation's logical axis of this size is split evenly by the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or size % int(np.prod([mesh.shape[a] for a in ACTIVATIONS[name]])) == 0
 
 
 def _spec(axes: tuple, shape: tuple[int, ...], table: dict, sizes: dict[str, int]) -> PartitionSpec:

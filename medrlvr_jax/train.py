@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medrlvr_jax import data, evaluate, log, sharding
-from medrlvr_jax.build import Parts, build, init_learner, load_params, make_relay, total_steps, updates_in
+from medrlvr_jax.build import Parts, build, init_learner, learner_shardings, load_params, make_relay, total_steps, updates_in
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.config import Config, ConfigError
 from medrlvr_jax.experience import Encoded, Scored, collect, encode
@@ -87,24 +87,34 @@ class Programs:
 
     relay: Any
     learn_policy: Any
-    learn_critic: Any
+    learn_critic: Any  # None where there is no critic
+    policy_tx: Any
+    critic_tx: Any
+
+
+def make_programs(parts: Parts, steps: int) -> Programs:
+    """Nothing is compiled or allocated yet."""
+    config, updates = parts.config, updates_in(parts.config, steps)
+    policy_tx = make_optimizer(config.learn.policy, updates)
+    placed = learner_shardings(parts, parts.cfg, policy_tx)
+    learn_policy = compile_learn(config, policy_objective(config, parts.cfg), policy_tx, placed)
+    critic_tx, learn_critic = None, None
+    if config.learn.critic is not None:
+        critic_tx = make_optimizer(config.learn.critic, updates)
+        placed = learner_shardings(parts, parts.critic_cfg, critic_tx)
+        learn_critic = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
+    return Programs(make_relay(parts), learn_policy, learn_critic, policy_tx, critic_tx)
 
 
 def start(parts: Parts, steps: int) -> tuple[Programs, TrainState]:
     """The learners at their start and the programs that train them."""
-    config, updates = parts.config, updates_in(parts.config, steps)
-    policy_tx = make_optimizer(config.learn.policy, updates)
-    policy, placed = init_learner(parts, parts.cfg, policy_tx)
-    learn_policy = compile_learn(config, policy_objective(config, parts.cfg), policy_tx, placed)
-    critic, learn_critic = None, None
-    if config.learn.critic is not None:
-        critic_tx = make_optimizer(config.learn.critic, updates)
-        critic, placed = init_learner(parts, parts.critic_cfg, critic_tx)
-        learn_critic = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
+    programs = make_programs(parts, steps)
+    policy, _ = init_learner(parts, parts.cfg, programs.policy_tx)
+    critic = init_learner(parts, parts.critic_cfg, programs.critic_tx)[0] if programs.critic_tx else None
     scalar = sharding.replicated(parts.mesh)
-    kl_coef = jax.device_put(jnp.float32(config.kl.coef), scalar)
+    kl_coef = jax.device_put(jnp.float32(parts.config.kl.coef), scalar)
     state = TrainState(policy, critic, kl_coef, jax.device_put(jnp.int32(0), scalar))
-    return Programs(make_relay(parts), learn_policy, learn_critic), state
+    return programs, state
 
 
 def train_step(
@@ -116,7 +126,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(c.seed), step)
     critic = None if state.critic is None else state.critic.params
     experience, stats, scored = collect(
-        programs.relay(state.policy.params), state.policy.params, reference, critic, parts, encoded, index, key, state.kl_coef
+        programs.relay, state.policy.params, reference, critic, parts, encoded, index, key, state.kl_coef
     )
     shuffle = jax.random.fold_in(key, 2**31)  # beyond every question's number: sampling and shuffling never share a key
     policy, learned = state.policy, {}
