@@ -80,10 +80,10 @@ def learner_shardings(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransf
     return Learner(placed, sharding.like(shapes, placed, parts.mesh))
 
 
-def abstract_params(parts: Parts, cfg: DecoderConfig) -> Params:
-    """Shapes, dtypes and TRAIN shardings of a model's parameters."""
-    dtype, placed = jnp.dtype(parts.config.model.param_dtype), param_shardings(parts, cfg, sharding.TRAIN)
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype, sharding=where), nn.meta.unbox(_abstract(cfg)), placed)
+def abstract_params(parts: Parts, cfg: DecoderConfig, table: dict = sharding.TRAIN, dtype: str | None = None) -> Params:
+    """Shapes, dtypes (by default the master weights') and shardings of a model's parameters."""
+    kind, placed = jnp.dtype(dtype or parts.config.model.param_dtype), param_shardings(parts, cfg, table)
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, kind, sharding=where), nn.meta.unbox(_abstract(cfg)), placed)
 
 
 def abstract_policy(parts: Parts) -> Params:

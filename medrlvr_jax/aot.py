@@ -1,0 +1,208 @@
+"""The programs of a training step as shapes, compiled for a machine that need not be here, and what the compiler says of them.
+
+Each is the very program that a training runs (test_plan.py holds them to be equal); `plan.py` prints what is found.
+"""
+
+import hashlib
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medrlvr_jax import architectures, experience, flops, hlo, machines, sharding
+from medrlvr_jax.build import Parts, abstract_learner, abstract_params, lay_out
+from medrlvr_jax.config import Config
+from medrlvr_jax.experience import assess, assess_settings, make_experience
+from medrlvr_jax.machines import Machine
+from medrlvr_jax.sample import generate
+from medrlvr_jax.train import Programs, make_programs
+from medrlvr_jax.types import Assessment, Experience, Prompts, Rollout
+
+
+class Program(NamedTuple):
+    """A jitted function of the step, its arguments as shapes, and what else is in memory meanwhile."""
+
+    name: str
+    function: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    others: tuple  # trees of shapes that live on while it runs and are not among its arguments
+    useful: float  # FLOPs without recomputation, over all devices
+
+
+class Stops(NamedTuple):
+    """In place of a tokenizer; the programs do not depend on which words these are."""
+
+    stop_ids: tuple[int, ...] = (0,)
+    pad_id: int = 0
+
+
+class Figures(NamedTuple):
+    """What is known of one compiled program. Bytes, FLOPs and seconds are per device and step."""
+
+    name: str
+    compile_s: float
+    arguments: float
+    outputs: float  # beyond what they take over from donated arguments
+    temporaries: float
+    others: float
+    usable: float
+    flops: float  # as executed
+    useful: float = math.nan  # without recomputation
+    traffic: float = math.nan
+    collectives: tuple[hlo.Collective, ...] = ()
+    times: dict[str, float] = {}  # noqa: RUF012  # compute, memory, network
+    refused: bool = False  # the compiler found no way to fit it alone; `temporaries` are then its own sum, and no times are known
+
+    @property
+    def peak(self) -> float:
+        return self.arguments + self.outputs + self.temporaries + self.others
+
+    @property
+    def fits(self) -> bool:
+        return not self.refused and self.peak <= self.usable
+
+    @property
+    def bound(self) -> str:
+        return max(self.times, key=lambda k: self.times[k]) if self.times else "unknown"
+
+    @property
+    def seconds(self) -> float:
+        return max(self.times.values()) if self.times else math.nan
+
+
+def prepare(config: Config, machine: Machine) -> Parts:
+    """As `build.build`, over devices that need not exist, from the model's config.json alone."""
+    return lay_out(config, Stops(), architectures.known(config.model.path), machines.devices(machine))
+
+
+def step_programs(parts: Parts, programs: Programs) -> list[Program]:
+    """All programs of one training step in their order, with arguments as the step gives them."""
+    c, mesh = parts.config, parts.mesh
+    q, g, r, p = c.sample.questions, c.sample.samples, c.sample.max_new_tokens, experience.width(c.prompt.max_tokens)
+    rows = sharding.rows(mesh)
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    def column(dtype=jnp.float32):
+        return array(dtype, q, g, r)
+
+    policy = abstract_learner(parts, parts.cfg, programs.policy_tx)
+    reference = abstract_params(parts, parts.cfg) if c.kl.coef > 0 else None
+    critic = abstract_learner(parts, parts.critic_cfg, programs.critic_tx) if programs.critic_tx else None
+    values = critic and column()
+    prompts = Prompts(array(jnp.int32, q, p), array(jnp.bool_, q, p), array(jnp.uint32, q))
+    truncated = c.sample.top_k or c.sample.top_p < 1 or c.sample.min_new_tokens
+    rollout = Rollout(column(jnp.int32), column(jnp.bool_), column(), column() if truncated else None)
+    assessment = Assessment(column(), column(), reference and column(), values)
+    rewards, coef = array(jnp.float32, q, g), jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    made = Experience(
+        prompts.tokens, prompts.mask, rollout.tokens, rollout.mask, column(), assessment.ref_logprobs, column(), values, values
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    decode = abstract_params(parts, parts.cfg, sharding.DECODE, c.model.dtype)
+    one = flops.forward_flops(parts.cfg, q, p, g, r)
+    of_critic = flops.forward_flops(parts.critic_cfg, q, p, g, r) if critic else 0.0
+    out = [
+        Program("relay", programs.relay, (policy.params,), {}, (policy.opt_state, critic, reference), 0.0),
+        Program(
+            "generate",
+            generate,
+            (decode, parts.cfg, prompts, key, c.sample, parts.tokenizer.stop_ids, parts.tokenizer.pad_id),
+            {},
+            (policy, critic, reference),
+            flops.generate_flops(parts.cfg, q, p, g, r),
+        ),
+        Program(
+            "assess",
+            assess,
+            (policy.params, reference, critic and critic.params, prompts, rollout.tokens),
+            assess_settings(parts),
+            (policy.opt_state, critic and critic.opt_state, rollout),
+            one * (2 if reference else 1) + of_critic,
+        ),
+        Program(
+            "make_experience",
+            make_experience,
+            (prompts, rollout, assessment, rewards, coef),
+            {"config": (c.advantage, c.kl)},
+            (policy, critic, reference),
+            0.0,
+        ),
+        Program("learn_policy", programs.learn_policy, (policy, made, key, coef), {}, (critic, reference), 3 * c.learn.epochs * one),
+    ]
+    if critic:
+        args = (critic, made, key, None)
+        out.append(Program("learn_critic", programs.learn_critic, args, {}, (policy, reference), 3 * c.learn.epochs * of_critic))
+    return out
+
+
+def bytes_of(tree: Any) -> float:
+    """Per device; arrays without a sharding are whole everywhere."""
+    return float(sum(math.prod(_shard(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")))
+
+
+def _shard(leaf: Any) -> tuple[int, ...]:
+    return leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+
+
+def compile_program(program: Program, parts: Parts, machine: Machine, cache: dict[str, Figures]) -> Figures:
+    """Compile one program for the machine and read its figures; one that is in the cache already only changes its surroundings."""
+    chip, mesh, n = machine.chip, parts.mesh, parts.mesh.size
+    with jax.set_mesh(mesh):
+        traced = program.function.trace(*program.args, **program.kwargs)
+        lowered = traced.lower()
+    done = flops.traced_flops(traced.jaxpr, parts.config.sample.max_new_tokens - 1) / n
+    arguments, others = bytes_of((program.args, program.kwargs)), bytes_of(program.others)
+    text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    if text in cache:
+        return cache[text]._replace(others=others)
+    began = time.monotonic()
+    try:
+        compiled = lowered.compile({"xla_gpu_autotune_level": 0} if chip.platform == "cuda" else None)
+    except jax.errors.JaxRuntimeError as e:
+        wanted = refusal(str(e))
+        if wanted is None:
+            raise
+        empty = Figures(program.name, time.monotonic() - began, arguments, 0.0, wanted - arguments, others, chip.usable, done)
+        cache[text] = empty._replace(useful=program.useful / n, refused=True)
+        return cache[text]
+    seconds, memory = time.monotonic() - began, compiled.memory_analysis()
+    moved = hlo.read(compiled.as_text(), dict(mesh.shape))
+    cache[text] = Figures(
+        name=program.name,
+        compile_s=seconds,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        others=others,
+        usable=chip.usable,
+        flops=done,
+        useful=program.useful / n,
+        traffic=moved.bytes,
+        collectives=tuple(moved.collectives),
+        times={
+            "compute": done / chip.flops,
+            "memory": moved.bytes / chip.hbm_speed,
+            "network": sum(machine.seconds(x.bytes, x.group, crosses_nodes(x.axis, mesh, machine)) for x in moved.collectives),
+        },
+    )
+    return cache[text]
+
+
+def refusal(message: str) -> float | None:
+    """Bytes that a program wants, from the TPU compiler's refusal (`Used 23.36G of 15.75G hbm`); None where the message is another."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    return float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]] if found else None
+
+
+def crosses_nodes(axis: str, mesh: Any, machine: Machine) -> bool:
+    """Whether neighbours along these mesh axes sit in different nodes."""
+    node = np.arange(mesh.size).reshape(tuple(mesh.shape.values())) // (mesh.size // machine.nodes)
+    along = [list(mesh.shape).index(a) for a in axis.split("+") if a in mesh.shape]
+    return any((np.diff(node, axis=a) != 0).any() for a in along)
