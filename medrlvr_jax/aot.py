@@ -19,7 +19,7 @@ from medrlvr_jax.config import Config
 from medrlvr_jax.experience import assess, assess_settings, make_experience
 from medrlvr_jax.machines import Machine
 from medrlvr_jax.sample import generate
-from medrlvr_jax.train import Programs, make_programs
+from medrlvr_jax.train import Programs
 from medrlvr_jax.types import Assessment, Experience, Prompts, Rollout
 
 

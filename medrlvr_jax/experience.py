@@ -92,9 +92,7 @@ def score_rollout(tokenizer: text.Tokenizer, questions: list[Question], rollout:
     return Scored(completions, score(completions, keys, options, config.reward), lengths, np.isin(last, tokenizer.stop_ids))
 
 
-def sample_and_score(
-    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig
-) -> Scored:
+def sample_and_score(decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig) -> Scored:
     """Evaluation's whole job."""
     prompts = place_rows(encoded.prompts(index, parts.tokenizer.pad_id), parts.mesh)
     rollout = generate(decode_params, parts.cfg, prompts, key, sample, parts.tokenizer.stop_ids, parts.tokenizer.pad_id)

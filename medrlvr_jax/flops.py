@@ -54,4 +54,4 @@ def generate_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int
     rows, column = questions * samples, prompt + new
     prefill = cfg.layers * (weights(cfg) * questions * prompt + 2 * cfg.heads * cfg.head_dim * questions * prompt * prompt)
     step = cfg.layers * rows * (weights(cfg) + 2 * cfg.heads * cfg.head_dim * column)
-    return 2.0 * (prefill + cfg.embed * cfg.vocab * (questions + rows * (new - 1)) + (new - 1) * step)
+    return 2.0 * (prefill + cfg.embed * cfg.vocab * rows * new + (new - 1) * step)

@@ -109,14 +109,13 @@ def variants(config: Config, machine: Machine) -> Iterator[tuple[str, Config, fl
         return settings.from_tree(tree)
 
     half_micro, half_step = (c.learn.microbatch or c.learn.minibatch) // 2, c.sample.questions // 2
-    first = {"bfloat16": "float32", "float32": "bfloat16"}
     candidates: list[tuple[str, dict[str, Any], float]] = [
         (f"mesh.fsdp={m.fsdp * 2} (and mesh.data={data // 2})", {"mesh": {"fsdp": m.fsdp * 2, "data": data // 2}}, 1.0),
         (f"mesh.tensor={m.tensor * 2} (and mesh.fsdp={m.fsdp // 2})", {"mesh": {"tensor": m.tensor * 2, "fsdp": m.fsdp // 2}}, 1.0),
         (f"learn.microbatch={half_micro}", {"learn": {"microbatch": half_micro}}, 0.5),
         (f"sample.questions={half_step}", {"sample": {"questions": half_step}}, 0.5),
         ("model.remat=full", {"model": {"remat": "full"}}, 0.5 if c.model.remat != "full" else 1.0),
-        (f"learn.policy.moments={first[c.learn.policy.moments]}", {"learn": {"policy": _moments(c.learn.policy)}}, 1.0),
+        ("learn.policy.moments=bfloat16", {"learn": {"policy": _moments(c.learn.policy)}}, 1.0),
     ]
     if c.learn.critic:
         both = {"learn": {"policy": _moments(c.learn.policy), "critic": _moments(c.learn.critic)}}
@@ -186,7 +185,8 @@ def table(p: Plan) -> str:
     for f in p.programs:
         memory = (f.arguments, f.outputs, f.temporaries, f.others, f.peak, f.usable)
         work = (f.flops / 1e12, f.traffic / 1e9, sum(c.bytes for c in f.collectives) / 1e9, f.seconds)
-        rows.append((f.name, f"{f.compile_s:.0f}", *(f"{x / GIB:.2f}" for x in memory), "yes" if f.fits else "NO", *map(_figure, work), f.bound))
+        sizes = (f"{x / GIB:.2f}" for x in memory)
+        rows.append((f.name, f"{f.compile_s:.0f}", *sizes, "yes" if f.fits else "NO", *map(_figure, work), f.bound))
     lines += _columns(rows)
     lines += ["", "GiB, TFLOP and GB per chip and step. XLA's: compile s, arguments, outputs, temporaries, HBM, net. Ours: the rest.", ""]
     lines += _columns([("collectives", "kind", "axis", "chips", "GB"), *_collectives(p)])
@@ -227,7 +227,9 @@ def sweep_table(plans: list[Plan]) -> str:
     if len(rows) == 1:
         return "no mesh of this machine holds the training states, or none divides the sizes of this config"
     c = plans[0].config
-    best = f"mesh.data=-1 mesh.fsdp={c.mesh.fsdp} mesh.tensor={c.mesh.tensor} learn.microbatch={c.learn.microbatch} model.remat={c.model.remat}"
+    best = (
+        f"mesh={{data: -1, fsdp: {c.mesh.fsdp}, tensor: {c.mesh.tensor}}} learn.microbatch={c.learn.microbatch} model.remat={c.model.remat}"
+    )
     return "\n".join([*_columns(rows), "", f"cheapest that fits: {best}" if plans[0].fits else "none of these fits"])
 
 
@@ -244,10 +246,10 @@ def _columns(rows: list[tuple]) -> list[str]:
 
 def as_tree(p: Plan) -> dict[str, Any]:
     """The plan for machines; numbers that are not known are null."""
-    programs = [
-        f._asdict() | {"collectives": [c._asdict() for c in f.collectives], "peak": f.peak, "fits": f.fits, "bound": f.bound, "seconds": f.seconds}
-        for f in p.programs
-    ]
+    programs = []
+    for f in p.programs:
+        more = {"collectives": [c._asdict() for c in f.collectives], "peak": f.peak, "fits": f.fits}
+        programs.append(f._asdict() | more | {"bound": f.bound, "seconds": f.seconds})
     out = {"topology": p.machine.topology, "mesh": p.mesh, "fits": p.fits, "seconds": p.seconds, "tokens_per_second": p.tokens / p.seconds}
     out |= {"mfu": p.mfu, "steps": p.steps, "programs": programs, "advice": p.advice, "config": settings.to_tree(p.config)}
     return json.loads(json.dumps(out), parse_constant=lambda _: None)

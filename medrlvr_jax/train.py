@@ -125,9 +125,7 @@ def train_step(
     index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
     key = jax.random.fold_in(jax.random.key(c.seed), step)
     critic = None if state.critic is None else state.critic.params
-    experience, stats, scored = collect(
-        programs.relay, state.policy.params, reference, critic, parts, encoded, index, key, state.kl_coef
-    )
+    experience, stats, scored = collect(programs.relay, state.policy.params, reference, critic, parts, encoded, index, key, state.kl_coef)
     shuffle = jax.random.fold_in(key, 2**31)  # beyond every question's number: sampling and shuffling never share a key
     policy, learned = state.policy, {}
     if step >= c.learn.critic_warmup:
