@@ -144,7 +144,8 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
 
 def bytes_of(tree: Any) -> float:
     """Per device; arrays without a sharding are whole everywhere."""
-    return float(sum(math.prod(_shard(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")))
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return float(sum(math.prod(_shard(a)) * a.dtype.itemsize for a in arrays))
 
 
 def _shard(leaf: Any) -> tuple[int, ...]:

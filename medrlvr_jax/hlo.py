@@ -70,7 +70,7 @@ def read(text: str, mesh: dict[str, int]) -> Moved:
                 total += times * _traffic(i, computation, computations)
             if i.op == "while":
                 body, condition = _called(i, "body"), _called(i, "condition")
-                visit(body, times * trips(computations, condition, i.rest), memory)
+                visit(body, times * trips(computations, condition, body, i.rest), memory)
             elif i.op in ("conditional", "call"):
                 for inner in re.findall(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", i.rest) + [
                     c.strip(" %") for group in re.findall(r"branch_computations=\{([^}]*)\}", i.rest) for c in group.split(",")
@@ -130,22 +130,44 @@ def size(kind: str, memory_only: bool = False) -> float:
     return total
 
 
-def trips(computations: dict, condition: str, attributes: str = "") -> int:
-    """How often a loop runs at most: what XLA noted, or the constant of the counter's `<` in the condition."""
+def trips(computations: dict, condition: str, body: str, attributes: str = "") -> int:
+    """How often a loop runs at most: what XLA noted, or the bound of the counter's `<` in the condition over the counter's step."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes):
         return int(known[1])
-    constants = []
-    for i in computations[condition].values():
-        if i.op == "fusion":  # the comparison may sit in a fusion, its constant beside it or inside
-            inner = computations[_called(i, "calls")]
-            if any(j.op == "compare" and "direction=LT" in j.rest for j in inner.values()):
-                constants += [c for o in i.operands if (c := _constant(computations[condition][o])) is not None]
-                constants += [c for j in inner.values() if (c := _constant(j)) is not None]
-        elif i.op == "compare" and "direction=LT" in i.rest:
-            constants += [c for o in i.operands if (c := _constant(computations[condition][o])) is not None]
-    if len(set(constants)) != 1:
-        raise ValueError(f"no single trip count in the loop condition {condition}: {sorted(set(constants))}")
-    return constants[0]
+    found = set()
+    outer = computations[condition]
+    for i in outer.values():
+        inner = computations[_called(i, "calls")] if i.op == "fusion" else {}
+        for j in [i, *inner.values()]:  # the comparison may sit in a fusion, its operands beside it or inside
+            if j.op == "compare" and "direction=LT" in j.rest:
+                operands = [_origin(o, inner, outer, i) for o in j.operands]
+                bounds = [c for o in operands if (c := _constant(o)) is not None]
+                counters = [o for o in operands if o.op == "get-tuple-element"]
+                found |= {-(-n // _step(computations[body], counters)) for n in bounds}
+    if len(found) != 1:
+        raise ValueError(f"no single trip count in the loop condition {condition}: {sorted(found)}")
+    return found.pop()
+
+
+def _origin(name: str, inner: dict[str, Instruction], outer: dict[str, Instruction], call: Instruction) -> Instruction:
+    """What an operand is, looking through copies and the parameters of a fusion."""
+    i = inner[name] if name in inner else outer[name]
+    if i.op == "parameter" and name in inner:
+        return _origin(call.operands[int(i.inside)], {}, outer, call)
+    return _origin(i.operands[0], inner, outer, call) if i.op in ("copy", "bitcast", "convert") else i
+
+
+def _step(body: dict[str, Instruction], counters: list[Instruction]) -> int:
+    """By how much a round moves the counter: 2 where XLA has unrolled once; 1 where it cannot be seen."""
+    root = list(body.values())[-1]
+    for counter in counters:
+        place = int(re.search(r"index=(\d+)", counter.rest)[1])  # type: ignore[index]  # a get-tuple-element has one
+        added = body.get(root.operands[place]) if root.op == "tuple" and place < len(root.operands) else None
+        if added is not None and added.op == "add":
+            for o in added.operands:
+                if o in body and (c := _constant(body[o])) is not None:
+                    return c
+    return 1
 
 
 def _constant(i: Instruction) -> int | None:

@@ -45,6 +45,7 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     dtype: Any = jnp.float32
     remat: str = "full"
+    unroll: bool = True  # decoding: see `decode_step`
     value_head: bool = False  # a critic: one number per token in place of the vocabulary
 
 
@@ -199,11 +200,13 @@ class Block(nn.Module):
             attended = jnp.concatenate([attended, out.reshape(out.shape[0], -1, *out.shape[3:])], axis=1)
         return self.finish(x, attended), (kp, vp) if self.keep_cache else None
 
-    def step(self, x, cos, sin, prompt_mask, cache: Cache, t):
-        """One token of each sample: x [Q, G, E], written to column t of the cache."""
+    def step(self, x, cos, sin, prompt_mask, cache: Cache, t, layer=None):
+        """One token of each sample: x [Q, G, E], written to column t of the cache; with `layer`, own_k and own_v are of all layers."""
         q, k, v = self.project(x, cos, sin)
-        own_k = jax.lax.dynamic_update_slice_in_dim(cache.own_k, k[:, :, :, None].astype(cache.own_k.dtype), t, axis=3)
-        own_v = jax.lax.dynamic_update_slice_in_dim(cache.own_v, v[:, :, :, None].astype(cache.own_v.dtype), t, axis=3)
+        own_k, own_v = (_put(old, new, t, layer) for old, new in ((cache.own_k, k), (cache.own_v, v)))
+        grown = Cache(cache.prompt_k, cache.prompt_v, own_k, own_v)
+        if layer is not None:
+            own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (own_k, own_v))
         with_prompt = jnp.einsum("qgkhd,qkpd->qgkhp", q, cache.prompt_k)
         with_own = jnp.einsum("qgkhd,qgkrd->qgkhr", q, own_k)
         width = with_prompt.shape[-1]
@@ -212,7 +215,17 @@ class Block(nn.Module):
         weights = softmax(jnp.concatenate([with_prompt, with_own], -1), jnp.concatenate([keep_prompt, keep_own], -1)).astype(x.dtype)
         attended = jnp.einsum("qgkhp,qkpd->qgkhd", weights[..., :width], cache.prompt_v)
         attended += jnp.einsum("qgkhr,qgkrd->qgkhd", weights[..., width:], own_v)
-        return self.finish(x, attended), Cache(cache.prompt_k, cache.prompt_v, own_k, own_v)
+        return self.finish(x, attended), grown
+
+
+def _put(cache: Array, new: Array, t, layer) -> Array:
+    """`new` [Q, G, K, D] into column t of [Q, G, K, R, D], or of that layer of [L, Q, G, K, R, D]."""
+    new, start = new[:, :, :, None].astype(cache.dtype), (0, 0, 0, t, 0)
+    return (
+        jax.lax.dynamic_update_slice(cache, new, start)
+        if layer is None
+        else jax.lax.dynamic_update_slice(cache, new[None], (layer, *start))
+    )
 
 
 class Decoder(nn.Module):
@@ -289,23 +302,50 @@ def prefill(params: Params, cfg: DecoderConfig, prompts: Array, prompt_mask: Arr
     return packed[:, -1], cache
 
 
-def decode_step(params: Params, cfg: DecoderConfig, layers: list, tokens: Array, prompt_mask: Array, caches: list, t) -> tuple[Array, list]:
+def start_caches(cfg: DecoderConfig, prompt: tuple[Array, Array], groups: int, length: int) -> list[Cache] | Cache:
+    """Room for `length` tokens of each sample beside the prompts' keys and values [L, Q, K, P, D]: a cache per layer, or one of all."""
+    shape = (prompt[0].shape[1], groups, cfg.kv_heads, length, cfg.head_dim)
+    if cfg.unroll:
+        own = constrain(jnp.zeros(shape, cfg.dtype), "batch", None, "kv_heads", None, None)
+        return [Cache(prompt[0][i], prompt[1][i], own, own) for i in range(cfg.layers)]
+    own = constrain(jnp.zeros((cfg.layers, *shape), cfg.dtype), None, "batch", None, "kv_heads", None, None)
+    return Cache(*prompt, own, own)
+
+
+def decode_step(params: Params, cfg: DecoderConfig, layers: Any, tokens: Array, prompt_mask: Array, caches: Any, t) -> tuple[Array, Any]:
     """Tokens [Q, G] drawn at column t -> the state [Q, G, E] that predicts column t + 1, and the grown caches.
 
-    `layers` holds one parameter tree per layer (`split_layers`), sliced once outside the loop: a scan would copy every
-    layer's weights out of the stack at each token.
+    With `unroll`, `layers` holds one parameter tree per layer (`split_layers`), sliced once outside the loop: on CPU a scan would copy
+    every layer's weights out of the stack at each token. On TPU and GPU they are read where they lie, and a scan compiles in a fraction
+    of the time.
     """
     x = constrain(embed_lookup(params["embed"], tokens, cfg), "batch", None, None)
     cos, sin = rope_tables(prompt_mask.sum(1)[:, None] + jnp.broadcast_to(t, tokens.shape), cfg)
-    grown = []
-    for layer, cache in zip(layers, caches, strict=True):
-        x, cache = Block(cfg).apply({"params": layer}, x, cos, sin, prompt_mask, cache, t, method="step")
-        grown.append(cache)
-    return rms_norm(x, params["norm"], cfg.norm_eps), grown
+
+    def step(x, layer, cache, place=None):
+        return Block(cfg).apply({"params": layer}, x, cos, sin, prompt_mask, cache, t, place, method="step")
+
+    if cfg.unroll:
+        grown = []
+        for layer, cache in zip(layers, caches, strict=True):
+            x, cache = step(x, layer, cache)
+            grown.append(cache)
+        return rms_norm(x, params["norm"], cfg.norm_eps), grown
+
+    def one(carry, layer):
+        x, own_k, own_v = carry
+        place, weights, prompt_k, prompt_v = layer
+        x, cache = step(x, weights, Cache(prompt_k, prompt_v, own_k, own_v), place)
+        return (x, cache.own_k, cache.own_v), None
+
+    stack = jnp.arange(cfg.layers), layers, caches.prompt_k, caches.prompt_v
+    (x, own_k, own_v), _ = jax.lax.scan(one, (x, caches.own_k, caches.own_v), stack)
+    return rms_norm(x, params["norm"], cfg.norm_eps), caches._replace(own_k=own_k, own_v=own_v)
 
 
-def split_layers(params: Params, cfg: DecoderConfig) -> list:
-    return [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(cfg.layers)]
+def split_layers(params: Params, cfg: DecoderConfig) -> Any:
+    """The layers' parameters as `decode_step` takes them."""
+    return [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(cfg.layers)] if cfg.unroll else params["layers"]
 
 
 def logits(params: Params, cfg: DecoderConfig, hidden: Array) -> Array:

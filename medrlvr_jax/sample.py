@@ -28,7 +28,7 @@ class State(NamedTuple):
     logprobs: Array  # float32 [Q, G, R]
     policy_logprobs: Array | None  # float32 [Q, G, R]
     running: Array  # bool [Q, G], no stop token yet
-    caches: list  # one `Cache` per layer
+    caches: list[Cache] | Cache  # see `model.start_caches`
 
 
 @partial(jax.jit, static_argnames=("cfg", "sample", "stop_ids", "pad_id"))
@@ -43,11 +43,9 @@ def generate(
     rows, groups, length = prompts.tokens.shape[0], sample.samples, sample.max_new_tokens
     truncated = bool(sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0)
     with jax.named_scope("prefill"):
-        last, (prompt_k, prompt_v) = model.prefill(params, cfg, prompts.tokens, prompts.mask)
+        last, prompt_cache = model.prefill(params, cfg, prompts.tokens, prompts.mask)
     keys = row_keys(key, prompts.ids, groups)
     layers = model.split_layers(params, cfg)
-    own = jnp.zeros((rows, groups, cfg.kv_heads, length, cfg.head_dim), cfg.dtype)
-    own = constrain(own, "batch", None, "kv_heads", None, None)
     zeros = jnp.zeros((rows, groups, length), jnp.float32)
     state = State(
         t=jnp.int32(0),
@@ -56,7 +54,7 @@ def generate(
         logprobs=zeros,
         policy_logprobs=zeros if truncated else None,
         running=jnp.ones((rows, groups), bool),
-        caches=[Cache(prompt_k[i], prompt_v[i], own, own) for i in range(cfg.layers)],
+        caches=model.start_caches(cfg, prompt_cache, groups, length),
     )
 
     def record(state: State, hidden: Array) -> State:

@@ -43,19 +43,14 @@ def constrain(x: jax.Array, *axes: str | None, table: dict = ACTIVATIONS) -> jax
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(w: jax.Array, axes: tuple) -> jax.Array:
-    """A weight whole along `fsdp`; its gradient is summed whole, and goes back into TRAIN's shards.
+    """A weight whole along `fsdp`; its gradient comes back in TRAIN's shards, by a reduce-scatter.
 
-    Said aloud, or XLA:TPU turns each product with a sharded weight, and each weight's gradient, into a ring of small products: eight
-    times the traffic and far more to compile.
+    Said aloud, or XLA:TPU gathers states and weights in rings inside each product: eight times the traffic, and more memory.
     """
     return constrain(w, *axes, table=DECODE)
 
 
-def _scatter(axes: tuple, _: None, g: jax.Array) -> tuple[jax.Array]:
-    return (constrain(constrain(g, *axes, table=DECODE), *axes, table=TRAIN),)
-
-
-gather.defvjp(lambda w, axes: (gather(w, axes), None), _scatter)
+gather.defvjp(lambda w, axes: (gather(w, axes), None), lambda axes, _, g: (constrain(g, *axes, table=TRAIN),))
 
 
 def by_rows(tree: Any) -> Any:
