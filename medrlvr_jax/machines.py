@@ -8,6 +8,7 @@ XLA_PYTHON_CLIENT_MEM_FRACTION=.9 (the default is .75).
 """
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,10 @@ gpu_device_info {
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"
 """
+
+
+# libtpu would look for a TPU VM's metadata, and let no second process load it.
+LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ def devices(machine: Machine) -> list[Any]:
         shape = f"1x{machine.nodes}x{machine.count // machine.nodes}"
         found = topologies.get_topology_desc(platform="cuda", topology_name="h100", target_config=H100, topology=shape)
         return list(found.devices)
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=machine.topology).devices)
     except jax.errors.JaxRuntimeError as e:

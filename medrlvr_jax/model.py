@@ -263,10 +263,9 @@ class Decoder(nn.Module):
 
 
 def embed_lookup(embed: Array, tokens: Array, cfg: DecoderConfig) -> Array:
-    """States [..., E] of tokens. Each `fsdp` shard looks up its part of every state: the table, and its gradient, stay in their shards."""
-    places = ("replica", *(None,) * (tokens.ndim - 1))
-    x = embed.astype(cfg.dtype)[constrain(tokens, *places)]
-    return constrain(x, *places, "embed_shard")
+    """States [Q, N, E] of tokens [Q, N]. Each `fsdp` shard looks up its part of every state: the table and its gradient stay in shards."""
+    x = constrain(embed.astype(cfg.dtype), "vocab", "embed_shard")[constrain(tokens, "replica", None)]
+    return constrain(x, "replica", None, "embed_shard")
 
 
 def pack(prompts: Array, prompt_mask: Array, tokens: Array | None) -> tuple[Array, Array, int]:
@@ -319,7 +318,7 @@ def decode_step(params: Params, cfg: DecoderConfig, layers: Any, tokens: Array, 
     every layer's weights out of the stack at each token. On TPU and GPU they are read where they lie, and a scan compiles in a fraction
     of the time.
     """
-    x = constrain(embed_lookup(params["embed"], tokens, cfg), "batch", None, None)
+    x = constrain(params["embed"].astype(cfg.dtype)[tokens], "batch", None, None)
     cos, sin = rope_tables(prompt_mask.sum(1)[:, None] + jnp.broadcast_to(t, tokens.shape), cfg)
 
     def step(x, layer, cache, place=None):
