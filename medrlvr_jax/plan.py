@@ -210,12 +210,12 @@ def verdict(p: Plan) -> list[str]:
     tightest = max(p.programs, key=lambda f: f.peak / f.usable)
     out = [
         f"fits: at most {tightest.peak / GIB:.2f} of {tightest.usable / GIB:.2f} GiB, in {tightest.name}",
-        f"step: at least {p.seconds:.1f} s; {share}",
+        f"step: at least {_figure(p.seconds)} s; {share}",
         f"at best {p.tokens / p.seconds:,.0f} response tokens/s, model-FLOP utilisation {100 * p.mfu:.0f} %",
     ]
     if p.steps is None:
         return [*out, f"training: the number of questions of {p.config.data.path} is not known here; give --questions N"]
-    return [*out, f"training: {p.steps:,} steps, at least {p.steps * p.seconds / 3600:.1f} h, evaluation apart"]
+    return [*out, f"training: {p.steps:,} steps, at least {_figure(p.steps * p.seconds / 3600)} h, evaluation apart"]
 
 
 def sweep_table(plans: list[Plan]) -> str:
