@@ -167,10 +167,10 @@ def compile_program(program: Program, parts: Parts, machine: Machine, cache: dic
     try:
         compiled = lowered.compile({"xla_gpu_autotune_level": 0} if chip.platform == "cuda" else None)
     except jax.errors.JaxRuntimeError as e:
-        wanted = refusal(str(e))
-        if wanted is None:
+        lacked = refusal(str(e), arguments)
+        if lacked is None:
             raise
-        empty = Figures(program.name, time.monotonic() - began, arguments, 0.0, wanted - arguments, others, chip.usable, done)
+        empty = Figures(program.name, time.monotonic() - began, arguments, 0.0, lacked, others, chip.usable, done)
         cache[text] = empty._replace(useful=program.useful / n, refused=True)
         return cache[text]
     seconds, memory = time.monotonic() - began, compiled.memory_analysis()
@@ -196,10 +196,15 @@ def compile_program(program: Program, parts: Parts, machine: Machine, cache: dic
     return cache[text]
 
 
-def refusal(message: str) -> float | None:
-    """Bytes that a program wants, from the TPU compiler's refusal (`Used 23.36G of 15.75G hbm`); None where the message is another."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    return float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]] if found else None
+def refusal(message: str, arguments: float) -> float | None:
+    """Bytes of temporaries that a program wants, from the TPU compiler's refusal; None where the message is another.
+
+    `Used 23.36G of 15.75G hbm` counts the arguments in, `HLO temporaries (1.00T)` does not.
+    """
+    for pattern, counted in ((r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", arguments), (r"HLO temporaries \(([\d.]+)([KMGT])\)", 0.0)):
+        if found := re.search(pattern, message):
+            return float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]] - counted
+    return None
 
 
 def crosses_nodes(axis: str, mesh: Any, machine: Machine) -> bool:

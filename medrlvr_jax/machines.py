@@ -1,7 +1,7 @@
 """Machines that a plan can be made for: their published speeds, and compile-only devices of them.
 
 Peak, memory and link speeds are per chip, from the makers' pages:
-v4, v5e, v5p, v6e: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "inter-chip interconnect bandwidth" being both directions of all ports.
+v5e, v5p, v6e: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}; "inter-chip interconnect bandwidth" there is both directions of all ports.
 H100 SXM: NVIDIA H100 data sheet (dense bfloat16; NVLink 900 GB/s both ways); between nodes one 400 Gb/s NIC a GPU, as DGX H100.
 `usable` is what XLA lets a program have: on TPU the limit in the compiler's own refusal; on GPU 90 % of the card, which needs
 XLA_PYTHON_CLIENT_MEM_FRACTION=.9 (the default is .75).
@@ -22,22 +22,20 @@ GIB = 2**30
 class Chip:
     platform: str  # tpu or cuda
     flops: float  # bfloat16 a second, peak
-    hbm: float  # bytes
-    usable: float  # bytes of it that programs may use
+    usable: float  # bytes of its memory that programs may use
     hbm_speed: float  # bytes a second
     link: float  # bytes a second into one chip, over the ports that one ring uses (two of a TPU's; all of a GPU's NVLink)
     outer: float = 0.0  # bytes a second into one chip from other nodes; 0: there is only one fabric
 
 
 CHIPS = {
-    "v4": Chip("tpu", 275e12, 32 * GIB, 30.75 * GIB, 1228e9, 100e9),
-    "v5e": Chip("tpu", 197e12, 16 * GIB, 15.75 * GIB, 819e9, 100e9),
-    "v5p": Chip("tpu", 459e12, 95 * GIB, 95.74 * GIB, 2765e9, 200e9),
-    "v6e": Chip("tpu", 918e12, 32 * GIB, 31.25 * GIB, 1638e9, 200e9),
-    "h100": Chip("cuda", 989e12, 84_978_432_000, 0.9 * 84_978_432_000, 3352e9, 450e9, 50e9),
+    "v5e": Chip("tpu", 197e12, 15.75 * GIB, 819e9, 100e9),
+    "v5p": Chip("tpu", 459e12, 95.74 * GIB, 2765e9, 200e9),
+    "v6e": Chip("tpu", 918e12, 31.25 * GIB, 1638e9, 200e9),
+    "h100": Chip("cuda", 989e12, 0.9 * 84_978_432_000, 3352e9, 450e9, 50e9),
 }
 
-# What XLA:GPU asks a card about itself; `device_memory_size` and `memory_bandwidth` as above. From a real H100 80GB HBM3.
+# What XLA:GPU asks a card about itself; `device_memory_size` and `memory_bandwidth` as above.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
