@@ -13,6 +13,9 @@ change a setting:  medrlvr train configs/quickstart.yaml sample.temperature=0.8 
 go on with a run:  the same command again; it resumes from its newest checkpoint
 """
 
+PLAN = """Compiles every program of the training step from shapes alone, with the machine's own compiler; no accelerator, weights or hub.
+Exit status: 0 it fits, 3 it does not, 2 unusable input."""
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -60,6 +63,13 @@ def parser() -> argparse.ArgumentParser:
     c = command("doctor", "versions, devices, mesh, memory, tokenizer traps")
     c.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="also check what this config needs")
     settings(c)
+    c = command("plan", "would a config fit a machine, and how fast at best: compiled for it, without it", PLAN)
+    c.add_argument("config", metavar="CONFIG.yaml")
+    settings(c)
+    c.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, h100:2x8 (nodes x GPUs)")
+    c.add_argument("--sweep", type=int, nargs="?", const=8, default=0, metavar="N", help="try up to N (8) meshes x micro-batches x remat")
+    c.add_argument("--questions", type=int, help="in the training set, where it is not known here: for the length of the training")
+    c.add_argument("--json", action="store_true", help="figures for machines")
     c = command("report", "draw the curves of one or several runs")
     c.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     c.add_argument("--out", type=Path, default=Path("curves.png"), metavar="OUT.png")
@@ -152,6 +162,13 @@ def run_doctor(args: argparse.Namespace) -> int:
     lines, ok = report(load(args.config, args.settings) if args.config else None)
     print("\n".join(lines))
     return 0 if ok else 1
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    from medrlvr_jax.config import load
+    from medrlvr_jax.plan import run
+
+    return run(load(args.config, args.settings), args.topology, args.sweep, args.json, args.questions)
 
 
 def run_report(args: argparse.Namespace) -> int:

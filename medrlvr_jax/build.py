@@ -30,10 +30,18 @@ class Parts:
 def build(config: Config) -> Parts:
     """Read everything that can be refused before any device work, then lay out the mesh."""
     cfg = hf.read_config(config.model.path)
-    cfg = dataclasses.replace(cfg, dtype=jnp.dtype(config.model.dtype).type, remat=config.model.remat, lora=config.model.lora)
     tokenizer = text.load_tokenizer(config.model.path)
     text.check_fits(tokenizer, cfg.vocab, config.model.path)
-    mesh = sharding.make_mesh(config.mesh)
+    return lay_out(config, tokenizer, cfg)
+
+
+def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | None = None) -> Parts:
+    """The mesh over `devices` (by default all there are), once every size is known to divide."""
+    mesh = sharding.make_mesh(config.mesh, devices)
+    unroll = mesh.devices.flat[0].platform == "cpu"
+    cfg = dataclasses.replace(
+        cfg, dtype=jnp.dtype(config.model.dtype).type, remat=config.model.remat, lora=config.model.lora, unroll=unroll
+    )
     for name, size in (("sample.questions", config.sample.questions), ("learn.minibatch", config.learn.minibatch)):
         sharding.check_divides(name, size, mesh, sharding.BATCH)
     sharding.check_divides("learn.microbatch", config.learn.microbatch or config.learn.minibatch, mesh, sharding.BATCH)
@@ -116,15 +124,21 @@ def init_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformat
     return Learner(params, jax.jit(tx.init, out_shardings=placed.opt_state)(params)), placed
 
 
+def abstract_decode(parts: Parts) -> Params:
+    """The sampler's parameters as ShapeDtypeStructs: arithmetic dtype, DECODE shards."""
+    dtype, want = jnp.dtype(parts.config.model.dtype), abstract_params(parts, parts.cfg, sharding.DECODE)
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding), want)
+
+
 def relay_program(parts: Parts) -> tuple[Any, dict[tuple, Any]]:
     """The jitted part of `make_relay`, and its arguments as ShapeDtypeStructs by path: those that lie otherwise in the sampler's copy."""
-    dtype, have = jnp.dtype(parts.config.model.dtype), lora.flat(abstract_params(parts, parts.cfg))
-    want = lora.flat(abstract_params(parts, parts.cfg, sharding.DECODE))
+    have, want = lora.flat(abstract_params(parts, parts.cfg)), lora.flat(abstract_decode(parts))
 
     def stays(key):
-        return have[key].dtype == dtype and have[key].sharding.is_equivalent_to(want[key].sharding, want[key].ndim)
+        return have[key].dtype == want[key].dtype and have[key].sharding.is_equivalent_to(want[key].sharding, want[key].ndim)
 
     moved = {key: leaf for key, leaf in have.items() if not stays(key)}
+    dtype = jnp.dtype(parts.config.model.dtype)
     program = jax.jit(lambda params: {k: p.astype(dtype) for k, p in params.items()}, out_shardings={k: want[k].sharding for k in moved})
     return program, moved
 

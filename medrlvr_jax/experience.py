@@ -5,7 +5,7 @@ Of a batch, a process encodes, decodes and scores the rows that its devices hold
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from medrlvr_jax.data import LETTERS, Question
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, score
 from medrlvr_jax.sample import generate
-from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows, to_memory
+from medrlvr_jax.sharding import by_rows, fetch_rows, own_rows, place_rows, to_memory
 from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Params, Prompts, Rollout
 
 WIDTH_STEP = 16  # widths are multiples of this, so that few shapes are compiled
@@ -153,7 +153,7 @@ def assess(
             params = lora.join(frozen.base, critic)
             hidden = model.hidden_states(params, critic_cfg, prompts.tokens, prompts.mask, tokens)
             values = model.values(params, critic_cfg, hidden)
-    return Assessment(own, entropy, ref, values)
+    return by_rows(Assessment(own, entropy, ref, values))
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -187,11 +187,17 @@ def make_experience(
         values=a.values,
         returns=returns,
     )
-    return experience, stats
+    return by_rows(experience), stats
+
+
+def assess_settings(parts: Parts) -> dict[str, Any]:
+    """The static arguments of `assess`."""
+    c = parts.config
+    return {"cfg": parts.cfg, "critic_cfg": parts.critic_cfg, "temperature": c.sample.temperature, "slab": c.model.logit_slab}
 
 
 def collect(
-    decode_params: Params,
+    relay: Callable[[Params], Params],
     frozen: Frozen,
     policy: Params,
     critic: Params | None,
@@ -201,23 +207,17 @@ def collect(
     key: Array,
     kl_coef: Array,
 ) -> tuple[Experience, dict[str, Array], Scored]:
-    """One step's rollout of the questions at `index`, made into experience. Assessing runs while the host scores."""
-    config, tokenizer = parts.config, parts.tokenizer
-    sample, slab = config.sample, config.model.logit_slab
+    """One step's rollout of the questions at `index`, made into experience. Assessing runs while the host scores.
+
+    The sampler's copy of the policy (`relay`, see build.py) lives no longer than `generate`.
+    """
+    tokenizer, sample = parts.tokenizer, parts.config.sample
     prompts = place_prompts(parts, encoded, index)
-    rollout = generate(decode_params, parts.cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
-    assessment = assess(
-        to_memory(frozen, "device") if config.learn.offload else frozen,
-        policy,
-        critic,
-        prompts,
-        rollout.tokens,
-        cfg=parts.cfg,
-        critic_cfg=parts.critic_cfg,
-        temperature=sample.temperature,
-        slab=slab,
-    )
+    whole = lora.join(frozen.base, policy)
+    rollout = generate(relay(whole), parts.cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
+    here = to_memory(frozen, "device") if parts.config.learn.offload else frozen
+    assessment = assess(here, policy, critic, prompts, rollout.tokens, **assess_settings(parts))
     scored = score_rollout(parts, encoded, index, rollout)
     rewards = place_rows(scored.verdicts.reward.reshape(-1, sample.samples), len(index), parts.mesh)
-    experience, stats = make_experience(prompts, rollout, assessment, rewards, kl_coef, config=(config.advantage, config.kl))
+    experience, stats = make_experience(prompts, rollout, assessment, rewards, kl_coef, config=(parts.config.advantage, parts.config.kl))
     return experience, stats, scored

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from medrlvr_jax.config import LoRAConfig
-from medrlvr_jax.sharding import constrain
+from medrlvr_jax.sharding import constrain, divides, gather
 from medrlvr_jax.types import Array, Params
 
 
@@ -47,6 +47,7 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     dtype: Any = jnp.float32
     remat: str = "full"
+    unroll: bool = True  # decoding: see `decode_step`
     value_head: bool = False  # a critic: one number per token in place of the vocabulary
     lora: LoRAConfig | None = None  # adapters beside the matrices: `<name>_a` and `<name>_b`
 
@@ -131,13 +132,16 @@ class Block(nn.Module):
         def weight(name, shape, axes, init) -> Any:
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
+        def whole(name, shape, axes, init) -> Any:
+            return gather(weight(name, shape, axes, init).astype(c.dtype), axes)
+
         def matrix(name, shape, axes, init):
             """One of `MATRICES`; and where it is adapted, A (Gaussian, so that x·A is about as large as x) and B (zero), its factors."""
-            setattr(self, name, weight(name, shape, axes, init))
+            setattr(self, name, whole(name, shape, axes, init))
             if c.lora and name in c.lora.targets:
                 n, rank = MATRICES[name], c.lora.rank
-                a = weight(f"{name}_a", (*shape[:n], rank), (*axes[:n], None), normal(prod(shape[:n]) ** -0.5))
-                b = weight(f"{name}_b", (rank, *shape[n:]), (None, *axes[n:]), zeros)
+                a = whole(f"{name}_a", (*shape[:n], rank), (*axes[:n], None), normal(prod(shape[:n]) ** -0.5))
+                b = whole(f"{name}_b", (rank, *shape[n:]), (None, *axes[n:]), zeros)
                 setattr(self, f"{name}_ab", (a, b))
 
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
@@ -163,11 +167,11 @@ class Block(nn.Module):
     def times(self, x, name):
         """x [..., in] by a matrix, flat: [..., out]; where it is adapted, x·W + x·A·B·alpha/rank."""
         c = self.cfg
-        y = linear(x, getattr(self, name).astype(c.dtype).reshape(x.shape[-1], -1))
+        y = linear(x, getattr(self, name).reshape(x.shape[-1], -1))
         if c.lora and name in c.lora.targets:
             a, b = getattr(self, f"{name}_ab")
-            low = linear(x, a.astype(c.dtype).reshape(-1, c.lora.rank))
-            y += linear(low, b.astype(c.dtype).reshape(c.lora.rank, -1)) * (c.lora.alpha / c.lora.rank)
+            low = linear(x, a.reshape(-1, c.lora.rank))
+            y += linear(low, b.reshape(c.lora.rank, -1)) * (c.lora.alpha / c.lora.rank)
         return y
 
     def project(self, x, cos, sin):
@@ -217,11 +221,13 @@ class Block(nn.Module):
             attended = jnp.concatenate([attended, out.reshape(out.shape[0], -1, *out.shape[3:])], axis=1)
         return self.finish(x, attended), (kp, vp) if self.keep_cache else None
 
-    def step(self, x, cos, sin, prompt_mask, cache: Cache, t):
-        """One token of each sample: x [Q, G, E], written to column t of the cache."""
+    def step(self, x, cos, sin, prompt_mask, cache: Cache, t, layer=None):
+        """One token of each sample: x [Q, G, E], written to column t of the cache; with `layer`, own_k and own_v are of all layers."""
         q, k, v = self.project(x, cos, sin)
-        own_k = jax.lax.dynamic_update_slice_in_dim(cache.own_k, k[:, :, :, None].astype(cache.own_k.dtype), t, axis=3)
-        own_v = jax.lax.dynamic_update_slice_in_dim(cache.own_v, v[:, :, :, None].astype(cache.own_v.dtype), t, axis=3)
+        own_k, own_v = (_put(old, new, t, layer) for old, new in ((cache.own_k, k), (cache.own_v, v)))
+        grown = Cache(cache.prompt_k, cache.prompt_v, own_k, own_v)
+        if layer is not None:
+            own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (own_k, own_v))
         with_prompt = jnp.einsum("qgkhd,qkpd->qgkhp", q, cache.prompt_k)
         with_own = jnp.einsum("qgkhd,qgkrd->qgkhr", q, own_k)
         width = with_prompt.shape[-1]
@@ -230,7 +236,17 @@ class Block(nn.Module):
         weights = softmax(jnp.concatenate([with_prompt, with_own], -1), jnp.concatenate([keep_prompt, keep_own], -1)).astype(x.dtype)
         attended = jnp.einsum("qgkhp,qkpd->qgkhd", weights[..., :width], cache.prompt_v)
         attended += jnp.einsum("qgkhr,qgkrd->qgkhd", weights[..., width:], own_v)
-        return self.finish(x, attended), Cache(cache.prompt_k, cache.prompt_v, own_k, own_v)
+        return self.finish(x, attended), grown
+
+
+def _put(cache: Array, new: Array, t, layer) -> Array:
+    """`new` [Q, G, K, D] into column t of [Q, G, K, R, D], or of that layer of [L, Q, G, K, R, D]."""
+    new, start = new[:, :, :, None].astype(cache.dtype), (0, 0, 0, t, 0)
+    return (
+        jax.lax.dynamic_update_slice(cache, new, start)
+        if layer is None
+        else jax.lax.dynamic_update_slice(cache, new[None], (layer, *start))
+    )
 
 
 class Decoder(nn.Module):
@@ -251,7 +267,6 @@ class Decoder(nn.Module):
         elif not c.tied:
             self.param("head", nn.with_logical_partitioning(normal, ("embed", "vocab")), (c.embed, c.vocab), jnp.float32)
         packed, positions, groups = pack(prompts, prompt_mask, tokens)
-        # The table is looked up whole along `embed`, else XLA falls back to full rematerialisation.
         x = constrain(embed_lookup(embed, packed, c), "batch", None, None)
         cos, sin = rope_tables(positions, c)
         block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False, static_argnums=(5,))
@@ -269,7 +284,9 @@ class Decoder(nn.Module):
 
 
 def embed_lookup(embed: Array, tokens: Array, cfg: DecoderConfig) -> Array:
-    return constrain(embed.astype(cfg.dtype), "vocab", None)[tokens]
+    """States [Q, N, E] of tokens [Q, N]. Each `fsdp` shard looks up its part of every state: the table and its gradient stay in shards."""
+    x = constrain(embed.astype(cfg.dtype), "vocab", "embed_shard")[constrain(tokens, "replica", None)]
+    return constrain(x, "replica", None, "embed_shard")
 
 
 def pack(prompts: Array, prompt_mask: Array, tokens: Array | None) -> tuple[Array, Array, int]:
@@ -305,23 +322,50 @@ def prefill(params: Params, cfg: DecoderConfig, prompts: Array, prompt_mask: Arr
     return packed[:, -1], cache
 
 
-def decode_step(params: Params, cfg: DecoderConfig, layers: list, tokens: Array, prompt_mask: Array, caches: list, t) -> tuple[Array, list]:
+def start_caches(cfg: DecoderConfig, prompt: tuple[Array, Array], groups: int, length: int) -> list[Cache] | Cache:
+    """Room for `length` tokens of each sample beside the prompts' keys and values [L, Q, K, P, D]: a cache per layer, or one of all."""
+    shape = (prompt[0].shape[1], groups, cfg.kv_heads, length, cfg.head_dim)
+    if cfg.unroll:
+        own = constrain(jnp.zeros(shape, cfg.dtype), "batch", None, "kv_heads", None, None)
+        return [Cache(prompt[0][i], prompt[1][i], own, own) for i in range(cfg.layers)]
+    own = constrain(jnp.zeros((cfg.layers, *shape), cfg.dtype), None, "batch", None, "kv_heads", None, None)
+    return Cache(*prompt, own, own)
+
+
+def decode_step(params: Params, cfg: DecoderConfig, layers: Any, tokens: Array, prompt_mask: Array, caches: Any, t) -> tuple[Array, Any]:
     """Tokens [Q, G] drawn at column t -> the state [Q, G, E] that predicts column t + 1, and the grown caches.
 
-    `layers` holds one parameter tree per layer (`split_layers`), sliced once outside the loop: a scan would copy every
-    layer's weights out of the stack at each token.
+    With `unroll`, `layers` holds one parameter tree per layer (`split_layers`), sliced once outside the loop: on CPU a scan would copy
+    every layer's weights out of the stack at each token. On TPU and GPU they are read where they lie, and a scan compiles in a fraction
+    of the time.
     """
-    x = constrain(embed_lookup(params["embed"], tokens, cfg), "batch", None, None)
+    x = constrain(params["embed"].astype(cfg.dtype)[tokens], "batch", None, None)
     cos, sin = rope_tables(prompt_mask.sum(1)[:, None] + jnp.broadcast_to(t, tokens.shape), cfg)
-    grown = []
-    for layer, cache in zip(layers, caches, strict=True):
-        x, cache = Block(cfg).apply({"params": layer}, x, cos, sin, prompt_mask, cache, t, method="step")
-        grown.append(cache)
-    return rms_norm(x, params["norm"], cfg.norm_eps), grown
+
+    def step(x, layer, cache, place=None):
+        return Block(cfg).apply({"params": layer}, x, cos, sin, prompt_mask, cache, t, place, method="step")
+
+    if cfg.unroll:
+        grown = []
+        for layer, cache in zip(layers, caches, strict=True):
+            x, cache = step(x, layer, cache)
+            grown.append(cache)
+        return rms_norm(x, params["norm"], cfg.norm_eps), grown
+
+    def one(carry, layer):
+        x, own_k, own_v = carry
+        place, weights, prompt_k, prompt_v = layer
+        x, cache = step(x, weights, Cache(prompt_k, prompt_v, own_k, own_v), place)
+        return (x, cache.own_k, cache.own_v), None
+
+    stack = jnp.arange(cfg.layers), layers, caches.prompt_k, caches.prompt_v
+    (x, own_k, own_v), _ = jax.lax.scan(one, (x, caches.own_k, caches.own_v), stack)
+    return rms_norm(x, params["norm"], cfg.norm_eps), caches._replace(own_k=own_k, own_v=own_v)
 
 
-def split_layers(params: Params, cfg: DecoderConfig) -> list:
-    return [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(cfg.layers)]
+def split_layers(params: Params, cfg: DecoderConfig) -> Any:
+    """The layers' parameters as `decode_step` takes them."""
+    return [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(cfg.layers)] if cfg.unroll else params["layers"]
 
 
 def logits(params: Params, cfg: DecoderConfig, hidden: Array) -> Array:
@@ -342,10 +386,15 @@ def token_logprobs(params: Params, cfg: DecoderConfig, hidden: Array, tokens: Ar
     Logits exist for at most about `slab` tokens at a time, in the forward and (recomputed) in the backward pass.
     """
 
+    # Over `fsdp` the words are split, not the rows: then states travel, and neither the table nor its gradient is ever whole.
+    rows_by, words_by = ("replica", "words") if divides("words", cfg.vocab) else ("batch", "vocab")
+    name, places = ("embed", (words_by, None)) if cfg.tied else ("head", (None, words_by))
+    params = params | {name: constrain(params[name].astype(cfg.dtype), *places)}
+
     @partial(jax.checkpoint, prevent_cse=False)
     def piece(hidden, tokens):
-        scores = logits(params, cfg, hidden) / temperature
-        scores = constrain(scores, "batch", None, None, "vocab")
+        scores = logits(params, cfg, constrain(hidden, rows_by, None, None, None)) / temperature
+        scores = constrain(scores, rows_by, None, None, words_by)
         total = jax.nn.logsumexp(scores, axis=-1)
         chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
         return chosen - total, total - jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from medrlvr_jax import model
 from medrlvr_jax.config import SampleConfig
 from medrlvr_jax.model import Cache, DecoderConfig
-from medrlvr_jax.sharding import batch_ways, constrain
+from medrlvr_jax.sharding import batch_ways, by_rows, constrain
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
 
 BLOCK = 128  # words per block of the two-level inverse CDF
@@ -33,7 +33,7 @@ class State(NamedTuple):
     keys: Array  # [Q, G], of each row's noise
     limits: Array  # int32 [Q, G], tokens that a row may have
     prompt_mask: Array  # bool [Q, P]
-    caches: list  # one `Cache` per layer
+    caches: list[Cache] | Cache  # see `model.start_caches`
 
 
 @partial(jax.jit, static_argnames=("cfg", "sample", "stop_ids", "pad_id"))
@@ -56,10 +56,8 @@ def generate(
     rows, groups, length = prompts.tokens.shape[0], sample.samples, sample.max_new_tokens
     truncated = bool(sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0)
     with jax.named_scope("prefill"):
-        last, (prompt_k, prompt_v) = model.prefill(params, cfg, prompts.tokens, prompts.mask)
+        last, prompt_cache = model.prefill(params, cfg, prompts.tokens, prompts.mask)
     layers = model.split_layers(params, cfg)
-    own = jnp.zeros((rows, groups, cfg.kv_heads, length, cfg.head_dim), cfg.dtype)
-    own = constrain(own, "batch", None, "kv_heads", None, None)
     zeros = jnp.zeros((rows, groups, length), jnp.float32)
     tokens = jnp.full((rows, groups, length), pad_id, jnp.int32)
     state = State(
@@ -69,7 +67,7 @@ def generate(
         keys=row_keys(key, prompts.ids, groups),
         limits=jnp.full((rows, groups), length) if limits is None else jnp.minimum(limits, length),
         prompt_mask=prompts.mask,
-        caches=[Cache(prompt_k[i], prompt_v[i], own, own) for i in range(cfg.layers)],
+        caches=model.start_caches(cfg, prompt_cache, groups, length),
     )
 
     def record(state: State, hidden: Array) -> State:
@@ -106,7 +104,7 @@ def generate(
 
     with jax.named_scope("decode"):
         rollout = finish(record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed))), HALVINGS)
-    return jax.tree.map(lambda x: constrain(x, "batch", None, None), rollout)  # so that each process finds its own rows in it
+    return by_rows(rollout)
 
 
 def take_rows(state: State, place: Array) -> State:
@@ -123,7 +121,10 @@ def take_rows(state: State, place: Array) -> State:
     def of_row(x):
         return take(x.reshape(-1, *x.shape[2:]), place)[:, None]
 
-    caches = [Cache(of_question(c.prompt_k), of_question(c.prompt_v), of_row(c.own_k), of_row(c.own_v)) for c in state.caches]
+    def of_cache(c):
+        return Cache(of_question(c.prompt_k), of_question(c.prompt_v), of_row(c.own_k), of_row(c.own_v))
+
+    caches = [of_cache(c) for c in state.caches] if isinstance(state.caches, list) else jax.vmap(of_cache)(state.caches)
     return state._replace(
         drawn=jax.tree.map(of_row, state.drawn),
         running=of_row(state.running),

@@ -9,7 +9,7 @@ A process holds the rows of a batch that its devices hold, and no others: it enc
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import chain, groupby
 from math import gcd
 from typing import Any
@@ -26,7 +26,7 @@ AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = ("slice", "data", "fsdp")
 TRAIN = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "layers": None, "head_dim": None}
 DECODE = TRAIN | {"embed": None}
-ACTIVATIONS = {"batch": BATCH, "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
+ACTIVATIONS: dict[str, Any] = DECODE | {"batch": BATCH, "replica": ("slice", "data"), "embed_shard": "fsdp", "words": ("tensor", "fsdp")}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -68,12 +68,35 @@ def _slices(devices: Sequence[Any], n: int) -> list[list[Any]]:
     return [list(chain.from_iterable(granules[i * size : (i + 1) * size])) for i in range(n)]
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation to the mesh by logical axis names; nothing happens outside a mesh (`jax.set_mesh`)."""
+def constrain(x: jax.Array, *axes: str | None, table: dict = ACTIVATIONS) -> jax.Array:
+    """Pin an array to the mesh by logical axis names; nothing happens outside a mesh (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, ACTIVATIONS, dict(mesh.shape)))
+    return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, table, dict(mesh.shape)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(w: jax.Array, axes: tuple) -> jax.Array:
+    """A weight whole along `fsdp`; its gradient comes back in TRAIN's shards, by a reduce-scatter.
+
+    Said aloud, or XLA:TPU gathers states and weights in rings inside each product: eight times the traffic, and more memory.
+    """
+    return constrain(w, *axes, table=DECODE)
+
+
+gather.defvjp(lambda w, axes: (gather(w, axes), None), lambda axes, _, g: (constrain(g, *axes, table=TRAIN),))
+
+
+def by_rows(tree: Any) -> Any:
+    """Pin the leading axis of every array to `BATCH`, as the next program's arguments lie, and so that each process finds its rows."""
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
+
+
+def divides(name: str, size: int) -> bool:
+    """Whether an activation's logical axis of this size is split evenly by the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or size % int(np.prod([mesh.shape[a] for a in ACTIVATIONS[name]])) == 0
 
 
 def batch_ways(size: int) -> int:

@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from medrlvr_jax import data, evaluate, log, lora, sharding
-from medrlvr_jax.build import Parts, build, init_learner, load_frozen, make_relay, total_steps, updates_in
+from medrlvr_jax.build import Parts, abstract_learner, build, init_learner, load_frozen, make_relay, places, total_steps, updates_in
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.config import Config, ConfigError, Diverged
 from medrlvr_jax.experience import Encoded, Scored, collect, encode
@@ -118,25 +118,37 @@ class Programs:
 
     relay: Any
     learn_policy: Any
-    learn_critic: Any
+    learn_critic: Any  # None where there is no critic
+    policy_tx: Any
+    critic_tx: Any
+
+
+def make_programs(parts: Parts, steps: int) -> Programs:
+    """Nothing is compiled or allocated yet."""
+    config, updates = parts.config, updates_in(parts.config, steps)
+    policy_tx = make_optimizer(config.learn.policy, updates)
+    placed = places(abstract_learner(parts, parts.cfg, policy_tx))
+    learn_policy = compile_learn(config, policy_objective(config, parts.cfg), policy_tx, placed)
+    critic_tx, learn_critic = None, None
+    if config.learn.critic is not None:
+        critic_tx = make_optimizer(config.learn.critic, updates)
+        placed = places(abstract_learner(parts, parts.critic_cfg, critic_tx))
+        learn_critic = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
+    return Programs(make_relay(parts), learn_policy, learn_critic, policy_tx, critic_tx)
 
 
 def start(parts: Parts, steps: int) -> tuple[Programs, TrainState]:
     """The learners at their start and the programs that train them."""
-    config, updates = parts.config, updates_in(parts.config, steps)
-    policy_tx = make_optimizer(config.learn.policy, updates)
-    policy, placed = init_learner(parts, parts.cfg, policy_tx)
-    policy, learn_policy = offload(config, policy, compile_learn(config, policy_objective(config, parts.cfg), policy_tx, placed))
+    config, programs = parts.config, make_programs(parts, steps)
+    policy, learn_policy = offload(config, init_learner(parts, parts.cfg, programs.policy_tx)[0], programs.learn_policy)
     critic, learn_critic = None, None
-    if config.learn.critic is not None:
-        critic_tx = make_optimizer(config.learn.critic, updates)
-        critic, placed = init_learner(parts, parts.critic_cfg, critic_tx)
-        program = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
-        critic, learn_critic = offload(config, critic, program)
+    if programs.critic_tx:
+        critic, learn_critic = offload(config, init_learner(parts, parts.critic_cfg, programs.critic_tx)[0], programs.learn_critic)
+    programs = dataclasses.replace(programs, learn_policy=learn_policy, learn_critic=learn_critic)
     scalar = sharding.replicated(parts.mesh)
-    kl_coef = jax.device_put(jnp.float32(config.kl.coef), scalar)
+    kl_coef = jax.device_put(jnp.float32(parts.config.kl.coef), scalar)
     state = TrainState(policy, critic, kl_coef, jax.device_put(jnp.int32(0), scalar))
-    return Programs(make_relay(parts), learn_policy, learn_critic), state
+    return programs, state
 
 
 def train_step(
@@ -147,8 +159,8 @@ def train_step(
     index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
     key = jax.random.fold_in(jax.random.key(c.seed), step)
     critic = None if state.critic is None else state.critic.params
-    whole, policy = lora.join(frozen.base, state.policy.params), state.policy.params
-    experience, stats, scored = collect(programs.relay(whole), frozen, policy, critic, parts, encoded, index, key, state.kl_coef)
+    policy = state.policy.params
+    experience, stats, scored = collect(programs.relay, frozen, policy, critic, parts, encoded, index, key, state.kl_coef)
     shuffle = jax.random.fold_in(key, 2**31)  # beyond every question's number: sampling and shuffling never share a key
     policy, learned = state.policy, {}
     if step >= c.learn.critic_warmup:

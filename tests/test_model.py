@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from medrlvr_jax import model
-from medrlvr_jax.model import Cache, DecoderConfig
+from medrlvr_jax.model import DecoderConfig
 
 CFG = DecoderConfig(
     vocab=97, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, rope_theta=1e4, norm_eps=1e-6, tied=True, qkv_bias=True
@@ -42,16 +42,16 @@ def test_side_by_side_is_alone(params, batch):
             np.testing.assert_allclose(hidden[q, g], alone[0, len(prompt) - 1 : -1], atol=1e-5)
 
 
-def test_decoding_is_scoring(params, batch):
+@pytest.mark.parametrize("unroll", [True, False])
+def test_decoding_is_scoring(params, batch, unroll):
+    cfg = dataclasses.replace(CFG, unroll=unroll)
     prompts, mask, tokens = batch
     hidden = model.hidden_states(params, CFG, prompts, mask, tokens)
-    state, (keys, values) = model.prefill(params, CFG, prompts, mask)
+    state, cache = model.prefill(params, cfg, prompts, mask)
     np.testing.assert_allclose(state, hidden[:, 0, 0], atol=1e-5)
-    own = jnp.zeros((Q, G, CFG.kv_heads, R, CFG.head_dim))
-    caches = [Cache(keys[i], values[i], own, own) for i in range(CFG.layers)]
-    layers = model.split_layers(params, CFG)
+    caches, layers = model.start_caches(cfg, cache, G, R), model.split_layers(params, cfg)
     for t in range(R - 1):
-        state, caches = model.decode_step(params, CFG, layers, tokens[:, :, t], mask, caches, t)
+        state, caches = model.decode_step(params, cfg, layers, tokens[:, :, t], mask, caches, t)
         np.testing.assert_allclose(state, hidden[:, :, t + 1], atol=1e-5)
 
 

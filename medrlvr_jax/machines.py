@@ -1,0 +1,107 @@
+"""Machines that a plan can be made for: their published speeds, and compile-only devices of them.
+
+Peak, memory and link speeds are per chip, from the makers' pages:
+v5e, v5p, v6e: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}; "inter-chip interconnect bandwidth" there is both directions of all ports.
+H100 SXM: NVIDIA H100 data sheet (dense bfloat16; NVLink 900 GB/s both ways); between nodes one 400 Gb/s NIC a GPU, as DGX H100.
+`usable` is what XLA lets a program have: on TPU the limit in the compiler's own refusal; on GPU 90 % of the card, which needs
+XLA_PYTHON_CLIENT_MEM_FRACTION=.9 (the default is .75).
+"""
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from medrlvr_jax.config import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    platform: str  # tpu or cuda
+    flops: float  # bfloat16 a second, peak
+    usable: float  # bytes of its memory that programs may use
+    hbm_speed: float  # bytes a second
+    link: float  # bytes a second into one chip, over the ports that one ring uses (two of a TPU's; all of a GPU's NVLink)
+    outer: float = 0.0  # bytes a second into one chip from other nodes; 0: there is only one fabric
+
+
+CHIPS = {
+    "v5e": Chip("tpu", 197e12, 15.75 * GIB, 819e9, 100e9),
+    "v5p": Chip("tpu", 459e12, 95.74 * GIB, 2765e9, 200e9),
+    "v6e": Chip("tpu", 918e12, 31.25 * GIB, 1638e9, 200e9),
+    "h100": Chip("cuda", 989e12, 0.9 * 84_978_432_000, 3352e9, 450e9, 50e9),
+}
+
+# What XLA:GPU asks a card about itself; `device_memory_size` and `memory_bandwidth` as above.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978432000
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+# libtpu would look for a TPU VM's metadata, and let no second process load it.
+LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    topology: str
+    chip: Chip
+    count: int  # chips
+    nodes: int  # islands of fast links: 1 for a TPU slice
+
+    def seconds(self, received: float, group: int, crosses: bool) -> float:
+        """Time for a collective that brings `received` bytes to each of `group` chips; `crosses`: the group spans nodes.
+
+        Across nodes, the members inside each node share its NICs: each brings in its part, and NVLink spreads it.
+        """
+        inside = received / self.chip.link
+        if not crosses:
+            return inside
+        together = max(1, group // self.nodes)  # members of the group in one node
+        return max(inside, received / (self.chip.outer * together))
+
+
+def parse(topology: str) -> Machine:
+    """`v5e:4x4`, `v5p:4x4x4`, `h100:8`, `h100:2x8` (nodes × GPUs)."""
+    kind, _, shape = topology.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ConfigError(f"--topology: {topology!r}: write CHIP:SHAPE, such as v5e:4x4 or h100:2x8; the chips are {', '.join(CHIPS)}")
+    sizes, chip = [int(n) for n in shape.split("x")], CHIPS[kind]
+    count = 1
+    for n in sizes:
+        count *= n
+    if chip.platform == "cuda" and len(sizes) > 2:
+        raise ConfigError(f"--topology: {topology!r}: GPUs are written GPUS or NODESxGPUS, such as {kind}:8 or {kind}:2x8")
+    return Machine(topology, chip, count, sizes[0] if chip.platform == "cuda" and len(sizes) == 2 else 1)
+
+
+def devices(machine: Machine) -> list[Any]:
+    """Compile-only devices: the real compiler's targets, with no such machine here. Needs the extra `plan` (or `plan-cuda`)."""
+    package, extra = ("libtpu", "plan") if machine.chip.platform == "tpu" else ("jax_cuda12_plugin", "plan-cuda")
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"--topology: {machine.topology}: its compiler is not installed; pip install 'medrlvr-jax[{extra}]'")
+    import jax
+    from jax.experimental import topologies
+
+    if machine.chip.platform == "cuda":
+        jax.devices("cpu")  # starts the backends, which loads the plug-in
+        shape = f"1x{machine.nodes}x{machine.count // machine.nodes}"
+        found = topologies.get_topology_desc(platform="cuda", topology_name="h100", target_config=H100, topology=shape)
+        return list(found.devices)
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=machine.topology).devices)
+    except jax.errors.JaxRuntimeError as e:
+        raise ConfigError(f"--topology: {machine.topology}: the TPU compiler knows no such slice: {str(e)[:200]}") from None

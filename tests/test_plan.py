@@ -1,0 +1,187 @@
+"""The planner: its FLOPs against a hand count, its programs against those that train, and TPU compilations without a TPU."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from medrlvr_jax import __main__, aot, architectures, build, config, data, experience, flops, machines, model, plan, train
+from medrlvr_jax.model import DecoderConfig
+from medrlvr_jax.types import Prompts
+
+GIB = 2**30
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed: pip install '.[plan]'"
+)
+TREE = {
+    "name": "tiny",
+    "steps": 2,
+    "model": {"path": "embedded", "init": "random", "remat": "full"},
+    "data": {"path": "embedded:train", "limit": 16},
+    "prompt": {"template": "none", "max_tokens": 96},
+    "sample": {"questions": 8, "samples": 2, "max_new_tokens": 16},
+    "learn": {"minibatch": 8, "microbatch": 4, "policy": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
+    "eval": {"batch": 8},
+    "mesh": {"data": 1, "fsdp": 4},
+}
+CFG = DecoderConfig(vocab=50, embed=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4, norm_eps=1e-6, tied=True)
+Q, P, G, R = 2, 5, 3, 7
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    return path
+
+
+def traced(f, *args, trips=1):
+    return flops.traced_flops(jax.jit(f).trace(*args).jaxpr, trips)
+
+
+def shapes(cfg):
+    from flax import linen as nn
+
+    return nn.meta.unbox(jax.eval_shape(lambda: model.init(cfg, jax.random.key(0))))
+
+
+def test_flops_by_hand():
+    """A layer: 32·(32 + 16 + 16) + 32·32 into q, k, v, o and 3·32·48 in the MLP; 2 FLOPs a weight and token."""
+    assert flops.weights(CFG) == 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48
+    tokens, pairs = Q * (P + G * R), Q * (P * P + G * R * (P + R))
+    by_hand = 3 * (2 * 7680 * tokens + 4 * 32 * pairs) + 2 * 32 * 50 * Q * G * R
+    assert flops.forward_flops(CFG, Q, P, G, R) == by_hand
+
+
+def test_flops_of_programs_are_the_formulas():
+    """The walk over what is traced finds the formula's number: scoring, its gradient with recomputation, and sampling."""
+    i32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)  # noqa: E731
+    prompts, mask, tokens = i32(Q, P), jax.ShapeDtypeStruct((Q, P), jnp.bool_), i32(Q, G, R)
+
+    def score(params, prompts, mask, tokens):
+        hidden = model.hidden_states(params, CFG, prompts, mask, tokens)
+        return model.token_logprobs(params, CFG, hidden, tokens, 1.0, 10_000)[0].sum()
+
+    forward = flops.forward_flops(CFG, Q, P, G, R)
+    args = shapes(CFG), prompts, mask, tokens
+    assert traced(score, *args) == forward
+    again = forward  # remat full computes layers and words once more
+    assert traced(jax.grad(score), *args) == pytest.approx(3 * forward + again, rel=0.05)
+    sample = config.SampleConfig(questions=Q, samples=G, max_new_tokens=R)
+    given = Prompts(prompts, mask, jax.ShapeDtypeStruct((Q,), jnp.uint32))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jaxpr = experience.generate.trace(shapes(CFG), CFG, given, key, sample, (1,), 0).jaxpr
+    assert flops.traced_flops(jaxpr, R - 1) == flops.generate_flops(CFG, Q, P, G, R)
+
+
+def test_the_programs_are_those_that_train(tiny, monkeypatch):
+    """A training step on four fake devices, each call lowered on its way: the same text as the planner's."""
+    c = config.load(tiny)
+    seen = {}
+
+    def recording(name, f):
+        def call(*args, **kwargs):
+            seen[name] = f.lower(*args, **kwargs).as_text()
+            return f(*args, **kwargs)
+
+        return call
+
+    four = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda: four)
+    parts = build.build(c)
+    encoded = experience.encode(parts.tokenizer, data.load(c.data), c)
+    encoded.tokens[0] += [0] * (c.prompt.max_tokens - len(encoded.tokens[0]))  # planned for the longest prompt allowed
+    programs = train.make_programs(parts, 2)
+    with jax.set_mesh(parts.mesh):
+        for name in ("generate", "assess", "make_experience"):
+            monkeypatch.setattr(experience, name, recording(name, getattr(experience, name)))
+        wrapped = {n: recording(n, getattr(programs, n)) for n in ("relay", "learn_policy", "learn_critic")}
+        _, state = train.start(parts, 2)
+        reference = build.load_params(parts, parts.cfg)
+        train.train_step(parts, train.Programs(**wrapped, policy_tx=None, critic_tx=None), encoded, state, reference, 0)
+        monkeypatch.undo()
+        planned = {p.name: p.function.lower(*p.args, **p.kwargs).as_text() for p in aot.step_programs(parts, programs)}
+    assert planned.keys() == seen.keys()
+    for name in planned:
+        assert planned[name] == seen[name], name
+
+
+def test_memory_counts_shards_and_what_else_lives(tiny):
+    c = config.load(tiny)
+    parts = build.lay_out(c, aot.Stops(), architectures.known("embedded"), jax.devices()[:4])
+    programs = {p.name: p for p in aot.step_programs(parts, train.make_programs(parts, 2))}
+    whole = 4 * sum(x.size for x in jax.tree.leaves(shapes(parts.cfg)))
+    policy = aot.bytes_of(programs["learn_policy"].args[0])
+    assert 3 * whole / 4 < policy < 3 * whole / 4 * 1.02  # params and two moments over 4 chips; norms and counters are not split
+    held = [aot.bytes_of((programs[n].args, programs[n].others)) for n in ("learn_policy", "learn_critic", "assess")]
+    assert max(held) - min(held) < 0.05 * max(held)  # all states live through each of them
+    assert aot.bytes_of(programs["generate"].others) == pytest.approx(7 * whole / 4, rel=0.02)
+
+
+def test_times_over_nodes():
+    """64 GB to each of 16 GPUs in two nodes: over NVLink alone, over eight NICs together, over one NIC each."""
+    h = machines.parse("h100:2x8")
+    assert (h.count, h.nodes, machines.parse("v5e:4x4").count) == (16, 2, 16)
+    assert h.seconds(64e9, 8, crosses=False) == 64 / 450
+    assert h.seconds(64e9, 16, crosses=True) == pytest.approx(64 / 400)
+    assert h.seconds(64e9, 2, crosses=True) == pytest.approx(64 / 50)
+    mesh = jax.sharding.AbstractMesh((2, 8, 1), ("data", "fsdp", "tensor"))
+    assert aot.crosses_nodes("data", mesh, h) and not aot.crosses_nodes("fsdp", mesh, h) and aot.crosses_nodes("data+fsdp", mesh, h)
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "h100:2x2x2", "v5e:0x"])
+def test_bad_topologies_are_refused(tiny, topology, capsys):
+    assert __main__.main(["plan", str(tiny), "--topology", topology]) == 2
+    assert "--topology" in capsys.readouterr().err
+
+
+def test_the_compilers_refusal_is_read():
+    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.36G of 15.75G hbm. Exceeded hbm capacity by 7.61G."
+    part = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.00T) exceeds available HBM (15.75G)."
+    assert aot.refusal(whole, 2 * GIB) == pytest.approx(21.36 * GIB) and aot.refusal(part, 2 * GIB) == 1024 * GIB
+    assert aot.refusal("another error", 2 * GIB) is None
+
+
+@needs_libtpu
+def test_tiny_on_v5e_2x2(tiny, capsys):
+    """All six programs through the command, as JSON."""
+    assert __main__.main(["plan", str(tiny), "--topology", "v5e:2x2", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    programs = {p["name"]: p for p in made["programs"]}
+    assert list(programs) == ["relay", "generate", "assess", "make_experience", "learn_policy", "learn_critic"]
+    assert made["fits"] and made["steps"] == 2 and 0 < made["mfu"] < 1
+    for name, p in programs.items():
+        assert p["peak"] < 0.1 * GIB and (p["seconds"] > 0) and p["fits"], name
+    # FSDP: every layer's weights are gathered twice (forward and again for the backward pass) in each of two micro-batches.
+    cfg = architectures.known("embedded")
+    layer = 2 * cfg.layers * flops.weights(cfg) * 4 * 3 / 4
+    [gathered] = [c["bytes"] for c in programs["learn_policy"]["collectives"] if c["kind"] == "all-gather"]
+    assert 2 * layer < gathered < 2.6 * layer
+    assert all(c["axis"] == "fsdp" for p in programs.values() for c in p["collectives"])
+
+
+def test_what_does_not_fit_says_what_would_help(tiny):
+    """Figures made by hand: 1 GiB over. The advice is about what is held, by exact count."""
+    c = config.load(tiny, ["model.path=Qwen/Qwen2.5-3B", "mesh={data: 2, fsdp: 4}", "sample.questions=16", "learn.minibatch=16"])
+    worst = aot.Figures("learn_policy", 1.0, 9 * GIB, 0.0, 2 * GIB, 12 * GIB, 15.75 * GIB, 1.0)
+    machine = machines.parse("v5e:2x4")
+    made = plan.Plan(c, machine, {"data": 2, "fsdp": 4, "tensor": 1}, [worst], ["mesh.fsdp=8: less"], 2)
+    text = plan.table(made)
+    assert not made.fits and "learn_policy needs 23.00 GiB of 15.75: 7.25 too much" in text and "would help: mesh.fsdp=8" in text
+
+
+@needs_libtpu
+def test_3b_ppo_on_v5e_4x4():
+    """The paper's job in 16 GB chips: learning and sampling, the two that need most."""
+    c = config.load("configs/medqa_ppo_qwen2.5_3b.yaml")
+    made = plan.plan(c, machines.parse("v5e:4x4"), only=("generate", "learn_policy"))
+    generate, learn = made.programs
+    assert made.fits
+    assert learn.temporaries <= 3.5 * GIB
+    assert generate.arguments == pytest.approx(3.086e9 * 2, rel=0.02)  # the bfloat16 copy, whole on each chip
+    assert learn.arguments == pytest.approx(3.086e9 * 12 / 16, rel=0.02)
+    assert np.isclose(learn.others, 3.086e9 * 16 / 16, rtol=0.02)  # critic with its moments, and the reference
