@@ -92,7 +92,7 @@ def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
     assert samples == lines(folder / "runs/one/samples.jsonl")
     parts = build.build(config.load(folder / "one.yaml"))
     several, one = (
-        checkpoint.restore_params(folder / "runs" / n / "checkpoints", build.abstract_policy(parts), done)[0] for n in ("several", "one")
+        checkpoint.restore_params(folder / "runs" / n / "checkpoints", build.abstract_params(parts, parts.cfg), done)[0] for n in ("several", "one")
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), sharding.to_host(several), sharding.to_host(one))
 
@@ -164,7 +164,7 @@ def test_what_the_mesh_cannot_split_is_refused(folder, capsys):  # noqa: F811
 
 def test_few_key_value_heads_are_replicated(folder):  # noqa: F811
     parts = build.build(config.load(folder / "config.yaml", ["mesh={data: 1, fsdp: 2, tensor: 4}"]))
-    placed = build.param_shardings(parts, parts.cfg, sharding.TRAIN)
+    placed = build.places(build.abstract_params(parts, parts.cfg))
     assert parts.cfg.kv_heads == 2 and parts.cfg.heads == 4
     assert "tensor" in str(placed["layers"]["q"].spec) and "tensor" not in str(placed["layers"]["k"].spec)
 
