@@ -290,6 +290,7 @@ def git_revision() -> dict[str, Any] | None:
 
 # --- progress --------------------------------------------------------------------------------------------------------
 
+QUIET = 30  # seconds without a line, after which long work says how far it is
 FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("seconds", lambda v: f"{v:.2f} s"),
     ("tokens_per_second", lambda v: f"{v:,.0f} tok/s"),
@@ -313,6 +314,7 @@ class Console:
     def __init__(self, total: int, file: TextIO | None = None):
         self._rich = rich.console.Console(file=file or sys.stderr, quiet=jax.process_index() > 0, highlight=False, soft_wrap=True)
         self._total = total
+        self._said = time.monotonic()
         self._seconds: deque[float] = deque(maxlen=21)
         self._bar = None
         if self._rich.is_terminal and not self._rich.quiet:
@@ -335,11 +337,14 @@ class Console:
             self.notice(f"step {step}/{self._total}  eval {name}: correct {c['correct']}/{c['n']}, format {c['format_ok']}/{c['n']}")
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Of something within a step; shown on a terminal only."""
+        """Of something within a step: on the bar, or a line every `QUIET` seconds."""
         if self._bar:
             self._bar.update(self._task, description=f"{what}  {done}/{total}")
+        elif time.monotonic() - self._said > QUIET and done < total:
+            self.notice(f"{what}  {done}/{total}")
 
     def notice(self, text: str) -> None:
+        self._said = time.monotonic()
         self._rich.print(text, markup=False)
 
     def close(self) -> None:

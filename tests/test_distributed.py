@@ -92,7 +92,8 @@ def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
     assert samples == lines(folder / "runs/one/samples.jsonl")
     parts = build.build(config.load(folder / "one.yaml"))
     several, one = (
-        checkpoint.restore_params(folder / "runs" / n / "checkpoints", build.abstract_params(parts, parts.cfg), done)[0] for n in ("several", "one")
+        checkpoint.restore_params(folder / "runs" / n / "checkpoints", build.abstract_params(parts, parts.cfg), done)[0]
+        for n in ("several", "one")
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), sharding.to_host(several), sharding.to_host(one))
 

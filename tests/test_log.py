@@ -195,3 +195,13 @@ def test_wandb_gets_the_settings_and_the_numbers(tmp_path, monkeypatch):
         run.record(1, {"reward": 0.5})
     assert calls[0]["project"] == "medicine" and calls[0]["config"]["seed"] == 0
     assert calls[1:] == [(1, {"reward": 0.5}), "finish"]
+
+
+def test_long_work_says_how_far_it_is(monkeypatch):
+    now, file = [0.0], io.StringIO()
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    console = log.Console(10, file)
+    for done in range(1, 11):
+        now[0] += 10
+        console.progress("eval dev", done, 10)
+    assert file.getvalue().splitlines() == ["eval dev  4/10", "eval dev  8/10"]
