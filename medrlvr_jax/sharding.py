@@ -85,6 +85,11 @@ def shardings(boxed: Any, mesh: Mesh, table: dict) -> Any:
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
+def of_one(stacked: Any) -> Any:
+    """Shardings of one layer, from those of all layers stacked along a leading axis."""
+    return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:])), stacked)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
