@@ -18,7 +18,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 TRAIN = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "layers": None, "head_dim": None}
 DECODE = TRAIN | {"embed": None}
-ACTIVATIONS = DECODE | {"batch": BATCH, "replica": "data", "embed_shard": "fsdp", "words": ("tensor", "fsdp")}
+WORDS = ("tensor", "fsdp")
+ACTIVATIONS = DECODE | {"batch": BATCH, "replica": "data", "embed_shard": "fsdp", "words": WORDS}
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -58,10 +59,10 @@ def by_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
 
 
-def divides(name: str, size: int) -> bool:
-    """Whether an activation's logical axis of this size is split evenly by the mesh in use."""
+def splits_words(vocab: int) -> bool:
+    """Whether the mesh in use divides the vocabulary over `tensor` and `fsdp` together."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or size % int(np.prod([mesh.shape[a] for a in ACTIVATIONS[name]])) == 0
+    return mesh.empty or vocab % int(np.prod([mesh.shape[a] for a in WORDS])) == 0
 
 
 def _spec(axes: tuple, shape: tuple[int, ...], table: dict, sizes: dict[str, int]) -> PartitionSpec:
