@@ -103,11 +103,12 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
     truncated = c.sample.top_k or c.sample.top_p < 1 or c.sample.min_new_tokens
     rollout = Rollout(column(jnp.int32), column(jnp.bool_), column(), column() if truncated else None)
     assessment = Assessment(column(), column(), None if reference is None else column(), values)
-    rewards, coef = array(jnp.float32, q, g), jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    rewards, whole = array(jnp.float32, q, g), sharding.replicated(mesh)
+    coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     made = Experience(
         prompts.tokens, prompts.mask, rollout.tokens, rollout.mask, column(), assessment.ref_logprobs, column(), values, values
     )
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=whole)
     relay, moved = relay_program(parts)
     one = flops.forward_flops(parts.cfg, q, p, g, r)
     of_critic = flops.forward_flops(parts.critic_cfg, q, p, g, r) if critic else 0.0

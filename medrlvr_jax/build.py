@@ -138,9 +138,18 @@ def relay_program(parts: Parts) -> tuple[Any, dict[tuple, Any]]:
         return have[key].dtype == want[key].dtype and have[key].sharding.is_equivalent_to(want[key].sharding, want[key].ndim)
 
     moved = {key: leaf for key, leaf in have.items() if not stays(key)}
-    dtype = jnp.dtype(parts.config.model.dtype)
-    program = jax.jit(lambda params: {k: p.astype(dtype) for k, p in params.items()}, out_shardings={k: want[k].sharding for k in moved})
-    return program, moved
+    where = {key: want[key].sharding for key in moved}
+    one = sharding.of_one({key: s for key, s in where.items() if key[0] == "layers"})
+
+    def lay(params, where):
+        return {k: jax.lax.with_sharding_constraint(params[k].astype(want[k].dtype), s) for k, s in where.items()}
+
+    def program(params):
+        """Layer by layer: all at once, XLA holds what it gathers a second time beside the result."""
+        layers = jax.lax.map(lambda layer: lay(layer, one), {k: params[k] for k in one}) if one else {}
+        return lay(params, {k: s for k, s in where.items() if k not in one}) | layers
+
+    return jax.jit(program, out_shardings=where), moved
 
 
 def make_relay(parts: Parts):

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 from medrlvr_jax.model import DecoderConfig
@@ -20,7 +21,8 @@ def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, while_trips: int = 1) -> 
         name, p = eqn.primitive.name, eqn.params
         if name == "dot_general":
             (over, _), _ = p["dimension_numbers"]
-            total += 2.0 * prod(eqn.outvars[0].aval.shape) * prod(eqn.invars[0].aval.shape[i] for i in over)
+            out, left = (getattr(v.aval, "shape", ()) for v in (eqn.outvars[0], eqn.invars[0]))
+            total += 2.0 * prod(out) * prod(left[i] for i in over)
         elif name == "cond":
             total += max(traced_flops(branch, while_trips) for branch in p["branches"])
         elif name == "while":

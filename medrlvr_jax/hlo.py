@@ -188,7 +188,7 @@ def _traffic(i: Instruction, computation: dict[str, Instruction], computations: 
     if i.op == "dynamic-update-slice":
         return 2 * size(computation[i.operands[1]].type, True)
     if i.op == "fusion":
-        return _fusion_traffic(i, computation, computations[_called(i, "calls")])
+        return _fusion_traffic(i, computation, computations)
     if i.op in ("copy-start", "slice-start"):  # (source, destination, …), either of which may be on the core
         source, taken = (m[0] for m in list(ARRAY.finditer(i.type))[:2])
         return size(taken) * ((size(source, True) > 0) + (size(taken, True) > 0))
@@ -198,36 +198,36 @@ def _traffic(i: Instruction, computation: dict[str, Instruction], computations: 
     return read + (read if i.op.endswith("-start") else size(i.type, True))
 
 
-def _fusion_traffic(i: Instruction, outer: dict[str, Instruction], inner: dict[str, Instruction]) -> float:
-    uses: dict[str, list[Instruction]] = defaultdict(list)
-    for j in inner.values():
-        for o in j.operands:
-            uses[o].append(j)
-    parameters = [j for j in inner.values() if j.op == "parameter"]
+def _fusion_traffic(i: Instruction, outer: dict[str, Instruction], computations: dict) -> float:
+    inner = computations[_called(i, "calls")]
     total = 0.0
-    updated = {j.operands[0]: inner[j.operands[1]].type for j in inner.values() if j.op == "dynamic-update-slice"}
-    for j in parameters:
-        whole = size(outer[i.operands[int(j.inside)]].type, True)
-        names = _same(j.name, uses)
-        readers = [u for n in names for u in uses[n] if u.op != "bitcast"]
-        if readers and all(u.op in ("dynamic-slice", "slice", "gather") and u.operands[0] in names for u in readers):
-            total += min(whole, sum(size(u.type) for u in readers))
-        elif names & updated.keys() and all(u.op == "dynamic-update-slice" for u in readers):
-            pass  # replaced in place: what is written is counted below
-        else:
-            total += whole
+    for j in inner.values():
+        if j.op == "parameter" and (whole := size(outer[i.operands[int(j.inside)]].type, True)):
+            total += min(whole, _taken(j.name, whole, inner, computations))
+    # What is updated in place is written in part; the array around it is neither read nor written.
+    updates = [j for j in inner.values() if j.op == "dynamic-update-slice"]
+    replaced, new = sum(size(j.type) for j in updates), sum(size(inner[j.operands[1]].type) for j in updates)
     written = size(i.type, True)
-    replaced = sum(size(inner[name].type) for name in updated)
-    return total + (min(written, max(written - replaced, 0) + sum(map(size, updated.values()))))
+    return total + min(written, max(written - replaced, 0) + new)
 
 
-def _same(name: str, uses: dict[str, list[Instruction]]) -> set[str]:
-    """A parameter and its bitcasts."""
-    out = {name}
-    for u in uses[name]:
+def _taken(name: str, whole: float, inner: dict[str, Instruction], computations: dict) -> float:
+    """Bytes of a fusion's parameter that it reads: slices of it alone, also those taken in a fusion within the fusion."""
+    readers = [u for u in inner.values() if name in u.operands]
+    total = 0.0 if readers else whole  # passed on as it is
+    for u in readers:
         if u.op == "bitcast":
-            out |= _same(u.name, uses)
-    return out
+            total += _taken(u.name, whole, inner, computations)
+        elif u.op in ("dynamic-slice", "slice", "gather") and u.operands[0] == name:
+            total += size(u.type)
+        elif u.op == "fusion":
+            deeper = computations[_called(u, "calls")]
+            for j in deeper.values():
+                if j.op == "parameter" and u.operands[int(j.inside)] == name:
+                    total += _taken(j.name, whole, deeper, computations)
+        elif not (u.op == "dynamic-update-slice" and u.operands[0] == name):
+            total += whole
+    return total
 
 
 def _collective(kind: str, i: Instruction, where: str, computation: dict, mesh: dict[str, int], times: float) -> Collective:

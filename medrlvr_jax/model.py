@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from medrlvr_jax.config import LoRAConfig
-from medrlvr_jax.sharding import constrain, divides, gather
+from medrlvr_jax.sharding import constrain, gather, splits_words
 from medrlvr_jax.types import Array, Params
 
 
@@ -355,7 +355,7 @@ def decode_step(params: Params, cfg: DecoderConfig, layers: Any, tokens: Array, 
     def one(carry, layer):
         x, own_k, own_v = carry
         place, weights, prompt_k, prompt_v = layer
-        x, cache = step(x, weights, Cache(prompt_k, prompt_v, own_k, own_v), place)
+        x, cache = cast(tuple[Array, Cache], step(x, weights, Cache(prompt_k, prompt_v, own_k, own_v), place))
         return (x, cache.own_k, cache.own_v), None
 
     stack = jnp.arange(cfg.layers), layers, caches.prompt_k, caches.prompt_v
@@ -387,7 +387,7 @@ def token_logprobs(params: Params, cfg: DecoderConfig, hidden: Array, tokens: Ar
     """
 
     # Over `fsdp` the words are split, not the rows: then states travel, and neither the table nor its gradient is ever whole.
-    rows_by, words_by = ("replica", "words") if divides("words", cfg.vocab) else ("batch", "vocab")
+    rows_by, words_by = ("replica", "words") if splits_words(cfg.vocab) else ("batch", "vocab")
     name, places = ("embed", (words_by, None)) if cfg.tied else ("head", (None, words_by))
     params = params | {name: constrain(params[name].astype(cfg.dtype), *places)}
 

@@ -181,7 +181,7 @@ def table(p: Plan) -> str:
     mesh = " × ".join(f"{k} {n}" for k, n in p.mesh.items())
     lines = [f"{p.config.name} on {p.machine.topology} ({p.machine.count} chips), mesh {mesh}", ""]
     head = ("program", "compile s", "arguments", "outputs", "temporaries", "others", "peak", "may use", "fits", "TFLOP", "HBM GB")
-    rows = [(*head, "net GB", "seconds ≥", "bound by")]
+    rows: list[tuple] = [(*head, "net GB", "seconds ≥", "bound by")]
     for f in p.programs:
         memory = (f.arguments, f.outputs, f.temporaries, f.others, f.peak, f.usable)
         work = (f.flops / 1e12, f.traffic / 1e9, sum(c.bytes for c in f.collectives) / 1e9, f.seconds)
@@ -219,7 +219,7 @@ def verdict(p: Plan) -> list[str]:
 
 
 def sweep_table(plans: list[Plan]) -> str:
-    rows = [("data", "fsdp", "tensor", "microbatch", "remat", "fits", "peak GiB", "in", "seconds ≥", "tokens/s ≤")]
+    rows: list[tuple] = [("data", "fsdp", "tensor", "microbatch", "remat", "fits", "peak GiB", "in", "seconds ≥", "tokens/s ≤")]
     for p in plans:
         c, worst = p.config, max(p.programs, key=lambda f: f.peak - f.usable)
         sizes = (*map(str, p.mesh.values()), str(c.learn.microbatch), c.model.remat, "yes" if p.fits else "NO")

@@ -5,6 +5,7 @@ sample is the same whatever the batch, the padding or the mesh.
 
 Rows that have stopped make room: when half of them have, the others move together into a loop of half the width, and so on
 down a short ladder. A row that moves takes along its own copy of its prompt's keys and values, which its group shares before.
+Only on CPU, where a step costs what its rows cost: on TPU and GPU it costs reading the weights, and each loop is one more to compile.
 """
 
 from functools import partial
@@ -96,14 +97,14 @@ def generate(
         """Draw until no row runs."""
         width = state.running.size // shards
         narrower = width // 2 if halvings and width % 2 == 0 and width // 2 >= NARROWEST else 0
-        state = jax.lax.while_loop(lambda s: s.running.reshape(shards, -1).sum(1).max() > narrower, body, state)
         if not narrower:
-            return state.drawn
+            return jax.lax.while_loop(lambda s: (s.t < length) & s.running.any(), body, state).drawn
+        state = jax.lax.while_loop(lambda s: s.running.reshape(shards, -1).sum(1).max() > narrower, body, state)
         place = jnp.argsort(~state.running.reshape(shards, -1), axis=1, stable=True)[:, :narrower]
         return put_rows(state.drawn, place, finish(take_rows(state, place), halvings - 1))
 
     with jax.named_scope("decode"):
-        rollout = finish(record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed))), HALVINGS)
+        rollout = finish(record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed))), HALVINGS if cfg.unroll else 0)
     return by_rows(rollout)
 
 
@@ -121,10 +122,7 @@ def take_rows(state: State, place: Array) -> State:
     def of_row(x):
         return take(x.reshape(-1, *x.shape[2:]), place)[:, None]
 
-    def of_cache(c):
-        return Cache(of_question(c.prompt_k), of_question(c.prompt_v), of_row(c.own_k), of_row(c.own_v))
-
-    caches = [of_cache(c) for c in state.caches] if isinstance(state.caches, list) else jax.vmap(of_cache)(state.caches)
+    caches = [Cache(of_question(c.prompt_k), of_question(c.prompt_v), of_row(c.own_k), of_row(c.own_v)) for c in state.caches]
     return state._replace(
         drawn=jax.tree.map(of_row, state.drawn),
         running=of_row(state.running),

@@ -26,7 +26,8 @@ AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = ("slice", "data", "fsdp")
 TRAIN = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "layers": None, "head_dim": None}
 DECODE = TRAIN | {"embed": None}
-ACTIVATIONS: dict[str, Any] = DECODE | {"batch": BATCH, "replica": ("slice", "data"), "embed_shard": "fsdp", "words": ("tensor", "fsdp")}
+WORDS = ("tensor", "fsdp")
+ACTIVATIONS: dict[str, Any] = DECODE | {"batch": BATCH, "replica": ("slice", "data"), "embed_shard": "fsdp", "words": WORDS}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -93,10 +94,10 @@ def by_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
 
 
-def divides(name: str, size: int) -> bool:
-    """Whether an activation's logical axis of this size is split evenly by the mesh in use."""
+def splits_words(vocab: int) -> bool:
+    """Whether the mesh in use divides the vocabulary over `tensor` and `fsdp` together."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or size % int(np.prod([mesh.shape[a] for a in ACTIVATIONS[name]])) == 0
+    return mesh.empty or vocab % int(np.prod([mesh.shape[a] for a in WORDS])) == 0
 
 
 def batch_ways(size: int) -> int:
@@ -125,6 +126,11 @@ def shardings(boxed: Any, mesh: Mesh, table: dict) -> Any:
         return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, table, dict(mesh.shape)))
 
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def of_one(stacked: Any) -> Any:
+    """Shardings of one layer, from those of all layers stacked along a leading axis."""
+    return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:])), stacked)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

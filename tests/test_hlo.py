@@ -17,10 +17,16 @@ TEXT = """HloModule made_by_hand
   ROOT %dynamic-slice.3 = f32[2,16]{1,0} dynamic-slice(%all-reduce.9, %c), dynamic_slice_sizes={2,16}
 }
 
-%one_layer (p0: f32[36,4,8], p1: s32[]) -> f32[4,8] {
+%inner (p0: f32[36,4,8], p1: s32[]) -> f32[4,8] {
   %p0 = f32[36,4,8]{2,1,0} parameter(0)
   %p1 = s32[] parameter(1)
   ROOT %slice = f32[4,8]{1,0} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,4,8}
+}
+
+%one_layer (q0: f32[36,4,8], q1: s32[]) -> f32[4,8] {
+  %q0 = f32[36,4,8]{2,1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  ROOT %within = f32[4,8]{1,0} fusion(%q0, %q1), kind=kLoop, calls=%inner
 }
 
 %body (s: (s32[], f32[36,4,8], bf16[4,16])) -> (s32[], f32[36,4,8], bf16[4,16]) {
@@ -82,6 +88,16 @@ def test_traffic_leaves_out_what_stays_on_the_chip():
 def test_groups_in_each_form(text, first, number):
     groups = list(hlo.groups_of(text, 8))
     assert groups[0] == first and len(groups) == number
+
+
+def test_a_counter_that_moves_by_two():
+    """XLA unrolls some loops once: 36 is then reached in 18 rounds."""
+    text = TEXT.replace("tuple(%i, %stack, %swap)", "tuple(%next, %stack, %swap)")
+    text = text.replace("  ROOT %t =", "  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  ROOT %t =")
+    computations, _ = hlo.parse(text)
+    assert hlo.trips(computations, "condition", "body") == 18
+    assert hlo.trips(hlo.parse(TEXT)[0], "condition", "body") == 36
+    assert hlo.trips(computations, "condition", "body", '"known_trip_count":{"n":"7"}') == 7
 
 
 def test_an_unknown_form_is_not_guessed():

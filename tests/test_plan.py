@@ -141,7 +141,7 @@ def test_bad_topologies_are_refused(tiny, topology, capsys):
 
 def test_the_compilers_refusal_is_read():
     whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.36G of 15.75G hbm. Exceeded hbm capacity by 7.61G."
-    part = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.00T) exceeds available HBM (15.75G)."
+    part = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total for HLO temporaries (1.00T) exceeds available HBM (15.75G)."
     assert aot.refusal(whole, 2 * GIB) == pytest.approx(21.36 * GIB) and aot.refusal(part, 2 * GIB) == 1024 * GIB
     assert aot.refusal("another error", 2 * GIB) is None
 
