@@ -8,7 +8,6 @@ from math import prod
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core
 
 from medrlvr_jax.model import DecoderConfig
@@ -21,7 +20,7 @@ def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, while_trips: int = 1) -> 
         name, p = eqn.primitive.name, eqn.params
         if name == "dot_general":
             (over, _), _ = p["dimension_numbers"]
-            out, left = (getattr(v.aval, "shape", ()) for v in (eqn.outvars[0], eqn.invars[0]))
+            out, left = (tuple(getattr(v.aval, "shape", ())) for v in (eqn.outvars[0], eqn.invars[0]))
             total += 2.0 * prod(out) * prod(left[i] for i in over)
         elif name == "cond":
             total += max(traced_flops(branch, while_trips) for branch in p["branches"])
