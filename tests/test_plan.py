@@ -1,5 +1,6 @@
 """The planner: its FLOPs against a hand count, its programs against those that train, and TPU compilations without a TPU."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -99,10 +100,12 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
     with jax.set_mesh(parts.mesh):
         for name in ("generate", "assess", "make_experience"):
             monkeypatch.setattr(experience, name, recording(name, getattr(experience, name)))
-        wrapped = {n: recording(n, getattr(programs, n)) for n in ("relay", "learn_policy", "learn_critic")}
+        relay, moved = build.relay_program(parts)
+        monkeypatch.setattr(build, "relay_program", lambda _: (recording("relay", relay), moved))
+        wrapped = {n: recording(n, getattr(programs, n)) for n in ("learn_policy", "learn_critic")}
+        recorded = dataclasses.replace(programs, relay=build.make_relay(parts), **wrapped)
         _, state = train.start(parts, 2)
-        reference = build.load_params(parts, parts.cfg)
-        train.train_step(parts, train.Programs(**wrapped, policy_tx=None, critic_tx=None), encoded, state, reference, 0)
+        train.train_step(parts, recorded, encoded, state, build.load_frozen(parts), 0)
         monkeypatch.undo()
         planned = {p.name: p.function.lower(*p.args, **p.kwargs).as_text() for p in aot.step_programs(parts, programs)}
     assert planned.keys() == seen.keys()
