@@ -207,11 +207,11 @@ def test_warmup_and_schedules():
 
     def rates(n, **kw):
         tx = learn.make_optimizer(config.OptimConfig(lr=1.0, clip_norm=1e9, **kw), n)
-        params, out = jnp.zeros(1), []
+        params, out = {"w": jnp.zeros(1)}, []
         state = tx.init(params)
         for _ in range(n):
-            step, state = tx.update(jnp.ones(1), state, params)
-            out.append(-float(step[0]))
+            step, state = tx.update({"w": jnp.ones(1)}, state, params)
+            out.append(-float(step["w"][0]))
         return out
 
     np.testing.assert_allclose(rates(10, warmup=0.4), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1], rtol=1e-4)
@@ -241,7 +241,7 @@ def fit(kind, mesh, devices):
         program = learn.compile_learn(c, learn.nll_objective(c, cfg), tx, placed)
         losses = []
         for _ in range(2):
-            learner, metrics = program(learner, {}, sharding.place_rows(rows, parts.mesh), jax.random.key(0), None)
+            learner, metrics = program(learner, {}, sharding.place_rows(rows, len(rows.tokens), parts.mesh), jax.random.key(0), None)
             losses.append(float(metrics["loss"].value()))
     assert program._cache_size() == 1
     assert [x.sharding for x in jax.tree.leaves(learner)] == jax.tree.leaves(placed)
