@@ -20,7 +20,7 @@ def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, while_trips: int = 1) -> 
         name, p = eqn.primitive.name, eqn.params
         if name == "dot_general":
             (over, _), _ = p["dimension_numbers"]
-            out, left = (tuple(getattr(v.aval, "shape", ())) for v in (eqn.outvars[0], eqn.invars[0]))
+            out, left = (_shape(v) for v in (eqn.outvars[0], eqn.invars[0]))
             total += 2.0 * prod(out) * prod(left[i] for i in over)
         elif name == "cond":
             total += max(traced_flops(branch, while_trips) for branch in p["branches"])
@@ -30,6 +30,10 @@ def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, while_trips: int = 1) -> 
             inner = sum(traced_flops(j, while_trips) for j in jax.tree.leaves(list(p.values()), is_leaf=_is_jaxpr) if _is_jaxpr(j))
             total += inner * (p["length"] if name == "scan" else 1)
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _is_jaxpr(x: Any) -> bool:
