@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # the second: a third less time
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+)
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's, on shared cores
 
 import jax
