@@ -1,12 +1,10 @@
-"""Eight fake CPU devices for every test; and since compiling is most of the time, a cache, and LLVM without its optimisations."""
+"""Eight fake CPU devices for every test, and a compilation cache, since compiling is most of the time."""
 
 import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's, on shared cores
 
 import jax
