@@ -1,10 +1,14 @@
-"""Eight fake CPU devices for every test, and a compilation cache, since compiling is most of the time."""
+"""Eight fake CPU devices for every test; and since compiling is most of the time, a cache, and a compiler that does not optimise.
+
+The two flags take the time of a test's programs to a half. What users run is compiled with neither: launch/quickstart.sh shows that.
+"""
 
 import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_COMPILE}"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's, on shared cores
 
 import jax
