@@ -3,6 +3,7 @@
 Peak, memory and link speeds are per chip, from the makers' pages:
 v5e, v5p, v6e: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}; "inter-chip interconnect bandwidth" there is both directions of all ports.
 H100 SXM: NVIDIA H100 data sheet (dense bfloat16; NVLink 900 GB/s both ways); between nodes one 400 Gb/s NIC a GPU, as DGX H100.
+L4, the cloud's 24 GB GPU: NVIDIA L4 data sheet (dense bfloat16; PCIe 4 × 16, 64 GB/s both ways); 100 Gb/s for eight, as Google's G2.
 `usable` is what XLA lets a program have: on TPU the limit in the compiler's own refusal; on GPU 90 % of the card, which needs
 XLA_PYTHON_CLIENT_MEM_FRACTION=.9 (the default is .75).
 """
@@ -33,20 +34,33 @@ CHIPS = {
     "v5p": Chip("tpu", 459e12, 95.74 * GIB, 2765e9, 200e9),
     "v6e": Chip("tpu", 918e12, 31.25 * GIB, 1638e9, 200e9),
     "h100": Chip("cuda", 989e12, 0.9 * 84_978_432_000, 3352e9, 450e9, 50e9),
+    "l4": Chip("cuda", 121e12, 0.9 * 24_152_899_584, 300e9, 32e9, 1.5e9),
 }
 
-# What XLA:GPU asks a card about itself; `device_memory_size` and `memory_bandwidth` as above.
-H100 = """
+# What XLA:GPU asks a card about itself: what all of them say, and each its own.
+GPU = """
 gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978432000
-  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  %s
 }
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "%s"
 """
+CARDS = {
+    "h100": (
+        """core_count: 132 threads_per_core_limit: 2048 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+        memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978432000
+        cuda_compute_capability { major: 9 minor: 0 }""",
+        "NVIDIA H100 80GB HBM3",
+    ),
+    "l4": (
+        """core_count: 58 threads_per_core_limit: 1536 shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376
+        memory_bandwidth: 300096000000 l2_cache_size: 50331648 clock_rate_ghz: 2.04 device_memory_size: 24152899584
+        cuda_compute_capability { major: 8 minor: 9 }""",
+        "NVIDIA L4",
+    ),
+}
 
 
 # libtpu would look for a TPU VM's metadata, and let no second process load it.
@@ -96,8 +110,8 @@ def devices(machine: Machine) -> list[Any]:
 
     if machine.chip.platform == "cuda":
         jax.devices("cpu")  # starts the backends, which loads the plug-in
-        shape = f"1x{machine.nodes}x{machine.count // machine.nodes}"
-        found = topologies.get_topology_desc(platform="cuda", topology_name="h100", target_config=H100, topology=shape)
+        shape, kind = f"1x{machine.nodes}x{machine.count // machine.nodes}", machine.topology.partition(":")[0]
+        found = topologies.get_topology_desc(platform="cuda", topology_name=kind, target_config=GPU % CARDS[kind], topology=shape)
         return list(found.devices)
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)

@@ -28,6 +28,7 @@ from jax.experimental.multihost_utils import process_allgather
 from medrlvr_jax import data, evaluate, log, lora, sharding
 from medrlvr_jax.build import Parts, abstract_learner, build, init_learner, load_frozen, make_relay, places, total_steps, updates_in
 from medrlvr_jax.checkpoint import Checkpoints
+from medrlvr_jax.compiles import Compiles
 from medrlvr_jax.config import Config, ConfigError, Diverged
 from medrlvr_jax.experience import Encoded, Scored, collect, encode
 from medrlvr_jax.learn import adapt_kl, compile_learn, critic_objective, make_optimizer, offload, policy_objective
@@ -68,7 +69,7 @@ def drive(
     `one`: (state, step) → (state, metrics, samples, the rows that were learned from).
     """
     config, skips = parts.config, 0
-    with log.Run(config, steps) as run:
+    with log.Run(config, steps) as run, Compiles() as compiles:
         checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice)
         state, done = checkpoints.restore_newest(state)
         run.resume(done)
@@ -77,17 +78,21 @@ def drive(
         if done == 0 and sets:
             run.record(0, evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run))
         for step in range(done, steps):
+            compiles.taken()  # by a checkpoint or a dump
             began = time.monotonic()
             state, metrics, rows, learned = one(state, step)
             metrics |= {"seconds": time.monotonic() - began}
             n, last = step + 1, step + 1 == steps
+            if sets and (last or (config.eval.every and n % config.eval.every == 0)):
+                metrics |= evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run)
+            if (made := compiles.taken()) and step > done:
+                names, lost = ", ".join(sorted({name for name, _ in made})), sum(seconds for _, seconds in made)
+                run.notice(f"step {n}: compiled {names} in mid-run, {lost:.1f} s lost; JAX's log above says what changed")
             if any(value > 0 for name, value in metrics.items() if name.split("/")[-1] == "skipped"):
                 skips += 1
                 run.notice(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
             else:
                 skips = 0
-            if last or (config.eval.every and n % config.eval.every == 0):
-                metrics |= evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run)
             run.record(n, metrics, rows)
             checkpoints.check()
             if last or skips == SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):

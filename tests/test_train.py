@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, build, checkpoint, config, hf, lora, model, sharding, train
+from medrlvr_jax import __main__, build, checkpoint, compiles, config, hf, lora, model, sharding, train
 
 TREE = {
     "name": "run",
@@ -108,7 +108,7 @@ def test_eval_and_export(run, folder, capsys):
     assert lines(folder / "again" / "in_distribution.jsonl") == lines(folder / "answers" / "in_distribution.jsonl")
 
 
-def test_grpo_and_sft_run(folder):
+def test_grpo_and_sft_run(folder, capsys):
     grpo = ["name=grpo", "learn.critic=null", "advantage.estimator=group", "kl={coef: 0.01, into: loss, estimator: k3}", "eval.sets={}"]
     assert main("train", folder / "config.yaml", *grpo) == 0
     assert "critic/loss" not in lines(folder / "runs/grpo/metrics.jsonl")[-1]
@@ -116,6 +116,7 @@ def test_grpo_and_sft_run(folder):
     assert main("sft", folder / "config.yaml", *sft) == 0
     losses = [m["loss"] for m in lines(folder / "runs/sft/metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.5
+    assert "in mid-run" not in capsys.readouterr().err  # every program was compiled in the first step
 
 
 @pytest.mark.parametrize(
@@ -198,3 +199,25 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys,
     abstract = build.abstract_params(parts, parts.cfg)
     first, last = (checkpoint.restore_params(path / "checkpoints", abstract, step)[0] for step in (1, 4))
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(first), sharding.to_host(last))
+
+
+def test_what_is_compiled_late_is_named_and_explained(folder, capsys, caplog, monkeypatch):
+    honest, sizes = train.collect, iter([3, 4])
+
+    @jax.jit
+    def triple(x):
+        return 3 * x
+
+    def grown(*args):
+        triple(np.ones(next(sizes)))
+        return honest(*args)
+
+    monkeypatch.setattr(train, "collect", grown)
+    assert main("train", folder / "config.yaml", "name=grown", "eval.sets={}") == 0
+    said = capsys.readouterr().err
+    assert "step 2: compiled jit(triple) in mid-run" in said and "step 1: compiled" not in said
+    assert "at x, now f32[4] and before f32[3]" in caplog.text
+    triple(np.ones(4))
+    with compiles.Compiles() as heard:
+        triple(np.ones(4))
+        assert heard.taken() == []
