@@ -24,7 +24,10 @@ class Compiles:
             self._made.append((str(about.get("fun_name", "a program")), seconds))
 
     def taken(self) -> list[tuple[str, float]]:
-        """Their names and seconds. From now on JAX itself logs why each further one is needed."""
+        """Their names and seconds."""
         made, self._made = self._made, []
-        jax.config.update("jax_explain_cache_misses", True)
         return made
+
+    def explain(self) -> None:
+        """From now on JAX itself logs why each further one is needed."""
+        jax.config.update("jax_explain_cache_misses", True)

@@ -79,6 +79,8 @@ def drive(
             run.record(0, evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run))
         for step in range(done, steps):
             compiles.taken()  # by a checkpoint or a dump
+            if step > done:
+                compiles.explain()
             began = time.monotonic()
             state, metrics, rows, learned = one(state, step)
             metrics |= {"seconds": time.monotonic() - began}
