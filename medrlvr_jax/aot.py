@@ -16,7 +16,7 @@ import numpy as np
 from medrlvr_jax import architectures, experience, flops, hlo, lora, machines, sharding
 from medrlvr_jax.build import Parts, abstract_base, abstract_decode, abstract_learner, abstract_params, lay_out, relay_program
 from medrlvr_jax.config import Config
-from medrlvr_jax.experience import assess, assess_settings, make_experience
+from medrlvr_jax.experience import assess, assess_settings, experience_settings, make_experience
 from medrlvr_jax.machines import Machine
 from medrlvr_jax.sample import generate
 from medrlvr_jax.train import Programs
@@ -105,11 +105,13 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
     assessment = Assessment(column(), column(), None if reference is None else column(), values)
     rewards, whole = array(jnp.float32, q, g), sharding.replicated(mesh)
     coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    weights = None if c.loss.sampler_cap is None else column()
     made = Experience(
-        prompts.tokens, prompts.mask, rollout.tokens, rollout.mask, column(), assessment.ref_logprobs, column(), values, values
+        prompts.tokens, prompts.mask, rollout.tokens, rollout.mask, column(), assessment.ref_logprobs, column(), values, values, weights
     )
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=whole)
-    relay, moved = relay_program(parts)
+    sampler, stops = parts.sampler_cfg, (parts.tokenizer.stop_ids, parts.tokenizer.pad_id)
+    relay, moved = relay_program(parts, sampler)
     one = flops.forward_flops(parts.cfg, q, p, g, r)
     of_critic = flops.forward_flops(parts.critic_cfg, q, p, g, r) if critic else 0.0
     idle = (lambda *trees: ()) if c.learn.offload else (lambda *trees: trees)  # what waits in the host's memory meanwhile
@@ -119,7 +121,7 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
         Program(
             "generate",
             generate,
-            (abstract_decode(parts), parts.cfg, prompts, key, c.sample, parts.tokenizer.stop_ids, parts.tokenizer.pad_id),
+            (abstract_decode(parts, sampler), sampler, prompts, key, c.sample, *stops),
             {},
             (moved, critic and critic.params, idle(reference), states),  # what is not moved is the sampler's own
             flops.generate_flops(parts.cfg, q, p, g, r),
@@ -136,7 +138,7 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
             "make_experience",
             make_experience,
             (prompts, rollout, assessment, rewards, coef),
-            {"config": (c.advantage, c.kl)},
+            experience_settings(parts),
             (weights, idle(reference), states),
             0.0,
         ),

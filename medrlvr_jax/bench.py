@@ -93,13 +93,13 @@ def lengths(args: argparse.Namespace) -> np.ndarray | None:
 
 
 def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    params = make_relay(parts)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
+    params = make_relay(parts, parts.sampler_cfg)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
     prompts = place_prompts(parts, encoded_questions(args, parts), np.arange(args.questions))
     limits = lengths(args)
     stops = (parts.cfg.vocab,)  # none that can be drawn: how long a row gets is the case's to say
 
     def run():
-        return generate(params, parts.cfg, prompts, jax.random.key(0), parts.config.sample, stops, parts.tokenizer.pad_id, limits)
+        return generate(params, parts.sampler_cfg, prompts, jax.random.key(0), parts.config.sample, stops, parts.tokenizer.pad_id, limits)
 
     times = clock(run, args.runs)
     tokens, weights = int(run().mask.sum()), sum(p.size for p in jax.tree.leaves(params))

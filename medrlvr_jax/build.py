@@ -26,6 +26,11 @@ class Parts:
     critic_cfg: DecoderConfig
     mesh: jax.sharding.Mesh
 
+    @property
+    def sampler_cfg(self) -> DecoderConfig:
+        """The decoder that rollouts are drawn from. Evaluation is of `cfg`."""
+        return dataclasses.replace(self.cfg, int8=self.config.sample.weights == "int8")
+
 
 def build(config: Config) -> Parts:
     """Read everything that can be refused before any device work, then lay out the mesh."""
@@ -124,41 +129,58 @@ def init_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformat
     return Learner(params, jax.jit(tx.init, out_shardings=placed.opt_state)(params)), placed
 
 
-def abstract_decode(parts: Parts) -> Params:
-    """The sampler's parameters as ShapeDtypeStructs: arithmetic dtype, DECODE shards."""
-    dtype, want = jnp.dtype(parts.config.model.dtype), abstract_params(parts, parts.cfg, sharding.DECODE)
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding), want)
+def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
+    """A sampler's parameters as ShapeDtypeStructs: arithmetic dtype, or int8 with float32 scales, DECODE shards."""
+    dtype, want = jnp.dtype(parts.config.model.dtype), lora.flat(abstract_params(parts, cfg, sharding.DECODE))
+
+    def one(name, p):
+        kept = jnp.int8 if cfg.int8 and name in model.MATRICES else jnp.float32 if name.endswith("_scale") else dtype
+        return jax.ShapeDtypeStruct(p.shape, kept, sharding=p.sharding)
+
+    return unflatten_dict({key: one(key[-1], p) for key, p in want.items()})
 
 
-def relay_program(parts: Parts) -> tuple[Any, dict[tuple, Any]]:
+def relay_program(parts: Parts, cfg: DecoderConfig) -> tuple[Any, dict[tuple, Any]]:
     """The jitted part of `make_relay`, and its arguments as ShapeDtypeStructs by path: those that lie otherwise in the sampler's copy."""
-    have, want = lora.flat(abstract_params(parts, parts.cfg)), lora.flat(abstract_decode(parts))
+    have, want = lora.flat(abstract_params(parts, parts.cfg)), lora.flat(abstract_decode(parts, cfg))
 
     def stays(key):
         return have[key].dtype == want[key].dtype and have[key].sharding.is_equivalent_to(want[key].sharding, want[key].ndim)
 
     moved = {key: leaf for key, leaf in have.items() if not stays(key)}
-    where = {key: want[key].sharding for key in moved}
-    one = sharding.of_one({key: s for key, s in where.items() if key[0] == "layers"})
+    where = {key: leaf.sharding for key, leaf in want.items() if key in moved or key not in have}
+    layers = {key: s for key, s in where.items() if key[0] == "layers"}
+    one, shards = sharding.of_one(layers), sharding.of_one({key: have[key].sharding for key in layers if key in have})
+    put = jax.lax.with_sharding_constraint
+
+    def quantized(layer):
+        """Before they travel: a byte a weight."""
+        out = {}
+        for key, w in layer.items():
+            if want[key].dtype == jnp.int8:
+                whole, scale = model.quantize(w, model.MATRICES[key[-1]])
+                out |= {key: put(whole, shards[key]), (*key[:-1], f"{key[-1]}_scale"): scale}
+        return layer | out
 
     def lay(params, where):
-        return {k: jax.lax.with_sharding_constraint(params[k].astype(want[k].dtype), s) for k, s in where.items()}
+        return {k: put(params[k].astype(want[k].dtype), s) for k, s in where.items()}
 
     def program(params):
         """Layer by layer: all at once, XLA holds what it gathers a second time beside the result."""
-        layers = jax.lax.map(lambda layer: lay(layer, one), {k: params[k] for k in one}) if one else {}
-        return lay(params, {k: s for k, s in where.items() if k not in one}) | layers
+        stacked = {k: params[k] for k in shards}
+        laid = jax.lax.map(lambda layer: lay(quantized(layer), one), stacked) if stacked else {}
+        return lay(params, {k: s for k, s in where.items() if k not in layers}) | laid
 
     return jax.jit(program, out_shardings=where), moved
 
 
-def make_relay(parts: Parts):
-    """Whole parameters → the sampler's: arithmetic dtype, DECODE shards. Once per rollout, so that no token pays an all-gather.
+def make_relay(parts: Parts, cfg: DecoderConfig):
+    """Whole parameters → those of a sampler `cfg`: its dtypes, DECODE shards. Once per rollout, so that no token pays an all-gather.
 
     What is so already is passed on as it is: a frozen bfloat16 base on one chip is never copied. Adapters stay beside their
     matrices, for a sum rounded to bfloat16 would lose the small ones, and the sampler's log-probs would not be the trainer's.
     """
-    program, moved = relay_program(parts)
+    program, moved = relay_program(parts, cfg)
 
     def relay(params):
         flat = lora.flat(params)

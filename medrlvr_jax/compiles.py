@@ -19,9 +19,9 @@ class Compiles:
         jax.monitoring.unregister_event_duration_listener(self._hear)
         jax.config.update("jax_explain_cache_misses", False)
 
-    def _hear(self, event: str, seconds: float, **about: Any) -> None:
+    def _hear(self, event: str, duration_secs: float, **about: Any) -> None:
         if event == EVENT:
-            self._made.append((str(about.get("fun_name", "a program")), seconds))
+            self._made.append((str(about.get("fun_name", "a program")), duration_secs))
 
     def taken(self) -> list[tuple[str, float]]:
         """Their names and seconds."""

@@ -87,6 +87,7 @@ class SampleConfig:
     temperature: Weight = 1.0  # 0: greedy
     top_k: Size = 0  # 0: off
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    weights: Literal["same", "int8"] = "same"  # int8: the layers' matrices by output channel; needs loss.sampler_cap
 
 
 @section
@@ -132,6 +133,7 @@ class LossConfig:
     clip_low: Weight = 0.2
     clip_high: Weight = 0.2
     ratio_cap: Annotated[float, Field(gt=1)] | None = None  # TRL's two-sided clip δ: the unclipped ratio is cut here
+    sampler_cap: Annotated[float, Field(gt=0)] | None = None  # truncated importance sampling: tokens weigh min(π_old / π_sampler, this)
     dual_clip: Annotated[float, Field(gt=1)] | None = None  # verl's lower bound for negative advantages, 3.0 there
     aggregate: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"  # constant: Dr.GRPO, by max_new_tokens
     entropy_coef: float = 0.0  # positive rewards entropy
@@ -343,6 +345,8 @@ def _cross_checks(c: Config) -> list[str]:
         out.append(f"sample.samples: {c.sample.samples}: {compared}, so at least 2 are needed")
     if c.sample.min_new_tokens >= c.sample.max_new_tokens:
         out.append(f"sample.min_new_tokens: {c.sample.min_new_tokens} must be below sample.max_new_tokens = {c.sample.max_new_tokens}")
+    if c.sample.weights == "int8" and c.loss.sampler_cap is None:
+        out.append("sample.weights: int8 draws from another policy than the one that learns; set loss.sampler_cap, 2.0 is usual")
     if c.sample.temperature == 0:
         out.append("sample.temperature: 0 is greedy, and greedy rollouts teach nothing; set it above 0 (eval.temperature may be 0)")
     if c.kl.coef > 0 and c.kl.into == "loss" and c.kl.estimator == "k1":

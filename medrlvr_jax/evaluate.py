@@ -109,7 +109,7 @@ def evaluate_source(source: Path, settings: list[str], step: int | None, out: Pa
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(parts.mesh):
-        decode_params = make_relay(parts)(params)
+        decode_params = make_relay(parts, parts.cfg)(params)
         for name, encoded in sets.items():
             counts, rows = evaluate(parts, decode_params, encoded, lambda done, n, name=name: console.progress(f"eval {name}", done, n))
             results[name] = counts

@@ -160,8 +160,9 @@ def assess(
 def make_experience(
     prompts: Prompts, rollout: Rollout, assessment: Assessment, rewards: Array, kl_coef: Array, *, config: tuple
 ) -> tuple[Experience, dict[str, Array]]:
-    """Rewards [Q, G] meet the assessment; `config` is (AdvantageConfig, KLConfig). Also the step's scalars, over tokens or responses."""
-    advantage, kl = config
+    """Rewards [Q, G] meet the assessment; `config` is (AdvantageConfig, KLConfig, LossConfig). Also the step's scalars, over tokens or
+    responses."""
+    advantage, kl, loss = config
     mask, n = rollout.mask, jnp.maximum(rollout.mask.sum(), 1)
     a = assessment
     adv, returns, stats = advantages.compute(advantage, kl, rewards, a.logprobs, a.ref_logprobs, a.values, mask, kl_coef)
@@ -186,6 +187,7 @@ def make_experience(
         advantages=adv,
         values=a.values,
         returns=returns,
+        sampler_weights=None if loss.sampler_cap is None else jnp.minimum(advantages.ratio_of(gap), loss.sampler_cap),
     )
     return by_rows(experience), stats
 
@@ -194,6 +196,11 @@ def assess_settings(parts: Parts) -> dict[str, Any]:
     """The static arguments of `assess`."""
     c = parts.config
     return {"cfg": parts.cfg, "critic_cfg": parts.critic_cfg, "temperature": c.sample.temperature, "slab": c.model.logit_slab}
+
+
+def experience_settings(parts: Parts) -> dict[str, Any]:
+    """The static arguments of `make_experience`."""
+    return {"config": (parts.config.advantage, parts.config.kl, parts.config.loss)}
 
 
 def collect(
@@ -214,10 +221,11 @@ def collect(
     tokenizer, sample = parts.tokenizer, parts.config.sample
     prompts = place_prompts(parts, encoded, index)
     whole = lora.join(frozen.base, policy)
-    rollout = generate(relay(whole), parts.cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
+    rollout = generate(relay(whole), parts.sampler_cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
     here = to_memory(frozen, "device") if parts.config.learn.offload else frozen
     assessment = assess(here, policy, critic, prompts, rollout.tokens, **assess_settings(parts))
     scored = score_rollout(parts, encoded, index, rollout)
     rewards = place_rows(scored.verdicts.reward.reshape(-1, sample.samples), len(index), parts.mesh)
-    experience, stats = make_experience(prompts, rollout, assessment, rewards, kl_coef, config=(parts.config.advantage, parts.config.kl))
+    kinds = experience_settings(parts)
+    experience, stats = make_experience(prompts, rollout, assessment, rewards, kl_coef, **kinds)
     return experience, stats, scored

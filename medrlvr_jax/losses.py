@@ -82,7 +82,9 @@ def policy_loss(
     """−surrogate(ρ, A) + β·k(log π, log π_ref) − c·H per token, aggregated; ρ = π / π_old, the old being `experience.logprobs`.
 
     logprobs, entropy [Q, G, R] of the policy that learns: gradients flow through these two alone. The KL term is there if `kl.into`
-    is loss and the experience has a reference. Metrics: `surrogate`; `ratio`; `ratio_far`, the share of tokens with ρ outside
+    is loss and the experience has a reference. Where the experience has `sampler_weights` (min(π_old / π_sampler, cap): truncated
+    importance sampling, Ionides 2008, for rollouts drawn from other weights), they multiply the surrogate; the KL term and the entropy
+    bonus stay. Metrics: `sampler_weight`, their mean; `surrogate`; `ratio`; `ratio_far`, the share of tokens with ρ outside
     [0.9, 1.1]; `clip_low` and `clip_high`, the shares at which a bound took the gradient away (CISPO: cut the ratio);
     `approx_kl`, k3 of KL(π_old ‖ π); `kl_ref`, by `kl.estimator`, if there is a reference; `entropy` in nats.
     """
@@ -93,7 +95,11 @@ def policy_loss(
     ratio = ratio_of(sequence_log_ratio(log_ratio, mask) if loss.ratio == "sequence" else log_ratio)
     cispo = loss.surrogate == "cispo"
     surrogate = cispo_surrogate(new, ratio, advantages, loss) if cispo else clip_surrogate(ratio, advantages, loss)
-    metrics = {
+    metrics = {}
+    if experience.sampler_weights is not None:
+        weights = jnp.where(mask, experience.sampler_weights, 0.0)
+        surrogate, metrics["sampler_weight"] = weights * surrogate, token_mean(weights, mask)
+    metrics |= {
         "surrogate": aggregate(surrogate, mask, loss.aggregate, max_new_tokens),
         "ratio": token_mean(ratio, mask),
         "ratio_far": token_mean(jnp.abs(ratio - 1) > 0.1, mask),

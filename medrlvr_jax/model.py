@@ -50,6 +50,7 @@ class DecoderConfig:
     unroll: bool = True  # decoding: see `decode_step`
     value_head: bool = False  # a critic: one number per token in place of the vocabulary
     lora: LoRAConfig | None = None  # adapters beside the matrices: `<name>_a` and `<name>_b`
+    int8: bool = False  # the matrices are int8, each output channel beside them scaled by `<name>_scale`: see `quantize`
 
 
 class Cache(NamedTuple):
@@ -138,6 +139,9 @@ class Block(nn.Module):
         def matrix(name, shape, axes, init):
             """One of `MATRICES`; and where it is adapted, A (Gaussian, so that x·A is about as large as x) and B (zero), its factors."""
             setattr(self, name, whole(name, shape, axes, init))
+            if c.int8:
+                n = MATRICES[name]
+                setattr(self, f"{name}_scale", weight(f"{name}_scale", shape[n:], axes[n:], ones))
             if c.lora and name in c.lora.targets:
                 n, rank = MATRICES[name], c.lora.rank
                 a = whole(f"{name}_a", (*shape[:n], rank), (*axes[:n], None), normal(prod(shape[:n]) ** -0.5))
@@ -168,6 +172,8 @@ class Block(nn.Module):
         """x [..., in] by a matrix, flat: [..., out]; where it is adapted, x·W + x·A·B·alpha/rank."""
         c = self.cfg
         y = linear(x, getattr(self, name).reshape(x.shape[-1], -1))
+        if c.int8:
+            y = (y * getattr(self, f"{name}_scale").reshape(-1)).astype(y.dtype)
         if c.lora and name in c.lora.targets:
             a, b = getattr(self, f"{name}_ab")
             low = linear(x, a.reshape(-1, c.lora.rank))
@@ -247,6 +253,14 @@ def _put(cache: Array, new: Array, t, layer) -> Array:
         if layer is None
         else jax.lax.dynamic_update_slice(cache, new[None], (layer, *start))
     )
+
+
+def quantize(w: Array, inputs: int) -> tuple[Array, Array]:
+    """One layer's matrix [in…, out…] with `inputs` input axes as int8 and its float32 scale [out…]; by the largest of each channel."""
+    axes = tuple(range(inputs))
+    w = w.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(w).max(axes), 1e-30) / 127
+    return jnp.round(w / scale).astype(jnp.int8), scale
 
 
 class Decoder(nn.Module):

@@ -58,7 +58,7 @@ def sft(config: Config) -> dict[str, Any]:
         tx = make_optimizer(config.learn.policy, updates_in(config, steps))
         learner, placed = init_learner(parts, parts.cfg, tx)
         learner, learn = offload(config, learner, compile_learn(config, nll_objective(config, parts.cfg), tx, placed))
-        base, relay = load_base(parts), make_relay(parts)
+        base, relay = load_base(parts), make_relay(parts, parts.cfg)
         zeros = jax.device_put((np.float32(0), np.int32(0)), sharding.replicated(parts.mesh))
 
         def one(state: TrainState, step: int):

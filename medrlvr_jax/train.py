@@ -58,7 +58,8 @@ def train(config: Config) -> dict[str, Any]:
             return state, metrics, rows, experience
 
         notices = [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
-        return drive(parts, sets, steps, state, one, lambda params: programs.relay(lora.join(frozen.base, params)), notices)
+        relay = programs.relay if parts.sampler_cfg == parts.cfg else make_relay(parts, parts.cfg)  # evaluation is of the policy itself
+        return drive(parts, sets, steps, state, one, lambda params: relay(lora.join(frozen.base, params)), notices)
 
 
 def drive(
@@ -141,7 +142,7 @@ def make_programs(parts: Parts, steps: int) -> Programs:
         critic_tx = make_optimizer(config.learn.critic, updates)
         placed = places(abstract_learner(parts, parts.critic_cfg, critic_tx))
         learn_critic = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
-    return Programs(make_relay(parts), learn_policy, learn_critic, policy_tx, critic_tx)
+    return Programs(make_relay(parts, parts.sampler_cfg), learn_policy, learn_critic, policy_tx, critic_tx)
 
 
 def start(parts: Parts, steps: int) -> tuple[Programs, TrainState]:

@@ -71,6 +71,7 @@ class Experience:
     advantages: Array  # float32 [Q, G, R]
     values: Array | None  # float32 [Q, G, R], before learning
     returns: Array | None  # float32 [Q, G, R]
+    sampler_weights: Array | None = None  # float32 [Q, G, R], of truncated importance sampling: see losses.policy_loss
 
 
 @pytree

@@ -64,7 +64,7 @@ class Loop:
                 critic, placed = build.init_learner(p, p.critic_cfg, tx)
                 program = learn.compile_learn(c, learn.critic_objective(c, p.critic_cfg), tx, placed)
                 self.critic, self.learn_critic = learn.offload(c, critic, program)
-            self.relay = build.make_relay(p)
+            self.relay = build.make_relay(p, p.sampler_cfg)
 
     def rollout(self):
         c, mesh = self.c, self.parts.mesh
@@ -75,7 +75,7 @@ class Loop:
         prompts = sharding.place_rows(jax.tree.map(lambda x: x[own], prompts), Q, mesh)
         self.key = jax.random.fold_in(jax.random.key(0), self.step)
         whole = lora.join(self.frozen.base, self.policy.params)
-        rollout = sample.generate(self.relay(whole), self.cfg, prompts, self.key, c.sample, STOPS, PAD)
+        rollout = sample.generate(self.relay(whole), self.parts.sampler_cfg, prompts, self.key, c.sample, STOPS, PAD)
         critic = self.critic and self.critic.params
         assessment = experience.assess(
             sharding.to_memory(self.frozen, "device"),
@@ -89,7 +89,7 @@ class Loop:
             slab=64,
         )
         self.rewards = sharding.place_rows(self.score(sharding.fetch_rows(rollout.tokens, mesh)).astype(np.float32), Q, mesh)
-        coef, kinds = jnp.float32(c.kl.coef), (c.advantage, c.kl)
+        coef, kinds = jnp.float32(c.kl.coef), (c.advantage, c.kl, c.loss)
         made, stats = experience.make_experience(prompts, rollout, assessment, self.rewards, coef, config=kinds)
         return rollout, made, stats
 
@@ -185,6 +185,34 @@ def test_fractional_rewards_reach_the_loss():
         _, made, _ = loop.rollout()
     first = np.asarray(made.advantages)[:, :, 0]
     np.testing.assert_allclose(first, np.where(np.arange(G) == 0, 0.1875, -0.0625) * np.ones((Q, G)), rtol=1e-6)
+
+
+def test_int8_rollouts_are_of_the_rounded_policy_and_weighed():
+    """Their log-probs are those of w → round(w / s)·s, s = max|w| / 127 of each output channel; on a mesh too."""
+    changes = {"sample__weights": "int8", "loss__sampler_cap": 1.05}
+    loop = Loop(steady("group", **changes))
+    params = loop.policy.params
+    with jax.set_mesh(loop.parts.mesh):
+        rollout, made, stats = loop.rollout()
+    rounded = dict(params["layers"])
+    for name, inputs in model.MATRICES.items():
+        w = np.asarray(params["layers"][name])
+        scale = np.abs(w).max(tuple(range(1, 1 + inputs)), keepdims=True) / 127
+        rounded[name] = np.round(w / scale) * scale
+    args = made.prompts, made.prompt_mask, rollout.tokens
+    logprobs = [
+        model.token_logprobs(p, CFG, model.hidden_states(p, CFG, *args), rollout.tokens, 1.0, 10_000)[0]
+        for p in (params, params | {"layers": rounded})
+    ]
+    np.testing.assert_allclose(np.where(rollout.mask, logprobs[1], 0), rollout.logprobs, atol=1e-5)
+    drift = np.where(rollout.mask, logprobs[0] - rollout.logprobs, 0)
+    assert 1e-3 < np.abs(drift).max() == pytest.approx(float(stats["sampler_gap"]), abs=1e-5)
+    np.testing.assert_allclose(made.sampler_weights, np.minimum(np.exp(drift), 1.05), rtol=1e-5)
+    assert (np.asarray(made.sampler_weights) == np.float32(1.05)).any() or np.exp(drift).max() < 1.05
+    tokens, *_ = loop.run(2)
+    assert 0.95 < float(loop.metrics["sampler_weight"].value()) < 1.05
+    meshed, *_ = Loop(steady("group", **changes, mesh={"fsdp": 2, "tensor": 2}), 4).run(2)
+    np.testing.assert_array_equal(tokens, meshed)
 
 
 def test_the_stop_token_is_learned_from():

@@ -288,3 +288,15 @@ def test_padding_reaches_neither_value_nor_gradient(loss):
 def test_an_unknown_aggregate_is_refused():
     with pytest.raises(ValueError, match="token_mean, sequence_mean, constant"):
         losses.aggregate(F["new"], MASK, "mean", 8)
+
+
+def test_sampler_weights_multiply_the_surrogate_alone():
+    """By hand: at ρ = 1 the loss is −w·A + β·k3 per token, and its gradient by log π is −w·A + β·∂k3."""
+    weights = np.random.default_rng(0).uniform(0.5, 2, MASK.shape).astype(np.float32)
+    exp = experience(sampler_weights=weights, ref_logprobs=F["ref"])
+    (mean, metrics), (gradient, _) = policy_means(F["old"], np.zeros_like(F["old"]), exp, np.float32(0.1), LossConfig(), IN_LOSS, 5)
+    log = F["ref"] - F["old"]
+    want = -weights * exp.advantages + 0.1 * (np.exp(log) - log - 1)
+    assert divided(mean) == pytest.approx(want[MASK].mean(), abs=1e-6)
+    np.testing.assert_allclose(gradient[MASK], (-weights * exp.advantages + 0.1 * (1 - np.exp(log)))[MASK], atol=1e-6)
+    assert divided(metrics["sampler_weight"]) == pytest.approx(weights[MASK].mean(), abs=1e-6)

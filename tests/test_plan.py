@@ -100,10 +100,10 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
     with jax.set_mesh(parts.mesh):
         for name in ("generate", "assess", "make_experience"):
             monkeypatch.setattr(experience, name, recording(name, getattr(experience, name)))
-        relay, moved = build.relay_program(parts)
-        monkeypatch.setattr(build, "relay_program", lambda _: (recording("relay", relay), moved))
+        relay, moved = build.relay_program(parts, parts.sampler_cfg)
+        monkeypatch.setattr(build, "relay_program", lambda *_: (recording("relay", relay), moved))
         wrapped = {n: recording(n, getattr(programs, n)) for n in ("learn_policy", "learn_critic")}
-        recorded = dataclasses.replace(programs, relay=build.make_relay(parts), **wrapped)
+        recorded = dataclasses.replace(programs, relay=build.make_relay(parts, parts.sampler_cfg), **wrapped)
         _, state = train.start(parts, 2)
         train.train_step(parts, recorded, encoded, state, build.load_frozen(parts), 0)
         monkeypatch.undo()
