@@ -129,9 +129,9 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
         Program(
             "assess",
             assess,
-            (frozen, policy.params, critic and critic.params, prompts, rollout.tokens),
+            (frozen, policy.params, critic and critic.params, prompts, rollout),
             assess_settings(parts),
-            (states, rollout),
+            (states,),
             one * (1 if reference is None else 2) + of_critic,
         ),
         Program(

@@ -162,6 +162,9 @@ class LearnConfig:
 
     epochs: Count = 1  # passes over one rollout
     minibatch: Count = 16  # questions per optimiser step
+    # Shares of samples × max_new_tokens for which passes over the responses are compiled, beside the whole. Padding beyond the least that
+    # holds a micro-batch is not computed. [0.25, 0.5] where few responses use their budget; each adds to what compiling takes.
+    row_sizes: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     microbatch: Count | None = None  # questions per forward and backward pass; null: the whole minibatch
     policy: OptimConfig
     critic: OptimConfig | None = None  # null: no critic (GRPO and its kin)

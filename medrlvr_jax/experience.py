@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax import advantages, lora, model, stages, text
+from medrlvr_jax import advantages, lora, scoring, stages, text
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import Config, SampleConfig
 from medrlvr_jax.data import LETTERS, Question
@@ -120,40 +120,49 @@ def sample_and_score(decode_params: Params, parts: Parts, encoded: Encoded, inde
     return score_rollout(parts, encoded, index, rollout)
 
 
-@partial(jax.jit, static_argnames=("cfg", "critic_cfg", "temperature", "slab"))
+@partial(jax.jit, static_argnames=("cfg", "critic_cfg", "temperature", "slab", "sizes"))
 def assess(
     frozen: Frozen,
     policy: Params,
     critic: Params | None,
     prompts: Prompts,
-    tokens: Array,
+    rollout: Rollout,
     *,
     cfg: DecoderConfig,
     critic_cfg: DecoderConfig,
     temperature: float,
     slab: int,
+    sizes: tuple[int, ...],
 ) -> Assessment:
     """What the trainer itself says of the rollout before learning: log-probs, the reference's, and values.
 
-    `policy` and `critic` are what is trained of them; the reference is computed without adapters.
+    `policy` and `critic` are what is trained of them; the reference is computed without adapters. `sizes` as of `scoring.at_row_size`.
     """
+    rows = scoring.Rows(prompts.tokens, prompts.mask, rollout.tokens, rollout.mask)
 
-    def logprobs(trained, cfg):
+    def read(trained, cfg, size, of):
         params = lora.join(frozen.base, trained)
-        hidden = model.hidden_states(params, cfg, prompts.tokens, prompts.mask, tokens)
-        return model.token_logprobs(params, cfg, hidden, tokens, temperature, slab)
+        return scoring.at_responses(params, cfg, rows, size, partial(of, params, cfg))
 
-    with jax.named_scope("assess_policy"):
-        own, entropy = logprobs(policy, cfg)
-    with jax.named_scope("assess_reference"):
-        ref = None if frozen.reference is None else logprobs(frozen.reference, lora.off(cfg))[0]
-    with jax.named_scope("assess_critic"):
-        values = None
-        if critic is not None:
-            params = lora.join(frozen.base, critic)
-            hidden = model.hidden_states(params, critic_cfg, prompts.tokens, prompts.mask, tokens)
-            values = model.values(params, critic_cfg, hidden)
-    return by_rows(Assessment(own, entropy, ref, values))
+    def logprobs(params, cfg, hidden, tokens):
+        return scoring.token_logprobs(params, cfg, hidden, tokens, temperature, slab)
+
+    def values(params, cfg, hidden, tokens):
+        return scoring.values(params, cfg, hidden)
+
+    def at(size: int) -> Assessment:
+        ref = found = None
+        with jax.named_scope("assess_policy"):
+            own, entropy = read(policy, cfg, size, logprobs)
+        with jax.named_scope("assess_reference"):
+            if frozen.reference is not None:
+                ref, _ = read(frozen.reference, lora.off(cfg), size, logprobs)
+        with jax.named_scope("assess_critic"):
+            if critic is not None:
+                found = read(critic, critic_cfg, size, values)
+        return Assessment(own, entropy, ref, found)
+
+    return by_rows(scoring.at_row_size(rollout.mask, sizes, at))
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -195,7 +204,14 @@ def make_experience(
 def assess_settings(parts: Parts) -> dict[str, Any]:
     """The static arguments of `assess`."""
     c = parts.config
-    return {"cfg": parts.cfg, "critic_cfg": parts.critic_cfg, "temperature": c.sample.temperature, "slab": c.model.logit_slab}
+    sizes = scoring.row_sizes(c.learn.row_sizes, c.sample.samples, c.sample.max_new_tokens)
+    return {
+        "cfg": parts.cfg,
+        "critic_cfg": parts.critic_cfg,
+        "temperature": c.sample.temperature,
+        "slab": c.model.logit_slab,
+        "sizes": sizes,
+    }
 
 
 def experience_settings(parts: Parts) -> dict[str, Any]:
@@ -223,7 +239,7 @@ def collect(
     whole = lora.join(frozen.base, policy)
     rollout = generate(relay(whole), parts.sampler_cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
     here = to_memory(frozen, "device") if parts.config.learn.offload else frozen
-    assessment = assess(here, policy, critic, prompts, rollout.tokens, **assess_settings(parts))
+    assessment = assess(here, policy, critic, prompts, rollout, **assess_settings(parts))
     scored = score_rollout(parts, encoded, index, rollout)
     rewards = place_rows(scored.verdicts.reward.reshape(-1, sample.samples), len(index), parts.mesh)
     kinds = experience_settings(parts)

@@ -254,16 +254,22 @@ def groups_of(attributes: str, devices: int) -> Iterator[list[int]]:
         yield from (list(map(int, p.split(","))) for p in re.findall(r"\{(\d+,\d+)\}", pairs[1]))
     elif listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes):
         yield from [list(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", listed[1])] or [list(range(devices))]
-    elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, base = ([int(n) for n in iota[k].split(",")] for k in (1, 2))
-        order = np.arange(prod(base)).reshape(base)
-        yield from (order.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else order).reshape(shape).tolist()
-    elif named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        yield from _iota(iota[2]).reshape([int(n) for n in iota[1].split(",")]).tolist()
+    elif named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes):
         sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        over = re.findall(r"'(\w+)'", named[2])
-        grid = np.arange(prod(sizes.values())).reshape(tuple(sizes.values()))
+        over = re.findall(r"'(\w+)'", named[3])
+        grid = (_iota(named[2]) if named[2] else np.arange(prod(sizes.values()))).reshape(tuple(sizes.values()))
         kept = [a for a, name in enumerate(sizes) if name not in over]
         moved = [a for a, name in enumerate(sizes) if name in over]
         yield from grid.transpose(kept + moved).reshape(-1, prod(sizes[name] for name in over)).tolist()
     else:
         raise ValueError(f"device groups in a form that is not known: {attributes[:200]}")
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)`: 0 … 7 in four rows of two, transposed."""
+    shape, _, order = text.partition("T")
+    sizes = [int(n) for n in re.findall(r"\d+", shape)]
+    grid = np.arange(prod(sizes)).reshape(sizes)
+    return grid.transpose([int(n) for n in re.findall(r"\d+", order)]) if order else grid

@@ -1,6 +1,6 @@
 """Learning from a rollout: one `update` and one `learn` for policy, critic and supervised fine-tuning.
 
-They differ by objective, a function (params, rows, extra) → (Mean loss, metrics); params are the learner's joined with the frozen
+They differ by objective, a function (params, rows, extra, row size) → (Mean loss, metrics); params are the learner's joined with the frozen
 base, which is an argument of the program, not donated, and has no gradient. Gradients of the Mean's total add over micro-batches and
 are divided once by its count, so no split of the rows changes anything but rounding.
 """
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from medrlvr_jax import lora, losses, model, sharding
+from medrlvr_jax import lora, losses, model, scoring, sharding
 from medrlvr_jax.config import Config, KLConfig, LossConfig, OptimConfig
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.types import Array, Experience, Learner, Mean, Params
 
 Metrics = dict[str, Mean]
-Objective = Callable[[Params, Experience, Any], tuple[Mean, Metrics]]
+Objective = Callable[[Params, Experience, Any, int], tuple[Mean, Metrics]]
 
 
 def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
@@ -85,9 +85,11 @@ def policy_objective(config: Config, cfg: DecoderConfig) -> Objective:
     loss: LossConfig = config.loss
     kl: KLConfig = config.kl
 
-    def objective(params, rows, kl_coef):
-        hidden = model.hidden_states(params, cfg, rows.prompts, rows.prompt_mask, rows.tokens)
-        logprobs, entropy = model.token_logprobs(params, cfg, hidden, rows.tokens, config.sample.temperature, config.model.logit_slab)
+    def objective(params, rows, kl_coef, size):
+        def read(hidden, tokens):
+            return scoring.token_logprobs(params, cfg, hidden, tokens, config.sample.temperature, config.model.logit_slab)
+
+        logprobs, entropy = scoring.at_responses(params, cfg, rows, size, read)
         return losses.policy_loss(logprobs, entropy, rows, loss, kl, kl_coef, config.sample.max_new_tokens)
 
     return objective
@@ -96,9 +98,9 @@ def policy_objective(config: Config, cfg: DecoderConfig) -> Objective:
 def critic_objective(config: Config, cfg: DecoderConfig) -> Objective:
     """The clipped squared error of `losses.value_loss`; extra is unused."""
 
-    def objective(params, rows, _):
-        hidden = model.hidden_states(params, cfg, rows.prompts, rows.prompt_mask, rows.tokens)
-        return losses.value_loss(model.values(params, cfg, hidden), rows, config.loss)
+    def objective(params, rows, _, size):
+        values = scoring.at_responses(params, cfg, rows, size, lambda hidden, _: scoring.values(params, cfg, hidden))
+        return losses.value_loss(values, rows, config.loss)
 
     return objective
 
@@ -106,28 +108,39 @@ def critic_objective(config: Config, cfg: DecoderConfig) -> Objective:
 def nll_objective(config: Config, cfg: DecoderConfig) -> Objective:
     """Negative log-likelihood of the targets; extra is unused."""
 
-    def objective(params, rows, _):
-        hidden = model.hidden_states(params, cfg, rows.prompts, rows.prompt_mask, rows.tokens)
-        logprobs, _ = model.token_logprobs(params, cfg, hidden, rows.tokens, 1.0, config.model.logit_slab)
+    def objective(params, rows, _, size):
+        def read(hidden, tokens):
+            return scoring.token_logprobs(params, cfg, hidden, tokens, 1.0, config.model.logit_slab)
+
+        logprobs, _ = scoring.at_responses(params, cfg, rows, size, read)
         return losses.nll_loss(logprobs, rows.mask)
 
     return objective
 
 
 def update(
-    learner: Learner, base: Params, rows: Experience, extra: Any, objective: Objective, tx: optax.GradientTransformation, micro: int
+    learner: Learner,
+    base: Params,
+    rows: Experience,
+    extra: Any,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    micro: int,
+    row_shares: tuple[float, ...],
 ) -> tuple[Learner, Metrics]:
     """One optimiser step on `rows`, `micro` at a time. One whose loss or gradient is not finite is not taken: `skipped` counts it."""
+    n, samples, length = rows.tokens.shape
+    sizes = scoring.row_sizes(row_shares, samples, length)
 
     def gradients(part: Experience):
-        def total(params):
-            mean, metrics = objective(lora.join(base, params), part, extra)
+        def total(params, size):
+            mean, metrics = objective(lora.join(base, params), part, extra, size)
             return mean.total, (mean, metrics)
 
-        grads, (mean, metrics) = jax.grad(total, has_aux=True)(learner.params)
+        # The choice of a size is outside of the gradient: inside, what the backward pass keeps would be kept for every size.
+        grads, (mean, metrics) = scoring.at_row_size(part.mask, sizes, lambda size: jax.grad(total, has_aux=True)(learner.params, size))
         return grads, {"loss": mean, **jax.lax.stop_gradient(metrics)}
 
-    n = jax.tree.leaves(rows)[0].shape[0]
     if micro == n:
         grads, metrics = gradients(rows)
     else:
@@ -159,6 +172,7 @@ def learn(
     epochs: int,
     minibatch: int,
     micro: int,
+    row_shares: tuple[float, ...],
 ) -> tuple[Learner, Metrics]:
     """Several epochs over shuffled minibatches of questions; metrics are summed over all optimiser steps."""
     n = experience.tokens.shape[0]
@@ -167,7 +181,7 @@ def learn(
 
     def one(learner, index):
         rows = experience if minibatch == n else jax.tree.map(lambda x: x[index], experience)
-        return update(learner, base, rows, extra, objective, tx, micro)
+        return update(learner, base, rows, extra, objective, tx, micro, row_shares)
 
     learner, metrics = jax.lax.scan(one, learner, order)
     return learner, jax.tree.map(lambda x: x.sum(0), metrics)
@@ -176,7 +190,8 @@ def learn(
 def compile_learn(config: Config, objective: Objective, tx: optax.GradientTransformation, learner_shardings: Learner):
     """`learn` jitted for one learner: state donated, its shardings pinned (else the second step compiles again)."""
     c = config.learn
-    body = partial(learn, objective=objective, tx=tx, epochs=c.epochs, minibatch=c.minibatch, micro=c.microbatch or c.minibatch)
+    split = {"epochs": c.epochs, "minibatch": c.minibatch, "micro": c.microbatch or c.minibatch, "row_shares": c.row_sizes}
+    body = partial(learn, objective=objective, tx=tx, **split)
     return jax.jit(body, donate_argnums=0, out_shardings=(learner_shardings, None))
 
 

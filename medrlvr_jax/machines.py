@@ -116,6 +116,8 @@ def devices(machine: Machine) -> list[Any]:
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=machine.topology).devices)
+        sizes = [int(n) for n in machine.topology.partition(":")[2].split("x")]
+        host = {"chips_per_host_bounds": (sizes + [1, 1])[:3]} if machine.count < 4 else {}  # else libtpu takes a host of four chips
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **host).devices)
     except jax.errors.JaxRuntimeError as e:
         raise ConfigError(f"--topology: {machine.topology}: the TPU compiler knows no such slice: {str(e)[:200]}") from None

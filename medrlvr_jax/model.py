@@ -6,7 +6,6 @@ responses is never computed. Decoding is the same block with a cache. Column t o
 """
 
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from medrlvr_jax.config import LoRAConfig
-from medrlvr_jax.sharding import constrain, gather, splits_words
+from medrlvr_jax.sharding import constrain, gather
 from medrlvr_jax.types import Array, Params
 
 
@@ -204,8 +203,11 @@ class Block(nn.Module):
         x = x + self.times(constrain(y, "batch", None, "ffn"), "down")
         return constrain(x, "batch", None, None)
 
-    def __call__(self, x, cos, sin, prompt_mask, groups: int):
-        """x [Q, P + G·R, E], prompt first; G = 0 where there are no responses. The prompt's keys and values if `keep_cache`."""
+    def __call__(self, x, cos, sin, prompt_mask, segments, groups: int):
+        """x [Q, P + G·R, E], prompt first; G = 0 where there are no responses. The prompt's keys and values if `keep_cache`.
+
+        With `segments` [Q, G, R], several responses stand in one: a token attends to those of its own segment.
+        """
         width = prompt_mask.shape[1]
         q, k, v = self.project(x, cos, sin)
         dtype = x.dtype
@@ -220,7 +222,10 @@ class Block(nn.Module):
             with_prompt = jnp.einsum("qgrkhd,qkpd->qkhgrp", qr, kp)
             with_own = jnp.einsum("qgrkhd,qgskd->qkhgrs", qr, kr)
             keep_prompt = jnp.broadcast_to(prompt_mask[:, None, None, None, None, :], with_prompt.shape)
-            keep_own = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), with_own.shape)
+            keep_own = jnp.tril(jnp.ones((length, length), bool))
+            if segments is not None:
+                keep_own &= (segments[..., :, None] == segments[..., None, :])[:, None, None]
+            keep_own = jnp.broadcast_to(keep_own, with_own.shape)
             weights = softmax(jnp.concatenate([with_prompt, with_own], -1), jnp.concatenate([keep_prompt, keep_own], -1)).astype(dtype)
             out = jnp.einsum("qkhgrp,qkpd->qgrkhd", weights[..., :width], vp)
             out += jnp.einsum("qkhgrs,qgskd->qgrkhd", weights[..., width:], vr)
@@ -270,8 +275,10 @@ class Decoder(nn.Module):
     keep_cache: bool = False
 
     @nn.compact
-    def __call__(self, prompts: Array, prompt_mask: Array, tokens: Array | None):
-        """prompts [Q, P] left-padded, tokens [Q, G, R] or None. See `hidden_states` and `prefill`."""
+    def __call__(
+        self, prompts: Array, prompt_mask: Array, tokens: Array | None, segments: Array | None = None, columns: Array | None = None
+    ):
+        """prompts [Q, P] left-padded, tokens [Q, G, R] or None; for the others see `Block` and `pack`. See scoring.py."""
         c = self.cfg
         normal = nn.initializers.normal(c.embed**-0.5)
         embed = self.param("embed", nn.with_logical_partitioning(normal, ("vocab", "embed")), (c.vocab, c.embed), jnp.float32)
@@ -280,10 +287,10 @@ class Decoder(nn.Module):
             self.param("value", zeros, (c.embed + 1,), jnp.float32)
         elif not c.tied:
             self.param("head", nn.with_logical_partitioning(normal, ("embed", "vocab")), (c.embed, c.vocab), jnp.float32)
-        packed, positions, groups = pack(prompts, prompt_mask, tokens)
+        packed, positions, groups = pack(prompts, prompt_mask, tokens, columns)
         x = constrain(embed_lookup(embed, packed, c), "batch", None, None)
         cos, sin = rope_tables(positions, c)
-        block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False, static_argnums=(5,))
+        block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False, static_argnums=(6,))
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -292,7 +299,7 @@ class Decoder(nn.Module):
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, cache = stack(c, self.keep_cache, name="layers")(x, cos, sin, prompt_mask, groups)
+        x, cache = stack(c, self.keep_cache, name="layers")(x, cos, sin, prompt_mask, segments, groups)
         norm = self.param("norm", nn.with_logical_partitioning(nn.initializers.ones_init(), (None,)), (c.embed,), jnp.float32)
         return rms_norm(x, norm, c.norm_eps), cache
 
@@ -303,13 +310,13 @@ def embed_lookup(embed: Array, tokens: Array, cfg: DecoderConfig) -> Array:
     return constrain(x, "replica", None, "embed_shard")
 
 
-def pack(prompts: Array, prompt_mask: Array, tokens: Array | None) -> tuple[Array, Array, int]:
-    """`prompt | response 1 | … | response G`: tokens and positions [Q, P + G·R], and G."""
+def pack(prompts: Array, prompt_mask: Array, tokens: Array | None, columns: Array | None) -> tuple[Array, Array, int]:
+    """`prompt | response 1 | … | response G`: tokens and positions [Q, P + G·R], and G; `columns` [Q, G, R] are 0 … R − 1 if not given."""
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
     if tokens is None:
         return prompts, positions, 0
     rows, groups, length = tokens.shape
-    own = prompt_mask.sum(1)[:, None, None] + jnp.arange(length)
+    own = prompt_mask.sum(1)[:, None, None] + (jnp.arange(length) if columns is None else columns)
     own = jnp.broadcast_to(own, tokens.shape).reshape(rows, -1)
     return jnp.concatenate([prompts, tokens.reshape(rows, -1)], 1), jnp.concatenate([positions, own], 1), groups
 
@@ -318,16 +325,6 @@ def init(cfg: DecoderConfig, key: Array) -> Params:
     """Random parameters with their logical axes (`nn.Partitioned`); `jax.eval_shape` it for shapes alone."""
     prompts = jnp.zeros((1, 1), jnp.int32)
     return Decoder(cfg).init(key, prompts, jnp.ones((1, 1), bool), prompts[:, None])["params"]
-
-
-def hidden_states(params: Params, cfg: DecoderConfig, prompts: Array, prompt_mask: Array, tokens: Array) -> Array:
-    """[Q, G, R, E]: column t holds the state *before* response token t, the one that predicts it. The only shift in the project."""
-    packed, _ = Decoder(cfg).apply({"params": params}, prompts, prompt_mask, tokens)
-    rows, groups, length = tokens.shape
-    width = prompts.shape[1]
-    last = jnp.broadcast_to(packed[:, None, None, width - 1], (rows, groups, 1, cfg.embed))
-    own = packed[:, width:].reshape(rows, groups, length, cfg.embed)
-    return jnp.concatenate([last, own[:, :, :-1]], axis=2)
 
 
 def prefill(params: Params, cfg: DecoderConfig, prompts: Array, prompt_mask: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -387,43 +384,3 @@ def logits(params: Params, cfg: DecoderConfig, hidden: Array) -> Array:
     if cfg.tied:
         return jnp.einsum("...e,ve->...v", hidden, params["embed"].astype(cfg.dtype), preferred_element_type=jnp.float32)
     return jnp.einsum("...e,ev->...v", hidden, params["head"].astype(cfg.dtype), preferred_element_type=jnp.float32)
-
-
-def values(params: Params, cfg: DecoderConfig, hidden: Array) -> Array:
-    """The critic's estimate [Q, G, R] of the state before each response token, in float32."""
-    return hidden.astype(jnp.float32) @ params["value"][:-1] + params["value"][-1]
-
-
-def token_logprobs(params: Params, cfg: DecoderConfig, hidden: Array, tokens: Array, temperature: float, slab: int) -> tuple[Array, Array]:
-    """log π(token) and the policy's entropy in nats, float32 [Q, G, R], at logits / temperature.
-
-    Logits exist for at most about `slab` tokens at a time, in the forward and (recomputed) in the backward pass.
-    """
-
-    # Over `fsdp` the words are split, not the rows: then states travel, and neither the table nor its gradient is ever whole.
-    rows_by, words_by = ("replica", "words") if splits_words(cfg.vocab) else ("batch", "vocab")
-    name, places = ("embed", (words_by, None)) if cfg.tied else ("head", (None, words_by))
-    params = params | {name: constrain(params[name].astype(cfg.dtype), *places)}
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def piece(hidden, tokens):
-        scores = logits(params, cfg, constrain(hidden, rows_by, None, None, None)) / temperature
-        scores = constrain(scores, rows_by, None, None, words_by)
-        total = jax.nn.logsumexp(scores, axis=-1)
-        chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
-        return chosen - total, total - jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)
-
-    rows, groups, length = tokens.shape
-    pieces = -(-rows * groups * length // slab)
-    if pieces == 1:
-        return piece(hidden, tokens)
-    size = -(-length // min(pieces, length))
-    pieces = -(-length // size)
-
-    def cut(x):  # [pieces, Q, G, size, ...]
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, pieces * size - length)] + [(0, 0)] * (x.ndim - 3))
-        return jnp.moveaxis(x.reshape(rows, groups, pieces, size, *x.shape[3:]), 2, 0)
-
-    parts = jax.lax.map(lambda xs: piece(*xs), (cut(hidden), cut(tokens)))
-    logprobs, entropy = (jnp.moveaxis(p, 0, 2).reshape(rows, groups, -1)[..., :length] for p in parts)
-    return logprobs, entropy

@@ -82,6 +82,7 @@ def test_traffic_leaves_out_what_stays_on_the_chip():
         ("replica_groups={{0,4},{1,5},{2,6},{3,7}}, x", [0, 4], 4),
         ("replica_groups=[4,2]<=[2,4]T(1,0), x", [0, 4], 4),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", [0, 4], 4),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a'}, x", [0, 1], 4),
         ("replica_groups={}, x", [0, 1, 2, 3, 4, 5, 6, 7], 1),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax import build, config, experience, learn, lora, model, sample, sharding
+from medrlvr_jax import build, config, experience, learn, lora, model, sample, scoring, sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.types import Experience, Mean, Prompts
@@ -77,20 +77,12 @@ class Loop:
         whole = lora.join(self.frozen.base, self.policy.params)
         rollout = sample.generate(self.relay(whole), self.parts.sampler_cfg, prompts, self.key, c.sample, STOPS, PAD)
         critic = self.critic and self.critic.params
-        assessment = experience.assess(
-            sharding.to_memory(self.frozen, "device"),
-            self.policy.params,
-            critic,
-            prompts,
-            rollout.tokens,
-            cfg=self.cfg,
-            critic_cfg=self.parts.critic_cfg,
-            temperature=1.0,
-            slab=64,
-        )
+        frozen = sharding.to_memory(self.frozen, "device")
+        kinds = experience.assess_settings(self.parts) | {"slab": 64}
+        assessment = experience.assess(frozen, self.policy.params, critic, prompts, rollout, **kinds)
         self.rewards = sharding.place_rows(self.score(sharding.fetch_rows(rollout.tokens, mesh)).astype(np.float32), Q, mesh)
-        coef, kinds = jnp.float32(c.kl.coef), (c.advantage, c.kl, c.loss)
-        made, stats = experience.make_experience(prompts, rollout, assessment, self.rewards, coef, config=kinds)
+        coef, kinds = jnp.float32(c.kl.coef), experience.experience_settings(self.parts)
+        made, stats = experience.make_experience(prompts, rollout, assessment, self.rewards, coef, **kinds)
         return rollout, made, stats
 
     def run(self, steps):
@@ -138,7 +130,10 @@ MESHES = [
     {"slices": 2, "data": 2, "fsdp": 2},
 ]
 CASES = [("gae", {"mesh": mesh}) for mesh in MESHES] + [("group", {"mesh": MESHES[1]}), ("group", {"learn__microbatch": 2})]
-CASES += [("gae", {"learn__microbatch": 1}), ("gae", {"learn__microbatch": 4, "mesh": {"data": 2, "fsdp": 2}})]
+CASES += [
+    ("gae", {"learn__microbatch": 1, "learn__row_sizes": [0.8, 0.95]}),
+    ("gae", {"learn__microbatch": 4, "learn__row_sizes": [0.95], "mesh": {"data": 2, "fsdp": 2}}),
+]
 
 
 @pytest.mark.parametrize(("estimator", "change"), CASES, ids=str)
@@ -201,7 +196,7 @@ def test_int8_rollouts_are_of_the_rounded_policy_and_weighed():
         rounded[name] = np.round(w / scale) * scale
     args = made.prompts, made.prompt_mask, rollout.tokens
     logprobs = [
-        model.token_logprobs(p, CFG, model.hidden_states(p, CFG, *args), rollout.tokens, 1.0, 10_000)[0]
+        scoring.token_logprobs(p, CFG, scoring.hidden_states(p, CFG, *args), rollout.tokens, 1.0, 10_000)[0]
         for p in (params, params | {"layers": rounded})
     ]
     np.testing.assert_allclose(np.where(rollout.mask, logprobs[1], 0), rollout.logprobs, atol=1e-5)

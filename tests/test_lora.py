@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_learn import CFG, Loop, furthest, settings
 
-from medrlvr_jax import lora, model
+from medrlvr_jax import lora, model, scoring
 from medrlvr_jax.config import LoRAConfig
 from medrlvr_jax.model import MATRICES
 
@@ -41,7 +41,7 @@ def params(fresh):
 def logits(params, cfg):
     rng = np.random.default_rng(0)
     mask = np.arange(5)[None] >= np.array([0, 2, 4])[:, None]
-    hidden = model.hidden_states(params, cfg, rng.integers(0, 64, (3, 5)), mask, rng.integers(0, 64, (3, 2, 6)))
+    hidden = scoring.hidden_states(params, cfg, rng.integers(0, 64, (3, 5)), mask, rng.integers(0, 64, (3, 2, 6)))
     return model.logits(params, cfg, hidden)
 
 

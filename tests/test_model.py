@@ -1,6 +1,7 @@
 """The decoder's one layout: a prompt and its responses side by side must be what each response is alone, and what decoding computes."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from medrlvr_jax import model
+from medrlvr_jax import model, scoring
 from medrlvr_jax.model import DecoderConfig
 
 CFG = DecoderConfig(
@@ -33,7 +34,7 @@ def batch():
 
 def test_side_by_side_is_alone(params, batch):
     prompts, mask, tokens = batch
-    hidden = model.hidden_states(params, CFG, prompts, mask, tokens)
+    hidden = scoring.hidden_states(params, CFG, prompts, mask, tokens)
     for q in range(Q):
         for g in range(G):
             prompt = prompts[q][mask[q]]
@@ -46,7 +47,7 @@ def test_side_by_side_is_alone(params, batch):
 def test_decoding_is_scoring(params, batch, unroll):
     cfg = dataclasses.replace(CFG, unroll=unroll)
     prompts, mask, tokens = batch
-    hidden = model.hidden_states(params, CFG, prompts, mask, tokens)
+    hidden = scoring.hidden_states(params, CFG, prompts, mask, tokens)
     state, cache = model.prefill(params, cfg, prompts, mask)
     np.testing.assert_allclose(state, hidden[:, 0, 0], atol=1e-5)
     caches, layers = model.start_caches(cfg, cache, G, R), model.split_layers(params, cfg)
@@ -57,8 +58,8 @@ def test_decoding_is_scoring(params, batch, unroll):
 
 def test_the_future_is_not_seen(params, batch):
     prompts, mask, tokens = batch
-    before = model.hidden_states(params, CFG, prompts, mask, tokens)
-    after = model.hidden_states(params, CFG, prompts, mask, np.where(np.arange(R) >= 3, 5, tokens))
+    before = scoring.hidden_states(params, CFG, prompts, mask, tokens)
+    after = scoring.hidden_states(params, CFG, prompts, mask, np.where(np.arange(R) >= 3, 5, tokens))
     np.testing.assert_array_equal(before[:, :, :4], after[:, :, :4])  # column 3 is the state before token 3
     assert np.abs(before[:, :, 4:] - after[:, :, 4:]).max() > 1e-3
 
@@ -70,12 +71,12 @@ def test_logprobs_in_slabs_are_whole_ones(params, batch, slab):
     weight = np.random.default_rng(1).normal(size=(Q, G, R))
 
     def whole(params):
-        scores = jax.nn.log_softmax(model.logits(params, CFG, model.hidden_states(params, CFG, prompts, mask, tokens)) / 0.7)
+        scores = jax.nn.log_softmax(model.logits(params, CFG, scoring.hidden_states(params, CFG, prompts, mask, tokens)) / 0.7)
         return jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0], -(jnp.exp(scores) * scores).sum(-1)
 
     def pieces(params):
-        hidden = model.hidden_states(params, CFG, prompts, mask, tokens)
-        return model.token_logprobs(params, CFG, hidden, tokens, 0.7, slab)
+        hidden = scoring.hidden_states(params, CFG, prompts, mask, tokens)
+        return scoring.token_logprobs(params, CFG, hidden, tokens, 0.7, slab)
 
     for a, b in zip(whole(params), jax.jit(pieces)(params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -92,10 +93,10 @@ def test_linear_has_autodiffs_gradient():
 
 def test_a_critic_starts_at_zero_and_reads_its_head(params, batch):
     prompts, mask, tokens = batch
-    hidden = model.hidden_states(params, CFG, prompts, mask, tokens)
+    hidden = scoring.hidden_states(params, CFG, prompts, mask, tokens)
     head = jnp.zeros(CFG.embed + 1).at[3].set(2.0).at[-1].set(0.5)
-    np.testing.assert_array_equal(model.values({"value": jnp.zeros(CFG.embed + 1)}, CFG, hidden), np.zeros((Q, G, R)))
-    np.testing.assert_allclose(model.values({"value": head}, CFG, hidden), 2 * hidden[..., 3] + 0.5, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(scoring.values({"value": jnp.zeros(CFG.embed + 1)}, CFG, hidden), np.zeros((Q, G, R)))
+    np.testing.assert_allclose(scoring.values({"value": head}, CFG, hidden), 2 * hidden[..., 3] + 0.5, rtol=1e-5, atol=1e-5)
 
 
 def test_remat_changes_no_gradient(params, batch):
@@ -103,8 +104,42 @@ def test_remat_changes_no_gradient(params, batch):
 
     def gradient(remat):
         cfg = dataclasses.replace(CFG, remat=remat)
-        return jax.jit(jax.grad(lambda p: jnp.sin(model.hidden_states(p, cfg, *batch)).sum()))(params)
+        return jax.jit(jax.grad(lambda p: jnp.sin(scoring.hidden_states(p, cfg, *batch)).sum()))(params)
 
     none, dots, full = map(gradient, model.REMAT)
     for other in (dots, full):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), none, other)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_rows_without_padding_are_the_same(params, batch, share):
+    """Log-probs, entropies, values and all gradients, of responses of many lengths, none included."""
+    prompts, prompt_mask, tokens = batch
+    lengths = np.array([[5, 0], [1, 2], [4, 1]])
+    rows = scoring.Rows(prompts, prompt_mask, tokens, np.arange(R) < lengths[..., None])
+    weights = np.random.default_rng(1).normal(size=(3, Q, G, R)) * rows.mask
+    cfg = dataclasses.replace(CFG, value_head=True)
+    grown = params | {"value": jnp.linspace(-1, 1, CFG.embed + 1)}
+
+    def total(params, size):
+        def read(hidden, tokens):
+            return *scoring.token_logprobs(params, CFG, hidden, tokens, 0.7, 4), scoring.values(params, cfg, hidden)
+
+        found = scoring.at_responses(params, CFG, rows, size, read)
+        return sum((w * x).sum() for w, x in zip(weights, found, strict=True)), found
+
+    sizes = scoring.row_sizes([share], G, R)
+    assert sizes == (int(G * R * share), G * R)
+    (_, want), want_gradient = jax.jit(jax.value_and_grad(partial(total, size=sizes[1]), has_aux=True))(grown)
+    (_, got), got_gradient = jax.jit(jax.value_and_grad(partial(total, size=sizes[0]), has_aux=True))(grown)
+    for a, b in zip(want, got, strict=True):
+        np.testing.assert_allclose(np.where(rows.mask, a, 0), b, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), want_gradient, got_gradient)
+
+
+def test_the_least_row_size_that_holds_all_is_taken():
+    taken = jax.jit(lambda mask: scoring.at_row_size(mask, (4, 8, 12), jnp.int32))
+    for longest, size in ((0, 4), (4, 4), (5, 8), (8, 8), (9, 12), (12, 12)):
+        mask = np.zeros((3, 2, 6), bool)
+        mask.reshape(3, 12)[1, :longest] = True
+        assert taken(mask) == size

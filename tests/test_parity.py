@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from make_parity import FAMILIES, GOLDEN, NEW, case, reference, weights, write
 
-from medrlvr_jax import hf, model, sharding
+from medrlvr_jax import hf, model, scoring, sharding
 from medrlvr_jax.config import MeshConfig
 
 TOLERANCE = 3e-5  # logits reach 5; float32 sums in another order differ by 5e-6 to 8e-6
@@ -53,7 +53,7 @@ def ours(directory):
         def score(params):
             prompt, _ = model.Decoder(cfg).apply({"params": params}, c.prompts, c.mask, None)
             # One column more than there are tokens: its state is the one after the last token.
-            own = model.hidden_states(params, cfg, c.prompts, c.mask, jnp.pad(c.tokens, ((0, 0), (0, 0), (0, 1))))
+            own = scoring.hidden_states(params, cfg, c.prompts, c.mask, jnp.pad(c.tokens, ((0, 0), (0, 0), (0, 1))))
             return model.logits(params, cfg, prompt), model.logits(params, cfg, own)
 
         prompt, own = score(params)

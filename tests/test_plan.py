@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, aot, architectures, build, config, data, experience, flops, machines, model, plan, train
+from medrlvr_jax import __main__, aot, architectures, build, config, data, experience, flops, machines, model, plan, scoring, train
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.types import Prompts
 
@@ -64,8 +64,8 @@ def test_flops_of_programs_are_the_formulas():
     prompts, mask, tokens = i32(Q, P), jax.ShapeDtypeStruct((Q, P), jnp.bool_), i32(Q, G, R)
 
     def score(params, prompts, mask, tokens):
-        hidden = model.hidden_states(params, CFG, prompts, mask, tokens)
-        return model.token_logprobs(params, CFG, hidden, tokens, 1.0, 10_000)[0].sum()
+        hidden = scoring.hidden_states(params, CFG, prompts, mask, tokens)
+        return scoring.token_logprobs(params, CFG, hidden, tokens, 1.0, 10_000)[0].sum()
 
     forward = flops.forward_flops(CFG, Q, P, G, R)
     args = shapes(CFG), prompts, mask, tokens

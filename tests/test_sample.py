@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from medrlvr_jax import model, sample
+from medrlvr_jax import model, sample, scoring
 from medrlvr_jax.config import SampleConfig
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.types import Prompts
@@ -38,8 +38,8 @@ def run(params, prompts, step=0, **settings):
 )
 def test_recorded_logprobs_are_the_trainers(params, prompts, settings):
     rollout = run(params, prompts, **settings)
-    hidden = model.hidden_states(params, CFG, prompts.tokens, prompts.mask, rollout.tokens)
-    trainer, _ = model.token_logprobs(params, CFG, hidden, rollout.tokens, settings.get("temperature") or 1.0, 10_000)
+    hidden = scoring.hidden_states(params, CFG, prompts.tokens, prompts.mask, rollout.tokens)
+    trainer, _ = scoring.token_logprobs(params, CFG, hidden, rollout.tokens, settings.get("temperature") or 1.0, 10_000)
     recorded = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
     np.testing.assert_allclose(np.where(rollout.mask, trainer, 0), recorded, atol=1e-5)
     if rollout.policy_logprobs is not None:  # drawn from fewer words, so each of them is likelier
