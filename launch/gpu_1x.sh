@@ -13,4 +13,6 @@ config=${1:?usage: bash launch/gpu_1x.sh [--dry-run] CONFIG.yaml [a.b=value …]
 settings=("runs=${RUNS:-runs}" "${@:2}")
 
 run ensure_venv ".[cuda]"
-run env XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 medrlvr train "$config" "${settings[@]}"  # JAX takes 0.75 of a GPU's memory by itself
+# JAX takes 0.75 of a GPU's memory by itself; and XLA, sampling, would copy q, k and v at each token to merge them.
+run env XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 XLA_FLAGS="--xla_gpu_dot_merger_threshold_mb=0${XLA_FLAGS:+ $XLA_FLAGS}" \
+  medrlvr train "$config" "${settings[@]}"

@@ -183,7 +183,7 @@ def compile_program(program: Program, parts: Parts, machine: Machine, cache: dic
         return cache[text]._replace(others=others)
     began = time.monotonic()
     try:
-        compiled = lowered.compile({"xla_gpu_autotune_level": 0} if chip.platform == "cuda" else None)
+        compiled = lowered.compile(machines.COMPILE[chip.platform])
     except jax.errors.JaxRuntimeError as e:
         lacked = refusal(str(e), arguments)
         if lacked is None:

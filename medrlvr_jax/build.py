@@ -43,10 +43,9 @@ def build(config: Config) -> Parts:
 def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | None = None) -> Parts:
     """The mesh over `devices` (by default all there are), once every size is known to divide."""
     mesh = sharding.make_mesh(config.mesh, devices)
-    unroll = mesh.devices.flat[0].platform == "cpu"
-    cfg = dataclasses.replace(
-        cfg, dtype=jnp.dtype(config.model.dtype).type, remat=config.model.remat, lora=config.model.lora, unroll=unroll
-    )
+    platform, m = mesh.devices.flat[0].platform, config.model
+    cfg = dataclasses.replace(cfg, dtype=jnp.dtype(m.dtype).type, remat=m.remat, lora=m.lora)
+    cfg = dataclasses.replace(cfg, unroll=platform != "tpu", narrow=platform == "cpu")
     for name, size in (("sample.questions", config.sample.questions), ("learn.minibatch", config.learn.minibatch)):
         sharding.check_divides(name, size, mesh, sharding.BATCH)
     sharding.check_divides("learn.microbatch", config.learn.microbatch or config.learn.minibatch, mesh, sharding.BATCH)

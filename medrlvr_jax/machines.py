@@ -63,6 +63,10 @@ CARDS = {
 }
 
 
+# The second as launch/gpu_1x.sh and slurm_gpu.sbatch set it: merging the matrices that one state meets (q, k, v; gate, up; adapters)
+# copies all of them side by side at each token that is sampled.
+COMPILE = {"tpu": None, "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0}}
+
 # libtpu would look for a TPU VM's metadata, and let no second process load it.
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -117,7 +121,7 @@ def devices(machine: Machine) -> list[Any]:
         os.environ.setdefault(name, value)
     try:
         sizes = [int(n) for n in machine.topology.partition(":")[2].split("x")]
-        host = {"chips_per_host_bounds": (sizes + [1, 1])[:3]} if machine.count < 4 else {}  # else libtpu takes a host of four chips
+        host = {"chips_per_host_bounds": [*sizes, 1, 1][:3]} if machine.count < 4 else {}  # else libtpu takes a host of four chips
         return list(topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **host).devices)
     except jax.errors.JaxRuntimeError as e:
         raise ConfigError(f"--topology: {machine.topology}: the TPU compiler knows no such slice: {str(e)[:200]}") from None

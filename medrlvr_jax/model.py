@@ -47,6 +47,7 @@ class DecoderConfig:
     dtype: Any = jnp.float32
     remat: str = "full"
     unroll: bool = True  # decoding: see `decode_step`
+    narrow: bool = True  # sampling: rows that have stopped make room, see sample.py
     value_head: bool = False  # a critic: one number per token in place of the vocabulary
     lora: LoRAConfig | None = None  # adapters beside the matrices: `<name>_a` and `<name>_b`
     int8: bool = False  # the matrices are int8, each output channel beside them scaled by `<name>_scale`: see `quantize`
@@ -346,9 +347,9 @@ def start_caches(cfg: DecoderConfig, prompt: tuple[Array, Array], groups: int, l
 def decode_step(params: Params, cfg: DecoderConfig, layers: Any, tokens: Array, prompt_mask: Array, caches: Any, t) -> tuple[Array, Any]:
     """Tokens [Q, G] drawn at column t -> the state [Q, G, E] that predicts column t + 1, and the grown caches.
 
-    With `unroll`, `layers` holds one parameter tree per layer (`split_layers`), sliced once outside the loop: on CPU a scan would copy
-    every layer's weights out of the stack at each token. On TPU and GPU they are read where they lie, and a scan compiles in a fraction
-    of the time.
+    With `unroll`, `layers` holds one parameter tree per layer (`split_layers`), sliced once outside the loop: on CPU and GPU a
+    scan copies every layer's weights and cache out of the stack at each token (by XLA's own program for an H100: twice the traffic).
+    On TPU they are read where they lie, and a scan compiles in a fraction of the time.
     """
     x = constrain(params["embed"].astype(cfg.dtype)[tokens], "batch", None, None)
     cos, sin = rope_tables(prompt_mask.sum(1)[:, None] + jnp.broadcast_to(t, tokens.shape), cfg)

@@ -104,7 +104,7 @@ def generate(
         return put_rows(state.drawn, place, finish(take_rows(state, place), halvings - 1))
 
     with jax.named_scope("decode"):
-        rollout = finish(record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed))), HALVINGS if cfg.unroll else 0)
+        rollout = finish(record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed))), HALVINGS if cfg.narrow else 0)
     return by_rows(rollout)
 
 

@@ -69,7 +69,8 @@ CONFIG = ("configs/quickstart.yaml", "steps=1", "data.path=a b")
 DRY = {
     "gpu_1x.sh": [
         r"ensure_venv .\[cuda\]",
-        r"env XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 medrlvr train configs/quickstart.yaml runs=runs steps=1 data.path=a\ b",
+        r"env XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 XLA_FLAGS=--xla_gpu_dot_merger_threshold_mb=0 "
+        r"medrlvr train configs/quickstart.yaml runs=runs steps=1 data.path=a\ b",
     ],
     "cpu_fake8.sh": [
         "ensure_venv .",
@@ -79,6 +80,7 @@ DRY = {
     "slurm_gpu.sbatch": [
         "source .venv/bin/activate",
         "export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92",
+        "export XLA_FLAGS=--xla_gpu_dot_merger_threshold_mb=0",
         "srun --kill-on-bad-exit=1 --cpus-per-task=8 "
         r"medrlvr train --distributed configs/quickstart.yaml runs=runs mesh.slices=2 steps=1 data.path=a\ b",
     ],
@@ -106,7 +108,7 @@ DRY = {
 def test_dry_run_prints_what_would_run_and_runs_nothing(name, tmp_path):
     for program in OUTSIDE:
         command(tmp_path / "bin", program, f"echo {program} $* >>{tmp_path}/called")
-    done = launch(name, "--dry-run", *CONFIG, bin=tmp_path / "bin", **TRAINERS[name])
+    done = launch(name, "--dry-run", *CONFIG, bin=tmp_path / "bin", XLA_FLAGS="", **TRAINERS[name])
     assert done.returncode == 0, done.stderr
     lines = [line.removeprefix("+ ") for line in done.stdout.splitlines()]
     if name in ("tpu_pod.sh", "gke_xpk.sh"):  # one argument holds a command line: unquote once
