@@ -21,7 +21,7 @@ from medrlvr_jax.data import LETTERS, Question
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, score
 from medrlvr_jax.sample import generate
-from medrlvr_jax.sharding import by_rows, fetch_rows, own_rows, place_rows, to_memory
+from medrlvr_jax.sharding import by_rows, fetch_rows, join_rows, own_rows, place_rows, split_rows, to_memory
 from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Params, Prompts, Rollout
 
 WIDTH_STEP = 16  # widths are multiples of this, so that few shapes are compiled
@@ -120,7 +120,7 @@ def sample_and_score(decode_params: Params, parts: Parts, encoded: Encoded, inde
     return score_rollout(parts, encoded, index, rollout)
 
 
-@partial(jax.jit, static_argnames=("cfg", "critic_cfg", "temperature", "slab", "sizes"))
+@partial(jax.jit, static_argnames=("cfg", "critic_cfg", "temperature", "slab", "sizes", "micro"))
 def assess(
     frozen: Frozen,
     policy: Params,
@@ -133,14 +133,15 @@ def assess(
     temperature: float,
     slab: int,
     sizes: tuple[int, ...],
+    micro: int,
 ) -> Assessment:
     """What the trainer itself says of the rollout before learning: log-probs, the reference's, and values.
 
-    `policy` and `critic` are what is trained of them; the reference is computed without adapters. `sizes` as of `scoring.at_row_size`.
+    `policy` and `critic` are what is trained of them; the reference is computed without adapters. `micro` questions
+    at a time, each at the least of `sizes` that holds them (`scoring.at_row_size`).
     """
-    rows = scoring.Rows(prompts.tokens, prompts.mask, rollout.tokens, rollout.mask)
 
-    def read(trained, cfg, size, of):
+    def read(rows, trained, cfg, size, of):
         params = lora.join(frozen.base, trained)
         return scoring.at_responses(params, cfg, rows, size, partial(of, params, cfg))
 
@@ -150,19 +151,25 @@ def assess(
     def values(params, cfg, hidden, tokens):
         return scoring.values(params, cfg, hidden)
 
-    def at(size: int) -> Assessment:
+    def at(rows: scoring.Rows, size: int) -> Assessment:
         ref = found = None
         with jax.named_scope("assess_policy"):
-            own, entropy = read(policy, cfg, size, logprobs)
+            own, entropy = read(rows, policy, cfg, size, logprobs)
         with jax.named_scope("assess_reference"):
             if frozen.reference is not None:
-                ref, _ = read(frozen.reference, lora.off(cfg), size, logprobs)
+                ref, _ = read(rows, frozen.reference, lora.off(cfg), size, logprobs)
         with jax.named_scope("assess_critic"):
             if critic is not None:
-                found = read(critic, critic_cfg, size, values)
+                found = read(rows, critic, critic_cfg, size, values)
         return Assessment(own, entropy, ref, found)
 
-    return by_rows(scoring.at_row_size(rollout.mask, sizes, at))
+    def part(rows: scoring.Rows) -> Assessment:
+        return scoring.at_row_size(rows.mask, sizes, partial(at, rows))
+
+    rows = scoring.Rows(prompts.tokens, prompts.mask, rollout.tokens, rollout.mask)
+    if micro == len(rows.tokens):
+        return by_rows(part(rows))
+    return by_rows(join_rows(jax.lax.map(part, split_rows(rows, micro))))
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -205,12 +212,15 @@ def assess_settings(parts: Parts) -> dict[str, Any]:
     """The static arguments of `assess`."""
     c = parts.config
     sizes = scoring.row_sizes(c.learn.row_sizes, c.sample.samples, c.sample.max_new_tokens)
+    q, micro = c.sample.questions, c.learn.microbatch or c.learn.minibatch
+    micro = max(micro * k for k in range(1, 5) if q % (micro * k) == 0)  # a forward pass alone keeps less
     return {
         "cfg": parts.cfg,
         "critic_cfg": parts.critic_cfg,
         "temperature": c.sample.temperature,
         "slab": c.model.logit_slab,
         "sizes": sizes,
+        "micro": micro,
     }
 
 

@@ -144,8 +144,7 @@ def update(
     if micro == n:
         grads, metrics = gradients(rows)
     else:
-        # Strided, so that every micro-batch still spans all data shards.
-        parts = jax.tree.map(lambda x: x.reshape(micro, n // micro, *x.shape[1:]).swapaxes(0, 1), rows)
+        parts = sharding.split_rows(rows, micro)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts)))
         (grads, metrics), _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, gradients(part)), None), zeros, parts)
     count = jnp.maximum(metrics["loss"].count, 1)

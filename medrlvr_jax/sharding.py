@@ -94,6 +94,16 @@ def by_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
 
 
+def split_rows(tree: Any, size: int) -> Any:
+    """Arrays of n rows as [n / size, size, …]: strided, so that each part spans all data shards as the whole does."""
+    return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join_rows(tree: Any) -> Any:
+    """What `split_rows` split."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
 def splits_words(vocab: int) -> bool:
     """Whether the mesh in use divides the vocabulary over `tensor` and `fsdp` together."""
     mesh = jax.sharding.get_abstract_mesh()
