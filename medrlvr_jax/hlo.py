@@ -216,8 +216,9 @@ def _taken(name: str, whole: float, inner: dict[str, Instruction], computations:
     readers = [u for u in inner.values() if name in u.operands]
     total = 0.0 if readers else whole  # passed on as it is
     for u in readers:
-        if u.op == "bitcast":
-            total += _taken(u.name, whole, inner, computations)
+        if u.op in ("bitcast", "convert"):
+            wide = size(u.type)  # a slice of what is converted is read as narrow as it lies
+            total += _taken(u.name, wide, inner, computations) * whole / wide
         elif u.op in ("dynamic-slice", "slice", "gather") and u.operands[0] == name:
             total += size(u.type)
         elif u.op == "fusion":

@@ -123,3 +123,22 @@ def test_a_compiled_scan_counted_by_hand():
     assert moved.collectives == [hlo.Collective("all-gather", "fsdp", 4, 5 * 64 * 64 * 4 * 3 / 4)]
     weights = 5 * 64 * 64 * 4
     assert weights < moved.bytes < 8 * weights  # each is read as a shard, written whole, read whole; states are small
+
+
+def test_a_converted_slice_is_read_as_narrow_as_it_lies():
+    """One layer of 32 bytes out of 36, converted on the way: 32 read, 4 of the counter, 128 written."""
+    text = """HloModule m
+%inner (p0: s8[36,4,8], p1: s32[]) -> f32[4,8] {
+  %p0 = s8[36,4,8]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %wide = f32[36,4,8]{2,1,0} convert(%p0)
+  ROOT %slice = f32[4,8]{1,0} dynamic-slice(%wide, %p1), dynamic_slice_sizes={1,4,8}
+}
+
+ENTRY %main (a: s8[36,4,8], i: s32[]) -> f32[4,8] {
+  %a = s8[36,4,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %layer = f32[4,8]{1,0} fusion(%a, %i), kind=kLoop, calls=%inner
+}
+"""
+    assert hlo.read(text, {"data": 1}).bytes == 32 + 4 + 128
