@@ -125,8 +125,10 @@ def evaluate_source(source: Path, settings: list[str], step: int | None, out: Pa
 
 
 def export(run: Path, out: Path, step: int | None, dtype: str | None) -> None:
-    """`medrlvr export`: a run's policy, adapters merged, as a Hugging Face directory."""
-    parts, params, _ = open_source(run, [], step)
+    """`medrlvr export`: a run's policy, adapters merged, as a Hugging Face directory; on whatever devices are here."""
+    n = len(jax.devices())
+    batches = [f"{name}={n}" for name in ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")]  # of no use here
+    parts, params, _ = open_source(run, [f"mesh={{data: 1, fsdp: {n}}}", *batches], step)
     with jax.set_mesh(parts.mesh):
         hf.save_params(lora.merge(params, parts.cfg), lora.off(parts.cfg), parts.config.model.path, out, dtype)
     if jax.process_index() == 0:

@@ -95,14 +95,17 @@ def test_it_resumes_to_the_same_run(run, folder):
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(a), sharding.to_host(b))
 
 
-def test_eval_and_export(run, folder, capsys):
+def test_eval_and_export(run, folder, capsys, monkeypatch):
     assert main("eval", run, "--out", folder / "answers") == 0
     assert "in_distribution" in capsys.readouterr().out
     counts = json.loads((folder / "answers" / "eval.json").read_text())["eval"]["in_distribution"]
     assert counts["n"] == len(lines(folder / "answers" / "in_distribution.jsonl")) == 12
     assert counts["correct"] == json.loads((run / "summary.json").read_text())["eval"]["in_distribution"]["after"]["correct"]
     assert main("eval", run, "--out", folder / "answers") == 2  # nothing is overwritten
+    two = jax.devices()[:2]  # not the training's eight
+    monkeypatch.setattr(jax, "devices", lambda: two)
     assert main("export", run, folder / "exported") == 0
+    monkeypatch.undo()
     exported = [f"model.path={folder / 'exported'}", "model.init=pretrained"]
     assert main("eval", folder / "config.yaml", "--out", folder / "again", *exported) == 0
     assert lines(folder / "again" / "in_distribution.jsonl") == lines(folder / "answers" / "in_distribution.jsonl")
