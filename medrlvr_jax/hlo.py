@@ -216,7 +216,7 @@ def _taken(name: str, whole: float, inner: dict[str, Instruction], computations:
     readers = [u for u in inner.values() if name in u.operands]
     total = 0.0 if readers else whole  # passed on as it is
     for u in readers:
-        if u.op in ("bitcast", "convert"):
+        if u.op in ("bitcast", "convert") or "output_to_operand_aliasing={{}:" in u.rest:  # the last: other tiles of what lies there
             wide = size(u.type)  # a slice of what is converted is read as narrow as it lies
             total += _taken(u.name, wide, inner, computations) * whole / wide
         elif u.op in ("dynamic-slice", "slice", "gather") and u.operands[0] == name:

@@ -128,10 +128,15 @@ def test_a_compiled_scan_counted_by_hand():
 def test_a_converted_slice_is_read_as_narrow_as_it_lies():
     """One layer of 32 bytes out of 36, converted on the way: 32 read, 4 of the counter, 128 written."""
     text = """HloModule m
+%tiles (t: s8[36,4,8]) -> s8[36,4,8] {
+  ROOT %t = s8[36,4,8]{2,1,0} parameter(0)
+}
+
 %inner (p0: s8[36,4,8], p1: s32[]) -> f32[4,8] {
   %p0 = s8[36,4,8]{2,1,0} parameter(0)
   %p1 = s32[] parameter(1)
-  %wide = f32[36,4,8]{2,1,0} convert(%p0)
+  %tiled = s8[36,4,8]{2,1,0:T(8,128)(4,1)} fusion(%p0), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%tiles
+  %wide = f32[36,4,8]{2,1,0} convert(%tiled)
   ROOT %slice = f32[4,8]{1,0} dynamic-slice(%wide, %p1), dynamic_slice_sizes={1,4,8}
 }
 
