@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     c = command("plan", "would a config fit a machine, and how fast at best: compiled for it, without it", PLAN)
     c.add_argument("config", metavar="CONFIG.yaml")
     settings(c)
-    c.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, h100:2x8 (nodes x GPUs), l4:1")
+    c.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v5p:4x4x4, v6e:8x8, l4:1, h100:2x8 (nodes x GPUs)")
     c.add_argument("--sweep", type=int, nargs="?", const=8, default=0, metavar="N", help="try up to N (8) meshes x micro-batches x remat")
     c.add_argument("--questions", type=int, help="in the training set, where it is not known here: for the length of the training")
     c.add_argument("--json", action="store_true", help="figures for machines")
