@@ -105,9 +105,9 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
     assessment = Assessment(column(), column(), None if reference is None else column(), values)
     rewards, whole = array(jnp.float32, q, g), sharding.replicated(mesh)
     coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    weights = None if c.loss.sampler_cap is None else column()
+    of_sampler = None if c.loss.sampler_cap is None else column()
     made = Experience(
-        prompts.tokens, prompts.mask, rollout.tokens, rollout.mask, column(), assessment.ref_logprobs, column(), values, values, weights
+        prompts.tokens, prompts.mask, rollout.tokens, rollout.mask, column(), assessment.ref_logprobs, column(), values, values, of_sampler
     )
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=whole)
     sampler, stops = parts.sampler_cfg, (parts.tokenizer.stop_ids, parts.tokenizer.pad_id)
