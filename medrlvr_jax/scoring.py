@@ -45,7 +45,8 @@ def at_row_size(mask: Array, sizes: tuple[int, ...], f: Callable[[int], T]) -> T
 def at_responses(params: Params, cfg: DecoderConfig, rows: Rows | Experience, size: int, read: Callable[[Array, Array], T]) -> T:
     """`read` at each response token, [Q, G, R]; 0 on padding where `size` is less than G · R.
 
-    read: states before each token [Q, g, r, E], tokens [Q, g, r] → arrays [Q, g, r]. With a `size` below G · R, g is 1 and r is `size`, which must hold every row's tokens (`at_row_size`).
+    read: states before each token [Q, g, r, E], tokens [Q, g, r] → arrays [Q, g, r]. With a `size` below G · R, g is 1 and
+    r is `size`, which must hold every row's tokens (`at_row_size`).
     """
     n, groups, length = rows.tokens.shape
     if size == groups * length:
