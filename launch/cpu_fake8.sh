@@ -13,4 +13,5 @@ config=${1:?usage: bash launch/cpu_fake8.sh [--dry-run] CONFIG.yaml [a.b=value â
 settings=("runs=${RUNS:-runs}" "${@:2}")
 
 run ensure_venv .
-run env JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=8" medrlvr train "$config" "${settings[@]}"
+# Threads for every collective that a device may wait in at once: with XLA's default, one a device, a busy machine can get stuck.
+run env JAX_PLATFORMS=cpu PJRT_NPROC=32 XLA_FLAGS="--xla_force_host_platform_device_count=8" medrlvr train "$config" "${settings[@]}"

@@ -1,12 +1,16 @@
 """Eight fake CPU devices for every test; and since compiling is most of the time, a cache, and a compiler that does not optimise.
 
 The two flags take the time of a test's programs to a half. What users run is compiled with neither: launch/quickstart.sh shows that.
+
+PJRT_NPROC is the size of XLA:CPU's one pool of threads, by default as many as devices. A collective blocks its thread, and two that do
+not depend on one another may block two threads of one device: on a busy machine nobody was left to join them, and XLA ended the process.
 """
 
 import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["PJRT_NPROC"] = "32"
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),

@@ -31,7 +31,8 @@ def environment(n: int, devices: int) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     cache = {"JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax") if n == 1 else ""}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    return os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    cpu = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": str(4 * devices), "XLA_FLAGS": flags}  # see conftest.py
+    return os.environ | cache | cpu | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
 
 
 def launch(n: int, devices: int, command: list[str], **popen) -> list[subprocess.Popen]:

@@ -74,7 +74,7 @@ DRY = {
     ],
     "cpu_fake8.sh": [
         "ensure_venv .",
-        "env JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 "
+        "env JAX_PLATFORMS=cpu PJRT_NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=8 "
         r"medrlvr train configs/quickstart.yaml runs=runs steps=1 data.path=a\ b",
     ],
     "slurm_gpu.sbatch": [
