@@ -344,6 +344,16 @@ def start_caches(cfg: DecoderConfig, prompt: tuple[Array, Array], groups: int, l
     return Cache(*prompt, own, own)
 
 
+def grow_caches(caches: Any, length: int) -> Any:
+    """The same with room for `length` tokens of each sample."""
+
+    def grow(own):
+        return jnp.pad(own, [(0, 0)] * (own.ndim - 2) + [(0, length - own.shape[-2]), (0, 0)])
+
+    grown = [c._replace(own_k=grow(c.own_k), own_v=grow(c.own_v)) for c in (caches if isinstance(caches, list) else [caches])]
+    return grown if isinstance(caches, list) else grown[0]
+
+
 def decode_step(params: Params, cfg: DecoderConfig, layers: Any, tokens: Array, prompt_mask: Array, caches: Any, t) -> tuple[Array, Any]:
     """Tokens [Q, G] drawn at column t -> the state [Q, G, E] that predicts column t + 1, and the grown caches.
 

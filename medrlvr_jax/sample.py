@@ -3,9 +3,13 @@
 Noise is counter-based: the uniform behind a token is a function of (seed, step, question, sample, position) alone, so a
 sample is the same whatever the batch, the padding or the mesh.
 
+Attention reads what is filled, about: the rows' own keys and values begin with room for an eighth (or so) of the budget, and grow
+from loop to loop (`segment_ends`).
+
 Rows that have stopped make room: when half of them have, the others move together into a loop of half the width, and so on
-down a short ladder. A row that moves takes along its own copy of its prompt's keys and values, which its group shares before.
-Only on CPU, where a step costs what its rows cost: on TPU and GPU it costs reading the weights, and each loop is one more to compile.
+down a short ladder; where the room grows they come back. A row that moves takes along its own copy of its prompt's keys and values,
+which its group shares before. Only on CPU, where a step costs what its rows cost: on TPU and GPU it costs reading the weights, and
+each loop is one more to compile.
 """
 
 from functools import partial
@@ -21,6 +25,7 @@ from medrlvr_jax.sharding import batch_ways, by_rows, constrain
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
 
 BLOCK = 128  # words per block of the two-level inverse CDF
+SEGMENT = 128  # tokens: a budget below twice this has room for all from the start
 NARROWEST = 4  # rows a device: below, reading the weights is all there is to a step
 HALVINGS = 3  # each is another loop to compile
 
@@ -58,7 +63,7 @@ def generate(
     truncated = bool(sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0)
     with jax.named_scope("prefill"):
         last, prompt_cache = model.prefill(params, cfg, prompts.tokens, prompts.mask)
-    layers = model.split_layers(params, cfg)
+    layers, ends = model.split_layers(params, cfg), segment_ends(length)
     zeros = jnp.zeros((rows, groups, length), jnp.float32)
     tokens = jnp.full((rows, groups, length), pad_id, jnp.int32)
     state = State(
@@ -68,7 +73,7 @@ def generate(
         keys=row_keys(key, prompts.ids, groups),
         limits=jnp.full((rows, groups), length) if limits is None else jnp.minimum(limits, length),
         prompt_mask=prompts.mask,
-        caches=model.start_caches(cfg, prompt_cache, groups, length),
+        caches=model.start_caches(cfg, prompt_cache, groups, ends[0]),
     )
 
     def record(state: State, hidden: Array) -> State:
@@ -93,19 +98,32 @@ def generate(
 
     shards = batch_ways(rows)
 
-    def finish(state: State, halvings: int) -> Rollout:
-        """Draw until no row runs."""
+    def finish(state: State, halvings: int, until: int) -> State:
+        """Draw columns below `until`, or until no row runs."""
         width = state.running.size // shards
         narrower = width // 2 if halvings and width % 2 == 0 and width // 2 >= NARROWEST else 0
+        busy = lambda s: s.running.reshape(shards, -1).sum(1).max()  # noqa: E731
+        state = jax.lax.while_loop(lambda s: (s.t < until) & (busy(s) > narrower), body, state)
         if not narrower:
-            return jax.lax.while_loop(lambda s: (s.t < length) & s.running.any(), body, state).drawn
-        state = jax.lax.while_loop(lambda s: s.running.reshape(shards, -1).sum(1).max() > narrower, body, state)
+            return state
         place = jnp.argsort(~state.running.reshape(shards, -1), axis=1, stable=True)[:, :narrower]
-        return put_rows(state.drawn, place, finish(take_rows(state, place), halvings - 1))
+        return put_rows(state, place, finish(take_rows(state, place), halvings - 1, until))
 
     with jax.named_scope("decode"):
-        rollout = finish(record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed))), HALVINGS if cfg.narrow else 0)
-    return by_rows(rollout)
+        state = record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed)))
+        for end in ends:
+            state = state._replace(caches=model.grow_caches(state.caches, end))
+            # A token's keys are stored when the one after it is drawn: with room for `end`, column `end` can still be.
+            state = finish(state, HALVINGS if cfg.narrow else 0, min(end + 1, length))
+    return by_rows(state.drawn)
+
+
+def segment_ends(length: int) -> list[int]:
+    """How many tokens the rows' own caches have room for, loop by loop: the budget, its half, … down to less than 2 · SEGMENT."""
+    ends = [length]
+    while ends[0] >= 2 * SEGMENT:
+        ends.insert(0, -(-ends[0] // 2))
+    return ends
 
 
 def take_rows(state: State, place: Array) -> State:
@@ -133,14 +151,19 @@ def take_rows(state: State, place: Array) -> State:
     )
 
 
-def put_rows(drawn: Rollout, place: Array, rows: Rollout) -> Rollout:
-    """`drawn` [Q, G, R] with its rows at `place` [shards, n] replaced by `rows` [shards·n, 1, R]."""
+def put_rows(state: State, place: Array, rows: State) -> State:
+    """`state` after its rows at `place` [shards, n] went on as `rows` [shards·n, 1, …]."""
 
     def put(x, new):
-        split = constrain(x.reshape(place.shape[0], -1, x.shape[-1]), "batch", None, None)
-        return jax.vmap(lambda x, i, new: x.at[i].set(new))(split, place, new.reshape(*place.shape, -1)).reshape(x.shape)
+        split = constrain(x.reshape(place.shape[0], -1, *x.shape[2:]), "batch", *[None] * (x.ndim - 1))
+        new = new.reshape(*place.shape, *x.shape[2:])
+        return jax.vmap(lambda x, i, new: x.at[i].set(new))(split, place, new).reshape(x.shape)
 
-    return jax.tree.map(put, drawn, rows)
+    caches = [
+        c._replace(own_k=put(c.own_k, n.own_k), own_v=put(c.own_v, n.own_v)) for c, n in zip(state.caches, rows.caches, strict=True)
+    ]
+    drawn, running = jax.tree.map(put, (state.drawn, state.running), (rows.drawn, rows.running))
+    return state._replace(t=rows.t, drawn=drawn, running=running, caches=caches)
 
 
 def row_keys(key: Array, ids: Array, groups: int) -> Array:

@@ -123,18 +123,24 @@ def test_top_p_keeps_the_smallest_set():
     np.testing.assert_array_equal(sample.truncate(jnp.asarray([0.1, 0.5, 0.25, 0.15], jnp.float32), 0, 0.2), [0, 0.5, 0, 0])
 
 
+def test_segments_halve_down_to_the_shortest():
+    assert sample.segment_ends(48) == [48] and sample.segment_ends(255) == [255]
+    assert sample.segment_ends(300) == [150, 300] and sample.segment_ends(1024) == [128, 256, 512, 1024]
+
+
 def test_rows_that_stop_make_room_and_change_nothing(params, prompts, monkeypatch):
-    """64 rows on a ladder of 64, 32, 16, 8 and in one loop of 64, with a stop token that falls often, and limits on top."""
+    """64 rows on a ladder of 64, 32, 16, 8, their caches growing by 10, 20, 40 tokens; and in one loop, with limits on top."""
     rng = np.random.default_rng(1)
     limits = np.clip(np.exp(rng.normal(2.5, 0.9, (Q, 16))), 1, 40).astype(np.int32)
     results = []
-    for halvings in (sample.HALVINGS, 0):
+    for halvings, segment in ((sample.HALVINGS, 8), (0, 40)):
         monkeypatch.setattr(sample, "HALVINGS", halvings)
+        monkeypatch.setattr(sample, "SEGMENT", segment)
         draw = jax.jit(sample.generate.__wrapped__, static_argnums=(1, 4, 5, 6))  # a program of its own
         config = SampleConfig(questions=Q, samples=16, max_new_tokens=40, top_k=30)
         results.append(draw(params, CFG, prompts, jax.random.key(3), config, STOPS, PAD, limits))
         text = draw.lower(params, CFG, prompts, jax.random.key(3), config, STOPS, PAD, limits).as_text()
-        assert text.count("stablehlo.while") >= 1 + halvings
+        assert text.count("stablehlo.while") >= (1 + halvings) * (3 if segment == 8 else 1)
     a, b = results
     np.testing.assert_array_equal(a.tokens, b.tokens)
     np.testing.assert_array_equal(a.mask, b.mask)
