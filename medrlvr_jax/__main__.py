@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     distributed(c)
     c = command("score", "dry-run of the reward on text", 'Lines {"completion", "answer": "C", "options": [...]} in, verdicts out.')
     c.add_argument("file", type=Path, metavar="IN.jsonl")
-    c.add_argument("--mode", choices=("paper", "strict"), default="strict", help="the rule; default strict")
+    c.add_argument("--mode", choices=("paper", "strict", "direct"), default="strict", help="the rule; default strict; direct: no thought")
     c.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
     c = command("doctor", "versions, devices, mesh, memory, tokenizer traps")
     c.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="also check what this config needs")

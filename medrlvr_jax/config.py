@@ -92,9 +92,9 @@ class SampleConfig:
 
 @section
 class RewardConfig:
-    """Med-RLVR's rule: format first, then the letter."""
+    """Med-RLVR's rule: format first, then the letter (rewards.py)."""
 
-    mode: Literal["strict", "paper"] = "strict"
+    mode: Literal["strict", "paper", "direct"] = "strict"  # direct: the answer alone, no thought
     unformatted: float = -1.0
     wrong: float = 0.0
     correct: float = 1.0
@@ -333,6 +333,10 @@ def _cross_checks(c: Config) -> list[str]:
     out = []
     if (c.steps is None) == (c.passes is None):
         out.append(f"steps: {c.steps} and passes: {c.passes}: give exactly one of the two")
+    if (c.prompt.template, c.reward.mode == "direct") in (("direct", False), ("think", True)):
+        pays = "an answer without a thought" if c.reward.mode == "direct" else "a thought and an answer"
+        asks, mend = c.prompt.template, "reward.mode=direct" if c.prompt.template == "direct" else "prompt.template=direct"
+        out.append(f"reward.mode: {c.reward.mode} pays for {pays}, which prompt.template {asks} does not ask for; set {mend}")
     if c.model.lora and not c.model.lora.targets:
         out.append("model.lora.targets: [] would train nothing; name some of the layers' matrices, or set model.lora to null")
     if c.sample.questions % c.learn.minibatch:

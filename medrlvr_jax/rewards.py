@@ -1,7 +1,8 @@
 """Med-RLVR's verifiable reward: the format first, then the letter. One function scores training and evaluation.
 
-Two rules (arXiv 2502.19655). White space is ASCII's six, space \\t \\n \\v \\f \\r; tags count only as spelled here, lower case, nothing
-inside; letters are the capitals A.. of the question's own options, ASCII only, so look-alikes of other scripts are not letters.
+Two rules (arXiv 2502.19655), and one for answers without a thought. White space is ASCII's six, space \\t \\n \\v \\f \\r; tags count
+only as spelled here, lower case, nothing inside; letters are the capitals A.. of the question's own options, ASCII only, so look-alikes
+of other scripts are not letters.
 
 paper   the lenient rule, loopholes included: the first match anywhere of
             <think> at least one character, whatever it is </think> white space <answer> white space X white space </answer>
@@ -11,9 +12,10 @@ paper   the lenient rule, loopholes included: the first match anywhere of
 strict  the whole completion is one <think> with more than white space in it, closed, and one <answer> that holds X, or X with `.`, `)`
         or `:` and this option's own text, spelled the same. White space may stand around the tags and the answer, nothing else;
         each of the four tags stands exactly once.
+direct  `strict` for a completion that is to be the answer alone: one <answer> as there, no thought, nothing else.
 
 How: Arrow lays a block of completions out as one run of UTF-8 bytes; one pass finds every `<`, and those that begin a tag become a
-table in the order of the text. Both rules are arithmetic on that table; the bytes between tags are looked at again only where white
+table in the order of the text. All rules are arithmetic on that table; the bytes between tags are looked at again only where white
 space must be stepped over, long runs of it by Arrow's RE2 kernel. Every step is linear in the bytes, whatever they are. (Why no string
 kernel for the tags: one call tells of one tag, at 0.2 µs a row, and a rule needs five; and the plain `find_substring` reads 0.5 GB/s.)
 """
@@ -37,6 +39,7 @@ WHITE = b" \t\n\v\f\r"
 BLOCK = 4096  # rows judged at once: their 5 MB and what is computed of them stay in the cache, which halves the time
 TAGS = (b"<think>", b"</think>", b"<answer>", b"</answer>")
 THINK, END_THINK, ANSWER, END_ANSWER = 1, 2, 3, 4  # the kinds of tag; 0 is no tag
+LAYOUTS = {"strict": (THINK, END_THINK, ANSWER, END_ANSWER), "direct": (ANSWER, END_ANSWER)}  # all tags of a completion, in order
 
 REASONS = {  # every value of `Verdicts.reason`; where several would fit, the first of a mode's own order is given
     "correct": "the key's letter",
@@ -50,12 +53,14 @@ REASONS = {  # every value of `Verdicts.reason`; where several would fit, the fi
     "empty_answer": "nothing but white space in the answer",
     "not_one_letter": "the answer is not a letter: several, lower case, a look-alike, a text",
     "letter_not_an_option": "the answer is a capital that this question does not offer",
-    "other_text": "strict: a letter, then a text that is not this option's own",
-    "several_answers": "strict: more than one <answer> among the first five tags",
-    "repeated_tags": "strict: another tag more than once among the first five tags; so nested thoughts, too",
-    "tags_out_of_order": "strict: each tag once, but not as <think> </think> <answer> </answer>",
+    "other_text": "strict, direct: a letter, then a text that is not this option's own",
+    "has_think": "direct: a <think> or </think>",
+    "several_answers": "strict, direct: more than one <answer> among the first five tags",
+    "repeated_tags": "strict, direct: another tag more than once among the first five tags; so nested thoughts, too",
+    "tags_out_of_order": "strict, direct: each tag once, but not as <think> </think> <answer> </answer>",
     "text_before_think": "strict: more than white space before <think>",
-    "text_after_answer": "strict: more than white space after </answer>",
+    "text_before_answer": "direct: more than white space before <answer>",
+    "text_after_answer": "strict, direct: more than white space after </answer>",
 }
 _code = list(REASONS).index
 
@@ -91,9 +96,10 @@ def score(completions: Sequence[str], answers: Sequence[str], options: Sequence[
         rows = slice(i, i + BLOCK)
         batch = _lay_out(completions[rows], i)
         tags = _find_tags(batch)
-        letter[rows], fault[rows] = (
-            _paper(batch, tags, count[rows]) if config.mode == "paper" else _strict(batch, tags, count[rows], options[rows])
-        )
+        if config.mode == "paper":
+            letter[rows], fault[rows] = _paper(batch, tags, count[rows])
+        else:
+            letter[rows], fault[rows] = _exact(batch, tags, count[rows], options[rows], LAYOUTS[config.mode])
     format_ok, correct = letter >= 0, letter == key
     worth = np.array([config.unformatted, config.wrong, config.correct], np.float32)
     return Verdicts(
@@ -217,41 +223,42 @@ def _paper(batch: _Batch, tags: _Tags, count: np.ndarray) -> tuple[np.ndarray, n
     return out, fault
 
 
-def _strict(batch: _Batch, tags: _Tags, count: np.ndarray, options: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+def _exact(
+    batch: _Batch, tags: _Tags, count: np.ndarray, options: Sequence[Sequence[str]], layout: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Letter [N], -1 where there is none, and fault [N], a code of REASONS, by the rule that the exploits do not satisfy.
 
     Five tags suffice to judge a layout of four: with a fifth, one of the kinds is there twice.
     """
-    n = len(count)
+    n, thought = len(count), THINK in layout
     total = np.bincount(tags.row[:-2], minlength=n)
     first = np.cumsum(total) - total
     nth = np.arange(5)[:, None]
     kind = np.where(nth < total, tags.kind[np.minimum(first + nth, len(tags.kind) - 1)], 0)  # [5, n]
     times = [(kind == k).sum(0) for k in range(5)]
-    faults = {
-        "several_answers": times[ANSWER] > 1,
-        "repeated_tags": np.max(times[1:], axis=0) > 1,
-        "no_think": times[THINK] == 0,
-        "unclosed_think": times[END_THINK] == 0,
-        "no_answer": times[ANSWER] == 0,
-        "unclosed_answer": times[END_ANSWER] == 0,
-    }
+    faults = {} if thought else {"has_think": times[THINK] + times[END_THINK] > 0}
+    faults |= {"several_answers": times[ANSWER] > 1, "repeated_tags": np.max(times[1:], axis=0) > 1}
+    if thought:
+        faults |= {"no_think": times[THINK] == 0, "unclosed_think": times[END_THINK] == 0}
+    faults |= {"no_answer": times[ANSWER] == 0, "unclosed_answer": times[END_ANSWER] == 0}
     fault = np.select(list(faults.values()), list(map(_code, faults)), _code("tags_out_of_order"))
 
-    row = np.flatnonzero((kind.T == [THINK, END_THINK, ANSWER, END_ANSWER, 0]).all(1))
+    row = np.flatnonzero((kind.T == [*layout, *[0] * (5 - len(layout))]).all(1))
     j = first[row]
+    k = j + len(layout) - 2  # <answer>
     begin, end = batch.bounds[row], batch.bounds[row + 1]
-    at, letter, alone = _read_letter(batch, tags.end[j + 2], tags.start[j + 3])
+    at, letter, alone = _read_letter(batch, tags.end[k], tags.start[k + 1])
     marked = (letter >= 0) & ~alone & np.isin(batch.text[at + 1], list(b".):"))
     own = marked & (letter < count[row])
-    where = [column[own].tolist() for column in (at + 2, tags.start[j + 3], row, letter)]
-    own[own] = [_is_text(batch.data[a:b], options[int(i)][int(k)]) for a, b, i, k in zip(*where, strict=True)]
-    faults = {
-        "text_before_think": _skip_white(batch, begin, tags.start[j]) < tags.start[j],
-        "empty_think": _skip_white(batch, tags.end[j], tags.start[j + 1]) == tags.start[j + 1],
-        "text_between": _skip_white(batch, tags.end[j + 1], tags.start[j + 2]) < tags.start[j + 2],
-        "text_after_answer": _skip_white(batch, tags.end[j + 3], end) < end,
-        "empty_answer": at == tags.start[j + 3],
+    where = [column[own].tolist() for column in (at + 2, tags.start[k + 1], row, letter)]
+    own[own] = [_is_text(batch.data[a:b], options[int(i)][int(x)]) for a, b, i, x in zip(*where, strict=True)]
+    faults = {"text_before_think" if thought else "text_before_answer": _skip_white(batch, begin, tags.start[j]) < tags.start[j]}
+    if thought:
+        faults["empty_think"] = _skip_white(batch, tags.end[j], tags.start[j + 1]) == tags.start[j + 1]
+        faults["text_between"] = _skip_white(batch, tags.end[j + 1], tags.start[k]) < tags.start[k]
+    faults |= {
+        "text_after_answer": _skip_white(batch, tags.end[k + 1], end) < end,
+        "empty_answer": at == tags.start[k + 1],
         "not_one_letter": (letter < 0) | ~(alone | marked),
         "letter_not_an_option": letter >= count[row],
         "other_text": marked & ~own,

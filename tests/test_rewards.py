@@ -16,7 +16,7 @@ from medrlvr_jax.rewards import BLOCK, REASONS, DataError, score, score_file
 WHITE = " \t\n\v\f\r"
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 FOUR = ["Aspirin", "Heparin", "Warfarin", "Insulin"]
-MODES = ["paper", "strict"]
+MODES = ["paper", "strict", "direct"]
 CORPUS = [json.loads(line) for line in (Path(__file__).parent / "data" / "reward_corpus.jsonl").read_text("utf-8").splitlines()]
 
 
@@ -54,7 +54,13 @@ def strict_reference(text: str, options: list[str]) -> str:
     return ""
 
 
-REFERENCE = {"paper": paper_reference, "strict": strict_reference}
+def direct_reference(text: str, options: list[str]) -> str:
+    """With a thought in front, and without tags of its own, it would be strict."""
+    thinks = "<think>" in text or "</think>" in text
+    return "" if thinks else strict_reference(f"<think>x</think>{text}", options)
+
+
+REFERENCE = {"paper": paper_reference, "strict": strict_reference, "direct": direct_reference}
 
 
 def judge(mode: str, rows: list[dict]):
@@ -98,36 +104,51 @@ def test_reasons_fit_the_verdicts(mode):
     assert set(got.reason) <= set(REASONS)
     assert np.array_equal(got.reason == "correct", got.reward == 1) and np.array_equal(got.reason == "wrong", got.reward == 0)
     assert np.array_equal(got.answer != "", got.format_ok) and np.array_equal(got.correct, got.reward == 1)
+    of_direct = {"has_think", "text_before_answer"}
     if mode == "strict":
-        assert set(got.reason) == set(REASONS)
+        assert set(got.reason) == set(REASONS) - of_direct
+    if mode == "direct":
+        assert set(REASONS) - set(got.reason) == {"no_think", "unclosed_think", "text_between", "empty_think", "text_before_think"}
 
 
 @pytest.mark.parametrize(
-    ("completion", "paper", "strict"),
+    ("completion", "paper", "strict", "direct"),
     [
-        ("C", "no_think", "no_think"),
-        ("<think>x", "unclosed_think", "unclosed_think"),
-        ("</think><think>x<answer>C</answer>", "unclosed_think", "tags_out_of_order"),
-        ("<think>x</think>C", "no_answer", "no_answer"),
-        ("<think>x</think><answer>C", "unclosed_answer", "unclosed_answer"),
-        ("<think>x</think>so<answer>C</answer>", "text_between", "text_between"),
-        ("<think></think><answer>C</answer>", "empty_think", "empty_think"),
-        ("<think> </think><answer>C</answer>", "correct", "empty_think"),
-        ("<think>x</think><answer> </answer>", "empty_answer", "empty_answer"),
-        ("<think>x</think><answer>A or C</answer>", "not_one_letter", "not_one_letter"),
-        ("<think>x</think><answer>E</answer>", "letter_not_an_option", "letter_not_an_option"),
-        ("<think>x</think><answer>E. Warfarin</answer>", "not_one_letter", "letter_not_an_option"),
-        ("<think>x</think><answer>C. Aspirin</answer>", "not_one_letter", "other_text"),
-        ("<think>x</think><answer>C. Warfarin</answer>", "not_one_letter", "correct"),
-        ("<think>x</think><answer>C</answer><answer>A</answer>", "correct", "several_answers"),
-        ("<think><think>x</think><answer>C</answer>", "correct", "repeated_tags"),
-        ("so <think>x</think><answer>A</answer>", "wrong", "text_before_think"),
-        ("<think>x</think><answer>A</answer>.", "wrong", "text_after_answer"),
+        ("C", "no_think", "no_think", "no_answer"),
+        ("<think>x", "unclosed_think", "unclosed_think", "has_think"),
+        ("</think><think>x<answer>C</answer>", "unclosed_think", "tags_out_of_order", "has_think"),
+        ("<think>x</think>C", "no_answer", "no_answer", "has_think"),
+        ("<think>x</think><answer>C", "unclosed_answer", "unclosed_answer", "has_think"),
+        ("<think>x</think>so<answer>C</answer>", "text_between", "text_between", "has_think"),
+        ("<think></think><answer>C</answer>", "empty_think", "empty_think", "has_think"),
+        ("<think> </think><answer>C</answer>", "correct", "empty_think", "has_think"),
+        ("<think>x</think><answer> </answer>", "empty_answer", "empty_answer", "has_think"),
+        ("<think>x</think><answer>A or C</answer>", "not_one_letter", "not_one_letter", "has_think"),
+        ("<think>x</think><answer>E</answer>", "letter_not_an_option", "letter_not_an_option", "has_think"),
+        ("<think>x</think><answer>E. Warfarin</answer>", "not_one_letter", "letter_not_an_option", "has_think"),
+        ("<think>x</think><answer>C. Aspirin</answer>", "not_one_letter", "other_text", "has_think"),
+        ("<think>x</think><answer>C. Warfarin</answer>", "not_one_letter", "correct", "has_think"),
+        ("<think>x</think><answer>C</answer><answer>A</answer>", "correct", "several_answers", "has_think"),
+        ("<think><think>x</think><answer>C</answer>", "correct", "repeated_tags", "has_think"),
+        ("so <think>x</think><answer>A</answer>", "wrong", "text_before_think", "has_think"),
+        ("<think>x</think><answer>A</answer>.", "wrong", "text_after_answer", "has_think"),
+        ("<answer>C</answer>", "no_think", "no_think", "correct"),
+        (" <answer>A. Aspirin</answer>\n", "no_think", "no_think", "wrong"),
+        ("so <answer>C</answer>", "no_think", "no_think", "text_before_answer"),
+        ("<answer>C</answer>.", "no_think", "no_think", "text_after_answer"),
+        ("<answer>C</answer><answer>C</answer>", "no_think", "several_answers", "several_answers"),
+        ("<answer>C</answer></answer>", "no_think", "repeated_tags", "repeated_tags"),
+        ("</answer>C<answer>", "no_think", "no_think", "tags_out_of_order"),
+        ("<answer>C", "no_think", "no_think", "unclosed_answer"),
+        ("<answer>\n</answer>", "no_think", "no_think", "empty_answer"),
+        ("<answer>c</answer>", "no_think", "no_think", "not_one_letter"),
+        ("<answer>E</answer>", "no_think", "no_think", "letter_not_an_option"),
+        ("<answer>C. Aspirin</answer>", "no_think", "no_think", "other_text"),
     ],
 )
-def test_reasons(completion, paper, strict):
+def test_reasons(completion, paper, strict, direct):
     row = {"completion": completion, "answer": "C", "options": FOUR}
-    assert [judge(mode, [row]).reason[0] for mode in MODES] == [paper, strict]
+    assert [judge(mode, [row]).reason[0] for mode in MODES] == [paper, strict, direct]
 
 
 JUNK = ["A", "C", "E", "J", "Ｃ", "C. Warfarin", "A) Heparin", ".", "<", "</", "<th", "ink>", ">", "é", "\0", "\ud800", "x"]
@@ -135,6 +156,7 @@ GAPS = st.lists(st.sampled_from(["", "", "", " ", "\n", "x", "\u00a0", *TAGS]), 
 COMPLETIONS = st.one_of(
     st.lists(st.sampled_from([*TAGS * 3, *WHITE, *JUNK]), max_size=12).map("".join),
     GAPS.map(lambda gaps: "".join(a + b for a, b in zip(gaps, ["<think>", "x</think>", "<answer>", "C", "</answer>"], strict=True))),
+    GAPS.map(lambda gaps: "".join(a + b for a, b in zip(gaps[2:], ["<answer>", "C", "</answer>"], strict=True))),
 )
 
 
@@ -145,6 +167,7 @@ COMPLETIONS = st.one_of(
 @example([("<think>a</think><answer>C</answer>", 4), ("</think>", 3), ("<answer>A</answer>", 3)], "paper")
 @example([("<think>a</think>", 4), ("<answer>C</answer>", 4), ("<think>a</think><answer>", 4), ("C</answer>", 4)], "paper")
 @example([("<think>a</think><answer>G.</answer>", 10)], "strict")
+@example([("<answer>C", 4), ("</answer>", 4), ("<answer>C</answer>", 4), ("<answer>C</answer><answer>", 4)], "direct")
 def test_agrees_with_the_reference(rows, mode):
     options = [[*FOUR, "x", "A", " ", ".", "<think>", "é"][:n] for _, n in rows]
     completions = [completion for completion, _ in rows]
@@ -202,7 +225,7 @@ def test_large_and_dense(mode):
     start = time.perf_counter()
     got = score(rows, ["C"] * 4, [FOUR] * 4, RewardConfig(mode=mode))
     assert time.perf_counter() - start < 5
-    assert got.format_ok.tolist() == [True, True, mode == "paper", mode == "paper"]
+    assert got.format_ok.tolist() == [mode != "direct", mode != "direct", mode == "paper", mode == "paper"]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,7 @@ def test_grpo_and_sft_run(folder, capsys, caplog):
         ("sample.temprature=1", "did you mean temperature?"),
         ("mesh.data=3", "mesh.data=3"),
         ("prompt.max_tokens=3", "prompt.max_tokens = 3"),
+        ("prompt.template=direct", "reward.mode: strict pays for a thought and an answer, which prompt.template direct does not ask for"),
         ("sample.questions=64", "sample.questions: 64 is more than the 32 questions"),
     ],
 )
