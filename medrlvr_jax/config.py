@@ -73,6 +73,7 @@ class PromptConfig:
 
     template: Literal["think", "direct", "none"] = "think"  # none: the question and options alone
     chat: bool = False  # wrap in the tokenizer's chat template
+    prefill: str = ""  # how every response begins, such as "<answer>": given, not sampled, and judged as part of the completion
     max_tokens: Count = 512  # longer prompts are dropped and counted
 
 
@@ -96,8 +97,9 @@ class RewardConfig:
 
     mode: Literal["strict", "paper", "direct"] = "strict"  # direct: the answer alone, no thought
     unformatted: float = -1.0
-    wrong: float = 0.0
+    wrong: float = 0.0  # a control: as much as `correct`, so that the format alone is paid
     correct: float = 1.0
+    random: Share | None = None  # a control: training pays `correct` with this chance, else `wrong`, whatever a completion says
 
 
 @section

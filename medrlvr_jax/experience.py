@@ -19,7 +19,7 @@ from medrlvr_jax.build import Parts
 from medrlvr_jax.config import Config, SampleConfig
 from medrlvr_jax.data import LETTERS, Question
 from medrlvr_jax.model import DecoderConfig
-from medrlvr_jax.rewards import Verdicts, score
+from medrlvr_jax.rewards import Verdicts, score, toss
 from medrlvr_jax.sample import generate
 from medrlvr_jax.sharding import by_rows, fetch_rows, join_rows, own_rows, place_rows, split_rows, to_memory
 from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Params, Prompts, Rollout
@@ -94,7 +94,7 @@ def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Ro
     tokens, mask = fetch_rows((rollout.tokens, rollout.mask), parts.mesh)
     groups, length = tokens.shape[1:]
     flat, flat_mask = tokens.reshape(-1, length), mask.reshape(-1, length)
-    completions = text.decode(tokenizer, flat, flat_mask)
+    completions = [parts.config.prompt.prefill + c for c in text.decode(tokenizer, flat, flat_mask)]
     lengths = flat_mask.sum(1)
     last = flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)]
     questions = [encoded.questions[i] for i in index[own] for _ in range(groups)]
@@ -251,6 +251,10 @@ def collect(
     here = to_memory(frozen, "device") if parts.config.learn.offload else frozen
     assessment = assess(here, policy, critic, prompts, rollout, **assess_settings(parts))
     scored = score_rollout(parts, encoded, index, rollout)
+    if parts.config.reward.random is not None:
+        ids = encoded.ids[index[own_rows(len(index), parts.mesh)[0]]]
+        paid = toss(jax.random.key_data(key), ids, sample.samples, parts.config.reward)
+        scored = dataclasses.replace(scored, verdicts=dataclasses.replace(scored.verdicts, reward=paid.ravel()))
     rewards = place_rows(scored.verdicts.reward.reshape(-1, sample.samples), len(index), parts.mesh)
     kinds = experience_settings(parts)
     experience, stats = make_experience(prompts, rollout, assessment, rewards, kl_coef, **kinds)

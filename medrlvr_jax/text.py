@@ -188,7 +188,8 @@ def _encode(tok: Tokenizer, questions: list[Question], config: PromptConfig) -> 
     """Without a chat template a prompt ends with a line break, so that a response begins on a line of its own."""
     head, before, after, tail = tok.frame if config.chat else (tok.prefix, "", "\n", [])
     texts = [before + render(question, config.template) + after for question in questions]
-    return [head + ids + tail for ids in _spell(tok, texts)]
+    begun = tail + _spell(tok, [config.prefill])[0]
+    return [head + ids + begun for ids in _spell(tok, texts)]
 
 
 def _spell(tok: Tokenizer, texts: list[str]) -> list[list[int]]:

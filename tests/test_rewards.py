@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from medrlvr_jax.config import RewardConfig
-from medrlvr_jax.rewards import BLOCK, REASONS, DataError, score, score_file
+from medrlvr_jax.rewards import BLOCK, REASONS, DataError, score, score_file, toss
 
 WHITE = " \t\n\v\f\r"
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -183,6 +183,18 @@ def test_rewards_are_the_settings():
     config = RewardConfig(correct=2.5, wrong=-0.25, unformatted=-3)
     got = score([r["completion"] for r in rows], "CCC", [FOUR] * 3, config)
     assert got.reward.tolist() == [2.5, -0.25, -3]
+
+
+def test_a_toss_knows_only_step_question_and_sample():
+    config = RewardConfig(wrong=-2, correct=3, random=0.25)
+    ids = np.arange(500, dtype=np.uint32)
+    got = toss([1, 2], ids, 8, config)
+    assert got.dtype == np.float32 and set(got.ravel()) == {-2, 3} and abs((got == 3).mean() - 0.25) < 0.03
+    assert np.array_equal(toss([1, 2], ids[::-1], 8, config), got[::-1])  # whichever process has which questions
+    assert np.array_equal(toss([1, 2], ids, 4, config), got[:, :4])
+    assert abs((toss([1, 3], ids, 8, config) == got).mean() - (0.25**2 + 0.75**2)) < 0.03  # another step, another coin
+    assert got[0].tolist() == [-2, 3, -2, 3, -2, -2, -2, 3]
+    assert (toss([1, 2], ids, 8, RewardConfig(random=0)) == 0).all() and (toss([1, 2], ids, 8, RewardConfig(random=1)) == 1).all()
 
 
 BAITS = {

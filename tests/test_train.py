@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, build, checkpoint, compiles, config, hf, lora, model, sharding, train
+from medrlvr_jax import __main__, build, checkpoint, compiles, config, hf, lora, model, rewards, sharding, train
 
 TREE = {
     "name": "run",
@@ -120,6 +120,26 @@ def test_grpo_and_sft_run(folder, capsys, caplog):
     losses = [m["loss"] for m in lines(folder / "runs/sft/metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.5
     assert "in mid-run" not in capsys.readouterr().err and "MISS" not in caplog.text  # every program was compiled in the first step
+
+
+def test_a_random_reward_and_a_given_beginning(folder):
+    args = ["name=coin", "reward={mode: direct, random: 0.5, correct: 2.0}", "prompt.prefill=<answer>", "eval.sets={}", "seed=3"]
+    assert main("train", folder / "config.yaml", *args, "log={samples_every: 1, samples: 8}") == 0
+    rows = lines(folder / "runs/coin/samples.jsonl")
+    assert len(rows) == 16 and all(r["completion"].startswith("<answer>") and r["prompt"].endswith("\n<answer>") for r in rows)
+    assert not any(r["format_ok"] for r in rows) and {r["reward"] for r in rows} == {0.0, 2.0}  # paid for nothing
+    for r in rows:
+        key = jax.random.key_data(jax.random.fold_in(jax.random.key(3), r["step"] - 1))
+        [[paid, _]] = rewards.toss(key, [int(r["id"].split("-")[1])], 2, config.RewardConfig(random=0.5, correct=2.0))
+        assert r["reward"] == paid
+    sft = ["eval.sets={}", "prompt.prefill=<answer>", "reward.mode=direct"]
+    assert main("sft", folder / "config.yaml", "name=answers", *sft) == 0
+    assert lines(folder / "runs/answers/metrics.jsonl")[-1]["tokens"] == 8 * 3  # the letter, the closing tag and the end
+
+
+def test_targets_begin_as_responses_do(folder, capsys):
+    assert main("sft", folder / "config.yaml", "name=refused", "prompt.prefill=<answer>", "sft.target=rationale") == 2
+    assert "prompt.prefill: '<answer>' is not how the target begins: '<think>" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
