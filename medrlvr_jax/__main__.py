@@ -16,6 +16,15 @@ go on with a run:  the same command again; it resumes from its newest checkpoint
 PLAN = """Compiles every program of the training step from shapes alone, with the machine's own compiler; no accelerator, weights or hub.
 Exit status: 0 it fits, 3 it does not, 2 unusable input."""
 
+REPRODUCE = """\
+Runs every arm of the file with every seed, each as an ordinary run in runs/<name>/<arm>-<seed>/, evaluates them all the same way, and
+writes table.md, table.json and curves.png into runs/<name>/. The same command again goes on: finished cells are not run again, stopped
+ones resume, and a cell whose settings have changed is refused. Exit status: 0 done, 1 a cell failed, 2 unusable input, 130 stopped.
+
+  on two cores:     medrlvr reproduce configs/reproduce_tiny.yaml --jobs 2
+  some of it:       medrlvr reproduce configs/reproduce_tiny.yaml --only sft_answer grpo seeds=[0]
+  on another model: medrlvr reproduce configs/reproduce_tiny.yaml name=mine model.path=DIR"""
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -46,6 +55,13 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--step", type=int, help="the run's checkpoint to take; the newest unless given")
     c.add_argument("--out", type=Path, help="folder for one JSONL of answers per set and eval.json; default RUN/eval-<step>")
     distributed(c)
+    c = command("reproduce", "a file of arms: base, SFT, PPO, GRPO and controls over seeds, and one table of them", REPRODUCE)
+    c.formatter_class = argparse.RawDescriptionHelpFormatter
+    c.add_argument("config", metavar="FILE.yaml", help="such as configs/reproduce_tiny.yaml")
+    c.add_argument("settings", nargs="*", metavar="a.b=value", help="settings of every cell, or fields of the file: seeds=[0] name=short")
+    c.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time, each on its share of the cores; default 1")
+    c.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms, and those that they start from")
+    c.add_argument("--dry-run", action="store_true", help="check every cell's settings, say where each stands, run nothing")
     c = command("compare", "two evaluations of the same questions: paired tests, what one solves and the other does not")
     c.add_argument("a", type=Path, metavar="EVAL_A", help="a folder that `medrlvr eval` wrote, such as RUN/eval-32")
     c.add_argument("b", type=Path, metavar="EVAL_B")
@@ -127,6 +143,13 @@ def run_eval(args: argparse.Namespace) -> int:
     from medrlvr_jax.evaluate import evaluate_source
 
     return evaluate_source(Path(args.source), args.settings, args.step, args.out)
+
+
+def run_reproduce(args: argparse.Namespace) -> int:
+    from medrlvr_jax.reproduce import reproduce
+
+    only = [name for name in args.only if "=" not in name]  # argparse leaves settings that stand after them among them
+    return reproduce(args.config, args.settings + [item for item in args.only if "=" in item], only, args.jobs, args.dry_run)
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -253,7 +253,7 @@ def collect(
     scored = score_rollout(parts, encoded, index, rollout)
     if parts.config.reward.random is not None:
         ids = encoded.ids[index[own_rows(len(index), parts.mesh)[0]]]
-        paid = toss(jax.random.key_data(key), ids, sample.samples, parts.config.reward)
+        paid = toss(np.asarray(jax.random.key_data(key)), ids, sample.samples, parts.config.reward)
         scored = dataclasses.replace(scored, verdicts=dataclasses.replace(scored.verdicts, reward=paid.ravel()))
     rewards = place_rows(scored.verdicts.reward.reshape(-1, sample.samples), len(index), parts.mesh)
     kinds = experience_settings(parts)

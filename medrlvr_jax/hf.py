@@ -101,7 +101,9 @@ def read_config(path: str | Path) -> DecoderConfig:
     """config.json in our words; `dataclasses.replace` then sets what the run decides (dtype, remat, value_head)."""
     file = resolve(path) / "config.json"
     if not file.is_file():
-        raise ConfigError(f"{file}: not there; a Hugging Face directory has one")
+        run = file.parent if (file.parent / "checkpoints").is_dir() else None
+        remedy = f"this is a run: medrlvr export {run} {run}/hf, then model.path={run}/hf" if run else "a Hugging Face directory has one"
+        raise ConfigError(f"{file}: not there; {remedy}")
     said = json.loads(file.read_text(encoding="utf-8"))
 
     def need(key, where=said):

@@ -1,0 +1,161 @@
+"""`medrlvr reproduce FILE.yaml`: the cells of a file of arms (arms.py) as processes of their own, then the table of them (claims.py).
+
+`--jobs N` at a time, each on its share of the processor's cores: small models run best one to a core. A finished cell is not run again,
+one that was stopped goes on. SIGINT and SIGTERM are passed on: each run saves and stops after its step. If this process is killed, its
+children go on to the end of their command, and the same command again waits for them.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from statistics import mean
+from typing import Any
+
+from medrlvr_jax import arms, claims, log
+from medrlvr_jax.arms import Cell
+from medrlvr_jax.config import ConfigError
+
+HEARTBEAT = 60  # seconds between lines that say how far the cells are
+
+
+def reproduce(path: str, settings: list[str], only: list[str], jobs: int, dry_run: bool) -> int:
+    """Run what is not finished, then write table.md, table.json and curves.png; the exit status."""
+    experiment, cells = arms.read(path, settings)
+    if lost := [name for name in only if name not in experiment.arms]:
+        raise ConfigError(f"--only: {lost[0]}: no such arm; there are {', '.join(experiment.arms)}")
+    arms.check_same(cells)
+    names = {cell.path for cell in cells if not only or cell.arm in only}
+    for cell in reversed(cells):  # what they start from stands before them
+        names |= {cell.parent.path} if cell.parent and cell.path in names else set()
+    wanted = [cell for cell in cells if cell.path in names]
+    if dry_run:
+        for cell in cells:
+            begun = "begun" if cell.beside(".yaml").exists() else "to run"
+            state = "finished" if cell.finished else begun if cell in wanted else "left out by --only"
+            print(f"{cell.path.name:24} {cell.by:6} {state}")
+        return 0
+    runner = Runner([cell for cell in wanted if not cell.finished], wanted, jobs)
+    status = runner.run()
+    if not status:
+        print(claims.conclude(experiment, [cell for cell in cells if cell.finished], len(cells)))
+        print(f"{experiment.folder}: table.md, table.json, curves.png")
+    return status or int(bool(runner.failed))
+
+
+class Runner:
+    """The processes: at most one to each share of the cores."""
+
+    def __init__(self, todo: list[Cell], every: list[Cell], jobs: int):
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        if not 1 <= jobs <= len(cores):
+            raise ConfigError(f"--jobs: {jobs} at a time, with {len(cores)} cores here; give 1 to {len(cores)}")
+        self.shares = [set(cores[i::jobs]) for i in range(jobs)]
+        self.todo, self.every, self.failed = list(todo), every, set()
+        self.running: dict[int, tuple[Cell, subprocess.Popen, float]] = {}  # by share
+        self.signal = 0
+
+    def run(self) -> int:
+        """0 when nothing is left to do, or 128 + the signal that stopped it."""
+        handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        said = time.monotonic()
+        try:
+            while self.running or (self.todo and not self.signal):
+                for share in range(len(self.shares)):
+                    if share in self.running:
+                        self._look(share)
+                    elif not self.signal:
+                        self._start(share)
+                if time.monotonic() - said > HEARTBEAT:
+                    said = time.monotonic()
+                    held = [f"{c.path.name} waits for {holder}" for c in self.todo if (holder := log.lock_holder(c.path))]
+                    self._say("; ".join([*(f"{c.path.name} {_steps(c)}" for c, _, _ in self.running.values()), *held]))
+                time.sleep(0.2)
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+        if self.signal:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + self.signal if self.signal else 0
+
+    def _start(self, share: int) -> None:
+        """The first cell whose start is there, and which no process left from before is still at."""
+        for cell in list(self.todo):
+            if cell.parent and cell.parent.path in self.failed:
+                self.todo.remove(cell)
+                self.failed.add(cell.path)
+                self._say(f"{cell.path.name} is left out, since {cell.parent.path.name} failed")
+            elif not (cell.parent and cell.parent.commands()) and not log.lock_holder(cell.path):
+                self.todo.remove(cell)
+                cell.path.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text(cell.beside(".yaml"), cell.record())
+                self._spawn(share, cell, time.monotonic())
+                return self._say(f"{cell.path.name} begins")
+
+    def _spawn(self, share: int, cell: Cell, began: float) -> None:
+        command = [sys.executable, "-m", "medrlvr_jax", *cell.commands()[0]]
+        env = {"JAX_COMPILATION_CACHE_DIR": str((cell.path.parent / ".programs").absolute())} | os.environ  # cells share most programs
+        pins = hasattr(os, "sched_setaffinity")
+        mine = os.sched_getaffinity(0) if pins else set()
+        with open(cell.beside(".log"), "ab") as out:
+            if pins:
+                os.sched_setaffinity(0, self.shares[share])  # a process is born onto its parent's cores
+            # A session of its own: the terminal's Ctrl-C is for this process, which passes it on.
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True)
+            if pins:
+                os.sched_setaffinity(0, mine)
+        self.running[share] = cell, process, began
+
+    def _look(self, share: int) -> None:
+        cell, process, began = self.running[share]
+        if process.poll() is None:
+            return
+        del self.running[share]
+        if process.returncode and not self.signal:
+            self.failed.add(cell.path)
+            tail = cell.beside(".log").read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+            ends = f"{cell.path.name} failed with exit status {process.returncode}; {cell.beside('.log')} ends:"
+            self._say("\n    ".join([ends, *tail]))
+        elif cell.finished:
+            self._say(f"{cell.path.name} is finished after {log.clock(time.monotonic() - began)}")
+        elif not self.signal:
+            self._spawn(share, cell, began)
+
+    def _stop(self, number: int, _: Any) -> None:
+        self.signal = number
+        for cell, process, _ in self.running.values():
+            process.send_signal(signal.SIGINT)
+            print(f"{signal.Signals(number).name}: {cell.path.name} stops after its step; once more stops it at once", file=sys.stderr)
+
+    def _say(self, text: str) -> None:
+        done, left = sum(c.finished for c in self.every), self._left()
+        more = f"; about {log.clock(left)} left" if left else ""
+        print(f"{done}/{len(self.every)} cells: {text}{more}", file=sys.stderr, flush=True)
+
+    def _left(self) -> float | None:
+        """Seconds. Each cell takes what finished ones of its arm took, else of its kind, else of any; None before one is known."""
+        known: dict[str, list[float]] = {}
+        for cell in self.every:
+            for seconds in _seconds(cell):
+                for kind in (cell.arm, cell.by, ""):
+                    known.setdefault(kind, []).append(seconds)
+        waiting = [*self.todo, *(cell for cell, _, _ in self.running.values())]
+        if not known or not waiting:
+            return None
+        total = sum(mean(known.get(c.arm) or known.get(c.by) or known[""]) for c in waiting)
+        spent = sum(time.monotonic() - began for _, _, began in self.running.values())
+        return max(total - spent, 0.0) / len(self.shares)
+
+
+def _seconds(cell: Cell) -> list[float]:
+    file = cell.path / "summary.json"
+    return [json.loads(file.read_text(encoding="utf-8"))["seconds"]] if file.exists() else []
+
+
+def _steps(cell: Cell) -> str:
+    """How far its run is."""
+    file = cell.path / "metrics.jsonl"
+    records = log.read_jsonl(file) if file.exists() else []
+    return f"step {records[-1]['step']}" + (f"/{cell.config.steps}" if cell.config.steps else "") if records else "starts"

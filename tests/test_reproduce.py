@@ -1,0 +1,254 @@
+"""The file of arms, its cells and their processes, and what the table says of them."""
+
+import json
+import os
+import signal
+import stat
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from test_train import TREE, folder, lines, main  # noqa: F401
+
+from medrlvr_jax import arms, claims, reproduce, stats
+from medrlvr_jax.config import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILE = {
+    "name": "three",
+    "seeds": [0, 1],
+    "common": TREE | {"eval": {"sets": {"inside": {"path": "a.jsonl"}, "outside": {"path": "b.jsonl"}}}},
+    "arms": {
+        "base": {"by": "eval", "seeds": [0], "settings": {"prompt": {"prefill": "<think>"}}},
+        "sft": {"by": "sft", "settings": {"reward": {"mode": "direct"}}},
+        "ppo": {"by": "train", "after": "sft", "settings": {"sample": {"samples": 4}}},
+        "coin": {"like": "ppo", "settings": {"reward": {"random": 0.5}}},
+    },
+    "claims": {"sft": "sft", "rl": ["ppo"], "base": "base"},
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(**changes):
+        (tmp_path / "arms.yaml").write_text(yaml.safe_dump(FILE | {"runs": str(tmp_path)} | changes, sort_keys=False))
+        return tmp_path / "arms.yaml"
+
+    return write
+
+
+def changed(arm, **changes):
+    return {"arms": FILE["arms"] | {arm: FILE["arms"][arm] | changes}}
+
+
+def test_cells_are_arms_by_seeds(file, tmp_path):
+    experiment, cells = arms.read(file(), ["learn.policy.lr=0.5", "arms.sft.settings.steps=7"])
+    assert [c.path.name for c in cells] == ["base-0", "sft-0", "sft-1", "ppo-0", "ppo-1", "coin-0", "coin-1"]
+    base, sft, _, ppo, _, coin, other = cells
+    assert (coin.by, coin.config.sample.samples, coin.config.reward.random, coin.config.seed, other.config.seed) == ("train", 4, 0.5, 0, 1)
+    assert (base.config.prompt.prefill, ppo.config.prompt.prefill, sft.config.steps, ppo.config.steps) == ("<think>", "", 7, 2)
+    assert {c.config.learn.policy.lr for c in cells} == {0.5}
+    assert coin.parent is sft and sft.exported and ppo.config.model.path == str(tmp_path / "three" / "sft-0" / "hf")
+    assert [c[0] for c in sft.commands()] == ["sft", "eval", "export"] and [c[0] for c in base.commands()] == ["eval"]
+    assert experiment.folder == tmp_path / "three"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "seed: "),
+        (changed("coin", like="pop"), "arms.coin.like: pop: no arm above this one; above are base, sft, ppo"),
+        (changed("sft", after="ppo"), "arms.sft.after: ppo: no arm above"),
+        (changed("ppo", after="base"), "arms.ppo.after: base is by eval, which trains nothing"),
+        (changed("sft", seeds=[0]), "arms.ppo.after: sft has no seed 1"),
+        (changed("sft", by=None), "arms.sft.by: needed"),
+        (
+            changed("sft", by="train", settings={"sample": {"sampels": 1}}),
+            "arms.sft: sample.sampels: no such setting",
+        ),
+        ({"claims": {"sft": "soft", "rl": ["ppo"]}}, "claims.sft: soft: no such arm"),
+        ({"common": TREE | {"eval": {}}}, "arms.base: eval.sets: none"),
+    ],
+)
+def test_what_a_file_may_not_say(file, changes, said):
+    with pytest.raises(ConfigError, match="arms") as e:
+        arms.read(file(**changes), [])
+    assert said in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["reproduce_tiny", "reproduce_3b"])
+def test_shipped_files_are_whole(name, capsys):
+    experiment, cells = arms.read(CONFIGS / f"{name}.yaml", [])
+    seeds = {arm: [c.config.seed for c in cells if c.arm == arm] for arm in experiment.arms}
+    assert {a: s for a, s in seeds.items() if len(s) < 3 and not a.startswith("base")} == {}
+    assert {"base_direct", "base_cot", "sft_answer", "ppo", "grpo", "no_think", "format_only", "random", "constant"} <= seeds.keys()
+    assert main("reproduce", CONFIGS / f"{name}.yaml", "--dry-run", "runs=nowhere") == 0
+    assert capsys.readouterr().out.count("to run") == len(cells)
+
+
+def test_a_changed_cell_is_refused_by_name(file):
+    _, cells = arms.read(file(), [])
+    cells[0].path.parent.mkdir()
+    for cell in cells:
+        cell.beside(".yaml").write_text(cell.record())
+    arms.check_same(arms.read(file(), [])[1])
+    with pytest.raises(ConfigError) as e:  # of the arms that start from it, too
+        arms.check_same(arms.read(file(), ["arms.sft.settings.steps=3"])[1])
+    said = str(e.value).splitlines()[1:]
+    assert said[0] == "  sft-0: steps: 2 there, 3 now" and len(said) == 6
+    assert said[2] == "  ppo-0: its command, or the run it starts from, is another"
+    cells[1].beside(".yaml").unlink()
+    cells[1].path.mkdir()
+    with pytest.raises(ConfigError, match=r"sft-0: there is no sft-0.yaml beside it"):
+        arms.check_same(cells)
+
+
+def test_the_commands_make_what_they_are_known_by(folder, tmp_path):  # noqa: F811
+    """Each command of two cells, in this process: a model of random weights, fine-tuned, exported, and trained on from there."""
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    tree["eval"]["sets"]["outside"] = {"path": "embedded:in_distribution", "limit": 9}
+    some = {"sft": {"by": "sft"}, "ppo": {"by": "train", "after": "sft"}}
+    whole = {"name": "real", "runs": str(tmp_path), "seeds": [0], "common": tree, "arms": some, "claims": {"sft": "sft", "rl": ["ppo"]}}
+    (tmp_path / "real.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+    experiment, cells = arms.read(tmp_path / "real.yaml", [])
+    experiment.folder.mkdir()
+    for cell in cells:
+        cell.beside(".yaml").write_text(cell.record())
+        while commands := cell.commands():
+            assert main(*commands[0]) == 0 and len(cell.commands()) == len(commands) - 1
+    assert all(cell.finished for cell in cells)
+    text = claims.conclude(experiment, cells, 3)
+    assert text == (experiment.folder / "table.md").read_text() and (experiment.folder / "curves.png").exists()
+    table = json.loads((experiment.folder / "table.json").read_text())
+    assert table["arms"]["ppo"]["outside"]["n"] == 9 and table["against_sft"]["ppo"]["outside"]["p_holm"] == 1
+    assert "format_failure (at most 100 %, step 1)" in text and "2 of 3 cells are finished" in text
+
+
+PYTHON = sys.executable
+FAKE = """#!{python}
+import os, sys, time, yaml
+from pathlib import Path
+command, source = sys.argv[3:5]
+with open({log!r}, "a") as file:
+    print(command, Path(source).stem, len(os.sched_getaffinity(0)), file=file)
+if "{fails}" and "{fails}" in source:
+    print("it went wrong")
+    sys.exit(1)
+try:
+    time.sleep({seconds})
+except KeyboardInterrupt:
+    sys.exit(130)
+made = {{"eval": "eval/eval.json", "export": "hf/config.json"}}.get(command, "summary.json")
+run = Path(source).with_suffix("") if source.endswith(".yaml") else Path(source)
+(run / made).parent.mkdir(parents=True, exist_ok=True)
+(run / made).write_text('{{"seconds": 1.0}}')
+"""
+
+
+def fake(tmp_path, monkeypatch, seconds=0.0, fails=""):
+    """A program in place of Python that leaves what a command is known by, and a list of what it was asked."""
+    program, asked = tmp_path / "fake", tmp_path / "asked"
+    program.write_text(FAKE.format(python=PYTHON, log=str(asked), fails=fails, seconds=seconds))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(reproduce.sys, "executable", str(program))
+    asked.write_text("")
+    return asked
+
+
+def test_cells_run_once_each_after_what_they_start_from(file, tmp_path, monkeypatch, capsys):
+    asked = fake(tmp_path, monkeypatch)
+    _, cells = arms.read(file(), [])
+    jobs = min(2, len(os.sched_getaffinity(0)))
+    assert reproduce.Runner(cells, cells, jobs).run() == 0
+    ran = [line.split() for line in asked.read_text().splitlines()]
+    order = [(command, cell) for command, cell, _ in ran]
+    assert len(order) == len(set(order)) == 1 + 2 * 3 + 4 * 2 and all(cell.finished for cell in cells)
+    assert order.index(("export", "sft-1")) < order.index(("train", "ppo-1")) < order.index(("eval", "ppo-1"))
+    assert {int(cores) for *_, cores in ran} == {len(os.sched_getaffinity(0)) // jobs}
+    assert "7/7 cells: coin-1 is finished after 0:00:0" in capsys.readouterr().err
+    assert main("reproduce", file(), "--dry-run") == 0 and capsys.readouterr().out.count(" finished") == 7
+
+
+def test_a_failure_is_told_and_the_others_go_on(file, tmp_path, monkeypatch, capsys):
+    fake(tmp_path, monkeypatch, fails="sft-0.yaml")
+    monkeypatch.setattr(reproduce.claims, "conclude", lambda _, finished, of: f"{len(finished)} of {of}")
+    assert main("reproduce", file(), "--only", "ppo", "base", "learn.policy.lr=0.1") == 1
+    done = capsys.readouterr()
+    assert (
+        "sft-0 failed with exit status 1" in done.err
+        and "it went wrong" in done.err
+        and "ppo-0 is left out, since sft-0 failed" in done.err
+    )
+    assert done.out.startswith("3 of 7") and "coin" not in done.err
+    assert main("reproduce", file(), "--only", "ppo", "base") == 2 and "learn.policy.lr: 0.1 there, 0.001 now" in capsys.readouterr().err
+    assert main("reproduce", file(), "--only", "pop") == 2 and "--only: pop: no such arm" in capsys.readouterr().err
+    assert main("reproduce", file(), "name=x", "--jobs", "4096") == 2 and "--jobs: 4096" in capsys.readouterr().err
+
+
+def test_a_signal_is_passed_on_and_the_same_command_goes_on(file, tmp_path, monkeypatch, capsys):
+    asked = fake(tmp_path, monkeypatch, seconds=30)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    began = time.monotonic()
+    assert main("reproduce", file()) == 130 and time.monotonic() - began < 15
+    assert asked.read_text().count("\n") == 1 and "the same command goes on from here" in capsys.readouterr().err
+    fake(tmp_path, monkeypatch)
+    monkeypatch.setattr(reproduce.claims, "conclude", lambda *_: "")
+    assert main("reproduce", file()) == 0
+
+
+# ---- the table ----
+
+
+def test_crossed_resamples_questions_and_runs():
+    rng = np.random.default_rng(1)
+    a = rng.random((200, 1)) < 0.4
+    one, usual = stats.crossed(a), stats.bootstrap(a[:, 0])
+    assert one.value == usual.value and abs(one.low - usual.low) < 0.01 and abs(one.high - usual.high) < 0.01
+    runs = np.repeat([[0.0, 1.0]], 50, axis=0)  # the runs differ in all, the questions in nothing
+    assert stats.crossed(runs) == (0.5, 0.0, 1.0)
+    assert stats.crossed(np.repeat(a, 3, 1) + 0.25, np.repeat(a, 2, 1)) == pytest.approx((0.25, 0.25, 0.25))  # questions are paired
+
+
+def answered(cell, name, right):
+    """An evaluation whose i-th question is right where `right[i]`."""
+    (cell.path / "eval").mkdir(parents=True, exist_ok=True)
+    (cell.path / "eval" / "eval.json").write_text(json.dumps({"versions": {"git": None}}))
+    row = {"key": "A", "options": 4, "format_ok": True, "length": 5, "stage": "reintegrated_reasoning", "sample": 0}
+    rows = [row | {"id": f"q{i}", "correct": bool(x), "answer": "A" if x else "B"} for i, x in enumerate(right)]
+    (cell.path / "eval" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_the_table_by_hand(file):
+    experiment, cells = arms.read(file(), [])
+    wanted = [c for c in cells if c.arm in ("base", "sft", "ppo")]
+    n = np.arange(100)
+    for cell in wanted:
+        answered(cell, "inside", n < {"base": 20, "sft": 50, "ppo": 50}[cell.arm])
+        answered(cell, "outside", n < {"base": 20, "sft": 20, "ppo": 60 + 10 * cell.config.seed}[cell.arm])
+        stages = {f"stage/{s}": 0.0 for s in claims.STAGES} | {"stage/format_failure": 0.75, "stage/direct_answer_hacker": 0.25}
+        (cell.path / "metrics.jsonl").write_text(json.dumps({"step": 1} | stages) + "\n")
+    text = claims.conclude(experiment, wanted, len(cells))
+    table = json.loads((experiment.folder / "table.json").read_text())
+    ppo = table["arms"]["ppo"]["outside"]
+    assert (ppo["accuracy"]["value"], ppo["by_seed"], ppo["seeds"]) == (0.65, [0.6, 0.7], [0, 1])
+    against = table["against_sft"]["ppo"]
+    assert against["inside"]["difference"] == {"value": 0, "low": 0, "high": 0} and against["inside"]["p_holm"] == 1
+    assert against["outside"]["difference"]["value"] == pytest.approx(0.45) and against["outside"]["p_holm"] < 0.01
+    assert set(table["against_sft"]["base"]) == {"inside", "outside"} and table["against_sft"]["sft"] == {}
+    assert "ppo − sft on inside: +0.0 (+0.0 to +0.0) points: the two are not told apart." in text
+    assert "ppo − sft on outside: +45.0" in text and "points: ppo is higher." in text
+    assert "thoughts show inference in 100.0 % of answers on inside (100.0 % of base's)" in text
+    assert "2 of 6 reached 10% of a step's completions: format_failure (at most 75 %, step 1), direct_answer_hacker (at most 25 %" in text
+    assert "5 of 7 cells are finished" in text and "| ppo | 2 |" in text
+    answered(wanted[1], "inside", n[:50] < 5)
+    with pytest.raises(ConfigError, match="other questions than in"):
+        claims.conclude(experiment, wanted, len(cells))
+
+
+def test_nothing_is_finished(file):
+    experiment, cells = arms.read(file(), [])
+    assert "there is no table yet" in claims.conclude(experiment, [], len(cells))
