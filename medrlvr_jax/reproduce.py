@@ -6,12 +6,13 @@ children go on to the end of their command, and the same command again waits for
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from medrlvr_jax import arms, claims, log
@@ -60,7 +61,7 @@ class Runner:
     def run(self) -> int:
         """0 when nothing is left to do, or 128 + the signal that stopped it."""
         handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        said = time.monotonic()
+        said = -math.inf  # at once, for what is held by processes left from before
         try:
             while self.running or (self.todo and not self.signal):
                 for share in range(len(self.shares)):
@@ -135,23 +136,26 @@ class Runner:
         print(f"{done}/{len(self.every)} cells: {text}{more}", file=sys.stderr, flush=True)
 
     def _left(self) -> float | None:
-        """Seconds. Each cell takes what finished ones of its arm took, else of its kind, else of any; None before one is known."""
+        """Seconds. A cell takes what others of its arm take, or else of its kind; None while nothing is known of one."""
         known: dict[str, list[float]] = {}
         for cell in self.every:
-            for seconds in _seconds(cell):
-                for kind in (cell.arm, cell.by, ""):
-                    known.setdefault(kind, []).append(seconds)
-        waiting = [*self.todo, *(cell for cell, _, _ in self.running.values())]
-        if not known or not waiting:
+            for kind in (cell.arm, cell.by):
+                known.setdefault(kind, []).extend(_seconds(cell))
+        waiting = [c for c in (*self.todo, *(c for c, _, _ in self.running.values())) if c.by != "eval"]  # those take next to nothing
+        times = [known[c.arm] or known[c.by] for c in waiting]
+        if not all(times):
             return None
-        total = sum(mean(known.get(c.arm) or known.get(c.by) or known[""]) for c in waiting)
         spent = sum(time.monotonic() - began for _, _, began in self.running.values())
-        return max(total - spent, 0.0) / len(self.shares)
+        return max(sum(map(mean, times)) - spent, 0.0) / len(self.shares)
 
 
 def _seconds(cell: Cell) -> list[float]:
-    file = cell.path / "summary.json"
-    return [json.loads(file.read_text(encoding="utf-8"))["seconds"]] if file.exists() else []
+    """What its run took; or, by its first steps, will take."""
+    summary, metrics = cell.path / "summary.json", cell.path / "metrics.jsonl"
+    if summary.exists():
+        return [json.loads(summary.read_text(encoding="utf-8"))["seconds"]]
+    steps = [r["seconds"] for r in log.read_jsonl(metrics) if "seconds" in r] if metrics.exists() else []
+    return [sum(steps) + median(steps) * (cell.config.steps - len(steps))] if len(steps) > 1 and cell.config.steps else []
 
 
 def _steps(cell: Cell) -> str:
