@@ -59,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     c = command("score", "dry-run of the reward on text", 'Lines {"completion", "answer": "C", "options": [...]} in, verdicts out.')
     c.add_argument("file", type=Path, metavar="IN.jsonl")
     c.add_argument("--mode", choices=("paper", "strict"), default="strict", help="the rule; default strict")
+    c.add_argument("--leak-penalty", type=weight, default=0.0, metavar="X", help="taken off where the thought states the answer; usual 0.5")
+    c.add_argument("--before-penalty", type=weight, default=0.0, metavar="X", help="… where over 15 words stand before <think>; usual 0.3")
     c.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
     c = command("doctor", "versions, devices, mesh, memory, tokenizer traps")
     c.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="also check what this config needs")
@@ -74,6 +76,12 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     c.add_argument("--out", type=Path, default=Path("curves.png"), metavar="OUT.png")
     return top
+
+
+def weight(text: str) -> float:
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a number from 0")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,7 +156,8 @@ def run_score(args: argparse.Namespace) -> int:
     from medrlvr_jax.config import RewardConfig
     from medrlvr_jax.rewards import score_file
 
-    reasons = score_file(args.file, args.out, RewardConfig(mode=args.mode))
+    rule = RewardConfig(mode=args.mode, leak_penalty=args.leak_penalty, before_penalty=args.before_penalty)
+    reasons = score_file(args.file, args.out, rule)
     for reason, count in reasons.most_common():
         print(f"{count:>9,}  {100 * count / reasons.total():5.1f} %  {reason}")
     print(f"{reasons.total():>9,}  completions scored by the rule {args.mode}: {args.out}")

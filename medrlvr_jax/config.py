@@ -98,6 +98,8 @@ class RewardConfig:
     unformatted: float = -1.0
     wrong: float = 0.0
     correct: float = 1.0
+    leak_penalty: Weight = 0.0  # taken off where the thought states the answer; arXiv 2509.15557 has 0.5
+    before_penalty: Weight = 0.0  # taken off where more than 15 words stand before <think>; 0.3 there
 
 
 @section
@@ -207,6 +209,7 @@ class LogConfig:
 
     samples_every: Size = 10  # steps between samples; 0: never
     samples: Count = 8  # completions each time
+    stop_constant: Size = 20  # steps in a row with one reward for all, after which a run stops; 0: never
     tensorboard: bool = False
     wandb: str | None = None  # the project's name
 

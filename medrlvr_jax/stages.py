@@ -38,9 +38,9 @@ STATEMENT = re.compile(  # a statement of the answer: "the answer is C", "Option
 )
 SIGN = re.compile(  # of inference: grounds, consequences, what would be otherwise, what is ruled out
     r"[-=]>|→|\b(?:because|since|given|as (?:the|she|he|it|they)|therefore|thus|hence|so(?! far| called)|consequently|accordingly"
-    r"|suggest\w*|indicat\w*|impl(?:y|ies)|point\w* to|consistent with|rule[sd]? (?:\w+ )?out|exclud\w*|unlike\w*|likely|whereas|although"
-    r"|despite|would|makes?|leads? to|caus\w+|due to|means?|which (?:is|are|makes)|contraindicat\w*|avoid\w*|must not|instead|rather than|argues?"
-    r"|supports?|favou?rs?|first[- ]line|mechanism|typical of|characteristic of|explain\w*|confirm\w*|allows? it|if)\b",
+    r"|suggest\w*|indicat\w*|impl(?:y|ies)|point\w* to|consistent with|rule[sd]? (?:\w+ )?out|exclud\w*|unlike\w*|likely|whereas"
+    r"|although|despite|would|makes?|leads? to|caus\w+|due to|means?|which (?:is|are|makes)|contraindicat\w*|avoid\w*|must not|instead"
+    r"|rather than|argues?|supports?|favou?rs?|first[- ]line|mechanism|typical of|characteristic of|explain\w*|confirm\w*|allows? it|if)\b",
     re.I,
 )
 
