@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 
 
 class Diverged(RuntimeError):
-    """A run whose updates are no longer finite."""
+    """A run that cannot go on: its updates are not finite, or its rewards teach nothing."""
 
 
 @section

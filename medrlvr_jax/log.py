@@ -39,7 +39,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 import medrlvr_jax
 from medrlvr_jax import config as configs
 from medrlvr_jax.config import Config, ConfigError
+from medrlvr_jax.processes import gather
 
+Records = list[dict[str, Any]]
 MAY_CHANGE = ("runs", "steps", "passes", "checkpoint", "log", "eval", "mesh")  # settings that a resumed run may have new
 
 
@@ -87,6 +89,12 @@ class Run:
         self._done, self._tracker = done, Tracker(self.path, self._config, done)
         if done:
             self.notice(f"{self.path}: going on after step {done}")
+
+    def history(self, n: int) -> Records:
+        """The last `n` records of the steps that are done, the same in every process; after `resume`."""
+        path = self.path / "metrics.jsonl"
+        records = [r for r in read_jsonl(path) if r["step"]] if self._lock and path.exists() else []
+        return gather(records[-n:])[0]
 
     def record(self, step: int, metrics: dict[str, Any], samples: Iterable[dict[str, Any]] = ()) -> None:
         """A step is done. On the disk when this returns."""

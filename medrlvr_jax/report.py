@@ -17,12 +17,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from medrlvr_jax.config import ConfigError
-from medrlvr_jax.log import read_jsonl
+from medrlvr_jax.log import Records, read_jsonl
 from medrlvr_jax.stats import wilson
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's: told apart by all eyes
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-Records = list[dict[str, Any]]
 PANELS = (  # key in metrics.jsonl, title, whether it is a share
     ("reward", "Reward", False),
     ("accuracy", "Correct answers", True),
