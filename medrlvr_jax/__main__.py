@@ -16,6 +16,9 @@ go on with a run:  the same command again; it resumes from its newest checkpoint
 PLAN = """Compiles every program of the training step from shapes alone, with the machine's own compiler; no accelerator, weights or hub.
 Exit status: 0 it fits, 3 it does not, 2 unusable input."""
 
+REPORT = """One self-contained HTML file, and its pictures as PNG in <name>_pictures beside it. Runs that differ in their seed alone are one
+curve with a band. It can be made while runs are going on."""
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -72,9 +75,13 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--sweep", type=int, nargs="?", const=8, default=0, metavar="N", help="try up to N (8) meshes x micro-batches x remat")
     c.add_argument("--questions", type=int, help="in the training set, where it is not known here: for the length of the training")
     c.add_argument("--json", action="store_true", help="figures for machines")
-    c = command("report", "draw the curves of one or several runs")
-    c.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    c.add_argument("--out", type=Path, default=Path("curves.png"), metavar="OUT.png")
+    c = command("report", "one or several runs as a page: accuracies, stages, curves, alarms, samples, run card", REPORT)
+    c.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one that `medrlvr eval` wrote: a bar beside the runs"
+    )
+    c.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="OUT", help="report.html unless given; OUT.png: the curves alone"
+    )
     return top
 
 
@@ -181,9 +188,17 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from medrlvr_jax.report import curves
+    from medrlvr_jax.config import ConfigError
 
-    curves(args.runs, args.out)
+    if args.out.suffix not in (".html", ".png"):
+        raise ConfigError(f"--out: {args.out} must end in .html, a page with all, or in .png, the curves alone")
+    if not args.out.resolve().parent.is_dir():
+        raise ConfigError(f"--out: the folder of {args.out} does not exist; make it first")
+    if args.out.suffix == ".png":
+        from medrlvr_jax.report import curves as write
+    else:
+        from medrlvr_jax.report_html import write_page as write
+    write(args.runs, args.out)
     print(args.out)
     return 0
 

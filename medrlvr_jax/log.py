@@ -52,9 +52,9 @@ class Run:
     The first SIGINT or SIGTERM sets `stopping` once the step is recorded, so that the loop can save and leave; the second kills.
     """
 
-    def __init__(self, config: Config, steps: int):
+    def __init__(self, config: Config, steps: int, data: dict[str, Any] | None = None):
         self.path = Path(config.runs) / config.name
-        self.meta = {"config": configs.to_tree(config), "versions": versions()}
+        self.meta = {"config": configs.to_tree(config), "versions": versions(), "data": data or {}}
         self.stopping = False
         self._config, self._steps, self._began = config, steps, time.time()
         self._lock = open_folder(self.path, config) if jax.process_index() == 0 else None
@@ -250,7 +250,7 @@ def lock_holder(path: Path) -> str | None:
 
 def check_same(path: Path, config: Config) -> None:
     """One folder holds one experiment: going on with other settings would make a curve of two."""
-    old, new = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(configs.to_tree(config))
+    old, new = flat(yaml.safe_load(path.read_text(encoding="utf-8"))), flat(configs.to_tree(config))
     names = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in MAY_CHANGE and old.get(k) != new.get(k)]
     if names:
         lines = [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in names]
@@ -258,10 +258,11 @@ def check_same(path: Path, config: Config) -> None:
         raise ConfigError("\n".join([f"name: {path.parent} was begun with other settings; {remedy}:", *lines]))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings by their dotted names."""
     out = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out
 
 

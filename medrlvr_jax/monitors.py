@@ -41,6 +41,7 @@ MOVES = {  # metric: the least and the greatest multiple of its recent median, a
     "entropy": (0.33, 3.0, 0.02),
     "kl": (0.0, 4.0, 0.05),
 }
+RARE = 5  # keys of a letter that are too few for χ²
 LETTER_P, LETTER_SHIFT = 1e-3, 0.15  # χ² of one answer a question against the keys, and half the sum of the shares' differences
 
 HEDGE = re.compile(
@@ -93,10 +94,13 @@ def watch(scored: Scored, samples: int, history: Sequence[dict[str, Any]]) -> di
     told = gather([[str(scored.verdicts.answer[i]) for i in first], [LETTERS[scored.questions[i].answer] for i in first], ends])
     answers, key = (np.array([x for part in told for x in part[i]], str) for i in (0, 1))
     bias = stats.letter_bias(answers, key)
+    rare = [letter for letter in bias["letters"] if (key == letter).sum() < RARE]  # χ² needs some of each: these count as one letter,
+    left_out = rare if np.isin(key, rare).sum() < RARE else []  # or not at all
+    p = stats.letter_bias(*(np.where(np.isin(x, rare), "rare", x)[~np.isin(x, left_out)] for x in (answers, key)))["p"]
     shift = sum(abs(share["answered"] - share["key"]) for share in bias["letters"].values()) / 2 if (answers != "").any() else 0.0
     ends = [x for part in told for x in part[2]]
     same = 1 + (history[-1].get("monitor/constant_reward", 0) if history else 0) if min(ends) == max(ends) else 0
-    return {"monitor/letter_p": bias["p"], "monitor/letter_shift": shift, "monitor/constant_reward": same}
+    return {"monitor/letter_p": p, "monitor/letter_shift": shift, "monitor/constant_reward": same}
 
 
 def alarms(metrics: dict[str, Any], history: Sequence[dict[str, Any]], config: Config) -> list[Alarm]:
@@ -166,9 +170,9 @@ def examples(alarm: Alarm, scored: Scored, metrics: dict[str, Any], samples: int
         order = np.argsort(-scored.lengths if alarm.high else scored.lengths, kind="stable")
         rows = order[counted[order]]
     elif name == "letter_shift":
-        answers = scored.verdicts.answer
-        letters, counts = np.unique(answers[counted & (answers != "")], return_counts=True)
-        rows = np.flatnonzero(counted & (answers == letters[counts.argmax()])) if len(letters) else np.zeros(0, int)
+        answers, key = scored.verdicts.answer, np.array([LETTERS[q.answer] for q in scored.questions])
+        wrong, counts = np.unique(answers[counted & (answers != key) & (answers != "")], return_counts=True)
+        rows = np.flatnonzero(counted & (answers != key) & (answers == wrong[counts.argmax()])) if len(wrong) else np.zeros(0, int)
     elif name == "equal_groups":
         rewards = scored.verdicts.reward.reshape(-1, samples)
         rows = np.flatnonzero(counted & (rewards == rewards[:, :1]).all(1).repeat(samples))[::samples]

@@ -73,4 +73,4 @@ def sft(config: Config) -> dict[str, Any]:
 
         notices = [f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens"] if dropped else []
         state = TrainState(learner, None, *zeros)
-        return drive(parts, sets, steps, state, one, lambda params: relay(lora.join(base, params)), notices)
+        return drive(parts, rows, sets, steps, state, one, lambda params: relay(lora.join(base, params)), notices)

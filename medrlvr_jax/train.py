@@ -63,18 +63,19 @@ def train(config: Config) -> dict[str, Any]:
 
         notices = [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
         relay = programs.relay if parts.sampler_cfg == parts.cfg else make_relay(parts, parts.cfg)  # evaluation is of the policy itself
-        return drive(parts, sets, steps, state, one, lambda params: relay(lora.join(frozen.base, params)), notices)
+        return drive(parts, encoded.questions, sets, steps, state, one, lambda params: relay(lora.join(frozen.base, params)), notices)
 
 
 def drive(
-    parts: Parts, sets: dict[str, Encoded], steps: int, state: TrainState, one: Any, relay: Any, notices: list[str]
+    parts: Parts, rows: list[Any], sets: dict[str, Encoded], steps: int, state: TrainState, one: Any, relay: Any, notices: list[str]
 ) -> dict[str, Any]:
     """The loop around any step: resume, evaluate, record, checkpoint, stop when asked.
 
-    `one`: (state, step, the last records) → (state, metrics, samples, the rows that were learned from, notices).
+    `rows` is what is trained on. `one`: (state, step, the last records) → (state, metrics, samples, the rows learned from, notices).
     """
     config, skips = parts.config, 0
-    with log.Run(config, steps) as run, Compiles() as compiles:
+    used = {"train": rows} | {f"eval.{name}": encoded.questions for name, encoded in sets.items()}
+    with log.Run(config, steps, {name: data.fingerprint(of) for name, of in used.items()}) as run, Compiles() as compiles:
         checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice)
         state, done = checkpoints.restore_newest(state)
         run.resume(done)
@@ -88,7 +89,7 @@ def drive(
             if step > done:
                 compiles.explain()
             began = time.monotonic()
-            state, metrics, rows, learned, said = one(state, step, history)
+            state, metrics, shown, learned, said = one(state, step, history)
             history = [*history, metrics][-monitors.WINDOW :]
             for text in said:
                 run.notice(f"step {step + 1}: {text}")
@@ -104,7 +105,7 @@ def drive(
                 run.notice(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
             else:
                 skips = 0
-            run.record(n, metrics, rows)
+            run.record(n, metrics, shown)
             checkpoints.check()
             stalled = not last and monitors.stalled(metrics, config)
             if last or stalled or skips == SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):

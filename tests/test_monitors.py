@@ -66,8 +66,10 @@ def test_letters_are_held_against_the_keys_by_one_answer_a_question():
     [alarm] = monitors.alarms(metrics, [], settings())
     assert alarm.name == "monitor/letter_shift" and "50 %" in alarm.text
     rows = monitors.examples(alarm, scored([a, b] * 40, "AB" * 20, 2), metrics, 2)
-    assert rows == [0, 2]
+    assert rows == [2, 6]  # wrong answers of the letter that is wrong most often; of two, the first
     assert monitors.alarms(monitors.watch(scored([a, b] * 4, "AB" * 2, 2), 2, []), [], settings()) == []  # four questions show nothing
+    rare = monitors.watch(scored([a] * 40 + [b] * 4, "A" * 42 + "BB", 1), 1, [])  # two keys are no expectation
+    assert rare["monitor/letter_p"] == 1.0 and rare["monitor/letter_shift"] == pytest.approx(2 / 44)
 
 
 def test_shares_over_their_limits():
