@@ -25,6 +25,9 @@ ones resume, and a cell whose settings have changed is refused. Exit status: 0 d
   some of it:       medrlvr reproduce configs/reproduce_tiny.yaml --only sft_answer grpo seeds=[0]
   on another model: medrlvr reproduce configs/reproduce_tiny.yaml name=mine model.path=DIR"""
 
+REPORT = """One self-contained HTML file, and its pictures as PNG in <name>_pictures beside it. Runs that differ in their seed alone are one
+curve with a band. It can be made while runs are going on."""
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -75,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
     c = command("score", "dry-run of the reward on text", 'Lines {"completion", "answer": "C", "options": [...]} in, verdicts out.')
     c.add_argument("file", type=Path, metavar="IN.jsonl")
     c.add_argument("--mode", choices=("paper", "strict", "direct"), default="strict", help="the rule; default strict; direct: no thought")
+    c.add_argument("--leak-penalty", type=weight, default=0.0, metavar="X", help="taken off where the thought states the answer; usual 0.5")
+    c.add_argument("--before-penalty", type=weight, default=0.0, metavar="X", help="… where over 15 words stand before <think>; usual 0.3")
     c.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
     c = command("doctor", "versions, devices, mesh, memory, tokenizer traps")
     c.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="also check what this config needs")
@@ -86,10 +91,20 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--sweep", type=int, nargs="?", const=8, default=0, metavar="N", help="try up to N (8) meshes x micro-batches x remat")
     c.add_argument("--questions", type=int, help="in the training set, where it is not known here: for the length of the training")
     c.add_argument("--json", action="store_true", help="figures for machines")
-    c = command("report", "draw the curves of one or several runs")
-    c.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    c.add_argument("--out", type=Path, default=Path("curves.png"), metavar="OUT.png")
+    c = command("report", "one or several runs as a page: accuracies, stages, curves, alarms, samples, run card", REPORT)
+    c.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one that `medrlvr eval` wrote: a bar beside the runs"
+    )
+    c.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="OUT", help="report.html unless given; OUT.png: the curves alone"
+    )
     return top
+
+
+def weight(text: str) -> float:
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a number from 0")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,7 +186,8 @@ def run_score(args: argparse.Namespace) -> int:
     from medrlvr_jax.config import RewardConfig
     from medrlvr_jax.rewards import score_file
 
-    reasons = score_file(args.file, args.out, RewardConfig(mode=args.mode))
+    rule = RewardConfig(mode=args.mode, leak_penalty=args.leak_penalty, before_penalty=args.before_penalty)
+    reasons = score_file(args.file, args.out, rule)
     for reason, count in reasons.most_common():
         print(f"{count:>9,}  {100 * count / reasons.total():5.1f} %  {reason}")
     print(f"{reasons.total():>9,}  completions scored by the rule {args.mode}: {args.out}")
@@ -195,9 +211,17 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from medrlvr_jax.report import curves
+    from medrlvr_jax.config import ConfigError
 
-    curves(args.runs, args.out)
+    if args.out.suffix not in (".html", ".png"):
+        raise ConfigError(f"--out: {args.out} must end in .html, a page with all, or in .png, the curves alone")
+    if not args.out.resolve().parent.is_dir():
+        raise ConfigError(f"--out: the folder of {args.out} does not exist; make it first")
+    if args.out.suffix == ".png":
+        from medrlvr_jax.report import curves as write
+    else:
+        from medrlvr_jax.report_html import write_page as write
+    write(args.runs, args.out)
     print(args.out)
     return 0
 

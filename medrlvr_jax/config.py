@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 
 
 class Diverged(RuntimeError):
-    """A run whose updates are no longer finite."""
+    """A run that cannot go on: its updates are not finite, or its rewards teach nothing."""
 
 
 @section
@@ -100,6 +100,8 @@ class RewardConfig:
     wrong: float = 0.0  # a control: as much as `correct`, so that the format alone is paid
     correct: float = 1.0
     random: Share | None = None  # a control: training pays `correct` with this chance, else `wrong`, whatever a completion says
+    leak_penalty: Weight = 0.0  # taken off where the thought states the answer; arXiv 2509.15557 has 0.5
+    before_penalty: Weight = 0.0  # taken off where more than 15 words stand before <think>; 0.3 there
 
 
 @section
@@ -209,6 +211,7 @@ class LogConfig:
 
     samples_every: Size = 10  # steps between samples; 0: never
     samples: Count = 8  # completions each time
+    stop_constant: Size = 20  # steps in a row with one reward for all, after which a run stops; 0: never
     tensorboard: bool = False
     wandb: str | None = None  # the project's name
 

@@ -18,15 +18,17 @@ are kept in the published sets (21 of MedMCQA's 4,183 dev items: upstream's prop
 """
 
 import csv
+import hashlib
 import itertools
 import json
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_jsonable_python
 
 from medrlvr_jax.config import ConfigError, SetConfig
 
@@ -402,3 +404,12 @@ def _letter(row: dict, field: str, options: tuple[str, ...]) -> int:
     if len(letter) != 1 or letter not in LETTERS[: len(options)]:
         raise DataError(f"field {field}: {reprlib.repr(row[field])} is not the letter of one of its {len(options)} options")
     return LETTERS.index(letter)
+
+
+def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
+    """`{"n", "sha256"}` of rows, questions or whatever JSON can hold, in their order: what a run says of the data that it used."""
+    digest, n = hashlib.sha256(), 0
+    for row in rows:
+        digest.update(json.dumps(to_jsonable_python(row), ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass") + b"\n")
+        n += 1
+    return {"n": n, "sha256": digest.hexdigest()}

@@ -189,10 +189,17 @@ def make_experience(
         "sampler_gap": jnp.abs(gap).max(),  # max |Δ log-prob| between sampler and trainer
         "sampler_ratio_far": (jnp.abs(jnp.exp(gap) - 1) > 0.1).sum() / n,
     }
+    mean_entropy = jnp.where(mask, a.entropy, 0.0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
+    stats |= {  # places in the batch of the responses that the monitors name
+        "row/sampler_ratio_far_high": jnp.abs(gap).max(-1).argmax(),
+        "row/entropy_high": mean_entropy.argmax(),
+        "row/entropy_low": mean_entropy.argmin(),
+    }
     if a.ref_logprobs is not None:
         to_ref = jnp.where(mask, a.logprobs - a.ref_logprobs, 0.0)
         stats["kl"] = to_ref.sum() / n
         stats["kl_response"] = to_ref.sum(-1).mean()
+        stats["row/kl_high"] = to_ref.sum(-1).argmax()
     experience = Experience(
         prompts=prompts.tokens,
         prompt_mask=prompts.mask,

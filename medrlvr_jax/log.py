@@ -39,7 +39,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 import medrlvr_jax
 from medrlvr_jax import config as configs
 from medrlvr_jax.config import Config, ConfigError
+from medrlvr_jax.processes import gather
 
+Records = list[dict[str, Any]]
 MAY_CHANGE = ("runs", "steps", "passes", "checkpoint", "log", "eval", "mesh")  # settings that a resumed run may have new
 
 
@@ -50,9 +52,9 @@ class Run:
     The first SIGINT or SIGTERM sets `stopping` once the step is recorded, so that the loop can save and leave; the second kills.
     """
 
-    def __init__(self, config: Config, steps: int):
+    def __init__(self, config: Config, steps: int, data: dict[str, Any] | None = None):
         self.path = Path(config.runs) / config.name
-        self.meta = {"config": configs.to_tree(config), "versions": versions()}
+        self.meta = {"config": configs.to_tree(config), "versions": versions(), "data": data or {}}
         self.stopping = False
         self._config, self._steps, self._began = config, steps, time.time()
         self._lock = open_folder(self.path, config) if jax.process_index() == 0 else None
@@ -87,6 +89,12 @@ class Run:
         self._done, self._tracker = done, Tracker(self.path, self._config, done)
         if done:
             self.notice(f"{self.path}: going on after step {done}")
+
+    def history(self, n: int) -> Records:
+        """The last `n` records of the steps that are done, the same in every process; after `resume`."""
+        path = self.path / "metrics.jsonl"
+        records = [r for r in read_jsonl(path) if r["step"]] if self._lock and path.exists() else []
+        return gather(records[-n:])[0]
 
     def record(self, step: int, metrics: dict[str, Any], samples: Iterable[dict[str, Any]] = ()) -> None:
         """A step is done. On the disk when this returns."""
@@ -251,6 +259,7 @@ def check_same(path: Path, config: Config) -> None:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings by their dotted names."""
     out = {}
     for key, value in tree.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

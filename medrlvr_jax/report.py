@@ -1,8 +1,8 @@
-"""What a run came to: training curves as a picture, accuracies as a table with their uncertainty."""
+"""What runs came to, as pictures and a table: curves, stages, accuracies with their uncertainty. `report_html` makes a page of them."""
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from medrlvr_jax.config import ConfigError
-from medrlvr_jax.log import read_jsonl
+from medrlvr_jax.log import Records, read_jsonl
+from medrlvr_jax.stages import STAGES
 from medrlvr_jax.stats import wilson
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's: told apart by all eyes
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-Records = list[dict[str, Any]]
 PANELS = (  # key in metrics.jsonl, title, whether it is a share
     ("reward", "Reward", False),
     ("accuracy", "Correct answers", True),
@@ -31,6 +32,19 @@ PANELS = (  # key in metrics.jsonl, title, whether it is a share
     ("kl", "KL to the reference (nats per token)", False),
     ("entropy", "Entropy (nats per token)", False),
 )
+MORE = (  # with PANELS, the page's curves
+    ("truncated", "Responses cut off by the budget", True),
+    ("clip_fraction", "Clip fraction of the surrogate", True),
+    ("policy/grad_norm", "Gradient norm of the policy", False),
+)
+FILLS = {  # of the stages: a colour, and a hatch for the two hacks, so that they can be told apart without colour
+    "format_failure": ("#BBBBBB", ""),
+    "verbose_formatter": ("#E69F00", ""),
+    "concise_structurer": ("#56B4E9", ""),
+    "direct_answer_hacker": ("#D55E00", "////"),
+    "step_by_step_exploit": ("#CC79A7", "...."),
+    "reintegrated_reasoning": ("#009E73", ""),
+}
 STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -91,6 +105,90 @@ def curves(run_dirs: Sequence[Path | str], out_png: Path | str) -> None:
             lines = [Line2D([], [], color=COLORS[i % len(COLORS)], lw=2) for i in range(len(runs))]
             figure.legend(lines, [Path(d).name for d in runs], loc="outside lower center", ncols=min(4, len(runs)))
         figure.savefig(out_png, dpi=160)
+
+
+def panel(groups: Sequence[Sequence[Records]], key: str, title: str, share: bool) -> Figure | None:
+    """One curve a group: the mean over its runs, and the band from the least to the greatest; None where nobody recorded it."""
+    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    axis, drawn = figure.subplots(), False
+    for i, runs in enumerate(groups):
+        table = [{r["step"]: value_of(r, key) for r in records} for records in runs]
+        steps = sorted({step for values in table for step, x in values.items() if math.isfinite(x)})
+        if not steps:
+            continue
+        drawn, color = True, COLORS[i % len(COLORS)]
+        values = np.array([[of.get(step, math.nan) for step in steps] for of in table])
+        window = max(1, 2 * (len(steps) // 50) + 1)
+        there = np.isfinite(values)
+        mean = np.where(there, values, 0.0).sum(0) / there.sum(0)
+        axis.plot(steps, smooth(mean, window), color=color, lw=1.8, ls=DASHES[i % len(DASHES)], marker="" if len(steps) > 1 else "o")
+        if len(runs) > 1:
+            low, high = (f(values, axis=0) for f in (np.nanmin, np.nanmax))
+            axis.fill_between(steps, smooth(low, window), smooth(high, window), color=color, alpha=0.18, lw=0)
+    axis.set(title=title, xlabel="step")
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if share:
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.set_ylim(bottom=0.0)
+    return figure if drawn else None
+
+
+def value_of(record: dict[str, Any], key: str) -> float:
+    """A number of a step's record; NaN where there is none. `clip_fraction` is the sum of both sides'."""
+    keys = ("policy/clip_low", "policy/clip_high") if key == "clip_fraction" else (key,)
+    return sum(math.nan if record.get(k) is None else float(record[k]) for k in keys)
+
+
+def stage_shares(runs: Sequence[Records], title: str) -> Figure | None:
+    """The shares of the six stages over the steps, mean over the runs: the paper's figure. None where they were not recorded."""
+    table = [{r["step"]: [value_of(r, f"stage/{s}") for s in STAGES] for r in records} for records in runs]
+    steps = sorted({step for of in table for step, shares in of.items() if np.isfinite(shares).all()})
+    if not steps:
+        return None
+    shares = np.array([np.mean([of[step] for of in table if step in of], axis=0) for step in steps]).T
+    if len(steps) == 1:
+        steps, shares = [steps[0], steps[0] + 1], np.repeat(shares, 2, axis=1)
+    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    axis = figure.subplots()
+    layers = axis.stackplot(steps, shares, colors=[FILLS[s][0] for s in STAGES], edgecolor="white", lw=0.6)
+    for layer, stage in zip(layers, STAGES, strict=True):
+        layer.set_hatch(FILLS[stage][1])
+    axis.set(title=title, xlabel="step", xlim=(steps[0], steps[-1]), ylim=(0, 1))
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.grid(False)
+    return figure
+
+
+def bars(arms: Sequence[tuple[str, str, list[tuple[int, int]]]], title: str) -> Figure:
+    """One set: for each arm (name, colour, (right, n) of each of its runs) the mean, and every run with its 95 % Wilson interval."""
+    figure = Figure(figsize=(4.6, 0.75 + 0.42 * len(arms)), layout="constrained")
+    axis = figure.subplots()
+    for y, (_, color, counts) in enumerate(arms):
+        found = np.array([(right / n, *wilson(right, n)) for right, n in counts])
+        share, low, high = found.T
+        axis.barh(y, share.mean(), height=0.62, color=color, alpha=0.45, lw=0)
+        aside = y + (np.arange(len(counts)) - (len(counts) - 1) / 2) * min(0.18, 0.5 / len(counts))
+        style = {"fmt": "o", "ms": 3.5, "mec": "white", "mew": 0.4, "elinewidth": 1.1, "capsize": 1.5}
+        axis.errorbar(share, aside, xerr=[share - low, high - share], color="#222222", **style)
+    axis.set_yticks(range(len(arms)), [name for name, _, _ in arms])
+    axis.set(title=title, xlim=(0, 1))
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return figure
+
+
+def picture(draw: Callable[[], Figure | None], stem: Path) -> str | None:
+    """The figure that `draw` makes, as `<stem>.png` and, returned, as SVG to stand inside a page; None where there is none."""
+    with matplotlib.rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": stem.name, "font.family": "sans-serif"}):
+        figure = draw()
+        if figure is None:
+            return None
+        figure.savefig(f"{stem}.png", dpi=160)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

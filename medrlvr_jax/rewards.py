@@ -14,6 +14,10 @@ strict  the whole completion is one <think> with more than white space in it, cl
         each of the four tags stands exactly once.
 direct  `strict` for a completion that is to be the answer alone: one <answer> as there, no thought, nothing else.
 
+With `leak_penalty` or `before_penalty` above 0, the composite reward of arXiv 2509.15557 in string rules: wherever there is a <think>,
+R − leak_penalty if the first thought has one of the phrases of `LEAK` (there: nearness to such phrases by a sentence encoder), and
+R − before_penalty if more than 15 words, runs of anything but white space, stand before it. There the two are 0.5 and 0.3.
+
 How: Arrow lays a block of completions out as one run of UTF-8 bytes; one pass finds every `<`, and those that begin a tag become a
 table in the order of the text. All rules are arithmetic on that table; the bytes between tags are looked at again only where white
 space must be stepped over, long runs of it by Arrow's RE2 kernel. Every step is linear in the bytes, whatever they are. (Why no string
@@ -22,6 +26,7 @@ kernel for the tags: one call tells of one tag, at 0.2 µs a row, and a rule nee
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +45,13 @@ BLOCK = 4096  # rows judged at once: their 5 MB and what is computed of them sta
 TAGS = (b"<think>", b"</think>", b"<answer>", b"</answer>")
 THINK, END_THINK, ANSWER, END_ANSWER = 1, 2, 3, 4  # the kinds of tag; 0 is no tag
 LAYOUTS = {"strict": (THINK, END_THINK, ANSWER, END_ANSWER), "direct": (ANSWER, END_ANSWER)}  # all tags of a completion, in order
+
+LEAK = re.compile(  # a statement of the answer; the same to Arrow's RE2
+    r"\b(?:the|my)\s+(?:(?:correct|final|best|right)\s+)?(?:answer|option|choice)\s+(?:is|must\s+be|should\s+be|would\s+be)\b"
+    r"|\b(?:answer|choice)\s*:|\boption\s+[A-J]\s+is\b|\bi\s+(?:would\s+|will\s+)?(?:choose|pick|select)\b",
+    re.IGNORECASE | re.ASCII,
+)
+BEFORE = r"^[ \t-\r]*(?:[^ \t-\r]+[ \t-\r]+){15}[^ \t-\r]"  # more than 15 words
 
 REASONS = {  # every value of `Verdicts.reason`; where several would fit, the first of a mode's own order is given
     "correct": "the key's letter",
@@ -70,6 +82,7 @@ class Verdicts:
     """What the rule says of each of N completions."""
 
     reward: np.ndarray  # float32 [N]
+    penalty: np.ndarray  # float64 [N], what `reward` lacks for a leak or for words before <think>
     format_ok: np.ndarray  # bool [N]
     correct: np.ndarray  # bool [N]
     answer: np.ndarray  # str [N], the letter; "" where the format failed
@@ -91,7 +104,7 @@ def score(completions: Sequence[str], answers: Sequence[str], options: Sequence[
     if bad:
         i = bad[0]
         raise DataError(f"row {i}: answer {_brief(answers[i])} with {count[i]} options: 2 to 10 options and the letter of one are needed")
-    letter, fault = np.empty(n, np.int64), np.empty(n, np.int64)
+    letter, fault, penalty = np.empty(n, np.int64), np.empty(n, np.int64), np.zeros(n)
     for i in range(0, n, BLOCK):
         rows = slice(i, i + BLOCK)
         batch = _lay_out(completions[rows], i)
@@ -100,10 +113,13 @@ def score(completions: Sequence[str], answers: Sequence[str], options: Sequence[
             letter[rows], fault[rows] = _paper(batch, tags, count[rows])
         else:
             letter[rows], fault[rows] = _exact(batch, tags, count[rows], options[rows], LAYOUTS[config.mode])
+        if config.leak_penalty or config.before_penalty:
+            penalty[rows] = _penalty(batch, tags, config)
     format_ok, correct = letter >= 0, letter == key
     worth = np.array([config.unformatted, config.wrong, config.correct], np.float32)
     return Verdicts(
-        reward=worth[format_ok.astype(np.int8) + correct],
+        reward=worth[format_ok.astype(np.int8) + correct] - penalty.astype(np.float32),
+        penalty=penalty,
         format_ok=format_ok,
         correct=correct,
         answer=np.array([*LETTERS, ""])[letter],
@@ -170,6 +186,36 @@ def _find_tags(batch: _Batch) -> _Tags:
     return _Tags(np.append(kind, [0, 0]), np.append(row, [-1, -1]), np.append(start, [0, 0]), np.append(end, [0, 0]))
 
 
+def _penalty(batch: _Batch, tags: _Tags, config: RewardConfig) -> np.ndarray:
+    """What each row [N] loses for its first thought, which ends where the next `</think>` or the row does, and for the words before."""
+    n = len(batch.bounds) - 1
+    out, row = np.zeros(n), np.unique(tags.row[tags.kind == THINK])
+    begin, opened, closed = batch.bounds[:-1].copy(), np.zeros(n, np.int64), batch.bounds[1:].copy()
+    for kind, place, at in ((THINK, begin, tags.start), (THINK, opened, tags.end)):
+        found = np.flatnonzero(tags.kind == kind)[::-1]  # backwards, so that a row's first is written last
+        place[tags.row[found]] = at[found]
+    found = np.flatnonzero(tags.kind == END_THINK)[::-1]
+    found = found[tags.start[found] >= opened[tags.row[found]]]
+    closed[tags.row[found]] = tags.start[found]
+    out[row] += config.leak_penalty * _matches(batch, opened[row], closed[row], LEAK.pattern)
+    out[row] += config.before_penalty * _matches(batch, batch.bounds[row], begin[row], BEFORE)
+    return out
+
+
+def _matches(batch: _Batch, start: np.ndarray, end: np.ndarray, pattern: str) -> np.ndarray:
+    """Which spans hold the pattern, in any case of letters. Spans in the order of the text, none overlap."""
+    spans = _spans(batch, start, end)
+    found = pc.match_substring_regex(spans, pattern, ignore_case=True)  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+    return found.fill_null(False).to_numpy(zero_copy_only=False)[::2]
+
+
+def _spans(batch: _Batch, start: np.ndarray, end: np.ndarray) -> pa.LargeBinaryArray:
+    """The spans as every second element of one array over the batch's own bytes; what lies between them is null, so it is not read."""
+    edges = np.stack([start, end], 1).ravel()
+    offsets, valid = pa.py_buffer(np.append(edges, edges[-1:] if len(edges) else 0)), pa.py_buffer(b"\x55" * (len(start) // 4 + 1))
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(edges), [valid, offsets, batch.data])
+
+
 def _skip_white(batch: _Batch, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Where each span's first byte that is not white space stands, or the span's end. Spans in the order of the text, none overlap."""
     at = start.copy()
@@ -178,11 +224,7 @@ def _skip_white(batch: _Batch, start: np.ndarray, end: np.ndarray) -> np.ndarray
         at += (at < end) & white[batch.text[at]]
     todo = np.flatnonzero((at < end) & white[batch.text[at]])
     start, end = at[todo], end[todo]
-    edges = np.stack([start, end], 1).ravel()
-    # The spans are every second element of one array over the batch's own bytes; what lies between them is null, so it is not read.
-    offsets, valid = pa.py_buffer(np.append(edges, edges[-1:] if len(edges) else 0)), pa.py_buffer(b"\x55" * (len(todo) // 4 + 1))
-    spans = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(edges), [valid, offsets, batch.data])
-    found = pc.find_substring_regex(spans, r"[^ \t-\r]")  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+    found = pc.find_substring_regex(_spans(batch, start, end), r"[^ \t-\r]")  # pyright: ignore[reportAttributeAccessIssue] (made at import)
     found = found.fill_null(-1).to_numpy()[::2]
     at[todo] = np.where(found < 0, end, start + found)
     return at
@@ -309,8 +351,9 @@ def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, 
                 completions, answers, options = zip(*block, strict=True)
                 verdicts = score(completions, answers, options, config)
                 rank = (verdicts.format_ok.astype(int) + verdicts.correct).tolist()
-                for r, answer, reason in zip(rank, verdicts.answer.tolist(), verdicts.reason.tolist(), strict=True):
-                    line = {"reward": worth[r], "format_ok": r > 0, "answer": answer or None, "reason": reason}
+                told = zip(rank, verdicts.penalty.tolist(), verdicts.answer.tolist(), verdicts.reason.tolist(), strict=True)
+                for r, penalty, answer, reason in told:
+                    line = {"reward": round(worth[r] - penalty, 9), "format_ok": r > 0, "answer": answer or None, "reason": reason}
                     file.write(json.dumps(line) + "\n")
                 reasons.update(verdicts.reason.tolist())
         os.replace(part, target)

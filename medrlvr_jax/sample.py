@@ -159,9 +159,7 @@ def put_rows(state: State, place: Array, rows: State) -> State:
         new = new.reshape(*place.shape, *x.shape[2:])
         return jax.vmap(lambda x, i, new: x.at[i].set(new))(split, place, new).reshape(x.shape)
 
-    caches = [
-        c._replace(own_k=put(c.own_k, n.own_k), own_v=put(c.own_v, n.own_v)) for c, n in zip(state.caches, rows.caches, strict=True)
-    ]
+    caches = [c._replace(own_k=put(c.own_k, n.own_k), own_v=put(c.own_v, n.own_v)) for c, n in zip(state.caches, rows.caches, strict=True)]
     drawn, running = jax.tree.map(put, (state.drawn, state.running), (rows.drawn, rows.running))
     return state._replace(t=rows.t, drawn=drawn, running=running, caches=caches)
 

@@ -64,7 +64,7 @@ def sft(config: Config) -> dict[str, Any]:
         base, relay = load_base(parts), make_relay(parts, parts.cfg)
         zeros = jax.device_put((np.float32(0), np.int32(0)), sharding.replicated(parts.mesh))
 
-        def one(state: TrainState, step: int):
+        def one(state: TrainState, step: int, _: Any):
             index = data.batch_at(len(rows), step, config.sample.questions, config.seed)
             key = jax.random.fold_in(jax.random.key(config.seed), step)
             own, _ = sharding.own_rows(len(index), parts.mesh)
@@ -72,8 +72,8 @@ def sft(config: Config) -> dict[str, Any]:
             learner, means = learn(state.policy, base, targets, key, None)
             means = sharding.to_host(means)
             metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}
-            return TrainState(learner, None, state.kl_coef, state.step + 1), metrics, [], targets
+            return TrainState(learner, None, state.kl_coef, state.step + 1), metrics, [], targets, []
 
         notices = [f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens"] if dropped else []
         state = TrainState(learner, None, *zeros)
-        return drive(parts, sets, steps, state, one, lambda params: relay(lora.join(base, params)), notices)
+        return drive(parts, rows, sets, steps, state, one, lambda params: relay(lora.join(base, params)), notices)

@@ -2,12 +2,13 @@
 
     format_failure         no place that the lenient rule `paper` accepts
     step_by_step_exploit   more than BEFORE words stand before <think>: the reasoning was moved there (15 words: arXiv 2509.15557)
-    direct_answer_hacker   at most CONTENT words are left of the thought once statements of the answer are taken out
+    direct_answer_hacker   at most CONTENT words of meaning are left of the thought once statements of the answer are taken out
     verbose_formatter      the thought has over LONG words, or more than BEFORE words follow </answer>, or over half of its 4-grams repeat
     reintegrated_reasoning at least two clauses in the thought, and as many signs of inference as SIGNS asks
     concise_structurer     what is left: the tags are right, and the thought is short and asserts rather than infers
 
 They are tried in this order. A text cannot tell when in a run it was written: stages 3 and 6 differ here by whether the thought infers.
+`tests/test_stages.py` holds them to completions labelled by hand and has their precision and recall; the last two are the hardest to tell.
 """
 
 import re
@@ -21,7 +22,7 @@ STAGES = (
     "step_by_step_exploit",
     "reintegrated_reasoning",
 )
-BEFORE, CONTENT, LONG, SIGNS = 15, 6, 150, 1
+BEFORE, CONTENT, LONG, SIGNS = 15, 2, 150, 1
 
 PLACE = re.compile(r"</think>[ \t\n\v\f\r]*<answer>[ \t\n\v\f\r]*[A-J][ \t\n\v\f\r]*</answer>")
 TAGS = re.compile(r"</?(?:think|answer)>")
@@ -35,11 +36,25 @@ STATEMENT = re.compile(  # a statement of the answer: "the answer is C", "Option
     rf"|(?i:\b(?:it|this|that) is (?:option )?){LETTER}"
     rf"|(?<!\w){LETTER}(?! [a-z])"  # but "A swollen leg"
 )
-SIGN = re.compile(
-    r"\b(?:because|since|as (?:the|she|he|it|they)|therefore|thus|hence|so|suggest\w*|indicat\w*|impl(?:y|ies)|point\w* to|consistent with"
-    r"|rule[sd]? (?:\w+ )?out|exclud\w*|unlike\w*|leads? to|caus\w+|due to|means?|which (?:is|are|makes)|contraindicat\w*|avoid\w*|must not"
-    r"|instead|rather than|first[- ]line|mechanism|typical of|characteristic of|explain\w*|confirm\w*|allows? it|if)\b",
+SIGN = re.compile(  # of inference: grounds, consequences, what would be otherwise, what is ruled out
+    r"[-=]>|→|\b(?:because|since|given|as (?:the|she|he|it|they)|therefore|thus|hence|so(?! far| called)|consequently|accordingly"
+    r"|suggest\w*|indicat\w*|impl(?:y|ies)|point\w* to|consistent with|rule[sd]? (?:\w+ )?out|exclud\w*|unlike\w*|likely|whereas"
+    r"|although|despite|would|makes?|leads? to|caus\w+|due to|means?|which (?:is|are|makes)|contraindicat\w*|avoid\w*|must not|instead"
+    r"|rather than|argues?|supports?|favou?rs?|first[- ]line|mechanism|typical of|characteristic of|explain\w*|confirm\w*|allows? it|if)\b",
     re.I,
+)
+
+# Words that say nothing of the case: the grammar's own, and talk about answering.
+FILLER = frozenset(
+    """a an the this that these those it its i me my we us our you your he she they one first second third fourth last
+    is are was be been am will would should must can could may might do does did have has had let need want go
+    and or but so if then than as at by for from in of on to with about among between because since not no nor only also just here there
+    very most more all any each other some what which who how why when where
+    answer answers choice choices option options letter question correct right true best better appropriate suitable final clear clearly
+    obvious obviously certain certainly sure surely definitely confident doubt probably choose choosing chosen pick select selected
+    think thinking thought believe consider considering considered consideration careful carefully step steps reasoning reason
+    based given information provided presented above below following according overall conclusion therefore thus hence
+    ok okay yes hmm well please thanks it's i'll i'm i'd let's that's""".split()
 )
 
 
@@ -54,7 +69,7 @@ def stage(completion: str, formatted: bool, options: Sequence[str] = ()) -> str:
     if words(before) > BEFORE:
         return "step_by_step_exploit"
     thought = TAGS.sub(" ", thought)
-    if words(without_answers(thought, options)) <= CONTENT:
+    if sum(w.lower() not in FILLER for w in WORD.findall(without_answers(thought, options))) <= CONTENT:
         return "direct_answer_hacker"
     if words(thought) > LONG or words(after) > BEFORE or repetition(thought) > 0.5:
         return "verbose_formatter"

@@ -15,6 +15,7 @@ Departures from the paper as it is known, in one place:
 """
 
 import dataclasses
+import textwrap
 import time
 from itertools import chain
 from pathlib import Path
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax import data, evaluate, log, lora, sharding
+from medrlvr_jax import data, evaluate, log, lora, monitors, sharding
 from medrlvr_jax.build import Parts, abstract_learner, build, init_learner, load_frozen, make_relay, places, total_steps, updates_in
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.compiles import Compiles
@@ -52,30 +53,35 @@ def train(config: Config) -> dict[str, Any]:
         programs, state = start(parts, steps)
         frozen = load_frozen(parts)
 
-        def one(state: TrainState, step: int):
+        def one(state: TrainState, step: int, history: log.Records):
             state, stats, scored, experience = train_step(parts, programs, encoded, state, frozen, step)
-            metrics, rows = summarise(stats, scored), samples(parts, encoded, scored, step)
-            return state, metrics, rows, experience
+            metrics = summarise(stats, scored) | monitors.watch(scored, config.sample.samples, history)
+            found = monitors.alarms(metrics, history, config)
+            lasted, said = monitors.mark(found, history)
+            rows = samples(parts, encoded, scored, step)
+            return state, metrics | lasted, rows, experience, tell(said, scored, metrics, config)
 
         notices = [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
         relay = programs.relay if parts.sampler_cfg == parts.cfg else make_relay(parts, parts.cfg)  # evaluation is of the policy itself
-        return drive(parts, sets, steps, state, one, lambda params: relay(lora.join(frozen.base, params)), notices)
+        return drive(parts, encoded.questions, sets, steps, state, one, lambda params: relay(lora.join(frozen.base, params)), notices)
 
 
 def drive(
-    parts: Parts, sets: dict[str, Encoded], steps: int, state: TrainState, one: Any, relay: Any, notices: list[str]
+    parts: Parts, rows: list[Any], sets: dict[str, Encoded], steps: int, state: TrainState, one: Any, relay: Any, notices: list[str]
 ) -> dict[str, Any]:
     """The loop around any step: resume, evaluate, record, checkpoint, stop when asked.
 
-    `one`: (state, step) → (state, metrics, samples, the rows that were learned from).
+    `rows` is what is trained on. `one`: (state, step, the last records) → (state, metrics, samples, the rows learned from, notices).
     """
     config, skips = parts.config, 0
-    with log.Run(config, steps) as run, Compiles() as compiles:
+    used = {"train": rows} | {f"eval.{name}": encoded.questions for name, encoded in sets.items()}
+    with log.Run(config, steps, {name: data.fingerprint(of) for name, of in used.items()}) as run, Compiles() as compiles:
         checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice)
         state, done = checkpoints.restore_newest(state)
         run.resume(done)
         for text in notices:
             run.notice(text)
+        history = run.history(monitors.WINDOW)
         if done == 0 and sets:
             run.record(0, evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run))
         for step in range(done, steps):
@@ -83,7 +89,10 @@ def drive(
             if step > done:
                 compiles.explain()
             began = time.monotonic()
-            state, metrics, rows, learned = one(state, step)
+            state, metrics, shown, learned, said = one(state, step, history)
+            history = [*history, metrics][-monitors.WINDOW :]
+            for text in said:
+                run.notice(f"step {step + 1}: {text}")
             metrics |= {"seconds": time.monotonic() - began}
             n, last = step + 1, step + 1 == steps
             if sets and (last or (config.eval.every and n % config.eval.every == 0)):
@@ -96,14 +105,20 @@ def drive(
                 run.notice(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
             else:
                 skips = 0
-            run.record(n, metrics, rows)
+            run.record(n, metrics, shown)
             checkpoints.check()
-            if last or skips == SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
+            stalled = not last and monitors.stalled(metrics, config)
+            if last or stalled or skips == SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
                 checkpoints.save(n, state, metrics)
             if skips == SKIPS:
                 checkpoints.close()
                 remedy = "lower the rates or learn.*.clip_norm, look into the rows, and start again under another name="
                 raise Diverged(f"{run.path}: {SKIPS} steps in a row had updates that were not finite; {remedy}. Step {n} is saved")
+            if stalled:
+                checkpoints.close()
+                remedy = "look at samples.jsonl, and mend prompt, format or rates; log.stop_constant=0 goes on regardless"
+                same = f"all rewards were {metrics['reward']:g} in {config.log.stop_constant} steps in a row or more, which teach nothing"
+                raise Diverged(f"{run.path}: {same}: {remedy}. Step {n} is saved")
             if run.stopping:
                 break
         checkpoints.close()
@@ -188,6 +203,7 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     v = scored.verdicts
     rows = {"reward": v.reward, "accuracy": v.correct, "format_ok": v.format_ok, "response_length": scored.lengths}
     rows |= {"truncated": ~scored.stopped, "completions": np.ones(len(scored.places))}
+    rows |= {f"monitor/{name}": column for name, column in monitors.flags(scored).items()}
     rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
     totals = gather({name: float(column[scored.counted].sum()) for name, column in rows.items()})  # one set from each process
     sums = {name: sum(total[name] for total in totals) for name in rows}
@@ -203,6 +219,21 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
         elif name != "reward":
             out[name] = float(value)
     return out
+
+
+def tell(said: list[monitors.Alarm], scored: Scored, metrics: dict[str, float], config: Config) -> list[str]:
+    """Each alarm in words, with the rows that show it best, from whichever processes have them."""
+    found = [
+        [[int(scored.places[i]), scored.completions[i]] for i in monitors.examples(alarm, scored, metrics, config.sample.samples)]
+        for alarm in said
+    ]
+    told = gather(found) if said else []
+    texts = []
+    for i, alarm in enumerate(said):
+        rows = sorted(chain.from_iterable(part[i] for part in told))[: monitors.EXAMPLES]
+        shown = [f"\n    row {place}: {textwrap.shorten(completion, 160)!r}" for place, completion in rows]
+        texts.append(f"ALARM: {alarm.text}" + "".join(shown))
+    return texts
 
 
 def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[dict[str, Any]]:

@@ -324,3 +324,9 @@ def test_real_keys_repeats_and_mmlu():
     assert Counter(q.answer for q in read(str(SHARED / "medmcqa/dev.jsonl"))) == {0: 1348, 1: 1085, 2: 925, 3: 825}
     files = sorted((SHARED / "mmlu").glob("*_test.csv"))
     assert len(files) == 6 and sum(len(read(str(path))) for path in files) == 1089
+
+
+def test_a_fingerprint_tells_rows_apart():
+    one, other = Question("1", "?", ("a", "b"), 0), Question("1", "?", ("a", "b"), 1)
+    assert data.fingerprint([one, other]) == data.fingerprint([one, other]) != data.fingerprint([other, one])
+    assert data.fingerprint([([1, 2], [3])]) == {"n": 1, "sha256": "46d75cebab5a28687e02ac4f0090e7ea9c0f12b51e3a50dfa313390a21776049"}

@@ -26,7 +26,7 @@ GRPO = {
     "kl": {"coef": 0.0},
     "loss": {"entropy_coef": 0.5},  # so that there is something to learn where no reward is earned
     "eval": {"batch": 8},
-    "log": {"samples_every": 1, "samples": 8},
+    "log": {"samples_every": 1, "samples": 8, "stop_constant": 0},
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from medrlvr_jax import __main__
 from medrlvr_jax.config import RewardConfig
 from medrlvr_jax.rewards import BLOCK, REASONS, DataError, score, score_file, toss
 
@@ -323,3 +324,42 @@ def test_file_is_never_overwritten_unasked(tmp_path):
         score_file(tmp_path / "none.jsonl", tmp_path / "new.jsonl", RewardConfig())
     with pytest.raises(DataError, match="its folder does not exist"):
         score_file(source, tmp_path / "none" / "new.jsonl", RewardConfig())
+
+
+COMPOSITE = RewardConfig(mode="paper", leak_penalty=0.5, before_penalty=0.3)
+FIFTEEN = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("<think>Heparin acts at once.</think><answer>A</answer>", 1.0),
+        ("<think>So the answer is heparin.</think><answer>A</answer>", 0.5),
+        ("<think>MY FINAL\n CHOICE should be the first</think><answer>B</answer>", -0.5),
+        ("<think>Option B is wrong: it is slow.</think><answer>A</answer>", 0.5),
+        ("<think>This is the answering machine.</think><answer>A</answer>", 1.0),
+        ("The answer is A. <think>Acts at once.</think><answer>A</answer>", 1.0),  # before, and short
+        ("<think>Acts at once.</think><answer>A</answer> The answer is A.", 1.0),  # after
+        (f"{FIFTEEN} <think>Acts at once.</think><answer>A</answer>", 1.0),
+        (f" {FIFTEEN}\n\nsixteen<think>Acts at once.</think><answer>A</answer>", 0.7),
+        (f"{FIFTEEN} sixteen <think>The answer is A</think><answer>A</answer>", 0.2),
+        (f"{FIFTEEN} sixteen", -1.0),  # no <think>: nothing stands before it
+        ("<think>The answer is A", -1.5),  # a thought that never ends ends with the text
+        ("<think>β</think><answer>A</answer>\n<think>The answer is A</think>", 1.0),  # not the first thought
+    ],
+)
+def test_the_composite_reward(completion, reward):
+    rows = ["<think>x</think>", completion, "<think>I choose A"]  # neighbours must not leak into it
+    verdicts = score(rows, ["A"] * 3, [["heparin", "aspirin"]] * 3, COMPOSITE)
+    assert verdicts.reward == pytest.approx([-1.0, reward, -1.5], abs=1e-6)
+    assert verdicts.reason[1] == score([completion], ["A"], [["heparin", "aspirin"]], RewardConfig(mode="paper")).reason[0]
+
+
+def test_the_composite_reward_in_a_file(tmp_path):
+    line = {"completion": f"{FIFTEEN} sixteen <think>The answer is A</think><answer>A</answer>", "answer": "A", "options": ["a", "b"]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    penalties = ["--leak-penalty", "0.5", "--before-penalty", "0.3"]
+    assert __main__.main(["score", str(tmp_path / "in.jsonl"), "--mode", "paper", *penalties, "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["reward"] == 0.2
+    with pytest.raises(SystemExit):
+        __main__.main(["score", "in.jsonl", "--leak-penalty", "-1", "--out", "out.jsonl"])

@@ -1,0 +1,136 @@
+"""Monitors on rows and records made by hand: what they count, when they speak, which rows they name."""
+
+import math
+
+import numpy as np
+import pytest
+import yaml
+from test_train import folder, lines, main  # noqa: F401  (a fixture)
+
+from medrlvr_jax import monitors, stages
+from medrlvr_jax.config import from_tree
+from medrlvr_jax.data import Question
+from medrlvr_jax.experience import Scored
+from medrlvr_jax.rewards import score
+
+TREE = {
+    "name": "run",
+    "steps": 3,
+    "model": {"path": "embedded"},
+    "data": {"path": "embedded:train"},
+    "learn": {"policy": {"lr": 1e-4}, "critic": {"lr": 1e-3}},
+}
+WELL = "<think>A swollen calf after a flight suggests a clot. Heparin acts at once.</think><answer>A</answer>"
+LEAK = "<think>The answer is A. The calf is swollen and warm after a flight.</think><answer>A</answer>"
+HACK = "<think>A</think><answer>B</answer>"
+HEDGE = "<think>Perhaps it is a clot, or maybe not. It might be a cyst, I am not sure.</think><answer>B</answer>"
+LOOP = "<think>" + "the calf is warm and red " * 12 + "</think><answer>B</answer>"
+
+
+def settings(**changes):
+    return from_tree(TREE | changes)
+
+
+def scored(completions, keys, samples, counted=None):
+    """Questions of two options; `samples` completions each."""
+    n, config = len(completions), settings()
+    questions = [
+        Question(str(i), "?", ["heparin", "aspirin"], "AB".index(key), None, None) for i, key in enumerate(keys) for _ in range(samples)
+    ]
+    verdicts = score(completions, [k for k in keys for _ in range(samples)], [q.options for q in questions], config.reward)
+    shown = [stages.stage(c, bool(ok), ["heparin", "aspirin"]) for c, ok in zip(completions, verdicts.format_ok, strict=True)]
+    lengths = np.array([len(c.split()) for c in completions])
+    counted = np.ones(n, bool) if counted is None else counted
+    return Scored(questions, np.arange(n), counted, completions, verdicts, lengths, np.ones(n, bool), shown)
+
+
+def test_flags_of_each_completion():
+    told = monitors.flags(scored([WELL, LEAK, HACK, HEDGE, LOOP, "The answer is A, and so on and on and on"], "AAAAAA", 1))
+    assert {name: np.flatnonzero(column).tolist() for name, column in told.items()} == {
+        "hacks": [2],
+        "leak": [1],
+        "hedging": [3],
+        "repetition": [4],
+    }
+    assert not monitors.leaks_early("<think>The calf is swollen after a flight, so the answer is A.</think>")  # at its end
+    assert not monitors.leaks_early("The answer is A, as all of this shows beyond doubt. <think>A clot.</think>")
+
+
+def test_letters_are_held_against_the_keys_by_one_answer_a_question():
+    a, b = (f"<think>clot</think><answer>{letter}</answer>" for letter in "AB")
+    # The first samples are A in all 40 questions, of which half have the key A; the second samples are not looked at.
+    metrics = monitors.watch(scored([a, b] * 40, "AB" * 20, 2), 2, [])
+    assert metrics["monitor/letter_shift"] == pytest.approx(0.5)
+    assert metrics["monitor/letter_p"] == pytest.approx(math.erfc(math.sqrt(40 / 2)), rel=1e-6)  # χ² = (20² + 20²) / 20 = 40, 1 degree
+    [alarm] = monitors.alarms(metrics, [], settings())
+    assert alarm.name == "monitor/letter_shift" and "50 %" in alarm.text
+    rows = monitors.examples(alarm, scored([a, b] * 40, "AB" * 20, 2), metrics, 2)
+    assert rows == [2, 6]  # wrong answers of the letter that is wrong most often; of two, the first
+    assert monitors.alarms(monitors.watch(scored([a, b] * 4, "AB" * 2, 2), 2, []), [], settings()) == []  # four questions show nothing
+    rare = monitors.watch(scored([a] * 40 + [b] * 4, "A" * 42 + "BB", 1), 1, [])  # two keys are no expectation
+    assert rare["monitor/letter_p"] == 1.0 and rare["monitor/letter_shift"] == pytest.approx(2 / 44)
+
+
+def test_shares_over_their_limits():
+    metrics = {"monitor/hacks": 0.11, "truncated": 0.25, "equal_groups": 0.9, "sampler_ratio_far": 0.2, "kl": math.nan}
+    assert [a.name for a in monitors.alarms(metrics, [], settings())] == ["monitor/hacks", "equal_groups", "sampler_ratio_far"]
+    corrected = settings(sample={"weights": "int8"}, loss={"sampler_cap": 2.0})
+    assert [a.name for a in monitors.alarms(metrics, [], corrected)] == ["monitor/hacks", "equal_groups"]
+
+
+@pytest.mark.parametrize(
+    ("name", "usual", "value", "high"),
+    [
+        ("response_length", 100.0, 49.0, False),
+        ("response_length", 100.0, 201.0, True),
+        ("response_length", 100.0, 199.0, None),
+        ("entropy", 0.9, 0.2, False),
+        ("entropy", 0.005, 0.019, None),  # little, and still little
+        ("kl", 0.02, 0.09, True),
+        ("kl", 0.001, 0.04, None),
+        ("kl", 0.0, 0.06, True),
+    ],
+)
+def test_excursions_from_the_runs_own_recent_past(name, usual, value, high):
+    past = [{name: usual}] * 4 + [{name: None}, {}]
+    assert monitors.alarms({name: value}, past, settings()) == []  # four values are not enough
+    found = monitors.alarms({name: value}, [{name: 1e6}] * 30 + [{name: usual}] * monitors.WINDOW, settings())
+    assert [(a.name, a.high) for a in found] == ([] if high is None else [(name, high)])
+
+
+def test_the_rows_named_are_the_worst_and_of_this_process():
+    rows = scored([WELL, LOOP, HACK, WELL], "AABB", 1, np.array([True, False, True, True]))
+    assert monitors.examples(monitors.Alarm("response_length", "", high=True), rows, {}, 1) == [0, 3]  # LOOP is another's
+    assert monitors.examples(monitors.Alarm("response_length", "", high=False), rows, {}, 1)[0] == 2
+    assert monitors.examples(monitors.Alarm("kl", ""), rows, {"row/kl_high": 3}, 1) == [3]
+    assert monitors.examples(monitors.Alarm("monitor/hacks", ""), rows, {}, 1) == [2]
+    assert monitors.examples(monitors.Alarm("equal_groups", ""), scored([WELL, HACK, WELL, WELL], "AA", 2), {}, 2) == [2]
+
+
+def test_an_alarm_is_said_when_it_begins_and_now_and_then():
+    found, history, said = [monitors.Alarm("monitor/hacks", "")], [], []
+    for step in range(25):
+        lasted, news = monitors.mark([] if step == 3 else found, history)
+        history.append(lasted)
+        said += [step] * len(news)
+    assert said == [0, 4, 14, 24] and history[2] == {"alarm/hacks": 3} and history[4] == {"alarm/hacks": 1}
+
+
+def test_constant_rewards_are_counted_and_stop_a_run(folder, capsys):  # noqa: F811
+    changes = {"eval": {"batch": 8}, "name": "constant", "steps": 9, "checkpoint": {"every": 0}, "log": {"stop_constant": 2}}
+    path = folder / "constant.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | changes))
+    assert main("train", path) == 1  # a model of random weights never finds the form
+    told = capsys.readouterr().err
+    assert "log.stop_constant=0 goes on" in told and "all rewards were -1 in 2 steps" in told and "Step 2 is saved" in told
+    assert told.count("ALL REWARDS ARE -1, for 1 step now") == 1 and "for 2 steps now" not in told and "row 0: " in told
+    metrics = lines(folder / "runs/constant/metrics.jsonl")
+    assert [m["monitor/constant_reward"] for m in metrics] == [1, 2] == [m["alarm/constant_reward"] for m in metrics]
+
+
+def test_a_control_run_of_constant_rewards_goes_on():
+    metrics = {"monitor/constant_reward": 20, "reward": 0.0}
+    for changes, stops in (({}, True), ({"log": {"stop_constant": 0}}, False), ({"log": {"stop_constant": 21}}, False)):
+        assert monitors.stalled(metrics, settings(**changes)) == stops and monitors.alarms(metrics, [], settings(**changes))
+    control = settings(reward={"unformatted": 0.0, "correct": 0.0})
+    assert not monitors.stalled(metrics, control) and not monitors.alarms(metrics, [], control)

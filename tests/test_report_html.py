@@ -1,0 +1,164 @@
+"""The page: whole, well-formed, all of a run's text as text, and made of what is there. In a browser where one is found."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+
+from medrlvr_jax import __main__, log, report_html, stages
+
+EVIL = (
+    '<think>"&lt;</script><script>console.error("broken out")</script><img src=x onerror=console.error(1)>\u2028</think><answer>A</answer>'
+)
+VOID = {"meta", "link", "input", "br", "img", "hr"}
+NODE, CHROMIUM = shutil.which("node"), os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """Refuses markup that is not nested as it should be; collects ids, links and the text inside each kind of element."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.links, self.text, self.attributes = [], [], [], {}, []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids += [attrs["id"]] if "id" in attrs and "svg" not in self.open else []
+        self.links += [attrs[k] for k in ("href", "src") if k in attrs and "svg" not in self.open]
+        self.attributes += [(tag, k) for k in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, k) for k, _ in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        tag = self.open[-1] if self.open else ""
+        self.text[tag] = self.text.get(tag, "") + data
+
+
+def write_run(path, seed, steps=12, **changes):
+    random = np.random.default_rng(seed)
+    path.mkdir()
+    tree = {"name": path.name, "seed": seed, "kl": {"coef": 0.01}, "data": {"path": "<b>train</b>.jsonl"}}
+    (path / "config.yaml").write_text(yaml.safe_dump(tree | changes))
+    shares = {f"stage/{s}": 1 / 6 for s in stages.STAGES}
+    step = {
+        "accuracy": 0.3,
+        "response_length": 80,
+        "kl": None,
+        "policy/clip_low": 0.01,
+        "policy/clip_high": 0.02,
+        "monitor/leak": 0.1,
+    } | shares
+    records = [{"step": k, "reward": random.normal(), "seconds": 2.0} | step for k in range(1, steps + 1)]
+    records[3]["alarm/leak"] = 1
+    evals = [{f"eval.dev.{k}": v for k, v in {"n": 50, "correct": c, "format_ok": 50}.items()} for c in (10, 30 + seed)]
+    log.append(path / "metrics.jsonl", [{"step": 0} | evals[0], *records[:-1], records[-1] | evals[1]])
+    sample = {"row": 0, "id": "q<1>", "prompt": "?", "completion": EVIL, "key": "A", "answer": None, "reward": -1.0, "stopped": True}
+    rows = [sample | {"step": k, "reason": "no_think", "stage": stages.STAGES[k % 6], "length": 3 * k} for k in range(1, steps + 1)]
+    log.append(path / "samples.jsonl", rows)
+    data = {"train": {"n": 12, "sha256": "beef"}}
+    versions = {"git": {"revision": "cafe", "dirty": True}, "devices": 8, "device_kind": "H100", "processes": 1, "platform": "Linux"}
+    log.write_json(path / "summary.json", {"name": path.name, "steps": steps, "seconds": 9.0, "versions": versions, "data": data})
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    root = tmp_path_factory.mktemp("page")
+    runs = [write_run(root / f"ppo-seed{s}", s) for s in (0, 1)] + [write_run(root / "a&b", 2, kl={"coef": 0.5})]
+    (root / "sft").mkdir()
+    log.write_json(root / "sft" / "eval.json", {"eval": {"dev": {"n": 50, "correct": 25, "format_ok": 50}}, "versions": {}})
+    assert __main__.main(["report", *map(str, runs), str(root / "sft"), "--out", str(root / "report.html")]) == 0
+    return root / "report.html"
+
+
+def test_the_page_is_whole_and_all_text_is_text(page):
+    text = page.read_text(encoding="utf-8")
+    parsed = Page(text)
+    assert len(set(parsed.ids)) == len(parsed.ids) and set(re.findall(r'getElementById\("([^"]+)"', text)) <= set(parsed.ids)
+    assert all(link[1:] in parsed.ids if link.startswith("#") else link == "data:," for link in parsed.links)  # nothing is fetched
+    assert not any(name.startswith("on") for _, name in parsed.attributes)
+    assert "<b>train" not in text and "&lt;b&gt;train" in text and "a&amp;b" in text
+    data = re.search(r'<script type="application/json" id="sample-data">(.*?)</script>', text, re.S)[1]
+    assert "<" not in data and [s["completion"] for s in json.loads(data)] == [EVIL] * 36
+    for fact in ("cafe with changes", "8 × H100", "12 rows, sha256 beef", "12 of 12", "0:00:24 in steps", "30 of 50: 60.0 % (46.2–72.4)"):
+        assert fact in text, fact
+    for section in ("accuracy", "stages", "curves", "alarms", "samples", "run-card"):
+        assert section in parsed.ids
+
+
+def test_its_pictures_lie_beside_it_as_png(page):
+    pictures = page.with_name("report_pictures")
+    names = {p.stem for p in pictures.iterdir()}
+    assert {"accuracy-dev", "stages-ppo", "stages-a-b", "curve-reward", "curve-response_length", "curve-clip_fraction"} <= names
+    assert "curve-kl" not in names  # null everywhere
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures.iterdir())
+    assert page.read_text(encoding="utf-8").count("<figure>") == len(names)
+
+
+def test_runs_that_differ_by_seed_alone_are_one_group(page):
+    runs = [report_html.read_run(page.parent / name) for name in ("ppo-seed1", "a&b", "ppo-seed0", "sft")]
+    groups = report_html.group(runs)
+    assert [(g.name, len(g.runs)) for g in groups] == [("ppo", 2), ("a&b", 1), (f"{page.parent.name}/sft", 1)]
+    assert len({g.color for g in groups}) == 3
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").write_text("name: new\n")
+    log.append(tmp_path / "new" / "metrics.jsonl", [{"step": 1, "reward": 0.5} | {f"stage/{s}": 1 / 6 for s in stages.STAGES}])
+    report_html.write_page([tmp_path / "new"], tmp_path / "p.html")
+    text = (tmp_path / "p.html").read_text()
+    Page(text)
+    assert "1 so far" in text and "<script>" not in text and 'id="samples"' not in text
+
+
+@pytest.mark.parametrize(("out", "said"), [("report.pdf", "must end in .html"), ("nowhere/report.html", "does not exist")])
+def test_where_it_cannot_be_written(page, tmp_path, capsys, out, said):
+    assert __main__.main(["report", str(page.parent / "a&b"), "--out", str(tmp_path / out)]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(NODE is None, reason="no node")
+def test_the_script_parses(page):
+    subprocess.run([NODE, "--check", report_html.FOLDER / "report.js"], check=True, timeout=60)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: set CHROMIUM to one")
+def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
+    """Filters are set, and what the page then holds is looked at; any line on the console fails."""
+    probe = """<script>
+    const set = (name, value) => {
+      const form = document.getElementById("filter");
+      form.elements[name].value = value;
+      form.dispatchEvent(new Event("input"));
+      return document.getElementById("count").textContent;
+    };
+    const told = [["run", "ppo-seed0"], ["stage", "verbose_formatter"], ["step_low", 2], ["length_high", 21], ["text", "nothing like it"]]
+      .map((pair) => set(...pair));
+    set("text", "BROKEN");
+    document.title = JSON.stringify([told, document.querySelector("article > pre").textContent]);
+    </script></body>"""
+    path = tmp_path / "probe.html"
+    path.write_text(page.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr"]
+    done = subprocess.run([*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]
+    counts, shown = json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert counts == [f"{n} of 36 samples, {k} shown" for n, k in ((12, 10), (2, 2), (1, 1), (1, 1), (0, 0))]
+    assert shown.split() == EVIL.split()  # a title keeps no line ends
