@@ -84,9 +84,9 @@ def main(argv: list[str] | None = None) -> int:
         args.settings += rest
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from medrlvr_jax.checkpoint import CheckpointError
-    from medrlvr_jax.config import ConfigError, Diverged
+    from medrlvr_jax.config import ConfigError, Diverged, Unwritable
 
-    expected = (ConfigError, CheckpointError, Diverged)
+    expected = (ConfigError, CheckpointError, Diverged, Unwritable)
     together = nullcontext()
     if getattr(args, "distributed", False):
         from medrlvr_jax import processes

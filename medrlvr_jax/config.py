@@ -23,6 +23,9 @@ Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+]  # of a file or folder, so that it cannot leave its own
 Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a layer
 
 
@@ -32,6 +35,10 @@ class ConfigError(ValueError):
 
 class Diverged(RuntimeError):
     """A run whose updates are no longer finite."""
+
+
+class Unwritable(RuntimeError):
+    """A run's folder on a disk that is full, read-only or gone."""
 
 
 @section
@@ -184,7 +191,7 @@ class SFTConfig:
 class EvalConfig:
     """Evaluation before, during and after training."""
 
-    sets: dict[str, SetConfig] = Field(default_factory=dict)
+    sets: dict[Name, SetConfig] = Field(default_factory=dict)
     every: Size = 0  # steps; 0: only before and after
     batch: Count = 32  # questions at a time
     samples: Count = 1
@@ -225,7 +232,7 @@ class MeshConfig:
 class Config:
     """A run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    name: Name
     runs: str = "runs"  # the folder of all runs
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     steps: Count | None = None  # either steps …
@@ -325,6 +332,8 @@ def _complaint(error: Any) -> str:
         return f"{name}: {value!r} is a value where a section with {', '.join(_fields_at(path))} is needed"
     if name == "name":
         return f"name: {value!r} must be letters, digits, '.', '_' and '-' only, since it names a folder inside runs"
+    if path[-1] == "[key]":
+        return f"{'.'.join(map(str, path[:-2]))}: {value!r} must be letters, digits, '.', '_' and '-' only, since it names a file"
     return f"{name}: {value!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 

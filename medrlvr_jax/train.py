@@ -69,11 +69,11 @@ def drive(
 
     `one`: (state, step) → (state, metrics, samples, the rows that were learned from).
     """
-    config, skips = parts.config, 0
+    config = parts.config
     with log.Run(config, steps) as run, Compiles() as compiles:
         checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice)
         state, done = checkpoints.restore_newest(state)
-        run.resume(done)
+        skips = run.resume(done)
         for text in notices:
             run.notice(text)
         if done == 0 and sets:
@@ -91,16 +91,16 @@ def drive(
             if (made := compiles.taken()) and step > done:
                 names, lost = ", ".join(sorted({name for name, _ in made})), sum(seconds for _, seconds in made)
                 run.notice(f"step {n}: compiled {names} in mid-run, {lost:.1f} s lost; JAX's log above says what changed")
-            if any(value > 0 for name, value in metrics.items() if name.split("/")[-1] == "skipped"):
+            if log.skipped(metrics):
                 skips += 1
                 run.notice(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
             else:
                 skips = 0
             run.record(n, metrics, rows)
             checkpoints.check()
-            if last or skips == SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
+            if last or skips >= SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
                 checkpoints.save(n, state, metrics)
-            if skips == SKIPS:
+            if skips >= SKIPS:
                 checkpoints.close()
                 remedy = "lower the rates or learn.*.clip_norm, look into the rows, and start again under another name="
                 raise Diverged(f"{run.path}: {SKIPS} steps in a row had updates that were not finite; {remedy}. Step {n} is saved")
@@ -115,8 +115,9 @@ def dump(folder: Path, step: int, rows: Experience) -> Path:
     path = folder / "skipped" / f"{step}.npz"
     whole = process_allgather(rows, tiled=True)
     if jax.process_index() == 0:
-        path.parent.mkdir(exist_ok=True)
-        np.savez(path, **{name: array for name, array in vars(whole).items() if array is not None})
+        with log.named_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            np.savez(path, **{name: array for name, array in vars(whole).items() if array is not None})
     return path
 
 
