@@ -156,6 +156,16 @@ def restore_params(folder: Path, abstract: Any, which: int | Literal["best"] | N
     return _read(folder / str(step), {"policy": {"params": abstract}}, partial=True)["policy"]["params"], step
 
 
+def restore_before(folder: Path, state: Any, step: int) -> tuple[Any, int]:
+    """The newest whole state at or before `step`, and its step; `(state, 0)` if there is none. As `restore_newest`, but changes nothing."""
+    found = next((s for s in reversed(saved_steps(folder)) if s <= step and not damage(folder / str(s))), 0)
+    if not found:
+        return state, 0
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(lambda x: x.delete(), state)
+    return _read(folder / str(found), abstract), found
+
+
 def read_meta(folder: Path, step: int) -> dict[str, Any]:
     """The settings (`config`), versions and revision that a checkpoint was made with."""
     return json.loads((folder / str(step) / "meta" / "metadata").read_text(encoding="utf-8"))

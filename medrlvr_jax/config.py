@@ -29,6 +29,9 @@ Name = Annotated[
 Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a layer
 
 
+COMPARING = ("group", "group_mean", "rloo", "reinforce_pp_baseline")  # estimators that hold samples of one question against each other
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used: the message names the field, the value and the remedy."""
 
@@ -105,6 +108,9 @@ class RewardConfig:
     unformatted: float = -1.0
     wrong: float = 0.0
     correct: float = 1.0
+    # Your own instead of these three numbers, package.module:function; user_reward.py says how it is called. A config runs what it names.
+    fn: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+    deadline: Annotated[float, Field(gt=0)] = 60.0  # seconds that fn may take over a batch
 
 
 @section
@@ -352,7 +358,7 @@ def _cross_checks(c: Config) -> list[str]:
         out.append("advantage.estimator: gae needs learn.critic (such as {lr: 9e-6}); or take estimator group")
     if c.advantage.estimator != "gae" and c.learn.critic is not None:
         out.append(f"learn.critic: {c.advantage.estimator} has no use for a critic; set learn.critic to null, or take estimator gae")
-    if c.advantage.estimator in ("group", "group_mean", "rloo", "reinforce_pp_baseline") and c.sample.samples < 2:
+    if c.advantage.estimator in COMPARING and c.sample.samples < 2:
         compared = f"{c.advantage.estimator} compares samples of one question"
         out.append(f"sample.samples: {c.sample.samples}: {compared}, so at least 2 are needed")
     if c.sample.min_new_tokens >= c.sample.max_new_tokens:
