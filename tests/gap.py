@@ -28,7 +28,7 @@ from medrlvr_jax.types import Prompts
 CFG = DecoderConfig(
     vocab=512, embed=64, layers=2, heads=8, kv_heads=4, head_dim=8, ffn=128, rope_theta=1e4, norm_eps=1e-6, tied=True, qkv_bias=True
 )
-STOPS, PAD = (1, 2), 0
+STOPS, PAD = tuple(range(1, 21)), 0  # many, so that responses end at all lengths
 BASE = {
     "pad": 0,
     "samples": 8,
