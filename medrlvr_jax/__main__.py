@@ -29,6 +29,13 @@ REPORT = """One self-contained HTML file, and its pictures as PNG in <name>_pict
 curve with a band. It can be made while runs are going on."""
 
 
+REPLAY = """Seed, step, question and sample say what noise a completion was drawn with, so it can be drawn again from the policy
+before its step: checkpoint S-1, or the start for step 1. Where checkpoint S-1 is not kept (checkpoint.keep), the steps from the newest
+earlier checkpoint, or from the start, are trained again first, which takes as long as it took then. Nothing is written.
+Exit status: 0 it is what was logged, or was not logged; 1 it is not. Equal to the bit on the machine and mesh of the run; elsewhere
+rounding may choose another token now and then. Only mesh.* is meant to be set otherwise here."""
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="medrlvr",
@@ -75,6 +82,11 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--step", type=int, help="the checkpoint to take; the newest unless given")
     c.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; the run's own unless given")
     distributed(c)
+    c = command("replay", "draw a completion of a run again, exactly, and compare it with the log", REPLAY)
+    c.add_argument("run", type=Path, metavar="RUN")
+    settings(c)
+    c.add_argument("--step", type=int, required=True, metavar="S", help="the step, as in samples.jsonl: 1, 2, …")
+    c.add_argument("--row", type=int, required=True, metavar="I", help="the row, as in samples.jsonl; those not logged can be drawn too")
     c = command("score", "dry-run of the reward on text", 'Lines {"completion", "answer": "C", "options": [...]} in, verdicts out.')
     c.add_argument("file", type=Path, metavar="IN.jsonl")
     c.add_argument("--mode", choices=("paper", "strict", "direct"), default="strict", help="the rule; default strict; direct: no thought")
@@ -115,9 +127,10 @@ def main(argv: list[str] | None = None) -> int:
         args.settings += rest
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from medrlvr_jax.checkpoint import CheckpointError
-    from medrlvr_jax.config import ConfigError, Diverged
+    from medrlvr_jax.config import ConfigError, Diverged, Unwritable
+    from medrlvr_jax.user_reward import RewardError
 
-    expected = (ConfigError, CheckpointError, Diverged)
+    expected = (ConfigError, CheckpointError, Diverged, RewardError, Unwritable)
     together = nullcontext()
     if getattr(args, "distributed", False):
         from medrlvr_jax import processes
@@ -180,6 +193,14 @@ def run_export(args: argparse.Namespace) -> int:
 
     export(args.run, args.out, args.step, args.dtype)
     return 0
+
+
+def run_replay(args: argparse.Namespace) -> int:
+    from medrlvr_jax.replay import replay, show
+
+    found = replay(args.run, args.step, args.row, args.settings)
+    print(show(found))
+    return 1 if found["differ"] else 0
 
 
 def run_score(args: argparse.Namespace) -> int:

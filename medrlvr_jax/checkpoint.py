@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from medrlvr_jax.config import CheckpointConfig
-from medrlvr_jax.log import write_json
+from medrlvr_jax.log import write_json, write_text
 
 SEAL = "digests.json"
 SMALL = 1 << 16  # bytes
@@ -48,6 +48,7 @@ class Checkpoints:
     def __init__(self, folder: Path, config: CheckpointConfig, meta: dict[str, Any], notice: Callable[[str], None] = print):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs with a traceback what it raises as well
         self.folder = folder.absolute()
+        self._made = self.folder.with_name(f".{self.folder.name}")  # is there once a checkpoint was: none can then vanish in silence
         self._meta = meta
         self._best = config.best
         self._saving = 0
@@ -93,8 +94,11 @@ class Checkpoints:
     def wait(self) -> None:
         with self._named_errors():
             self._manager.wait_until_finished()
+        if self._saving and jax.process_index() == 0 and not self._made.exists():
+            write_text(self._made, f"{self._saving}\n")
 
     def close(self) -> None:
+        self.wait()
         with self._named_errors():
             self._manager.close()
 
@@ -102,10 +106,11 @@ class Checkpoints:
         """The newest state, or that of `step`, laid out as `abstract` says (ShapeDtypeStructs with shardings); None if none was saved."""
         self.wait()
         if step is None and not self.steps():
-            damaged = [p.name for p in self.folder.glob("*.damaged")]
-            if damaged:  # starting over in silence would throw away the logs of the steps so far
-                remedy = "start again under another name=, or delete them to start over"
-                raise CheckpointError(f"{self.folder}: no whole checkpoint is left, only {', '.join(sorted(damaged))}; {remedy}")
+            damaged = sorted(p.name for p in self.folder.glob("*.damaged"))
+            if damaged or self._made.exists():  # starting over in silence would throw away the logs of the steps so far
+                left = f"only {', '.join(damaged)}" if damaged else "though there were some"
+                remedy = f"put one back, start again under another name=, or remove {self.folder.parent} to start over"
+                raise CheckpointError(f"{self.folder}: no whole checkpoint is left, {left}; {remedy}")
             return None
         step = self.steps()[-1] if step is None else step
         if step not in self.steps():
@@ -149,6 +154,16 @@ def restore_params(folder: Path, abstract: Any, which: int | Literal["best"] | N
     """
     step = _everywhere(lambda: _choose(folder, which))
     return _read(folder / str(step), {"policy": {"params": abstract}}, partial=True)["policy"]["params"], step
+
+
+def restore_before(folder: Path, state: Any, step: int) -> tuple[Any, int]:
+    """The newest whole state at or before `step`, and its step; `(state, 0)` if there is none. As `restore_newest`, but changes nothing."""
+    found = next((s for s in reversed(saved_steps(folder)) if s <= step and not damage(folder / str(s))), 0)
+    if not found:
+        return state, 0
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(lambda x: x.delete(), state)
+    return _read(folder / str(found), abstract), found
 
 
 def read_meta(folder: Path, step: int) -> dict[str, Any]:

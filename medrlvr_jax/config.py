@@ -23,7 +23,13 @@ Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+]  # of a file or folder, so that it cannot leave its own
 Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a layer
+
+
+COMPARING = ("group", "group_mean", "rloo", "reinforce_pp_baseline")  # estimators that hold samples of one question against each other
 
 
 class ConfigError(ValueError):
@@ -32,6 +38,10 @@ class ConfigError(ValueError):
 
 class Diverged(RuntimeError):
     """A run that cannot go on: its updates are not finite, or its rewards teach nothing."""
+
+
+class Unwritable(RuntimeError):
+    """A run's folder on a disk that is full, read-only or gone."""
 
 
 @section
@@ -102,6 +112,9 @@ class RewardConfig:
     random: Share | None = None  # a control: training pays `correct` with this chance, else `wrong`, whatever a completion says
     leak_penalty: Weight = 0.0  # taken off where the thought states the answer; arXiv 2509.15557 has 0.5
     before_penalty: Weight = 0.0  # taken off where more than 15 words stand before <think>; 0.3 there
+    # Your own instead of these three numbers, package.module:function; user_reward.py says how it is called. A config runs what it names.
+    fn: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+    deadline: Annotated[float, Field(gt=0)] = 60.0  # seconds that fn may take over a batch
 
 
 @section
@@ -188,7 +201,7 @@ class SFTConfig:
 class EvalConfig:
     """Evaluation before, during and after training."""
 
-    sets: dict[str, SetConfig] = Field(default_factory=dict)
+    sets: dict[Name, SetConfig] = Field(default_factory=dict)
     every: Size = 0  # steps; 0: only before and after
     batch: Count = 32  # questions at a time
     samples: Count = 1
@@ -230,7 +243,7 @@ class MeshConfig:
 class Config:
     """A run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    name: Name
     runs: str = "runs"  # the folder of all runs
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     steps: Count | None = None  # either steps …
@@ -330,6 +343,8 @@ def _complaint(error: Any) -> str:
         return f"{name}: {value!r} is a value where a section with {', '.join(_fields_at(path))} is needed"
     if name == "name":
         return f"name: {value!r} must be letters, digits, '.', '_' and '-' only, since it names a folder inside runs"
+    if path[-1] == "[key]":
+        return f"{'.'.join(map(str, path[:-2]))}: {value!r} must be letters, digits, '.', '_' and '-' only, since it names a file"
     return f"{name}: {value!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
@@ -342,6 +357,9 @@ def _cross_checks(c: Config) -> list[str]:
         pays = "an answer without a thought" if c.reward.mode == "direct" else "a thought and an answer"
         asks, mend = c.prompt.template, "reward.mode=direct" if c.prompt.template == "direct" else "prompt.template=direct"
         out.append(f"reward.mode: {c.reward.mode} pays for {pays}, which prompt.template {asks} does not ask for; set {mend}")
+    paying = [name for name in ("fn", "random") if getattr(c.reward, name) is not None]
+    if len(paying + [name for name in ("leak_penalty", "before_penalty") if getattr(c.reward, name)]) > 1 and paying:
+        out.append(f"reward.{paying[0]}: it alone says what is paid; take the other of fn, random, leak_penalty and before_penalty out")
     if c.model.lora and not c.model.lora.targets:
         out.append("model.lora.targets: [] would train nothing; name some of the layers' matrices, or set model.lora to null")
     if c.sample.questions % c.learn.minibatch:
@@ -352,7 +370,7 @@ def _cross_checks(c: Config) -> list[str]:
         out.append("advantage.estimator: gae needs learn.critic (such as {lr: 9e-6}); or take estimator group")
     if c.advantage.estimator != "gae" and c.learn.critic is not None:
         out.append(f"learn.critic: {c.advantage.estimator} has no use for a critic; set learn.critic to null, or take estimator gae")
-    if c.advantage.estimator in ("group", "group_mean", "rloo", "reinforce_pp_baseline") and c.sample.samples < 2:
+    if c.advantage.estimator in COMPARING and c.sample.samples < 2:
         compared = f"{c.advantage.estimator} compares samples of one question"
         out.append(f"sample.samples: {c.sample.samples}: {compared}, so at least 2 are needed")
     if c.sample.min_new_tokens >= c.sample.max_new_tokens:

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax import advantages, lora, scoring, stages, text
+from medrlvr_jax import advantages, lora, scoring, stages, text, user_reward
 from medrlvr_jax.build import Parts
-from medrlvr_jax.config import Config, SampleConfig
+from medrlvr_jax.config import COMPARING, Config, SampleConfig
 from medrlvr_jax.data import LETTERS, Question
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, score, toss
@@ -60,24 +60,26 @@ class Scored:
     lengths: np.ndarray  # int [N], tokens up to and including the stop token
     stopped: np.ndarray  # bool [N], False where the budget cut the response
     stages: list[str]  # [N], which of the paper's six stages each completion shows
+    failed: dict[int, str]  # rows on which the user's own reward failed, and why; their reward is NaN
 
     def record(self, row: int) -> dict[str, Any]:
         """One completion as a JSON object: what samples.jsonl and an evaluation's answers both say of it."""
         v, question = self.verdicts, self.questions[row]
+        failed = {"reward_error": self.failed[row]} if row in self.failed else {}
         return {
             "id": question.id,
             "completion": self.completions[row],
             "key": LETTERS[question.answer],
             "options": len(question.options),
             "answer": str(v.answer[row]) or None,
-            "reward": float(v.reward[row]),
+            "reward": None if failed else float(v.reward[row]),
             "format_ok": bool(v.format_ok[row]),
             "correct": bool(v.correct[row]),
             "reason": str(v.reason[row]),
             "stage": self.stages[row],
             "length": int(self.lengths[row]),
             "stopped": bool(self.stopped[row]),
-        }
+        } | failed
 
 
 def encode(tokenizer: text.Tokenizer, questions: list[Question], config: Config) -> Encoded:
@@ -87,8 +89,11 @@ def encode(tokenizer: text.Tokenizer, questions: list[Question], config: Config)
     return Encoded([questions[i] for i in kept], tokens, np.array(kept, np.uint32), len(dropped))
 
 
-def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout) -> Scored:
-    """Host work: bring this process's tokens over, decode, score. `index` names the questions of the whole rollout."""
+def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array | None = None) -> Scored:
+    """Host work: bring this process's tokens over, decode, score. `index` names the questions of the whole rollout.
+
+    `coin`: training's key, for the control `reward.random`; evaluation has none, and judges by the rule.
+    """
     tokenizer = parts.tokenizer
     own, counted = own_rows(len(index), parts.mesh)
     tokens, mask = fetch_rows((rollout.tokens, rollout.mask), parts.mesh)
@@ -102,9 +107,16 @@ def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Ro
     verdicts = score(completions, keys, options, rule)
     lenient = verdicts if rule.mode == "paper" else score(completions, keys, options, dataclasses.replace(rule, mode="paper"))
     shown = [stages.stage(*row) for row in zip(completions, lenient.format_ok.tolist(), options, strict=True)]
+    failed: dict[int, str] = {}
+    if own_reward := user_reward.worker(rule):
+        values, failed = own_reward.score(list(zip(completions, keys, options, (q.question for q in questions), strict=True)))
+        verdicts = dataclasses.replace(verdicts, reward=np.array(values, np.float32))
+    elif rule.random is not None and coin is not None:
+        paid = toss(np.asarray(jax.random.key_data(coin)), encoded.ids[index[own]], groups, rule)
+        verdicts = dataclasses.replace(verdicts, reward=paid.ravel())
     places = (own[:, None] * groups + np.arange(groups)).ravel()
     stopped = np.isin(last, tokenizer.stop_ids)
-    return Scored(questions, places, counted.repeat(groups), completions, verdicts, lengths, stopped, shown)
+    return Scored(questions, places, counted.repeat(groups), completions, verdicts, lengths, stopped, shown, failed)
 
 
 def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
@@ -113,11 +125,13 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
     return place_rows(encoded.prompts(index[own], parts.tokenizer.pad_id), len(index), parts.mesh)
 
 
-def sample_and_score(decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig) -> Scored:
-    """Evaluation's whole job."""
+def sample_and_score(
+    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, coin: Array | None = None
+) -> Scored:
+    """Evaluation's whole job; with training's key as `coin`, a replay's."""
     prompts = place_prompts(parts, encoded, index)
     rollout = generate(decode_params, parts.cfg, prompts, key, sample, parts.tokenizer.stop_ids, parts.tokenizer.pad_id)
-    return score_rollout(parts, encoded, index, rollout)
+    return score_rollout(parts, encoded, index, rollout, coin)
 
 
 @partial(jax.jit, static_argnames=("cfg", "critic_cfg", "temperature", "slab", "sizes", "micro"))
@@ -177,17 +191,23 @@ def make_experience(
     prompts: Prompts, rollout: Rollout, assessment: Assessment, rewards: Array, kl_coef: Array, *, config: tuple
 ) -> tuple[Experience, dict[str, Array]]:
     """Rewards [Q, G] meet the assessment; `config` is (AdvantageConfig, KLConfig, LossConfig). Also the step's scalars, over tokens or
-    responses."""
+    responses. Responses whose reward is not finite are left out of what is learned from: see user_reward.py."""
     advantage, kl, loss = config
     mask, n = rollout.mask, jnp.maximum(rollout.mask.sum(), 1)
     a = assessment
-    adv, returns, stats = advantages.compute(advantage, kl, rewards, a.logprobs, a.ref_logprobs, a.values, mask, kl_coef)
+    kept = jnp.isfinite(rewards)
+    rewards = jnp.where(kept, rewards, jnp.where(kept, rewards, 0.0).sum() / jnp.maximum(kept.sum(), 1))
+    if advantage.estimator in COMPARING:
+        kept = jnp.broadcast_to(kept.all(-1, keepdims=True), kept.shape)
+    learned = mask & kept[..., None]
+    adv, returns, stats = advantages.compute(advantage, kl, rewards, a.logprobs, a.ref_logprobs, a.values, learned, kl_coef)
     sampler = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
     gap = jnp.where(mask, a.logprobs - sampler, 0.0)
     stats |= {
         "entropy": jnp.where(mask, a.entropy, 0.0).sum() / n,
         "sampler_gap": jnp.abs(gap).max(),  # max |Δ log-prob| between sampler and trainer
         "sampler_ratio_far": (jnp.abs(jnp.exp(gap) - 1) > 0.1).sum() / n,
+        "unlearned": 1 - kept.mean(),
     }
     mean_entropy = jnp.where(mask, a.entropy, 0.0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
     stats |= {  # places in the batch of the responses that the monitors name
@@ -204,7 +224,7 @@ def make_experience(
         prompts=prompts.tokens,
         prompt_mask=prompts.mask,
         tokens=rollout.tokens,
-        mask=mask,
+        mask=learned,
         logprobs=a.logprobs,
         ref_logprobs=a.ref_logprobs,
         advantages=adv,
@@ -257,11 +277,7 @@ def collect(
     rollout = generate(relay(whole), parts.sampler_cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
     here = to_memory(frozen, "device") if parts.config.learn.offload else frozen
     assessment = assess(here, policy, critic, prompts, rollout, **assess_settings(parts))
-    scored = score_rollout(parts, encoded, index, rollout)
-    if parts.config.reward.random is not None:
-        ids = encoded.ids[index[own_rows(len(index), parts.mesh)[0]]]
-        paid = toss(np.asarray(jax.random.key_data(key)), ids, sample.samples, parts.config.reward)
-        scored = dataclasses.replace(scored, verdicts=dataclasses.replace(scored.verdicts, reward=paid.ravel()))
+    scored = score_rollout(parts, encoded, index, rollout, coin=key)
     rewards = place_rows(scored.verdicts.reward.reshape(-1, sample.samples), len(index), parts.mesh)
     kinds = experience_settings(parts)
     experience, stats = make_experience(prompts, rollout, assessment, rewards, kl_coef, **kinds)

@@ -13,6 +13,7 @@ from checkpoint k first drops the records after k (`Run.resume`). Record k and c
 
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,7 +40,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import medrlvr_jax
 from medrlvr_jax import config as configs
-from medrlvr_jax.config import Config, ConfigError
+from medrlvr_jax.config import Config, ConfigError, Unwritable
 from medrlvr_jax.processes import gather
 
 Records = list[dict[str, Any]]
@@ -81,14 +83,18 @@ class Run:
             signal.signal(s, handler)
         self.notice(f"{signal.Signals(number).name}: stopping after this step; once more stops at once, without a checkpoint")
 
-    def resume(self, done: int) -> None:
-        """Go back to where checkpoint `done` was made; 0 is a start with empty logs."""
+    def resume(self, done: int) -> int:
+        """Go back to where checkpoint `done` was made; 0 is a start with empty logs. Returns how many of the last steps were skipped."""
+        skips = 0
         if self._lock:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 rewind(self.path / name, done)
+            if done:
+                skips = sum(1 for _ in itertools.takewhile(skipped, reversed(read_jsonl(self.path / "metrics.jsonl"))))
         self._done, self._tracker = done, Tracker(self.path, self._config, done)
         if done:
             self.notice(f"{self.path}: going on after step {done}")
+        return gather(skips)[0]
 
     def history(self, n: int) -> Records:
         """The last `n` records of the steps that are done, the same in every process; after `resume`."""
@@ -127,6 +133,11 @@ class Run:
         return summary
 
 
+def skipped(metrics: dict[str, Any]) -> bool:
+    """Whether one of the step's updates was not finite, and so not taken."""
+    return any(value > 0 for name, value in metrics.items() if name.split("/")[-1] == "skipped")
+
+
 def before_after(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """`{set: {"before", "after": {"n", "correct", …}}}` from the `eval.<set>.<count>` of step 0 and of the last evaluation."""
     out: dict[str, dict[str, dict[str, Any]]] = {}
@@ -149,11 +160,26 @@ def _any_process(number: int) -> bool:
 def write_text(path: Path, text: str) -> None:
     """All or nothing: a reader, or a run after a crash, sees the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with named_errors(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """A disk that is full, read-only or gone, in words. What is on it already stays: nothing here is overwritten in place."""
+    try:
+        yield
+    except OSError as e:
+        remedy = "what was saved before is untouched: mend that, and the same command goes on from the newest checkpoint"
+        raise Unwritable(f"{path} cannot be written: {e.strerror or e}; {remedy}") from e
 
 
 def write_json(path: Path, tree: Any) -> None:
@@ -174,7 +200,7 @@ def _plain(value: Any) -> Any:
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Add lines to a JSONL file; on the disk when this returns. Call it once a step: each call waits for the disk."""
     lines = [json.dumps(_plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records]
-    with open(path, "a", encoding="utf-8") as file:
+    with named_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write("".join(lines))
         file.flush()
         os.fsync(file.fileno())
@@ -204,8 +230,9 @@ def rewind(path: Path, step: int) -> None:
 
 def open_folder(path: Path, config: Config) -> TextIO:
     """Make or reopen a run's folder. Returns its lock, held until that is closed."""
-    path.mkdir(parents=True, exist_ok=True)
-    lock = _take_lock(path)
+    with named_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(path)
     try:
         if (path / "config.yaml").exists():
             check_same(path / "config.yaml", config)

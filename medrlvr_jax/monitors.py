@@ -89,7 +89,7 @@ def watch(scored: Scored, samples: int, history: Sequence[dict[str, Any]]) -> di
     monitor/constant_reward          for how many steps in a row, this one included, all rewards were one number
     """
     first = np.flatnonzero(scored.counted & (scored.places % samples == 0)).tolist()
-    rewards = scored.verdicts.reward[scored.counted]
+    rewards = scored.verdicts.reward[scored.counted & ~np.isnan(scored.verdicts.reward)]  # NaN: the user's own failed there
     ends = [float(rewards.min()), float(rewards.max())] if len(rewards) else []
     told = gather([[str(scored.verdicts.answer[i]) for i in first], [LETTERS[scored.questions[i].answer] for i in first], ends])
     answers, key = (np.array([x for part in told for x in part[i]], str) for i in (0, 1))
@@ -99,7 +99,7 @@ def watch(scored: Scored, samples: int, history: Sequence[dict[str, Any]]) -> di
     p = stats.letter_bias(*(np.where(np.isin(x, rare), "rare", x)[~np.isin(x, left_out)] for x in (answers, key)))["p"]
     shift = sum(abs(share["answered"] - share["key"]) for share in bias["letters"].values()) / 2 if (answers != "").any() else 0.0
     ends = [x for part in told for x in part[2]]
-    same = 1 + (history[-1].get("monitor/constant_reward", 0) if history else 0) if min(ends) == max(ends) else 0
+    same = 1 + (history[-1].get("monitor/constant_reward", 0) if history else 0) if ends and min(ends) == max(ends) else 0
     return {"monitor/letter_p": p, "monitor/letter_shift": shift, "monitor/constant_reward": same}
 
 
@@ -144,7 +144,7 @@ def _number(record: dict[str, Any], name: str) -> float:
 
 def constant_by_choice(config: Config) -> bool:
     """A control run: the settings leave no other reward than one."""
-    return config.reward.unformatted == config.reward.wrong == config.reward.correct
+    return config.reward.fn is None and config.reward.unformatted == config.reward.wrong == config.reward.correct
 
 
 def stalled(metrics: dict[str, Any], config: Config) -> bool:

@@ -187,7 +187,12 @@ def encode_targets(tok: Tokenizer, texts: list[str]) -> list[list[int]]:
 def _encode(tok: Tokenizer, questions: list[Question], config: PromptConfig) -> list[list[int]]:
     """Without a chat template a prompt ends with a line break, so that a response begins on a line of its own."""
     head, before, after, tail = tok.frame if config.chat else (tok.prefix, "", "\n", [])
-    texts = [before + render(question, config.template) + after for question in questions]
+    rendered = [render(question, config.template) for question in questions]
+    # A template may end the user's turn by plain text, as "[/INST]": no token tells it from the same text in a question.
+    if config.chat and (end := next(filter(None, map(str.strip, after.splitlines())), "")):
+        if bad := next((q for q, content in zip(questions, rendered, strict=True) if end in content), None):
+            raise DataError(f"question {bad.id}: it spells {end!r}, which ends the user's turn in this chat template; take it out")
+    texts = [before + content + after for content in rendered]
     begun = tail + _spell(tok, [config.prefill])[0]
     return [head + ids + begun for ids in _spell(tok, texts)]
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax import data, evaluate, log, lora, monitors, sharding
+from medrlvr_jax import data, evaluate, log, lora, monitors, sharding, user_reward
 from medrlvr_jax.build import Parts, abstract_learner, build, init_learner, load_frozen, make_relay, places, total_steps, updates_in
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.compiles import Compiles
@@ -38,11 +38,13 @@ from medrlvr_jax.processes import gather
 from medrlvr_jax.stages import STAGES
 from medrlvr_jax.types import Experience, Frozen, Mean, TrainState
 
+SHOWN = 16  # completions of a process and step on which the user's reward failed that are logged
 SKIPS = 3  # steps in a row with an update that was not finite, after which a run stops
 
 
 def train(config: Config) -> dict[str, Any]:
     """Run or resume a training; returns what summary.json holds."""
+    user_reward.worker(config.reward)
     parts = build(config)
     encoded = encode(parts.tokenizer, data.load(config.data), config)
     if not encoded.questions:
@@ -73,12 +75,12 @@ def drive(
 
     `rows` is what is trained on. `one`: (state, step, the last records) → (state, metrics, samples, the rows learned from, notices).
     """
-    config, skips = parts.config, 0
+    config = parts.config
     used = {"train": rows} | {f"eval.{name}": encoded.questions for name, encoded in sets.items()}
     with log.Run(config, steps, {name: data.fingerprint(of) for name, of in used.items()}) as run, Compiles() as compiles:
         checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice)
         state, done = checkpoints.restore_newest(state)
-        run.resume(done)
+        skips = run.resume(done)
         for text in notices:
             run.notice(text)
         history = run.history(monitors.WINDOW)
@@ -100,7 +102,10 @@ def drive(
             if (made := compiles.taken()) and step > done:
                 names, lost = ", ".join(sorted({name for name, _ in made})), sum(seconds for _, seconds in made)
                 run.notice(f"step {n}: compiled {names} in mid-run, {lost:.1f} s lost; JAX's log above says what changed")
-            if any(value > 0 for name, value in metrics.items() if name.split("/")[-1] == "skipped"):
+            if errors := [row["reward_error"] for row in shown if "reward_error" in row]:
+                share = f"{metrics['reward_failed']:.1%} of the completions, {metrics['unlearned']:.1%} are not learned from"
+                run.notice(f"step {n}: reward.fn failed on {share}; they are in samples.jsonl. The first: {errors[0]}")
+            if log.skipped(metrics):
                 skips += 1
                 run.notice(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
             else:
@@ -108,9 +113,9 @@ def drive(
             run.record(n, metrics, shown)
             checkpoints.check()
             stalled = not last and monitors.stalled(metrics, config)
-            if last or stalled or skips == SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
+            if last or stalled or skips >= SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
                 checkpoints.save(n, state, metrics)
-            if skips == SKIPS:
+            if skips >= SKIPS:
                 checkpoints.close()
                 remedy = "lower the rates or learn.*.clip_norm, look into the rows, and start again under another name="
                 raise Diverged(f"{run.path}: {SKIPS} steps in a row had updates that were not finite; {remedy}. Step {n} is saved")
@@ -130,8 +135,9 @@ def dump(folder: Path, step: int, rows: Experience) -> Path:
     path = folder / "skipped" / f"{step}.npz"
     whole = process_allgather(rows, tiled=True)
     if jax.process_index() == 0:
-        path.parent.mkdir(exist_ok=True)
-        np.savez(path, **{name: array for name, array in vars(whole).items() if array is not None})
+        with log.named_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            np.savez(path, **{name: array for name, array in vars(whole).items() if array is not None})
     return path
 
 
@@ -201,7 +207,14 @@ def train_step(
 def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     """One flat record of a step: the rollout's shares and means, then `policy/…` and `critic/…`."""
     v = scored.verdicts
-    rows = {"reward": v.reward, "accuracy": v.correct, "format_ok": v.format_ok, "response_length": scored.lengths}
+    failed = np.isnan(v.reward)
+    rows = {
+        "reward": np.where(failed, 0, v.reward),
+        "reward_failed": failed,
+        "accuracy": v.correct,
+        "format_ok": v.format_ok,
+        "response_length": scored.lengths,
+    }
     rows |= {"truncated": ~scored.stopped, "completions": np.ones(len(scored.places))}
     rows |= {f"monitor/{name}": column for name, column in monitors.flags(scored).items()}
     rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
@@ -209,6 +222,7 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     sums = {name: sum(total[name] for total in totals) for name in rows}
     n = int(sums.pop("completions"))
     out = {name: total / n for name, total in sums.items()} | {"completions": n, "tokens": int(sums["response_length"])}
+    out["reward"] = sums["reward"] / max(n - sums["reward_failed"], 1)
     stats = sharding.to_host(stats)
     critic = stats.get("critic")
     if critic is not None:
@@ -237,14 +251,20 @@ def tell(said: list[monitors.Alarm], scored: Scored, metrics: dict[str, float], 
 
 
 def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[dict[str, Any]]:
-    """Records for samples.jsonl: the first sample of questions spread over the step's batch, from whichever process has each."""
+    """Records for samples.jsonl: the first sample of questions spread over the step's batch, from whichever process has each; and, at
+    any step, completions on which the user's reward failed."""
     c = parts.config
-    if not c.log.samples_every or step % c.log.samples_every:
-        return []
     index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
     wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
-    rows = []
-    for row in np.flatnonzero(scored.counted & np.isin(scored.places, wanted)).tolist():
-        place, tokens = int(scored.places[row]), encoded.tokens[index[scored.places[row] // c.sample.samples]]
-        rows.append({"row": place, "prompt": parts.tokenizer.show(tokens), "prompt_length": len(tokens)} | scored.record(row))
+    wanted = [] if not c.log.samples_every or step % c.log.samples_every else wanted
+    shown = np.isin(scored.places, wanted)
+    shown[list(scored.failed)[:SHOWN]] = True
+    rows = [sample_record(parts, encoded, index, scored, row) for row in np.flatnonzero(scored.counted & shown).tolist()]
     return sorted(chain.from_iterable(gather(rows)), key=lambda r: r["row"])
+
+
+def sample_record(parts: Parts, encoded: Encoded, index: np.ndarray, scored: Scored, row: int) -> dict[str, Any]:
+    """One completion of the questions at `index`, by its place among this process's; `row` is then its place in the whole batch."""
+    place = int(scored.places[row])
+    tokens = encoded.tokens[index[place // parts.config.sample.samples]]
+    return {"row": place, "prompt": parts.tokenizer.show(tokens), "prompt_length": len(tokens)} | scored.record(row)

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,53 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, what
     checkpoints.save(2, back)  # and the step can be saved anew
     checkpoints.close()
     assert checkpoint.saved_steps(tmp_path) == [1, 2] and checkpoint.damage(tmp_path / "2") is None
+
+
+CUTS = {  # what becomes of a file's bytes; None: it is deleted
+    "emptied": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "a byte short": lambda data: data[:-1],
+    "longer": lambda data: data + b"\0",
+    "first bit": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "last bit": lambda data: data[:-1] + bytes([data[-1] ^ 0x80]),
+    "middle zeroed": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 0xFF]) + data[len(data) // 2 + 1 :],
+    "deleted": None,
+}
+
+
+def test_any_damage_to_any_file_is_found_and_named(tmp_path):
+    """Each file of a checkpoint in eight ways; the newest whole checkpoint is then the one before."""
+    saved(tmp_path, 1, 2)
+    unread = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # Orbax's own notes: nothing is restored from them
+    files = [p for p in (tmp_path / "2").rglob("*") if p.is_file() and p.name not in unread]
+    cases = 0
+    for path in files:
+        data = path.read_bytes()
+        for how, cut in CUTS.items():
+            if not data and how not in ("longer", "deleted"):
+                continue  # there is nothing in it to damage
+            path.unlink() if cut is None else path.write_bytes(cut(data))
+            wrong = checkpoint.damage(tmp_path / "2")
+            whole = path.name == checkpoint.SEAL and how == "a byte short"  # its last line break: the seal still says all
+            if path.name == checkpoint.SEAL:  # damage within it may make another file look damaged
+                assert (wrong is None) == whole, (how, wrong)
+            else:
+                assert wrong and wrong.startswith(str(path.relative_to(tmp_path / "2"))), (path, how, wrong)
+            assert checkpoint._choose(tmp_path, None) == (2 if whole else 1)
+            path.write_bytes(data)
+            cases += 1
+    for name in unread:
+        (tmp_path / "2" / name).write_bytes(b"\xff")
+    assert cases >= 50 and checkpoint._choose(tmp_path, None) == 2
+    assert restore_params(tmp_path, abstract(make_state(mesh_of(2, 2, 2))).policy.params)[1] == 2
+
+
+def test_checkpoints_that_have_vanished_are_missed(tmp_path):
+    """The folders of all steps are gone, as a cleaning of old files leaves it: a start from nothing would wipe the logs."""
+    folder = saved(tmp_path / "checkpoints", 1)
+    shutil.rmtree(folder / "1")
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint is left, though there were some; put one back, .* or remove .*"):
+        Checkpoints(folder, CheckpointConfig(), META).restore_newest(make_state(mesh_of(2, 2, 2)))
 
 
 def test_nothing_starts_over_when_all_are_damaged(tmp_path):

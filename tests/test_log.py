@@ -1,9 +1,11 @@
 """A run's files: whole after any crash, each step once, one process at a time, one set of settings to a folder."""
 
+import errno
 import io
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from medrlvr_jax import log
-from medrlvr_jax.config import ConfigError, from_tree, load
+from medrlvr_jax.config import ConfigError, Unwritable, from_tree, load
 
 ROOT = Path(__file__).parents[1]
 
@@ -127,6 +129,43 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(tmp_path):
     assert log.lock_holder(tmp_path / "run") is None
     with log.Run(config(tmp_path), 3):
         pass
+
+
+def test_a_disk_that_takes_no_more_is_said_in_words_and_keeps_what_it_has(tmp_path):
+    with log.Run(config(tmp_path), 3) as run:
+        run.resume(0)
+        run.record(1, {"reward": 0.0})
+        before = (run.path / "metrics.jsonl").read_text()
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limit[1]))  # a write beyond fails, as on a full disk
+        try:
+            with pytest.raises(Unwritable, match=r"metrics\.jsonl cannot be written: .*; what was saved before is untouched"):
+                run.record(2, {"reward": 0.0})
+            with pytest.raises(Unwritable, match=r"summary\.json cannot be written"):
+                log.write_json(run.path / "summary.json", ["long"] * 99)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert not list(run.path.glob("*.tmp")) and not list(run.path.glob(".*.tmp"))
+        assert log.read_jsonl(run.path / "metrics.jsonl") == [{"step": 1, "reward": 0.0}]
+        run.resume(1)
+        assert (run.path / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # permissions do not bind root, who may run the tests
+    with pytest.raises(Unwritable, match="run cannot be written: Read-only file system"):
+        log.Run(config(tmp_path), 3)
+
+
+def test_skipped_steps_are_counted_over_a_restart(tmp_path):
+    with log.Run(config(tmp_path), 9) as run:
+        assert run.resume(0) == 0
+        for step, skipped in enumerate([1, 0, 1, 1], 1):
+            run.record(step, {"policy/skipped": skipped})
+        assert [run.resume(done) for done in (4, 3, 2, 1)] == [2, 1, 0, 1]
 
 
 def test_the_first_signal_ends_the_step_and_the_second_kills(tmp_path):

@@ -41,7 +41,7 @@ def scored(completions, keys, samples, counted=None):
     shown = [stages.stage(c, bool(ok), ["heparin", "aspirin"]) for c, ok in zip(completions, verdicts.format_ok, strict=True)]
     lengths = np.array([len(c.split()) for c in completions])
     counted = np.ones(n, bool) if counted is None else counted
-    return Scored(questions, np.arange(n), counted, completions, verdicts, lengths, np.ones(n, bool), shown)
+    return Scored(questions, np.arange(n), counted, completions, verdicts, lengths, np.ones(n, bool), shown, {})
 
 
 def test_flags_of_each_completion():

@@ -95,6 +95,31 @@ def test_it_resumes_to_the_same_run(run, folder):
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(a), sharding.to_host(b))
 
 
+def test_replay(run, folder, capsys):
+    """From checkpoint s − 1, from the start, and through steps that are trained again; what was logged otherwise is told."""
+    logged = {(s["step"], s["row"]): s for s in lines(run / "samples.jsonl")}
+    (_, row), sample = next((at, s) for at, s in logged.items() if at[0] == 2)
+    before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
+    assert main("replay", run, "--step", 2, "--row", row) == 0
+    said = capsys.readouterr()
+    assert sample["completion"] in said.out and "exactly what was logged" in said.out and "trained again" not in said.err
+    assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
+    copy = folder / "runs" / "replayed"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "1")
+    other = sample | {"completion": "another", "reward": 0.5}
+    (copy / "samples.jsonl").write_text("".join(json.dumps(other if s is sample else s) + "\n" for s in logged.values()))
+    assert main("replay", copy, "--step", 2, "--row", row) == 1
+    said = capsys.readouterr()
+    assert (
+        "training steps 1 to 1 again" in said.err
+        and 'NOT what was logged:\n    completion: "another" there\n        reward: 0.5 there' in said.out
+    )
+    assert main("replay", copy, "--step", 1, "--row", 1) == 0 and "nothing to compare" in capsys.readouterr().out
+    for wrong, named in ((["--step", 3, "--row", 0], "steps 1 to 2"), (["--step", 1, "--row", 16], "rows 0 to 15")):
+        assert main("replay", copy, *wrong) == 2 and named in capsys.readouterr().err
+
+
 def test_eval_and_export(run, folder, capsys, monkeypatch):
     assert main("eval", run, "--out", folder / "answers") == 0
     assert "in_distribution" in capsys.readouterr().out

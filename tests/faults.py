@@ -1,0 +1,368 @@
+"""Runs that are killed again and again, against the same runs left alone: what they end with must be equal bit by bit.
+
+    python tests/faults.py                       # everything: about 60 kills; prints the README's table
+    python tests/faults.py --kills 5 --out DIR   # fewer kills of each run; the log of every launch stays in DIR
+
+Twelve steps of PPO, GRPO and SFT on the embedded model. Each launch is the same command (`medrlvr train …`) with one fault in it: SIGKILL
+or SIGTERM a random instant after a named point is passed (generation, scoring, learning, a checkpoint that is being written, its
+seal, the log, the restoring of the launch before …). It is launched again until it is done. Compared with a run that nothing
+happened to: every leaf of policy, critic, optimiser states, KL controller and step; and metrics.jsonl and samples.jsonl line by line,
+wall-clock fields aside. Then the same on two processes, and once on another mesh, where equality is to a tolerance.
+
+A launch is a fork of a process that has imported everything and started nothing, which saves the imports alone.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).parent
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(HERE.parent / ".cache" / "faults"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+sys.path.insert(0, str(HERE.parent))
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import orbax.checkpoint as ocp  # noqa: E402
+import yaml  # noqa: E402
+from etils import epath  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402, F401  (seconds to import, in every launch)
+
+from medrlvr_jax import __main__, checkpoint, experience, log, processes, sft, train  # noqa: E402
+
+STEPS = 12
+SILENCE = 5  # seconds, in place of processes.HEARTBEAT
+TREE = {
+    "steps": STEPS,
+    "model": {"path": "embedded", "remat": "none"},
+    "data": {"path": "embedded:train", "limit": 64},
+    "prompt": {"template": "none", "max_tokens": 96},
+    "sample": {"questions": 4, "samples": 2, "max_new_tokens": 24},
+    "kl": {"coef": 0.01, "target": 0.05, "horizon": 100},
+    "learn": {"minibatch": 2, "policy": {"lr": 3e-4}, "critic": {"lr": 1e-3}},
+    "eval": {"batch": 8},
+    "checkpoint": {"every": 2},
+    "log": {"samples_every": 1, "samples": 8},
+}
+GRPO = {"advantage": {"estimator": "group"}, "kl": {"coef": 0.01, "into": "loss", "estimator": "k3"}}
+GRPO |= {"learn": {"minibatch": 2, "policy": {"lr": 3e-4}}}
+EVAL = {"eval": {"batch": 8, "every": 6, "sets": {"in_distribution": {"path": "embedded:in_distribution", "limit": 8}}}}
+KINDS = {"ppo": ("train", EVAL), "grpo": ("train", GRPO), "sft": ("sft", {"sft": {"target": "rationale", "max_new_tokens": 64}})}
+QUICK = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # where no cache saves compiling: see invariance.py
+WALL = ("seconds", "tokens_per_second")
+
+# A point is (what is called, the most milliseconds that may pass after it before the signal falls).
+POINTS = {
+    "generation": ([(experience, "generate")], 60),
+    "scoring": ([(experience, "score_rollout")], 30),
+    "learning": ([(train, "compile_learn"), (sft, "compile_learn")], 60),
+    "evaluation (PPO)": ([(train.evaluate, "evaluate_sets")], 60),
+    "checkpoint being written": ([(checkpoint.Checkpoints, "save")], 120),
+    "checkpoint being sealed": ([(checkpoint.Checkpoints, "_seal")], 15),
+    "between log and checkpoint": ([(log.Run, "record")], 0),
+    "half a line of the log": ([(log, "append")], 0),
+    "between the two logs": ([(log, "append")], 0),
+    "restoring": ([(checkpoint.Checkpoints, "restore_newest")], 60),
+    "logs being rewound": ([(log, "write_text")], 2),
+    "any time": ([], 20_000),
+}
+LEADER = ("checkpoint being sealed", "half a line of the log", "between the two logs")  # what process 0 alone does
+AGAIN = ("restoring", "logs being rewound")  # points of a launch that goes on from another
+
+LACKS = {"grpo": ("evaluation (PPO)",), "sft": ("generation", "scoring", "evaluation (PPO)")}
+
+
+def arm(point: str, number: int, nth: int, delay: float) -> None:
+    """Send signal `number` to this process `delay` seconds after its `nth` pass of the point."""
+
+    def strike():
+        os.kill(os.getpid(), number)
+        if number == signal.SIGKILL:
+            time.sleep(60)
+
+    if point == "any time":
+        threading.Timer(delay, strike).start()
+        return
+    passed = 0
+
+    def passes() -> bool:
+        nonlocal passed
+        passed += 1
+        return passed == nth
+
+    def after(call):
+        def hooked(*args, **kwargs):
+            if point == "half a line of the log" and passes():
+                with open(args[0], "a") as file:
+                    file.write('{"step": 3, "rew')
+                strike()
+            if point not in ("between log and checkpoint", "between the two logs", "half a line of the log") and passes():
+                threading.Timer(delay, strike).start()
+            out = call(*args, **kwargs)
+            if point in ("between log and checkpoint", "between the two logs") and passes():
+                strike()
+            return out
+
+        return hooked
+
+    for owner, name in POINTS[point][0]:
+        call = getattr(owner, name)
+        if name == "compile_learn":  # it makes the program, and what must be hooked is the program
+            setattr(owner, name, lambda *args, call=call: after(call(*args)))
+        else:
+            setattr(owner, name, after(call))
+
+
+quick = False
+
+
+def launch(command: list[str], out: Path, faults: list, devices: int = 1, sleep: float = 600) -> list[int]:
+    """The command as one process for each of `faults` (None: none); their exit statuses, -n where signal n ended them."""
+    n = len(faults)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    pids = []
+    for i, fault in enumerate(faults):
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+            continue
+        try:
+            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}" + (QUICK if n > 1 or quick else "")
+            with open(f"{out}.{i}.log", "a") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            print(f"---- {' '.join(command)}: {fault}", flush=True)
+            if n > 1:
+                jax.config.update("jax_compilation_cache_dir", None)  # see invariance.environment
+                processes.HEARTBEAT = SILENCE
+                os.environ |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
+            if fault:
+                arm(*fault)
+            status = __main__.main(command)
+            sys.stdout.flush()
+            os._exit(status)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(70)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def leaves(folder: Path) -> dict[str, np.ndarray]:
+    """Every leaf of the last checkpoint, by its path."""
+    path, handler = (folder / "checkpoints" / str(STEPS) / "state").absolute(), ocp.PyTreeCheckpointHandler()
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(epath.Path(path)).tree)
+    tree = ocp.Checkpointer(handler).restore(path, args=ocp.args.PyTreeRestore(restore_args=how))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def records(folder: Path, name: str) -> list[dict]:
+    path = folder / name
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{k: v for k, v in row.items() if k not in WALL} for row in rows]
+
+
+def differences(a: Path, b: Path, tolerance: float = 0.0) -> list[str]:
+    """What differs between two finished runs; empty when they are the same to the bit, or to the tolerance."""
+    one, two = leaves(a), leaves(b)
+    found = [f"leaf {k}" for k in sorted(one.keys() ^ two.keys())]
+    furthest = {k: float(np.abs(one[k].astype(float) - two[k].astype(float)).max(initial=0)) for k in one.keys() & two.keys()}
+    if tolerance:
+        print(f"    largest difference of a leaf: {max(furthest.values()):.1e} ({max(furthest, key=furthest.get)})")
+        found += [f"leaf {k}: {d:.1e}" for k, d in furthest.items() if d > tolerance]
+    else:
+        found += [f"leaf {k}: {furthest[k]:.1e}" for k in one.keys() & two.keys() if one[k].tobytes() != two[k].tobytes()]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        left, right = records(a, name), records(b, name)
+        if [r["step"] for r in left] != [r["step"] for r in right]:
+            found.append(f"{name}: steps {[r['step'] for r in left]}")
+        found += [f"{name}, step {x['step']}: {k}: {x.get(k)} and {y.get(k)}" for x, y in zip(left, right, strict=False)
+                  for k in sorted(x.keys() | y.keys()) if not same(x.get(k), y.get(k), tolerance)]  # fmt: skip
+    steps = [r["step"] for r in records(a, "metrics.jsonl")]
+    if steps[-STEPS:] != list(range(1, STEPS + 1)) or steps[:-STEPS] not in ([], [0]):  # 0: the evaluation before training, if any
+        found.append(f"metrics.jsonl: steps {steps}")
+    return found
+
+
+def same(x, y, tolerance: float) -> bool:
+    return x == y or (tolerance > 0 and isinstance(x, float) and isinstance(y, float) and abs(x - y) <= 100 * tolerance)
+
+
+def in_child(call, *args):
+    """The result of a call that uses JAX, by a fork: this process must never start JAX, or it could fork no more."""
+    read, write = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            with open(write, "w") as file:
+                file.write(json.dumps(call(*args)))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as file:
+        text = file.read()
+    os.waitpid(pid, 0)
+    return json.loads(text)
+
+
+def config(root: Path, name: str, kind: str, **changes) -> list[str]:
+    """The command of a run, its config written."""
+    command, own = KINDS[kind]
+    path = root / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(TREE | own | {"name": name, "runs": str(root / "runs")} | changes))
+    return [command, str(path)]
+
+
+def torment(root: Path, name: str, kind: str, kills: int, dice: random.Random, tally: Counter, points=None, n: int = 1, **changes):
+    """Runs under `name`-1, -2, … with a fault in every launch, until `kills` have struck; yields each run when it is done."""
+    struck = 0
+    for i in range(1, 100):
+        folder = f"{name}-{i}"
+        command = config(root, folder, kind, **changes)
+        command[1:1] = ["--distributed"] if n > 1 else []
+        statuses, hits = [], 0
+        while statuses != [0] * n:
+            fault, who = None, dice.randrange(n)
+            if struck < kills:
+                point = dice.choice([p for p in points or POINTS if (hits or p not in AGAIN) and p not in LACKS.get(kind, ())])
+                kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]
+                number = dice.choice(kinds if point != "half a line of the log" else kinds[:1])  # only a death leaves half a line
+                nth = 1 if point in AGAIN else dice.randint(1, 4)
+                who = 0 if point in LEADER else who
+                fault = (point, int(number), nth, dice.uniform(0, POINTS[point][1]) / 1000)
+            statuses = launch(command, root / folder, [fault if i == who else None for i in range(n)], 1 if n == 1 else 2)
+            if fault and statuses[who] in (-fault[1], 128 + fault[1]):
+                struck, hits = struck + 1, hits + 1
+                key = (point, signal.Signals(number).name, n)
+                tally[key] += 1
+                print(f"  {folder}: {point}, pass {nth} + {fault[3] * 1000:.0f} ms, {key[1]} to process {who}: {statuses}", flush=True)
+            elif statuses != [0] * n:
+                raise SystemExit(f"{folder}: {fault}: exit statuses {statuses}; the log is {root / folder}.*.log")
+        print(f"  {folder}: done after {hits} kills", flush=True)
+        yield root / "runs" / folder
+        if struck >= kills:
+            return
+
+
+def verdict(what: str, run: Path, alone: Path, tolerance: float = 0.0) -> bool:
+    found = in_child(differences, run, alone, tolerance)
+    print(f"  {what}: " + ("; ".join(found[:8]) if found else f"equal to {tolerance}" if tolerance else "equal, bit by bit"), flush=True)
+    return not found
+
+
+def alone(root: Path, kind: str, n: int = 1, name: str = "", devices: int = 1, **changes) -> Path:
+    name = name or f"{kind}-alone-{n}"
+    command = config(root, name, kind, **changes)
+    command[1:1] = ["--distributed"] if n > 1 else []
+    statuses = launch(command, root / name, [None] * n, devices)
+    assert statuses == [0] * n, (name, statuses)
+    return root / "runs" / name
+
+
+def full_disk(disk: Path, command: list[str], want: Path, out: str) -> bool:
+    """The run in a mount namespace of its own, on a small disk that is then enlarged, and on a read-only one. Needs root."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x20000):  # CLONE_NEWNS
+        print(f"    left out: {os.strerror(ctypes.get_errno())}")
+        return True
+    mount = lambda *args: subprocess.run(["mount", *map(str, args)], check=True)  # noqa: E731
+    mount("--make-rprivate", "/")
+    mount("-t", "tmpfs", "-o", "size=50m", "none", disk)
+    terminal = os.dup(2)
+
+    def go() -> int:
+        with open(out, "a") as file:
+            os.dup2(file.fileno(), 2)
+            status = __main__.main(command)
+            os.dup2(terminal, 2)
+        print(f"    exit status {status}; " + Path(out).read_text().splitlines()[-1][:400], file=sys.stderr)
+        return status
+
+    checkpoints = disk / "ppo-disk" / "checkpoints"
+    first, kept = go(), checkpoint.saved_steps(checkpoints)
+    whole = [s for s in kept if checkpoint.damage(checkpoints / str(s)) is None]
+    print(f"    whole checkpoints: {whole}", file=sys.stderr)
+    mount("-o", "remount,ro", disk)
+    second = go()
+    mount("-o", "remount,rw,size=400m", disk)
+    third = go()
+    found = differences(disk / "ppo-disk", want)
+    print(f"    then: {found or 'equal, bit by bit'}", file=sys.stderr)
+    return (first, second, third) == (1, 1, 0) and bool(whole) and whole == kept and not found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=18, help="of each of the three runs on one process; default 18")
+    parser.add_argument("--pairs", type=int, default=8, help="kills of one of two processes; default 8; 0: none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=[*KINDS, "pairs", "mesh", "disk"], help="one part alone")
+    parser.add_argument("--quick", action="store_true", help="five steps, compiled without optimisation: for a short look")
+    parser.add_argument("--out", type=Path, help="keep runs and logs there")
+    args = parser.parse_args()
+    if args.quick:
+        globals().update(quick=True, STEPS=5)
+        TREE["steps"] = 5
+    dice, tally, ok, began = random.Random(args.seed), Counter(), True, time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.out or Path(temporary)
+        root.mkdir(parents=True, exist_ok=True)
+        for kind in KINDS:
+            if args.only in (None, kind):
+                print(f"{kind}, one process, seed {args.seed}", flush=True)
+                want = alone(root, kind)
+                for run in torment(root, kind, kind, args.kills, dice, tally):
+                    ok &= verdict(run.name, run, want)
+        if args.only in (None, "pairs") and args.pairs:
+            print("ppo, two processes", flush=True)
+            mesh = {"mesh": {"data": 2, "fsdp": 2}, "learn": {"minibatch": 4, "policy": {"lr": 3e-4}, "critic": {"lr": 1e-3}}}
+            mesh["eval"] = {"batch": 8}
+            points = [p for p in POINTS if p not in (*AGAIN, "any time", "evaluation (PPO)")]
+            want = alone(root, "ppo", 2, devices=2, **mesh)
+            for run in torment(root, "ppo-pair", "ppo", args.pairs, dice, tally, points, 2, **mesh):
+                ok &= verdict(run.name, run, want)
+        if args.only in (None, "mesh"):
+            print("ppo, begun on one device, resumed on eight (data 2, fsdp 2, tensor 2)", flush=True)
+            steady = {"learn": {"minibatch": 8, "policy": {"lr": 3e-5}, "critic": {"lr": 3e-5}}, "eval": {"batch": 8}}
+            steady["sample"] = TREE["sample"] | {"questions": 8}
+            want = alone(root, "ppo", name="ppo-one-mesh", **steady)
+            command = config(root, "ppo-meshes", "ppo", **steady)
+            [status] = launch(command, root / "ppo-meshes", [("learning", int(signal.SIGKILL), 15, 0.0)])
+            assert status == -signal.SIGKILL, status
+            tally["learning", "SIGKILL", 1] += 1
+            run = alone(root, "ppo", name="ppo-meshes", devices=8, mesh={"data": 2, "fsdp": 2, "tensor": 2}, **steady)
+            ok &= verdict("another mesh", run, want, 1e-4)
+        if args.only in (None, "disk"):
+            print("ppo, a disk (tmpfs) of 50 MiB: two checkpoints fit, the third does not", flush=True)
+            want = alone(root, "ppo")
+            command = config(root, "ppo-disk", "ppo", runs=str(root / "disk"))
+            (root / "disk").mkdir(exist_ok=True)
+            ok &= in_child(full_disk, root / "disk", command, want, f"{root / 'ppo-disk'}.log")
+    print(f"\n{sum(tally.values())} kills in {(time.monotonic() - began) / 60:.0f} minutes\n")
+    print("| killed | processes | SIGKILL | SIGTERM |\n|---|---|---|---|")
+    for point in POINTS:
+        for n in (1, 2):
+            if tally[point, "SIGKILL", n] + tally[point, "SIGTERM", n]:
+                print(f"| {point} | {n} | {tally[point, 'SIGKILL', n]} | {tally[point, 'SIGTERM', n]} |")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

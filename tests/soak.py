@@ -1,0 +1,68 @@
+"""A long run: memory, open files and compilations, by step. `python tests/soak.py [STEPS]` (2,000) tells of every 50th, and slopes.
+
+PPO on the embedded model with few and short responses, so that steps are quick; a checkpoint every 20 steps, an evaluation every 100.
+"""
+
+import gc
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import yaml
+
+from medrlvr_jax import __main__, compiles, log
+
+TREE = {
+    "name": "soak",
+    "model": {"path": "embedded", "remat": "none"},
+    "data": {"path": "embedded:train"},
+    "prompt": {"template": "none", "max_tokens": 96},
+    "sample": {"questions": 4, "samples": 2, "max_new_tokens": 24},
+    "learn": {"minibatch": 4, "policy": {"lr": 1e-5}, "critic": {"lr": 1e-5}},
+    "eval": {"batch": 8, "every": 100, "sets": {"in_distribution": {"path": "embedded:in_distribution", "limit": 8}}},
+    "checkpoint": {"every": 20},
+    "log": {"samples_every": 5, "samples": 2},
+}
+
+
+def main() -> int:
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
+    rows, made, began, record, hear = [], [], time.monotonic(), log.Run.record, compiles.Compiles._hear
+
+    def measured(run, step, *args):
+        record(run, step, *args)
+        if step % 10 == 0:
+            gc.collect()
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        rows.append((step, resident, len(os.listdir("/proc/self/fd")), len(made)))
+        if step % 50 == 0:
+            print(f"step {step}: {resident:.0f} MiB, {rows[-1][2]} files, {time.monotonic() - began:.0f} s", flush=True)
+
+    def heard(self, event, duration_secs, **about):
+        if event == compiles.EVENT:
+            made.append(about.get("fun_name"))
+        hear(self, event, duration_secs, **about)
+
+    log.Run.record, compiles.Compiles._hear = measured, heard
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "soak.yaml"
+        path.write_text(yaml.safe_dump(TREE | {"steps": steps, "runs": folder}))
+        with open(os.devnull, "w") as sys.stderr:
+            status = __main__.main(["train", str(path)])
+    step, resident, files, compiled = np.array(rows[len(rows) // 4 :]).T  # the first quarter fills caches
+    slope, _ = np.polyfit(step, resident, 1)
+    late = compiled[-1] - rows[1][3]
+    memory = f"memory {resident[0]:.0f} to {resident[-1]:.0f} MiB, slope {1000 * slope:+.1f} MiB per 1,000 steps"
+    print(f"steps {step[0]:.0f} to {step[-1]:.0f}: {memory}")
+    print(f"open files {files.min():.0f} to {files.max():.0f}; programs compiled after step 1: {late:.0f} {made[rows[1][3] :]}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""A user's reward function: what it does wrong costs its rows, never the run, and is said with the completion."""
+
+import math
+import os
+import re
+import time
+
+import numpy as np
+import pytest
+from rewards_of_users import POISON
+from test_train import folder, lines, main  # noqa: F401  (a fixture)
+
+from medrlvr_jax import experience, user_reward
+from medrlvr_jax.config import AdvantageConfig, ConfigError, KLConfig, LossConfig, RewardConfig
+from medrlvr_jax.types import Assessment, Prompts, Rollout
+from medrlvr_jax.user_reward import RewardError, UserReward
+
+ROW = ("fine", "A", ("a", "b"), "?")
+
+
+def rows(n, *poisoned):
+    return [(POISON, *ROW[1:]) if i in poisoned else ROW for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """One worker for all functions, as starting one takes a second: it is told another name each time it is started anew."""
+    made = UserReward(RewardConfig(fn="rewards_of_users:length", deadline=2.0))
+    yield made
+    made.close()
+
+
+def use(worker, name):
+    worker.close()
+    worker.name = f"rewards_of_users:{name}"
+    return worker
+
+
+def test_the_function_sees_what_it_needs_and_its_fractions_survive(worker):
+    got, failed = worker.score([("abc", "B", ("x", "y"), "?"), ("", "A", ("x", "y", "z"), "why?"), ("\ud800", "A", ("x", "y"), "?")])
+    assert got == [3 / 8 + 1 + 2 / 16 + 1 / 64, 3 / 16, 1 / 8 + 2 / 16 + 1 / 64] and failed == {}
+    assert worker.score([]) == ([], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("raises", r"ValueError: no such drug \(rewards_of_users.py, line \d+\)"),
+        ("dies", "its process ended with status 7"),
+        ("forgets", "it returned 0 values for 1 completions"),
+        ("nan", "it returned nan"),
+        ("words", "could not convert string to float: 'good'"),
+    ],
+)
+def test_a_completion_that_breaks_it_costs_its_row(worker, name, said):
+    got, failed = use(worker, name).score(rows(6, 4))
+    assert [r for r in got if math.isfinite(r)] == [0.25] * 5 and math.isnan(got[4])
+    assert list(failed) == [4]
+    assert re.search(said, failed[4])
+
+
+def test_a_completion_that_hangs_it_costs_its_row_within_the_stated_time(worker):
+    began = time.monotonic()
+    got, failed = use(worker, "hangs").score(rows(4, 0))
+    assert math.isnan(got[0]) and got[1:] == [0.25] * 3 and "took longer than 0.5 s" in failed[0]
+    assert time.monotonic() - began < user_reward.PATIENCE * 2.0 + 60  # and workers that start on a busy machine
+    before = worker._process.pid
+    assert worker.score(rows(2)) == ([0.25] * 2, {}) and worker._process.pid == before  # the worker of the last good part goes on
+
+
+def test_one_that_fails_on_all_ends_the_run(worker):
+    with pytest.raises(RewardError, match=r"rewards_of_users:always failed on all 3 completions .* the service is down .*'fine'"):
+        use(worker, "always").score(rows(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("rewards_of_users:none", "AttributeError"), ("no_such_module:f", "No module"), ("rewards_of_users:number", "int, not")],
+)
+def test_what_cannot_be_imported_is_refused(name, said):
+    with pytest.raises(ConfigError, match=rf"reward.fn: {name}: .*{said}"):
+        UserReward(RewardConfig(fn=name))
+
+
+def test_failed_rows_are_not_learned_from():
+    """With a critic the row is left out, where samples are compared its question is; the rest has the advantages of a batch without it."""
+    q, g, r = 3, 4, 2
+    rewards = np.tile(np.arange(g, dtype=np.float32) * 0.25, (q, 1))
+    rewards[2, 1] = np.nan
+    zeros, mask = np.zeros((q, g, r), np.float32), np.ones((q, g, r), bool)
+    prompts = Prompts(np.ones((q, 1), np.int32), np.ones((q, 1), bool), np.arange(q, dtype=np.uint32))
+    rollout = Rollout(np.ones((q, g, r), np.int32), mask, zeros, None)
+    for estimator, left in (("gae", 1), ("group_mean", g)):
+        assessment = Assessment(zeros, zeros, None, zeros if estimator == "gae" else None)
+        kinds = AdvantageConfig(estimator=estimator, whiten=False), KLConfig(coef=0.0), LossConfig()
+        made, stats = experience.make_experience(prompts, rollout, assessment, rewards, np.float32(0), config=kinds)
+        want = np.ones((q, g), bool)
+        want[2, 1 if left == 1 else slice(None)] = False
+        np.testing.assert_array_equal(made.mask, np.broadcast_to(want[..., None], mask.shape))
+        assert float(stats["unlearned"]) == pytest.approx(left / (q * g))
+        base = 0 if estimator == "gae" else 0.375
+        np.testing.assert_allclose(made.advantages[..., 0], np.where(want, np.arange(g) * 0.25 - base, 0), atol=1e-6)
+
+
+def test_a_run_with_a_function_that_fails_now_and_then(folder, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(os.path.dirname(__file__))
+    args = ["name=own", "reward.fn=rewards_of_users:odd", "eval.sets={}", "steps=1", "learn.critic=null", "advantage.estimator=group"]
+    assert main("train", folder / "config.yaml", *args, "kl.coef=0") == 0
+    [metrics] = lines(folder / "runs/own/metrics.jsonl")
+    samples = lines(folder / "runs/own/samples.jsonl")
+    failed = [s for s in samples if s["reward"] is None]
+    assert 0 < metrics["reward_failed"] == len(failed) / 16 < metrics["unlearned"]
+    assert all(s["reward_error"] == "it returned inf" and len(s["completion"]) % 2 for s in failed) and np.isfinite(metrics["reward"])
+    assert f"reward.fn failed on {metrics['reward_failed']:.1%} of the completions" in capsys.readouterr().err
+    assert main("train", folder / "config.yaml", "name=none", "reward.fn=rewards_of_users:gone") == 2
+    assert "reward.fn: rewards_of_users:gone" in capsys.readouterr().err and not (folder / "runs" / "none").exists()
