@@ -93,12 +93,10 @@ def batch_at(n: int, step: int, size: int, seed: int) -> np.ndarray:
     return np.argsort(words, kind="stable")[i * size : (i + 1) * size]
 
 
-def distinct(questions: list[Question]) -> list[int]:
-    """Indices of the questions that do not exactly repeat an earlier one: 723 of MMLU-Pro Health's official 818."""
-    first: dict[tuple, int] = {}
-    for i, q in enumerate(questions):
-        first.setdefault((q.question, q.options, q.answer), i)
-    return list(first.values())
+def repeats(questions: list[Question]) -> dict[str, str]:
+    """The ids of questions that exactly repeat an earlier one, and that one's: 95 of MMLU-Pro Health's official 818."""
+    first: dict[tuple, str] = {}
+    return {q.id: first[asked] for q in questions if first.setdefault(asked := (q.question, q.options, q.answer), q.id) != q.id}
 
 
 def _embedded(path: str, names: tuple[str, ...]) -> str:

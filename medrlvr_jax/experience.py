@@ -5,6 +5,7 @@ Of a batch, a process encodes, decodes and scores the rows that its devices hold
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,7 @@ class Scored:
     lengths: np.ndarray  # int [N], tokens up to and including the stop token
     stopped: np.ndarray  # bool [N], False where the budget cut the response
     stages: list[str]  # [N], which of the paper's six stages each completion shows
+    entropy: np.ndarray | None = None  # float [N], the policy's, in nats, mean over the response's tokens; None where it was not taken
 
     def record(self, row: int) -> dict[str, Any]:
         """One completion as a JSON object: what samples.jsonl and an evaluation's answers both say of it."""
@@ -77,7 +79,7 @@ class Scored:
             "stage": self.stages[row],
             "length": int(self.lengths[row]),
             "stopped": bool(self.stopped[row]),
-        }
+        } | ({} if self.entropy is None else {"entropy": round(float(self.entropy[row]), 6)})
 
 
 def encode(tokenizer: text.Tokenizer, questions: list[Question], config: Config) -> Encoded:
@@ -113,11 +115,27 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
     return place_rows(encoded.prompts(index[own], parts.tokenizer.pad_id), len(index), parts.mesh)
 
 
-def sample_and_score(decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig) -> Scored:
-    """Evaluation's whole job."""
+def sample_and_score(
+    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, policy: Params | None = None
+) -> Scored:
+    """Evaluation's whole job. With `policy`, the whole parameters as the trainer has them, also the entropy of each response."""
     prompts = place_prompts(parts, encoded, index)
     rollout = generate(decode_params, parts.cfg, prompts, key, sample, parts.tokenizer.stop_ids, parts.tokenizer.pad_id)
-    return score_rollout(parts, encoded, index, rollout)
+    if policy is None:
+        return score_rollout(parts, encoded, index, rollout)
+    entropy = assess_alone(policy, parts, prompts, rollout, sample.temperature or 1.0).entropy
+    scored = score_rollout(parts, encoded, index, rollout)
+    entropy, mask = (x.reshape(len(scored.places), -1) for x in fetch_rows((entropy, rollout.mask), parts.mesh))
+    return dataclasses.replace(scored, entropy=np.where(mask, entropy, 0).sum(1) / np.maximum(mask.sum(1), 1))
+
+
+def assess_alone(policy: Params, parts: Parts, prompts: Prompts, rollout: Rollout, temperature: float = 1.0) -> Assessment:
+    """What the policy, whole, says of responses that are there, by the training's own pass; no reference and no critic."""
+    learn, rows = parts.config.learn, len(rollout.tokens)
+    settings = {"cfg": parts.cfg, "critic_cfg": parts.critic_cfg, "temperature": temperature, "slab": parts.config.model.logit_slab}
+    sizes = (rollout.tokens.shape[1] * rollout.tokens.shape[2],)
+    micro = math.gcd(rows, learn.microbatch or learn.minibatch)
+    return assess(Frozen({}, None), policy, None, prompts, rollout, **settings, sizes=sizes, micro=micro)
 
 
 @partial(jax.jit, static_argnames=("cfg", "critic_cfg", "temperature", "slab", "sizes", "micro"))

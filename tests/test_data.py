@@ -263,6 +263,15 @@ def test_hostile_bytes_raise_nothing_but_data_errors(tmp_path_factory, form, suf
     only_data_errors(path, form)
 
 
+# ---- sets ----
+
+
+def test_repeats_are_those_with_the_same_words_and_key():
+    q = Question("1", "Which?", ("a", "b"), 0)
+    others = [Question("2", "Which?", ("a", "b"), 1), Question("3", "Which?", ("b", "a"), 0), Question("4", "Which?", ("a", "b"), 0, "s")]
+    assert data.repeats([q, *others, Question("5", "Which?", ("a", "b"), 1)]) == {"4": "1", "5": "2"}
+
+
 # ---- batches ----
 
 
@@ -320,7 +329,7 @@ def test_real_counts(path, options):
 
 @real
 def test_real_keys_repeats_and_mmlu():
-    assert len(data.distinct(read(str(SHARED / "mmlu_pro/health_test.jsonl")))) == 723
+    assert len(data.repeats(read(str(SHARED / "mmlu_pro/health_test.jsonl")))) == 818 - 723
     assert Counter(q.answer for q in read(str(SHARED / "medmcqa/dev.jsonl"))) == {0: 1348, 1: 1085, 2: 925, 3: 825}
     files = sorted((SHARED / "mmlu").glob("*_test.csv"))
     assert len(files) == 6 and sum(len(read(str(path))) for path in files) == 1089

@@ -22,7 +22,7 @@ TREE = {
     "sample": {"questions": 8, "samples": 2, "max_new_tokens": 8},
     "learn": {"minibatch": 8, "policy": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
     "eval": {"batch": 8, "sets": {"in_distribution": {"path": "embedded:in_distribution", "limit": 12}}},
-    "checkpoint": {"every": 1},
+    "checkpoint": {"every": 1, "best": "eval.in_distribution.response_length"},
     "log": {"samples_every": 1, "samples": 2},
     "mesh": {"data": 8},
 }
@@ -96,9 +96,15 @@ def test_it_resumes_to_the_same_run(run, folder):
 
 
 def test_eval_and_export(run, folder, capsys, monkeypatch):
-    assert main("eval", run, "--out", folder / "answers") == 0
-    assert "in_distribution" in capsys.readouterr().out
-    counts = json.loads((folder / "answers" / "eval.json").read_text())["eval"]["in_distribution"]
+    other = "eval.sets.other={path: 'embedded:in_distribution', limit: 8}"
+    assert main("eval", run, "--out", folder / "answers", "--step", "best", other) == 0
+    said = capsys.readouterr().out
+    assert all(f"warning: {name}: checkpoint 2 was chosen as the best on these" in said for name in ("in_distribution", "other"))
+    written = json.loads((folder / "answers" / "eval.json").read_text())
+    counts, found = written["eval"]["in_distribution"], written["statistics"]["in_distribution"]
+    assert found["accuracy"]["value"] == counts["accuracy"] and len(found["subjects"]) > 1 and len(written["warnings"]) == 2
+    record = lines(run / "metrics.jsonl")[1]  # random weights: greedy and sampled answers know as little
+    assert found["token_entropy"] == pytest.approx(record["entropy"], rel=0.01)
     assert counts["n"] == len(lines(folder / "answers" / "in_distribution.jsonl")) == 12
     assert counts["correct"] == json.loads((run / "summary.json").read_text())["eval"]["in_distribution"]["after"]["correct"]
     assert main("eval", run, "--out", folder / "answers") == 2  # nothing is overwritten
@@ -108,6 +114,8 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     monkeypatch.undo()
     exported = [f"model.path={folder / 'exported'}", "model.init=pretrained"]
     assert main("eval", folder / "config.yaml", "--out", folder / "again", *exported) == 0
+    assert json.loads((folder / "again" / "eval.json").read_text())["warnings"] == []
+    assert main("eval", folder / "config.yaml", "--step", "1") == 2 and "is no run's folder" in capsys.readouterr().err
     assert lines(folder / "again" / "in_distribution.jsonl") == lines(folder / "answers" / "in_distribution.jsonl")
 
 
