@@ -15,6 +15,7 @@ import rich.table
 
 from medrlvr_jax import stats
 from medrlvr_jax.config import ConfigError
+from medrlvr_jax.data import LETTERS
 from medrlvr_jax.log import read_jsonl
 
 SAMPLED = """pass@k: unbiased; in brackets with chance taken out, so that guessing is 0 and certainty 100. maj@k: the most frequent of a
@@ -27,12 +28,15 @@ class Answers(NamedTuple):
     ids: np.ndarray  # str [n]
     correct: np.ndarray  # bool [n, k]
     format_ok: np.ndarray  # bool [n, k]
-    answers: np.ndarray  # str [n, k], "" where none was found
+    shown: np.ndarray  # str [n, k], the letters that were given, "" where none was found
+    shown_key: np.ndarray  # str [n, k], those of the key: where options were shuffled, each sample has its own
+    answers: np.ndarray  # str [n, k], the same options by their letters in the file
     key: np.ndarray  # str [n]
     options: np.ndarray  # int [n]
     subjects: np.ndarray  # str [n]
     repeats: np.ndarray  # bool [n], the exact repeats of an earlier question
     entropy: np.ndarray  # float [n, k], nats per token of each response; NaN where it was not taken
+    shuffled: np.ndarray  # bool [n]
 
     def only(self, use: np.ndarray) -> "Answers":
         return Answers(*(column[use] for column in self))
@@ -50,16 +54,23 @@ def of_rows(rows: Iterable[dict[str, Any]], where: str) -> Answers:
         raise ConfigError(f"{where}: questions with {sorted(k)} samples; ids must be unique and each question answered as often")
     column = lambda name, empty: np.array([[r.get(name) or empty for r in group] for group in found.values()])  # noqa: E731
     first = [group[0] for group in found.values()]
+
+    def in_file(row: dict[str, Any], name: str) -> str:
+        return row["order"][LETTERS.index(row[name])] if row.get("order") and row[name] else row[name] or ""
+
     return Answers(
         ids=np.array(list(found)),
         correct=column("correct", False),
         format_ok=column("format_ok", False),
-        answers=column("answer", ""),
-        key=np.array([r["key"] for r in first]),
+        shown=column("answer", ""),
+        shown_key=column("key", ""),
+        answers=np.array([[in_file(r, "answer") for r in group] for group in found.values()]),
+        key=np.array([in_file(r, "key") for r in first]),
         options=np.array([r["options"] for r in first]),
         subjects=np.array([r.get("subject") or "" for r in first]),
         repeats=np.array(["repeats" in r for r in first]),
         entropy=np.array([[r.get("entropy", np.nan) for r in group] for group in found.values()], float),
+        shuffled=np.array(["order" in r for r in first]),
     )
 
 
@@ -69,14 +80,15 @@ def read(path: Path) -> Answers:
 
 
 def describe(a: Answers) -> dict[str, Any]:
-    """Accuracy and format with their intervals, letters, subjects; of several samples pass@k with chance taken out, majority, entropy.
+    """Accuracy and format with their intervals, letters, subjects; of several samples pass@k with chance taken out, majority, entropy,
+    and where their options stood in other orders, how often the same option was chosen.
 
     A set that holds exact repeats is described a second time without them, as `distinct`.
     """
     k = a.correct.shape[1]
     out: dict[str, Any] = {"n": len(a.ids), "samples": k, "accuracy": stats.accuracy(a.correct)._asdict()}
     out["format_ok"] = stats.accuracy(a.format_ok)._asdict()
-    out["letters"] = stats.letter_bias(a.answers, a.key)
+    out["letters"] = stats.letter_bias(a.shown, a.shown_key)
     if np.isfinite(a.entropy).any():
         out["token_entropy"] = float(np.nanmean(a.entropy))
     names = sorted(set(a.subjects.tolist()))
@@ -89,6 +101,9 @@ def describe(a: Answers) -> dict[str, Any]:
         out["pass_at_k_beyond_chance"] = {j: stats.beyond_chance(p, a.options, j) for j, p in passed.items()}
         out["majority"] = float(stats.majority(a.answers, a.key).mean())
         out["answer_entropy"] = float(stats.answer_entropy(a.answers).mean())
+        if a.shuffled.any():
+            same, pairs = stats.consistency(a.answers)
+            out["consistency"] = {"all": stats.accuracy(same)._asdict(), "pairs": float(pairs.mean())}
     if a.repeats.any():
         out["distinct"] = describe(a.only(~a.repeats))
     return out
@@ -114,6 +129,11 @@ def show(found: dict[str, dict[str, Any]]) -> str:
             rows.append([name, *cells, f"{100 * d['majority']:.1f} %", f"{d['answer_entropy']:.3f}"])
         out.append(draw(columns, rows))
         out.append(SAMPLED)
+    shuffled = {name: d for name, d in sets.items() if "consistency" in d}
+    if shuffled:
+        columns = ("options shuffled", "orders", "same option in all", "same option in two")
+        both = [(name, d, d["consistency"]) for name, d in shuffled.items()]
+        out.append(draw(columns, [[name, str(d["samples"]), percent(c["all"]), f"{100 * c['pairs']:.1f} %"] for name, d, c in both]))
     for name, d in sets.items():
         if "subjects" in d:
             rows = [[subject or "(none)", f"{s['n']:,}", percent(s["accuracy"])] for subject, s in d["subjects"].items()]

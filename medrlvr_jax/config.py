@@ -65,6 +65,7 @@ class SetConfig:
     subset: str | None = None  # the hub's configuration name
     split: str | None = None  # the hub's split; files have none
     limit: Count | None = None  # the first so many questions
+    shuffle_options: bool = False  # another order of the options in each epoch of training, and for each sample of an evaluation
 
 
 @section
@@ -358,8 +359,10 @@ def _cross_checks(c: Config) -> list[str]:
         out.append("loss.surrogate: cispo has no use for loss.ratio_cap or loss.dual_clip; set them to null")
     if c.kl.target is not None and not (c.kl.coef > 0 and c.kl.into == "reward"):
         out.append(f"kl.target: {c.kl.target}: the adaptive coefficient needs kl.coef > 0 and kl.into reward")
-    if c.eval.samples > 1 and c.eval.temperature == 0:
-        out.append(f"eval.samples: {c.eval.samples} greedy samples are all the same; set eval.temperature above 0")
+    same = [name for name, spec in c.eval.sets.items() if not spec.shuffle_options]
+    if c.eval.samples > 1 and c.eval.temperature == 0 and (same or not c.eval.sets):
+        remedy = "set eval.temperature above 0, or shuffle_options of " + (", ".join(same) or "the sets")
+        out.append(f"eval.samples: {c.eval.samples} greedy samples are all the same; {remedy}")
     return out
 
 

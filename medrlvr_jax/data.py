@@ -50,6 +50,7 @@ class Question:
     answer: int
     subject: str = ""
     rationale: str | None = None
+    order: str = ""  # of shuffled options: the letter that each has in the file
 
 
 @dataclass(frozen=True)

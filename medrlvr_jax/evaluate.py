@@ -15,7 +15,7 @@ from medrlvr_jax import answers, data, hf, log, lora
 from medrlvr_jax.build import Parts, abstract_params, build, load_base, load_params, make_relay
 from medrlvr_jax.checkpoint import best_step, restore_params
 from medrlvr_jax.config import ConfigError, SampleConfig, SetConfig, load
-from medrlvr_jax.experience import Encoded, encode, sample_and_score
+from medrlvr_jax.experience import Encoded, encode, reorder, sample_and_score
 from medrlvr_jax.processes import gather
 from medrlvr_jax.types import Params
 
@@ -26,7 +26,7 @@ def load_sets(parts: Parts) -> dict[str, Encoded]:
     """Read and encode every evaluation set of the config."""
     sets = {}
     for name, spec in parts.config.eval.sets.items():
-        sets[name] = encode(parts.tokenizer, data.load(spec), parts.config)
+        sets[name] = encode(parts.tokenizer, data.load(spec), parts.config, spec.shuffle_options)
         if not sets[name].questions:
             limit = parts.config.prompt.max_tokens
             raise ConfigError(f"eval.sets.{name}: no question of {spec.path} fits prompt.max_tokens = {limit}; raise it")
@@ -41,27 +41,40 @@ def evaluate(
     policy: Params | None = None,
 ) -> tuple:
     """Answer every question of a set. Returns (counts for summary.json, rows for a JSONL file); entropies too if `policy` is there."""
-    c = parts.config
-    sample = SampleConfig(
-        questions=c.eval.batch,
-        samples=c.eval.samples,
-        max_new_tokens=c.eval.max_new_tokens or c.sample.max_new_tokens,
-        temperature=c.eval.temperature,
-    )
-    key = jax.random.fold_in(jax.random.key(c.seed), np.uint32(NOISE))
-    n, rows, repeats = len(encoded.questions), [], data.repeats(encoded.questions)
-    for start in range(0, n, c.eval.batch):
-        index = np.arange(start, start + c.eval.batch) % n  # the last batch is filled up; its surplus is not counted
-        scored = sample_and_score(decode_params, parts, encoded, index, key, sample, policy)
-        for row in np.flatnonzero(scored.counted & (scored.places < (n - start) * c.eval.samples)).tolist():
-            place = int(scored.places[row])
-            whose = {"subject": scored.questions[row].subject, "sample": place % c.eval.samples}
-            if (name := scored.questions[row].id) in repeats:
-                whose |= {"repeats": repeats[name]}
-            rows.append((start * c.eval.samples + place, scored.record(row) | whose))
-        progress(min(start + c.eval.batch, n), n)
+    n, size, draws = len(encoded.questions), parts.config.eval.batch, parts.config.eval.samples if encoded.shuffle else 1
+    rows = []
+    for draw in range(draws):
+        for start in range(0, n, size):
+            rows += ask(parts, decode_params, encoded, np.arange(start, min(start + size, n)), draw, policy)
+            progress((draw * n + min(start + size, n)) // draws, n)
     rows = [row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda r: r[0])]
     return summarise(rows, encoded.dropped), rows
+
+
+def ask(
+    parts: Parts, decode_params: Params, encoded: Encoded, index: np.ndarray, draw: int = 0, policy: Params | None = None
+) -> list[tuple[int, dict[str, Any]]]:
+    """`eval.samples` answers to each question at `index`, at most `eval.batch` of them: this process's, each after its place in the set.
+
+    Where options are shuffled, one answer to each, in the order of `draw`.
+    """
+    c, n, k = parts.config, len(index), parts.config.eval.samples
+    alone = 1 if encoded.shuffle else k
+    length = c.eval.max_new_tokens or c.sample.max_new_tokens
+    sample = SampleConfig(questions=c.eval.batch, samples=alone, max_new_tokens=length, temperature=c.eval.temperature)
+    key = jax.random.fold_in(jax.random.key(c.seed), np.uint32(NOISE))
+    index = np.resize(index, c.eval.batch)  # the last batch is filled up with its first questions; they are not counted again
+    if encoded.shuffle:
+        encoded, key = reorder(parts, encoded, index, draw), jax.random.fold_in(key, draw)
+    scored = sample_and_score(decode_params, parts, encoded, index, key, sample, policy)
+    rows = []
+    for row in np.flatnonzero(scored.counted & (scored.places < n * alone)).tolist():
+        question, which = divmod(int(scored.places[row]), alone)
+        whose = {"subject": scored.questions[row].subject, "sample": draw + which}
+        if (name := scored.questions[row].id) in encoded.repeats:
+            whose |= {"repeats": encoded.repeats[name]}
+        rows.append((int(index[question]) * k + draw + which, scored.record(row) | whose))
+    return rows
 
 
 def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:

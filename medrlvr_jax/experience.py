@@ -18,11 +18,12 @@ import numpy as np
 from medrlvr_jax import advantages, lora, scoring, stages, text
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import Config, SampleConfig
-from medrlvr_jax.data import LETTERS, Question
+from medrlvr_jax.data import LETTERS, Question, repeats
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, score
 from medrlvr_jax.sample import generate
 from medrlvr_jax.sharding import by_rows, fetch_rows, join_rows, own_rows, place_rows, split_rows, to_memory
+from medrlvr_jax.shuffle import shuffled
 from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Params, Prompts, Rollout
 
 WIDTH_STEP = 16  # widths are multiples of this, so that few shapes are compiled
@@ -40,10 +41,9 @@ class Encoded:
     tokens: list[list[int]]
     ids: np.ndarray  # uint32
     dropped: int
-
-    @property
-    def width(self) -> int:
-        return width(max(map(len, self.tokens)))
+    width: int  # columns of a batch of prompts, whichever questions it holds and in whatever order their options stand
+    shuffle: bool = False  # whether its options are to be shuffled: see `reorder`
+    repeats: dict[str, str] = dataclasses.field(default_factory=dict)  # see `data.repeats`
 
     def prompts(self, index: Sequence[int] | np.ndarray, pad_id: int) -> Prompts:
         return text.pad_prompts([self.tokens[i] for i in index], self.ids[np.asarray(index)], self.width, pad_id)
@@ -79,14 +79,33 @@ class Scored:
             "stage": self.stages[row],
             "length": int(self.lengths[row]),
             "stopped": bool(self.stopped[row]),
+            **({"order": question.order} if question.order else {}),
         } | ({} if self.entropy is None else {"entropy": round(float(self.entropy[row]), 6)})
 
 
-def encode(tokenizer: text.Tokenizer, questions: list[Question], config: Config) -> Encoded:
+def encode(tokenizer: text.Tokenizer, questions: list[Question], config: Config, shuffle: bool = False) -> Encoded:
     tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt)
     gone = set(dropped)
     kept = [i for i in range(len(questions)) if i not in gone]
-    return Encoded([questions[i] for i in kept], tokens, np.array(kept, np.uint32), len(dropped))
+    left, columns = [questions[i] for i in kept], width(max(map(len, tokens), default=0))
+    return Encoded(left, tokens, np.array(kept, np.uint32), len(dropped), columns, shuffle, repeats(left))
+
+
+def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Encoded:
+    """`encoded` with other orders of options in the questions at `index`, as far as this process holds them. `draw`: epoch or sample.
+
+    An order whose prompt has more tokens than fit is not taken: the question then stands as in its file.
+    """
+    own = index[own_rows(len(index), parts.mesh)[0]].tolist()
+    wanted = [shuffled(encoded.questions[i], parts.config.seed, draw) for i in own]
+    rows, limit = text.encode_questions(parts.tokenizer, wanted, parts.config.prompt), min(encoded.width, parts.config.prompt.max_tokens)
+    questions, tokens = list(encoded.questions), list(encoded.tokens)
+    for i, question, row in zip(own, wanted, rows, strict=True):
+        if len(row) <= limit:
+            questions[i], tokens[i] = question, row
+        else:
+            questions[i] = dataclasses.replace(questions[i], order=LETTERS[: len(question.options)])
+    return dataclasses.replace(encoded, questions=questions, tokens=tokens)
 
 
 def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout) -> Scored:

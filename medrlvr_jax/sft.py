@@ -21,6 +21,8 @@ from medrlvr_jax.types import Experience, TrainState
 def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int]:
     """(prompt, target) tokens of every row, and how many were dropped for their length."""
     c, tok = parts.config, parts.tokenizer
+    if c.data.shuffle_options:
+        raise ConfigError("data.shuffle_options: fine-tuning encodes its rows once, and rationales may name letters; set it to false")
     if c.sft.target == "text":
         examples = data.load_text(c.data)
         prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, [e.prompt for e in examples])]

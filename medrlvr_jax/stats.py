@@ -139,6 +139,14 @@ def answer_entropy(answers: np.ndarray) -> np.ndarray:
     return out
 
 
+def consistency(answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each question's k answers [n, k] to other orders of its options: whether all are the same option, bool [n], and the share of
+    pairs that are, float [n]. No answer is the same as nothing."""
+    k = answers.shape[1]
+    agree = ((answers[:, :, None] == answers[:, None]) & (answers != "")[:, None]).sum((1, 2)) - (answers != "").sum(1)
+    return agree == k * (k - 1), agree / (k * (k - 1))
+
+
 def boundary(base: np.ndarray, trained: np.ndarray) -> dict[str, float]:
     """What training kept, gained and lost of the questions that k samples solve at least once; bool [n, k] each.
 

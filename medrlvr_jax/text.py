@@ -169,12 +169,12 @@ def encode_texts(tok: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def encode_prompt(tok: Tokenizer, question: Question, config: PromptConfig) -> list[int]:
-    return _encode(tok, [question], config)[0]
+    return encode_questions(tok, [question], config)[0]
 
 
 def encode_prompts(tok: Tokenizer, questions: list[Question], config: PromptConfig) -> tuple[list[list[int]], list[int]]:
     """(tokens of the prompts that fit `max_tokens`, indices of the questions that do not)."""
-    rows = _encode(tok, questions, config)
+    rows = encode_questions(tok, questions, config)
     dropped = [i for i, row in enumerate(rows) if len(row) > config.max_tokens]
     return [row for row in rows if len(row) <= config.max_tokens], dropped
 
@@ -184,7 +184,7 @@ def encode_targets(tok: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [[*ids, tok.stop_ids[0]] for ids in _spell(tok, texts)]
 
 
-def _encode(tok: Tokenizer, questions: list[Question], config: PromptConfig) -> list[list[int]]:
+def encode_questions(tok: Tokenizer, questions: list[Question], config: PromptConfig) -> list[list[int]]:
     """Without a chat template a prompt ends with a line break, so that a response begins on a line of its own."""
     head, before, after, tail = tok.frame if config.chat else (tok.prefix, "", "\n", [])
     texts = [before + render(question, config.template) + after for question in questions]

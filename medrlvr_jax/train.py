@@ -30,7 +30,7 @@ from medrlvr_jax.build import Parts, abstract_learner, build, init_learner, load
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.compiles import Compiles
 from medrlvr_jax.config import Config, ConfigError, Diverged
-from medrlvr_jax.experience import Encoded, Scored, collect, encode
+from medrlvr_jax.experience import Encoded, Scored, collect, encode, reorder
 from medrlvr_jax.learn import adapt_kl, compile_learn, critic_objective, make_optimizer, offload, policy_objective
 from medrlvr_jax.losses import explained_variance
 from medrlvr_jax.processes import gather
@@ -43,7 +43,7 @@ SKIPS = 3  # steps in a row with an update that was not finite, after which a ru
 def train(config: Config) -> dict[str, Any]:
     """Run or resume a training; returns what summary.json holds."""
     parts = build(config)
-    encoded = encode(parts.tokenizer, data.load(config.data), config)
+    encoded = encode(parts.tokenizer, data.load(config.data), config, config.data.shuffle_options)
     if not encoded.questions:
         raise ConfigError(f"data.path: no question of {config.data.path} fits prompt.max_tokens = {config.prompt.max_tokens}; raise it")
     steps = total_steps(config, len(encoded.questions))
@@ -53,8 +53,9 @@ def train(config: Config) -> dict[str, Any]:
         frozen = load_frozen(parts)
 
         def one(state: TrainState, step: int):
-            state, stats, scored, experience = train_step(parts, programs, encoded, state, frozen, step)
-            metrics, rows = summarise(stats, scored), samples(parts, encoded, scored, step)
+            now = at_epoch(parts, encoded, step)
+            state, stats, scored, experience = train_step(parts, programs, now, state, frozen, step)
+            metrics, rows = summarise(stats, scored), samples(parts, now, scored, step)
             return state, metrics, rows, experience
 
         notices = [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
@@ -157,6 +158,14 @@ def start(parts: Parts, steps: int) -> tuple[Programs, TrainState]:
     kl_coef = jax.device_put(jnp.float32(parts.config.kl.coef), scalar)
     state = TrainState(policy, critic, kl_coef, jax.device_put(jnp.int32(0), scalar))
     return programs, state
+
+
+def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
+    """The questions of step `step` with their options in their epoch's order, where `data.shuffle_options` asks for it."""
+    if not encoded.shuffle:
+        return encoded
+    n, size = len(encoded.questions), parts.config.sample.questions
+    return reorder(parts, encoded, data.batch_at(n, step, size, parts.config.seed), step // (n // size))
 
 
 def train_step(

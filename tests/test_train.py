@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, build, checkpoint, compiles, config, hf, lora, model, sharding, train
+from medrlvr_jax import __main__, build, checkpoint, compiles, config, data, hf, lora, model, sharding, train
 
 TREE = {
     "name": "run",
@@ -108,6 +108,13 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     assert counts["n"] == len(lines(folder / "answers" / "in_distribution.jsonl")) == 12
     assert counts["correct"] == json.loads((run / "summary.json").read_text())["eval"]["in_distribution"]["after"]["correct"]
     assert main("eval", run, "--out", folder / "answers") == 2  # nothing is overwritten
+    orders = ["eval.sets.in_distribution.shuffle_options=true", "eval.samples=2"]
+    assert main("eval", run, "--out", folder / "orders", *orders) == 0
+    assert "same option in all" in capsys.readouterr().out
+    rows = lines(folder / "orders" / "in_distribution.jsonl")
+    assert len(rows) == 24 and rows[0]["id"] == rows[1]["id"] and rows[0]["order"] != rows[1]["order"]
+    asked = {q.id: q for q in data.load(config.SetConfig(path="embedded:in_distribution"))}
+    assert all(r["order"][data.LETTERS.index(r["key"])] == data.LETTERS[asked[r["id"]].answer] for r in rows)
     two = jax.devices()[:2]  # not the training's eight
     monkeypatch.setattr(jax, "devices", lambda: two)
     assert main("export", run, folder / "exported") == 0
@@ -121,8 +128,11 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
 
 def test_grpo_and_sft_run(folder, capsys, caplog):
     grpo = ["name=grpo", "learn.critic=null", "advantage.estimator=group", "kl={coef: 0.01, into: loss, estimator: k3}", "eval.sets={}"]
+    grpo += ["data.shuffle_options=true"]
     assert main("train", folder / "config.yaml", *grpo) == 0
     assert "critic/loss" not in lines(folder / "runs/grpo/metrics.jsonl")[-1]
+    row = lines(folder / "runs/grpo/samples.jsonl")[0]
+    assert sorted(row["order"]) == list(data.LETTERS[: row["options"]])
     sft = ["name=sft", "steps=12", "sft.target=rationale", "eval.sets={}", "checkpoint.every=0", "learn.policy.lr=1e-2"]
     assert main("sft", folder / "config.yaml", *sft) == 0
     losses = [m["loss"] for m in lines(folder / "runs/sft/metrics.jsonl")]
@@ -138,6 +148,7 @@ def test_grpo_and_sft_run(folder, capsys, caplog):
         ("model.path=./nowhere", "./nowhere"),
         ("sample.temprature=1", "did you mean temperature?"),
         ("mesh.data=3", "mesh.data=3"),
+        ("eval.samples=2", "greedy samples are all the same; set eval.temperature above 0, or shuffle_options of in_distribution"),
         ("prompt.max_tokens=3", "prompt.max_tokens = 3"),
         ("sample.questions=64", "sample.questions: 64 is more than the 32 questions"),
     ],
