@@ -21,6 +21,10 @@ intervals (Wilson's; of several samples, from resampled questions), entropy per 
 and is the key; with eval.samples above 1 also pass@k, with chance taken out too, and maj@k. A set that holds exact repeats is also given
 without them. eval.json has all of it, for every k."""
 
+PROBE = """Lets the model answer the config's eval.sets greedily, then forces an answer (the most probable letter) at once, after the
+first 0, 25, 50, 75 and 100 % of its thought, and after another question's thought: if none of it changes the accuracy, the thought does
+no work. Also the fall in the key's perplexity with each sentence (InfoGain, arXiv 2506.02126)."""
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -53,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
     settings(c)
     at_step(c)
     c.add_argument("--out", type=Path, help="folder for one JSONL of answers per set and eval.json; default RUN/eval-<step>")
+    distributed(c)
+    c = command("probe", "does the reasoning do any work: answers forced after parts of the model's own thoughts", PROBE)
+    c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a run's folder, or a config: then its model.path is probed")
+    settings(c)
+    at_step(c)
+    c.add_argument("--out", type=Path, help="folder for one JSONL per set and probe.json; default RUN/probe-<step>")
     distributed(c)
     c = command("compare", "two evaluations of the same questions: paired tests, what one solves and the other does not")
     c.add_argument("a", type=Path, metavar="EVAL_A", help="a folder that `medrlvr eval` wrote, such as RUN/eval-32")
@@ -139,6 +149,12 @@ def run_eval(args: argparse.Namespace) -> int:
     from medrlvr_jax.evaluate import evaluate_source
 
     return evaluate_source(Path(args.source), args.settings, args.step, args.out)
+
+
+def run_probe(args: argparse.Namespace) -> int:
+    from medrlvr_jax.probe import probe_source
+
+    return probe_source(Path(args.source), args.settings, args.step, args.out)
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -153,8 +153,9 @@ def _with_distinct(name: str, d: dict[str, Any]) -> list[tuple[str, dict[str, An
 
 
 def percent(x: dict[str, float]) -> str:
-    """A share with its interval."""
-    return f"{100 * x['value']:.1f} % ({100 * x['low']:.1f}–{100 * x['high']:.1f})"
+    """A share, or a difference of two, with its interval."""
+    value, low, high = (f"{100 * x[k]:.1f}" for k in ("value", "low", "high"))
+    return f"{value} % ({low}{' to ' if x['low'] < 0 else '–'}{high})"
 
 
 def draw(columns: Iterable[str], rows: list[list[str]], width: int = 180) -> str:

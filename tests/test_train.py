@@ -115,6 +115,12 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     assert len(rows) == 24 and rows[0]["id"] == rows[1]["id"] and rows[0]["order"] != rows[1]["order"]
     asked = {q.id: q for q in data.load(config.SetConfig(path="embedded:in_distribution"))}
     assert all(r["order"][data.LETTERS.index(r["key"])] == data.LETTERS[asked[r["id"]].answer] for r in rows)
+    assert main("probe", run, "--out", folder / "probed") == 0
+    assert "answer as at 100 %" in capsys.readouterr().out
+    rows, probed = lines(folder / "probed" / "in_distribution.jsonl"), json.loads((folder / "probed" / "probe.json").read_text())["probe"]
+    greedy = {r["id"]: (r["completion"], r["answer"]) for r in lines(folder / "answers" / "in_distribution.jsonl")}
+    assert {r["id"]: (r["completion"], r["generated"]) for r in rows} == greedy  # the same sampler
+    assert probed["in_distribution"]["n"] == 12 and set(rows[0]["answers"]) >= {"at once", "0 %", "100 %", "another's"}
     two = jax.devices()[:2]  # not the training's eight
     monkeypatch.setattr(jax, "devices", lambda: two)
     assert main("export", run, folder / "exported") == 0
