@@ -25,6 +25,13 @@ PROBE = """Lets the model answer the config's eval.sets greedily, then forces an
 first 0, 25, 50, 75 and 100 % of its thought, and after another question's thought: if none of it changes the accuracy, the thought does
 no work. Also the fall in the key's perplexity with each sentence (InfoGain, arXiv 2506.02126)."""
 
+CONTAMINATION = """Compares the stems of each test set with those of the training set, and the training set with itself: the same words, or
+more than half of the shorter one's 8-grams in the other. With one CONFIG.yaml: its data against its eval.sets."""
+
+DIFFICULTY = """Samples K answers to each question of the config's data, as a rollout would, and writes how many are right. Then
+data.pass_count={file: FILE, keep: [1, 7]} trains on those with 1 to 7 right answers; order: easy_first goes through them from easy to
+hard. The same command again goes on where it was cut off."""
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -68,6 +75,17 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("a", type=Path, metavar="EVAL_A", help="a folder that `medrlvr eval` wrote, such as RUN/eval-32")
     c.add_argument("b", type=Path, metavar="EVAL_B")
     c.add_argument("--json", action="store_true", help="everything, as one JSON object: also pass@k, majority, letters")
+    c = command("contamination", "which test questions stand in the training set, nearly or wholly", CONTAMINATION)
+    c.add_argument("sets", nargs="+", metavar="TRAIN TEST …", help="files of questions, the training set first; or one CONFIG.yaml")
+    c.add_argument("--eval", type=Path, metavar="EVAL", help="a folder that `medrlvr eval` wrote: accuracies with and without them")
+    c.add_argument("--out", type=Path, metavar="OUT.json", help="every question that is found, and the training question it is like")
+    c = command("difficulty", "count how many of k samples are right, for each training question", DIFFICULTY)
+    c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a run's folder, or a config: then its model.path is asked")
+    settings(c)
+    at_step(c)
+    c.add_argument("--samples", type=int, default=16, metavar="K", help="answers to each question; default 16")
+    c.add_argument("--out", type=Path, metavar="OUT.jsonl", help="default RUN/difficulty-<step>.jsonl")
+    distributed(c)
     c = command("export", "write a run's policy as a Hugging Face directory")
     c.add_argument("run", type=Path, metavar="RUN")
     c.add_argument("out", type=Path, metavar="OUT_DIR")
@@ -163,6 +181,24 @@ def run_compare(args: argparse.Namespace) -> int:
     found = compare(args.a, args.b)
     print(json.dumps(found) if args.json else show(found))
     return 0
+
+
+def run_contamination(args: argparse.Namespace) -> int:
+    from medrlvr_jax.contamination import contamination, show
+    from medrlvr_jax.log import write_json
+
+    found = contamination(args.sets, args.eval)
+    print(show(found))
+    if args.out:
+        write_json(args.out, found)
+        print(f"questions: {args.out}")
+    return 0
+
+
+def run_difficulty(args: argparse.Namespace) -> int:
+    from medrlvr_jax.difficulty import difficulty_source
+
+    return difficulty_source(Path(args.source), args.settings, args.step, args.samples, args.out)
 
 
 def run_export(args: argparse.Namespace) -> int:

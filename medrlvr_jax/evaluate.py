@@ -119,9 +119,14 @@ def open_source(source: Path, settings: list[str], step: int | Literal["best"] |
         return parts, lora.join(load_base(parts), load_params(parts, parts.cfg)), 0
 
 
+def home(source: Path, parts: Parts) -> Path:
+    """The folder of a run, or the one that a run of this config would have."""
+    return source if source.is_dir() else Path(parts.config.runs) / parts.config.name
+
+
 def new_folder(source: Path, parts: Parts, name: str, out: Path | None, holds: str) -> Path:
     """Where results go: `out`, or `name` in the run's folder; refused if it has the file `holds` already."""
-    folder = out or (source if source.is_dir() else Path(parts.config.runs) / parts.config.name) / name
+    folder = out or home(source, parts) / name
     if (folder / holds).exists():
         raise ConfigError(f"{folder}: it holds {holds} already; give another --out")
     if jax.process_index() == 0:

@@ -64,7 +64,7 @@ def sft(config: Config) -> dict[str, Any]:
         zeros = jax.device_put((np.float32(0), np.int32(0)), sharding.replicated(parts.mesh))
 
         def one(state: TrainState, step: int):
-            index = data.batch_at(len(rows), step, config.sample.questions, config.seed)
+            index = data.step_batch(config, len(rows), step)
             key = jax.random.fold_in(jax.random.key(config.seed), step)
             own, _ = sharding.own_rows(len(index), parts.mesh)
             targets = sharding.place_rows(batch(rows, index[own], widths, parts.tokenizer.pad_id), len(index), parts.mesh)

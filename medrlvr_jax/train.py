@@ -164,8 +164,8 @@ def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
     """The questions of step `step` with their options in their epoch's order, where `data.shuffle_options` asks for it."""
     if not encoded.shuffle:
         return encoded
-    n, size = len(encoded.questions), parts.config.sample.questions
-    return reorder(parts, encoded, data.batch_at(n, step, size, parts.config.seed), step // (n // size))
+    n = len(encoded.questions)
+    return reorder(parts, encoded, data.step_batch(parts.config, n, step), step // (n // parts.config.sample.questions))
 
 
 def train_step(
@@ -173,7 +173,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any], Scored, Experience]:
     """Step `step` of the method box above; batch and noise are functions of (seed, step), so a resumed run is the same run."""
     c = parts.config
-    index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
+    index = data.step_batch(c, len(encoded.questions), step)
     key = jax.random.fold_in(jax.random.key(c.seed), step)
     critic = None if state.critic is None else state.critic.params
     policy = state.policy.params
@@ -219,7 +219,7 @@ def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[d
     c = parts.config
     if not c.log.samples_every or step % c.log.samples_every:
         return []
-    index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
+    index = data.step_batch(c, len(encoded.questions), step)
     wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
     rows = []
     for row in np.flatnonzero(scored.counted & np.isin(scored.places, wanted)).tolist():

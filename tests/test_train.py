@@ -132,6 +132,23 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     assert lines(folder / "again" / "in_distribution.jsonl") == lines(folder / "answers" / "in_distribution.jsonl")
 
 
+def test_difficulty(folder, capsys):
+    args = ["difficulty", folder / "config.yaml", "--samples", "2", "--out", folder / "counts.jsonl"]
+    assert main(*args) == 0
+    assert "0 of 2" in capsys.readouterr().out
+    rows = lines(folder / "counts.jsonl")
+    questions = data.load(config.SetConfig(path="embedded:train", limit=32))
+    assert [r["id"] for r in rows] == [q.id for q in questions] and all(
+        0 <= r["right"] <= r["format_ok"] <= r["samples"] == 2 for r in rows
+    )
+    text = (folder / "counts.jsonl").read_text()
+    (folder / "counts.jsonl").write_text(text[: len(text) // 2])  # cut off in the middle of a line
+    assert main(*args) == 0 and (folder / "counts.jsonl").read_text() == text
+    assert main(*args[:3], "3", *args[4:]) == 2 and "counts of other questions, samples or of another model" in capsys.readouterr().err
+    chosen = config.SetConfig(path="embedded:train", limit=32, pass_count={"file": str(folder / "counts.jsonl"), "keep": [0, 2]})
+    assert data.load(chosen) == questions
+
+
 def test_grpo_and_sft_run(folder, capsys, caplog):
     grpo = ["name=grpo", "learn.critic=null", "advantage.estimator=group", "kl={coef: 0.01, into: loss, estimator: k3}", "eval.sets={}"]
     grpo += ["data.shuffle_options=true"]
@@ -154,6 +171,8 @@ def test_grpo_and_sft_run(folder, capsys, caplog):
         ("model.path=./nowhere", "./nowhere"),
         ("sample.temprature=1", "did you mean temperature?"),
         ("mesh.data=3", "mesh.data=3"),
+        ("data.pass_count={file: x}", "data.pass_count: neither keep nor order"),
+        ("data.pass_count={file: x, keep: [7, 1]}", "data.pass_count.keep: [7, 1]: the least comes first"),
         ("eval.samples=2", "greedy samples are all the same; set eval.temperature above 0, or shuffle_options of in_distribution"),
         ("prompt.max_tokens=3", "prompt.max_tokens = 3"),
         ("sample.questions=64", "sample.questions: 64 is more than the 32 questions"),
