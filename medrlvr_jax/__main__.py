@@ -35,6 +35,22 @@ earlier checkpoint, or from the start, are trained again first, which takes as l
 Exit status: 0 it is what was logged, or was not logged; 1 it is not. Equal to the bit on the machine and mesh of the run; elsewhere
 rounding may choose another token now and then. Only mesh.* is meant to be set otherwise here."""
 
+EVAL = """Answers the config's eval.sets with a run's checkpoint, or with the config's own model. Prints accuracy and format with 95 %
+intervals (Wilson's; of several samples, from resampled questions), entropy per token, subjects, and how often each letter is answered
+and is the key; with eval.samples above 1 also pass@k, with chance taken out too, and maj@k. A set that holds exact repeats is also given
+without them. eval.json has all of it, for every k."""
+
+PROBE = """Lets the model answer the config's eval.sets greedily, then forces an answer (the most probable letter) at once, after the
+first 0, 25, 50, 75 and 100 % of its thought, and after another question's thought: if none of it changes the accuracy, the thought does
+no work. Also the fall in the key's perplexity with each sentence (InfoGain, arXiv 2506.02126)."""
+
+CONTAMINATION = """Compares the stems of each test set with those of the training set, and the training set with itself: the same words, or
+more than half of the shorter one's 8-grams in the other. With one CONFIG.yaml: its data against its eval.sets."""
+
+DIFFICULTY = """Samples K answers to each question of the config's data, as a rollout would, and writes how many are right. Then
+data.pass_count={file: FILE, keep: [1, 7]} trains on those with 1 to 7 right answers; order: easy_first goes through them from easy to
+hard. The same command again goes on where it was cut off."""
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -54,15 +70,18 @@ def parser() -> argparse.ArgumentParser:
     def settings(c: argparse.ArgumentParser) -> None:
         c.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that replace those of the file; values are YAML")
 
+    def at_step(c: argparse.ArgumentParser) -> None:
+        c.add_argument("--step", type=step, metavar="N|best", help="the run's checkpoint to take; the newest unless given")
+
     for name, help in (("train", "PPO, GRPO and kin on questions with keys"), ("sft", "supervised fine-tuning, or pretraining on text")):
         c = command(name, help, f"{help}. Writes runs/<name>/; the same command again resumes it.")
         c.add_argument("config", metavar="CONFIG.yaml")
         settings(c)
         distributed(c)
-    c = command("eval", "answer the config's eval.sets with a run's checkpoint, or with the config's own model")
+    c = command("eval", "answer the config's eval.sets with a run's checkpoint, or with the config's own model", EVAL)
     c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a run's folder, or a config: then its model.path is evaluated")
     settings(c)
-    c.add_argument("--step", type=int, help="the run's checkpoint to take; the newest unless given")
+    at_step(c)
     c.add_argument("--out", type=Path, help="folder for one JSONL of answers per set and eval.json; default RUN/eval-<step>")
     distributed(c)
     c = command("reproduce", "a file of arms: base, SFT, PPO, GRPO and controls over seeds, and one table of them", REPRODUCE)
@@ -72,14 +91,31 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time, each on its share of the cores; default 1")
     c.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms, and those that they start from")
     c.add_argument("--dry-run", action="store_true", help="check every cell's settings, say where each stands, run nothing")
+    c = command("probe", "does the reasoning do any work: answers forced after parts of the model's own thoughts", PROBE)
+    c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a run's folder, or a config: then its model.path is probed")
+    settings(c)
+    at_step(c)
+    c.add_argument("--out", type=Path, help="folder for one JSONL per set and probe.json; default RUN/probe-<step>")
+    distributed(c)
     c = command("compare", "two evaluations of the same questions: paired tests, what one solves and the other does not")
     c.add_argument("a", type=Path, metavar="EVAL_A", help="a folder that `medrlvr eval` wrote, such as RUN/eval-32")
     c.add_argument("b", type=Path, metavar="EVAL_B")
     c.add_argument("--json", action="store_true", help="everything, as one JSON object: also pass@k, majority, letters")
+    c = command("contamination", "which test questions stand in the training set, nearly or wholly", CONTAMINATION)
+    c.add_argument("sets", nargs="+", metavar="TRAIN TEST …", help="files of questions, the training set first; or one CONFIG.yaml")
+    c.add_argument("--eval", type=Path, metavar="EVAL", help="a folder that `medrlvr eval` wrote: accuracies with and without them")
+    c.add_argument("--out", type=Path, metavar="OUT.json", help="every question that is found, and the training question it is like")
+    c = command("difficulty", "count how many of k samples are right, for each training question", DIFFICULTY)
+    c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a run's folder, or a config: then its model.path is asked")
+    settings(c)
+    at_step(c)
+    c.add_argument("--samples", type=int, default=16, metavar="K", help="answers to each question; default 16")
+    c.add_argument("--out", type=Path, metavar="OUT.jsonl", help="default RUN/difficulty-<step>.jsonl")
+    distributed(c)
     c = command("export", "write a run's policy as a Hugging Face directory")
     c.add_argument("run", type=Path, metavar="RUN")
     c.add_argument("out", type=Path, metavar="OUT_DIR")
-    c.add_argument("--step", type=int, help="the checkpoint to take; the newest unless given")
+    at_step(c)
     c.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; the run's own unless given")
     distributed(c)
     c = command("replay", "draw a completion of a run again, exactly, and compare it with the log", REPLAY)
@@ -117,6 +153,10 @@ def weight(text: str) -> float:
     if not 0 <= (value := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be a number from 0")
     return value
+
+
+def step(text: str) -> int | str:
+    return text if text == "best" else int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,12 +220,36 @@ def run_reproduce(args: argparse.Namespace) -> int:
     return reproduce(args.config, args.settings + [item for item in args.only if "=" in item], only, args.jobs, args.dry_run)
 
 
+def run_probe(args: argparse.Namespace) -> int:
+    from medrlvr_jax.probe import probe_source
+
+    return probe_source(Path(args.source), args.settings, args.step, args.out)
+
+
 def run_compare(args: argparse.Namespace) -> int:
     from medrlvr_jax.compare import compare, show
 
     found = compare(args.a, args.b)
     print(json.dumps(found) if args.json else show(found))
     return 0
+
+
+def run_contamination(args: argparse.Namespace) -> int:
+    from medrlvr_jax.contamination import contamination, show
+    from medrlvr_jax.log import write_json
+
+    found = contamination(args.sets, args.eval)
+    print(show(found))
+    if args.out:
+        write_json(args.out, found)
+        print(f"questions: {args.out}")
+    return 0
+
+
+def run_difficulty(args: argparse.Namespace) -> int:
+    from medrlvr_jax.difficulty import difficulty_source
+
+    return difficulty_source(Path(args.source), args.settings, args.step, args.samples, args.out)
 
 
 def run_export(args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ from medrlvr_jax import lora, train
 from medrlvr_jax.build import Parts, build, load_base, load_frozen, load_params, make_relay
 from medrlvr_jax.config import Config, RewardConfig, from_tree, override
 from medrlvr_jax.data import Question
-from medrlvr_jax.experience import Encoded, place_prompts
+from medrlvr_jax.experience import Encoded, place_prompts, width
 from medrlvr_jax.rewards import score
 from medrlvr_jax.sample import generate
 from medrlvr_jax.sharding import place_rows
@@ -81,7 +81,7 @@ def encoded_questions(args: argparse.Namespace, parts: Parts) -> Encoded:
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, min(200, parts.cfg.vocab), (args.questions, args.prompt)).tolist()
     questions = [Question(str(i), "?", OPTIONS, i % 4) for i in range(args.questions)]
-    return Encoded(questions, tokens, np.arange(args.questions, dtype=np.uint32), 0)
+    return Encoded(questions, tokens, np.arange(args.questions, dtype=np.uint32), 0, width(max(map(len, tokens))))
 
 
 def lengths(args: argparse.Namespace) -> np.ndarray | None:

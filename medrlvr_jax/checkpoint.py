@@ -232,18 +232,21 @@ def _choose(folder: Path, which: int | Literal["best"] | None) -> int:
         if found is None:
             raise CheckpointError(f"{folder}: no whole checkpoint; there are {steps}")
         return found
-    step = _best_of(folder, steps) if which == "best" else which
+    step = best_step(folder) if which == "best" else which
+    if step is None:
+        raise CheckpointError(f"{folder}: no checkpoint says how good it is; the run had checkpoint.best null, so name a step")
     wrong = damage(folder / str(step)) if step in steps else f"not one of {steps}"
     if wrong:
         raise CheckpointError(f"{folder}: checkpoint {step} cannot be used: {wrong}")
     return step
 
 
-def _best_of(folder: Path, steps: list[int]) -> int:
-    files = {s: folder / str(s) / "metrics" / "metrics" for s in steps}
+def best_step(folder: Path) -> int | None:
+    """The checkpoint that `checkpoint.best` was largest at; None if none says how good it is."""
+    files = {s: folder / str(s) / "metrics" / "metrics" for s in saved_steps(folder)}
     metrics = {s: json.loads(f.read_text(encoding="utf-8")) for s, f in files.items() if f.exists()}
     if not metrics:
-        raise CheckpointError(f"{folder}: no checkpoint says how good it is; the run had checkpoint.best null, so name a step")
+        return None
     [name] = metrics[max(metrics)]
     return max((m[name], s) for s, m in metrics.items() if name in m)[1]
 

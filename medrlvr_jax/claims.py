@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medrlvr_jax import compare, log, report, stats
+from medrlvr_jax import answers, compare, log, report, stats
 from medrlvr_jax.arms import Cell, Claims, Experiment
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.stages import STAGES
@@ -22,7 +22,7 @@ class Outcome(NamedTuple):
     """An arm on one set; its k finished seeds are the columns of `answers`."""
 
     seeds: list[int]
-    answers: compare.Answers
+    answers: answers.Answers
     correct: np.ndarray  # float [n, k], the mean over the samples of a question
     rows: list[dict[str, Any]]  # of all seeds
 
@@ -60,11 +60,11 @@ def conclude(experiment: Experiment, finished: list[Cell], of: int) -> str:
 def outcome(cells: list[Cell], name: str) -> Outcome:
     """The answers of an arm's cells to one set, side by side."""
     files = [cell.path / "eval" / f"{name}.jsonl" for cell in cells]
-    each = [compare.read_answers(file) for file in files]
-    if odd := [str(file) for file, a in zip(files, each, strict=True) if a.ids != each[0].ids]:
+    each = [answers.read(file) for file in files]
+    if odd := [str(file) for file, a in zip(files, each, strict=True) if not np.array_equal(a.ids, each[0].ids)]:
         raise ConfigError(f"{odd[0]}: other questions than in {files[0]}; delete that cell's eval folder and run it again")
-    columns = [np.concatenate([getattr(a, field) for a in each], axis=1) for field in ("correct", "answers")]
-    whole = each[0]._replace(correct=columns[0], answers=columns[1])
+    by_sample = [field for field, column in each[0]._asdict().items() if column.ndim == 2]
+    whole = each[0]._replace(**{field: np.concatenate([getattr(a, field) for a in each], axis=1) for field in by_sample})
     seeds = [cell.config.seed for cell in cells]
     return Outcome(seeds, whole, np.stack([a.correct.mean(1) for a in each], 1), [row for file in files for row in log.read_jsonl(file)])
 
@@ -94,7 +94,11 @@ def against(found: dict[str, dict[str, Outcome]], sft: str) -> dict[tuple[str, s
             if arm != sft and name in found.get(sft, {}):
                 base = found[sft][name]
                 tested = compare.compare_sets(base.answers, o.answers)
-                difference = stats.crossed(o.correct, base.correct)._asdict() if base.answers.ids == o.answers.ids else tested["difference"]
+                difference = (
+                    stats.crossed(o.correct, base.correct)._asdict()
+                    if np.array_equal(base.answers.ids, o.answers.ids)
+                    else tested["difference"]
+                )
                 out[arm, name] = {"difference": difference, "p": tested["p"], "detectable": tested["detectable"]}
     for test, p in zip(out.values(), stats.holm([t["p"] for t in out.values()]), strict=True):
         test["p_holm"] = p

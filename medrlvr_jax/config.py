@@ -67,6 +67,15 @@ class ModelConfig:
 
 
 @section
+class PassCountConfig:
+    """Questions chosen or ordered by how many of a model's samples were right (MedVLThinker, arXiv 2508.02669: 1 to 7 of 16)."""
+
+    file: str  # what `medrlvr difficulty` wrote
+    keep: tuple[Size, Size] | None = None  # the least and the most right samples of a question that is taken; null: all
+    order: Literal["easy_first", "hard_first"] | None = None  # each pass goes in this order; null: at random, as ever
+
+
+@section
 class SetConfig:
     """One set of questions: a file, a hub name, or `embedded:{train,in_distribution,out_of_distribution}`."""
 
@@ -75,6 +84,8 @@ class SetConfig:
     subset: str | None = None  # the hub's configuration name
     split: str | None = None  # the hub's split; files have none
     limit: Count | None = None  # the first so many questions
+    shuffle_options: bool = False  # another order of the options in each epoch of training, and for each sample of an evaluation
+    pass_count: PassCountConfig | None = None  # null: all questions
 
 
 @section
@@ -385,8 +396,16 @@ def _cross_checks(c: Config) -> list[str]:
         out.append("loss.surrogate: cispo has no use for loss.ratio_cap or loss.dual_clip; set them to null")
     if c.kl.target is not None and not (c.kl.coef > 0 and c.kl.into == "reward"):
         out.append(f"kl.target: {c.kl.target}: the adaptive coefficient needs kl.coef > 0 and kl.into reward")
-    if c.eval.samples > 1 and c.eval.temperature == 0:
-        out.append(f"eval.samples: {c.eval.samples} greedy samples are all the same; set eval.temperature above 0")
+    for name, spec in [("data", c.data), *((f"eval.sets.{name}", spec) for name, spec in c.eval.sets.items())]:
+        counted = spec.pass_count
+        if counted and not counted.keep and not counted.order:
+            out.append(f"{name}.pass_count: neither keep nor order, so it does nothing; give keep, such as [1, 7], or order")
+        if counted and counted.keep and counted.keep[0] > counted.keep[1]:
+            out.append(f"{name}.pass_count.keep: {list(counted.keep)}: the least comes first, then the most")
+    same = [name for name, spec in c.eval.sets.items() if not spec.shuffle_options]
+    if c.eval.samples > 1 and c.eval.temperature == 0 and (same or not c.eval.sets):
+        remedy = "set eval.temperature above 0, or shuffle_options of " + (", ".join(same) or "the sets")
+        out.append(f"eval.samples: {c.eval.samples} greedy samples are all the same; {remedy}")
     return out
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import to_jsonable_python
 
-from medrlvr_jax.config import ConfigError, SetConfig
+from medrlvr_jax.config import Config, ConfigError, PassCountConfig, SetConfig
 
 LETTERS = "ABCDEFGHIJ"
 MAX_LINE = 16 * 2**20  # bytes: beyond any question, so it is some other kind of file
@@ -52,6 +52,7 @@ class Question:
     answer: int
     subject: str = ""
     rationale: str | None = None
+    order: str = ""  # of shuffled options: the letter that each has in the file
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def load(config: SetConfig) -> list[Question]:
         questions = world.questions(_embedded(config.path, ("train", "in_distribution", "out_of_distribution")))
     else:
         questions = _collect(config, ("plain", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa"))
-    return questions[: config.limit]
+    questions = questions[: config.limit]
+    return _by_pass_count(questions, config.pass_count) if config.pass_count else questions
 
 
 def load_text(config: SetConfig) -> list[Example]:
@@ -82,25 +84,55 @@ def load_text(config: SetConfig) -> list[Example]:
     return _collect(config, ("text",))[: config.limit]
 
 
-def batch_at(n: int, step: int, size: int, seed: int) -> np.ndarray:
+def batch_at(n: int, step: int, size: int, seed: int, in_order: bool = False) -> np.ndarray:
     """The `size` of `n` questions that step `step` takes, int64 [size]: a pure function, so a resumed run is the same run.
 
     Each epoch of n // size steps walks through its own permutation, keyed by (seed, epoch); the tail that does not fill a batch is left
-    out, other questions each epoch. Sorted raw Philox words, not `Generator.permutation`: NumPy keeps only the raw stream across releases.
+    out, other questions each epoch. `in_order`: what is left comes as it stands. Sorted raw Philox words, not `Generator.permutation`:
+    NumPy keeps only the raw stream across releases.
     """
     if size > n:
         raise DataError(f"a batch of {size} questions cannot be drawn from {n} without repeats; set sample.questions to {n} or less")
     epoch, i = divmod(step, n // size)
     words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
-    return np.argsort(words, kind="stable")[i * size : (i + 1) * size]
+    taken = np.argsort(words, kind="stable")[: n // size * size]
+    return (np.sort(taken) if in_order else taken)[i * size : (i + 1) * size]
 
 
-def distinct(questions: list[Question]) -> list[int]:
-    """Indices of the questions that do not exactly repeat an earlier one: 723 of MMLU-Pro Health's official 818."""
-    first: dict[tuple, int] = {}
-    for i, q in enumerate(questions):
-        first.setdefault((q.question, q.options, q.answer), i)
-    return list(first.values())
+def step_batch(config: Config, n: int, step: int) -> np.ndarray:
+    """`batch_at` of a run over n questions."""
+    in_order = config.data.pass_count is not None and config.data.pass_count.order is not None
+    return batch_at(n, step, config.sample.questions, config.seed, in_order)
+
+
+def repeats(questions: list[Question]) -> dict[str, str]:
+    """The ids of questions that exactly repeat an earlier one, and that one's: 95 of MMLU-Pro Health's official 818."""
+    first: dict[tuple, str] = {}
+    return {q.id: first[asked] for q in questions if first.setdefault(asked := (q.question, q.options, q.answer), q.id) != q.id}
+
+
+def _by_pass_count(questions: list[Question], config: PassCountConfig) -> list[Question]:
+    """The questions that `keep` takes, in `order`. Those that `medrlvr difficulty` could not ask, for their length, are left out."""
+    path = Path(config.file).expanduser()
+    if not path.is_file():
+        raise DataError(f"pass_count.file {config.file!r}: no such file; `medrlvr difficulty` writes one")
+    right: dict[str, int | None] = {}
+    for number, row in _jsonl(path):
+        if isinstance(row, DataError) or not isinstance(row.get("id"), str) or type(row.get("right")) not in (int, type(None)):
+            raise DataError(
+                f'{path}, line {number}: a line such as {{"id": "train-1", "right": 3}} is needed, as `medrlvr difficulty` writes'
+            )
+        right[row["id"]] = row.get("right")
+    missing = [q.id for q in questions if q.id not in right]
+    if missing:
+        what = f"{len(missing)} of {len(questions)} questions have no count there, the first is {missing[0]!r}"
+        raise DataError(f"pass_count.file {config.file!r}: {what}; run `medrlvr difficulty` on this very set, to its end")
+    low, high = config.keep or (0, max((n for n in right.values() if n is not None), default=0))
+    counts = {q.id: n for q in questions if (n := right[q.id]) is not None and low <= n <= high}
+    if not counts:
+        raise DataError(f"pass_count.keep: no question has {low} to {high} right samples by {config.file}; widen it")
+    kept, sign = [q for q in questions if q.id in counts], {"easy_first": -1, "hard_first": 1, None: 0}[config.order]
+    return sorted(kept, key=lambda q: sign * counts[q.id])
 
 
 def _embedded(path: str, names: tuple[str, ...]) -> str:

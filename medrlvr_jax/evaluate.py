@@ -1,21 +1,22 @@
 """Evaluation: the first half of a training step, over whole sets, with the training's own sampler and reward."""
 
+import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from medrlvr_jax import data, hf, log, lora
+from medrlvr_jax import answers, data, hf, log, lora
 from medrlvr_jax.build import Parts, abstract_params, build, load_base, load_params, make_relay
-from medrlvr_jax.checkpoint import restore_params
-from medrlvr_jax.config import ConfigError, SampleConfig, load
-from medrlvr_jax.experience import Encoded, encode, sample_and_score
+from medrlvr_jax.checkpoint import best_step, restore_params
+from medrlvr_jax.config import ConfigError, SampleConfig, SetConfig, load
+from medrlvr_jax.experience import Encoded, encode, reorder, sample_and_score
 from medrlvr_jax.processes import gather
-from medrlvr_jax.report import table
 from medrlvr_jax.types import Params
 
 NOISE = 2**31 + 1  # folded into the seed: evaluation draws from a stream of its own, the same at every step
@@ -25,34 +26,55 @@ def load_sets(parts: Parts) -> dict[str, Encoded]:
     """Read and encode every evaluation set of the config."""
     sets = {}
     for name, spec in parts.config.eval.sets.items():
-        sets[name] = encode(parts.tokenizer, data.load(spec), parts.config)
+        sets[name] = encode(parts.tokenizer, data.load(spec), parts.config, spec.shuffle_options)
         if not sets[name].questions:
             limit = parts.config.prompt.max_tokens
             raise ConfigError(f"eval.sets.{name}: no question of {spec.path} fits prompt.max_tokens = {limit}; raise it")
     return sets
 
 
-def evaluate(parts: Parts, decode_params: Params, encoded: Encoded, progress: Callable[[int, int], None] = lambda done, n: None) -> tuple:
-    """Answer every question of a set. Returns (counts for summary.json, rows for a JSONL file)."""
-    c = parts.config
-    sample = SampleConfig(
-        questions=c.eval.batch,
-        samples=c.eval.samples,
-        max_new_tokens=c.eval.max_new_tokens or c.sample.max_new_tokens,
-        temperature=c.eval.temperature,
-    )
-    key = jax.random.fold_in(jax.random.key(c.seed), np.uint32(NOISE))
-    n, rows = len(encoded.questions), []
-    for start in range(0, n, c.eval.batch):
-        index = np.arange(start, start + c.eval.batch) % n  # the last batch is filled up; its surplus is not counted
-        scored = sample_and_score(decode_params, parts, encoded, index, key, sample)
-        for row in np.flatnonzero(scored.counted & (scored.places < (n - start) * c.eval.samples)).tolist():
-            place = int(scored.places[row])
-            whose = {"subject": scored.questions[row].subject, "sample": place % c.eval.samples}
-            rows.append((start * c.eval.samples + place, scored.record(row) | whose))
-        progress(min(start + c.eval.batch, n), n)
+def evaluate(
+    parts: Parts,
+    decode_params: Params,
+    encoded: Encoded,
+    progress: Callable[[int, int], None] = lambda done, n: None,
+    policy: Params | None = None,
+) -> tuple:
+    """Answer every question of a set. Returns (counts for summary.json, rows for a JSONL file); entropies too if `policy` is there."""
+    n, size, draws = len(encoded.questions), parts.config.eval.batch, parts.config.eval.samples if encoded.shuffle else 1
+    rows = []
+    for draw in range(draws):
+        for start in range(0, n, size):
+            rows += ask(parts, decode_params, encoded, np.arange(start, min(start + size, n)), draw, policy)
+            progress((draw * n + min(start + size, n)) // draws, n)
     rows = [row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda r: r[0])]
     return summarise(rows, encoded.dropped), rows
+
+
+def ask(
+    parts: Parts, decode_params: Params, encoded: Encoded, index: np.ndarray, draw: int = 0, policy: Params | None = None
+) -> list[tuple[int, dict[str, Any]]]:
+    """`eval.samples` answers to each question at `index`, at most `eval.batch` of them: this process's, each after its place in the set.
+
+    Where options are shuffled, one answer to each, in the order of `draw`.
+    """
+    c, n, k = parts.config, len(index), parts.config.eval.samples
+    alone = 1 if encoded.shuffle else k
+    length = c.eval.max_new_tokens or c.sample.max_new_tokens
+    sample = SampleConfig(questions=c.eval.batch, samples=alone, max_new_tokens=length, temperature=c.eval.temperature)
+    key = jax.random.fold_in(jax.random.key(c.seed), np.uint32(NOISE))
+    index = np.resize(index, c.eval.batch)  # the last batch is filled up with its first questions; they are not counted again
+    if encoded.shuffle:
+        encoded, key = reorder(parts, encoded, index, draw), jax.random.fold_in(key, draw)
+    scored = sample_and_score(decode_params, parts, encoded, index, key, sample, policy)
+    rows = []
+    for row in np.flatnonzero(scored.counted & (scored.places < n * alone)).tolist():
+        question, which = divmod(int(scored.places[row]), alone)
+        whose = {"subject": scored.questions[row].subject, "sample": draw + which}
+        if (name := scored.questions[row].id) in encoded.repeats:
+            whose |= {"repeats": encoded.repeats[name]}
+        rows.append((int(index[question]) * k + draw + which, scored.record(row) | whose))
+    return rows
 
 
 def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:
@@ -80,8 +102,8 @@ def evaluate_sets(parts: Parts, decode_params: Params, sets: dict[str, Encoded],
     return metrics
 
 
-def open_source(source: Path, settings: list[str], step: int | None) -> tuple[Parts, Params, Path]:
-    """A run's policy (by default its newest), or the model that a config names, whole; and a folder to write to."""
+def open_source(source: Path, settings: list[str], step: int | Literal["best"] | None) -> tuple[Parts, Params, int]:
+    """A run's policy (by default its newest) and its step, or the model that a config names and 0; the parameters are whole."""
     if source.is_dir():
         if not (source / "config.yaml").is_file():
             raise ConfigError(f"{source}: no config.yaml in it; give a run's folder, such as runs/quickstart, or a config file")
@@ -89,38 +111,70 @@ def open_source(source: Path, settings: list[str], step: int | None) -> tuple[Pa
         with jax.set_mesh(parts.mesh):
             abstract = lora.trained(abstract_params(parts, parts.cfg), parts.cfg)
             params, step = restore_params(source / "checkpoints", abstract, step)
-            return parts, lora.join(load_base(parts), params), source / f"eval-{step}"
+            return parts, lora.join(load_base(parts), params), step
+    if step is not None:
+        raise ConfigError(f"--step {step}: {source} is no run's folder, so there are no checkpoints; leave it out")
     parts = build(load(source, settings))
     with jax.set_mesh(parts.mesh):
-        params = lora.join(load_base(parts), load_params(parts, parts.cfg))
-        return parts, params, Path(parts.config.runs) / parts.config.name / "eval-0"
+        return parts, lora.join(load_base(parts), load_params(parts, parts.cfg)), 0
 
 
-def evaluate_source(source: Path, settings: list[str], step: int | None, out: Path | None) -> int:
-    """`medrlvr eval`: one JSONL of answers a set, eval.json with the counts, and a table."""
-    parts, params, folder = open_source(source, settings, step)
-    folder = out or folder
-    if (folder / "eval.json").exists():
-        raise ConfigError(f"{folder}: it holds an evaluation already; give another --out")
+def home(source: Path, parts: Parts) -> Path:
+    """The folder of a run, or the one that a run of this config would have."""
+    return source if source.is_dir() else Path(parts.config.runs) / parts.config.name
+
+
+def new_folder(source: Path, parts: Parts, name: str, out: Path | None, holds: str) -> Path:
+    """Where results go: `out`, or `name` in the run's folder; refused if it has the file `holds` already."""
+    folder = out or home(source, parts) / name
+    if (folder / holds).exists():
+        raise ConfigError(f"{folder}: it holds {holds} already; give another --out")
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def chosen_on(source: Path, step: int, sets: dict[str, SetConfig]) -> list[str]:
+    """Of the evaluated sets those by which this very checkpoint was chosen as the best: on them its accuracy is too high."""
+    if not source.is_dir():
+        return []
+    own = load(source / "config.yaml")
+    name = (own.checkpoint.best or "").removeprefix("eval.").rpartition(".")[0]
+    if name not in own.eval.sets or best_step(source / "checkpoints") != step:
+        return []
+    same = dataclasses.replace(own.eval.sets[name], limit=None)
+    return [n for n, spec in sets.items() if dataclasses.replace(spec, limit=None) == same]
+
+
+def evaluate_source(source: Path, settings: list[str], step: int | Literal["best"] | None, out: Path | None) -> int:
+    """`medrlvr eval`: one JSONL of answers a set, eval.json with the counts and what they show, and tables."""
+    parts, params, step = open_source(source, settings, step)
     sets = load_sets(parts)
     if not sets:
         raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")
-    writes, console, results = jax.process_index() == 0, log.Console(len(sets)), {}
-    if writes:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(source, parts, f"eval-{step}", out, "eval.json")
+    writes, console, results, found = jax.process_index() == 0, log.Console(len(sets)), {}, {}
     with jax.set_mesh(parts.mesh):
         decode_params = make_relay(parts, parts.cfg)(params)
         for name, encoded in sets.items():
-            counts, rows = evaluate(parts, decode_params, encoded, lambda done, n, name=name: console.progress(f"eval {name}", done, n))
-            results[name] = counts
+            said = partial(console.progress, f"eval {name}")
+            results[name], rows = evaluate(parts, decode_params, encoded, said, params)
+            found[name] = answers.describe(answers.of_rows(rows, name))
             if writes:
                 log.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     console.close()
     if not writes:
         return 0
-    log.write_json(folder / "eval.json", {"source": str(source), "eval": results, "versions": log.versions()})
-    print(table({"eval": {name: {"after": counts} for name, counts in results.items()}}))
-    print(f"answers: {folder}")
+    chosen = chosen_on(source, step, parts.config.eval.sets)
+    warnings = [f"{name}: checkpoint {step} was chosen as the best on these questions: its accuracy here is too high" for name in chosen]
+    about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings}
+    log.write_json(folder / "eval.json", about | {"eval": results, "statistics": found})
+    print(answers.show(found))
+    for name, counts in results.items():
+        if counts["dropped_prompts"]:
+            limit = parts.config.prompt.max_tokens
+            print(f"{name}: {counts['dropped_prompts']} questions are not in these figures: longer than prompt.max_tokens = {limit}")
+    print("\n".join([*(f"warning: {w}" for w in warnings), f"answers: {folder}"]))
     return 0
 
 

@@ -5,6 +5,7 @@ Of a batch, a process encodes, decodes and scores the rows that its devices hold
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +18,12 @@ import numpy as np
 from medrlvr_jax import advantages, lora, scoring, stages, text, user_reward
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import COMPARING, Config, SampleConfig
-from medrlvr_jax.data import LETTERS, Question
+from medrlvr_jax.data import LETTERS, Question, repeats
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, score, toss
 from medrlvr_jax.sample import generate
 from medrlvr_jax.sharding import by_rows, fetch_rows, join_rows, own_rows, place_rows, split_rows, to_memory
+from medrlvr_jax.shuffle import shuffled
 from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Params, Prompts, Rollout
 
 WIDTH_STEP = 16  # widths are multiples of this, so that few shapes are compiled
@@ -39,10 +41,9 @@ class Encoded:
     tokens: list[list[int]]
     ids: np.ndarray  # uint32
     dropped: int
-
-    @property
-    def width(self) -> int:
-        return width(max(map(len, self.tokens)))
+    width: int  # columns of a batch of prompts, whichever questions it holds and in whatever order their options stand
+    shuffle: bool = False  # whether its options are to be shuffled: see `reorder`
+    repeats: dict[str, str] = dataclasses.field(default_factory=dict)  # see `data.repeats`
 
     def prompts(self, index: Sequence[int] | np.ndarray, pad_id: int) -> Prompts:
         return text.pad_prompts([self.tokens[i] for i in index], self.ids[np.asarray(index)], self.width, pad_id)
@@ -61,6 +62,7 @@ class Scored:
     stopped: np.ndarray  # bool [N], False where the budget cut the response
     stages: list[str]  # [N], which of the paper's six stages each completion shows
     failed: dict[int, str]  # rows on which the user's own reward failed, and why; their reward is NaN
+    entropy: np.ndarray | None = None  # float [N], the policy's, in nats, mean over the response's tokens; None where it was not taken
 
     def record(self, row: int) -> dict[str, Any]:
         """One completion as a JSON object: what samples.jsonl and an evaluation's answers both say of it."""
@@ -79,14 +81,34 @@ class Scored:
             "stage": self.stages[row],
             "length": int(self.lengths[row]),
             "stopped": bool(self.stopped[row]),
+            **({"order": question.order} if question.order else {}),
+            **({} if self.entropy is None else {"entropy": round(float(self.entropy[row]), 6)}),
         } | failed
 
 
-def encode(tokenizer: text.Tokenizer, questions: list[Question], config: Config) -> Encoded:
+def encode(tokenizer: text.Tokenizer, questions: list[Question], config: Config, shuffle: bool = False) -> Encoded:
     tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt)
     gone = set(dropped)
     kept = [i for i in range(len(questions)) if i not in gone]
-    return Encoded([questions[i] for i in kept], tokens, np.array(kept, np.uint32), len(dropped))
+    left, columns = [questions[i] for i in kept], width(max(map(len, tokens), default=0))
+    return Encoded(left, tokens, np.array(kept, np.uint32), len(dropped), columns, shuffle, repeats(left))
+
+
+def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Encoded:
+    """`encoded` with other orders of options in the questions at `index`, as far as this process holds them. `draw`: epoch or sample.
+
+    An order whose prompt has more tokens than fit is not taken: the question then stands as in its file.
+    """
+    own = index[own_rows(len(index), parts.mesh)[0]].tolist()
+    wanted = [shuffled(encoded.questions[i], parts.config.seed, draw) for i in own]
+    rows, limit = text.encode_questions(parts.tokenizer, wanted, parts.config.prompt), min(encoded.width, parts.config.prompt.max_tokens)
+    questions, tokens = list(encoded.questions), list(encoded.tokens)
+    for i, question, row in zip(own, wanted, rows, strict=True):
+        if len(row) <= limit:
+            questions[i], tokens[i] = question, row
+        else:
+            questions[i] = dataclasses.replace(questions[i], order=LETTERS[: len(question.options)])
+    return dataclasses.replace(encoded, questions=questions, tokens=tokens)
 
 
 def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array | None = None) -> Scored:
@@ -125,13 +147,34 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
     return place_rows(encoded.prompts(index[own], parts.tokenizer.pad_id), len(index), parts.mesh)
 
 
-def sample_and_score(
-    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, coin: Array | None = None
-) -> Scored:
-    """Evaluation's whole job; with training's key as `coin`, a replay's."""
+def draw(
+    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig
+) -> tuple[Prompts, Rollout]:
+    """Responses to the questions at `index` by `parts.cfg`."""
     prompts = place_prompts(parts, encoded, index)
-    rollout = generate(decode_params, parts.cfg, prompts, key, sample, parts.tokenizer.stop_ids, parts.tokenizer.pad_id)
-    return score_rollout(parts, encoded, index, rollout, coin)
+    return prompts, generate(decode_params, parts.cfg, prompts, key, sample, parts.tokenizer.stop_ids, parts.tokenizer.pad_id)
+
+
+def sample_and_score(
+    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, policy: Params | None = None
+) -> Scored:
+    """Evaluation's whole job. With `policy`, the whole parameters as the trainer has them, also the entropy of each response."""
+    prompts, rollout = draw(decode_params, parts, encoded, index, key, sample)
+    if policy is None:
+        return score_rollout(parts, encoded, index, rollout)
+    entropy = assess_alone(policy, parts, prompts, rollout, sample.temperature or 1.0).entropy
+    scored = score_rollout(parts, encoded, index, rollout)
+    entropy, mask = (x.reshape(len(scored.places), -1) for x in fetch_rows((entropy, rollout.mask), parts.mesh))
+    return dataclasses.replace(scored, entropy=np.where(mask, entropy, 0).sum(1) / np.maximum(mask.sum(1), 1))
+
+
+def assess_alone(policy: Params, parts: Parts, prompts: Prompts, rollout: Rollout, temperature: float = 1.0) -> Assessment:
+    """What the policy, whole, says of responses that are there, by the training's own pass; no reference and no critic."""
+    learn, rows = parts.config.learn, len(rollout.tokens)
+    settings = {"cfg": parts.cfg, "critic_cfg": parts.critic_cfg, "temperature": temperature, "slab": parts.config.model.logit_slab}
+    sizes = (rollout.tokens.shape[1] * rollout.tokens.shape[2],)
+    micro = math.gcd(rows, learn.microbatch or learn.minibatch)
+    return assess(Frozen({}, None), policy, None, prompts, rollout, **settings, sizes=sizes, micro=micro)
 
 
 @partial(jax.jit, static_argnames=("cfg", "critic_cfg", "temperature", "slab", "sizes", "micro"))

@@ -16,7 +16,7 @@ from medrlvr_jax import config, data, log, lora, train, user_reward
 from medrlvr_jax.build import build, load_frozen, total_steps
 from medrlvr_jax.checkpoint import restore_before
 from medrlvr_jax.config import ConfigError
-from medrlvr_jax.experience import encode, sample_and_score
+from medrlvr_jax.experience import draw, encode, score_rollout
 
 
 def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         raise ConfigError(f"--row {row}: a step of {run} has rows 0 to {n - 1}, sample.samples = {c.sample.samples} to a question")
     user_reward.worker(c.reward)
     parts, console = build(c), log.Console(step)
-    encoded = encode(parts.tokenizer, data.load(c.data), c)
+    encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options)
     with jax.set_mesh(parts.mesh):
         programs, state = train.start(parts, total_steps(c, len(encoded.questions)))
         frozen = load_frozen(parts)
@@ -43,14 +43,15 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
             console.notice(f"checkpoint {step - 1} is not kept: training steps {done + 1} to {step - 1} again, which took {seconds} then")
         said = time.monotonic()
         for k in range(done, step - 1):
-            state, *_ = train.train_step(parts, programs, encoded, state, frozen, k)
+            state, *_ = train.train_step(parts, programs, train.at_epoch(parts, encoded, k), state, frozen, k)
             if time.monotonic() - said > log.QUIET:
                 said = time.monotonic()
                 console.notice(f"step {k + 1}/{step - 1}")
-        index = data.batch_at(len(encoded.questions), step - 1, c.sample.questions, c.seed)
+        encoded, index = train.at_epoch(parts, encoded, step - 1), data.step_batch(c, len(encoded.questions), step - 1)
         key = jax.random.fold_in(jax.random.key(c.seed), step - 1)
-        sampler = dataclasses.replace(parts, cfg=parts.sampler_cfg)
-        scored = sample_and_score(programs.relay(lora.join(frozen.base, state.policy.params)), sampler, encoded, index, key, c.sample, coin=key)
+        decode_params = programs.relay(lora.join(frozen.base, state.policy.params))
+        _, rollout = draw(decode_params, dataclasses.replace(parts, cfg=parts.sampler_cfg), encoded, index, key, c.sample)
+        scored = score_rollout(parts, encoded, index, rollout, coin=key)
     drawn = json.loads(json.dumps(train.sample_record(parts, encoded, index, scored, row)))  # as a log gives it back
     logged = next((s for s in samples if s["step"] == step and s["row"] == row), None)
     differ = [k for k, v in (logged or {}).items() if k != "step" and drawn.get(k) != v]

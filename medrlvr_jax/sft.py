@@ -21,6 +21,8 @@ from medrlvr_jax.types import Experience, TrainState
 def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int]:
     """(prompt, target) tokens of every row, and how many were dropped for their length."""
     c, tok = parts.config, parts.tokenizer
+    if c.data.shuffle_options:
+        raise ConfigError("data.shuffle_options: fine-tuning encodes its rows once, and rationales may name letters; set it to false")
     if c.sft.target == "text":
         examples = data.load_text(c.data)
         prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, [e.prompt for e in examples])]
@@ -65,7 +67,7 @@ def sft(config: Config) -> dict[str, Any]:
         zeros = jax.device_put((np.float32(0), np.int32(0)), sharding.replicated(parts.mesh))
 
         def one(state: TrainState, step: int, _: Any):
-            index = data.batch_at(len(rows), step, config.sample.questions, config.seed)
+            index = data.step_batch(config, len(rows), step)
             key = jax.random.fold_in(jax.random.key(config.seed), step)
             own, _ = sharding.own_rows(len(index), parts.mesh)
             targets = sharding.place_rows(batch(rows, index[own], widths, parts.tokenizer.pad_id), len(index), parts.mesh)

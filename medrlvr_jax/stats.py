@@ -36,19 +36,23 @@ def wilson(correct: float, n: int, z: float = Z95) -> tuple[float, float]:
 
 def bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval:
     """Mean of per-question values [n] and its 95 % percentile interval over resampled questions (Efron 1979)."""
-    values = np.asarray(values, np.float64)
-    # Resampling n of n is a multinomial draw of how often each question comes.
-    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
-    low, high = np.quantile(counts @ values / len(values), (0.025, 0.975))
-    return Interval(float(values.mean()), float(low), float(high))
+    n, mean = len(values), float(np.mean(values, dtype=np.float64))
+    # Resampling n of n is a multinomial draw of how often each value comes; shares of k samples have at most k + 1 values.
+    levels, times = np.unique(np.asarray(values, np.float64), return_counts=True)
+    counts = np.random.default_rng(seed).multinomial(n, times / n, size=draws)
+    low, high = np.quantile(counts @ levels / n, (0.025, 0.975))
+    return Interval(mean, float(low), float(high))
 
 
 def accuracy(correct: np.ndarray) -> Interval:
-    """Share of right answers: Wilson's interval for one answer a question, resampled questions for several ([n, k])."""
-    correct = np.asarray(correct)
-    if correct.ndim == 1 or correct.shape[1] == 1:
-        return Interval(float(correct.mean()), *wilson(float(correct.sum()), correct.size))
-    return bootstrap(correct.mean(1))
+    """Share of right answers: Wilson's interval for one answer a question, resampled questions for several ([n, k]).
+
+    Where all questions have the same share, resampling has nothing to tell, and Wilson's interval of n questions stands in.
+    """
+    shares = np.asarray(correct, np.float64).reshape(len(correct), -1).mean(1)
+    if np.asarray(correct).size == len(shares) or (shares == shares[0]).all():
+        return Interval(float(shares.mean()), *wilson(float(shares.sum()), len(shares)))
+    return bootstrap(shares)
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
@@ -156,6 +160,14 @@ def answer_entropy(answers: np.ndarray) -> np.ndarray:
     return out
 
 
+def consistency(answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each question's k answers [n, k] to other orders of its options: whether all are the same option, bool [n], and the share of
+    pairs that are, float [n]. No answer is the same as nothing."""
+    k = answers.shape[1]
+    agree = ((answers[:, :, None] == answers[:, None]) & (answers != "")[:, None]).sum((1, 2)) - (answers != "").sum(1)
+    return agree == k * (k - 1), agree / (k * (k - 1))
+
+
 def boundary(base: np.ndarray, trained: np.ndarray) -> dict[str, float]:
     """What training kept, gained and lost of the questions that k samples solve at least once; bool [n, k] each.
 
@@ -180,16 +192,20 @@ def boundary(base: np.ndarray, trained: np.ndarray) -> dict[str, float]:
 
 
 def letter_bias(answers: np.ndarray, key: np.ndarray) -> dict[str, Any]:
-    """How often each letter is answered against how often it is the key, and the χ² test of the one against the other's shares."""
-    given = answers[answers != ""]
-    letters = sorted(set(key.tolist()) | set(given.tolist()))
-    answered, keyed = (np.array([(x == letter).sum() for letter in letters]) for x in (given, key))
+    """How often each letter is answered against how often it is the key, and the χ² test of the one against the other's shares.
+
+    `answers` [n] or [n, k]: each of k samples counts 1/k, since samples of one question are no new evidence of a bias. `key` likewise.
+    """
+    answers, key = (np.asarray(x).reshape(len(x), -1) for x in (answers, key))
+    letters = sorted((set(key.ravel().tolist()) | set(answers.ravel().tolist())) - {""})
+    answered, keyed = (np.array([(x == letter).mean(1).sum() for letter in letters]) for x in (answers, key))
     use = keyed > 0  # a letter that is never the key has no expected count
-    if len(given) == 0 or use.sum() < 2 or answered[use].sum() == 0:
+    if use.sum() < 2 or answered[use].sum() == 0:
         p = 1.0
     else:
         p = float(scipy.stats.chisquare(answered[use], keyed[use] / keyed[use].sum() * answered[use].sum()).pvalue)
-    shares = {x: {"answered": a / max(len(given), 1), "key": b / len(key)} for x, a, b in zip(letters, answered, keyed, strict=True)}
+    given = answered.sum() or 1.0
+    shares = {x: {"answered": a / given, "key": b / len(key)} for x, a, b in zip(letters, answered.tolist(), keyed.tolist(), strict=True)}
     return {"letters": shares, "p": p}
 
 

@@ -165,26 +165,26 @@ def byte_tokenizer() -> Tokenizer:
 
 def encode_texts(tok: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Texts as they stand, each after the tokenizer's own BOS if it has one."""
-    return [tok.prefix + ids for ids in _spell(tok, texts)]
+    return [tok.prefix + ids for ids in spell(tok, texts)]
 
 
 def encode_prompt(tok: Tokenizer, question: Question, config: PromptConfig) -> list[int]:
-    return _encode(tok, [question], config)[0]
+    return encode_questions(tok, [question], config)[0]
 
 
 def encode_prompts(tok: Tokenizer, questions: list[Question], config: PromptConfig) -> tuple[list[list[int]], list[int]]:
     """(tokens of the prompts that fit `max_tokens`, indices of the questions that do not)."""
-    rows = _encode(tok, questions, config)
+    rows = encode_questions(tok, questions, config)
     dropped = [i for i, row in enumerate(rows) if len(row) > config.max_tokens]
     return [row for row in rows if len(row) <= config.max_tokens], dropped
 
 
 def encode_targets(tok: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Responses to learn, each with the stop token that ends it."""
-    return [[*ids, tok.stop_ids[0]] for ids in _spell(tok, texts)]
+    return [[*ids, tok.stop_ids[0]] for ids in spell(tok, texts)]
 
 
-def _encode(tok: Tokenizer, questions: list[Question], config: PromptConfig) -> list[list[int]]:
+def encode_questions(tok: Tokenizer, questions: list[Question], config: PromptConfig) -> list[list[int]]:
     """Without a chat template a prompt ends with a line break, so that a response begins on a line of its own."""
     head, before, after, tail = tok.frame if config.chat else (tok.prefix, "", "\n", [])
     rendered = [render(question, config.template) for question in questions]
@@ -193,11 +193,11 @@ def _encode(tok: Tokenizer, questions: list[Question], config: PromptConfig) -> 
         if bad := next((q for q, content in zip(questions, rendered, strict=True) if end in content), None):
             raise DataError(f"question {bad.id}: it spells {end!r}, which ends the user's turn in this chat template; take it out")
     texts = [before + content + after for content in rendered]
-    begun = tail + _spell(tok, [config.prefill])[0]
-    return [head + ids + begun for ids in _spell(tok, texts)]
+    begun = tail + spell(tok, [config.prefill])[0]
+    return [head + ids + begun for ids in spell(tok, texts)]
 
 
-def _spell(tok: Tokenizer, texts: list[str]) -> list[list[int]]:
+def spell(tok: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Texts that are not to be trusted, as tokens; no special one can be among them."""
     rows = [encoding.ids for encoding in tok.plain.encode_batch(texts, add_special_tokens=False)]
     for text, ids in zip(texts, rows, strict=True):
@@ -282,6 +282,6 @@ def _chat_traps(tok: Tokenizer) -> list[str]:
     turn = [{"role": "user", "content": "Which?"}]
     usual = tok.trusted.encode(tok.hf.apply_chat_template(turn, tokenize=False, add_generation_prompt=True), add_special_tokens=False).ids
     out = [f"with prompt.chat, before the user's text stands {tok.show(head) + before!r}"]
-    if head + _spell(tok, [before + "Which?" + after])[0] + tail != usual:
+    if head + spell(tok, [before + "Which?" + after])[0] + tail != usual:
         out.append("with prompt.chat, a prompt's tokens differ from apply_chat_template's at the seam between the template and the text")
     return out

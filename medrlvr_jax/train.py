@@ -31,7 +31,7 @@ from medrlvr_jax.build import Parts, abstract_learner, build, init_learner, load
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.compiles import Compiles
 from medrlvr_jax.config import Config, ConfigError, Diverged
-from medrlvr_jax.experience import Encoded, Scored, collect, encode
+from medrlvr_jax.experience import Encoded, Scored, collect, encode, reorder
 from medrlvr_jax.learn import adapt_kl, compile_learn, critic_objective, make_optimizer, offload, policy_objective
 from medrlvr_jax.losses import explained_variance
 from medrlvr_jax.processes import gather
@@ -46,7 +46,7 @@ def train(config: Config) -> dict[str, Any]:
     """Run or resume a training; returns what summary.json holds."""
     user_reward.worker(config.reward)
     parts = build(config)
-    encoded = encode(parts.tokenizer, data.load(config.data), config)
+    encoded = encode(parts.tokenizer, data.load(config.data), config, config.data.shuffle_options)
     if not encoded.questions:
         raise ConfigError(f"data.path: no question of {config.data.path} fits prompt.max_tokens = {config.prompt.max_tokens}; raise it")
     steps = total_steps(config, len(encoded.questions))
@@ -56,11 +56,12 @@ def train(config: Config) -> dict[str, Any]:
         frozen = load_frozen(parts)
 
         def one(state: TrainState, step: int, history: log.Records):
-            state, stats, scored, experience = train_step(parts, programs, encoded, state, frozen, step)
+            now = at_epoch(parts, encoded, step)
+            state, stats, scored, experience = train_step(parts, programs, now, state, frozen, step)
             metrics = summarise(stats, scored) | monitors.watch(scored, config.sample.samples, history)
             found = monitors.alarms(metrics, history, config)
             lasted, said = monitors.mark(found, history)
-            rows = samples(parts, encoded, scored, step)
+            rows = samples(parts, now, scored, step)
             return state, metrics | lasted, rows, experience, tell(said, scored, metrics, config)
 
         notices = [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
@@ -180,12 +181,20 @@ def start(parts: Parts, steps: int) -> tuple[Programs, TrainState]:
     return programs, state
 
 
+def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
+    """The questions of step `step` with their options in their epoch's order, where `data.shuffle_options` asks for it."""
+    if not encoded.shuffle:
+        return encoded
+    n = len(encoded.questions)
+    return reorder(parts, encoded, data.step_batch(parts.config, n, step), step // (n // parts.config.sample.questions))
+
+
 def train_step(
     parts: Parts, programs: Programs, encoded: Encoded, state: TrainState, frozen: Frozen, step: int
 ) -> tuple[TrainState, dict[str, Any], Scored, Experience]:
     """Step `step` of the method box above; batch and noise are functions of (seed, step), so a resumed run is the same run."""
     c = parts.config
-    index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
+    index = data.step_batch(c, len(encoded.questions), step)
     key = jax.random.fold_in(jax.random.key(c.seed), step)
     critic = None if state.critic is None else state.critic.params
     policy = state.policy.params
@@ -254,7 +263,7 @@ def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[d
     """Records for samples.jsonl: the first sample of questions spread over the step's batch, from whichever process has each; and, at
     any step, completions on which the user's reward failed."""
     c = parts.config
-    index = data.batch_at(len(encoded.questions), step, c.sample.questions, c.seed)
+    index = data.step_batch(c, len(encoded.questions), step)
     wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
     wanted = [] if not c.log.samples_every or step % c.log.samples_every else wanted
     shown = np.isin(scored.places, wanted)

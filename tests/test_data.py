@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medrlvr_jax import data
-from medrlvr_jax.config import SetConfig
+from medrlvr_jax.config import PassCountConfig, SetConfig
 from medrlvr_jax.data import DataError, Example, Question, batch_at, load, load_text
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -263,6 +263,33 @@ def test_hostile_bytes_raise_nothing_but_data_errors(tmp_path_factory, form, suf
     only_data_errors(path, form)
 
 
+# ---- sets ----
+
+
+def test_repeats_are_those_with_the_same_words_and_key():
+    q = Question("1", "Which?", ("a", "b"), 0)
+    others = [Question("2", "Which?", ("a", "b"), 1), Question("3", "Which?", ("b", "a"), 0), Question("4", "Which?", ("a", "b"), 0, "s")]
+    assert data.repeats([q, *others, Question("5", "Which?", ("a", "b"), 1)]) == {"4": "1", "5": "2"}
+
+
+def test_questions_by_their_pass_counts(file):
+    path = file("set.jsonl", [PLAIN | {"id": str(i)} for i in range(5)])
+    counts = file("counts.jsonl", [{"id": str(i), "right": right} for i, right in enumerate([0, 3, 8, 7, None])])
+
+    def ids(**fields):
+        return [q.id for q in read(path, pass_count=PassCountConfig(file=counts, **fields))]
+
+    assert ids(keep=(1, 7)) == ["1", "3"] and ids(keep=(0, 3)) == ["0", "1"] and ids(keep=(7, 8), order="easy_first") == ["2", "3"]
+    assert ids(order="easy_first") == ["2", "3", "1", "0"] == ids(order="hard_first")[::-1]  # the fifth was too long to be asked
+    assert "no question has 4 to 6 right samples" in complaint(path, pass_count=PassCountConfig(file=counts, keep=(4, 6)))
+    few = file("few.jsonl", [{"id": "0", "right": 1}])
+    assert "4 of 5 questions have no count there, the first is '1'" in complaint(path, pass_count=PassCountConfig(file=few, keep=(1, 7)))
+    assert [q.id for q in read(path, limit=1, pass_count=PassCountConfig(file=few, keep=(1, 7)))] == ["0"]
+    bad = file("bad.jsonl", [{"id": "0", "right": "1"}])
+    assert "bad.jsonl, line 1: a line such as" in complaint(path, pass_count=PassCountConfig(file=bad, keep=(1, 7)))
+    assert "no such file" in complaint(path, pass_count=PassCountConfig(file=path + ".no", keep=(1, 7)))
+
+
 # ---- batches ----
 
 
@@ -275,6 +302,14 @@ def test_an_epoch_holds_no_question_twice(n, size, epoch, seed):
     assert all(b.shape == (size,) and b.dtype == np.int64 for b in batches)
     assert len(set(seen.tolist())) == len(seen) == n // size * size and 0 <= seen.min() and seen.max() < n
     assert np.array_equal(batches[-1], batch_at(n, steps[-1], size, seed))
+
+
+def test_batches_in_order_go_through_the_set_and_leave_out_any():
+    epochs = [np.concatenate([batch_at(7, 3 * e + i, 2, 0, in_order=True) for i in range(3)]) for e in range(40)]
+    assert all((np.diff(e) > 0).all() for e in epochs)
+    assert {*range(7)} == {i for e in epochs for i in {*range(7)} - {*e.tolist()}}
+    for step in (0, 3, 6):
+        assert set(np.concatenate([batch_at(7, step + i, 2, 0) for i in range(3)])) == set(epochs[step // 3])
 
 
 def test_batches_are_what_they_were():
@@ -320,7 +355,7 @@ def test_real_counts(path, options):
 
 @real
 def test_real_keys_repeats_and_mmlu():
-    assert len(data.distinct(read(str(SHARED / "mmlu_pro/health_test.jsonl")))) == 723
+    assert len(data.repeats(read(str(SHARED / "mmlu_pro/health_test.jsonl")))) == 818 - 723
     assert Counter(q.answer for q in read(str(SHARED / "medmcqa/dev.jsonl"))) == {0: 1348, 1: 1085, 2: 925, 3: 825}
     files = sorted((SHARED / "mmlu").glob("*_test.csv"))
     assert len(files) == 6 and sum(len(read(str(path))) for path in files) == 1089

@@ -107,6 +107,14 @@ def test_letter_bias():
     assert fair["p"] == pytest.approx(1) and stuck["p"] < 1e-30
     assert stuck["letters"]["B"] == {"answered": 1.0, "key": 0.25}
     assert stats.letter_bias(np.array([""] * 4), key)["p"] == 1.0
+    twice = stats.letter_bias(np.array([["B", "B"]] * 20 + [["A", ""]] * 20), np.array(list("AB" * 20)))
+    assert twice["letters"] == {"A": {"answered": 1 / 3, "key": 0.5}, "B": {"answered": 2 / 3, "key": 0.5}}
+    assert twice["p"] == pytest.approx(stats.scipy.stats.chisquare([10, 20]).pvalue)  # a sample is half a question
+
+
+def test_the_interval_of_nothing_right_is_not_a_point():
+    assert stats.accuracy(np.zeros((20, 4), bool)) == (0.0, *stats.wilson(0, 20))
+    assert stats.accuracy(np.eye(4, dtype=bool)) == (0.25, *stats.wilson(1, 4))
 
 
 def test_wilson_against_known_values():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, build, checkpoint, compiles, config, hf, lora, model, rewards, sharding, train
+from medrlvr_jax import __main__, build, checkpoint, compiles, config, data, hf, lora, model, rewards, sharding, train
 
 TREE = {
     "name": "run",
@@ -22,7 +22,7 @@ TREE = {
     "sample": {"questions": 8, "samples": 2, "max_new_tokens": 8},
     "learn": {"minibatch": 8, "policy": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
     "eval": {"batch": 8, "sets": {"in_distribution": {"path": "embedded:in_distribution", "limit": 12}}},
-    "checkpoint": {"every": 1},
+    "checkpoint": {"every": 1, "best": "eval.in_distribution.response_length"},
     "log": {"samples_every": 1, "samples": 2},
     "mesh": {"data": 8},
 }
@@ -121,25 +121,66 @@ def test_replay(run, folder, capsys):
 
 
 def test_eval_and_export(run, folder, capsys, monkeypatch):
-    assert main("eval", run, "--out", folder / "answers") == 0
-    assert "in_distribution" in capsys.readouterr().out
-    counts = json.loads((folder / "answers" / "eval.json").read_text())["eval"]["in_distribution"]
+    other = "eval.sets.other={path: 'embedded:in_distribution', limit: 8}"
+    assert main("eval", run, "--out", folder / "answers", "--step", "best", other) == 0
+    said = capsys.readouterr().out
+    assert all(f"warning: {name}: checkpoint 2 was chosen as the best on these" in said for name in ("in_distribution", "other"))
+    written = json.loads((folder / "answers" / "eval.json").read_text())
+    counts, found = written["eval"]["in_distribution"], written["statistics"]["in_distribution"]
+    assert found["accuracy"]["value"] == counts["accuracy"] and len(found["subjects"]) > 1 and len(written["warnings"]) == 2
+    record = lines(run / "metrics.jsonl")[1]  # random weights: greedy and sampled answers know as little
+    assert found["token_entropy"] == pytest.approx(record["entropy"], rel=0.01)
     assert counts["n"] == len(lines(folder / "answers" / "in_distribution.jsonl")) == 12
     assert counts["correct"] == json.loads((run / "summary.json").read_text())["eval"]["in_distribution"]["after"]["correct"]
     assert main("eval", run, "--out", folder / "answers") == 2  # nothing is overwritten
+    orders = ["eval.sets.in_distribution.shuffle_options=true", "eval.samples=2"]
+    assert main("eval", run, "--out", folder / "orders", *orders) == 0
+    assert "same option in all" in capsys.readouterr().out
+    rows = lines(folder / "orders" / "in_distribution.jsonl")
+    assert len(rows) == 24 and rows[0]["id"] == rows[1]["id"] and rows[0]["order"] != rows[1]["order"]
+    asked = {q.id: q for q in data.load(config.SetConfig(path="embedded:in_distribution"))}
+    assert all(r["order"][data.LETTERS.index(r["key"])] == data.LETTERS[asked[r["id"]].answer] for r in rows)
+    assert main("probe", run, "--out", folder / "probed") == 0
+    assert "answer as at 100 %" in capsys.readouterr().out
+    rows, probed = lines(folder / "probed" / "in_distribution.jsonl"), json.loads((folder / "probed" / "probe.json").read_text())["probe"]
+    greedy = {r["id"]: (r["completion"], r["answer"]) for r in lines(folder / "answers" / "in_distribution.jsonl")}
+    assert {r["id"]: (r["completion"], r["generated"]) for r in rows} == greedy  # the same sampler
+    assert probed["in_distribution"]["n"] == 12 and set(rows[0]["answers"]) >= {"at once", "0 %", "100 %", "another's"}
     two = jax.devices()[:2]  # not the training's eight
     monkeypatch.setattr(jax, "devices", lambda: two)
     assert main("export", run, folder / "exported") == 0
     monkeypatch.undo()
     exported = [f"model.path={folder / 'exported'}", "model.init=pretrained"]
     assert main("eval", folder / "config.yaml", "--out", folder / "again", *exported) == 0
+    assert json.loads((folder / "again" / "eval.json").read_text())["warnings"] == []
+    assert main("eval", folder / "config.yaml", "--step", "1") == 2 and "is no run's folder" in capsys.readouterr().err
     assert lines(folder / "again" / "in_distribution.jsonl") == lines(folder / "answers" / "in_distribution.jsonl")
+
+
+def test_difficulty(folder, capsys):
+    args = ["difficulty", folder / "config.yaml", "--samples", "2", "--out", folder / "counts.jsonl"]
+    assert main(*args) == 0
+    assert "0 of 2" in capsys.readouterr().out
+    rows = lines(folder / "counts.jsonl")
+    questions = data.load(config.SetConfig(path="embedded:train", limit=32))
+    assert [r["id"] for r in rows] == [q.id for q in questions] and all(
+        0 <= r["right"] <= r["format_ok"] <= r["samples"] == 2 for r in rows
+    )
+    text = (folder / "counts.jsonl").read_text()
+    (folder / "counts.jsonl").write_text(text[: len(text) // 2])  # cut off in the middle of a line
+    assert main(*args) == 0 and (folder / "counts.jsonl").read_text() == text
+    assert main(*args[:3], "3", *args[4:]) == 2 and "counts of other questions, samples or of another model" in capsys.readouterr().err
+    chosen = config.SetConfig(path="embedded:train", limit=32, pass_count={"file": str(folder / "counts.jsonl"), "keep": [0, 2]})
+    assert data.load(chosen) == questions
 
 
 def test_grpo_and_sft_run(folder, capsys, caplog):
     grpo = ["name=grpo", "learn.critic=null", "advantage.estimator=group", "kl={coef: 0.01, into: loss, estimator: k3}", "eval.sets={}"]
+    grpo += ["data.shuffle_options=true"]
     assert main("train", folder / "config.yaml", *grpo) == 0
     assert "critic/loss" not in lines(folder / "runs/grpo/metrics.jsonl")[-1]
+    row = lines(folder / "runs/grpo/samples.jsonl")[0]
+    assert sorted(row["order"]) == list(data.LETTERS[: row["options"]])
     sft = ["name=sft", "steps=12", "sft.target=rationale", "eval.sets={}", "checkpoint.every=0", "learn.policy.lr=1e-2"]
     assert main("sft", folder / "config.yaml", *sft) == 0
     losses = [m["loss"] for m in lines(folder / "runs/sft/metrics.jsonl")]
@@ -175,6 +216,9 @@ def test_targets_begin_as_responses_do(folder, capsys):
         ("model.path=./nowhere", "./nowhere"),
         ("sample.temprature=1", "did you mean temperature?"),
         ("mesh.data=3", "mesh.data=3"),
+        ("data.pass_count={file: x}", "data.pass_count: neither keep nor order"),
+        ("data.pass_count={file: x, keep: [7, 1]}", "data.pass_count.keep: [7, 1]: the least comes first"),
+        ("eval.samples=2", "greedy samples are all the same; set eval.temperature above 0, or shuffle_options of in_distribution"),
         ("prompt.max_tokens=3", "prompt.max_tokens = 3"),
         ("prompt.template=direct", "reward.mode: strict pays for a thought and an answer, which prompt.template direct does not ask for"),
         ("sample.questions=64", "sample.questions: 64 is more than the 32 questions"),

@@ -1,0 +1,101 @@
+"""Thoughts cut and answers forced, by hand; log-probs of letters against the model applied token by token."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from test_text import make
+
+from medrlvr_jax import build, config, data, experience, model, probe, text
+
+EMBEDDED = {
+    "name": "probed",
+    "steps": 1,
+    "model": {"path": "embedded", "remat": "none"},
+    "data": {"path": "embedded:in_distribution", "limit": 3},
+    "prompt": {"template": "none"},
+    "sample": {"questions": 8},
+    "learn": {"minibatch": 8, "policy": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
+    "eval": {"batch": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "found"),
+    [
+        ("<think>a b.</think>\n<answer>C</answer>", ("a b.", "\n")),
+        ("so <think>a</think> then</think><answer>C</answer>", ("a", "")),
+        ("<think>cut off by the bud", ("cut off by the bud", "")),
+        ("no tags. the answer is C.", ("no tags. the answer is C.", "")),
+        ("<answer>C</answer>", ("", "")),
+        ("", ("", "")),
+    ],
+)
+def test_the_thought_of_a_completion(completion, found):
+    assert probe.thought(completion) == found
+
+
+def test_cuts_and_sentences():
+    four = " one two\nthree four."
+    assert [probe.cut(four, s / 100) for s in (0, 25, 50, 75, 100)] == ["", " one", " one two", " one two\nthree", four]
+    assert probe.cut("", 0.5) == "" == probe.cut("one", 0.25)
+    assert probe.sentences("It is 2.3 mg. So B; or\nC") == [
+        "It is 2.3 mg.",
+        "It is 2.3 mg. So B;",
+        "It is 2.3 mg. So B; or\n",
+        "It is 2.3 mg. So B; or\nC",
+    ]
+    assert probe.sentences("One. ") == ["One. "] and probe.sentences(" . ") == []
+
+
+def test_letters_are_those_tokens_in_which_the_texts_differ():
+    [(common, letters)] = probe.letter_tokens(text.byte_tokenizer(), ["<answer>"], [3])
+    assert bytes(common) == b"<answer>" and letters == [[65], [66], [67]]
+    hf = make(merges=[(">", "A"), ("B", "<")])  # one letter is joined to what stands before it, one to what follows
+    hf.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    joined = text.wrap(hf)
+    [(common, letters), (_, two)] = probe.letter_tokens(joined, ["<answer>", "<think>x</think><answer>"], [3, 2])
+    assert bytes(common) == b"<answer" and [joined.show(ids) for ids in letters] == [">A<", ">B<", ">C<"] and len(letters[0]) == 2
+    assert [joined.show(ids) for ids in two] == [">A<", ">B<"]
+
+
+def test_logprobs_of_letters_are_the_models():
+    parts = build.build(config.from_tree(EMBEDDED))
+    encoded = experience.encode(parts.tokenizer, data.load(parts.config.data), parts.config)
+    with jax.set_mesh(parts.mesh):
+        params = build.load_params(parts, parts.cfg)
+        cases = [(0, probe.forced("here", "")), (2, probe.forced(None, "")), (1, probe.forced("", "\n"))]
+        found, sizes = probe.letter_logprobs(parts, params, encoded, cases, lambda done, n: None)
+        assert [len(row) for row in found] == [len(encoded.questions[i].options) for i, _ in cases]
+        assert sizes == [[1] * len(row) for row in found]
+        split = probe.letter_tokens(parts.tokenizer, [before for _, before in cases], [len(row) for row in found])
+        rows = [encoded.tokens[i] + common for (i, _), (common, _) in zip(cases, split, strict=True)]
+        whole = text.pad_prompts(rows, np.arange(3), max(map(len, rows)), 0)
+
+        @jax.jit
+        def last(params):
+            states, _ = model.Decoder(parts.cfg).apply({"params": params}, whole.tokens, whole.mask, None)
+            return jax.nn.log_softmax(model.logits(params, parts.cfg, states[:, -1]))
+
+        for row, scores, (_, letters) in zip(found, last(params), split, strict=True):
+            np.testing.assert_allclose(row, [scores[ids[0]] for ids in letters], atol=1e-4)
+
+
+def test_what_a_probe_says_by_hand():
+    names = ["at once", "0 %", "25 %", "50 %", "75 %", "100 %", "another's"]
+
+    def row(i, late, early):
+        answers = dict.fromkeys(names, early) | {"100 %": late}
+        return {"id": str(i), "key": "A", "generated": late, "answers": answers, "perplexity": [4.0, 2.0, 1.0] if late == "A" else [2.0]}
+
+    found = probe.summarise([row(i, "A", "B") for i in range(6)] + [row(7, "B", "B"), row(8, "A", "A")])
+    c = found["conditions"]
+    assert c["100 %"]["accuracy"]["value"] == 7 / 8 == found["generated"]["value"] and c["100 %"]["p_holm"] is None
+    assert c["0 %"]["accuracy"]["value"] == 1 / 8 and c["0 %"]["difference"]["value"] == -6 / 8 and c["0 %"]["same_answer"] == 2 / 8
+    assert c["another's"]["p_holm"] == pytest.approx(6 * 2 / 2**6)
+    gain = found["info_gain"]
+    assert (gain["questions"], gain["sentences"], gain["positive"]) == (7, 14, 1.0) and gain["mean"]["value"] == pytest.approx(1.5)
+    assert gain["nats"]["value"] == pytest.approx(math.log(2))
+    assert "-75.0 % (-100.0 to" in probe.show({"set": found}) and "InfoGain per sentence 1.500" in probe.show({"set": found})

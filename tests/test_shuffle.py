@@ -1,0 +1,98 @@
+"""Options in other orders: what stays, what moves, and that an order is a function of (seed, draw, id)."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medrlvr_jax import build, config, data, experience, shuffle, stats
+from medrlvr_jax.data import Question
+
+EMBEDDED = {
+    "name": "shuffled",
+    "steps": 1,
+    "model": {"path": "embedded"},
+    "data": {"path": "embedded:train", "limit": 16, "shuffle_options": True},
+    "prompt": {"template": "none"},
+    "sample": {"questions": 8},
+    "learn": {"minibatch": 8, "policy": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "stay", "walls"),
+    [
+        (("x", "y", "z", "None of the above."), {3}, {3}),
+        (("x", "y", "All the above", "z"), {2}, {2}),
+        (("x", "y", "Both", "None"), {2, 3}, {2, 3}),
+        (("x", "any combination of the above", "z"), {1}, {1}),
+        (("w", "x", "y", "Both A & C"), {0, 2, 3}, set()),
+        (("w", "x", "y", "Neither (b) nor (c)"), {1, 2, 3}, set()),
+        (("w", "x", "Both AB", "A, B and C are correct"), {0, 1, 2, 3}, set()),
+        (("w", "x", "y", "B only"), {1, 3}, set()),
+        (("x", "all of these", "Option A"), {0, 1, 2}, {1}),
+        (("above the knee", "Specific gravity of above 1.018", "All patients over 60", "below 38 °C"), set(), set()),
+        (("A", "B", "AB", "O"), set(), set()),  # blood groups
+        (("I only", "I and II", "Vitamins A and D", "Hepatitis B only"), set(), set()),
+        (("Amputation above and below", "both kidneys", "one", "neither anorexia nor bulimia"), set(), set()),
+    ],
+)
+def test_anchors(options, stay, walls):
+    assert shuffle.anchored(options) == (stay, walls)
+
+
+@given(
+    st.lists(st.sampled_from(["x", "y", "A and B", "C only", "none of the above", "both", "z"]), min_size=2, max_size=10), st.integers(0, 9)
+)
+def test_an_order_loses_nothing_and_moves_no_anchor(options, draw):
+    q = Question("q", "?", tuple(options), len(options) // 2)
+    places = shuffle.order(q, 1, draw)
+    stay, walls = shuffle.anchored(q.options)
+    assert sorted(places) == list(range(len(options))) and all(places[i] == i for i in stay)
+    for wall in walls:
+        assert set(places[:wall]) == set(range(wall))
+    moved = shuffle.shuffled(q, 1, draw)
+    assert moved.options[moved.answer] == q.options[q.answer] and places[moved.answer] == q.answer
+    assert "".join(data.LETTERS[i] for i in places) == moved.order
+
+
+def test_orders_are_even_and_functions_of_seed_draw_and_id():
+    q = Question("q7", "?", ("w", "x", "y", "None of these"), 0)
+    seen = Counter(tuple(shuffle.order(q, 0, draw)) for draw in range(600))
+    assert len(seen) == 6 and stats.scipy.stats.chisquare(list(seen.values())).pvalue > 1e-3
+    assert shuffle.order(q, 0, 5) == shuffle.order(q, 0, 5)
+    assert [shuffle.order(q, 0, d) for d in range(9)] != [shuffle.order(q, 1, d) for d in range(9)]
+    assert [shuffle.order(q, 0, d) for d in range(9)] != [shuffle.order(Question("q8", "?", q.options, 0), 0, d) for d in range(9)]
+    assert [shuffle.order(q, 0, d) for d in range(3)] == [
+        [1, 0, 2, 3],
+        [2, 1, 0, 3],
+        [1, 0, 2, 3],
+    ]  # pinned: a resumed run must go on with the same
+
+
+def test_consistency_by_hand():
+    same, pairs = stats.consistency(np.array([["A", "A", "A"], ["A", "A", "B"], ["A", "", ""], ["", "", ""]]))
+    assert same.tolist() == [True, False, False, False] and pairs.tolist() == [1, pytest.approx(1 / 3), 0, 0]
+
+
+def test_prompts_follow_their_questions_and_keep_their_width():
+    from medrlvr_jax import text, train
+
+    parts = build.build(config.from_tree(EMBEDDED))
+    questions = data.load(parts.config.data)
+    encoded = experience.encode(parts.tokenizer, questions, parts.config, shuffle=True)
+    first, second = (train.at_epoch(parts, encoded, step) for step in (1, 3))
+    index = data.batch_at(16, 1, 8, 0)
+    assert first.width == encoded.width and [q.options for q in first.questions] != [q.options for q in second.questions]
+    for i, (old, q, row) in enumerate(zip(questions, first.questions, first.tokens, strict=True)):
+        assert row == text.encode_prompt(parts.tokenizer, q, parts.config.prompt)
+        assert sorted(q.options) == sorted(old.options) and q.options[q.answer] == old.options[old.answer]
+        assert bool(q.order) == (i in index)
+    tight = experience.Encoded(**vars(encoded) | {"width": 0})
+    assert train.at_epoch(parts, tight, 1).tokens == encoded.tokens and {q.order for q in train.at_epoch(parts, tight, 1).questions} <= {
+        "",
+        "ABCD",
+        "ABCDE",
+    }
