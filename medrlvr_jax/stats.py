@@ -196,7 +196,7 @@ def letter_bias(answers: np.ndarray, key: np.ndarray) -> dict[str, Any]:
 
     `answers` [n] or [n, k]: each of k samples counts 1/k, since samples of one question are no new evidence of a bias. `key` likewise.
     """
-    answers, key = (np.asarray(x).reshape(len(x), -1) for x in (answers, key))
+    answers, key = (x if x.ndim == 2 else x[:, None] for x in map(np.asarray, (answers, key)))
     letters = sorted((set(key.ravel().tolist()) | set(answers.ravel().tolist())) - {""})
     answered, keyed = (np.array([(x == letter).mean(1).sum() for letter in letters]) for x in (answers, key))
     use = keyed > 0  # a letter that is never the key has no expected count
