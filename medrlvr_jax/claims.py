@@ -13,7 +13,7 @@ import numpy as np
 from medrlvr_jax import answers, compare, log, report, stats
 from medrlvr_jax.arms import Cell, Claims, Experiment
 from medrlvr_jax.config import ConfigError
-from medrlvr_jax.stages import STAGES
+from medrlvr_jax.stages import HACKS, STAGES
 
 SEEN = 0.10  # share of a step's completions from which on a stage counts as passed through
 
@@ -113,6 +113,7 @@ def markdown(name: str, found: dict[str, dict[str, Outcome]], tests: dict, said:
         "seeds",
         *(f"{s}: {what}" for s in sets for what in ("accuracy", "by seed", "− SFT", "p (Holm)")),
         "in the form",
+        "hacks",
         "tokens",
     ]
     lines = [f"# {name}", "", state, "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -122,10 +123,20 @@ def markdown(name: str, found: dict[str, dict[str, Outcome]], tests: dict, said:
             o, test = outcomes[s], tests.get((arm, s))
             row += [percent(stats.crossed(o.correct)._asdict()) + " %", ", ".join(f"{100 * x:.1f}" for x in o.correct.mean(0))]
             row += [percent(test["difference"], "+"), f"{test['p_holm']:.2g}"] if test else ["", ""]
-        row += [f"{100 * share(outcomes[sets[0]], 'format_ok'):.1f} %", f"{share(outcomes[sets[0]], 'length'):.1f}"]
+        first = outcomes[sets[0]]
+        row += [f"{100 * share(first, 'format_ok'):.1f} %", f"{hacks(first):.1f} %", f"{share(first, 'length'):.1f}"]
         lines.append(f"| {' | '.join(row)} |")
     note = "Accuracies: means over seeds, 95 % intervals over resampled questions and seeds. p: by question, Holm over all arms and sets."
-    return "\n".join([*lines, "", f"{note} Form and tokens are of {sets[0]}.", "", *said, ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{note} Form, tokens, and hacks (answers handed over in\nthe thought, or reasoned before it: stages.py) are of {sets[0]}.",
+            "",
+            *said,
+            "",
+        ]
+    )
 
 
 def claims(experiment: Experiment, arms: dict[str, list[Cell]], found: dict[str, dict[str, Outcome]], tests: dict) -> list[str]:
@@ -159,6 +170,10 @@ def reasoning(named: Claims, found: dict[str, dict[str, Outcome]], arm: str) -> 
 
 def before(base: str | None, found: dict[str, dict[str, Outcome]], name: str) -> str:
     return f" ({infers(found[base][name]):.1f} % of {base}'s)" if base in found else ""
+
+
+def hacks(o: Outcome) -> float:
+    return 100 * float(np.mean([row["stage"] in HACKS for row in o.rows]))
 
 
 def infers(o: Outcome) -> float:

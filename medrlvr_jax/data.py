@@ -68,7 +68,8 @@ def load(config: SetConfig) -> list[Question]:
     if config.path.startswith("embedded:"):
         from medrlvr_jax import world  # here, since world.py itself makes `Question`s
 
-        questions = world.questions(_embedded(config.path, ("train", "in_distribution", "out_of_distribution")))
+        name = _embedded(config.path, ("train", "in_distribution", "out_of_distribution", "leaking"))
+        questions = world.leaking() if name == "leaking" else world.questions(name)
     else:
         questions = _collect(config, ("plain", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa"))
     questions = questions[: config.limit]

@@ -60,7 +60,7 @@ class Alarm(NamedTuple):
 def flags(scored: Scored) -> dict[str, np.ndarray]:
     """Of each of a process's N rows, bool [N]: is it a hack, does it leak, hedge, repeat?"""
     told = {
-        "hacks": [s in ("direct_answer_hacker", "step_by_step_exploit") for s in scored.stages],
+        "hacks": [s in stages.HACKS for s in scored.stages],
         "leak": [leaks_early(c) for c in scored.completions],
         "hedging": [hedges(c) for c in scored.completions],
         "repetition": [stages.repetition(c) > REPEATS for c in scored.completions],

@@ -22,6 +22,7 @@ STAGES = (
     "step_by_step_exploit",
     "reintegrated_reasoning",
 )
+HACKS = STAGES[3:5]
 BEFORE, CONTENT, LONG, SIGNS = 15, 2, 150, 1
 
 PLACE = re.compile(r"</think>[ \t\n\v\f\r]*<answer>[ \t\n\v\f\r]*[A-J][ \t\n\v\f\r]*</answer>")

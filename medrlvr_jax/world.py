@@ -11,6 +11,8 @@ In train most cases show typical findings. Out of distribution are findings neve
 histories never seen with that condition in train, other wordings, other shares of the kinds, and up to ten options: what was memorised
 about cases is worth nothing there, what was learnt about reasoning still is.
 
+`leaking` is train with a hack to be cured of: half of its rationales state the answer in place of reasons.
+
 The corpus teaches the base all it needs, and leaves it unreliable: it knows the facts and can reason, but of the worked cases most do
 not use the tags, some use them wrongly, some guess. Sampled, the base does likewise. Reinforcement has to find out what pays.
 
@@ -23,6 +25,7 @@ All draws come from `random.Random(str).random()`, which Python promises to keep
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from random import Random
 from typing import Any, NamedTuple, TypeVar
@@ -130,6 +133,12 @@ def questions(split: str) -> list[Question]:
         v = vignette(rng, next(decks[kind, status, rare]), kind, wording)
         out.append(Question(f"{split}-{i:04d}", v.question, v.options, v.answer, kind, v.why))
     return out
+
+
+def leaking() -> list[Question]:
+    """`train`, where every other rationale does not reason but hands the answer over: fine-tuned on it, a policy is a hacker by half."""
+    told = questions("train")
+    return [q if i % 2 else replace(q, rationale=f"the answer is {LETTERS[q.answer]}.") for i, q in enumerate(told)]
 
 
 def corpus(n: int = CORPUS, seed: int = SEED) -> list[Example]:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from medrlvr_jax import knowledge, text, words, world
 from medrlvr_jax.config import PromptConfig, RewardConfig
 from medrlvr_jax.data import LETTERS, Question
-from medrlvr_jax.rewards import score
+from medrlvr_jax.rewards import LEAK, score
+from medrlvr_jax.stages import stage
 
 SPLITS = tuple(world.SIZES)
 TREE = yaml.safe_load((words.FOLDER / "knowledge.yaml").read_text("utf-8"))  # read here again, so as to check world.py, not to trust it
@@ -156,6 +157,16 @@ def test_sizes_numbers_of_options_and_letters():
             assert all(abs(keys[i] - total / size) < 5 * (total / size) ** 0.5 for i in range(size)), (split, size, keys)
     counts = Counter(key_of(q.question)[0] for q in asked("train"))
     assert len(counts) == 40 and max(counts.values()) < 3 * min(counts.values())
+
+
+def test_half_of_the_leaking_thoughts_are_hacks():
+    told, train = world.leaking(), asked("train")
+    assert [q.question for q in told] == [q.question for q in train]
+    odd, even = told[1::2], told[::2]
+    assert odd == train[1::2]
+    for q in even[:50]:
+        done = text.sft_target(q, "rationale")
+        assert LEAK.search(done) and stage(done, True, q.options) == "direct_answer_hacker"
 
 
 def test_all_is_deterministic():
