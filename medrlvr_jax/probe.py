@@ -84,6 +84,12 @@ def letter_tokens(tok: text.Tokenizer, before: list[str], options: list[int]) ->
     return out
 
 
+def before_response(parts: Parts, encoded: Encoded) -> Encoded:
+    """Prompts without `prompt.prefill`: a completion, and so what is forced of it, has that at its beginning."""
+    given = len(text.spell(parts.tokenizer, [parts.config.prompt.prefill])[0])
+    return dataclasses.replace(encoded, tokens=[ids[: len(ids) - given] for ids in encoded.tokens])
+
+
 def letter_logprobs(
     parts: Parts, params: Params, encoded: Encoded, cases: list[tuple[int, str]], progress: Callable[[int, int], None]
 ) -> tuple[list[list[float]], list[list[int]]]:
@@ -117,7 +123,7 @@ def probe(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One set: (what `summarise` says, a row a question)."""
     _, answered = evaluate(parts, decode_params, encoded, partial(progress, "answers"))
-    n = len(answered)
+    encoded, n = before_response(parts, encoded), len(answered)
     thoughts = [thought(row["completion"]) for row in answered]
     conditions: dict[str, list[str | None]] = {"at once": [None] * n}
     conditions |= {f"{share} %": [cut(t, share / 100) for t, _ in thoughts] for share in CUTS[:-1]}

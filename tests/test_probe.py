@@ -83,6 +83,14 @@ def test_logprobs_of_letters_are_the_models():
             np.testing.assert_allclose(row, [scores[ids[0]] for ids in letters], atol=1e-4)
 
 
+def test_what_begins_a_response_is_not_given_twice():
+    parts = build.build(config.from_tree(EMBEDDED | {"prompt": {"template": "none", "prefill": "<think>"}}))
+    questions = data.load(parts.config.data)
+    bare = experience.encode(parts.tokenizer, questions, config.from_tree(EMBEDDED))
+    given = experience.encode(parts.tokenizer, questions, parts.config)
+    assert given.tokens != bare.tokens == probe.before_response(parts, given).tokens
+
+
 def test_what_a_probe_says_by_hand():
     names = ["at once", "0 %", "25 %", "50 %", "75 %", "100 %", "another's"]
 
