@@ -95,7 +95,7 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: four)
     parts = build.build(c)
     encoded = experience.encode(parts.tokenizer, data.load(c.data), c)
-    encoded.tokens[0] += [0] * (c.prompt.max_tokens - len(encoded.tokens[0]))  # planned for the longest prompt allowed
+    encoded = dataclasses.replace(encoded, width=experience.width(c.prompt.max_tokens))  # planned for the longest prompt allowed
     programs = train.make_programs(parts, 2)
     with jax.set_mesh(parts.mesh):
         for name in ("generate", "assess", "make_experience"):
