@@ -216,12 +216,15 @@ BAITS = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("head", ["", "<think>x</think>", "<think>x</think><answer>C. "])
 def test_time_is_linear(mode, head):
-    """Baits that make backtracking quadratic or worse: four times the text takes at most ten times as long, 1 MB less than a second."""
+    """Baits that make backtracking quadratic or worse: four times the text takes at most ten times as long, 1 MB less than a second.
+
+    The process's own time, so that whatever else runs on the machine does not count.
+    """
 
     def seconds(text):
-        start = time.perf_counter()
+        start = time.process_time()
         score([text], ["C"], [FOUR], RewardConfig(mode=mode))
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     for name, bait in BAITS.items():
         small, large = ((head + bait * (size // len(bait)) + "</answer>") for size in (250_000, 1_000_000))
@@ -235,9 +238,9 @@ def test_large_and_dense(mode):
     gap = " \n" * 2_500_000
     rows = [f"<think>{'x <' * 3_000_000}</think><answer>C</answer>", f"<think>{gap}x</think>{gap}<answer>C</answer>"]
     rows += ["<think>a</think>" * 5000 + "<answer>C</answer>", "<think>" + "</think>" * 5000 + "<answer>C</answer>"]
-    start = time.perf_counter()
+    start = time.process_time()
     got = score(rows, ["C"] * 4, [FOUR] * 4, RewardConfig(mode=mode))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert got.format_ok.tolist() == [mode != "direct", mode != "direct", mode == "paper", mode == "paper"]
 
 
