@@ -49,7 +49,10 @@ more than half of the shorter one's 8-grams in the other. With one CONFIG.yaml: 
 
 DIFFICULTY = """Samples K answers to each question of the config's data, as a rollout would, and writes how many are right. Then
 data.pass_count={file: FILE, keep: [1, 7]} trains on those with 1 to 7 right answers; order: easy_first goes through them from easy to
-hard. The same command again goes on where it was cut off."""
+hard. The same command again goes on where it was cut off.
+
+With --history nothing is asked: a run's own questions.jsonl says how often each question was right in each pass, and so its variance and
+impact; data.pass_count={file: FILE, order: variance, top: 16} trains on the first by them."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,7 +113,8 @@ def parser() -> argparse.ArgumentParser:
     settings(c)
     at_step(c)
     c.add_argument("--samples", type=int, default=16, metavar="K", help="answers to each question; default 16")
-    c.add_argument("--out", type=Path, metavar="OUT.jsonl", help="default RUN/difficulty-<step>.jsonl")
+    c.add_argument("--history", action="store_true", help="variance and impact (1-shot RLVR, LIMR) from the run's own log")
+    c.add_argument("--out", type=Path, metavar="OUT.jsonl", help="default RUN/difficulty-<step>.jsonl, RUN/history.jsonl")
     distributed(c)
     c = command("export", "write a run's policy as a Hugging Face directory")
     c.add_argument("run", type=Path, metavar="RUN")
@@ -247,8 +251,10 @@ def run_contamination(args: argparse.Namespace) -> int:
 
 
 def run_difficulty(args: argparse.Namespace) -> int:
-    from medrlvr_jax.difficulty import difficulty_source
+    from medrlvr_jax.difficulty import difficulty_source, from_history
 
+    if args.history:
+        return from_history(Path(args.source), args.out)
     return difficulty_source(Path(args.source), args.settings, args.step, args.samples, args.out)
 
 

@@ -68,11 +68,13 @@ class ModelConfig:
 
 @section
 class PassCountConfig:
-    """Questions chosen or ordered by how many of a model's samples were right (MedVLThinker, arXiv 2508.02669: 1 to 7 of 16)."""
+    """Questions chosen or ordered by how many of a model's samples were right (MedVLThinker, arXiv 2508.02669: 1 to 7 of 16), or by how
+    that moved in an earlier run (1-shot RLVR, LIMR; see difficulty.py)."""
 
-    file: str  # what `medrlvr difficulty` wrote
+    file: str  # what `medrlvr difficulty` wrote; by variance or impact: with --history
     keep: tuple[Size, Size] | None = None  # the least and the most right samples of a question that is taken; null: all
-    order: Literal["easy_first", "hard_first"] | None = None  # each pass goes in this order; null: at random, as ever
+    order: Literal["easy_first", "hard_first", "variance", "impact"] | None = None  # each pass goes so; null: at random, as ever
+    top: Count | None = None  # only so many, the first in that order
 
 
 @section
@@ -398,6 +400,8 @@ def _cross_checks(c: Config) -> list[str]:
         out.append(f"kl.target: {c.kl.target}: the adaptive coefficient needs kl.coef > 0 and kl.into reward")
     for name, spec in [("data", c.data), *((f"eval.sets.{name}", spec) for name, spec in c.eval.sets.items())]:
         counted = spec.pass_count
+        if counted and counted.top and not counted.order:
+            out.append(f"{name}.pass_count.top: {counted.top} of which? give order, such as variance")
         if counted and not counted.keep and not counted.order:
             out.append(f"{name}.pass_count: neither keep nor order, so it does nothing; give keep, such as [1, 7], or order")
         if counted and counted.keep and counted.keep[0] > counted.keep[1]:

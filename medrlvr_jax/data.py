@@ -118,12 +118,19 @@ def _by_pass_count(questions: list[Question], config: PassCountConfig) -> list[Q
     if not path.is_file():
         raise DataError(f"pass_count.file {config.file!r}: no such file; `medrlvr difficulty` writes one")
     right: dict[str, int | None] = {}
+    score: dict[str, float] = {}
+    by = config.order if config.order in ("variance", "impact") else "right"
     for number, row in _jsonl(path):
         if isinstance(row, DataError) or not isinstance(row.get("id"), str) or type(row.get("right")) not in (int, type(None)):
             raise DataError(
                 f'{path}, line {number}: a line such as {{"id": "train-1", "right": 3}} is needed, as `medrlvr difficulty` writes'
             )
         right[row["id"]] = row.get("right")
+        if type(row.get(by)) not in (int, float) and row.get("right") is not None:
+            raise DataError(
+                f"{path}, line {number}: no number {by!r} in it, by which pass_count.order goes; `medrlvr difficulty --history` writes one"
+            )
+        score[row["id"]] = row.get(by) or 0.0
     missing = [q.id for q in questions if q.id not in right]
     if missing:
         what = f"{len(missing)} of {len(questions)} questions have no count there, the first is {missing[0]!r}"
@@ -132,8 +139,8 @@ def _by_pass_count(questions: list[Question], config: PassCountConfig) -> list[Q
     counts = {q.id: n for q in questions if (n := right[q.id]) is not None and low <= n <= high}
     if not counts:
         raise DataError(f"pass_count.keep: no question has {low} to {high} right samples by {config.file}; widen it")
-    kept, sign = [q for q in questions if q.id in counts], {"easy_first": -1, "hard_first": 1, None: 0}[config.order]
-    return sorted(kept, key=lambda q: sign * counts[q.id])
+    kept, sign = [q for q in questions if q.id in counts], {None: 0, "hard_first": 1}.get(config.order, -1)  # the others: most first
+    return sorted(kept, key=lambda q: sign * score[q.id])[: config.top]
 
 
 def _embedded(path: str, names: tuple[str, ...]) -> str:

@@ -3,11 +3,19 @@
 One line a question, `{"id", "right", "format_ok", "samples", "model"}`, in the order of the set; `data.pass_count` reads it (MedVLThinker,
 arXiv 2508.02669: 16 samples at temperature 1 of the model that training starts from). Sampling is a rollout's, `sample.temperature` and
 `sample.max_new_tokens`; the noise is evaluation's. The same command again goes on where it was cut off.
+
+`medrlvr difficulty RUN --history` asks nothing: it reads from the run's own questions.jsonl how often each question was answered right in
+each pass over the data, x_1 … x_K as shares, and scores it by
+
+    variance    of x (1-shot RLVR, arXiv 2504.20571, ranks its one example so)
+    impact      1 − Σ_k (x_k − m_k)² / Σ_k (1 − m_k)², where m_k is the mean of all questions in their k-th pass: how far its curve goes
+                the way of the run's (LIMR, arXiv 2502.11886); of rewards there, of accuracies here
 """
 
 import dataclasses
+import json
 from collections import Counter
-from itertools import chain, groupby
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +25,7 @@ import numpy as np
 from medrlvr_jax import data, log
 from medrlvr_jax.answers import draw
 from medrlvr_jax.build import make_relay
-from medrlvr_jax.config import ConfigError
+from medrlvr_jax.config import ConfigError, load
 from medrlvr_jax.evaluate import ask, home, open_source
 from medrlvr_jax.experience import encode
 from medrlvr_jax.processes import gather
@@ -56,6 +64,47 @@ def difficulty_source(source: Path, settings: list[str], step: int | Literal["be
         print(show(found, samples, len(questions) - n))
         print(f"counts: {path}; train on some with data.pass_count='{{file: {path}, keep: [1, {samples - 1}]}}'")
     return 0
+
+
+def from_history(run: Path, out: Path | None) -> int:
+    """`medrlvr difficulty RUN --history`."""
+    if not (run / "questions.jsonl").is_file():
+        raise ConfigError(f"{run}: no questions.jsonl in it; --history is for the folder of a run of `medrlvr train`")
+    steps = log.read_jsonl(run / "questions.jsonl")
+    found = scores(steps)
+    path, last = out or run / "history.jsonl", steps[-1]["step"] if steps else 0
+    if not any(row["passes"] > 1 for row in found):
+        raise ConfigError(f"{run}: no question came twice in its {last} steps: a history needs two passes over the data or more")
+    came, model = {row["id"] for row in found}, f"{run}, steps 1 to {last}"
+    rest = [{"id": q.id, "right": None} for q in data.load(load(run / "config.yaml").data) if q.id not in came]
+    log.write_text(path, "".join(json.dumps(row | {"model": model}, ensure_ascii=False) + "\n" for row in found + rest))
+    ranked = sorted(found, key=lambda row: -row["variance"])
+    shown = ((r["id"], r["passes"], f"{r['accuracy']:.3f}", f"{r['variance']:.4f}", f"{r['impact']:.3f}") for r in ranked[:10])
+    print(draw(("highest variance", "passes", "accuracy", "variance", "impact"), [list(map(str, row)) for row in shown]))
+    use = f"{{file: {path}, order: variance, top: {min(16, len(found))}}}"
+    never = f", and {len(rest):,} that never came" if rest else ""
+    print(f"{len(found):,} questions{never}: {path}; train on the first of them with data.pass_count='{use}'")
+    return 0
+
+
+def scores(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each question of a run's questions.jsonl, in the order of their first coming; `right` is of its last pass."""
+    shares: dict[str, list[float]] = {}
+    last: dict[str, tuple[int, int]] = {}
+    for step in steps:
+        for name, right in step["right"].items():
+            shares.setdefault(name, []).append(right / step["samples"])
+            last[name] = right, step["samples"]
+    columns = zip_longest(*shares.values())
+    means = np.array([np.mean([x for x in column if x is not None]) for column in columns])
+    out = []
+    for name, curve in shares.items():
+        x, m = np.array(curve), means[: len(curve)]
+        room = float(((1 - m) ** 2).sum())
+        impact = 1 - float(((x - m) ** 2).sum()) / room if room else 1.0
+        said = {"passes": len(x), "accuracy": float(x.mean()), "variance": float(x.var()), "impact": impact}
+        out.append({"id": name, "right": last[name][0], "samples": last[name][1]} | said)
+    return out
 
 
 def count(rows: list[dict[str, Any]], samples: int, model: str) -> list[dict[str, Any]]:

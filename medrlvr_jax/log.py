@@ -44,6 +44,7 @@ from medrlvr_jax.config import Config, ConfigError, Unwritable
 from medrlvr_jax.processes import gather
 
 Records = list[dict[str, Any]]
+LOGS = ("metrics", "samples", "questions")
 MAY_CHANGE = ("runs", "steps", "passes", "checkpoint", "log", "eval", "mesh")  # settings that a resumed run may have new
 
 
@@ -87,8 +88,8 @@ class Run:
         """Go back to where checkpoint `done` was made; 0 is a start with empty logs. Returns how many of the last steps were skipped."""
         skips = 0
         if self._lock:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                rewind(self.path / name, done)
+            for name in LOGS:
+                rewind(self.path / f"{name}.jsonl", done)
             if done:
                 skips = sum(1 for _ in itertools.takewhile(skipped, reversed(read_jsonl(self.path / "metrics.jsonl"))))
         self._done, self._tracker = done, Tracker(self.path, self._config, done)
@@ -102,13 +103,13 @@ class Run:
         records = [r for r in read_jsonl(path) if r["step"]] if self._lock and path.exists() else []
         return gather(records[-n:])[0]
 
-    def record(self, step: int, metrics: dict[str, Any], samples: Iterable[dict[str, Any]] = ()) -> None:
-        """A step is done. On the disk when this returns."""
+    def record(self, step: int, metrics: dict[str, Any], **logs: Iterable[dict[str, Any]]) -> None:
+        """A step is done. On the disk when this returns; each of `logs` in a file of its name, one of `LOGS`."""
         if metrics.get("seconds") and "tokens" in metrics:
             metrics = metrics | {"tokens_per_second": metrics["tokens"] / metrics["seconds"]}
         if self._lock:
-            append(self.path / "samples.jsonl", [{"step": step, **row} for row in samples])
-            append(self.path / "metrics.jsonl", [{"step": step, **metrics}])
+            for name, rows in (logs | {"metrics": [metrics]}).items():
+                append(self.path / f"{name}.jsonl", [{"step": step, **row} for row in rows])
         if self._tracker:
             self._tracker.log(step, metrics)
         self._console.step(step, metrics)

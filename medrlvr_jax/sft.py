@@ -74,7 +74,7 @@ def sft(config: Config) -> dict[str, Any]:
             learner, means = learn(state.policy, base, targets, key, None)
             means = sharding.to_host(means)
             metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}
-            return TrainState(learner, None, state.kl_coef, state.step + 1), metrics, [], targets, []
+            return TrainState(learner, None, state.kl_coef, state.step + 1), metrics, {}, targets, []
 
         notices = [f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens"] if dropped else []
         state = TrainState(learner, None, *zeros)

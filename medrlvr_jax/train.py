@@ -61,8 +61,8 @@ def train(config: Config) -> dict[str, Any]:
             metrics = summarise(stats, scored) | monitors.watch(scored, config.sample.samples, history)
             found = monitors.alarms(metrics, history, config)
             lasted, said = monitors.mark(found, history)
-            rows = samples(parts, now, scored, step)
-            return state, metrics | lasted, rows, experience, tell(said, scored, metrics, config)
+            logs = {"samples": samples(parts, now, scored, step), "questions": [passes(scored, config.sample.samples)]}
+            return state, metrics | lasted, logs, experience, tell(said, scored, metrics, config)
 
         notices = [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
         relay = programs.relay if parts.sampler_cfg == parts.cfg else make_relay(parts, parts.cfg)  # evaluation is of the policy itself
@@ -74,7 +74,7 @@ def drive(
 ) -> dict[str, Any]:
     """The loop around any step: resume, evaluate, record, checkpoint, stop when asked.
 
-    `rows` is what is trained on. `one`: (state, step, the last records) → (state, metrics, samples, the rows learned from, notices).
+    `rows` is what is trained on. `one`: (state, step, the last records) → (state, metrics, logs, the rows learned from, notices).
     """
     config = parts.config
     used = {"train": rows} | {f"eval.{name}": encoded.questions for name, encoded in sets.items()}
@@ -92,7 +92,7 @@ def drive(
             if step > done:
                 compiles.explain()
             began = time.monotonic()
-            state, metrics, shown, learned, said = one(state, step, history)
+            state, metrics, logs, learned, said = one(state, step, history)
             history = [*history, metrics][-monitors.WINDOW :]
             for text in said:
                 run.notice(f"step {step + 1}: {text}")
@@ -103,7 +103,7 @@ def drive(
             if (made := compiles.taken()) and step > done:
                 names, lost = ", ".join(sorted({name for name, _ in made})), sum(seconds for _, seconds in made)
                 run.notice(f"step {n}: compiled {names} in mid-run, {lost:.1f} s lost; JAX's log above says what changed")
-            if errors := [row["reward_error"] for row in shown if "reward_error" in row]:
+            if errors := [row["reward_error"] for row in logs.get("samples", []) if "reward_error" in row]:
                 share = f"{metrics['reward_failed']:.1%} of the completions, {metrics['unlearned']:.1%} are not learned from"
                 run.notice(f"step {n}: reward.fn failed on {share}; they are in samples.jsonl. The first: {errors[0]}")
             if log.skipped(metrics):
@@ -111,7 +111,7 @@ def drive(
                 run.notice(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
             else:
                 skips = 0
-            run.record(n, metrics, shown)
+            run.record(n, metrics, **logs)
             checkpoints.check()
             stalled = not last and monitors.stalled(metrics, config)
             if last or stalled or skips >= SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
@@ -270,6 +270,16 @@ def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[d
     shown[list(scored.failed)[:SHOWN]] = True
     rows = [sample_record(parts, encoded, index, scored, row) for row in np.flatnonzero(scored.counted & shown).tolist()]
     return sorted(chain.from_iterable(gather(rows)), key=lambda r: r["row"])
+
+
+def passes(scored: Scored, samples: int) -> dict[str, Any]:
+    """The step's record for questions.jsonl: how many of each question's samples were right (`medrlvr difficulty --history`)."""
+    own = zip((scored.places // samples).tolist(), scored.questions, scored.verdicts.correct.tolist(), scored.counted.tolist(), strict=True)
+    right: dict[tuple[int, str], int] = {}
+    for place, question, correct, counted in chain.from_iterable(gather([(p, q.id, c, n) for p, q, c, n in own])):
+        if counted:
+            right[place, question] = right.get((place, question), 0) + correct
+    return {"samples": samples, "right": {name: n for (_, name), n in sorted(right.items())}}
 
 
 def sample_record(parts: Parts, encoded: Encoded, index: np.ndarray, scored: Scored, row: int) -> dict[str, Any]:

@@ -6,8 +6,8 @@
 Twelve steps of PPO, GRPO and SFT on the embedded model. Each launch is the same command (`medrlvr train …`) with one fault in it: SIGKILL
 or SIGTERM a random instant after a named point is passed (generation, scoring, learning, a checkpoint that is being written, its
 seal, the log, the restoring of the launch before …). It is launched again until it is done. Compared with a run that nothing
-happened to: every leaf of policy, critic, optimiser states, KL controller and step; and metrics.jsonl and samples.jsonl line by line,
-wall-clock fields aside. Then the same on two processes, and once on another mesh, where equality is to a tolerance.
+happened to: every leaf of policy, critic, optimiser states, KL controller and step; and the three logs line by line, wall-clock fields
+aside. Then the same on two processes, and once on another mesh, where equality is to a tolerance.
 
 A launch is a fork of a process that has imported everything and started nothing, which saves the imports alone.
 """
@@ -188,7 +188,7 @@ def differences(a: Path, b: Path, tolerance: float = 0.0) -> list[str]:
         found += [f"leaf {k}: {d:.1e}" for k, d in furthest.items() if d > tolerance]
     else:
         found += [f"leaf {k}: {furthest[k]:.1e}" for k in one.keys() & two.keys() if one[k].tobytes() != two[k].tobytes()]
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "questions.jsonl"):
         left, right = records(a, name), records(b, name)
         if [r["step"] for r in left] != [r["step"] for r in right]:
             found.append(f"{name}: steps {[r['step'] for r in left]}")

@@ -282,6 +282,10 @@ def test_questions_by_their_pass_counts(file):
     assert ids(keep=(1, 7)) == ["1", "3"] and ids(keep=(0, 3)) == ["0", "1"] and ids(keep=(7, 8), order="easy_first") == ["2", "3"]
     assert ids(order="easy_first") == ["2", "3", "1", "0"] == ids(order="hard_first")[::-1]  # the fifth was too long to be asked
     assert "no question has 4 to 6 right samples" in complaint(path, pass_count=PassCountConfig(file=counts, keep=(4, 6)))
+    history = file("history.jsonl", [{"id": str(i), "right": 1, "variance": v} for i, v in enumerate([0.1, 0.2, 0, 0.25, 0.2])])
+    ranked = PassCountConfig(file=history, order="variance", top=3)
+    assert [q.id for q in read(path, pass_count=ranked)] == ["3", "1", "4"]
+    assert "counts.jsonl, line 1: no number 'impact' in it" in complaint(path, pass_count=PassCountConfig(file=counts, order="impact"))
     few = file("few.jsonl", [{"id": "0", "right": 1}])
     assert "4 of 5 questions have no count there, the first is '1'" in complaint(path, pass_count=PassCountConfig(file=few, keep=(1, 7)))
     assert [q.id for q in read(path, limit=1, pass_count=PassCountConfig(file=few, keep=(1, 7)))] == ["0"]

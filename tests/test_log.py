@@ -77,7 +77,7 @@ def test_a_run_writes_its_records_and_summary(tmp_path):
     with log.Run(c, 2) as run:
         run.resume(0)
         run.record(0, {f"eval.dev.set.{k}": v for k, v in counts.items()})
-        run.record(1, {"reward": -0.5, "seconds": 2.0, "tokens": 100}, [{"completion": "a"}, {"completion": "b"}])
+        run.record(1, {"reward": -0.5, "seconds": 2.0, "tokens": 100}, samples=[{"completion": "a"}, {"completion": "b"}])
         run.record(2, {"reward": 0.5, "seconds": 2.0} | {f"eval.dev.set.{k}": v + 1 for k, v in counts.items()})
         summary = run.finish()
     assert load(run.path / "config.yaml") == c
@@ -95,8 +95,8 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
         with log.Run(config(tmp_path), 9) as run:
             run.resume(done)
             for k in steps:
-                run.record(k, {"reward": 0.0}, [{"completion": "x"}])
-        for name in ("metrics.jsonl", "samples.jsonl"):
+                run.record(k, {"reward": 0.0}, samples=[{"completion": "x"}], questions=[{}])
+        for name in ("metrics.jsonl", "samples.jsonl", "questions.jsonl"):
             assert [r["step"] for r in log.read_jsonl(run.path / name)] == list(range(1, steps[-1] + 1))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, build, checkpoint, compiles, config, data, hf, lora, model, rewards, sharding, train
+from medrlvr_jax import __main__, build, checkpoint, compiles, config, data, difficulty, hf, lora, model, rewards, sharding, train
 
 TREE = {
     "name": "run",
@@ -88,7 +88,8 @@ def test_it_resumes_to_the_same_run(run, folder):
     one, two = (lines(folder / "runs" / name / "metrics.jsonl") for name in ("halves", "whole"))
     timing = {"seconds", "tokens_per_second"}
     assert [{k: v for k, v in m.items() if k not in timing} for m in one] == [{k: v for k, v in m.items() if k not in timing} for m in two]
-    assert lines(folder / "runs/halves/samples.jsonl") == lines(folder / "runs/whole/samples.jsonl")
+    for name in ("samples.jsonl", "questions.jsonl"):
+        assert lines(folder / "runs/halves" / name) == lines(folder / "runs/whole" / name)
     parts = build.build(config.load(folder / "c.yaml"))
     abstract = build.abstract_params(parts, parts.cfg)
     a, b = (checkpoint.restore_params(folder / "runs" / n / "checkpoints", abstract, 4)[0] for n in ("halves", "whole"))
@@ -172,6 +173,31 @@ def test_difficulty(folder, capsys):
     assert main(*args[:3], "3", *args[4:]) == 2 and "counts of other questions, samples or of another model" in capsys.readouterr().err
     chosen = config.SetConfig(path="embedded:train", limit=32, pass_count={"file": str(folder / "counts.jsonl"), "keep": [0, 2]})
     assert data.load(chosen) == questions
+
+
+def test_scores_of_a_history_by_hand():
+    steps = [{"step": 1, "samples": 4, "right": {"a": 0, "b": 4}}, {"step": 2, "samples": 4, "right": {"c": 2}}]
+    steps += [{"step": 3, "samples": 4, "right": {"b": 4, "a": 2}}]
+    a, b, c = difficulty.scores(steps)
+    assert (a["id"], a["right"], a["passes"], a["accuracy"], a["variance"]) == ("a", 2, 2, 0.25, 0.0625)
+    assert (b["passes"], b["variance"], c["passes"]) == (2, 0.0, 1)  # the means of the passes are 1/2 and 3/4
+    assert a["impact"] == pytest.approx(1 - (1 / 4 + 1 / 16) / (1 / 4 + 1 / 16)) and b["impact"] == pytest.approx(0) and c["impact"] == 1
+
+
+def test_a_history_ranks_the_questions(run, folder, capsys):
+    steps, metrics = lines(run / "questions.jsonl"), lines(run / "metrics.jsonl")[1:]
+    for step, m in zip(steps, metrics, strict=True):
+        assert len(step["right"]) == 8 and sum(step["right"].values()) == pytest.approx(m["accuracy"] * 8 * step["samples"])
+    twice = folder / "runs" / "twice"
+    shutil.copytree(run, twice)
+    (twice / "questions.jsonl").write_text("".join(json.dumps(step | {"step": i}) + "\n" for i, step in enumerate([*steps, steps[0]], 1)))
+    assert main("difficulty", twice, "--history") == 0 and "16 that never came" in capsys.readouterr().out
+    chosen = config.SetConfig(
+        path="embedded:train", limit=32, pass_count={"file": str(twice / "history.jsonl"), "order": "impact", "top": 3}
+    )
+    assert len(data.load(chosen)) == 3
+    assert main("difficulty", run, "--history") == 2 and "no question came twice in its 2 steps" in capsys.readouterr().err
+    assert main("difficulty", folder / "config.yaml", "--history") == 2 and "no questions.jsonl in it" in capsys.readouterr().err
 
 
 def test_grpo_and_sft_run(folder, capsys, caplog):
