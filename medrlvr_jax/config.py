@@ -238,6 +238,7 @@ class LogConfig:
     samples_every: Size = 10  # steps between samples; 0: never
     samples: Count = 8  # completions each time
     stop_constant: Size = 20  # steps in a row with one reward for all, after which a run stops; 0: never
+    profile: tuple[Count, Count] | None = None  # first and last step that jax.profiler traces into profile/
     tensorboard: bool = False
     wandb: str | None = None  # the project's name
 
@@ -398,6 +399,8 @@ def _cross_checks(c: Config) -> list[str]:
         out.append("loss.surrogate: cispo has no use for loss.ratio_cap or loss.dual_clip; set them to null")
     if c.kl.target is not None and not (c.kl.coef > 0 and c.kl.into == "reward"):
         out.append(f"kl.target: {c.kl.target}: the adaptive coefficient needs kl.coef > 0 and kl.into reward")
+    if c.log.profile and c.log.profile[0] > c.log.profile[1]:
+        out.append(f"log.profile: {list(c.log.profile)}: the first step comes first, then the last")
     for name, spec in [("data", c.data), *((f"eval.sets.{name}", spec) for name, spec in c.eval.sets.items())]:
         counted = spec.pass_count
         if counted and counted.top and not counted.order:

@@ -97,7 +97,8 @@ def evaluate_sets(parts: Parts, decode_params: Params, sets: dict[str, Encoded],
     """Every set of a run in training; flat `eval.<set>.<count>` metrics."""
     metrics = {}
     for name, encoded in sets.items():
-        counts, _ = evaluate(parts, decode_params, encoded, lambda done, n, name=name: run.progress(f"eval {name}", done, n))
+        with jax.profiler.TraceAnnotation("evaluate"):
+            counts, _ = evaluate(parts, decode_params, encoded, lambda done, n, name=name: run.progress(f"eval {name}", done, n))
         metrics |= {f"eval.{name}.{k}": v for k, v in counts.items()}
     return metrics
 

@@ -320,7 +320,8 @@ def collect(
     rollout = generate(relay(whole), parts.sampler_cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
     here = to_memory(frozen, "device") if parts.config.learn.offload else frozen
     assessment = assess(here, policy, critic, prompts, rollout, **assess_settings(parts))
-    scored = score_rollout(parts, encoded, index, rollout, coin=key)
+    with jax.profiler.TraceAnnotation("score"):
+        scored = score_rollout(parts, encoded, index, rollout, coin=key)
     rewards = place_rows(scored.verdicts.reward.reshape(-1, sample.samples), len(index), parts.mesh)
     kinds = experience_settings(parts)
     experience, stats = make_experience(prompts, rollout, assessment, rewards, kl_coef, **kinds)

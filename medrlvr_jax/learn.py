@@ -138,7 +138,8 @@ def update(
             return mean.total, (mean, metrics)
 
         # The choice of a size is outside of the gradient: inside, what the backward pass keeps would be kept for every size.
-        grads, (mean, metrics) = scoring.at_row_size(part.mask, sizes, lambda size: jax.grad(total, has_aux=True)(learner.params, size))
+        with jax.named_scope("gradients"):
+            grads, (mean, metrics) = scoring.at_row_size(part.mask, sizes, lambda size: jax.grad(total, has_aux=True)(learner.params, size))
         return grads, {"loss": mean, **jax.lax.stop_gradient(metrics)}
 
     if micro == n:
@@ -149,8 +150,9 @@ def update(
         (grads, metrics), _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, gradients(part)), None), zeros, parts)
     count = jnp.maximum(metrics["loss"].count, 1)
     grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
-    updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
-    after = Learner(optax.apply_updates(learner.params, updates), opt_state)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
+        after = Learner(optax.apply_updates(learner.params, updates), opt_state)
     norm = optax.tree.norm(grads)
     sound = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
     metrics["grad_norm"] = Mean(norm, jnp.float32(1))

@@ -29,7 +29,7 @@ from jax.experimental.multihost_utils import process_allgather
 from medrlvr_jax import data, evaluate, log, lora, monitors, sharding, user_reward
 from medrlvr_jax.build import Parts, abstract_learner, build, init_learner, load_frozen, make_relay, places, total_steps, updates_in
 from medrlvr_jax.checkpoint import Checkpoints
-from medrlvr_jax.compiles import Compiles
+from medrlvr_jax.compiles import Compiles, Profile
 from medrlvr_jax.config import Config, ConfigError, Diverged
 from medrlvr_jax.experience import Encoded, Scored, collect, encode, reorder
 from medrlvr_jax.learn import adapt_kl, compile_learn, critic_objective, make_optimizer, offload, policy_objective
@@ -78,7 +78,8 @@ def drive(
     """
     config = parts.config
     used = {"train": rows} | {f"eval.{name}": encoded.questions for name, encoded in sets.items()}
-    with log.Run(config, steps, {name: data.fingerprint(of) for name, of in used.items()}) as run, Compiles() as compiles:
+    prints = {name: data.fingerprint(of) for name, of in used.items()}
+    with log.Run(config, steps, prints) as run, Compiles() as compiles, Profile(run.path / "profile", config.log.profile) as profile:
         checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice)
         state, done = checkpoints.restore_newest(state)
         skips = run.resume(done)
@@ -91,8 +92,10 @@ def drive(
             compiles.taken()  # by a checkpoint or a dump
             if step > done:
                 compiles.explain()
+            profile.at(step + 1)
             began = time.monotonic()
-            state, metrics, logs, learned, said = one(state, step, history)
+            with jax.profiler.StepTraceAnnotation("step", step_num=step + 1):
+                state, metrics, logs, learned, said = one(state, step, history)
             history = [*history, metrics][-monitors.WINDOW :]
             for text in said:
                 run.notice(f"step {step + 1}: {text}")
@@ -111,7 +114,8 @@ def drive(
                 run.notice(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
             else:
                 skips = 0
-            run.record(n, metrics, **logs)
+            with jax.profiler.TraceAnnotation("log"):
+                run.record(n, metrics, **logs)
             checkpoints.check()
             stalled = not last and monitors.stalled(metrics, config)
             if last or stalled or skips >= SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):

@@ -175,6 +175,14 @@ def test_difficulty(folder, capsys):
     assert data.load(chosen) == questions
 
 
+def test_a_profile_of_chosen_steps(folder):
+    args = ["name=traced", "steps=3", "log.profile=[2, 2]", "eval.sets={}", "checkpoint.every=0"]
+    assert main("train", folder / "config.yaml", *args) == 0
+    [file] = (folder / "runs/traced/profile").rglob("*.xplane.pb")
+    names = [e.name for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines for e in line.events]
+    assert names.count("step") == names.count("score") == 1 and "log" in names
+
+
 def test_scores_of_a_history_by_hand():
     steps = [{"step": 1, "samples": 4, "right": {"a": 0, "b": 4}}, {"step": 2, "samples": 4, "right": {"c": 2}}]
     steps += [{"step": 3, "samples": 4, "right": {"b": 4, "a": 2}}]
@@ -242,6 +250,9 @@ def test_targets_begin_as_responses_do(folder, capsys):
         ("model.path=./nowhere", "./nowhere"),
         ("sample.temprature=1", "did you mean temperature?"),
         ("mesh.data=3", "mesh.data=3"),
+        ("log.profile=[3, 2]", "log.profile: [3, 2]: the first step comes first"),
+        ("data.pass_count={file: x, keep: [1, 7], top: 4}", "data.pass_count.top: 4 of which? give order"),
+        ("reward={fn: 'a:b', random: 0.5}", "reward.fn: it alone says what is paid"),
         ("data.pass_count={file: x}", "data.pass_count: neither keep nor order"),
         ("data.pass_count={file: x, keep: [7, 1]}", "data.pass_count.keep: [7, 1]: the least comes first"),
         ("eval.samples=2", "greedy samples are all the same; set eval.temperature above 0, or shuffle_options of in_distribution"),
