@@ -240,7 +240,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def run_contamination(args: argparse.Namespace) -> int:
     from medrlvr_jax.contamination import contamination, show
-    from medrlvr_jax.log import write_json
+    from medrlvr_jax.files import write_json
 
     found = contamination(args.sets, args.eval)
     print(show(found))

@@ -15,8 +15,8 @@ import rich.table
 
 from medrlvr_jax import stats
 from medrlvr_jax.config import ConfigError
-from medrlvr_jax.data import LETTERS
-from medrlvr_jax.log import read_jsonl
+from medrlvr_jax.files import read_jsonl
+from medrlvr_jax.formats import LETTERS
 
 SAMPLED = """pass@k: unbiased; in brackets with chance taken out, so that guessing is 0 and certainty 100. maj@k: the most frequent of a
 question's k answers; ties are drawn with equal chances, and answers that were not found do not vote. Entropies are in nats."""

@@ -29,8 +29,8 @@ import numpy as np
 from medrlvr_jax import lora, train
 from medrlvr_jax.build import Parts, build, load_base, load_frozen, load_params, make_relay
 from medrlvr_jax.config import Config, RewardConfig, from_tree, override
-from medrlvr_jax.data import Question
 from medrlvr_jax.experience import Encoded, place_prompts, width
+from medrlvr_jax.formats import Question
 from medrlvr_jax.rewards import score
 from medrlvr_jax.sample import generate
 from medrlvr_jax.sharding import place_rows

@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from medrlvr_jax.config import CheckpointConfig
-from medrlvr_jax.log import write_json, write_text
+from medrlvr_jax.files import write_json, write_text
 
 SEAL = "digests.json"
 SMALL = 1 << 16  # bytes

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medrlvr_jax import answers, compare, log, report, stats
+from medrlvr_jax import answers, compare, files, report, stats
 from medrlvr_jax.arms import Cell, Claims, Experiment
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.stages import HACKS, STAGES
@@ -49,8 +49,8 @@ def conclude(experiment: Experiment, finished: list[Cell], of: int) -> str:
         "claims": said,
         "revisions": [json.loads(r) for r in revisions],
     }
-    log.write_json(experiment.folder / "table.json", tree)
-    log.write_text(experiment.folder / "table.md", text)
+    files.write_json(experiment.folder / "table.json", tree)
+    files.write_text(experiment.folder / "table.md", text)
     trained = [cells[0].path for cells in arms.values() if cells[0].by == "train"]
     if trained:
         report.curves(trained, experiment.folder / "curves.png")
@@ -59,14 +59,14 @@ def conclude(experiment: Experiment, finished: list[Cell], of: int) -> str:
 
 def outcome(cells: list[Cell], name: str) -> Outcome:
     """The answers of an arm's cells to one set, side by side."""
-    files = [cell.path / "eval" / f"{name}.jsonl" for cell in cells]
-    each = [answers.read(file) for file in files]
-    if odd := [str(file) for file, a in zip(files, each, strict=True) if not np.array_equal(a.ids, each[0].ids)]:
-        raise ConfigError(f"{odd[0]}: other questions than in {files[0]}; delete that cell's eval folder and run it again")
+    paths = [cell.path / "eval" / f"{name}.jsonl" for cell in cells]
+    each = [answers.read(path) for path in paths]
+    if odd := [str(path) for path, a in zip(paths, each, strict=True) if not np.array_equal(a.ids, each[0].ids)]:
+        raise ConfigError(f"{odd[0]}: other questions than in {paths[0]}; delete that cell's eval folder and run it again")
     by_sample = [field for field, column in each[0]._asdict().items() if column.ndim == 2]
     whole = each[0]._replace(**{field: np.concatenate([getattr(a, field) for a in each], axis=1) for field in by_sample})
     seeds = [cell.config.seed for cell in cells]
-    return Outcome(seeds, whole, np.stack([a.correct.mean(1) for a in each], 1), [row for file in files for row in log.read_jsonl(file)])
+    return Outcome(seeds, whole, np.stack([a.correct.mean(1) for a in each], 1), [row for path in paths for row in files.read_jsonl(path)])
 
 
 def describe(o: Outcome) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def infers(o: Outcome) -> float:
 
 def passed(cells: list[Cell]) -> str:
     """Which stages training's own completions were in, from the runs' logs: peaks of the mean over seeds."""
-    logs = [[r for r in log.read_jsonl(cell.path / "metrics.jsonl") if f"stage/{STAGES[0]}" in r] for cell in cells]
+    logs = [[r for r in files.read_jsonl(cell.path / "metrics.jsonl") if f"stage/{STAGES[0]}" in r] for cell in cells]
     if not all(logs):
         return "its logs tell no stages."
     steps = min(map(len, logs))

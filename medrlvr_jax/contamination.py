@@ -19,7 +19,7 @@ import numpy as np
 
 from medrlvr_jax import answers, data, stats
 from medrlvr_jax.config import ConfigError, SetConfig, load
-from medrlvr_jax.data import Question
+from medrlvr_jax.formats import Question
 
 GRAM = 8  # words
 THRESHOLD = 0.5

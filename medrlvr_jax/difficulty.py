@@ -22,10 +22,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from medrlvr_jax import data, log
+from medrlvr_jax import data, files
 from medrlvr_jax.answers import draw
 from medrlvr_jax.build import make_relay
 from medrlvr_jax.config import ConfigError, load
+from medrlvr_jax.console import Console
 from medrlvr_jax.evaluate import ask, home, open_source
 from medrlvr_jax.experience import encode
 from medrlvr_jax.processes import gather
@@ -43,24 +44,24 @@ def difficulty_source(source: Path, settings: list[str], step: int | Literal["be
     ids, n, size = [q.id for q in encoded.questions], len(encoded.questions), c.eval.batch
     found = done_before(path, ids, samples, model)
     found = gather(found)[0]  # process 0's look: others may look when it has written already
-    writes, console = jax.process_index() == 0, log.Console(1)
+    writes, console = jax.process_index() == 0, Console(1)
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        log.append(path, found)  # without a last line that was torn
+        files.append(path, found)  # without a last line that was torn
     with jax.set_mesh(parts.mesh):
         decode_params = make_relay(parts, parts.cfg)(params)
         for start in range(len(found), n, size):
             rows = ask(parts, decode_params, encoded, np.arange(start, min(start + size, n)))
             new = count([row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda r: r[0])], samples, model)
             if writes:
-                log.append(path, new)
+                files.append(path, new)
             found += new
             console.progress("difficulty", len(found), n)
     console.close()
     if writes:
         kept = set(ids)
-        log.append(path, [{"id": q.id, "right": None, "samples": samples, "model": model} for q in questions if q.id not in kept])
+        files.append(path, [{"id": q.id, "right": None, "samples": samples, "model": model} for q in questions if q.id not in kept])
         print(show(found, samples, len(questions) - n))
         print(f"counts: {path}; train on some with data.pass_count='{{file: {path}, keep: [1, {samples - 1}]}}'")
     return 0
@@ -70,14 +71,14 @@ def from_history(run: Path, out: Path | None) -> int:
     """`medrlvr difficulty RUN --history`."""
     if not (run / "questions.jsonl").is_file():
         raise ConfigError(f"{run}: no questions.jsonl in it; --history is for the folder of a run of `medrlvr train`")
-    steps = log.read_jsonl(run / "questions.jsonl")
+    steps = files.read_jsonl(run / "questions.jsonl")
     found = scores(steps)
     path, last = out or run / "history.jsonl", steps[-1]["step"] if steps else 0
     if not any(row["passes"] > 1 for row in found):
         raise ConfigError(f"{run}: no question came twice in its {last} steps: a history needs two passes over the data or more")
     came, model = {row["id"] for row in found}, f"{run}, steps 1 to {last}"
     rest = [{"id": q.id, "right": None} for q in data.load(load(run / "config.yaml").data) if q.id not in came]
-    log.write_text(path, "".join(json.dumps(row | {"model": model}, ensure_ascii=False) + "\n" for row in found + rest))
+    files.write_text(path, "".join(json.dumps(row | {"model": model}, ensure_ascii=False) + "\n" for row in found + rest))
     ranked = sorted(found, key=lambda row: -row["variance"])
     shown = ((r["id"], r["passes"], f"{r['accuracy']:.3f}", f"{r['variance']:.4f}", f"{r['impact']:.3f}") for r in ranked[:10])
     print(draw(("highest variance", "passes", "accuracy", "variance", "impact"), [list(map(str, row)) for row in shown]))
@@ -121,7 +122,7 @@ def done_before(path: Path, ids: list[str], samples: int, model: str) -> list[di
     """The lines of a count that was cut off: of the same questions, samples and model, or it is refused."""
     if not path.exists():
         return []
-    lines = [line for line in log.read_jsonl(path) if line["right"] is not None]
+    lines = [line for line in files.read_jsonl(path) if line["right"] is not None]
     same = [line["id"] for line in lines] == ids[: len(lines)]
     if not same or any((line["samples"], line["model"]) != (samples, model) for line in lines):
         raise ConfigError(f"{path}: it holds counts of other questions, samples or of another model; give another --out, or remove it")

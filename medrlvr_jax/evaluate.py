@@ -11,10 +11,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from medrlvr_jax import answers, data, hf, log, lora
+from medrlvr_jax import answers, data, files, hf, log, lora
 from medrlvr_jax.build import Parts, abstract_params, build, load_base, load_params, make_relay
 from medrlvr_jax.checkpoint import best_step, restore_params
 from medrlvr_jax.config import ConfigError, SampleConfig, SetConfig, load
+from medrlvr_jax.console import Console
 from medrlvr_jax.experience import Encoded, encode, reorder, sample_and_score
 from medrlvr_jax.processes import gather
 from medrlvr_jax.types import Params
@@ -154,7 +155,7 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
     if not sets:
         raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")
     folder = new_folder(source, parts, f"eval-{step}", out, "eval.json")
-    writes, console, results, found = jax.process_index() == 0, log.Console(len(sets)), {}, {}
+    writes, console, results, found = jax.process_index() == 0, Console(len(sets)), {}, {}
     with jax.set_mesh(parts.mesh):
         decode_params = make_relay(parts, parts.cfg)(params)
         for name, encoded in sets.items():
@@ -162,14 +163,14 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
             results[name], rows = evaluate(parts, decode_params, encoded, said, params)
             found[name] = answers.describe(answers.of_rows(rows, name))
             if writes:
-                log.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                files.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     console.close()
     if not writes:
         return 0
     chosen = chosen_on(source, step, parts.config.eval.sets)
     warnings = [f"{name}: checkpoint {step} was chosen as the best on these questions: its accuracy here is too high" for name in chosen]
     about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings}
-    log.write_json(folder / "eval.json", about | {"eval": results, "statistics": found})
+    files.write_json(folder / "eval.json", about | {"eval": results, "statistics": found})
     print(answers.show(found))
     for name, counts in results.items():
         if counts["dropped_prompts"]:

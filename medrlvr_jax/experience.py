@@ -18,7 +18,8 @@ import numpy as np
 from medrlvr_jax import advantages, lora, scoring, stages, text, user_reward
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import COMPARING, Config, SampleConfig
-from medrlvr_jax.data import LETTERS, Question, repeats
+from medrlvr_jax.data import repeats
+from medrlvr_jax.formats import LETTERS, Question
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, score, toss
 from medrlvr_jax.sample import generate

@@ -14,33 +14,27 @@ from checkpoint k first drops the records after k (`Run.resume`). Record k and c
 import fcntl
 import importlib.metadata
 import itertools
-import json
-import math
 import os
 import platform
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
-import rich.console
 import yaml
 from jax.experimental import multihost_utils
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import medrlvr_jax
 from medrlvr_jax import config as configs
-from medrlvr_jax.config import Config, ConfigError, Unwritable
+from medrlvr_jax import files
+from medrlvr_jax.config import Config, ConfigError
+from medrlvr_jax.console import Console, Tracker, before_after
 from medrlvr_jax.processes import gather
 
 Records = list[dict[str, Any]]
@@ -89,9 +83,9 @@ class Run:
         skips = 0
         if self._lock:
             for name in LOGS:
-                rewind(self.path / f"{name}.jsonl", done)
+                files.rewind(self.path / f"{name}.jsonl", done)
             if done:
-                skips = sum(1 for _ in itertools.takewhile(skipped, reversed(read_jsonl(self.path / "metrics.jsonl"))))
+                skips = sum(1 for _ in itertools.takewhile(skipped, reversed(files.read_jsonl(self.path / "metrics.jsonl"))))
         self._done, self._tracker = done, Tracker(self.path, self._config, done)
         if done:
             self.notice(f"{self.path}: going on after step {done}")
@@ -100,7 +94,7 @@ class Run:
     def history(self, n: int) -> Records:
         """The last `n` records of the steps that are done, the same in every process; after `resume`."""
         path = self.path / "metrics.jsonl"
-        records = [r for r in read_jsonl(path) if r["step"]] if self._lock and path.exists() else []
+        records = [r for r in files.read_jsonl(path) if r["step"]] if self._lock and path.exists() else []
         return gather(records[-n:])[0]
 
     def record(self, step: int, metrics: dict[str, Any], **logs: Iterable[dict[str, Any]]) -> None:
@@ -109,7 +103,7 @@ class Run:
             metrics = metrics | {"tokens_per_second": metrics["tokens"] / metrics["seconds"]}
         if self._lock:
             for name, rows in (logs | {"metrics": [metrics]}).items():
-                append(self.path / f"{name}.jsonl", [{"step": step, **row} for row in rows])
+                files.append(self.path / f"{name}.jsonl", [{"step": step, **row} for row in rows])
         if self._tracker:
             self._tracker.log(step, metrics)
         self._console.step(step, metrics)
@@ -128,9 +122,9 @@ class Run:
             return {"exit_status": 128 + (self._signal or signal.SIGTERM)}
         if not self._lock:
             return {}
-        records = read_jsonl(self.path / "metrics.jsonl")
+        records = files.read_jsonl(self.path / "metrics.jsonl")
         summary = {"name": self._config.name, "steps": self._steps, "seconds": time.time() - self._began, "eval": before_after(records)}
-        write_json(self.path / "summary.json", summary | {"last": records[-1] if records else {}} | self.meta)
+        files.write_json(self.path / "summary.json", summary | {"last": records[-1] if records else {}} | self.meta)
         return summary
 
 
@@ -139,91 +133,9 @@ def skipped(metrics: dict[str, Any]) -> bool:
     return any(value > 0 for name, value in metrics.items() if name.split("/")[-1] == "skipped")
 
 
-def before_after(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """`{set: {"before", "after": {"n", "correct", …}}}` from the `eval.<set>.<count>` of step 0 and of the last evaluation."""
-    out: dict[str, dict[str, dict[str, Any]]] = {}
-    for record in records:
-        for key, value in record.items():
-            if key.startswith("eval."):
-                name, count = key.removeprefix("eval.").rsplit(".", 1)
-                out.setdefault(name, {}).setdefault("after" if record["step"] else "before", {})[count] = value
-    return out
-
-
 def _any_process(number: int) -> bool:
     """All processes stop after the same step, whichever of them the signal has reached."""
     return bool(number) if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(number)).any())
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_text(path: Path, text: str) -> None:
-    """All or nothing: a reader, or a run after a crash, sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with named_errors(path):
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def named_errors(path: Path) -> Iterator[None]:
-    """A disk that is full, read-only or gone, in words. What is on it already stays: nothing here is overwritten in place."""
-    try:
-        yield
-    except OSError as e:
-        remedy = "what was saved before is untouched: mend that, and the same command goes on from the newest checkpoint"
-        raise Unwritable(f"{path} cannot be written: {e.strerror or e}; {remedy}") from e
-
-
-def write_json(path: Path, tree: Any) -> None:
-    write_text(path, json.dumps(_plain(tree), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: arrays as lists, and NaN and ±inf, which JSON does not have, as null; the key stays."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Add lines to a JSONL file; on the disk when this returns. Call it once a step: each call waits for the disk."""
-    lines = [json.dumps(_plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records]
-    with named_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write("".join(lines))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole lines. A last line without its newline was torn by a crash, or is being written: it does not count."""
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}:{number}: not a JSON line ({e}); a crash cannot do this, so repair or remove the file") from None
-    return records
-
-
-def rewind(path: Path, step: int) -> None:
-    """Drop what was logged after `step`, and a torn last line, in one atomic move; 0 is a new start, and keeps nothing."""
-    if path.exists():
-        records = [r for r in read_jsonl(path) if step and r["step"] <= step]
-        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
 # --- the run's folder ------------------------------------------------------------------------------------------------
@@ -231,13 +143,13 @@ def rewind(path: Path, step: int) -> None:
 
 def open_folder(path: Path, config: Config) -> TextIO:
     """Make or reopen a run's folder. Returns its lock, held until that is closed."""
-    with named_errors(path):
+    with files.named_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)
     try:
         if (path / "config.yaml").exists():
             check_same(path / "config.yaml", config)
-        write_text(path / "config.yaml", configs.dump(config))
+        files.write_text(path / "config.yaml", configs.dump(config))
     except BaseException:
         lock.close()
         raise
@@ -323,116 +235,3 @@ def git_revision() -> dict[str, Any] | None:
         return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
 
     return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-QUIET = 30  # seconds without a line, after which long work says how far it is
-FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
-    ("seconds", lambda v: f"{v:.2f} s"),
-    ("tokens_per_second", lambda v: f"{v:,.0f} tok/s"),
-    ("loss", lambda v: f"loss {v:.4f}"),
-    ("reward", lambda v: f"reward {v:+.3f}"),
-    ("accuracy", lambda v: f"correct {v:.1%}"),
-    ("format_ok", lambda v: f"format {v:.1%}"),
-    ("kl", lambda v: f"KL {v:.4f}"),
-    ("response_length", lambda v: f"length {v:.0f}"),
-)
-
-
-def line(metrics: dict[str, float]) -> str:
-    """The few numbers to watch, of those that are there."""
-    return "  ".join(show(metrics[key]) for key, show in FIELDS if metrics.get(key) is not None)
-
-
-class Console:
-    """Progress on stderr: a bar on a terminal, else one line a step. Silent on processes other than 0."""
-
-    def __init__(self, total: int, file: TextIO | None = None):
-        self._rich = rich.console.Console(file=file or sys.stderr, quiet=jax.process_index() > 0, highlight=False, soft_wrap=True)
-        self._total = total
-        self._said = time.monotonic()
-        self._seconds: deque[float] = deque(maxlen=21)
-        self._bar = None
-        if self._rich.is_terminal and not self._rich.quiet:
-            columns = (MofNCompleteColumn(), BarColumn(24), TextColumn("{task.description}", markup=False))
-            self._bar = Progress(*columns, console=self._rich)
-            self._task = self._bar.add_task("starting", total=total)
-            self._bar.start()
-
-    def step(self, step: int, metrics: dict[str, Any]) -> None:
-        text = line(metrics)
-        if "seconds" in metrics:
-            self._seconds.append(metrics["seconds"])  # their median: the first steps compile and would spoil a mean
-            text += f"  {clock(statistics.median(self._seconds) * (self._total - step))} left"
-        if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
-        elif text:
-            self.notice(f"step {step}/{self._total}  {text}")
-        for name, counts in before_after([{"step": step, **metrics}]).items():
-            c = next(iter(counts.values()))
-            self.notice(f"step {step}/{self._total}  eval {name}: correct {c['correct']}/{c['n']}, format {c['format_ok']}/{c['n']}")
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Of something within a step: on the bar, or a line every `QUIET` seconds."""
-        if self._bar:
-            self._bar.update(self._task, description=f"{what}  {done}/{total}")
-        elif time.monotonic() - self._said > QUIET and done < total:
-            self.notice(f"{what}  {done}/{total}")
-
-    def notice(self, text: str) -> None:
-        self._said = time.monotonic()
-        self._rich.print(text, markup=False)
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
-
-
-def clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}"
-
-
-# --- trackers --------------------------------------------------------------------------------------------------------
-
-
-class Tracker:
-    """The same numbers to TensorBoard and Weights & Biases, where `log` names them; process 0 only."""
-
-    def __init__(self, path: Path, config: Config, done: int):
-        on = jax.process_index() == 0
-        self._board = _tensorboard(path / "tensorboard", done) if on and config.log.tensorboard else None
-        self._wandb = _wandb(path, config) if on and config.log.wandb else None
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        numbers = {k: float(v) for k, v in metrics.items() if v is not None}
-        if self._board:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(numbers, step=step)
-
-    def close(self) -> None:
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish()
-
-
-def _tensorboard(path: Path, done: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError("log.tensorboard: true needs tensorboardX: pip install 'medrlvr-jax[tensorboard]', or set it to false") from None
-    return SummaryWriter(str(path), purge_step=done + 1)  # a resumed run replaces the points after its checkpoint
-
-
-def _wandb(path: Path, config: Config) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError(f"log.wandb: {config.log.wandb} needs wandb: pip install 'medrlvr-jax[wandb]', or set it to null") from None
-    tree = configs.to_tree(config)
-    return wandb.init(project=config.log.wandb, name=config.name, id=config.name, resume="allow", dir=str(path), config=tree)

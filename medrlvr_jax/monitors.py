@@ -15,8 +15,8 @@ import numpy as np
 
 from medrlvr_jax import stages, stats
 from medrlvr_jax.config import Config
-from medrlvr_jax.data import LETTERS
 from medrlvr_jax.experience import Scored
+from medrlvr_jax.formats import LETTERS
 from medrlvr_jax.processes import gather
 from medrlvr_jax.rewards import LEAK
 

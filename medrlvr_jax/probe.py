@@ -24,13 +24,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from medrlvr_jax import log, stats, text
+from medrlvr_jax import files, log, stats, text
 from medrlvr_jax.answers import draw, percent
 from medrlvr_jax.build import Parts, make_relay
 from medrlvr_jax.config import ConfigError
-from medrlvr_jax.data import LETTERS
+from medrlvr_jax.console import Console
 from medrlvr_jax.evaluate import evaluate, load_sets, new_folder, open_source
 from medrlvr_jax.experience import Encoded, assess_alone, width
+from medrlvr_jax.formats import LETTERS
 from medrlvr_jax.processes import gather
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
 from medrlvr_jax.types import Params, Rollout
@@ -203,16 +204,16 @@ def probe_source(source: Path, settings: list[str], step: int | Literal["best"] 
     if not encoded:
         raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")
     folder = new_folder(source, parts, f"probe-{step}", out, "probe.json")
-    writes, console, found = jax.process_index() == 0, log.Console(len(encoded)), {}
+    writes, console, found = jax.process_index() == 0, Console(len(encoded)), {}
     with jax.set_mesh(parts.mesh):
         decode_params = make_relay(parts, parts.cfg)(params)
         for name, questions in encoded.items():
             said = lambda what, done, n, name=name: console.progress(f"probe {name}, {what}", done, n)  # noqa: E731
             found[name], rows = probe(parts, params, decode_params, questions, said)
             if writes:
-                log.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                files.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     console.close()
     if writes:
-        log.write_json(folder / "probe.json", {"source": str(source), "step": step, "probe": found, "versions": log.versions()})
+        files.write_json(folder / "probe.json", {"source": str(source), "step": step, "probe": found, "versions": log.versions()})
         print(f"{show(found)}\nanswers: {folder}")
     return 0

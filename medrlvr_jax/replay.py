@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
-from medrlvr_jax import config, data, log, lora, train, user_reward
+from medrlvr_jax import config, data, files, lora, train, user_reward
 from medrlvr_jax.build import build, load_frozen, total_steps
 from medrlvr_jax.checkpoint import restore_before
 from medrlvr_jax.config import ConfigError
+from medrlvr_jax.console import QUIET, Console, clock
 from medrlvr_jax.experience import draw, encode, score_rollout
 
 
@@ -32,19 +33,19 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     if not 0 <= row < n:
         raise ConfigError(f"--row {row}: a step of {run} has rows 0 to {n - 1}, sample.samples = {c.sample.samples} to a question")
     user_reward.worker(c.reward)
-    parts, console = build(c), log.Console(step)
+    parts, console = build(c), Console(step)
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options)
     with jax.set_mesh(parts.mesh):
         programs, state = train.start(parts, total_steps(c, len(encoded.questions)))
         frozen = load_frozen(parts)
         state, done = restore_before(run / "checkpoints", state, step - 1)
         if done < step - 1:
-            seconds = log.clock(sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step))
+            seconds = clock(sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step))
             console.notice(f"checkpoint {step - 1} is not kept: training steps {done + 1} to {step - 1} again, which took {seconds} then")
         said = time.monotonic()
         for k in range(done, step - 1):
             state, *_ = train.train_step(parts, programs, train.at_epoch(parts, encoded, k), state, frozen, k)
-            if time.monotonic() - said > log.QUIET:
+            if time.monotonic() - said > QUIET:
                 said = time.monotonic()
                 console.notice(f"step {k + 1}/{step - 1}")
         encoded, index = train.at_epoch(parts, encoded, step - 1), data.step_batch(c, len(encoded.questions), step - 1)
@@ -59,7 +60,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    return log.read_jsonl(path) if path.exists() else []
+    return files.read_jsonl(path) if path.exists() else []
 
 
 def show(found: dict[str, Any]) -> str:

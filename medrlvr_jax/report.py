@@ -17,7 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from medrlvr_jax.config import ConfigError
-from medrlvr_jax.log import Records, read_jsonl
+from medrlvr_jax.files import read_jsonl
+from medrlvr_jax.log import Records
 from medrlvr_jax.stages import STAGES
 from medrlvr_jax.stats import wilson
 

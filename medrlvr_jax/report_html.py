@@ -20,7 +20,9 @@ import yaml
 
 from medrlvr_jax import report
 from medrlvr_jax.config import ConfigError
-from medrlvr_jax.log import Records, before_after, clock, flat, read_jsonl, write_text
+from medrlvr_jax.console import before_after, clock
+from medrlvr_jax.files import read_jsonl, write_text
+from medrlvr_jax.log import Records, flat
 from medrlvr_jax.stages import STAGES
 from medrlvr_jax.stats import wilson
 

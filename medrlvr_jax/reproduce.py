@@ -15,9 +15,10 @@ import time
 from statistics import mean, median
 from typing import Any
 
-from medrlvr_jax import arms, claims, log
+from medrlvr_jax import arms, claims, files, log
 from medrlvr_jax.arms import Cell
 from medrlvr_jax.config import ConfigError
+from medrlvr_jax.console import clock
 
 HEARTBEAT = 60  # seconds between lines that say how far the cells are
 
@@ -91,7 +92,7 @@ class Runner:
             elif not (cell.parent and cell.parent.commands()) and not log.lock_holder(cell.path):
                 self.todo.remove(cell)
                 cell.path.parent.mkdir(parents=True, exist_ok=True)
-                log.write_text(cell.beside(".yaml"), cell.record())
+                files.write_text(cell.beside(".yaml"), cell.record())
                 self._spawn(share, cell, time.monotonic())
                 return self._say(f"{cell.path.name} begins")
 
@@ -120,7 +121,7 @@ class Runner:
             ends = f"{cell.path.name} failed with exit status {process.returncode}; {cell.beside('.log')} ends:"
             self._say("\n    ".join([ends, *tail]))
         elif cell.finished:
-            self._say(f"{cell.path.name} is finished after {log.clock(time.monotonic() - began)}")
+            self._say(f"{cell.path.name} is finished after {clock(time.monotonic() - began)}")
         elif not self.signal:
             self._spawn(share, cell, began)
 
@@ -132,7 +133,7 @@ class Runner:
 
     def _say(self, text: str) -> None:
         done, left = sum(c.finished for c in self.every), self._left()
-        more = f"; about {log.clock(left)} left" if left else ""
+        more = f"; about {clock(left)} left" if left else ""
         print(f"{done}/{len(self.every)} cells: {text}{more}", file=sys.stderr, flush=True)
 
     def _left(self) -> float | None:
@@ -154,12 +155,12 @@ def _seconds(cell: Cell) -> list[float]:
     summary, metrics = cell.path / "summary.json", cell.path / "metrics.jsonl"
     if summary.exists():
         return [json.loads(summary.read_text(encoding="utf-8"))["seconds"]]
-    steps = [r["seconds"] for r in log.read_jsonl(metrics) if "seconds" in r] if metrics.exists() else []
+    steps = [r["seconds"] for r in files.read_jsonl(metrics) if "seconds" in r] if metrics.exists() else []
     return [sum(steps) + median(steps) * (cell.config.steps - len(steps))] if len(steps) > 1 and cell.config.steps else []
 
 
 def _steps(cell: Cell) -> str:
     """How far its run is."""
     file = cell.path / "metrics.jsonl"
-    records = log.read_jsonl(file) if file.exists() else []
+    records = files.read_jsonl(file) if file.exists() else []
     return f"step {records[-1]['step']}" + (f"/{cell.config.steps}" if cell.config.steps else "") if records else "starts"

@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medrlvr_jax.config import RewardConfig
-from medrlvr_jax.data import LETTERS, DataError
+from medrlvr_jax.formats import LETTERS, DataError
 
 WHITE = b" \t\n\v\f\r"
 BLOCK = 4096  # rows judged at once: their 5 MB and what is computed of them stay in the cache, which halves the time

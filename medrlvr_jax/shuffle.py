@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from medrlvr_jax.data import LETTERS, Question
+from medrlvr_jax.formats import LETTERS, Question
 
 SOME = r"(?:all|none|any|both|neither|either|each|some|one|two|more than one)"
 ABOVE = re.compile(  # "all of the above", "Both", "none of these", "neither of the other options", "All above"; but not "above the knee"

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 from medrlvr_jax.config import ConfigError, PromptConfig
-from medrlvr_jax.data import LETTERS, DataError, Question
+from medrlvr_jax.formats import LETTERS, DataError, Question
 from medrlvr_jax.hf import resolve
 from medrlvr_jax.types import Prompts
 

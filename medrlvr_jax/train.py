@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax import data, evaluate, log, lora, monitors, sharding, user_reward
+from medrlvr_jax import data, evaluate, files, log, lora, monitors, sharding, user_reward
 from medrlvr_jax.build import Parts, abstract_learner, build, init_learner, load_frozen, make_relay, places, total_steps, updates_in
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.compiles import Compiles, Profile
@@ -140,7 +140,7 @@ def dump(folder: Path, step: int, rows: Experience) -> Path:
     path = folder / "skipped" / f"{step}.npz"
     whole = process_allgather(rows, tiled=True)
     if jax.process_index() == 0:
-        with log.named_errors(path):
+        with files.named_errors(path):
             path.parent.mkdir(exist_ok=True)
             np.savez(path, **{name: array for name, array in vars(whole).items() if array is not None})
     return path

@@ -30,7 +30,7 @@ from functools import cache
 from random import Random
 from typing import Any, NamedTuple, TypeVar
 
-from medrlvr_jax.data import LETTERS, Example, Question
+from medrlvr_jax.formats import LETTERS, Example, Question
 from medrlvr_jax.knowledge import Condition, finding_sets, histories, table, wrong_options
 
 T = TypeVar("T")

@@ -41,7 +41,7 @@ import yaml  # noqa: E402
 from etils import epath  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402, F401  (seconds to import, in every launch)
 
-from medrlvr_jax import __main__, checkpoint, experience, log, processes, sft, train  # noqa: E402
+from medrlvr_jax import __main__, checkpoint, experience, files, log, processes, sft, train  # noqa: E402
 
 STEPS = 12
 SILENCE = 5  # seconds, in place of processes.HEARTBEAT
@@ -73,10 +73,10 @@ POINTS = {
     "checkpoint being written": ([(checkpoint.Checkpoints, "save")], 120),
     "checkpoint being sealed": ([(checkpoint.Checkpoints, "_seal")], 15),
     "between log and checkpoint": ([(log.Run, "record")], 0),
-    "half a line of the log": ([(log, "append")], 0),
-    "between the two logs": ([(log, "append")], 0),
+    "half a line of the log": ([(files, "append")], 0),
+    "between the two logs": ([(files, "append")], 0),
     "restoring": ([(checkpoint.Checkpoints, "restore_newest")], 60),
-    "logs being rewound": ([(log, "write_text")], 2),
+    "logs being rewound": ([(files, "write_text")], 2),
     "any time": ([], 20_000),
 }
 LEADER = ("checkpoint being sealed", "half a line of the log", "between the two logs")  # what process 0 alone does

@@ -24,7 +24,7 @@ import test_text  # noqa: E402
 
 from medrlvr_jax import data, rewards, text  # noqa: E402
 from medrlvr_jax.config import PromptConfig, RewardConfig, SetConfig  # noqa: E402
-from medrlvr_jax.data import DataError, Question  # noqa: E402
+from medrlvr_jax.formats import DataError, Question  # noqa: E402
 
 RECORDS = {"plain": test_data.PLAIN, "medqa": test_data.MEDQA, "mmlu_pro": test_data.PRO, "medmcqa": test_data.MCQA}
 PIECES = [

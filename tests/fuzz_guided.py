@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["medrlvr_jax.data", "medrlvr_jax.reward
 
     from medrlvr_jax import data
     from medrlvr_jax.config import SetConfig
-    from medrlvr_jax.data import DataError
+    from medrlvr_jax.formats import DataError
 
 import test_data  # noqa: E402
 

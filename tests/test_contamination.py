@@ -7,7 +7,7 @@ import pytest
 
 from medrlvr_jax import __main__, contamination, data
 from medrlvr_jax.config import SetConfig
-from medrlvr_jax.data import Question
+from medrlvr_jax.formats import Question
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not in ../shared/data")

@@ -10,7 +10,7 @@ from test_learn import CFG
 
 from medrlvr_jax import build, config, experience, sharding, text
 from medrlvr_jax.config import ConfigError
-from medrlvr_jax.data import Question
+from medrlvr_jax.formats import Question
 from medrlvr_jax.types import Rollout
 
 ROOT = Path(__file__).parents[1]

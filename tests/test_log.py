@@ -9,13 +9,15 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from medrlvr_jax import log
+from medrlvr_jax import files, log
 from medrlvr_jax.config import ConfigError, Unwritable, from_tree, load
+from medrlvr_jax.console import Console
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,40 +36,40 @@ def config(tmp_path, **changes):
 
 def test_jsonl_round_trip(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log.append(path, [{"step": 1, "a": np.float32(0.5), "b": math.nan, "c": [np.inf, 1], "d": "β\n", "e": np.arange(2)}])
-    log.append(path, [])
-    log.append(path, [{"step": 2}, {"step": 3}])
-    assert log.read_jsonl(path) == [{"step": 1, "a": 0.5, "b": None, "c": [None, 1], "d": "β\n", "e": [0, 1]}, {"step": 2}, {"step": 3}]
+    files.append(path, [{"step": 1, "a": np.float32(0.5), "b": math.nan, "c": [np.inf, 1], "d": "β\n", "e": np.arange(2)}])
+    files.append(path, [])
+    files.append(path, [{"step": 2}, {"step": 3}])
+    assert files.read_jsonl(path) == [{"step": 1, "a": 0.5, "b": None, "c": [None, 1], "d": "β\n", "e": [0, 1]}, {"step": 2}, {"step": 3}]
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 5, "rew', '{"step": 4}'])
 def test_rewind_leaves_each_step_once(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
-    log.append(path, [{"step": k} for k in (0, 1, 2, 2, 3, 4)])
+    files.append(path, [{"step": k} for k in (0, 1, 2, 2, 3, 4)])
     with open(path, "a") as file:
         file.write(torn)
-    assert [r["step"] for r in log.read_jsonl(path)] == [0, 1, 2, 2, 3, 4]  # a reader of a running run does without the torn line
-    log.rewind(path, 3)
-    log.append(path, [{"step": 4}])
-    assert [r["step"] for r in log.read_jsonl(path)] == [0, 1, 2, 2, 3, 4]
-    log.rewind(path, 0)
+    assert [r["step"] for r in files.read_jsonl(path)] == [0, 1, 2, 2, 3, 4]  # a reader of a running run does without the torn line
+    files.rewind(path, 3)
+    files.append(path, [{"step": 4}])
+    assert [r["step"] for r in files.read_jsonl(path)] == [0, 1, 2, 2, 3, 4]
+    files.rewind(path, 0)
     assert path.read_text() == "" and os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
 def test_rewind_survives_a_torn_character(tmp_path):
     path = tmp_path / "samples.jsonl"
-    log.append(path, [{"step": 1, "completion": "β"}])
+    files.append(path, [{"step": 1, "completion": "β"}])
     with open(path, "ab") as file:
         file.write('{"step": 2, "completion": "β'.encode()[:-1])
-    log.rewind(path, 1)
-    assert log.read_jsonl(path) == [{"step": 1, "completion": "β"}]
+    files.rewind(path, 1)
+    assert files.read_jsonl(path) == [{"step": 1, "completion": "β"}]
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a JSON line"):
-        log.rewind(path, 3)
+        files.rewind(path, 3)
     assert path.read_text().count("\n") == 3
 
 
@@ -81,9 +83,9 @@ def test_a_run_writes_its_records_and_summary(tmp_path):
         run.record(2, {"reward": 0.5, "seconds": 2.0} | {f"eval.dev.set.{k}": v + 1 for k, v in counts.items()})
         summary = run.finish()
     assert load(run.path / "config.yaml") == c
-    records = log.read_jsonl(run.path / "metrics.jsonl")
+    records = files.read_jsonl(run.path / "metrics.jsonl")
     assert [r["step"] for r in records] == [0, 1, 2] and records[1]["tokens_per_second"] == 50
-    assert log.read_jsonl(run.path / "samples.jsonl") == [{"step": 1, "completion": "a"}, {"step": 1, "completion": "b"}]
+    assert files.read_jsonl(run.path / "samples.jsonl") == [{"step": 1, "completion": "a"}, {"step": 1, "completion": "b"}]
     assert summary["eval"] == {"dev.set": {"before": counts, "after": {k: v + 1 for k, v in counts.items()}}}
     written = json.loads((run.path / "summary.json").read_text())
     assert written["eval"] == summary["eval"] and written["last"]["reward"] == 0.5 and written["config"]["steps"] == 3
@@ -97,7 +99,7 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
             for k in steps:
                 run.record(k, {"reward": 0.0}, samples=[{"completion": "x"}], questions=[{}])
         for name in ("metrics.jsonl", "samples.jsonl", "questions.jsonl"):
-            assert [r["step"] for r in log.read_jsonl(run.path / name)] == list(range(1, steps[-1] + 1))
+            assert [r["step"] for r in files.read_jsonl(run.path / name)] == list(range(1, steps[-1] + 1))
 
 
 def test_other_settings_are_refused_and_named(tmp_path):
@@ -142,11 +144,11 @@ def test_a_disk_that_takes_no_more_is_said_in_words_and_keeps_what_it_has(tmp_pa
             with pytest.raises(Unwritable, match=r"metrics\.jsonl cannot be written: .*; what was saved before is untouched"):
                 run.record(2, {"reward": 0.0})
             with pytest.raises(Unwritable, match=r"summary\.json cannot be written"):
-                log.write_json(run.path / "summary.json", ["long"] * 99)
+                files.write_json(run.path / "summary.json", ["long"] * 99)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert not list(run.path.glob("*.tmp")) and not list(run.path.glob(".*.tmp"))
-        assert log.read_jsonl(run.path / "metrics.jsonl") == [{"step": 1, "reward": 0.0}]
+        assert files.read_jsonl(run.path / "metrics.jsonl") == [{"step": 1, "reward": 0.0}]
         run.resume(1)
         assert (run.path / "metrics.jsonl").read_text() == before
 
@@ -186,7 +188,7 @@ def test_the_first_signal_ends_the_step_and_the_second_kills(tmp_path):
 
 def test_console_prints_a_line_a_step_where_there_is_no_terminal():
     file = io.StringIO()
-    console = log.Console(400, file)
+    console = Console(400, file)
     console.step(0, {"eval.dev.n": 4, "eval.dev.correct": 1, "eval.dev.format_ok": 2})
     console.notice("7 questions dropped [too long]")
     for step in (1, 2, 3):
@@ -238,8 +240,8 @@ def test_wandb_gets_the_settings_and_the_numbers(tmp_path, monkeypatch):
 
 def test_long_work_says_how_far_it_is(monkeypatch):
     now, file = [0.0], io.StringIO()
-    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
-    console = log.Console(10, file)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = Console(10, file)
     for done in range(1, 11):
         now[0] += 10
         console.progress("eval dev", done, 10)

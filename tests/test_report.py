@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from medrlvr_jax import log, report
+from medrlvr_jax import files, report
 from medrlvr_jax.config import ConfigError
 
 
@@ -35,7 +35,7 @@ def runs(tmp_path):
             for k in range(1, n)
         ]
         (tmp_path / name).mkdir()
-        log.append(tmp_path / name / "metrics.jsonl", records)
+        files.append(tmp_path / name / "metrics.jsonl", records)
     return tmp_path
 
 

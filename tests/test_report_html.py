@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, log, report_html, stages
+from medrlvr_jax import __main__, files, report_html, stages
 
 EVIL = (
     '<think>"&lt;</script><script>console.error("broken out")</script><img src=x onerror=console.error(1)>\u2028</think><answer>A</answer>'
@@ -66,13 +66,13 @@ def write_run(path, seed, steps=12, **changes):
     records = [{"step": k, "reward": random.normal(), "seconds": 2.0} | step for k in range(1, steps + 1)]
     records[3]["alarm/leak"] = 1
     evals = [{f"eval.dev.{k}": v for k, v in {"n": 50, "correct": c, "format_ok": 50}.items()} for c in (10, 30 + seed)]
-    log.append(path / "metrics.jsonl", [{"step": 0} | evals[0], *records[:-1], records[-1] | evals[1]])
+    files.append(path / "metrics.jsonl", [{"step": 0} | evals[0], *records[:-1], records[-1] | evals[1]])
     sample = {"row": 0, "id": "q<1>", "prompt": "?", "completion": EVIL, "key": "A", "answer": None, "reward": -1.0, "stopped": True}
     rows = [sample | {"step": k, "reason": "no_think", "stage": stages.STAGES[k % 6], "length": 3 * k} for k in range(1, steps + 1)]
-    log.append(path / "samples.jsonl", rows)
+    files.append(path / "samples.jsonl", rows)
     data = {"train": {"n": 12, "sha256": "beef"}}
     versions = {"git": {"revision": "cafe", "dirty": True}, "devices": 8, "device_kind": "H100", "processes": 1, "platform": "Linux"}
-    log.write_json(path / "summary.json", {"name": path.name, "steps": steps, "seconds": 9.0, "versions": versions, "data": data})
+    files.write_json(path / "summary.json", {"name": path.name, "steps": steps, "seconds": 9.0, "versions": versions, "data": data})
     return path
 
 
@@ -81,7 +81,7 @@ def page(tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
     runs = [write_run(root / f"ppo-seed{s}", s) for s in (0, 1)] + [write_run(root / "a&b", 2, kl={"coef": 0.5})]
     (root / "sft").mkdir()
-    log.write_json(root / "sft" / "eval.json", {"eval": {"dev": {"n": 50, "correct": 25, "format_ok": 50}}, "versions": {}})
+    files.write_json(root / "sft" / "eval.json", {"eval": {"dev": {"n": 50, "correct": 25, "format_ok": 50}}, "versions": {}})
     assert __main__.main(["report", *map(str, runs), str(root / "sft"), "--out", str(root / "report.html")]) == 0
     return root / "report.html"
 
@@ -120,7 +120,7 @@ def test_runs_that_differ_by_seed_alone_are_one_group(page):
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.yaml").write_text("name: new\n")
-    log.append(tmp_path / "new" / "metrics.jsonl", [{"step": 1, "reward": 0.5} | {f"stage/{s}": 1 / 6 for s in stages.STAGES}])
+    files.append(tmp_path / "new" / "metrics.jsonl", [{"step": 1, "reward": 0.5} | {f"stage/{s}": 1 / 6 for s in stages.STAGES}])
     report_html.write_page([tmp_path / "new"], tmp_path / "p.html")
     text = (tmp_path / "p.html").read_text()
     Page(text)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medrlvr_jax import build, config, data, experience, shuffle, stats
-from medrlvr_jax.data import Question
+from medrlvr_jax import build, config, data, experience, formats, shuffle, stats
+from medrlvr_jax.formats import Question
 
 EMBEDDED = {
     "name": "shuffled",
@@ -55,7 +55,7 @@ def test_an_order_loses_nothing_and_moves_no_anchor(options, draw):
         assert set(places[:wall]) == set(range(wall))
     moved = shuffle.shuffled(q, 1, draw)
     assert moved.options[moved.answer] == q.options[q.answer] and places[moved.answer] == q.answer
-    assert "".join(data.LETTERS[i] for i in places) == moved.order
+    assert "".join(formats.LETTERS[i] for i in places) == moved.order
 
 
 def test_orders_are_even_and_functions_of_seed_draw_and_id():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from medrlvr_jax import text
 from medrlvr_jax.config import ConfigError, PromptConfig
-from medrlvr_jax.data import DataError, Question
+from medrlvr_jax.formats import DataError, Question
 
 transformers = pytest.importorskip("transformers")
 decoders, models, pre_tokenizers, processors = tokenizers.decoders, tokenizers.models, tokenizers.pre_tokenizers, tokenizers.processors

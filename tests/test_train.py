@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, build, checkpoint, compiles, config, data, difficulty, hf, lora, model, rewards, sharding, train
+from medrlvr_jax import __main__, build, checkpoint, compiles, config, data, difficulty, formats, hf, lora, model, rewards, sharding, train
 
 TREE = {
     "name": "run",
@@ -140,7 +140,7 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     rows = lines(folder / "orders" / "in_distribution.jsonl")
     assert len(rows) == 24 and rows[0]["id"] == rows[1]["id"] and rows[0]["order"] != rows[1]["order"]
     asked = {q.id: q for q in data.load(config.SetConfig(path="embedded:in_distribution"))}
-    assert all(r["order"][data.LETTERS.index(r["key"])] == data.LETTERS[asked[r["id"]].answer] for r in rows)
+    assert all(r["order"][formats.LETTERS.index(r["key"])] == formats.LETTERS[asked[r["id"]].answer] for r in rows)
     assert main("probe", run, "--out", folder / "probed") == 0
     assert "answer as at 100 %" in capsys.readouterr().out
     rows, probed = lines(folder / "probed" / "in_distribution.jsonl"), json.loads((folder / "probed" / "probe.json").read_text())["probe"]
@@ -214,7 +214,7 @@ def test_grpo_and_sft_run(folder, capsys, caplog):
     assert main("train", folder / "config.yaml", *grpo) == 0
     assert "critic/loss" not in lines(folder / "runs/grpo/metrics.jsonl")[-1]
     row = lines(folder / "runs/grpo/samples.jsonl")[0]
-    assert sorted(row["order"]) == list(data.LETTERS[: row["options"]])
+    assert sorted(row["order"]) == list(formats.LETTERS[: row["options"]])
     sft = ["name=sft", "steps=12", "sft.target=rationale", "eval.sets={}", "checkpoint.every=0", "learn.policy.lr=1e-2"]
     assert main("sft", folder / "config.yaml", *sft) == 0
     losses = [m["loss"] for m in lines(folder / "runs/sft/metrics.jsonl")]

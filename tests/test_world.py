@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from medrlvr_jax import knowledge, text, words, world
 from medrlvr_jax.config import PromptConfig, RewardConfig
-from medrlvr_jax.data import LETTERS, Question
+from medrlvr_jax.formats import LETTERS, Question
 from medrlvr_jax.rewards import LEAK, score
 from medrlvr_jax.stages import stage
 

@@ -1,0 +1,79 @@
+"""Files that a crash cannot leave half written: whole ones by an atomic move, JSON lines by appending and rewinding."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medrlvr_jax.config import Unwritable
+
+
+def write_text(path: Path, text: str) -> None:
+    """All or nothing: a reader, or a run after a crash, sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with named_errors(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """A disk that is full, read-only or gone, in words. What is on it already stays: nothing here is overwritten in place."""
+    try:
+        yield
+    except OSError as e:
+        remedy = "what was saved before is untouched: mend that, and the same command goes on from the newest checkpoint"
+        raise Unwritable(f"{path} cannot be written: {e.strerror or e}; {remedy}") from e
+
+
+def write_json(path: Path, tree: Any) -> None:
+    write_text(path, json.dumps(_plain(tree), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: arrays as lists, and NaN and ±inf, which JSON does not have, as null; the key stays."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Add lines to a JSONL file; on the disk when this returns. Call it once a step: each call waits for the disk."""
+    lines = [json.dumps(_plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records]
+    with named_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.write("".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines. A last line without its newline was torn by a crash, or is being written: it does not count."""
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}:{number}: not a JSON line ({e}); a crash cannot do this, so repair or remove the file") from None
+    return records
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop what was logged after `step`, and a torn last line, in one atomic move; 0 is a new start, and keeps nothing."""
+    if path.exists():
+        records = [r for r in read_jsonl(path) if step and r["step"] <= step]
+        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
