@@ -83,6 +83,13 @@ def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
     done = checkpoint.saved_steps(run / "checkpoints")[-1]
     assert [m["step"] for m in metrics] == list(range(1, done + 1)) and done > kept[-1]
 
+    # What two processes wrote is read by two and by one: the same bytes.
+    two = launch(2, 2, ["-c", MAIN, "export", "--distributed", str(run), str(folder / "by_two")], stderr=subprocess.PIPE)
+    statuses, told = ends(two)
+    assert statuses == [0, 0], told
+    assert main("export", run, folder / "by_one") == 0
+    assert (folder / "by_two/model.safetensors").read_bytes() == (folder / "by_one/model.safetensors").read_bytes()
+
     (folder / "one.yaml").write_text(yaml.safe_dump(tree | {"name": "one", "steps": done, "checkpoint": {"every": 0}}))
     assert main("train", folder / "one.yaml") == 0
     for got, want in zip(metrics, lines(folder / "runs/one/metrics.jsonl"), strict=True):
