@@ -108,11 +108,12 @@ def curves(run_dirs: Sequence[Path | str], out_png: Path | str) -> None:
         figure.savefig(out_png, dpi=160)
 
 
-def panel(groups: Sequence[Sequence[Records]], key: str, title: str, share: bool) -> Figure | None:
-    """One curve a group: the mean over its runs, and the band from the least to the greatest; None where nobody recorded it."""
+def panel(groups: Sequence[tuple[int, Sequence[Records]]], key: str, title: str, share: bool) -> Figure | None:
+    """One curve a group, in the style of its number: the mean over its runs, and the band from the least to the greatest; None where
+    nobody recorded it."""
     figure = Figure(figsize=(4.6, 2.9), layout="constrained")
     axis, drawn = figure.subplots(), False
-    for i, runs in enumerate(groups):
+    for i, runs in groups:
         table = [{r["step"]: value_of(r, key) for r in records} for records in runs]
         steps = sorted({step for values in table for step, x in values.items() if math.isfinite(x)})
         if not steps:

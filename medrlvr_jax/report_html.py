@@ -52,9 +52,17 @@ class Run:
 @dataclass(frozen=True)
 class Group:
     name: str
-    color: str
-    dash: str  # as SVG has it
+    place: int  # among all groups of the page: its style, in every picture
     runs: list[Run]
+
+    @property
+    def color(self) -> str:
+        return report.COLORS[self.place % len(report.COLORS)]
+
+    @property
+    def dash(self) -> str:
+        """As SVG has it."""
+        return ("", "6 3", "6 3 1.5 3", "1.5 2.5", "6 2 1.5 2")[self.place % len(report.DASHES)]
 
 
 def read_run(folder: Path) -> Run:
@@ -97,8 +105,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
         name = members[0].name if len(members) == 1 or not common else common
         names.append(name)
         name = name if names.count(name) == 1 else f"{name} ({names.count(name)})"
-        dash = ("", "6 3", "6 3 1.5 3", "1.5 2.5", "6 2 1.5 2")[i % len(report.DASHES)]
-        groups.append(Group(name, report.COLORS[i % len(report.COLORS)], dash, members))
+        groups.append(Group(name, i, members))
     return groups
 
 
@@ -240,7 +247,7 @@ def stages(groups: Sequence[Group], pictures: Path) -> str:
 def curves(groups: Sequence[Group], pictures: Path) -> str:
     figures = []
     for key, title, share in (*report.PANELS, *report.MORE):
-        of = [[run.records for run in g.runs] for g in groups]
+        of = [(g.place, [run.records for run in g.runs]) for g in groups]
         svg = report.picture(lambda a=(of, key, title, share): report.panel(*a), pictures / f"curve-{file_name(key)}")
         if svg:
             figures.append(figure(svg, f"{title} over the steps"))

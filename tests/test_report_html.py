@@ -117,6 +117,17 @@ def test_runs_that_differ_by_seed_alone_are_one_group(page):
     assert len({g.color for g in groups}) == 3
 
 
+def test_curves_have_the_styles_of_their_legend(page):
+    """Also where a group before them has no curve: an evaluation, or a run without that number."""
+    runs = [report_html.read_run(page.parent / name) for name in ("sft", "a&b", "ppo-seed0")]
+    groups = report_html.group(runs)
+    text = report_html.curves(groups[1:], page.with_name("report_pictures"))
+    legend, curve = text.split('<div class="grid">')[0], re.search(r"<figure>.*?</figure>", text, re.S)[0]
+    shown = re.findall(r'stroke="(#\w{6})"', legend)
+    drawn = [c.upper() for c in re.findall(r'<g id="line2d_\d+">\s*<path d="[^"]{200,}"[^>]*stroke: (#\w{6})', curve)]
+    assert shown == [g.color for g in groups[1:]] == drawn
+
+
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.yaml").write_text("name: new\n")
