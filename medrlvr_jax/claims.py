@@ -159,12 +159,14 @@ def claims(experiment: Experiment, arms: dict[str, list[Cell]], found: dict[str,
 
 
 def reasoning(named: Claims, found: dict[str, dict[str, Outcome]], arm: str) -> str:
-    """How many answers show inference in their thought, before and after, and what the thought is worth against RL that does without."""
+    """How many answers show inference in their thought, before and after; what the thought is worth against RL that does without, and
+    what RL adds to a base whose thought is begun for it."""
     shown = [f"{infers(o):.1f} % of answers on {s}" + before(named.base, found, s) for s, o in found[arm].items()]
     text = f"thoughts show inference in {', '.join(shown)}"
-    if named.no_think in found:
-        worth = {s: stats.crossed(o.correct, found[named.no_think][s].correct)._asdict() for s, o in found[arm].items()}
-        text += f". Points above {named.no_think}: " + ", ".join(f"{percent(w, '+')} on {s}" for s, w in worth.items())
+    for other in (named.no_think, named.base):
+        if other in found:
+            worth = {s: stats.crossed(o.correct, found[other][s].correct)._asdict() for s, o in found[arm].items()}
+            text += f". Points above {other}: " + ", ".join(f"{percent(w, '+')} on {s}" for s, w in worth.items())
     return text + "."
 
 
