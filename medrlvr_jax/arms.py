@@ -23,6 +23,8 @@ from medrlvr_jax.config import Config, ConfigError, section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
+NEEDED: dict[str, Any] = {"name": "x", "model": {"path": ""}, "data": {"path": ""}, "learn": {"policy": {"lr": 0}}}  # have no default
+DEFAULTS = log.flat(configs.to_tree(pydantic.TypeAdapter(Config).validate_python(NEEDED)))
 
 
 @section
@@ -80,9 +82,16 @@ class Cell:
         return self.path.with_name(self.path.name + suffix)
 
     def record(self) -> str:
-        """What its .yaml is to hold; the first line stands for the settings of the run it starts from."""
-        start = f", from {self.parent.path.name} {hashlib.sha256(self.parent.record().encode()).hexdigest()[:16]}" if self.parent else ""
-        return f"# medrlvr {self.by}{start}\n{configs.dump(self.config)}"
+        """What its .yaml is to hold: its command, then its settings."""
+        return f"{self.origin()}\n{configs.dump(self.config)}"
+
+    def origin(self) -> str:
+        """Its command, and all settings of the run it starts from that are not the defaults: one that is added later changes nothing."""
+        if self.parent is None:
+            return f"# medrlvr {self.by}"
+        own = {k: v for k, v in log.flat(configs.to_tree(self.parent.config)).items() if v != DEFAULTS.get(k)}
+        digest = hashlib.sha256(f"{self.parent.origin()} {sorted(own.items())}".encode()).hexdigest()[:16]
+        return f"# medrlvr {self.by}, from {self.parent.path.name} {digest}"
 
     def commands(self) -> list[list[str]]:
         """Those still to run: each is done once its last file is there."""
@@ -166,16 +175,21 @@ def merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same(cells: list[Cell]) -> None:
-    """Refuse, by name, all cells that were begun with other settings."""
+    """Refuse, by name, all cells that were begun with other settings; one that was not yet there then had its default."""
     complaints = []
     for cell in cells:
         file = cell.beside(".yaml")
         if cell.path.exists() and not file.exists():
             complaints.append(f"  {cell.path.name}: there is no {file.name} beside it to tell them")
-        elif file.exists() and (text := file.read_text(encoding="utf-8")) != cell.record():
+        elif file.exists():
+            text = file.read_text(encoding="utf-8")
             there, here = (log.flat(yaml.safe_load(t)) for t in (text, cell.record()))
-            names = [f"{k}: {there.get(k)!r} there, {here.get(k)!r} now" for k in here | there if there.get(k) != here.get(k)]
-            complaints.append(f"  {cell.path.name}: {'; '.join(names) or 'its command, or the run it starts from, is another'}")
+            pairs = {k: (there.get(k, DEFAULTS.get(k)), here.get(k)) for k in here | there}
+            found = [f"{k}: {old!r} there, {new!r} now" for k, (old, new) in pairs.items() if old != new]
+            if text.splitlines()[0] != cell.origin():
+                found.append("its command, or the run it starts from, is another")
+            if found:
+                complaints.append(f"  {cell.path.name}: {'; '.join(found)}")
     if complaints:
         remedy = "give another name=, the settings they were begun with, or delete each one's folder and .yaml to run it anew"
         raise ConfigError("\n".join([f"{cells[0].path.parent}: cells were begun with other settings; {remedy}:", *complaints]))

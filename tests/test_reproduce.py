@@ -100,6 +100,13 @@ def test_a_changed_cell_is_refused_by_name(file):
     said = str(e.value).splitlines()[1:]
     assert said[0] == "  sft-0: steps: 2 there, 3 now" and len(said) == 6
     assert said[2] == "  ppo-0: its command, or the run it starts from, is another"
+    for cell in cells:  # as a version wrote it that did not know one of the settings
+        text = cell.beside(".yaml").read_text()
+        assert "\n  profile: null" in text
+        cell.beside(".yaml").write_text(text.replace("\n  profile: null", ""))
+    arms.check_same(arms.read(file(), [])[1])
+    with pytest.raises(ConfigError, match=r"sft-0: log.profile: None there, \[1, 2\] now"):
+        arms.check_same(arms.read(file(), ["log.profile=[1,2]"])[1])
     cells[1].beside(".yaml").unlink()
     cells[1].path.mkdir()
     with pytest.raises(ConfigError, match=r"sft-0: there is no sft-0.yaml beside it"):
