@@ -45,6 +45,7 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
     mesh = sharding.make_mesh(config.mesh, devices)
     platform, m = mesh.devices.flat[0].platform, config.model
     cfg = dataclasses.replace(cfg, dtype=jnp.dtype(m.dtype).type, remat=m.remat, lora=m.lora)
+    cfg = dataclasses.replace(cfg, splash=platform == "tpu" and m.attention == "auto" and not config.learn.row_sizes)
     cfg = dataclasses.replace(cfg, unroll=platform != "tpu", narrow=platform == "cpu")
     for name, size in (("sample.questions", config.sample.questions), ("learn.minibatch", config.learn.minibatch)):
         sharding.check_divides(name, size, mesh, sharding.BATCH)

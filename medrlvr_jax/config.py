@@ -62,6 +62,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master weights
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass keeps: all, matmul results, layer inputs
+    attention: Literal["auto", "xla"] = "auto"  # of whole rows; auto: on TPU its splash kernel, unless learn.row_sizes packs; else XLA's
     logit_slab: Count = 8192  # tokens whose logits are alive at once while log-probs are taken
     lora: LoRAConfig | None = None  # null: all weights are trained; else adapters alone, in float32, policy's and critic's on one base
 

@@ -14,7 +14,10 @@ from medrlvr_jax.model import DecoderConfig
 
 
 def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, while_trips: int = 1) -> float:
-    """Over all devices, recomputation included. Loops whose end depends on data count as `while_trips` rounds (sampling: every column)."""
+    """Over all devices, recomputation included. Loops whose end depends on data count as `while_trips` rounds (sampling: every column).
+
+    A Pallas kernel counts as its body in each block of its grid: a little too much where it skips some.
+    """
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, p = eqn.primitive.name, eqn.params
@@ -28,7 +31,8 @@ def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, while_trips: int = 1) -> 
             total += while_trips * traced_flops(p["body_jaxpr"], while_trips)
         else:
             inner = sum(traced_flops(j, while_trips) for j in jax.tree.leaves(list(p.values()), is_leaf=_is_jaxpr) if _is_jaxpr(j))
-            total += inner * (p["length"] if name == "scan" else 1)
+            rounds = p["length"] if name == "scan" else prod(p["grid_mapping"].grid) if name == "pallas_call" else 1
+            total += inner * (p["mesh"].size if name == "shard_map" else rounds)
     return total
 
 

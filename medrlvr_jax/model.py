@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from medrlvr_jax import attention
 from medrlvr_jax.config import LoRAConfig
 from medrlvr_jax.sharding import constrain, gather
 from medrlvr_jax.types import Array, Params
@@ -46,6 +47,7 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     dtype: Any = jnp.float32
     remat: str = "full"
+    splash: bool = False  # attention by the TPU's kernel: see attention.py
     unroll: bool = True  # decoding: see `decode_step`
     narrow: bool = True  # sampling: rows that have stopped make room, see sample.py
     value_head: bool = False  # a critic: one number per token in place of the vocabulary
@@ -114,11 +116,6 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def softmax(scores: Array, keep: Array) -> Array:
-    """Over the last axis in float32; a row with nothing to keep (padding) comes out uniform, not NaN."""
-    return jax.nn.softmax(jnp.where(keep, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min), axis=-1)
 
 
 class Block(nn.Module):
@@ -207,31 +204,15 @@ class Block(nn.Module):
     def __call__(self, x, cos, sin, prompt_mask, segments, groups: int):
         """x [Q, P + G·R, E], prompt first; G = 0 where there are no responses. The prompt's keys and values if `keep_cache`.
 
-        With `segments` [Q, G, R], several responses stand in one: a token attends to those of its own segment.
+        `segments`: see `attention.plain`.
         """
         width = prompt_mask.shape[1]
         q, k, v = self.project(x, cos, sin)
-        dtype = x.dtype
-        kp, vp = k[:, :width].swapaxes(1, 2), v[:, :width].swapaxes(1, 2)  # [Q, K, P, D]
-        causal = jnp.tril(jnp.ones((width, width), bool)) & prompt_mask[:, None, None, None, :]
-        weights = softmax(jnp.einsum("qnkhd,qkpd->qkhnp", q[:, :width], kp), causal).astype(dtype)
-        attended = jnp.einsum("qkhnp,qkpd->qnkhd", weights, vp)
-        if groups:
-            split = lambda y: y[:, width:].reshape(y.shape[0], groups, -1, *y.shape[2:])  # noqa: E731  [Q, G, R, ...]
-            qr, kr, vr = split(q), split(k), split(v)
-            length = qr.shape[2]
-            with_prompt = jnp.einsum("qgrkhd,qkpd->qkhgrp", qr, kp)
-            with_own = jnp.einsum("qgrkhd,qgskd->qkhgrs", qr, kr)
-            keep_prompt = jnp.broadcast_to(prompt_mask[:, None, None, None, None, :], with_prompt.shape)
-            keep_own = jnp.tril(jnp.ones((length, length), bool))
-            if segments is not None:
-                keep_own &= (segments[..., :, None] == segments[..., None, :])[:, None, None]
-            keep_own = jnp.broadcast_to(keep_own, with_own.shape)
-            weights = softmax(jnp.concatenate([with_prompt, with_own], -1), jnp.concatenate([keep_prompt, keep_own], -1)).astype(dtype)
-            out = jnp.einsum("qkhgrp,qkpd->qgrkhd", weights[..., :width], vp)
-            out += jnp.einsum("qkhgrs,qgskd->qgrkhd", weights[..., width:], vr)
-            attended = jnp.concatenate([attended, out.reshape(out.shape[0], -1, *out.shape[3:])], axis=1)
-        return self.finish(x, attended), (kp, vp) if self.keep_cache else None
+        if self.cfg.splash:
+            attended = attention.splash(q, k, v, prompt_mask, groups)
+        else:
+            attended = attention.plain(q, k, v, prompt_mask, segments, groups)
+        return self.finish(x, attended), (k[:, :width].swapaxes(1, 2), v[:, :width].swapaxes(1, 2)) if self.keep_cache else None
 
     def step(self, x, cos, sin, prompt_mask, cache: Cache, t, layer=None):
         """One token of each sample: x [Q, G, E], written to column t of the cache; with `layer`, own_k and own_v are of all layers."""
@@ -240,14 +221,7 @@ class Block(nn.Module):
         grown = Cache(cache.prompt_k, cache.prompt_v, own_k, own_v)
         if layer is not None:
             own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (own_k, own_v))
-        with_prompt = jnp.einsum("qgkhd,qkpd->qgkhp", q, cache.prompt_k)
-        with_own = jnp.einsum("qgkhd,qgkrd->qgkhr", q, own_k)
-        width = with_prompt.shape[-1]
-        keep_prompt = jnp.broadcast_to(prompt_mask[:, None, None, None, :], with_prompt.shape)
-        keep_own = jnp.broadcast_to(jnp.arange(with_own.shape[-1]) <= t, with_own.shape)
-        weights = softmax(jnp.concatenate([with_prompt, with_own], -1), jnp.concatenate([keep_prompt, keep_own], -1)).astype(x.dtype)
-        attended = jnp.einsum("qgkhp,qkpd->qgkhd", weights[..., :width], cache.prompt_v)
-        attended += jnp.einsum("qgkhr,qgkrd->qgkhd", weights[..., width:], own_v)
+        attended = attention.decode(q, cache.prompt_k, cache.prompt_v, own_k, own_v, prompt_mask, t)
         return self.finish(x, attended), grown
 
 

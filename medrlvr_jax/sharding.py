@@ -8,7 +8,7 @@ A process holds the rows of a batch that its devices hold, and no others: it enc
 `fsdp` spans processes, several hold the same rows; the first of them counts them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import chain, groupby
 from math import gcd
@@ -77,6 +77,17 @@ def constrain(x: jax.Array, *axes: str | None, table: dict = ACTIVATIONS) -> jax
     return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, table, dict(mesh.shape)))
 
 
+def local(f: Callable, axes: Sequence[tuple], out: int) -> Callable:
+    """f of each device's parts of arrays that lie by these logical names, its result as argument `out`: for what XLA cannot split."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def mapped(*args):
+        specs = tuple(_spec(names, x.shape, ACTIVATIONS, dict(mesh.shape)) for names, x in zip(axes, args, strict=True))
+        return jax.shard_map(f, in_specs=specs, out_specs=specs[out], check_vma=False)(*args)
+
+    return f if mesh.empty or mesh.size == 1 else mapped
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(w: jax.Array, axes: tuple) -> jax.Array:
     """A weight whole along `fsdp`; its gradient comes back in TRAIN's shards, by a reduce-scatter.
@@ -115,6 +126,11 @@ def batch_ways(size: int) -> int:
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     ways = int(np.prod([sizes.get(axis, 1) for axis in ACTIVATIONS["batch"]]))
     return ways if size % ways == 0 else 1
+
+
+def axis_ways(name: str) -> int:
+    """Devices along a mesh axis; 1 outside a mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get(name, 1)
 
 
 def _spec(axes: tuple, shape: tuple[int, ...], table: dict, sizes: dict[str, int]) -> PartitionSpec:

@@ -168,6 +168,16 @@ def test_tiny_on_v5e_2x2(tiny, capsys):
     assert all(c["axis"] == "fsdp" for p in programs.values() for c in p["collectives"])
 
 
+@needs_libtpu
+def test_the_splash_kernel_compiles(tiny):
+    """Forward and backward, on each device its own rows; its blocks of 128 take more FLOPs than rows so short have."""
+    tpu = machines.parse("v5e:2x2")
+    [learn] = plan.plan(config.load(tiny), tpu, only=("learn_policy",)).programs
+    assert learn.fits and learn.flops > 1.3 * learn.useful
+    for settings, splash in (([], True), (["model.attention=xla"], False), (["learn.row_sizes=[0.5]"], False)):
+        assert aot.prepare(config.load(tiny, settings), tpu).cfg.splash == splash
+
+
 def test_what_does_not_fit_says_what_would_help(tiny):
     """Figures made by hand: 1 GiB over. The advice is about what is held, by exact count."""
     c = config.load(tiny, ["model.path=Qwen/Qwen2.5-3B", "mesh={data: 2, fsdp: 4}", "sample.questions=16", "learn.minibatch=16"])

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import numpy as np
@@ -329,6 +330,18 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys,
     abstract = build.abstract_params(parts, parts.cfg)
     first, last = (checkpoint.restore_params(path / "checkpoints", abstract, step)[0] for step in (1, 4))
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(first), sharding.to_host(last))
+
+
+def test_how_many_programs_a_run_compiles(folder, capsys):
+    """One of each kind, however many steps: sampling, assessing, its experience, two learners, and the sampler's copy (`program`)."""
+    jax.clear_caches()
+    with compiles.Compiles() as heard:
+        assert main("train", folder / "config.yaml", "name=counted", "eval.sets={}") == 0
+        made = Counter(name.removeprefix("jit(").removesuffix(")") for name, _ in heard.taken())
+    once = ("program", "generate", "assess", "make_experience")
+    assert {name: made[name] for name in (*once, "learn")} == dict.fromkeys(once, 1) | {"learn": 2}
+    # Beside them: start values, one-number programs, and Orbax's cutting of each array that eight devices have a copy of.
+    assert made.total() - made["slice"] <= 40
 
 
 def test_what_is_compiled_late_is_named_and_explained(folder, capsys, caplog, monkeypatch):

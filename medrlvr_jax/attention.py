@@ -1,0 +1,111 @@
+"""Attention over `prompt | response 1 | … | response G`: a token sees its prompt, and what stands before it in its own response.
+
+`plain` is everywhere: the scores prompt × prompt and response × (prompt + response) exist, what lies between two responses is
+never computed. `splash` is the TPU's block-sparse kernel (jax.experimental.pallas.ops.tpu.splash_attention, after Dao 2023, arXiv
+2307.08691): no scores exist outside of a block, in the forward or the backward pass, and blocks that the mask empties, those above the
+diagonal among them, are skipped. Shapes: KV heads K, query heads K·h, head size D; the queries come scaled.
+"""
+
+from functools import partial
+from math import gcd
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+from medrlvr_jax.sharding import axis_ways, local
+from medrlvr_jax.types import Array
+
+BLOCKS = (512, 256, 128)  # of queries and of keys; the first that divides prompt and response, so that few blocks are partly empty
+
+
+def softmax(scores: Array, keep: Array) -> Array:
+    """Over the last axis in float32; a row with nothing to keep (padding) comes out uniform, not NaN."""
+    return jax.nn.softmax(jnp.where(keep, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def plain(q: Array, k: Array, v: Array, prompt_mask: Array, segments: Array | None, groups: int) -> Array:
+    """q [Q, N, K, h, D], k and v [Q, N, K, D] → [Q, N, K, h, D], where N = P + G·R, G = `groups`, and prompt_mask is [Q, P].
+
+    With `segments` [Q, G, R], several responses stand in one: a token sees those of its own segment.
+    """
+    width, dtype = prompt_mask.shape[1], q.dtype
+    kp, vp = k[:, :width].swapaxes(1, 2), v[:, :width].swapaxes(1, 2)  # [Q, K, P, D]
+    causal = jnp.tril(jnp.ones((width, width), bool)) & prompt_mask[:, None, None, None, :]
+    weights = softmax(jnp.einsum("qnkhd,qkpd->qkhnp", q[:, :width], kp), causal).astype(dtype)
+    attended = jnp.einsum("qkhnp,qkpd->qnkhd", weights, vp)
+    if not groups:
+        return attended
+    split = lambda y: y[:, width:].reshape(y.shape[0], groups, -1, *y.shape[2:])  # noqa: E731  [Q, G, R, ...]
+    qr, kr, vr = split(q), split(k), split(v)
+    length = qr.shape[2]
+    with_prompt = jnp.einsum("qgrkhd,qkpd->qkhgrp", qr, kp)
+    with_own = jnp.einsum("qgrkhd,qgskd->qkhgrs", qr, kr)
+    keep_prompt = jnp.broadcast_to(prompt_mask[:, None, None, None, None, :], with_prompt.shape)
+    keep_own = jnp.tril(jnp.ones((length, length), bool))
+    if segments is not None:
+        keep_own &= (segments[..., :, None] == segments[..., None, :])[:, None, None]
+    keep_own = jnp.broadcast_to(keep_own, with_own.shape)
+    weights = softmax(jnp.concatenate([with_prompt, with_own], -1), jnp.concatenate([keep_prompt, keep_own], -1)).astype(dtype)
+    out = jnp.einsum("qkhgrp,qkpd->qgrkhd", weights[..., :width], vp)
+    out += jnp.einsum("qkhgrs,qgskd->qgrkhd", weights[..., width:], vr)
+    return jnp.concatenate([attended, out.reshape(out.shape[0], -1, *out.shape[3:])], axis=1)
+
+
+def decode(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, prompt_mask: Array, t: Array) -> Array:
+    """One token of each sample, q [Q, G, K, h, D], over its prompt's [Q, K, P, D] and columns 0 … t of its own [Q, G, K, R, D]."""
+    with_prompt = jnp.einsum("qgkhd,qkpd->qgkhp", q, prompt_k)
+    with_own = jnp.einsum("qgkhd,qgkrd->qgkhr", q, own_k)
+    width = with_prompt.shape[-1]
+    keep_prompt = jnp.broadcast_to(prompt_mask[:, None, None, None, :], with_prompt.shape)
+    keep_own = jnp.broadcast_to(jnp.arange(with_own.shape[-1]) <= t, with_own.shape)
+    weights = softmax(jnp.concatenate([with_prompt, with_own], -1), jnp.concatenate([keep_prompt, keep_own], -1)).astype(q.dtype)
+    return jnp.einsum("qgkhp,qkpd->qgkhd", weights[..., :width], prompt_v) + jnp.einsum("qgkhr,qgkrd->qgkhd", weights[..., width:], own_v)
+
+
+class Shared(kernels.Mask):
+    """The mask of `plain` without padding, made block by block: at thousands of tokens the whole is gigabytes."""
+
+    def __init__(self, size: int, width: int, length: int):
+        self.shape_, self.width, self.length = (size, size), width, length
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shape_
+
+    def __getitem__(self, index) -> np.ndarray:
+        at, of = (np.arange(self.shape_[0])[part] for part in index)
+        own = (at[:, None] - self.width) // self.length == (of[None, :] - self.width) // self.length
+        return (of[None, :] <= at[:, None]) & (own | (of[None, :] < self.width))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shared) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((self.shape_, self.width, self.length))
+
+
+def splash(q: Array, k: Array, v: Array, prompt_mask: Array, groups: int, interpret: bool = False) -> Array:
+    """What `plain` computes, to rounding; each device its own questions and heads. On a TPU alone, or anywhere interpreted, slowly."""
+    n, width, heads = q.shape[1], prompt_mask.shape[1], q.shape[2]
+    length = (n - width) // groups if groups else width
+    block = next((b for b in BLOCKS if width % b == length % b == 0), BLOCKS[-1])
+    size = -(-n // block) * block
+    if spread := axis_ways("tensor") // gcd(axis_ways("tensor"), heads) - 1:  # fewer KV heads than devices along `tensor`
+        k, v = (jnp.repeat(x, spread + 1, axis=2) for x in (k, v))
+        q = q.reshape(*q.shape[:2], heads * (spread + 1), -1, q.shape[-1])
+    mask = kernels.MultiHeadMask([Shared(size, width, length)] * q.shape[3])
+    blocks = kernels.BlockSizes(block, block, block, block, block, block, block, block)
+    real = jnp.pad(prompt_mask, ((0, 0), (0, size - width)), constant_values=True).astype(jnp.int32)  # padding sees padding alone
+
+    def attend(q, k, v, real):
+        kernel = kernels.make_splash_mqa_single_device(mask, block_sizes=blocks, interpret=interpret)
+        one = lambda q, k, v, real: jax.vmap(partial(kernel, segment_ids=kernels.SegmentIds(real, real)))(q, k, v)  # noqa: E731
+        return jax.vmap(one)(q, k, v, real)
+
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, size - n)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+    args = pad(q).transpose(0, 2, 3, 1, 4), pad(k).swapaxes(1, 2), pad(v).swapaxes(1, 2), real
+    one = ("batch", "kv_heads", None, None)
+    out = local(attend, (("batch", "kv_heads", None, None, None), one, one, ("batch", None)), 0)(*args)
+    return out[:, :, :, :n].transpose(0, 3, 1, 2, 4).reshape(q.shape[0], n, heads, -1, q.shape[-1])

@@ -1,0 +1,94 @@
+"""The TPU's block-sparse kernel, interpreted, against the attention that is written out: values, gradients, meshes, whole decoders."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from medrlvr_jax import attention, flops, model, scoring, sharding
+from medrlvr_jax.config import MeshConfig
+from medrlvr_jax.model import DecoderConfig
+
+splash = partial(attention.splash, interpret=True)
+CFG = DecoderConfig(vocab=50, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4, norm_eps=1e-6, tied=True)
+
+
+def arrays(questions, prompt, groups, length, kv_heads, heads, size):
+    """q, k, v; a mask whose later prompts are padded to the left; and weights that leave out what padding attends to."""
+    keys, n = jax.random.split(jax.random.key(0), 4), prompt + groups * length
+    q = jax.random.normal(keys[0], (questions, n, kv_heads, heads, size)) * size**-0.5
+    k, v = (jax.random.normal(key, (questions, n, kv_heads, size)) for key in keys[1:3])
+    mask = jnp.arange(prompt) >= (jnp.arange(questions) * prompt // questions)[:, None]
+    real = jnp.pad(mask, ((0, 0), (0, n - prompt)), constant_values=True)
+    return q, k, v, mask, jax.random.normal(keys[3], q.shape) * real[:, :, None, None, None]
+
+
+def both(args, groups, kernel):
+    """Value and gradients of a weighted sum, by `plain` and by the kernel."""
+    q, k, v, mask, weights = args
+
+    def of(attend):
+        return jax.jit(jax.value_and_grad(lambda q, k, v: (attend(q, k, v, mask, groups=groups) * weights).sum(), (0, 1, 2)))(q, k, v)
+
+    return of(partial(attention.plain, segments=None)), of(kernel)
+
+
+@pytest.mark.parametrize(("prompt", "groups", "length"), [(48, 3, 40), (128, 2, 256), (160, 0, 0)])
+def test_the_kernel_is_what_is_written_out(prompt, groups, length):
+    """Sizes that are padded to a block, that are whole blocks, and a prompt alone."""
+    (a, grads), (b, others) = both(arrays(2, prompt, groups, length, 2, 2, 16), groups, splash)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    for x, y in zip(grads, others, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6 * float(jnp.abs(x).max()))
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_each_device_has_its_own_heads(tensor):
+    """With two KV heads over four devices, each head is on two of them, with half of its queries."""
+    args = arrays(4, 32, 2, 16, 2, 2, 8)
+    want = attention.plain(*args[:4], segments=None, groups=2)
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=tensor), jax.devices()[: 2 * tensor])
+    with jax.set_mesh(mesh):
+        place = [jax.device_put(x, sharding.rows(mesh)) for x in args[:4]]
+        found = jax.jit(partial(splash, groups=2))(*place)
+        assert found.sharding.shard_shape(found.shape)[0] == 2
+    real = np.pad(np.asarray(args[3]), ((0, 0), (0, 32)), constant_values=True)
+    np.testing.assert_allclose(np.asarray(want)[real], np.asarray(found)[real], atol=1e-6)
+
+
+def test_a_decoder_with_it(monkeypatch):
+    """Log-probs, and the state after a prompt that sampling starts from."""
+    monkeypatch.setattr(attention, "splash", splash)
+    params = nn.meta.unbox(model.init(CFG, jax.random.key(1)))
+    prompts = jax.random.randint(jax.random.key(2), (2, 20), 0, 50)
+    mask, tokens = jnp.arange(20) >= jnp.array([0, 9])[:, None], jax.random.randint(jax.random.key(3), (2, 3, 12), 0, 50)
+
+    def read(cfg):
+        hidden = scoring.hidden_states(params, cfg, prompts, mask, tokens)
+        return scoring.token_logprobs(params, cfg, hidden, tokens, 1.0, 10_000)[0], model.prefill(params, cfg, prompts, mask)[0]
+
+    for a, b in zip(read(CFG), read(replace(CFG, splash=True)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_flops_are_of_the_blocks_that_the_mask_leaves():
+    """256 + 2 · 256 tokens in blocks of 256: two blocks of keys for each of three of queries, one of them skipped."""
+    q, k, v, mask, _ = arrays(4, 256, 2, 256, 2, 2, 64)
+    count = flops.traced_flops(jax.make_jaxpr(partial(attention.splash, groups=2))(q, k, v, mask))
+    assert count == 6 * (2 * 2 * 256 * 256 * 64) * 2 * 2 * 4
+
+
+def test_the_mask_in_parts_is_the_mask():
+    """Every pair by the definition: the prompt's and one's own, what stands before."""
+    mask, n = attention.Shared(10, 4, 3), 10
+
+    def sees(i, j):
+        return j <= i and (j < 4 or (j - 4) // 3 == (i - 4) // 3)
+
+    want = np.array([[sees(i, j) for j in range(n)] for i in range(n)])
+    np.testing.assert_array_equal(mask[:, :], want)
+    np.testing.assert_array_equal(mask[2:7, 5:10], want[2:7, 5:10])
