@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax import architectures, experience, flops, hlo, lora, machines, sharding
+from medrlvr_jax import architectures, attention, experience, flops, hlo, lora, machines, sharding
 from medrlvr_jax.build import Parts, abstract_base, abstract_decode, abstract_learner, abstract_params, lay_out, relay_program
 from medrlvr_jax.config import Config
 from medrlvr_jax.experience import assess, assess_settings, experience_settings, make_experience
@@ -176,7 +176,10 @@ def compile_program(program: Program, parts: Parts, machine: Machine, cache: dic
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.args, **program.kwargs)
         lowered = traced.lower()
-    done = flops.traced_flops(traced.jaxpr, parts.config.sample.max_new_tokens - 1) / n
+    c = parts.config
+    width, new = experience.width(c.prompt.max_tokens), c.sample.max_new_tokens
+    visited = attention.visited(width, *((0, width) if program.name == "generate" else (c.sample.samples, new))) if parts.cfg.splash else {}
+    done = flops.traced_flops(traced.jaxpr, new - 1, visited) / n
     arguments, others = bytes_of((program.args, program.kwargs)), bytes_of(program.others)
     text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     if text in cache:

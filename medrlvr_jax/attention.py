@@ -86,12 +86,27 @@ class Shared(kernels.Mask):
         return hash((self.shape_, self.width, self.length))
 
 
+def tiles(width: int, groups: int, length: int) -> tuple[int, int]:
+    """The kernel's block, and the row's tokens filled up to whole blocks."""
+    block = next((b for b in BLOCKS if width % b == length % b == 0), BLOCKS[-1])
+    return block, -(-(width + groups * length) // block) * block
+
+
+def visited(width: int, groups: int, length: int) -> dict[str, float]:
+    """Of the blocks in the grids of the forward and the two backward kernels, the share that is not skipped: for `flops.traced_flops`."""
+    block, size = tiles(width, groups, length)
+    mask, starts = Shared(size, width, length), range(0, size, block)
+    live = np.array([mask[i : i + block, :].reshape(block, -1, block).any((0, 2)) for i in starts])
+    # A grid is as long in its last axis as its fullest row of blocks, or column.
+    by_queries, by_keys = (float(live.sum() / (len(live) * live.sum(axis).max())) for axis in (1, 0))
+    return {"_fwd": by_queries, "_dq": by_queries, "_dkv": by_keys}
+
+
 def splash(q: Array, k: Array, v: Array, prompt_mask: Array, groups: int, interpret: bool = False) -> Array:
     """What `plain` computes, to rounding; each device its own questions and heads. On a TPU alone, or anywhere interpreted, slowly."""
     n, width, heads = q.shape[1], prompt_mask.shape[1], q.shape[2]
     length = (n - width) // groups if groups else width
-    block = next((b for b in BLOCKS if width % b == length % b == 0), BLOCKS[-1])
-    size = -(-n // block) * block
+    block, size = tiles(width, groups, length)
     if spread := axis_ways("tensor") // gcd(axis_ways("tensor"), heads) - 1:  # fewer KV heads than devices along `tensor`
         k, v = (jnp.repeat(x, spread + 1, axis=2) for x in (k, v))
         q = q.reshape(*q.shape[:2], heads * (spread + 1), -1, q.shape[-1])

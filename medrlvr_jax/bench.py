@@ -3,13 +3,16 @@
     python -m medrlvr_jax.bench sample MODEL --questions 8 --samples 8 --prompt 256 --new 128 [--lengths lognormal]
     python -m medrlvr_jax.bench learn MODEL --questions 2 --samples 8 --prompt 384 --new 128
     python -m medrlvr_jax.bench step MODEL --questions 4 --samples 8 --prompt 64 --new 128
+    python -m medrlvr_jax.bench eval MODEL --questions 25 --samples 1 --prompt 256 --new 64
     python -m medrlvr_jax.bench reward
     python -m medrlvr_jax.bench compile MODEL --questions 4 --samples 8 --prompt 64 --new 128
 
-MODEL is a Hugging Face directory. `step` is the whole step of training: sample, assess, decode, score, learn. Settings of the
+MODEL is a Hugging Face directory or "embedded". `step` is the whole step of training: sample, assess, decode, score, learn. Settings of the
 run may follow, such as model.remat=none learn.microbatch=1. Seconds are the median of `--runs` after one that compiles.
 `tokens_per_s` counts response tokens up to their stop token; `padded_tokens` is what a system that repeats the prompt for each
-sample and pads every row would have to compute. Shares are of what a float32 matmul of 2,048² and a copy of 256 MB reach in this very run.
+sample and pads every row would have to compute. `eval` is four batches of an evaluation, and its `overhead` what it takes beyond
+generating. `copy_share` is of reading the weights once a column, all else left out. Shares are of what a float32 matmul of 2,048² and a
+copy of 256 MB reach in this very run.
 """
 
 import argparse
@@ -26,10 +29,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax import lora, train
+from medrlvr_jax import answers, lora, train
 from medrlvr_jax.build import Parts, build, load_base, load_frozen, load_params, make_relay
-from medrlvr_jax.config import Config, RewardConfig, from_tree, override
-from medrlvr_jax.experience import Encoded, place_prompts, width
+from medrlvr_jax.config import Config, RewardConfig, SampleConfig, from_tree, override
+from medrlvr_jax.evaluate import evaluate
+from medrlvr_jax.experience import Encoded, draw, place_prompts, width
 from medrlvr_jax.formats import Question
 from medrlvr_jax.rewards import score
 from medrlvr_jax.sample import generate
@@ -51,6 +55,7 @@ def settings(args: argparse.Namespace) -> Config:
         "advantage": {"estimator": "group" if args.samples > 1 else "reinforce_pp"},
         "kl": {"coef": 0.01, "into": "loss", "estimator": "k3"},
         "learn": {"minibatch": args.questions, "policy": {"lr": 1e-6}},
+        "eval": {"batch": args.questions, "samples": args.samples, "temperature": 1.0},
     }
     for item in args.settings:
         override(tree, item)
@@ -102,25 +107,28 @@ def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         return generate(params, parts.sampler_cfg, prompts, jax.random.key(0), parts.config.sample, stops, parts.tokenizer.pad_id, limits)
 
     times = clock(run, args.runs)
-    tokens, weights = int(run().mask.sum()), sum(p.size for p in jax.tree.leaves(params))
+    mask, weights = run().mask, sum(p.size for p in jax.tree.leaves(params))
+    tokens, columns = int(mask.sum()), int(mask.any((0, 1)).sum())
     work = 2 * weights * (tokens + args.questions * args.prompt)
-    return timing(times) | {"tokens": tokens, "tokens_per_s": rate(tokens, times), "matmul_gflop": round(work / 1e9)}
+    read = sum(p.nbytes for p in jax.tree.leaves(params)) * columns
+    out = {"tokens": tokens, "tokens_per_s": rate(tokens, times), "matmul_gflop": round(work / 1e9), "read_gb": round(read / 1e9)}
+    return timing(times) | out
 
 
 def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     programs, state = train.start(parts, 1)
     shape = (args.questions, args.samples, args.new)
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     width = args.prompt
     rows = Experience(
         prompts=rng.integers(5, 200, (args.questions, width)).astype(np.int32),
         prompt_mask=np.ones((args.questions, width), bool),
         tokens=rng.integers(5, 200, shape).astype(np.int32),
         mask=np.ones(shape, bool),
-        logprobs=draw(*shape) - 9,
-        ref_logprobs=draw(*shape) - 9,
-        advantages=draw(*shape),
+        logprobs=normal(*shape) - 9,
+        ref_logprobs=normal(*shape) - 9,
+        advantages=normal(*shape),
         values=None,
         returns=None,
     )
@@ -145,6 +153,25 @@ def step_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
     tokens = int(scored.lengths.sum())
     return timing(times[1:]) | {"tokens": tokens, "tokens_per_s": rate(tokens, times[1:]), "first_s": round(times[0], 2)}
+
+
+def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
+    """An evaluation to its statistics, and the same responses drawn alone, by turns."""
+    size = args.questions
+    encoded = encoded_questions(argparse.Namespace(**vars(args) | {"questions": 4 * size}), parts)
+    params = make_relay(parts, parts.cfg)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
+    e = parts.config.eval
+    sample = SampleConfig(questions=size, samples=args.samples, max_new_tokens=args.new, temperature=e.temperature)
+
+    def whole():
+        return answers.describe(answers.of_rows(evaluate(parts, params, encoded)[1], "set"))
+
+    def alone():
+        return [draw(params, parts, encoded, np.arange(i, i + size), jax.random.key(0), sample) for i in range(0, 4 * size, size)]
+
+    pairs = [(clock(whole, 1)[0], clock(alone, 1)[0]) for _ in range(args.runs)]
+    overhead = statistics.median(a / b - 1 for a, b in pairs)
+    return timing([a for a, _ in pairs]) | {"generate_s": [round(b, 3) for _, b in pairs], "overhead": round(overhead, 4)}
 
 
 def compile_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
@@ -176,7 +203,7 @@ def rate(count: int, times: list[float]) -> float:
     return round(count / statistics.median(times), 1)
 
 
-CASES = {"sample": sample_case, "learn": learn_case, "step": step_case, "compile": compile_case}
+CASES = {"sample": sample_case, "learn": learn_case, "step": step_case, "eval": eval_case, "compile": compile_case}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -202,6 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         out = CASES[args.case](args, parts)
     if "matmul_gflop" in out:
         out["matmul_share"] = round(out["matmul_gflop"] / out["seconds"] / reached["matmul_gflops"], 3)
+    if "read_gb" in out:
+        out["copy_share"] = round(out["read_gb"] / out["seconds"] / reached["copy_gbs"], 3)
     shapes = {k: getattr(args, k) for k in ("questions", "samples", "prompt", "new", "lengths")}
     peak = {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
     print(json.dumps({"case": args.case, "model": args.model, "settings": args.settings} | shapes | out | peak | reached))

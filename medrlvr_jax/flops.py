@@ -4,7 +4,9 @@ Matrix products alone are counted, 2·M·N·K each, as peaks are quoted. XLA's o
 `scan` it is off by twenty times.
 """
 
+from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,26 +15,30 @@ from jax.extend import core
 from medrlvr_jax.model import DecoderConfig
 
 
-def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, while_trips: int = 1) -> float:
+def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, while_trips: int = 1, visited: Mapping[str, float] = MappingProxyType({})) -> float:
     """Over all devices, recomputation included. Loops whose end depends on data count as `while_trips` rounds (sampling: every column).
 
-    A Pallas kernel counts as its body in each block of its grid: a little too much where it skips some.
+    A Pallas kernel counts as its body in each block of its grid; where it skips some, `visited` has the share of the others, by a part
+    of the kernel's name (`attention.visited`).
     """
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, p = eqn.primitive.name, eqn.params
+        bodies = [j for j in jax.tree.leaves(list(p.values()), is_leaf=_is_jaxpr) if _is_jaxpr(j)]
+        inner = [traced_flops(j, while_trips, visited) for j in bodies]
         if name == "dot_general":
             (over, _), _ = p["dimension_numbers"]
             out, left = (_shape(v) for v in (eqn.outvars[0], eqn.invars[0]))
             total += 2.0 * prod(out) * prod(left[i] for i in over)
         elif name == "cond":
-            total += max(traced_flops(branch, while_trips) for branch in p["branches"])
+            total += max(inner)
         elif name == "while":
-            total += while_trips * traced_flops(p["body_jaxpr"], while_trips)
+            total += while_trips * traced_flops(p["body_jaxpr"], while_trips, visited)
+        elif name == "pallas_call":
+            share = next((share for part, share in visited.items() if part in p["name"]), 1.0)
+            total += sum(inner) * prod(p["grid_mapping"].grid) * share
         else:
-            inner = sum(traced_flops(j, while_trips) for j in jax.tree.leaves(list(p.values()), is_leaf=_is_jaxpr) if _is_jaxpr(j))
-            rounds = p["length"] if name == "scan" else prod(p["grid_mapping"].grid) if name == "pallas_call" else 1
-            total += inner * (p["mesh"].size if name == "shard_map" else rounds)
+            total += sum(inner) * {"scan": p.get("length", 1), "shard_map": getattr(p.get("mesh"), "size", 1)}.get(name, 1)
     return total
 
 

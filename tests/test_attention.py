@@ -76,10 +76,21 @@ def test_a_decoder_with_it(monkeypatch):
 
 
 def test_flops_are_of_the_blocks_that_the_mask_leaves():
-    """256 + 2 · 256 tokens in blocks of 256: two blocks of keys for each of three of queries, one of them skipped."""
-    q, k, v, mask, _ = arrays(4, 256, 2, 256, 2, 2, 64)
-    count = flops.traced_flops(jax.make_jaxpr(partial(attention.splash, groups=2))(q, k, v, mask))
-    assert count == 6 * (2 * 2 * 256 * 256 * 64) * 2 * 2 * 4
+    """256 + 2 · 512 tokens in blocks of 256: 1 of keys for the prompt's of queries, then 2 and 3 for each response's two; 11 of 15.
+
+    Two products in the forward pass, three for the queries' gradient, four for the keys' and values', whose grid has every block.
+    """
+    q, k, v, mask, _ = arrays(4, 256, 2, 512, 2, 2, 64)
+    visited = attention.visited(256, 2, 512)
+    assert visited == {"_fwd": 11 / 15, "_dq": 11 / 15, "_dkv": 11 / 25}
+
+    def count(f):
+        return flops.traced_flops(jax.make_jaxpr(f)(q, k, v, mask), visited=visited)
+
+    forward = partial(attention.splash, groups=2)
+    product = 11 * (2 * 256 * 256 * 64) * 2 * 2 * 4
+    assert count(forward) == pytest.approx(2 * product)
+    assert count(jax.grad(lambda *args: forward(*args).sum(), (0, 1, 2))) == pytest.approx((2 + 3 + 4) * product, rel=1e-3)
 
 
 def test_the_mask_in_parts_is_the_mask():
