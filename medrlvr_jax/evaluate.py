@@ -39,21 +39,21 @@ def evaluate(
     decode_params: Params,
     encoded: Encoded,
     progress: Callable[[int, int], None] = lambda done, n: None,
-    policy: Params | None = None,
+    entropies: bool = False,
 ) -> tuple:
-    """Answer every question of a set. Returns (counts for summary.json, rows for a JSONL file); entropies too if `policy` is there."""
+    """Answer every question of a set. Returns (counts for summary.json, rows for a JSONL file, with `entropies` those of the answers)."""
     n, size, draws = len(encoded.questions), parts.config.eval.batch, parts.config.eval.samples if encoded.shuffle else 1
     rows = []
     for draw in range(draws):
         for start in range(0, n, size):
-            rows += ask(parts, decode_params, encoded, np.arange(start, min(start + size, n)), draw, policy)
+            rows += ask(parts, decode_params, encoded, np.arange(start, min(start + size, n)), draw, entropies)
             progress((draw * n + min(start + size, n)) // draws, n)
     rows = [row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda r: r[0])]
     return summarise(rows, encoded.dropped), rows
 
 
 def ask(
-    parts: Parts, decode_params: Params, encoded: Encoded, index: np.ndarray, draw: int = 0, policy: Params | None = None
+    parts: Parts, decode_params: Params, encoded: Encoded, index: np.ndarray, draw: int = 0, entropies: bool = False
 ) -> list[tuple[int, dict[str, Any]]]:
     """`eval.samples` answers to each question at `index`, at most `eval.batch` of them: this process's, each after its place in the set.
 
@@ -67,7 +67,7 @@ def ask(
     index = np.resize(index, c.eval.batch)  # the last batch is filled up with its first questions; they are not counted again
     if encoded.shuffle:
         encoded, key = reorder(parts, encoded, index, draw), jax.random.fold_in(key, draw)
-    scored = sample_and_score(decode_params, parts, encoded, index, key, sample, policy)
+    scored = sample_and_score(decode_params, parts, encoded, index, key, sample, entropies)
     rows = []
     for row in np.flatnonzero(scored.counted & (scored.places < n * alone)).tolist():
         question, which = divmod(int(scored.places[row]), alone)
@@ -160,7 +160,7 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
         decode_params = make_relay(parts, parts.cfg)(params)
         for name, encoded in sets.items():
             said = partial(console.progress, f"eval {name}")
-            results[name], rows = evaluate(parts, decode_params, encoded, said, params)
+            results[name], rows = evaluate(parts, decode_params, encoded, said, entropies=True)
             found[name] = answers.describe(answers.of_rows(rows, name))
             if writes:
                 files.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -149,30 +149,30 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
 
 
 def draw(
-    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig
+    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, entropies: bool = False
 ) -> tuple[Prompts, Rollout]:
     """Responses to the questions at `index` by `parts.cfg`."""
-    prompts = place_prompts(parts, encoded, index)
-    return prompts, generate(decode_params, parts.cfg, prompts, key, sample, parts.tokenizer.stop_ids, parts.tokenizer.pad_id)
+    prompts, tokenizer = place_prompts(parts, encoded, index), parts.tokenizer
+    stops = tokenizer.stop_ids, tokenizer.pad_id
+    return prompts, generate(decode_params, parts.cfg, prompts, key, sample, *stops, entropies=entropies)
 
 
 def sample_and_score(
-    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, policy: Params | None = None
+    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, entropies: bool = False
 ) -> Scored:
-    """Evaluation's whole job. With `policy`, the whole parameters as the trainer has them, also the entropy of each response."""
-    prompts, rollout = draw(decode_params, parts, encoded, index, key, sample)
-    if policy is None:
-        return score_rollout(parts, encoded, index, rollout)
-    entropy = assess_alone(policy, parts, prompts, rollout, sample.temperature or 1.0).entropy
+    """Evaluation's whole job. With `entropies`, also the mean entropy of each response."""
+    _, rollout = draw(decode_params, parts, encoded, index, key, sample, entropies)
     scored = score_rollout(parts, encoded, index, rollout)
-    entropy, mask = (x.reshape(len(scored.places), -1) for x in fetch_rows((entropy, rollout.mask), parts.mesh))
-    return dataclasses.replace(scored, entropy=np.where(mask, entropy, 0).sum(1) / np.maximum(mask.sum(1), 1))
+    if not entropies:
+        return scored
+    entropy, mask = (x.reshape(len(scored.places), -1) for x in fetch_rows((rollout.entropy, rollout.mask), parts.mesh))
+    return dataclasses.replace(scored, entropy=entropy.sum(1) / np.maximum(mask.sum(1), 1))
 
 
-def assess_alone(policy: Params, parts: Parts, prompts: Prompts, rollout: Rollout, temperature: float = 1.0) -> Assessment:
+def assess_alone(policy: Params, parts: Parts, prompts: Prompts, rollout: Rollout) -> Assessment:
     """What the policy, whole, says of responses that are there, by the training's own pass; no reference and no critic."""
     learn, rows = parts.config.learn, len(rollout.tokens)
-    settings = {"cfg": parts.cfg, "critic_cfg": parts.critic_cfg, "temperature": temperature, "slab": parts.config.model.logit_slab}
+    settings = {"cfg": parts.cfg, "critic_cfg": parts.critic_cfg, "temperature": 1.0, "slab": parts.config.model.logit_slab}
     sizes = (rollout.tokens.shape[1] * rollout.tokens.shape[2],)
     micro = math.gcd(rows, learn.microbatch or learn.minibatch)
     return assess(Frozen({}, None), policy, None, prompts, rollout, **settings, sizes=sizes, micro=micro)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from medrlvr_jax import model
 from medrlvr_jax.config import SampleConfig
 from medrlvr_jax.model import Cache, DecoderConfig
+from medrlvr_jax.scoring import entropy
 from medrlvr_jax.sharding import batch_ways, by_rows, constrain
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
 
@@ -42,7 +43,7 @@ class State(NamedTuple):
     caches: list[Cache] | Cache  # see `model.start_caches`
 
 
-@partial(jax.jit, static_argnames=("cfg", "sample", "stop_ids", "pad_id"))
+@partial(jax.jit, static_argnames=("cfg", "sample", "stop_ids", "pad_id", "entropies"))
 def generate(
     params: Params,
     cfg: DecoderConfig,
@@ -52,12 +53,13 @@ def generate(
     stop_ids: tuple[int, ...],
     pad_id: int,
     limits: Array | None = None,
+    entropies: bool = False,
 ) -> Rollout:
     """Draw `sample.samples` responses to each prompt; `key` is the step's, `fold_in(key(seed), step)`.
 
     The stop token is part of the response. Log-probs are recorded where a token is drawn: under the distribution it was
     drawn from, and, where top-k, top-p, greedy choice or a minimum length make that another one, under the policy itself.
-    `limits` int32 [Q, G] ends single rows before `max_new_tokens`.
+    `limits` int32 [Q, G] ends single rows before `max_new_tokens`. With `entropies`, the policy's at each token is recorded too.
     """
     rows, groups, length = prompts.tokens.shape[0], sample.samples, sample.max_new_tokens
     truncated = bool(sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0)
@@ -68,7 +70,7 @@ def generate(
     tokens = jnp.full((rows, groups, length), pad_id, jnp.int32)
     state = State(
         t=jnp.int32(0),
-        drawn=Rollout(tokens, jnp.zeros(tokens.shape, bool), zeros, zeros if truncated else None),
+        drawn=Rollout(tokens, jnp.zeros(tokens.shape, bool), zeros, zeros if truncated else None, zeros if entropies else None),
         running=jnp.ones((rows, groups), bool),
         keys=row_keys(key, prompts.ids, groups),
         limits=jnp.full((rows, groups), length) if limits is None else jnp.minimum(limits, length),
@@ -80,13 +82,15 @@ def generate(
         """Draw column t from the states [Q, G, E] before it."""
         scores = constrain(model.logits(params, cfg, hidden), "batch", None, "vocab")
         token, drawn, policy = draw(scores, state.keys, state.t, sample, stop_ids)
+        own, spread = (lambda x: jnp.where(state.running, x, 0.0)), scores / (sample.temperature or 1.0)
         put = lambda x, column: jax.lax.dynamic_update_slice_in_dim(x, column[:, :, None], state.t, axis=2)  # noqa: E731
         d = state.drawn
         columns = Rollout(
             tokens=put(d.tokens, jnp.where(state.running, token, pad_id)),
             mask=put(d.mask, state.running),
-            logprobs=put(d.logprobs, jnp.where(state.running, drawn, 0.0)),
-            policy_logprobs=put(d.policy_logprobs, jnp.where(state.running, policy, 0.0)) if truncated else None,
+            logprobs=put(d.logprobs, own(drawn)),
+            policy_logprobs=put(d.policy_logprobs, own(policy)) if truncated else None,
+            entropy=put(d.entropy, own(entropy(spread, jax.nn.logsumexp(spread, axis=-1)))) if entropies else None,
         )
         running = state.running & ~is_stop(token, stop_ids) & (state.t + 1 < state.limits)
         return state._replace(t=state.t + 1, drawn=columns, running=running)

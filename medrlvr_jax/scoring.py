@@ -87,6 +87,11 @@ def hidden_states(
     return states if columns is None else jnp.where(columns[..., None] == 0, last, states)
 
 
+def entropy(scores: Array, total: Array) -> Array:
+    """In nats, of the softmax over the last axis, whose logsumexp is `total`."""
+    return total - jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)
+
+
 def values(params: Params, cfg: DecoderConfig, hidden: Array) -> Array:
     """The critic's estimate [Q, G, R] of the state before each response token, in float32."""
     return hidden.astype(jnp.float32) @ params["value"][:-1] + params["value"][-1]
@@ -109,7 +114,7 @@ def token_logprobs(params: Params, cfg: DecoderConfig, hidden: Array, tokens: Ar
         scores = constrain(scores, rows_by, None, None, words_by)
         total = jax.nn.logsumexp(scores, axis=-1)
         chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
-        return chosen - total, total - jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)
+        return chosen - total, entropy(scores, total)
 
     rows, groups, length = tokens.shape
     pieces = -(-rows * groups * length // slab)
@@ -123,5 +128,5 @@ def token_logprobs(params: Params, cfg: DecoderConfig, hidden: Array, tokens: Ar
         return jnp.moveaxis(x.reshape(rows, groups, pieces, size, *x.shape[3:]), 2, 0)
 
     parts = jax.lax.map(lambda xs: piece(*xs), (cut(hidden), cut(tokens)))
-    logprobs, entropy = (jnp.moveaxis(p, 0, 2).reshape(rows, groups, -1)[..., :length] for p in parts)
-    return logprobs, entropy
+    logprobs, entropies = (jnp.moveaxis(p, 0, 2).reshape(rows, groups, -1)[..., :length] for p in parts)
+    return logprobs, entropies

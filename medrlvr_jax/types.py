@@ -48,6 +48,7 @@ class Rollout:
     mask: Array  # bool [Q, G, R], True up to and including the stop token
     logprobs: Array  # float32 [Q, G, R], under the distribution each token was drawn from
     policy_logprobs: Array | None  # float32 [Q, G, R], under the untruncated policy; None where that is the same
+    entropy: Array | None = None  # float32 [Q, G, R], nats, the untruncated policy's at each token; None where it was not asked for
 
 
 @pytree

@@ -28,20 +28,21 @@ def prompts():
     return Prompts(rng.integers(3, 40, (Q, P)).astype(np.int32), mask, np.array([5, 6, 7, 9], np.uint32))
 
 
-def run(params, prompts, step=0, **settings):
+def run(params, prompts, step=0, entropies=False, **settings):
     config = SampleConfig(questions=Q, **({"samples": G, "max_new_tokens": R} | settings))
-    return sample.generate(params, CFG, prompts, jax.random.fold_in(jax.random.key(0), step), config, STOPS, PAD)
+    return sample.generate(params, CFG, prompts, jax.random.fold_in(jax.random.key(0), step), config, STOPS, PAD, entropies=entropies)
 
 
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.6}, {"top_k": 9, "top_p": 0.8, "min_new_tokens": 3}, {"temperature": 0.0}], ids=str
 )
 def test_recorded_logprobs_are_the_trainers(params, prompts, settings):
-    rollout = run(params, prompts, **settings)
+    rollout = run(params, prompts, entropies=True, **settings)
     hidden = scoring.hidden_states(params, CFG, prompts.tokens, prompts.mask, rollout.tokens)
-    trainer, _ = scoring.token_logprobs(params, CFG, hidden, rollout.tokens, settings.get("temperature") or 1.0, 10_000)
+    trainer, entropy = scoring.token_logprobs(params, CFG, hidden, rollout.tokens, settings.get("temperature") or 1.0, 10_000)
     recorded = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
     np.testing.assert_allclose(np.where(rollout.mask, trainer, 0), recorded, atol=1e-5)
+    np.testing.assert_allclose(np.where(rollout.mask, entropy, 0), rollout.entropy, atol=1e-5)
     if rollout.policy_logprobs is not None:  # drawn from fewer words, so each of them is likelier
         assert (rollout.logprobs >= rollout.policy_logprobs - 1e-5).all()
     assert (rollout.policy_logprobs is None) == (set(settings) <= {"temperature"} and settings.get("temperature") != 0)
