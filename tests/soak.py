@@ -35,8 +35,8 @@ def main() -> int:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     rows, made, began, record, hear = [], [], time.monotonic(), log.Run.record, compiles.Compiles._hear
 
-    def measured(run, step, *args):
-        record(run, step, *args)
+    def measured(run, step, *args, **kwargs):
+        record(run, step, *args, **kwargs)
         if step % 10 == 0:
             gc.collect()
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
