@@ -1,0 +1,83 @@
+"""Where the steps of a traced run go: `python tests/show_profile.py RUN [OUT.png]` after a run with `log.profile: [first, last]`, on CPU.
+
+Prints seconds by program, how long the device had nothing to do, and how much of the host's work (fetch, decode, score, log) fell into
+that time; draws the lanes. On TPU and GPU, open the same trace in XProf or Perfetto.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from jax.profiler import ProfileData
+
+HOST, GAP = ("score", "log", "evaluate"), 1e8  # what compiles.py names; nanoseconds within a program that are no pause of it
+COLOURS = {
+    "generate": "#0072B2",
+    "assess": "#E69F00",
+    "make_experience": "#999999",
+    "learn": "#009E73",
+    "score": "#CC79A7",
+    "log": "#D55E00",
+}
+
+
+def spans(pairs, gap: float = GAP) -> np.ndarray:
+    """The union of [start, end], those nearer than `gap` joined."""
+    out = []
+    for start, end in sorted(pairs):
+        if out and start - out[-1][1] < gap:
+            out[-1][1] = max(out[-1][1], end)
+        else:
+            out.append([start, end])
+    return np.array(out).reshape(-1, 2)
+
+
+def within(a: np.ndarray, b: np.ndarray) -> float:
+    """Nanoseconds of the spans a that lie in the spans b."""
+    return sum(max(0.0, min(x[1], y[1]) - max(x[0], y[0])) for x in a for y in b)
+
+
+def main(run: str, out: str = "") -> None:
+    [file] = Path(run, "profile").rglob("*.xplane.pb")
+    device, host = defaultdict(list), defaultdict(list)
+    for plane in ProfileData.from_file(str(file)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                whole = event.start_ns, event.start_ns + event.duration_ns
+                if event.name in HOST:
+                    host[event.name].append(whole)
+                elif module := dict(event.stats).get("hlo_module"):
+                    device[str(module).removeprefix("jit_")].append(whole)
+    lanes = {name: spans(pairs) for name, pairs in device.items()}
+    busy = spans((tuple(pair) for pairs in lanes.values() for pair in pairs), 0)
+    # `score` begins by waiting for the sampler: its work is what is left of it after that.
+    work = spans((max(s, *(e for b, e in lanes["generate"] if b < end)), end) for s, end in host.pop("score"))
+    lanes = {n: lanes[n] for n in COLOURS if n in lanes} | {"score": work} | {n: spans(p) for n, p in host.items()}
+    for name, s in lanes.items():
+        print(f"{name:16s} {(s[:, 1] - s[:, 0]).sum() / 1e9:8.3f} s")
+    whole = busy[-1, 1] - busy[0, 0]
+    idle = whole - (busy[:, 1] - busy[:, 0]).sum()
+    pauses = sorted(zip(busy[1:, 0] - busy[:-1, 1], busy[:-1, 1] - busy[0, 0], strict=True), reverse=True)
+    print("pauses of the device, ms (after s):", ", ".join(f"{p / 1e6:.0f} ({at / 1e9:.2f})" for p, at in pauses[:8]))
+    print(f"device idle      {idle / 1e9:8.3f} of {whole / 1e9:.3f} s ({idle / whole:.1%})")
+    for name in ("score", *host):
+        total = (lanes[name][:, 1] - lanes[name][:, 0]).sum()
+        print(f"{name}: {within(lanes[name], busy) / total:.1%} of its {total / 1e6:.0f} ms behind the device's work")
+    if out:
+        figure, axes = plt.subplots(figsize=(9, 2.6))
+        for y, (name, s) in enumerate(lanes.items()):
+            bars = [((a - busy[0, 0]) / 1e9, max((b - a) / 1e9, whole / 4e11)) for a, b in s]
+            axes.broken_barh(bars, (-y - 0.4, 0.8), color=COLOURS[name])
+        axes.set_yticks([-y for y in range(len(lanes))], list(lanes))
+        axes.set_xlabel("seconds")
+        figure.tight_layout()
+        figure.savefig(out, dpi=130)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
