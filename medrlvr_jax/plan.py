@@ -219,7 +219,7 @@ def verdict(p: Plan) -> list[str]:
 
 
 def sweep_table(plans: list[Plan]) -> str:
-    rows: list[tuple] = [("data", "fsdp", "tensor", "microbatch", "remat", "fits", "peak GiB", "in", "seconds ≥", "tokens/s ≤")]
+    rows: list[tuple] = [("slice", "data", "fsdp", "tensor", "microbatch", "remat", "fits", "peak GiB", "in", "seconds ≥", "tokens/s ≤")]
     for p in plans:
         c, worst = p.config, max(p.programs, key=lambda f: f.peak - f.usable)
         sizes = (*map(str, p.mesh.values()), str(c.learn.microbatch), c.model.remat, "yes" if p.fits else "NO")

@@ -1,4 +1,6 @@
-"""A long run: memory, open files and compilations, by step. `python tests/soak.py [STEPS]` (2,000) tells of every 50th, and slopes.
+"""A long run: memory, open files and compilations, by step.
+
+    python tests/soak.py [STEPS [OUT.png]]      # 2,000 steps; tells of every 50th, and slopes; draws the curves
 
 PPO on the embedded model with few and short responses, so that steps are quick; a checkpoint every 20 steps, an evaluation every 100.
 """
@@ -31,6 +33,21 @@ TREE = {
 }
 
 
+def draw(step, resident, files, out: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 1, figsize=(7, 4), sharex=True)
+    for axis, values, name in zip(axes, (resident, files), ("resident memory, MiB", "open files"), strict=True):
+        axis.plot(step, values, linewidth=1, color="#0072B2")
+        axis.set(ylabel=name, ylim=(0, 1.15 * max(values)))
+    axes[1].set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
+
+
 def main() -> int:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     rows, made, began, record, hear = [], [], time.monotonic(), log.Run.record, compiles.Compiles._hear
@@ -58,6 +75,8 @@ def main() -> int:
     step, resident, files, compiled = np.array(rows[len(rows) // 4 :]).T  # the first quarter fills caches
     slope, _ = np.polyfit(step, resident, 1)
     late = compiled[-1] - rows[1][3]
+    if len(sys.argv) > 2:
+        draw(*np.array(rows).T[:3], sys.argv[2])
     memory = f"memory {resident[0]:.0f} to {resident[-1]:.0f} MiB, slope {1000 * slope:+.1f} MiB per 1,000 steps"
     print(f"steps {step[0]:.0f} to {step[-1]:.0f}: {memory}")
     print(f"open files {files.min():.0f} to {files.max():.0f}; programs compiled after step 1: {late:.0f} {made[rows[1][3] :]}")

@@ -188,6 +188,29 @@ def test_what_does_not_fit_says_what_would_help(tiny):
     assert not made.fits and "learn_policy needs 23.00 GiB of 15.75: 7.25 too much" in text and "would help: mesh.fsdp=8" in text
 
 
+def test_the_table_of_a_sweep(tiny):
+    """The quickest that fits comes first, as settings to copy."""
+    machine, plans = machines.parse("v5e:2x2"), []
+    for fsdp, needs, seconds in ((4, 2.0, 1.5), (2, 20.0, 1.0)):
+        c = config.load(tiny, [f"mesh={{data: -1, fsdp: {fsdp}}}", "learn.microbatch=4"])
+        mesh = {"slice": 1, "data": 4 // fsdp, "fsdp": fsdp, "tensor": 1}
+        figures = aot.Figures("learn_policy", 1.0, needs * GIB, 0.0, 0.0, 0.0, 15.75 * GIB, 1.0, times={"compute": seconds})
+        plans.append(plan.Plan(c, machine, mesh, [figures], [], 2))
+    head, first, second, _, best = plan.sweep_table(plans).splitlines()
+    assert head.split()[:5] == ["slice", "data", "fsdp", "tensor", "microbatch"]
+    assert first.split() == ["1", "1", "4", "1", "4", "full", "yes", "2.00", "learn_policy", "1.5", "171"]
+    assert second.split()[:7] == ["1", "2", "2", "1", "4", "full", "NO"]
+    assert best == "cheapest that fits: mesh={data: -1, fsdp: 4, tensor: 1} learn.microbatch=4 model.remat=full"
+
+
+@needs_libtpu
+def test_a_sweep_compiles_what_it_tells_of(tiny, capsys):
+    """One of the many: all its programs, and no other."""
+    assert __main__.main(["plan", str(tiny), "--topology", "v5e:2x2", "--sweep", "1"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("compiling ") == 6 and "cheapest that fits: mesh={data: -1, " in said.out
+
+
 @needs_libtpu
 def test_3b_ppo_on_v5e_4x4():
     """The paper's job in 16 GB chips: learning and sampling, the two that need most."""
