@@ -3,7 +3,8 @@
 `plain` is everywhere: the scores prompt × prompt and response × (prompt + response) exist, what lies between two responses is
 never computed. `splash` is the TPU's block-sparse kernel (jax.experimental.pallas.ops.tpu.splash_attention, after Dao 2023, arXiv
 2307.08691): no scores exist outside of a block, in the forward or the backward pass, and blocks that the mask empties, those above the
-diagonal among them, are skipped. Shapes: KV heads K, query heads K·h, head size D; the queries come scaled.
+diagonal among them, are skipped. (On GPU, cuDNN's, which `jax.nn.dot_product_attention` offers, takes this mask as a bias only: an array as
+large as the scores that it saves.) Shapes: KV heads K, query heads K·h, head size D; the queries come scaled.
 """
 
 from functools import partial
