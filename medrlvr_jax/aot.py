@@ -179,7 +179,7 @@ def compile_program(program: Program, parts: Parts, machine: Machine, cache: dic
     c = parts.config
     width, new = experience.width(c.prompt.max_tokens), c.sample.max_new_tokens
     visited = attention.visited(width, *((0, width) if program.name == "generate" else (c.sample.samples, new))) if parts.cfg.splash else {}
-    done = flops.traced_flops(traced.jaxpr, new - 1, visited) / n
+    done = flops.traced_flops(traced.jaxpr, visited) / n
     arguments, others = bytes_of((program.args, program.kwargs)), bytes_of(program.others)
     text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     if text in cache:

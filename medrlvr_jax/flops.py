@@ -13,10 +13,11 @@ import jax
 from jax.extend import core
 
 from medrlvr_jax.model import DecoderConfig
+from medrlvr_jax.sample import loops, segment_ends
 
 
-def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, while_trips: int = 1, visited: Mapping[str, float] = MappingProxyType({})) -> float:
-    """Over all devices, recomputation included. Loops whose end depends on data count as `while_trips` rounds (sampling: every column).
+def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, visited: Mapping[str, float] = MappingProxyType({})) -> float:
+    """Over all devices, recomputation included. Loops whose end depends on data count as all rounds that their condition allows.
 
     A Pallas kernel counts as its body in each block of its grid; where it skips some, `visited` has the share of the others, by a part
     of the kernel's name (`attention.visited`).
@@ -25,7 +26,7 @@ def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, while_trips: int = 1, vis
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, p = eqn.primitive.name, eqn.params
         bodies = [j for j in jax.tree.leaves(list(p.values()), is_leaf=_is_jaxpr) if _is_jaxpr(j)]
-        inner = [traced_flops(j, while_trips, visited) for j in bodies]
+        inner = [traced_flops(j, visited) for j in bodies]
         if name == "dot_general":
             (over, _), _ = p["dimension_numbers"]
             out, left = (_shape(v) for v in (eqn.outvars[0], eqn.invars[0]))
@@ -33,13 +34,21 @@ def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, while_trips: int = 1, vis
         elif name == "cond":
             total += max(inner)
         elif name == "while":
-            total += while_trips * traced_flops(p["body_jaxpr"], while_trips, visited)
+            total += _rounds(p["cond_jaxpr"]) * traced_flops(p["body_jaxpr"], visited)
         elif name == "pallas_call":
             share = next((share for part, share in visited.items() if part in p["name"]), 1.0)
             total += sum(inner) * prod(p["grid_mapping"].grid) * share
         else:
             total += sum(inner) * {"scan": p.get("length", 1), "shard_map": getattr(p.get("mesh"), "size", 1)}.get(name, 1)
     return total
+
+
+def _rounds(condition: core.ClosedJaxpr) -> int:
+    """The bound in a condition such as `t - 129 < 128 and …`."""
+    bounds = [e.invars[1].val for e in condition.jaxpr.eqns if e.primitive.name == "lt" and isinstance(e.invars[1], core.Literal)]
+    if len(bounds) != 1:
+        raise ValueError(f"a loop whose condition has {len(bounds)} bounds, and not one: {condition}")
+    return int(bounds[0])
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
@@ -65,8 +74,9 @@ def forward_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int,
 
 
 def generate_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:
-    """Prefill, then `new` columns: each attends to the prompt and to the whole of its own cache, as it is computed."""
-    rows, column = questions * samples, prompt + new
+    """Prefill, then each column attends to the prompt and to the room that its row's own cache has then, as it is computed."""
+    rows = questions * samples
     prefill = cfg.layers * (weights(cfg) * questions * prompt + 2 * cfg.heads * cfg.head_dim * questions * prompt * prompt)
-    step = cfg.layers * rows * (weights(cfg) + 2 * cfg.heads * cfg.head_dim * column)
-    return 2.0 * (prefill + cfg.embed * cfg.vocab * rows * new + (new - 1) * step)
+    seen = sum((until - begin) * (prompt + room) for room, (begin, until) in zip(segment_ends(new), loops(new), strict=True))
+    steps = cfg.layers * rows * ((new - 1) * weights(cfg) + 2 * cfg.heads * cfg.head_dim * seen)
+    return 2.0 * (prefill + cfg.embed * cfg.vocab * rows * new + steps)

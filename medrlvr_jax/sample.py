@@ -13,6 +13,7 @@ each loop is one more to compile.
 """
 
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -102,23 +103,23 @@ def generate(
 
     shards = batch_ways(rows)
 
-    def finish(state: State, halvings: int, until: int) -> State:
-        """Draw columns below `until`, or until no row runs."""
+    def finish(state: State, halvings: int, begin: int, until: int) -> State:
+        """Draw the columns from `begin` (some may be there) to below `until`, or until no row runs."""
         width = state.running.size // shards
         narrower = width // 2 if halvings and width % 2 == 0 and width // 2 >= NARROWEST else 0
         busy = lambda s: s.running.reshape(shards, -1).sum(1).max()  # noqa: E731
-        state = jax.lax.while_loop(lambda s: (s.t < until) & (busy(s) > narrower), body, state)
+        rounds = until - begin  # so written because it is what a plan may read from the condition: see flops.py and hlo.py
+        state = jax.lax.while_loop(lambda s: (s.t - begin < rounds) & (busy(s) > narrower), body, state)
         if not narrower:
             return state
         place = jnp.argsort(~state.running.reshape(shards, -1), axis=1, stable=True)[:, :narrower]
-        return put_rows(state, place, finish(take_rows(state, place), halvings - 1, until))
+        return put_rows(state, place, finish(take_rows(state, place), halvings - 1, begin, until))
 
     with jax.named_scope("decode"):
         state = record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed)))
-        for end in ends:
+        for end, (begin, until) in zip(ends, loops(length), strict=True):
             state = state._replace(caches=model.grow_caches(state.caches, end))
-            # A token's keys are stored when the one after it is drawn: with room for `end`, column `end` can still be.
-            state = finish(state, HALVINGS if cfg.narrow else 0, min(end + 1, length))
+            state = finish(state, HALVINGS if cfg.narrow else 0, begin, until)
     return by_rows(state.drawn)
 
 
@@ -128,6 +129,15 @@ def segment_ends(length: int) -> list[int]:
     while ends[0] >= 2 * SEGMENT:
         ends.insert(0, -(-ends[0] // 2))
     return ends
+
+
+def loops(length: int) -> list[tuple[int, int]]:
+    """The columns that each loop draws, from and to; the first of all is drawn before them.
+
+    A token's keys are stored when the one after it is drawn: with room for `end`, column `end` can still be.
+    """
+    ends = [1, *(min(end + 1, length) for end in segment_ends(length))]
+    return list(pairwise(ends))
 
 
 def take_rows(state: State, place: Array) -> State:

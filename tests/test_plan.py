@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, aot, architectures, build, config, data, experience, flops, machines, model, plan, scoring, train
+from medrlvr_jax import __main__, aot, architectures, build, config, data, experience, flops, machines, model, plan, sample, scoring, train
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.types import Prompts
 
@@ -40,8 +40,8 @@ def tiny(tmp_path_factory):
     return path
 
 
-def traced(f, *args, trips=1):
-    return flops.traced_flops(jax.jit(f).trace(*args).jaxpr, trips)
+def traced(f, *args):
+    return flops.traced_flops(jax.jit(f).trace(*args).jaxpr)
 
 
 def shapes(cfg):
@@ -72,11 +72,13 @@ def test_flops_of_programs_are_the_formulas():
     assert traced(score, *args) == forward
     again = forward  # remat full computes layers and words once more
     assert traced(jax.grad(score), *args) == pytest.approx(3 * forward + again, rel=0.05)
-    sample = config.SampleConfig(questions=Q, samples=G, max_new_tokens=R)
     given = Prompts(prompts, mask, jax.ShapeDtypeStruct((Q,), jnp.uint32))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    jaxpr = experience.generate.trace(shapes(CFG), CFG, given, key, sample, (1,), 0).jaxpr
-    assert flops.traced_flops(jaxpr, R - 1) == flops.generate_flops(CFG, Q, P, G, R)
+    key, cfg = jax.eval_shape(lambda: jax.random.key(0)), dataclasses.replace(CFG, narrow=False)
+    for new in (R, 300):  # one loop, and two
+        drawn = config.SampleConfig(questions=Q, samples=G, max_new_tokens=new)
+        jaxpr = experience.generate.trace(shapes(cfg), cfg, given, key, drawn, (1,), 0).jaxpr
+        assert flops.traced_flops(jaxpr) == flops.generate_flops(cfg, Q, P, G, new)
+    assert sample.loops(300) == [(1, 151), (151, 300)] and sample.loops(R) == [(1, R)]
 
 
 def test_the_programs_are_those_that_train(tiny, monkeypatch):
