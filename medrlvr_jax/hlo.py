@@ -91,7 +91,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
-        if line.startswith("}"):
+        if re.match(r"\}(,|$)", line):  # and not `}}, …`: the attributes of a Pallas kernel take several lines
             current = None
         elif current is None:
             if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):

@@ -69,6 +69,17 @@ def test_collectives_by_kind_axis_and_trip_count():
     }
 
 
+def test_attributes_of_several_lines_end_no_computation():
+    """As a Pallas kernel has them; what stood after one was lost, and its collectives with it."""
+    kernel = (
+        '  %kernel = f32[8]{0} custom-call(%s), frontend_attributes={kernel_metadata={\n"xprof_metadata":"{}"\n}}, metadata={op_name="x"}\n'
+    )
+    body = "%body (s:" + TEXT.split("%body (s:")[1]
+    head, rest = body.split("\n", 1)
+    found = hlo.read(TEXT.replace(body, head + "\n" + kernel + rest), MESH)
+    assert found.collectives == hlo.read(TEXT, MESH).collectives
+
+
 def test_traffic_leaves_out_what_stays_on_the_chip():
     """Loop: a layer sliced out of its stack (read and write 128 B), the gather's input alone (its result is in S(1)), a swap."""
     layer, shard, whole = 4 * 8 * 4, 4 * 16 * 2, 8 * 16 * 4
