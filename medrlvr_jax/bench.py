@@ -81,6 +81,18 @@ def clock(function: Callable, runs: int, *args: Any) -> list[float]:
     return times
 
 
+def by_turns(functions: list[Callable], runs: int) -> list[list[float]]:
+    """Seconds of each function's `runs` calls, one after another in turn, after one of each that compiles."""
+    times = [[] for _ in functions]
+    for run in range(runs + 1):
+        for taken, function in zip(times, functions, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            if run:
+                taken.append(time.perf_counter() - start)
+    return times
+
+
 def encoded_questions(args: argparse.Namespace, parts: Parts) -> Encoded:
     """Questions whose prompts are exactly `--prompt` random letters of the vocabulary."""
     rng = np.random.default_rng(0)
@@ -169,7 +181,7 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     def alone():
         return [draw(params, parts, encoded, np.arange(i, i + size), jax.random.key(0), sample) for i in range(0, 4 * size, size)]
 
-    pairs = [(clock(whole, 1)[0], clock(alone, 1)[0]) for _ in range(args.runs)]
+    pairs = list(zip(*by_turns([whole, alone], args.runs), strict=True))
     overhead = statistics.median(a / b - 1 for a, b in pairs)
     return timing([a for a, _ in pairs]) | {"generate_s": [round(b, 3) for _, b in pairs], "overhead": round(overhead, 4)}
 

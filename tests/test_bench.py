@@ -14,3 +14,6 @@ def test_a_case_is_one_line_of_json(capsys):
     assert bench.main(["learn", "embedded", *sizes]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["packed_tokens"], found["padded_tokens"]) == (8 * (8 + 2 * 4), 8 * 2 * (8 + 4))
+    assert bench.main(["eval", "embedded", *sizes]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] > 0 and len(found["generate_s"]) == 1
