@@ -7,6 +7,8 @@ import hashlib
 import math
 import re
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +34,7 @@ class Program(NamedTuple):
     kwargs: dict[str, Any]
     others: tuple  # trees of shapes that live on while it runs and are not among its arguments
     useful: float  # FLOPs without recomputation, over all devices
+    visited: Mapping[str, float] = MappingProxyType({})  # see `attention.visited`
 
 
 class Stops(NamedTuple):
@@ -112,6 +115,7 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=whole)
     sampler, stops = parts.sampler_cfg, (parts.tokenizer.stop_ids, parts.tokenizer.pad_id)
     relay, moved = relay_program(parts, sampler)
+    of_prompts, of_rows = (attention.visited(p, 0, p), attention.visited(p, g, r)) if parts.cfg.splash else ({}, {})
     one = flops.forward_flops(parts.cfg, q, p, g, r)
     of_critic = flops.forward_flops(parts.critic_cfg, q, p, g, r) if critic else 0.0
     idle = (lambda *trees: ()) if c.learn.offload else (lambda *trees: trees)  # what waits in the host's memory meanwhile
@@ -125,6 +129,7 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
             {},
             (moved, critic and critic.params, idle(reference), states),  # what is not moved is the sampler's own
             flops.generate_flops(parts.cfg, q, p, g, r),
+            of_prompts,
         ),
         Program(
             "assess",
@@ -133,6 +138,7 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
             assess_settings(parts),
             (states,),
             one * (1 if reference is None else 2) + of_critic,
+            of_rows,
         ),
         Program(
             "make_experience",
@@ -149,6 +155,7 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
             {},
             (critic and critic.params, idle(reference, critic and critic.opt_state)),
             3 * c.learn.epochs * one,
+            of_rows,
         ),
     ]
     if moved:
@@ -156,7 +163,7 @@ def step_programs(parts: Parts, programs: Programs) -> list[Program]:
         out.insert(0, Program("relay", relay, (moved,), {}, (others, critic and critic.params, idle(reference), states), 0.0))
     if critic:
         args, others = (critic, base, made, key, None), (policy.params, idle(reference, policy.opt_state))
-        out.append(Program("learn_critic", programs.learn_critic, args, {}, others, 3 * c.learn.epochs * of_critic))
+        out.append(Program("learn_critic", programs.learn_critic, args, {}, others, 3 * c.learn.epochs * of_critic, of_rows))
     return out
 
 
@@ -176,10 +183,7 @@ def compile_program(program: Program, parts: Parts, machine: Machine, cache: dic
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.args, **program.kwargs)
         lowered = traced.lower()
-    c = parts.config
-    width, new = experience.width(c.prompt.max_tokens), c.sample.max_new_tokens
-    visited = attention.visited(width, *((0, width) if program.name == "generate" else (c.sample.samples, new))) if parts.cfg.splash else {}
-    done = flops.traced_flops(traced.jaxpr, visited) / n
+    done = flops.traced_flops(traced.jaxpr, program.visited) / n
     arguments, others = bytes_of((program.args, program.kwargs)), bytes_of(program.others)
     text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     if text in cache:

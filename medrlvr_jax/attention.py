@@ -108,9 +108,10 @@ def splash(q: Array, k: Array, v: Array, prompt_mask: Array, groups: int, interp
     n, width, heads = q.shape[1], prompt_mask.shape[1], q.shape[2]
     length = (n - width) // groups if groups else width
     block, size = tiles(width, groups, length)
-    if spread := axis_ways("tensor") // gcd(axis_ways("tensor"), heads) - 1:  # fewer KV heads than devices along `tensor`
-        k, v = (jnp.repeat(x, spread + 1, axis=2) for x in (k, v))
-        q = q.reshape(*q.shape[:2], heads * (spread + 1), -1, q.shape[-1])
+    copies = axis_ways("tensor") // gcd(axis_ways("tensor"), heads)
+    if copies > 1:  # fewer KV heads than devices along `tensor`
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+        q = q.reshape(*q.shape[:2], heads * copies, -1, q.shape[-1])
     mask = kernels.MultiHeadMask([Shared(size, width, length)] * q.shape[3])
     blocks = kernels.BlockSizes(block, block, block, block, block, block, block, block)
     real = jnp.pad(prompt_mask, ((0, 0), (0, size - width)), constant_values=True).astype(jnp.int32)  # padding sees padding alone

@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,13 +73,7 @@ def machine() -> dict[str, float]:
 
 def clock(function: Callable, runs: int, *args: Any) -> list[float]:
     """Seconds of each of `runs` calls, after one that compiles."""
-    jax.block_until_ready(function(*args))
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*args))
-        times.append(time.perf_counter() - start)
-    return times
+    return by_turns([partial(function, *args)], runs)[0]
 
 
 def by_turns(functions: list[Callable], runs: int) -> list[list[float]]:

@@ -150,18 +150,18 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
 
 def draw(
     decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, entropies: bool = False
-) -> tuple[Prompts, Rollout]:
+) -> Rollout:
     """Responses to the questions at `index` by `parts.cfg`."""
     prompts, tokenizer = place_prompts(parts, encoded, index), parts.tokenizer
     stops = tokenizer.stop_ids, tokenizer.pad_id
-    return prompts, generate(decode_params, parts.cfg, prompts, key, sample, *stops, entropies=entropies)
+    return generate(decode_params, parts.cfg, prompts, key, sample, *stops, entropies=entropies)
 
 
 def sample_and_score(
     decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, entropies: bool = False
 ) -> Scored:
     """Evaluation's whole job. With `entropies`, also the mean entropy of each response."""
-    _, rollout = draw(decode_params, parts, encoded, index, key, sample, entropies)
+    rollout = draw(decode_params, parts, encoded, index, key, sample, entropies)
     scored = score_rollout(parts, encoded, index, rollout)
     if not entropies:
         return scored

@@ -34,7 +34,7 @@ def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, visited: Mapping[str, flo
         elif name == "cond":
             total += max(inner)
         elif name == "while":
-            total += _rounds(p["cond_jaxpr"]) * traced_flops(p["body_jaxpr"], visited)
+            total += _rounds(p["cond_jaxpr"]) * sum(inner)
         elif name == "pallas_call":
             share = next((share for part, share in visited.items() if part in p["name"]), 1.0)
             total += sum(inner) * prod(p["grid_mapping"].grid) * share

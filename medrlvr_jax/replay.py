@@ -51,7 +51,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         encoded, index = train.at_epoch(parts, encoded, step - 1), data.step_batch(c, len(encoded.questions), step - 1)
         key = jax.random.fold_in(jax.random.key(c.seed), step - 1)
         decode_params = programs.relay(lora.join(frozen.base, state.policy.params))
-        _, rollout = draw(decode_params, dataclasses.replace(parts, cfg=parts.sampler_cfg), encoded, index, key, c.sample)
+        rollout = draw(decode_params, dataclasses.replace(parts, cfg=parts.sampler_cfg), encoded, index, key, c.sample)
         scored = score_rollout(parts, encoded, index, rollout, coin=key)
     drawn = json.loads(json.dumps(train.sample_record(parts, encoded, index, scored, row)))  # as a log gives it back
     logged = next((s for s in samples if s["step"] == step and s["row"] == row), None)

@@ -82,8 +82,8 @@ def generate(
     def record(state: State, hidden: Array) -> State:
         """Draw column t from the states [Q, G, E] before it."""
         scores = constrain(model.logits(params, cfg, hidden), "batch", None, "vocab")
-        token, drawn, policy = draw(scores, state.keys, state.t, sample, stop_ids)
-        own, spread = (lambda x: jnp.where(state.running, x, 0.0)), scores / (sample.temperature or 1.0)
+        token, drawn, policy, spread = draw(scores, state.keys, state.t, sample, stop_ids)
+        own = lambda x: jnp.where(state.running, x, 0.0)  # noqa: E731
         put = lambda x, column: jax.lax.dynamic_update_slice_in_dim(x, column[:, :, None], state.t, axis=2)  # noqa: E731
         d = state.drawn
         columns = Rollout(
@@ -91,7 +91,7 @@ def generate(
             mask=put(d.mask, state.running),
             logprobs=put(d.logprobs, own(drawn)),
             policy_logprobs=put(d.policy_logprobs, own(policy)) if truncated else None,
-            entropy=put(d.entropy, own(entropy(spread, jax.nn.logsumexp(spread, axis=-1)))) if entropies else None,
+            entropy=put(d.entropy, own(spread)) if entropies else None,
         )
         running = state.running & ~is_stop(token, stop_ids) & (state.t + 1 < state.limits)
         return state._replace(t=state.t + 1, drawn=columns, running=running)
@@ -188,8 +188,9 @@ def is_stop(token: Array, stop_ids: tuple[int, ...]) -> Array:
     return jnp.isin(token, jnp.array(stop_ids, jnp.int32))
 
 
-def draw(scores: Array, keys: Array, t: Array, sample: SampleConfig, stop_ids: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    """One token per row from float32 scores [Q, G, V]; its log-prob as drawn, and under the policy (at the same temperature)."""
+def draw(scores: Array, keys: Array, t: Array, sample: SampleConfig, stop_ids: tuple[int, ...]) -> tuple[Array, Array, Array, Array]:
+    """One token per row from float32 scores [Q, G, V]; its log-prob as drawn, and under the policy (at the same temperature); the
+    policy's entropy."""
     policy = scores / (sample.temperature or 1.0)
     policy_total = jax.nn.logsumexp(policy, axis=-1)
     allowed = policy
@@ -206,7 +207,7 @@ def draw(scores: Array, keys: Array, t: Array, sample: SampleConfig, stop_ids: t
         drawn = jnp.log(pick(weights, token)) - jnp.log(weights.sum(-1))
     chosen = pick(policy, token) - policy_total
     truncated = sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0
-    return token, (drawn if truncated else chosen), chosen
+    return token, (drawn if truncated else chosen), chosen, entropy(policy, policy_total)
 
 
 def pick(x: Array, index: Array) -> Array:
