@@ -58,9 +58,9 @@ class DecoderConfig:
 class Cache(NamedTuple):
     """Keys and values of one layer, or of all with a leading layer axis."""
 
-    prompt_k: Array  # [Q, KV, P, D]
+    prompt_k: Array  # [Q, KV, D, P]
     prompt_v: Array  # [Q, KV, P, D]
-    own_k: Array  # [Q, G, KV, R, D]
+    own_k: Array  # [Q, G, KV, D, R]
     own_v: Array  # [Q, G, KV, R, D]
 
 
@@ -202,7 +202,7 @@ class Block(nn.Module):
         return constrain(x, "batch", None, None)
 
     def __call__(self, x, cos, sin, prompt_mask, segments, groups: int):
-        """x [Q, P + G·R, E], prompt first; G = 0 where there are no responses. The prompt's keys and values if `keep_cache`.
+        """x [Q, P + G·R, E], prompt first; G = 0 where there are no responses. The prompt's part of a `Cache` if `keep_cache`.
 
         `segments`: see `attention.plain`.
         """
@@ -212,12 +212,13 @@ class Block(nn.Module):
             attended = attention.splash(q, k, v, prompt_mask, groups)
         else:
             attended = attention.plain(q, k, v, prompt_mask, segments, groups)
-        return self.finish(x, attended), (k[:, :width].swapaxes(1, 2), v[:, :width].swapaxes(1, 2)) if self.keep_cache else None
+        cache = (k[:, :width].transpose(0, 2, 3, 1), v[:, :width].swapaxes(1, 2)) if self.keep_cache else None
+        return self.finish(x, attended), cache
 
     def step(self, x, cos, sin, prompt_mask, cache: Cache, t, layer=None):
         """One token of each sample: x [Q, G, E], written to column t of the cache; with `layer`, own_k and own_v are of all layers."""
         q, k, v = self.project(x, cos, sin)
-        own_k, own_v = (_put(old, new, t, layer) for old, new in ((cache.own_k, k), (cache.own_v, v)))
+        own_k, own_v = _put(cache.own_k, k[..., None], (0, 0, 0, 0, t), layer), _put(cache.own_v, v[:, :, :, None], (0, 0, 0, t, 0), layer)
         grown = Cache(cache.prompt_k, cache.prompt_v, own_k, own_v)
         if layer is not None:
             own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (own_k, own_v))
@@ -225,9 +226,9 @@ class Block(nn.Module):
         return self.finish(x, attended), grown
 
 
-def _put(cache: Array, new: Array, t, layer) -> Array:
-    """`new` [Q, G, K, D] into column t of [Q, G, K, R, D], or of that layer of [L, Q, G, K, R, D]."""
-    new, start = new[:, :, :, None].astype(cache.dtype), (0, 0, 0, t, 0)
+def _put(cache: Array, new: Array, start: tuple, layer) -> Array:
+    """`new` into one column of a layer's own keys or values, or of that layer's of all."""
+    new = new.astype(cache.dtype)
     return (
         jax.lax.dynamic_update_slice(cache, new, start)
         if layer is None
@@ -303,40 +304,46 @@ def init(cfg: DecoderConfig, key: Array) -> Params:
 
 
 def prefill(params: Params, cfg: DecoderConfig, prompts: Array, prompt_mask: Array) -> tuple[Array, tuple[Array, Array]]:
-    """The state after each prompt [Q, E], and the prompts' keys and values [L, Q, K, P, D]."""
+    """The state after each prompt [Q, E], and the prompts' keys [L, Q, K, D, P] and values [L, Q, K, P, D]."""
     packed, cache = cast(tuple, Decoder(cfg, keep_cache=True).apply({"params": params}, prompts, prompt_mask, None))
     return packed[:, -1], cache
 
 
 def start_caches(cfg: DecoderConfig, prompt: tuple[Array, Array], groups: int, length: int) -> list[Cache] | Cache:
-    """Room for `length` tokens of each sample beside the prompts' keys and values [L, Q, K, P, D]: a cache per layer, or one of all."""
-    shape = (prompt[0].shape[1], groups, cfg.kv_heads, length, cfg.head_dim)
+    """Room for `length` tokens of each sample beside what `prefill` keeps of the prompts: a cache per layer, or one of all."""
+    layers = () if cfg.unroll else (cfg.layers,)
+    rows = *layers, prompt[0].shape[1], groups, cfg.kv_heads
+    axes = *(None for _ in layers), "batch", None, "kv_heads", None, None
+    own_k = constrain(jnp.zeros((*rows, cfg.head_dim, length), cfg.dtype), *axes)
+    own_v = constrain(jnp.zeros((*rows, length, cfg.head_dim), cfg.dtype), *axes)
     if cfg.unroll:
-        own = constrain(jnp.zeros(shape, cfg.dtype), "batch", None, "kv_heads", None, None)
-        return [Cache(prompt[0][i], prompt[1][i], own, own) for i in range(cfg.layers)]
-    own = constrain(jnp.zeros((cfg.layers, *shape), cfg.dtype), None, "batch", None, "kv_heads", None, None)
-    return Cache(*prompt, own, own)
+        return [Cache(prompt[0][i], prompt[1][i], own_k, own_v) for i in range(cfg.layers)]
+    return Cache(*prompt, own_k, own_v)
 
 
 def grow_caches(caches: Any, length: int) -> Any:
     """The same with room for `length` tokens of each sample."""
 
-    def grow(own):
-        return jnp.pad(own, [(0, 0)] * (own.ndim - 2) + [(0, length - own.shape[-2]), (0, 0)])
+    def grow(own, axis):
+        return jnp.pad(own, [(0, length - own.shape[i] if i == axis % own.ndim else 0) for i in range(own.ndim)])
 
-    grown = [c._replace(own_k=grow(c.own_k), own_v=grow(c.own_v)) for c in (caches if isinstance(caches, list) else [caches])]
+    grown = [c._replace(own_k=grow(c.own_k, -1), own_v=grow(c.own_v, -2)) for c in (caches if isinstance(caches, list) else [caches])]
     return grown if isinstance(caches, list) else grown[0]
 
 
-def decode_step(params: Params, cfg: DecoderConfig, layers: Any, tokens: Array, prompt_mask: Array, caches: Any, t) -> tuple[Array, Any]:
+def decode_step(
+    params: Params, cfg: DecoderConfig, layers: Any, rope: tuple[Array, Array], tokens: Array, prompt_mask: Array, caches: Any, t
+) -> tuple[Array, Any]:
     """Tokens [Q, G] drawn at column t -> the state [Q, G, E] that predicts column t + 1, and the grown caches.
+
+    `rope` is `rope_tables` of the positions 0 … P + R − 1, made before the loop: inside it XLA:CPU takes sines again in each layer.
 
     With `unroll`, `layers` holds one parameter tree per layer (`split_layers`), sliced once outside the loop: on CPU and GPU a
     scan copies every layer's weights and cache out of the stack at each token (by XLA's own program for an H100: twice the traffic).
     On TPU they are read where they lie, and a scan compiles in a fraction of the time.
     """
     x = constrain(params["embed"].astype(cfg.dtype)[tokens], "batch", None, None)
-    cos, sin = rope_tables(prompt_mask.sum(1)[:, None] + jnp.broadcast_to(t, tokens.shape), cfg)
+    cos, sin = (table[prompt_mask.sum(1) + t][:, None] for table in rope)
 
     def step(x, layer, cache, place=None):
         return Block(cfg).apply({"params": layer}, x, cos, sin, prompt_mask, cache, t, place, method="step")

@@ -38,7 +38,7 @@ class State(NamedTuple):
     t: Array  # int32 []
     drawn: Rollout
     running: Array  # bool [Q, G], no stop token yet
-    keys: Array  # [Q, G], of each row's noise
+    uniforms: Array  # [Q, G, R], the noise behind each token
     limits: Array  # int32 [Q, G], tokens that a row may have
     prompt_mask: Array  # bool [Q, P]
     caches: list[Cache] | Cache  # see `model.start_caches`
@@ -67,13 +67,14 @@ def generate(
     with jax.named_scope("prefill"):
         last, prompt_cache = model.prefill(params, cfg, prompts.tokens, prompts.mask)
     layers, ends = model.split_layers(params, cfg), segment_ends(length)
+    rope = model.rope_tables(jnp.arange(prompts.tokens.shape[1] + length), cfg)
     zeros = jnp.zeros((rows, groups, length), jnp.float32)
     tokens = jnp.full((rows, groups, length), pad_id, jnp.int32)
     state = State(
         t=jnp.int32(0),
         drawn=Rollout(tokens, jnp.zeros(tokens.shape, bool), zeros, zeros if truncated else None, zeros if entropies else None),
         running=jnp.ones((rows, groups), bool),
-        keys=row_keys(key, prompts.ids, groups),
+        uniforms=noise(key, prompts.ids, groups, length),
         limits=jnp.full((rows, groups), length) if limits is None else jnp.minimum(limits, length),
         prompt_mask=prompts.mask,
         caches=model.start_caches(cfg, prompt_cache, groups, ends[0]),
@@ -82,7 +83,8 @@ def generate(
     def record(state: State, hidden: Array) -> State:
         """Draw column t from the states [Q, G, E] before it."""
         scores = constrain(model.logits(params, cfg, hidden), "batch", None, "vocab")
-        token, drawn, policy, spread = draw(scores, state.keys, state.t, sample, stop_ids)
+        uniforms = jax.lax.dynamic_index_in_dim(state.uniforms, state.t, axis=2, keepdims=False)
+        token, drawn, policy, spread = draw(scores, uniforms, state.t, sample, stop_ids)
         own = lambda x: jnp.where(state.running, x, 0.0)  # noqa: E731
         put = lambda x, column: jax.lax.dynamic_update_slice_in_dim(x, column[:, :, None], state.t, axis=2)  # noqa: E731
         d = state.drawn
@@ -98,7 +100,7 @@ def generate(
 
     def body(state: State) -> State:
         token = jax.lax.dynamic_index_in_dim(state.drawn.tokens, state.t - 1, axis=2, keepdims=False)
-        hidden, caches = model.decode_step(params, cfg, layers, token, state.prompt_mask, state.caches, state.t - 1)
+        hidden, caches = model.decode_step(params, cfg, layers, rope, token, state.prompt_mask, state.caches, state.t - 1)
         return record(state._replace(caches=caches), hidden)
 
     shards = batch_ways(rows)
@@ -158,7 +160,7 @@ def take_rows(state: State, place: Array) -> State:
     return state._replace(
         drawn=jax.tree.map(of_row, state.drawn),
         running=of_row(state.running),
-        keys=of_row(state.keys),
+        uniforms=of_row(state.uniforms),
         limits=of_row(state.limits),
         prompt_mask=of_question(state.prompt_mask),
         caches=caches,
@@ -178,18 +180,19 @@ def put_rows(state: State, place: Array, rows: State) -> State:
     return state._replace(t=rows.t, drawn=drawn, running=running, caches=caches)
 
 
-def row_keys(key: Array, ids: Array, groups: int) -> Array:
-    """One key per (question, sample): [Q, G]."""
-    per_question = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(per_question, jnp.arange(groups))
+def noise(key: Array, ids: Array, groups: int, length: int) -> Array:
+    """One uniform per (question, sample, position): [Q, G, R]."""
+    each = jax.vmap(jax.random.fold_in, (None, 0))
+    of_question = lambda key: jax.vmap(each, (0, None))(each(key, jnp.arange(groups)), jnp.arange(length))  # noqa: E731
+    return jax.vmap(jax.vmap(jax.vmap(jax.random.uniform)))(jax.vmap(of_question)(each(key, ids)))
 
 
 def is_stop(token: Array, stop_ids: tuple[int, ...]) -> Array:
     return jnp.isin(token, jnp.array(stop_ids, jnp.int32))
 
 
-def draw(scores: Array, keys: Array, t: Array, sample: SampleConfig, stop_ids: tuple[int, ...]) -> tuple[Array, Array, Array, Array]:
-    """One token per row from float32 scores [Q, G, V]; its log-prob as drawn, and under the policy (at the same temperature); the
+def draw(scores: Array, uniforms: Array, t: Array, sample: SampleConfig, stop_ids: tuple[int, ...]) -> tuple[Array, Array, Array, Array]:
+    """One token per row from float32 scores [Q, G, V] and uniforms [Q, G]; its log-prob as drawn, and under the policy (at the same temperature); the
     policy's entropy."""
     policy = scores / (sample.temperature or 1.0)
     policy_total = jax.nn.logsumexp(policy, axis=-1)
@@ -202,7 +205,6 @@ def draw(scores: Array, keys: Array, t: Array, sample: SampleConfig, stop_ids: t
         drawn = jnp.zeros(token.shape, jnp.float32)
     else:
         weights = truncate(jnp.exp(allowed - allowed.max(-1, keepdims=True)), sample.top_k, sample.top_p)
-        uniforms = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t))))(keys)
         token = inverse_cdf(weights, uniforms)
         drawn = jnp.log(pick(weights, token)) - jnp.log(weights.sum(-1))
     chosen = pick(policy, token) - policy_total
@@ -261,5 +263,5 @@ def inverse_cdf(weights: Array, uniforms: Array) -> Array:
 
 def _first_above(ends: Array, parts: Array, target: Array) -> Array:
     """First index whose running end exceeds target; rounding may pass the end, then the last one that weighs anything."""
-    last = parts.shape[-1] - 1 - jnp.argmax((parts > 0)[..., ::-1], axis=-1)
+    last = jnp.where(parts > 0, jnp.arange(parts.shape[-1]), 0).max(-1)
     return jnp.minimum((ends <= target[..., None]).sum(-1), last)

@@ -51,8 +51,9 @@ def test_decoding_is_scoring(params, batch, unroll):
     state, cache = model.prefill(params, cfg, prompts, mask)
     np.testing.assert_allclose(state, hidden[:, 0, 0], atol=1e-5)
     caches, layers = model.start_caches(cfg, cache, G, R), model.split_layers(params, cfg)
+    rope = model.rope_tables(np.arange(prompts.shape[1] + R), cfg)
     for t in range(R - 1):
-        state, caches = model.decode_step(params, cfg, layers, tokens[:, :, t], mask, caches, t)
+        state, caches = model.decode_step(params, cfg, layers, rope, tokens[:, :, t], mask, caches, t)
         np.testing.assert_allclose(state, hidden[:, :, t + 1], atol=1e-5)
 
 

@@ -69,14 +69,13 @@ def ours(directory):
 
 def greedy(params, cfg, c):
     """`prefill`, then one `decode_step` a token, two samples of each question side by side."""
-    rows, groups, layers = len(c.prompts), 2, model.split_layers(params, cfg)
-    hidden, (keys, values) = jax.jit(partial(model.prefill, cfg=cfg))(params, prompts=c.prompts, prompt_mask=c.mask)
-    empty = jnp.zeros((rows, groups, cfg.kv_heads, NEW, cfg.head_dim))
-    caches = [model.Cache(keys[i], values[i], empty, empty) for i in range(cfg.layers)]
+    groups, layers = 2, model.split_layers(params, cfg)
+    hidden, prompt = jax.jit(partial(model.prefill, cfg=cfg))(params, prompts=c.prompts, prompt_mask=c.mask)
+    caches, rope = model.start_caches(cfg, prompt, groups, NEW), model.rope_tables(jnp.arange(c.prompts.shape[1] + NEW), cfg)
 
     @jax.jit
     def step(params, layers, tokens, caches, t):
-        hidden, grown = model.decode_step(params, cfg, layers, tokens, c.mask, caches, t)
+        hidden, grown = model.decode_step(params, cfg, layers, rope, tokens, c.mask, caches, t)
         return jnp.argmax(model.logits(params, cfg, hidden), -1), grown
 
     tokens = jnp.repeat(jnp.argmax(model.logits(params, cfg, hidden), -1)[:, None], groups, 1)
