@@ -7,7 +7,7 @@ diagonal among them, are skipped. (On GPU, cuDNN's, which `jax.nn.dot_product_at
 large as the scores that it saves.) Shapes: KV heads K, query heads K·h, head size D; the queries come scaled.
 """
 
-from functools import partial
+from functools import partial, reduce
 from math import gcd
 
 import jax
@@ -21,37 +21,49 @@ from medrlvr_jax.types import Array
 BLOCKS = (512, 256, 128)  # of queries and of keys; the first that divides prompt and response, so that few blocks are partly empty
 
 
-def softmax(scores: Array, keep: Array) -> Array:
-    """Over the last axis in float32; a row with nothing to keep (padding) comes out uniform, not NaN."""
-    return jax.nn.softmax(jnp.where(keep, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min), axis=-1)
+LEAST = jnp.finfo(jnp.float32).min
 
 
 def plain(q: Array, k: Array, v: Array, prompt_mask: Array, segments: Array | None, groups: int) -> Array:
     """q [Q, N, K, h, D], k and v [Q, N, K, D] → [Q, N, K, h, D], where N = P + G·R, G = `groups`, and prompt_mask is [Q, P].
 
-    With `segments` [Q, G, R], several responses stand in one: a token sees those of its own segment.
+    With `segments` [Q, G, R], several responses stand in one: a token sees those of its own segment. Heads come to the front once, so
+    that every product reads and writes its scores as they lie.
     """
-    width, dtype = prompt_mask.shape[1], q.dtype
-    kp, vp = k[:, :width].swapaxes(1, 2), v[:, :width].swapaxes(1, 2)  # [Q, K, P, D]
+    width = prompt_mask.shape[1]
+    qp, (kp, vp) = q[:, :width].transpose(0, 2, 3, 1, 4), (y[:, :width].swapaxes(1, 2) for y in (k, v))  # [Q, K, h, P, D], [Q, K, P, D]
     causal = jnp.tril(jnp.ones((width, width), bool)) & prompt_mask[:, None, None, None, :]
-    weights = softmax(jnp.einsum("qnkhd,qkpd->qkhnp", q[:, :width], kp), causal).astype(dtype)
-    attended = jnp.einsum("qkhnp,qkpd->qnkhd", weights, vp)
+    weights, total = weigh([(jnp.einsum("qkhnd,qkpd->qkhnp", qp, kp), causal)])
+    attended = share(jnp.einsum("qkhnp,qkpd->qkhnd", weights[0], vp), total).transpose(0, 3, 1, 2, 4)
     if not groups:
         return attended
     split = lambda y: y[:, width:].reshape(y.shape[0], groups, -1, *y.shape[2:])  # noqa: E731  [Q, G, R, ...]
-    qr, kr, vr = split(q), split(k), split(v)
-    length = qr.shape[2]
-    with_prompt = jnp.einsum("qgrkhd,qkpd->qkhgrp", qr, kp)
-    with_own = jnp.einsum("qgrkhd,qgskd->qkhgrs", qr, kr)
-    keep_prompt = jnp.broadcast_to(prompt_mask[:, None, None, None, None, :], with_prompt.shape)
+    qr, (kr, vr) = split(q).transpose(0, 3, 1, 4, 2, 5), (split(y).transpose(0, 3, 1, 2, 4) for y in (k, v))  # [Q, K, G, h, R, D]
+    length = kr.shape[3]
     keep_own = jnp.tril(jnp.ones((length, length), bool))
     if segments is not None:
-        keep_own &= (segments[..., :, None] == segments[..., None, :])[:, None, None]
-    keep_own = jnp.broadcast_to(keep_own, with_own.shape)
-    weights = softmax(jnp.concatenate([with_prompt, with_own], -1), jnp.concatenate([keep_prompt, keep_own], -1)).astype(dtype)
-    out = jnp.einsum("qkhgrp,qkpd->qgrkhd", weights[..., :width], vp)
-    out += jnp.einsum("qkhgrs,qgskd->qgrkhd", weights[..., width:], vr)
+        keep_own &= (segments[..., :, None] == segments[..., None, :])[:, None, :, None]
+    with_prompt = jnp.einsum("qkghrd,qkpd->qkghrp", qr, kp), prompt_mask[:, None, None, None, None, :]
+    with_own = jnp.einsum("qkghrd,qkgsd->qkghrs", qr, kr), keep_own
+    weights, total = weigh([with_prompt, with_own])
+    out = jnp.einsum("qkghrp,qkpd->qkghrd", weights[0], vp) + jnp.einsum("qkghrs,qkgsd->qkghrd", weights[1], vr)
+    out = share(out, total).transpose(0, 2, 4, 1, 3, 5)
     return jnp.concatenate([attended, out.reshape(out.shape[0], -1, *out.shape[3:])], axis=1)
+
+
+def weigh(parts: list[tuple[Array, Array]]) -> tuple[list[Array], Array]:
+    """Softmax over the last axis of several parts together, in float32, not divided yet: each part's weights, and the sum over all.
+
+    parts: (scores, which of them to keep). Where nothing is to be kept (padding), all weights are 1: never NaN.
+    """
+    scores = [jnp.where(keep, x.astype(jnp.float32), LEAST) for x, keep in parts]
+    top = jax.lax.stop_gradient(reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in scores]))
+    weights = [jnp.exp(x - top) for x in scores]
+    return [w.astype(x.dtype) for w, (x, _) in zip(weights, parts, strict=True)], sum(w.sum(-1, keepdims=True) for w in weights)
+
+
+def share(x: Array, total: Array) -> Array:
+    return (x / total).astype(x.dtype)
 
 
 def decode(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, prompt_mask: Array, t: Array) -> Array:
@@ -62,11 +74,10 @@ def decode(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Arra
     the values does: on CPU, those [.., R, D] took 4 to 6 times as long.
     """
     by_heads = lambda y: y.swapaxes(1, 2)  # noqa: E731  [Q, G, K, ...] <-> [Q, K, G, ...]
-    least = jnp.finfo(jnp.float32).min
     with_prompt = jnp.einsum("qkghd,qkdp->qkghp", by_heads(q), prompt_k).astype(jnp.float32)
     with_own = jnp.einsum("qgkhd,qgkdr->qgkhr", q, own_k).astype(jnp.float32)
-    with_prompt = jnp.where(prompt_mask[:, None, None, None, :], with_prompt, least)
-    with_own = jnp.where(jnp.arange(with_own.shape[-1]) <= t, with_own, least)
+    with_prompt = jnp.where(prompt_mask[:, None, None, None, :], with_prompt, LEAST)
+    with_own = jnp.where(jnp.arange(with_own.shape[-1]) <= t, with_own, LEAST)
     top = jnp.maximum(by_heads(with_prompt.max(-1)), with_own.max(-1))[..., None]
     prompt_weights, own_weights = jnp.exp(with_prompt - by_heads(top)), jnp.exp(with_own - top)
     total = by_heads(prompt_weights.sum(-1)) + own_weights.sum(-1)
