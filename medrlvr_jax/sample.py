@@ -192,8 +192,8 @@ def is_stop(token: Array, stop_ids: tuple[int, ...]) -> Array:
 
 
 def draw(scores: Array, uniforms: Array, t: Array, sample: SampleConfig, stop_ids: tuple[int, ...]) -> tuple[Array, Array, Array, Array]:
-    """One token per row from float32 scores [Q, G, V] and uniforms [Q, G]; its log-prob as drawn, and under the policy (at the same temperature); the
-    policy's entropy."""
+    """One token per row from float32 scores [Q, G, V] and uniforms [Q, G]; its log-prob as drawn, and under the policy (at the same
+    temperature); the policy's entropy."""
     policy = scores / (sample.temperature or 1.0)
     policy_total = jax.nn.logsumexp(policy, axis=-1)
     allowed = policy
