@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 import jax
@@ -153,24 +153,39 @@ def resident(config: Config, machine: Machine) -> dict[str, float]:
     return {p.name: bytes_of((p.args, p.kwargs, p.others)) for p in step_programs(parts, make_programs(parts, STEPS))}
 
 
-def tried(config: Config, machine: Machine, limit: int, steps: int | None) -> Iterator[Plan]:
-    """Plans of up to `limit` settings of mesh, micro-batch and remat whose states alone fit, those likely to be quick first."""
+def to_try(config: Config, machine: Machine) -> Iterator[Config]:
+    """Meshes whose states alone fit × micro-batches × remat: each begins with what is likely to be quick, and what is near the beginning
+    of all three comes first, so that few tries see several of each."""
     ways = [2**i for i in range(machine.count.bit_length()) if machine.count % 2**i == 0]
-    meshes = [(f, t) for t, f in product(ways, ways) if machine.count % (f * t) == 0]
     micro = [m for m in range(config.learn.minibatch, 0, -1) if config.learn.minibatch % m == 0]
+    kinds = [(size, remat) for size in micro for remat in ("dots", "full")]
+
+    def legal(fsdp: int, tensor: int) -> list[tuple[int, Config]]:
+        found = []
+        for size, remat in kinds:
+            tree = settings.to_tree(config)
+            tree["mesh"] |= {"data": -1, "fsdp": fsdp, "tensor": tensor}
+            tree["learn"]["microbatch"], tree["model"]["remat"] = size, remat
+            try:
+                changed = settings.from_tree(tree)
+                held = max(resident(changed, machine).values()) if not found else 0.0  # neither size nor remat moves it
+            except ConfigError:  # sizes that do not divide
+                continue
+            if held >= machine.chip.usable:
+                return []
+            found.append((micro.index(size) + (remat == "full"), changed))
+        return found
+
+    meshes = [found for t, f in product(ways, ways) if machine.count % (f * t) == 0 and (found := legal(f, t))]
+    ranked = [(place + rank, changed) for place, found in enumerate(meshes) for rank, changed in found]
+    return (changed for _, changed in sorted(ranked, key=lambda pair: pair[0]))
+
+
+def tried(config: Config, machine: Machine, limit: int, steps: int | None) -> Iterator[Plan]:
+    """Plans of the first `limit` of `to_try`."""
     cache: dict = {}
-    for (fsdp, tensor), size, remat in product(meshes, micro, ("dots", "full")):
-        tree = settings.to_tree(config)
-        tree["mesh"] |= {"data": -1, "fsdp": fsdp, "tensor": tensor}
-        tree["learn"]["microbatch"], tree["model"]["remat"] = size, remat
-        try:
-            changed = settings.from_tree(tree)
-            held = max(resident(changed, machine).values())
-        except ConfigError:  # sizes that do not divide
-            continue
-        if held < machine.chip.usable and limit:
-            limit -= 1
-            yield plan(changed, machine, steps=steps, cache=cache)
+    for changed in islice(to_try(config, machine), limit):
+        yield plan(changed, machine, steps=steps, cache=cache)
 
 
 # --- printing --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 
 import jax
@@ -203,6 +204,17 @@ def test_the_table_of_a_sweep(tiny):
     assert first.split() == ["1", "1", "4", "1", "4", "full", "yes", "2.00", "learn_policy", "1.5", "171"]
     assert second.split()[:7] == ["1", "2", "2", "1", "4", "full", "NO"]
     assert best == "cheapest that fits: mesh={data: -1, fsdp: 4, tensor: 1} learn.microbatch=4 model.remat=full"
+
+
+@needs_libtpu
+def test_a_short_sweep_sees_several_of_each(tiny):
+    """Eight tries used to go to one mesh's micro-batches and remat policies."""
+    c = config.load(tiny, ["learn.microbatch=4"])
+    first = list(itertools.islice(plan.to_try(c, machines.parse("v5e:2x2")), 8))
+    assert first[0].mesh.tensor == 1 and first[0].learn.microbatch == c.learn.minibatch and first[0].model.remat == "dots"
+    assert len({(x.mesh.fsdp, x.mesh.tensor) for x in first}) >= 3
+    assert len({x.learn.microbatch for x in first}) >= 2 and {x.model.remat for x in first} == {"dots", "full"}
+    assert len({str(x) for x in first}) == 8
 
 
 @needs_libtpu
