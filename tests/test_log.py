@@ -171,6 +171,7 @@ def test_skipped_steps_are_counted_over_a_restart(tmp_path):
 
 
 def test_the_first_signal_ends_the_step_and_the_second_kills(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     with log.Run(config(tmp_path), 3) as run:
         run.resume(0)
         os.kill(os.getpid(), signal.SIGTERM)
