@@ -177,7 +177,7 @@ def to_try(config: Config, machine: Machine) -> Iterator[Config]:
         return found
 
     meshes = [found for t, f in product(ways, ways) if machine.count % (f * t) == 0 and (found := legal(f, t))]
-    ranked = [(place + rank, changed) for place, found in enumerate(meshes) for rank, changed in found]
+    ranked = [((place + rank, rank), changed) for place, found in enumerate(meshes) for rank, changed in found]
     return (changed for _, changed in sorted(ranked, key=lambda pair: pair[0]))
 
 
