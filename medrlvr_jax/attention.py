@@ -22,6 +22,7 @@ BLOCKS = (512, 256, 128)  # of queries and of keys; the first that divides promp
 
 
 LEAST = jnp.finfo(jnp.float32).min
+PIECE = 128  # of queries in `causal`, at least
 
 
 def plain(q: Array, k: Array, v: Array, prompt_mask: Array, segments: Array | None, groups: int) -> Array:
@@ -31,24 +32,69 @@ def plain(q: Array, k: Array, v: Array, prompt_mask: Array, segments: Array | No
     that every product reads and writes its scores as they lie.
     """
     width = prompt_mask.shape[1]
-    qp, (kp, vp) = q[:, :width].transpose(0, 2, 3, 1, 4), (y[:, :width].swapaxes(1, 2) for y in (k, v))  # [Q, K, h, P, D], [Q, K, P, D]
-    causal = jnp.tril(jnp.ones((width, width), bool)) & prompt_mask[:, None, None, None, :]
-    weights, total = weigh([(jnp.einsum("qkhnd,qkpd->qkhnp", qp, kp), causal)])
-    attended = share(jnp.einsum("qkhnp,qkpd->qkhnd", weights[0], vp), total).transpose(0, 3, 1, 2, 4)
+
+    def cut(part: slice, n: int) -> list[Array]:  # [Q, K, n, h, R, D] and twice [Q, K, n, R, D]
+        split = [y[:, part].reshape(y.shape[0], n, -1, *y.shape[2:]) for y in (q, k, v)]
+        return [jnp.moveaxis(split[0], (3, 4), (1, 3)), *(jnp.moveaxis(y, 3, 1) for y in split[1:])]
+
+    def back(y: Array) -> Array:  # [Q, K, n, h, R, D] → [Q, n·R, K, h, D]
+        y = jnp.moveaxis(y, (1, 3), (3, 4))
+        return y.reshape(y.shape[0], -1, *y.shape[3:])
+
+    prompt, real = cut(slice(None, width), 1), prompt_mask[:, None, None, None, None, :]
+    attended = back(causal(*prompt, real))
     if not groups:
         return attended
-    split = lambda y: y[:, width:].reshape(y.shape[0], groups, -1, *y.shape[2:])  # noqa: E731  [Q, G, R, ...]
-    qr, (kr, vr) = split(q).transpose(0, 3, 1, 4, 2, 5), (split(y).transpose(0, 3, 1, 2, 4) for y in (k, v))  # [Q, K, G, h, R, D]
-    length = kr.shape[3]
-    keep_own = jnp.tril(jnp.ones((length, length), bool))
-    if segments is not None:
-        keep_own &= (segments[..., :, None] == segments[..., None, :])[:, None, :, None]
-    with_prompt = jnp.einsum("qkghrd,qkpd->qkghrp", qr, kp), prompt_mask[:, None, None, None, None, :]
-    with_own = jnp.einsum("qkghrd,qkgsd->qkghrs", qr, kr), keep_own
-    weights, total = weigh([with_prompt, with_own])
-    out = jnp.einsum("qkghrp,qkpd->qkghrd", weights[0], vp) + jnp.einsum("qkghrs,qkgsd->qkghrd", weights[1], vr)
-    out = share(out, total).transpose(0, 2, 4, 1, 3, 5)
-    return jnp.concatenate([attended, out.reshape(out.shape[0], -1, *out.shape[3:])], axis=1)
+    together = jnp.ones((1,) * 6, bool) if segments is None else (segments[..., :, None] == segments[..., None, :])[:, None, :, None]
+    before = prompt[1][:, :, 0], prompt[2][:, :, 0], real
+    return jnp.concatenate([attended, back(causal(*cut(slice(width, None), groups), together, before))], axis=1)
+
+
+def causal(q: Array, k: Array, v: Array, keep: Array, before: tuple[Array, Array, Array] | None = None) -> Array:
+    """q [Q, K, n, h, N, D] over k and v [Q, K, n, N, D] up to its own place, where `keep`, which broadcasts to the scores; and over
+    all of `before`: k and v [Q, K, P, D] that the n share, and which of these to keep.
+
+    Queries go in up to four pieces, each with the keys up to its end: of four times four blocks of scores, six never exist.
+    """
+    rows, kv_heads, n, _, length, _ = q.shape
+    piece, out = max(PIECE, -(-length // (4 * PIECE)) * PIECE), []
+    flat = lambda y, *axes: y.reshape(rows, kv_heads, *axes, -1, y.shape[-1])  # noqa: E731  a matrix to each leading index
+    for start in range(0, length, piece):
+        end = min(start + piece, length)
+        own = q[..., start:end, :]
+        order = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        kept = order & (keep[..., start:end, :end] if keep.shape[-2] > 1 else keep[..., :end])
+        shape, (own_k, own_v) = own.shape[:-1], (y[..., :end, :] for y in (k, v))
+        scores = [(products(flat(own, n), own_k).reshape(*shape, end), kept)]
+        if before:
+            scores.append((products(flat(own), before[0]).reshape(*shape, -1), before[2]))
+        weights, total = weigh(scores)
+        mix = mixed(flat(weights[0], n), own_v).reshape(own.shape)
+        if before:
+            mix += mixed(flat(weights[1]), before[1]).reshape(own.shape)
+        out.append(share(mix, total))
+    return jnp.concatenate(out, axis=-2)
+
+
+@jax.custom_vjp
+def products(q: Array, k: Array) -> Array:
+    """q [..., N, D] · kᵀ of k [..., P, D]: [..., N, P]."""
+    return jnp.einsum("...nd,...pd->...np", q, k)
+
+
+@jax.custom_vjp
+def mixed(weights: Array, v: Array) -> Array:
+    """weights [..., N, P] · v [..., P, D]."""
+    return weights @ v
+
+
+def turned(x: Array, y: Array) -> Array:
+    """xᵀ·y of x [..., N, P] and y [..., N, D] as (yᵀ·x)ᵀ: XLA:CPU turns the left factor in memory first, and y is the smaller."""
+    return jnp.einsum("...nd,...np->...dp", y, x).swapaxes(-1, -2)
+
+
+products.defvjp(lambda q, k: (products(q, k), (q, k)), lambda saved, g: (g @ saved[1], turned(g, saved[0])))
+mixed.defvjp(lambda weights, v: (weights @ v, (weights, v)), lambda saved, g: (products(g, saved[1]), turned(saved[0], g)))
 
 
 def weigh(parts: list[tuple[Array, Array]]) -> tuple[list[Array], Array]:
