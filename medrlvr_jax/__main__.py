@@ -141,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     settings(c)
     c.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v5p:4x4x4, v6e:8x8, l4:1, h100:2x8 (nodes x GPUs)")
     c.add_argument("--sweep", type=int, nargs="?", const=8, default=0, metavar="N", help="try up to N (8) meshes x micro-batches x remat")
+    c.add_argument("--quick", action="store_true", help="with the compiler's least effort: minutes less, memory near, times too high")
     c.add_argument("--questions", type=int, help="in the training set, where it is not known here: for the length of the training")
     c.add_argument("--json", action="store_true", help="figures for machines")
     c = command("report", "one or several runs as a page: accuracies, stages, curves, alarms, samples, run card", REPORT)
@@ -298,7 +299,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from medrlvr_jax.config import load
     from medrlvr_jax.plan import run
 
-    return run(load(args.config, args.settings), args.topology, args.sweep, args.json, args.questions)
+    return run(load(args.config, args.settings), args.topology, args.sweep, args.json, args.questions, args.quick)
 
 
 def run_report(args: argparse.Namespace) -> int:

@@ -177,7 +177,7 @@ def _shard(leaf: Any) -> tuple[int, ...]:
     return leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
 
 
-def compile_program(program: Program, parts: Parts, machine: Machine, cache: dict[str, Figures]) -> Figures:
+def compile_program(program: Program, parts: Parts, machine: Machine, cache: dict[str, Figures], quick: bool = False) -> Figures:
     """Compile one program for the machine and read its figures; one that is in the cache already only changes its surroundings."""
     chip, mesh, n = machine.chip, parts.mesh, parts.mesh.size
     with jax.set_mesh(mesh):
@@ -190,7 +190,7 @@ def compile_program(program: Program, parts: Parts, machine: Machine, cache: dic
         return cache[text]._replace(others=others)
     began = time.monotonic()
     try:
-        compiled = lowered.compile(machines.COMPILE[chip.platform])
+        compiled = lowered.compile(machines.COMPILE[chip.platform] | (machines.QUICK[chip.platform] if quick else {}))
     except jax.errors.JaxRuntimeError as e:
         lacked = refusal(str(e), arguments)
         if lacked is None:

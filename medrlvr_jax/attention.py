@@ -33,9 +33,9 @@ def plain(q: Array, k: Array, v: Array, prompt_mask: Array, segments: Array | No
     """
     width = prompt_mask.shape[1]
 
-    def cut(part: slice, n: int) -> list[Array]:  # [Q, K, n, h, R, D] and twice [Q, K, n, R, D]
-        split = [y[:, part].reshape(y.shape[0], n, -1, *y.shape[2:]) for y in (q, k, v)]
-        return [jnp.moveaxis(split[0], (3, 4), (1, 3)), *(jnp.moveaxis(y, 3, 1) for y in split[1:])]
+    def cut(part: slice, n: int) -> tuple[Array, Array, Array]:  # [Q, K, n, h, R, D] and twice [Q, K, n, R, D]
+        x, y, z = (y[:, part].reshape(y.shape[0], n, -1, *y.shape[2:]) for y in (q, k, v))
+        return jnp.moveaxis(x, (3, 4), (1, 3)), jnp.moveaxis(y, 3, 1), jnp.moveaxis(z, 3, 1)
 
     def back(y: Array) -> Array:  # [Q, K, n, h, R, D] → [Q, n·R, K, h, D]
         y = jnp.moveaxis(y, (1, 3), (3, 4))

@@ -65,7 +65,8 @@ CARDS = {
 
 # The second as launch/gpu_1x.sh and slurm_gpu.sbatch set it: merging the matrices that one state meets (q, k, v; gate, up; adapters)
 # copies all of them side by side at each token that is sampled.
-COMPILE = {"tpu": None, "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0}}
+COMPILE: dict[str, dict[str, Any]] = {"tpu": {}, "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0}}
+QUICK = {"tpu": {"exec_time_optimization_effort": -1.0}, "cuda": {}}  # from -1 to 1; a GPU's compiler does the same at each
 
 # libtpu would look for a TPU VM's metadata, and let no second process load it.
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

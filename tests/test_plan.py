@@ -220,9 +220,19 @@ def test_a_short_sweep_sees_several_of_each(tiny):
 @needs_libtpu
 def test_a_sweep_compiles_what_it_tells_of(tiny, capsys):
     """One of the many, without shards: all its programs, but for the sampler's copy, which is not needed there."""
-    assert __main__.main(["plan", str(tiny), "--topology", "v5e:2x2", "--sweep", "1"]) == 0
+    assert __main__.main(["plan", str(tiny), "--topology", "v5e:2x2", "--sweep", "1", "--quick"]) == 0
     said = capsys.readouterr()
     assert said.err.count("compiling ") == 5 and "cheapest that fits: mesh={data: -1, " in said.out
+    assert said.out.endswith("traffic and times are too high\n")
+
+
+@needs_libtpu
+def test_quick_is_another_compilation_of_the_same_program(tiny):
+    """Same arguments and FLOPs; nothing is kept out of HBM, so traffic is higher."""
+    made = [plan.plan(config.load(tiny), machines.parse("v5e:2x2"), only=("learn_policy",), quick=quick) for quick in (False, True)]
+    [whole], [least] = (p.programs for p in made)
+    assert [p.quick for p in made] == [False, True]
+    assert (least.arguments, least.flops) == (whole.arguments, whole.flops) and least.traffic > 1.5 * whole.traffic
 
 
 @needs_libtpu
