@@ -1,7 +1,7 @@
 """What a part of the step costs on this machine: one JSON line a case.
 
     python -m medrlvr_jax.bench sample MODEL --questions 8 --samples 8 --prompt 256 --new 128 [--lengths lognormal]
-    python -m medrlvr_jax.bench learn MODEL --questions 2 --samples 8 --prompt 384 --new 128
+    python -m medrlvr_jax.bench learn MODEL --questions 2 --samples 8 --prompt 384 --new 128 [--lengths lognormal]
     python -m medrlvr_jax.bench step MODEL --questions 4 --samples 8 --prompt 64 --new 128
     python -m medrlvr_jax.bench eval MODEL --questions 25 --samples 1 --prompt 256 --new 64
     python -m medrlvr_jax.bench reward
@@ -127,12 +127,13 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     shape = (args.questions, args.samples, args.new)
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    width = args.prompt
+    width, most = args.prompt, lengths(args)
+    mask = np.ones(shape, bool) if most is None else np.arange(args.new) < most[..., None]
     rows = Experience(
         prompts=rng.integers(5, 200, (args.questions, width)).astype(np.int32),
         prompt_mask=np.ones((args.questions, width), bool),
         tokens=rng.integers(5, 200, shape).astype(np.int32),
-        mask=np.ones(shape, bool),
+        mask=mask,
         logprobs=normal(*shape) - 9,
         ref_logprobs=normal(*shape) - 9,
         advantages=normal(*shape),
@@ -146,7 +147,7 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
     packed, padded = args.questions * (width + args.samples * args.new), args.questions * args.samples * (width + args.new)
     work = 6 * sum(p.size for p in jax.tree.leaves(learner.params)) * packed
-    out = {"packed_tokens": packed, "padded_tokens": padded, "padded_tokens_per_s": rate(padded, times[1:])}
+    out = {"tokens": int(mask.sum()), "packed_tokens": packed, "padded_tokens": padded, "padded_tokens_per_s": rate(padded, times[1:])}
     return timing(times[1:]) | out | {"matmul_gflop": round(work / 1e9), "first_s": round(times[0], 2)}
 
 
@@ -225,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         c.add_argument("settings", nargs="*", metavar="a.b=value")
         for size, default in (("questions", 4), ("samples", 8), ("prompt", 64), ("new", 128), ("runs", 3)):
             c.add_argument(f"--{size}", type=int, default=default)
-        c.add_argument("--lengths", choices=("full", "lognormal"), default="full", help="sample: how long the responses get")
+        c.add_argument("--lengths", choices=("full", "lognormal"), default="full", help="sample, learn: how long the responses are")
     args, rest = top.parse_known_args(argv)
     if args.case == "reward":
         print(json.dumps({"case": "reward"} | reward_case()))

@@ -2,6 +2,8 @@
 
 import json
 
+import bench_slab
+
 from medrlvr_jax import bench
 
 
@@ -17,3 +19,15 @@ def test_a_case_is_one_line_of_json(capsys):
     assert bench.main(["eval", "embedded", *sizes]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["seconds"] > 0 and len(found["generate_s"]) == 1
+
+
+def test_a_slab_of_logits_changes_nothing_but_rounding(capsys):
+    lines = bench_slab.main(vocab=50, width=8, tokens=40, runs=1)
+    assert [line["slab"] for line in lines] == ["dense", "40", "20", "10", "5", "2", "1"]
+    assert max(line["difference"] for line in lines) < 1e-5 and lines[-1]["temporaries_mib"] <= lines[0]["temporaries_mib"]
+
+
+def test_lognormal_lengths_are_learned_from(capsys):
+    sizes = ["--questions", "8", "--samples", "2", "--prompt", "8", "--new", "100", "--runs", "1", "--lengths", "lognormal"]
+    assert bench.main(["learn", "embedded", *sizes, "learn.row_sizes=[0.5]"]) == 0
+    assert 8 * 2 < json.loads(capsys.readouterr().out)["tokens"] < 8 * 2 * 100
