@@ -190,14 +190,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    from medrlvr_jax.config import load
+    from medrlvr_jax.configs import load
     from medrlvr_jax.train import train
 
     return finish(train(load(args.config, args.settings)))
 
 
 def run_sft(args: argparse.Namespace) -> int:
-    from medrlvr_jax.config import load
+    from medrlvr_jax.configs import load
     from medrlvr_jax.sft import sft
 
     return finish(sft(load(args.config, args.settings)))
@@ -276,7 +276,7 @@ def run_replay(args: argparse.Namespace) -> int:
 
 def run_score(args: argparse.Namespace) -> int:
     from medrlvr_jax.config import RewardConfig
-    from medrlvr_jax.rewards import score_file
+    from medrlvr_jax.score_file import score_file
 
     rule = RewardConfig(mode=args.mode, leak_penalty=args.leak_penalty, before_penalty=args.before_penalty)
     reasons = score_file(args.file, args.out, rule)
@@ -287,7 +287,7 @@ def run_score(args: argparse.Namespace) -> int:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    from medrlvr_jax.config import load
+    from medrlvr_jax.configs import load
     from medrlvr_jax.doctor import report
 
     lines, ok = report(load(args.config, args.settings) if args.config else None)
@@ -296,7 +296,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    from medrlvr_jax.config import load
+    from medrlvr_jax.configs import load
     from medrlvr_jax.plan import run
 
     return run(load(args.config, args.settings), args.topology, args.sweep, args.json, args.questions, args.quick)

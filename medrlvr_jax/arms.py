@@ -17,8 +17,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from medrlvr_jax import config as configs
-from medrlvr_jax import log
+from medrlvr_jax import configs, log
 from medrlvr_jax.config import Config, ConfigError, section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]

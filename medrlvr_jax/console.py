@@ -12,7 +12,7 @@ import jax
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from medrlvr_jax import config as configs
+from medrlvr_jax import configs
 from medrlvr_jax.config import Config, ConfigError
 
 QUIET = 30  # seconds without a line, after which long work says how far it is

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from medrlvr_jax import answers, data, stats
-from medrlvr_jax.config import ConfigError, SetConfig, load
+from medrlvr_jax.config import ConfigError, SetConfig
+from medrlvr_jax.configs import load
 from medrlvr_jax.formats import Question
 
 GRAM = 8  # words

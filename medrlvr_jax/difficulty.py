@@ -25,7 +25,8 @@ import numpy as np
 from medrlvr_jax import data, files
 from medrlvr_jax.answers import draw
 from medrlvr_jax.build import make_relay
-from medrlvr_jax.config import ConfigError, load
+from medrlvr_jax.config import ConfigError
+from medrlvr_jax.configs import load
 from medrlvr_jax.console import Console
 from medrlvr_jax.evaluate import ask, home, open_source
 from medrlvr_jax.experience import encode

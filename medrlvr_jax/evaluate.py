@@ -14,7 +14,8 @@ import numpy as np
 from medrlvr_jax import answers, data, files, hf, log, lora
 from medrlvr_jax.build import Parts, abstract_params, build, load_base, load_params, make_relay
 from medrlvr_jax.checkpoint import best_step, restore_params
-from medrlvr_jax.config import ConfigError, SampleConfig, SetConfig, load
+from medrlvr_jax.config import ConfigError, SampleConfig, SetConfig
+from medrlvr_jax.configs import load
 from medrlvr_jax.console import Console
 from medrlvr_jax.experience import Encoded, encode, reorder, sample_and_score
 from medrlvr_jax.processes import gather

@@ -31,8 +31,7 @@ import yaml
 from jax.experimental import multihost_utils
 
 import medrlvr_jax
-from medrlvr_jax import config as configs
-from medrlvr_jax import files
+from medrlvr_jax import configs, files
 from medrlvr_jax.config import Config, ConfigError
 from medrlvr_jax.console import Console, Tracker, before_after
 from medrlvr_jax.processes import gather

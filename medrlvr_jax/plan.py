@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from medrlvr_jax import config as settings
+from medrlvr_jax import configs
 from medrlvr_jax.aot import Figures, bytes_of, compile_program, prepare, step_programs
 from medrlvr_jax.build import total_steps
 from medrlvr_jax.config import Config, ConfigError
@@ -116,10 +116,10 @@ def variants(config: Config, machine: Machine) -> Iterator[tuple[str, Config, fl
     data = machine.count // (m.fsdp * m.tensor) if m.data == -1 else m.data
 
     def changed(**sections: dict[str, Any]) -> Config:
-        tree = settings.to_tree(c)
+        tree = configs.to_tree(c)
         for name, fields in sections.items():
             tree[name] |= fields
-        return settings.from_tree(tree)
+        return configs.from_tree(tree)
 
     half_micro, half_step = (c.learn.microbatch or c.learn.minibatch) // 2, c.sample.questions // 2
     candidates: list[tuple[str, dict[str, Any], float]] = [
@@ -176,11 +176,11 @@ def to_try(config: Config, machine: Machine) -> Iterator[Config]:
     def legal(fsdp: int, tensor: int) -> list[tuple[int, Config]]:
         found = []
         for size, remat in kinds:
-            tree = settings.to_tree(config)
+            tree = configs.to_tree(config)
             tree["mesh"] |= {"data": -1, "fsdp": fsdp, "tensor": tensor}
             tree["learn"]["microbatch"], tree["model"]["remat"] = size, remat
             try:
-                changed = settings.from_tree(tree)
+                changed = configs.from_tree(tree)
                 held = max(resident(changed, machine).values()) if not found else 0.0  # neither size nor remat moves it
             except ConfigError:  # sizes that do not divide
                 continue
@@ -279,5 +279,5 @@ def as_tree(p: Plan) -> dict[str, Any]:
         programs.append(f._asdict() | more | {"bound": f.bound, "seconds": f.seconds})
     out = {"topology": p.machine.topology, "mesh": p.mesh, "fits": p.fits, "seconds": p.seconds, "tokens_per_second": p.tokens / p.seconds}
     out |= {"mfu": p.mfu, "steps": p.steps, "quick": p.quick}
-    out |= {"programs": programs, "advice": p.advice, "config": settings.to_tree(p.config)}
+    out |= {"programs": programs, "advice": p.advice, "config": configs.to_tree(p.config)}
     return json.loads(json.dumps(out), parse_constant=lambda _: None)

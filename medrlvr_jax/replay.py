@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from medrlvr_jax import config, data, files, lora, train, user_reward
+from medrlvr_jax import configs, data, files, lora, train, user_reward
 from medrlvr_jax.build import build, load_frozen, total_steps
 from medrlvr_jax.checkpoint import restore_before
 from medrlvr_jax.config import ConfigError
@@ -24,7 +24,8 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     """`{"drawn": the record, "logged": that of samples.jsonl or None, "differ": the logged fields that came out otherwise}`."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: no config.yaml in it; give a run's folder, such as runs/quickstart")
-    c, (metrics, samples) = config.load(run / "config.yaml", settings), (_records(run / f"{name}.jsonl") for name in ("metrics", "samples"))
+    c = configs.load(run / "config.yaml", settings)
+    metrics, samples = (_records(run / f"{name}.jsonl") for name in ("metrics", "samples"))
     if not any("completions" in m for m in metrics):
         raise ConfigError(f"{run}: no completion was drawn in it; replay is for runs of `medrlvr train` that have made a step")
     last, n = metrics[-1]["step"], c.sample.questions * c.sample.samples

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from medrlvr_jax import model
+from medrlvr_jax import decode, model
 from medrlvr_jax.config import SampleConfig
 from medrlvr_jax.model import Cache, DecoderConfig
 from medrlvr_jax.scoring import entropy
@@ -41,7 +41,7 @@ class State(NamedTuple):
     uniforms: Array  # [Q, G, R], the noise behind each token
     limits: Array  # int32 [Q, G], tokens that a row may have
     prompt_mask: Array  # bool [Q, P]
-    caches: list[Cache] | Cache  # see `model.start_caches`
+    caches: list[Cache] | Cache  # see `decode.start_caches`
 
 
 @partial(jax.jit, static_argnames=("cfg", "sample", "stop_ids", "pad_id", "entropies"))
@@ -65,8 +65,8 @@ def generate(
     rows, groups, length = prompts.tokens.shape[0], sample.samples, sample.max_new_tokens
     truncated = bool(sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0)
     with jax.named_scope("prefill"):
-        last, prompt_cache = model.prefill(params, cfg, prompts.tokens, prompts.mask)
-    layers, ends = model.split_layers(params, cfg), segment_ends(length)
+        last, prompt_cache = decode.prefill(params, cfg, prompts.tokens, prompts.mask)
+    layers, ends = decode.split_layers(params, cfg), segment_ends(length)
     rope = model.rope_tables(jnp.arange(prompts.tokens.shape[1] + length), cfg)
     zeros = jnp.zeros((rows, groups, length), jnp.float32)
     tokens = jnp.full((rows, groups, length), pad_id, jnp.int32)
@@ -77,7 +77,7 @@ def generate(
         uniforms=noise(key, prompts.ids, groups, length),
         limits=jnp.full((rows, groups), length) if limits is None else jnp.minimum(limits, length),
         prompt_mask=prompts.mask,
-        caches=model.start_caches(cfg, prompt_cache, groups, ends[0]),
+        caches=decode.start_caches(cfg, prompt_cache, groups, ends[0]),
     )
 
     def record(state: State, hidden: Array) -> State:
@@ -100,7 +100,7 @@ def generate(
 
     def body(state: State) -> State:
         token = jax.lax.dynamic_index_in_dim(state.drawn.tokens, state.t - 1, axis=2, keepdims=False)
-        hidden, caches = model.decode_step(params, cfg, layers, rope, token, state.prompt_mask, state.caches, state.t - 1)
+        hidden, caches = decode.decode_step(params, cfg, layers, rope, token, state.prompt_mask, state.caches, state.t - 1)
         return record(state._replace(caches=caches), hidden)
 
     shards = batch_ways(rows)
@@ -120,7 +120,7 @@ def generate(
     with jax.named_scope("decode"):
         state = record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed)))
         for end, (begin, until) in zip(ends, loops(length), strict=True):
-            state = state._replace(caches=model.grow_caches(state.caches, end))
+            state = state._replace(caches=decode.grow_caches(state.caches, end))
             state = finish(state, HALVINGS if cfg.narrow else 0, begin, until)
     return by_rows(state.drawn)
 

@@ -25,6 +25,7 @@ import test_text  # noqa: E402
 from medrlvr_jax import data, rewards, text  # noqa: E402
 from medrlvr_jax.config import PromptConfig, RewardConfig, SetConfig  # noqa: E402
 from medrlvr_jax.formats import DataError, Question  # noqa: E402
+from medrlvr_jax.score_file import score_file  # noqa: E402
 
 RECORDS = {"plain": test_data.PLAIN, "medqa": test_data.MEDQA, "mmlu_pro": test_data.PRO, "medmcqa": test_data.MCQA}
 PIECES = [
@@ -101,7 +102,7 @@ def scorer(folder: Path, dice: random.Random) -> str:
     line = json.dumps({k: rows[0][k] for k in ("completion", "answer", "options")}).encode()
     (folder / "in.jsonl").write_bytes(line + b"\n" + mutate(line, dice) + b"\n")
     try:
-        rewards.score_file(folder / "in.jsonl", folder / "out.jsonl", RewardConfig(), overwrite=True)
+        score_file(folder / "in.jsonl", folder / "out.jsonl", RewardConfig(), overwrite=True)
     except DataError as e:
         assert "in.jsonl, line " in str(e), e
         return "refused"

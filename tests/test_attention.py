@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from medrlvr_jax import attention, flops, model, scoring, sharding
+from medrlvr_jax import attention, decode, flops, model, scoring, sharding
 from medrlvr_jax.config import MeshConfig
 from medrlvr_jax.model import DecoderConfig
 
@@ -69,7 +69,7 @@ def test_a_decoder_with_it(monkeypatch):
 
     def read(cfg):
         hidden = scoring.hidden_states(params, cfg, prompts, mask, tokens)
-        return scoring.token_logprobs(params, cfg, hidden, tokens, 1.0, 10_000)[0], model.prefill(params, cfg, prompts, mask)[0]
+        return scoring.token_logprobs(params, cfg, hidden, tokens, 1.0, 10_000)[0], decode.prefill(params, cfg, prompts, mask)[0]
 
     for a, b in zip(read(CFG), read(replace(CFG, splash=True)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)

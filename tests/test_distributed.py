@@ -15,7 +15,7 @@ from invariance import compare, launch, measure
 from test_learn import plain
 from test_train import folder, lines, main  # noqa: F401  (a fixture)
 
-from medrlvr_jax import build, checkpoint, config, processes, sharding
+from medrlvr_jax import build, checkpoint, configs, processes, sharding
 from medrlvr_jax.config import ConfigError, MeshConfig
 
 SILENCE = 10  # seconds, in place of processes.HEARTBEAT
@@ -97,7 +97,7 @@ def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
             k: want[k] for k in want if k in ("reward", "accuracy", "tokens", "truncated")
         }
     assert samples == lines(folder / "runs/one/samples.jsonl")
-    parts = build.build(config.load(folder / "one.yaml"))
+    parts = build.build(configs.load(folder / "one.yaml"))
     several, one = (
         checkpoint.restore_params(folder / "runs" / n / "checkpoints", build.abstract_params(parts, parts.cfg), done)[0]
         for n in ("several", "one")
@@ -171,7 +171,7 @@ def test_what_the_mesh_cannot_split_is_refused(folder, capsys):  # noqa: F811
 
 
 def test_few_key_value_heads_are_replicated(folder):  # noqa: F811
-    parts = build.build(config.load(folder / "config.yaml", ["mesh={data: 1, fsdp: 2, tensor: 4}"]))
+    parts = build.build(configs.load(folder / "config.yaml", ["mesh={data: 1, fsdp: 2, tensor: 4}"]))
     placed = build.places(build.abstract_params(parts, parts.cfg))
     assert parts.cfg.kv_heads == 2 and parts.cfg.heads == 4
     assert "tensor" in str(placed["layers"]["q"].spec) and "tensor" not in str(placed["layers"]["k"].spec)

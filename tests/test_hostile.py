@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_learn import CFG
 
-from medrlvr_jax import build, config, experience, sharding, text
+from medrlvr_jax import build, configs, experience, sharding, text
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.formats import Question
 from medrlvr_jax.types import Rollout
@@ -20,7 +20,7 @@ RIGHT = "<think>x</think><answer>A</answer>"
 @pytest.mark.parametrize("mode", ["paper", "strict"])
 def test_a_prompt_that_holds_the_answer_earns_nothing(mode):
     """What is scored is the response alone, wherever the prompt's tags stand and however the response would complete them."""
-    c = config.load(
+    c = configs.load(
         ROOT / "configs" / "quickstart.yaml", [f"reward.mode={mode}", "sample={questions: 8, samples: 1}", "prompt.max_tokens=400"]
     )
     tok = text.byte_tokenizer()
@@ -43,10 +43,10 @@ def test_a_prompt_that_holds_the_answer_earns_nothing(mode):
 @pytest.mark.parametrize("name", ["..", "../x", "a/b", "/tmp/x", "a\\b", ".hidden", "", "a\n", "a\0", "x" * 101])
 def test_names_cannot_leave_their_folder(name):
     quickstart = ROOT / "configs" / "quickstart.yaml"
-    tree = config.to_tree(config.load(quickstart))
+    tree = configs.to_tree(configs.load(quickstart))
     for changed in (tree | {"name": name}, tree | {"eval": {"sets": {name: {"path": "embedded:train"}}}}):
         with pytest.raises(ConfigError, match="must be letters, digits"):
-            config.from_tree(changed)
+            configs.from_tree(changed)
 
 
 def test_nothing_read_is_run(tmp_path):
@@ -59,4 +59,4 @@ def test_nothing_read_is_run(tmp_path):
     assert imports == {"user_reward.py"}
     (tmp_path / "bomb.yaml").write_text("name: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(ConfigError, match="not a YAML file"):
-        config.load(tmp_path / "bomb.yaml")
+        configs.load(tmp_path / "bomb.yaml")

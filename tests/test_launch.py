@@ -14,7 +14,7 @@ import pytest
 import yaml
 from jax._src.clusters import SlurmCluster
 
-from medrlvr_jax import config as configs
+from medrlvr_jax import configs
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax import build, config, experience, learn, lora, model, sample, scoring, sharding
+from medrlvr_jax import build, config, configs, experience, learn, lora, model, sample, scoring, sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.types import Experience, Mean, Prompts
@@ -41,7 +41,7 @@ def settings(estimator="gae", **changes):
         for key in path:
             node = node.setdefault(key, {})
         node[leaf] = value
-    return config.from_tree(tree)
+    return configs.from_tree(tree)
 
 
 class Loop:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from medrlvr_jax import files, log
-from medrlvr_jax.config import ConfigError, Unwritable, from_tree, load
+from medrlvr_jax.config import ConfigError, Unwritable
+from medrlvr_jax.configs import from_tree, load
 from medrlvr_jax.console import Console
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from medrlvr_jax import model, scoring
+from medrlvr_jax import decode, model, scoring
 from medrlvr_jax.model import DecoderConfig
 
 CFG = DecoderConfig(
@@ -48,12 +48,12 @@ def test_decoding_is_scoring(params, batch, unroll):
     cfg = dataclasses.replace(CFG, unroll=unroll)
     prompts, mask, tokens = batch
     hidden = scoring.hidden_states(params, CFG, prompts, mask, tokens)
-    state, cache = model.prefill(params, cfg, prompts, mask)
+    state, cache = decode.prefill(params, cfg, prompts, mask)
     np.testing.assert_allclose(state, hidden[:, 0, 0], atol=1e-5)
-    caches, layers = model.start_caches(cfg, cache, G, R), model.split_layers(params, cfg)
+    caches, layers = decode.start_caches(cfg, cache, G, R), decode.split_layers(params, cfg)
     rope = model.rope_tables(np.arange(prompts.shape[1] + R), cfg)
     for t in range(R - 1):
-        state, caches = model.decode_step(params, cfg, layers, rope, tokens[:, :, t], mask, caches, t)
+        state, caches = decode.decode_step(params, cfg, layers, rope, tokens[:, :, t], mask, caches, t)
         np.testing.assert_allclose(state, hidden[:, :, t + 1], atol=1e-5)
 
 

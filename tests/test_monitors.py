@@ -8,7 +8,7 @@ import yaml
 from test_train import folder, lines, main  # noqa: F401  (a fixture)
 
 from medrlvr_jax import monitors, stages
-from medrlvr_jax.config import from_tree
+from medrlvr_jax.configs import from_tree
 from medrlvr_jax.experience import Scored
 from medrlvr_jax.formats import Question
 from medrlvr_jax.rewards import score

@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from make_parity import FAMILIES, GOLDEN, NEW, case, reference, weights, write
 
-from medrlvr_jax import hf, model, scoring, sharding
+from medrlvr_jax import decode, hf, model, scoring, sharding
 from medrlvr_jax.config import MeshConfig
 
 TOLERANCE = 3e-5  # logits reach 5; float32 sums in another order differ by 5e-6 to 8e-6
@@ -69,13 +69,13 @@ def ours(directory):
 
 def greedy(params, cfg, c):
     """`prefill`, then one `decode_step` a token, two samples of each question side by side."""
-    groups, layers = 2, model.split_layers(params, cfg)
-    hidden, prompt = jax.jit(partial(model.prefill, cfg=cfg))(params, prompts=c.prompts, prompt_mask=c.mask)
-    caches, rope = model.start_caches(cfg, prompt, groups, NEW), model.rope_tables(jnp.arange(c.prompts.shape[1] + NEW), cfg)
+    groups, layers = 2, decode.split_layers(params, cfg)
+    hidden, prompt = jax.jit(partial(decode.prefill, cfg=cfg))(params, prompts=c.prompts, prompt_mask=c.mask)
+    caches, rope = decode.start_caches(cfg, prompt, groups, NEW), model.rope_tables(jnp.arange(c.prompts.shape[1] + NEW), cfg)
 
     @jax.jit
     def step(params, layers, tokens, caches, t):
-        hidden, grown = model.decode_step(params, cfg, layers, rope, tokens, c.mask, caches, t)
+        hidden, grown = decode.decode_step(params, cfg, layers, rope, tokens, c.mask, caches, t)
         return jnp.argmax(model.logits(params, cfg, hidden), -1), grown
 
     tokens = jnp.repeat(jnp.argmax(model.logits(params, cfg, hidden), -1)[:, None], groups, 1)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, aot, architectures, build, config, data, experience, flops, machines, model, plan, sample, scoring, train
+from medrlvr_jax import __main__, aot, architectures, build, configs, data, experience, flops, machines, model, plan, sample, scoring, train
+from medrlvr_jax.config import SampleConfig
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.types import Prompts
 
@@ -76,7 +77,7 @@ def test_flops_of_programs_are_the_formulas():
     given = Prompts(prompts, mask, jax.ShapeDtypeStruct((Q,), jnp.uint32))
     key, cfg = jax.eval_shape(lambda: jax.random.key(0)), dataclasses.replace(CFG, narrow=False)
     for new in (R, 300):  # one loop, and two
-        drawn = config.SampleConfig(questions=Q, samples=G, max_new_tokens=new)
+        drawn = SampleConfig(questions=Q, samples=G, max_new_tokens=new)
         jaxpr = experience.generate.trace(shapes(cfg), cfg, given, key, drawn, (1,), 0).jaxpr
         assert flops.traced_flops(jaxpr) == flops.generate_flops(cfg, Q, P, G, new)
     assert sample.loops(300) == [(1, 151), (151, 300)] and sample.loops(R) == [(1, R)]
@@ -84,7 +85,7 @@ def test_flops_of_programs_are_the_formulas():
 
 def test_the_programs_are_those_that_train(tiny, monkeypatch):
     """A training step on four fake devices, each call lowered on its way: the same text as the planner's."""
-    c = config.load(tiny)
+    c = configs.load(tiny)
     seen = {}
 
     def recording(name, f):
@@ -117,7 +118,7 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
 
 
 def test_memory_counts_shards_and_what_else_lives(tiny):
-    c = config.load(tiny)
+    c = configs.load(tiny)
     parts = build.lay_out(c, aot.Stops(), architectures.known("embedded"), jax.devices()[:4])
     programs = {p.name: p for p in aot.step_programs(parts, train.make_programs(parts, 2))}
     whole = 4 * sum(x.size for x in jax.tree.leaves(shapes(parts.cfg)))
@@ -175,15 +176,15 @@ def test_tiny_on_v5e_2x2(tiny, capsys):
 def test_the_splash_kernel_compiles(tiny):
     """Forward and backward, on each device its own rows; its blocks of 128 take more FLOPs than rows so short have."""
     tpu = machines.parse("v5e:2x2")
-    [learn] = plan.plan(config.load(tiny), tpu, only=("learn_policy",)).programs
+    [learn] = plan.plan(configs.load(tiny), tpu, only=("learn_policy",)).programs
     assert learn.fits and learn.flops > 1.3 * learn.useful
     for settings, splash in (([], True), (["model.attention=xla"], False), (["learn.row_sizes=[0.5]"], False)):
-        assert aot.prepare(config.load(tiny, settings), tpu).cfg.splash == splash
+        assert aot.prepare(configs.load(tiny, settings), tpu).cfg.splash == splash
 
 
 def test_what_does_not_fit_says_what_would_help(tiny):
     """Figures made by hand: 1 GiB over. The advice is about what is held, by exact count."""
-    c = config.load(tiny, ["model.path=Qwen/Qwen2.5-3B", "mesh={data: 2, fsdp: 4}", "sample.questions=16", "learn.minibatch=16"])
+    c = configs.load(tiny, ["model.path=Qwen/Qwen2.5-3B", "mesh={data: 2, fsdp: 4}", "sample.questions=16", "learn.minibatch=16"])
     worst = aot.Figures("learn_policy", 1.0, 9 * GIB, 0.0, 2 * GIB, 12 * GIB, 15.75 * GIB, 1.0)
     machine = machines.parse("v5e:2x4")
     made = plan.Plan(c, machine, {"data": 2, "fsdp": 4, "tensor": 1}, [worst], ["mesh.fsdp=8: less"], 2)
@@ -195,7 +196,7 @@ def test_the_table_of_a_sweep(tiny):
     """The quickest that fits comes first, as settings to copy."""
     machine, plans = machines.parse("v5e:2x2"), []
     for fsdp, needs, seconds in ((4, 2.0, 1.5), (2, 20.0, 1.0)):
-        c = config.load(tiny, [f"mesh={{data: -1, fsdp: {fsdp}}}", "learn.microbatch=4"])
+        c = configs.load(tiny, [f"mesh={{data: -1, fsdp: {fsdp}}}", "learn.microbatch=4"])
         mesh = {"slice": 1, "data": 4 // fsdp, "fsdp": fsdp, "tensor": 1}
         figures = aot.Figures("learn_policy", 1.0, needs * GIB, 0.0, 0.0, 0.0, 15.75 * GIB, 1.0, times={"compute": seconds})
         plans.append(plan.Plan(c, machine, mesh, [figures], [], 2))
@@ -209,7 +210,7 @@ def test_the_table_of_a_sweep(tiny):
 @needs_libtpu
 def test_a_short_sweep_sees_several_of_each(tiny):
     """Eight tries used to go to one mesh's micro-batches and remat policies."""
-    c = config.load(tiny, ["learn.microbatch=4"])
+    c = configs.load(tiny, ["learn.microbatch=4"])
     first = list(itertools.islice(plan.to_try(c, machines.parse("v5e:2x2")), 8))
     assert first[0].mesh.tensor == 1 and first[0].learn.microbatch == c.learn.minibatch and first[0].model.remat == "dots"
     assert len({(x.mesh.fsdp, x.mesh.tensor) for x in first}) >= 3
@@ -229,7 +230,7 @@ def test_a_sweep_compiles_what_it_tells_of(tiny, capsys):
 @needs_libtpu
 def test_quick_is_another_compilation_of_the_same_program(tiny):
     """Same arguments and FLOPs; nothing is kept out of HBM, so traffic is higher."""
-    made = [plan.plan(config.load(tiny), machines.parse("v5e:2x2"), only=("learn_policy",), quick=quick) for quick in (False, True)]
+    made = [plan.plan(configs.load(tiny), machines.parse("v5e:2x2"), only=("learn_policy",), quick=quick) for quick in (False, True)]
     [whole], [least] = (p.programs for p in made)
     assert [p.quick for p in made] == [False, True]
     assert (least.arguments, least.flops) == (whole.arguments, whole.flops) and least.traffic > 1.5 * whole.traffic
@@ -238,7 +239,7 @@ def test_quick_is_another_compilation_of_the_same_program(tiny):
 @needs_libtpu
 def test_3b_ppo_on_v5e_4x4():
     """The paper's job in 16 GB chips: learning and sampling, the two that need most."""
-    c = config.load("configs/medqa_ppo_qwen2.5_3b.yaml")
+    c = configs.load("configs/medqa_ppo_qwen2.5_3b.yaml")
     made = plan.plan(c, machines.parse("v5e:4x4"), only=("generate", "learn_policy"))
     generate, learn = made.programs
     assert made.fits

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from test_text import make
 
-from medrlvr_jax import build, config, data, experience, model, probe, text
+from medrlvr_jax import build, configs, data, experience, model, probe, text
 
 EMBEDDED = {
     "name": "probed",
@@ -62,7 +62,7 @@ def test_letters_are_those_tokens_in_which_the_texts_differ():
 
 
 def test_logprobs_of_letters_are_the_models():
-    parts = build.build(config.from_tree(EMBEDDED))
+    parts = build.build(configs.from_tree(EMBEDDED))
     encoded = experience.encode(parts.tokenizer, data.load(parts.config.data), parts.config)
     with jax.set_mesh(parts.mesh):
         params = build.load_params(parts, parts.cfg)
@@ -84,9 +84,9 @@ def test_logprobs_of_letters_are_the_models():
 
 
 def test_what_begins_a_response_is_not_given_twice():
-    parts = build.build(config.from_tree(EMBEDDED | {"prompt": {"template": "none", "prefill": "<think>"}}))
+    parts = build.build(configs.from_tree(EMBEDDED | {"prompt": {"template": "none", "prefill": "<think>"}}))
     questions = data.load(parts.config.data)
-    bare = experience.encode(parts.tokenizer, questions, config.from_tree(EMBEDDED))
+    bare = experience.encode(parts.tokenizer, questions, configs.from_tree(EMBEDDED))
     given = experience.encode(parts.tokenizer, questions, parts.config)
     assert given.tokens != bare.tokens == probe.before_response(parts, given).tokens
 

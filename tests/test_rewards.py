@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from medrlvr_jax import __main__
 from medrlvr_jax.config import RewardConfig
-from medrlvr_jax.rewards import BLOCK, REASONS, DataError, score, score_file, toss
+from medrlvr_jax.rewards import BLOCK, REASONS, DataError, score, toss
+from medrlvr_jax.score_file import score_file
 
 WHITE = " \t\n\v\f\r"
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from medrlvr_jax import model, sample, scoring
+from medrlvr_jax import decode, model, sample, scoring
 from medrlvr_jax.config import SampleConfig
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.types import Prompts
@@ -51,7 +51,7 @@ def test_recorded_logprobs_are_the_trainers(params, prompts, settings):
 def test_drawn_logprob_is_of_the_truncated_distribution(params, prompts):
     """Recomputed with a sort, for the first column."""
     rollout = run(params, prompts, top_k=6, top_p=0.7)
-    hidden, _ = model.prefill(params, CFG, prompts.tokens, prompts.mask)
+    hidden, _ = decode.prefill(params, CFG, prompts.tokens, prompts.mask)
     probs = np.asarray(jax.nn.softmax(model.logits(params, CFG, hidden)), np.float64)
     for q in range(Q):
         order = np.argsort(-probs[q])[:6]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medrlvr_jax import build, config, data, experience, formats, shuffle, stats
+from medrlvr_jax import build, configs, data, experience, formats, shuffle, stats
 from medrlvr_jax.formats import Question
 
 EMBEDDED = {
@@ -80,7 +80,7 @@ def test_consistency_by_hand():
 def test_prompts_follow_their_questions_and_keep_their_width():
     from medrlvr_jax import text, train
 
-    parts = build.build(config.from_tree(EMBEDDED))
+    parts = build.build(configs.from_tree(EMBEDDED))
     questions = data.load(parts.config.data)
     encoded = experience.encode(parts.tokenizer, questions, parts.config, shuffle=True)
     first, second = (train.at_epoch(parts, encoded, step) for step in (1, 3))

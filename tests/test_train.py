@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, build, checkpoint, compiles, config, data, difficulty, formats, hf, lora, model, rewards, sharding, train
+from medrlvr_jax import __main__, build, checkpoint, compiles, configs, data, difficulty, formats, hf, lora, model, rewards, sharding, train
+from medrlvr_jax.config import RewardConfig, SetConfig
 
 TREE = {
     "name": "run",
@@ -91,7 +92,7 @@ def test_it_resumes_to_the_same_run(run, folder):
     assert [{k: v for k, v in m.items() if k not in timing} for m in one] == [{k: v for k, v in m.items() if k not in timing} for m in two]
     for name in ("samples.jsonl", "questions.jsonl"):
         assert lines(folder / "runs/halves" / name) == lines(folder / "runs/whole" / name)
-    parts = build.build(config.load(folder / "c.yaml"))
+    parts = build.build(configs.load(folder / "c.yaml"))
     abstract = build.abstract_params(parts, parts.cfg)
     a, b = (checkpoint.restore_params(folder / "runs" / n / "checkpoints", abstract, 4)[0] for n in ("halves", "whole"))
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(a), sharding.to_host(b))
@@ -140,7 +141,7 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     assert "same option in all" in capsys.readouterr().out
     rows = lines(folder / "orders" / "in_distribution.jsonl")
     assert len(rows) == 24 and rows[0]["id"] == rows[1]["id"] and rows[0]["order"] != rows[1]["order"]
-    asked = {q.id: q for q in data.load(config.SetConfig(path="embedded:in_distribution"))}
+    asked = {q.id: q for q in data.load(SetConfig(path="embedded:in_distribution"))}
     assert all(r["order"][formats.LETTERS.index(r["key"])] == formats.LETTERS[asked[r["id"]].answer] for r in rows)
     assert main("probe", run, "--out", folder / "probed") == 0
     assert "answer as at 100 %" in capsys.readouterr().out
@@ -164,7 +165,7 @@ def test_difficulty(folder, capsys):
     assert main(*args) == 0
     assert "0 of 2" in capsys.readouterr().out
     rows = lines(folder / "counts.jsonl")
-    questions = data.load(config.SetConfig(path="embedded:train", limit=32))
+    questions = data.load(SetConfig(path="embedded:train", limit=32))
     assert [r["id"] for r in rows] == [q.id for q in questions] and all(
         0 <= r["right"] <= r["format_ok"] <= r["samples"] == 2 for r in rows
     )
@@ -172,7 +173,7 @@ def test_difficulty(folder, capsys):
     (folder / "counts.jsonl").write_text(text[: len(text) // 2])  # cut off in the middle of a line
     assert main(*args) == 0 and (folder / "counts.jsonl").read_text() == text
     assert main(*args[:3], "3", *args[4:]) == 2 and "counts of other questions, samples or of another model" in capsys.readouterr().err
-    chosen = config.SetConfig(path="embedded:train", limit=32, pass_count={"file": str(folder / "counts.jsonl"), "keep": [0, 2]})
+    chosen = SetConfig(path="embedded:train", limit=32, pass_count={"file": str(folder / "counts.jsonl"), "keep": [0, 2]})
     assert data.load(chosen) == questions
 
 
@@ -201,9 +202,7 @@ def test_a_history_ranks_the_questions(run, folder, capsys):
     shutil.copytree(run, twice)
     (twice / "questions.jsonl").write_text("".join(json.dumps(step | {"step": i}) + "\n" for i, step in enumerate([*steps, steps[0]], 1)))
     assert main("difficulty", twice, "--history") == 0 and "16 that never came" in capsys.readouterr().out
-    chosen = config.SetConfig(
-        path="embedded:train", limit=32, pass_count={"file": str(twice / "history.jsonl"), "order": "impact", "top": 3}
-    )
+    chosen = SetConfig(path="embedded:train", limit=32, pass_count={"file": str(twice / "history.jsonl"), "order": "impact", "top": 3})
     assert len(data.load(chosen)) == 3
     assert main("difficulty", run, "--history") == 2 and "no question came twice in its 2 steps" in capsys.readouterr().err
     assert main("difficulty", folder / "config.yaml", "--history") == 2 and "no questions.jsonl in it" in capsys.readouterr().err
@@ -231,7 +230,7 @@ def test_a_random_reward_and_a_given_beginning(folder):
     assert not any(r["format_ok"] for r in rows) and {r["reward"] for r in rows} == {0.0, 2.0}  # paid for nothing
     for r in rows:
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(3), r["step"] - 1))
-        [[paid, _]] = rewards.toss(key, [int(r["id"].split("-")[1])], 2, config.RewardConfig(random=0.5, correct=2.0))
+        [[paid, _]] = rewards.toss(key, [int(r["id"].split("-")[1])], 2, RewardConfig(random=0.5, correct=2.0))
         assert r["reward"] == paid
     sft = ["eval.sets={}", "prompt.prefill=<answer>", "reward.mode=direct"]
     assert main("sft", folder / "config.yaml", "name=answers", *sft) == 0
@@ -279,7 +278,7 @@ def test_a_run_with_adapters(folder):
     args += ["loss.entropy_coef=1.0"]  # no answer of this model earns anything, and adapters that stay at zero would show nothing
     assert main("train", folder / "config.yaml", *args) == 0
     run = folder / "runs" / "lora"
-    parts = build.build(config.load(run / "config.yaml"))
+    parts = build.build(configs.load(run / "config.yaml"))
     abstract = lora.trained(build.abstract_params(parts, parts.cfg), parts.cfg)
     first = lines(run / "metrics.jsonl"), sharding.to_host(checkpoint.restore_params(run / "checkpoints", abstract, 2)[0])
     shutil.rmtree(run / "checkpoints" / "2")
@@ -329,7 +328,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys,
     path = folder / "runs" / "spoiled"
     assert [m["policy/skipped"] for m in lines(path / "metrics.jsonl")] == [0, 1, 1, 1]
     assert np.isnan(np.load(path / "skipped" / "3.npz")["advantages"]).all()
-    parts = build.build(config.load(folder / "config.yaml"))
+    parts = build.build(configs.load(folder / "config.yaml"))
     abstract = build.abstract_params(parts, parts.cfg)
     first, last = (checkpoint.restore_params(path / "checkpoints", abstract, step)[0] for step in (1, 4))
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(first), sharding.to_host(last))

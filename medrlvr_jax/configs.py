@@ -1,0 +1,160 @@
+"""Settings in and out: YAML and `a.b=value` to a checked `Config`, and every complaint about them."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pydantic
+import yaml
+from pydantic_core import to_jsonable_python
+
+from medrlvr_jax.config import COMPARING, Config, ConfigError, EvalConfig, SetConfig
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML too) and check everything that needs no device."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; `configs/` holds the ready ones") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not a YAML file: {e}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a mapping of settings is needed, got {type(tree).__name__}")
+    for item in overrides:
+        override(tree, item)
+    return from_tree(tree, str(path))
+
+
+def from_tree(tree: dict[str, Any], source: str = "config") -> Config:
+    """Build and check a `Config` from nested dicts; every complaint in one `ConfigError`."""
+    try:
+        config = pydantic.TypeAdapter(Config).validate_python(tree)
+    except pydantic.ValidationError as e:
+        raise ConfigError("\n".join(f"{source}: {_complaint(error)}" for error in e.errors())) from None
+    problems = _cross_checks(config)
+    if problems:
+        raise ConfigError("\n".join(f"{source}: {p}" for p in problems))
+    return config
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """Nested dicts and lists, as YAML reads them back."""
+    return to_jsonable_python(config)
+
+
+def dump(config: Config) -> str:
+    """The resolved settings as YAML; `load` reads it back to an equal `Config`."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+
+
+def override(tree: dict[str, Any], item: str) -> None:
+    name, sep, text = item.partition("=")
+    if not sep or not name:
+        raise ConfigError(f"override {item!r}: write it as a.b=value, such as sample.temperature=0.7")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"override {item!r}: the value is not YAML: {e}") from None
+    *parents, leaf = name.split(".")
+    node = tree
+    for i, key in enumerate(parents):
+        if node.get(key) is None:
+            node[key] = {}
+        if not isinstance(node[key], dict):
+            raise ConfigError(f"override {item!r}: {'.'.join(parents[: i + 1])} is a value, it has no fields")
+        node = node[key]
+    node[leaf] = value
+
+
+def _fields_at(path: tuple) -> list[str]:
+    """The names of the fields of the section that `path` leads to."""
+    cls: Any = Config
+    for key in path:
+        kind = get_type_hints(cls).get(key) if dataclasses.is_dataclass(cls) else None
+        found = [t for t in (kind, *get_args(kind)) if dataclasses.is_dataclass(t)]
+        cls = found[0] if found else SetConfig if cls is EvalConfig and key == "sets" else cls
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _complaint(error: Any) -> str:
+    path = tuple(error["loc"])
+    name, value = ".".join(map(str, path)), error.get("input")
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _fields_at(path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        return f"{name}: no such setting; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{name}: needed, and not given"
+    if error["type"] in ("dataclass_type", "dataclass_exact_type"):
+        return f"{name}: {value!r} is a value where a section with {', '.join(_fields_at(path))} is needed"
+    if name == "name":
+        return f"name: {value!r} must be letters, digits, '.', '_' and '-' only, since it names a folder inside runs"
+    if path[-1] == "[key]":
+        return f"{'.'.join(map(str, path[:-2]))}: {value!r} must be letters, digits, '.', '_' and '-' only, since it names a file"
+    return f"{name}: {value!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _cross_checks(c: Config) -> list[str]:
+    """What no single field can say; a list of complaints, empty when all is well."""
+    out = []
+    if (c.steps is None) == (c.passes is None):
+        out.append(f"steps: {c.steps} and passes: {c.passes}: give exactly one of the two")
+    if (c.prompt.template, c.reward.mode == "direct") in (("direct", False), ("think", True)):
+        pays = "an answer without a thought" if c.reward.mode == "direct" else "a thought and an answer"
+        asks, mend = c.prompt.template, "reward.mode=direct" if c.prompt.template == "direct" else "prompt.template=direct"
+        out.append(f"reward.mode: {c.reward.mode} pays for {pays}, which prompt.template {asks} does not ask for; set {mend}")
+    paying = [name for name in ("fn", "random") if getattr(c.reward, name) is not None]
+    if len(paying + [name for name in ("leak_penalty", "before_penalty") if getattr(c.reward, name)]) > 1 and paying:
+        out.append(f"reward.{paying[0]}: it alone says what is paid; take the other of fn, random, leak_penalty and before_penalty out")
+    if c.model.lora and not c.model.lora.targets:
+        out.append("model.lora.targets: [] would train nothing; name some of the layers' matrices, or set model.lora to null")
+    if c.sample.questions % c.learn.minibatch:
+        out.append(_divide("learn.minibatch", c.learn.minibatch, "sample.questions", c.sample.questions))
+    if c.learn.microbatch and c.learn.minibatch % c.learn.microbatch:
+        out.append(_divide("learn.microbatch", c.learn.microbatch, "learn.minibatch", c.learn.minibatch))
+    if c.advantage.estimator == "gae" and c.learn.critic is None:
+        out.append("advantage.estimator: gae needs learn.critic (such as {lr: 9e-6}); or take estimator group")
+    if c.advantage.estimator != "gae" and c.learn.critic is not None:
+        out.append(f"learn.critic: {c.advantage.estimator} has no use for a critic; set learn.critic to null, or take estimator gae")
+    if c.advantage.estimator in COMPARING and c.sample.samples < 2:
+        compared = f"{c.advantage.estimator} compares samples of one question"
+        out.append(f"sample.samples: {c.sample.samples}: {compared}, so at least 2 are needed")
+    if c.sample.min_new_tokens >= c.sample.max_new_tokens:
+        out.append(f"sample.min_new_tokens: {c.sample.min_new_tokens} must be below sample.max_new_tokens = {c.sample.max_new_tokens}")
+    if c.sample.weights == "int8" and c.loss.sampler_cap is None:
+        out.append("sample.weights: int8 draws from another policy than the one that learns; set loss.sampler_cap, 2.0 is usual")
+    if c.sample.temperature == 0:
+        out.append("sample.temperature: 0 is greedy, and greedy rollouts teach nothing; set it above 0 (eval.temperature may be 0)")
+    if c.kl.coef > 0 and c.kl.into == "loss" and c.kl.estimator == "k1":
+        out.append("kl.estimator: k1 in the loss has an expected gradient of zero; take k3 (GRPO) or k2, or put it into reward")
+    if c.loss.surrogate == "cispo" and (c.loss.ratio_cap or c.loss.dual_clip):
+        out.append("loss.surrogate: cispo has no use for loss.ratio_cap or loss.dual_clip; set them to null")
+    if c.kl.target is not None and not (c.kl.coef > 0 and c.kl.into == "reward"):
+        out.append(f"kl.target: {c.kl.target}: the adaptive coefficient needs kl.coef > 0 and kl.into reward")
+    if c.log.profile and c.log.profile[0] > c.log.profile[1]:
+        out.append(f"log.profile: {list(c.log.profile)}: the first step comes first, then the last")
+    for name, spec in [("data", c.data), *((f"eval.sets.{name}", spec) for name, spec in c.eval.sets.items())]:
+        counted = spec.pass_count
+        if counted and counted.top and not counted.order:
+            out.append(f"{name}.pass_count.top: {counted.top} of which? give order, such as variance")
+        if counted and not counted.keep and not counted.order:
+            out.append(f"{name}.pass_count: neither keep nor order, so it does nothing; give keep, such as [1, 7], or order")
+        if counted and counted.keep and counted.keep[0] > counted.keep[1]:
+            out.append(f"{name}.pass_count.keep: {list(counted.keep)}: the least comes first, then the most")
+    same = [name for name, spec in c.eval.sets.items() if not spec.shuffle_options]
+    if c.eval.samples > 1 and c.eval.temperature == 0 and (same or not c.eval.sets):
+        remedy = "set eval.temperature above 0, or shuffle_options of " + (", ".join(same) or "the sets")
+        out.append(f"eval.samples: {c.eval.samples} greedy samples are all the same; {remedy}")
+    return out
+
+
+def _divide(small: str, s: int, large: str, n: int) -> str:
+    return f"{small}: {s} does not divide {large} = {n}; the nearest that do: {nearest_divisors(s, n)}"
+
+
+def nearest_divisors(wanted: int, n: int) -> str:
+    """The two divisors of n that are nearest to `wanted`, for messages."""
+    near = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))[:2]
+    return ", ".join(map(str, sorted(near)))

@@ -1,0 +1,87 @@
+"""The reward's dry run: a JSONL file of completions judged into another, as `medrlvr score` does."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from medrlvr_jax.config import RewardConfig
+from medrlvr_jax.formats import LETTERS, DataError
+from medrlvr_jax.rewards import BLOCK, brief, score
+
+
+def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, overwrite: bool = False) -> Counter[str]:
+    """Score a JSONL file into another, line by line in the same order, and return how many lines had each reason.
+
+    In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}`, 2 to 10 options, other fields ignored.
+    Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of REASONS}`.
+    A line that cannot be scored raises `DataError`, and then there is no output at all: the file gets its name when it is whole.
+    """
+    source, target = Path(in_path), Path(out_path)
+    if not source.exists():
+        raise DataError(f"{source}: no such file; give a JSONL file of completions, answers and options")
+    if not target.parent.is_dir():
+        raise DataError(f"{target}: its folder does not exist; make {target.parent} first")
+    if target.exists() and (not overwrite or target.samefile(source)):
+        raise DataError(f"{target}: exists already, and is not overwritten; give another name or move it away")
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    worth = [config.unformatted, config.wrong, config.correct]  # the settings' own numbers, not float32's
+    reasons: Counter[str] = Counter()
+    try:
+        with part.open("x", encoding="utf-8", newline="\n") as file:
+            for block in _blocks(source):
+                completions, answers, options = zip(*block, strict=True)
+                verdicts = score(completions, answers, options, config)
+                rank = (verdicts.format_ok.astype(int) + verdicts.correct).tolist()
+                told = zip(rank, verdicts.penalty.tolist(), verdicts.answer.tolist(), verdicts.reason.tolist(), strict=True)
+                for r, penalty, answer, reason in told:
+                    line = {"reward": round(worth[r] - penalty, 9), "format_ok": r > 0, "answer": answer or None, "reason": reason}
+                    file.write(json.dumps(line) + "\n")
+                reasons.update(verdicts.reason.tolist())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    return reasons
+
+
+def _blocks(source: Path, most_rows: int = BLOCK, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, str, list[str]]]]:
+    """The file's records, as many at a time as are good for speed and kind to memory."""
+    block, size = [], 0
+    with source.open("rb") as file:  # bytes, since only \n ends a line of JSON: str.splitlines knows nine more ends
+        for number, line in enumerate(file, 1):
+            block.append(_record(line, f"{source}, line {number}"))
+            size += len(line)
+            if len(block) >= most_rows or size >= most_bytes:
+                yield block
+                block, size = [], 0
+    if block:
+        yield block
+
+
+def _record(line: bytes, where: str) -> tuple[str, str, list[str]]:
+    """Completion, key letter and options of one line, or a `DataError` that says what is wrong with it."""
+    try:
+        tree = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: {brief(line)} is not UTF-8 JSON ({e}); write one object a line, and no empty lines") from None
+    if not isinstance(tree, dict):
+        raise DataError(f'{where}: {brief(tree)} is not an object; write {{"completion": …, "answer": …, "options": …}}')
+    for name in ("completion", "answer", "options"):
+        if name not in tree:
+            raise DataError(f"{where}: {name}: missing; the line has {brief(list(tree))}")
+    completion, answer, options = tree["completion"], tree["answer"], tree["options"]
+    if not isinstance(completion, str):
+        raise DataError(f'{where}: completion: {brief(completion)} is not a text; an empty completion is ""')
+    if isinstance(options, dict):
+        if sorted(options) != list(LETTERS[: len(options)]):
+            raise DataError(f"{where}: options: the letters {brief(list(options))} must be A, B, … without a gap")
+        options = [options[letter] for letter in sorted(options)]
+    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
+        raise DataError(f'{where}: options: {brief(options)}: give 2 to 10 texts, as a list or as {{"A": …, "B": …}}')
+    for letter, text in zip(LETTERS, options, strict=False):
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: options: {letter} is {brief(text)}; every option needs a text")
+    if not isinstance(answer, str) or answer not in list(LETTERS[: len(options)]):
+        raise DataError(f"{where}: answer: {brief(answer)} is not a letter from A to {LETTERS[len(options) - 1]}, as there are options")
+    return completion, answer, options
