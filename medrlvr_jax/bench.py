@@ -164,8 +164,11 @@ def step_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         state, stats, scored, _ = train.train_step(parts, programs, encoded, state, frozen, step)
         jax.block_until_ready((state, train.summarise(stats, scored)))
         times.append(time.perf_counter() - start)
-    tokens = int(scored.lengths.sum())
-    return timing(times[1:]) | {"tokens": tokens, "tokens_per_s": rate(tokens, times[1:]), "first_s": round(times[0], 2)}
+    tokens, prompts = int(scored.lengths.sum()), args.questions * args.prompt
+    packed, reading = prompts + args.questions * args.samples * args.new, 1 + (frozen.reference is not None)
+    work = sum(p.size for p in jax.tree.leaves(state.policy.params)) * (2 * (prompts + tokens) + (2 * reading + 6) * packed)
+    out = {"tokens": tokens, "tokens_per_s": rate(tokens, times[1:]), "matmul_gflop": round(work / 1e9)}
+    return timing(times[1:]) | out | {"first_s": round(times[0], 2)}
 
 
 def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
