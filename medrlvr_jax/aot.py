@@ -7,34 +7,17 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax import architectures, attention, experience, flops, hlo, lora, machines, sharding
-from medrlvr_jax.build import Parts, abstract_base, abstract_decode, abstract_learner, abstract_params, lay_out, relay_program
+from medrlvr_jax import architectures, flops, hlo, machines
+from medrlvr_jax.build import Parts, lay_out
 from medrlvr_jax.config import Config
-from medrlvr_jax.experience import assess, assess_settings, experience_settings, make_experience
+from medrlvr_jax.experience import width
 from medrlvr_jax.machines import Machine
-from medrlvr_jax.sample import generate
-from medrlvr_jax.train import Programs
-from medrlvr_jax.types import Assessment, Experience, Frozen, Prompts, Rollout
-
-
-class Program(NamedTuple):
-    """A jitted function of the step, its arguments as shapes, and what else is in memory meanwhile."""
-
-    name: str
-    function: Any
-    args: tuple
-    kwargs: dict[str, Any]
-    others: tuple  # trees of shapes that live on while it runs and are not among its arguments
-    useful: float  # FLOPs without recomputation, over all devices
-    visited: Mapping[str, float] = MappingProxyType({})  # see `attention.visited`
+from medrlvr_jax.programs import Program, make_programs, step_programs
 
 
 class Stops(NamedTuple):
@@ -83,88 +66,9 @@ def prepare(config: Config, machine: Machine) -> Parts:
     return lay_out(config, Stops(), architectures.known(config.model.path), machines.devices(machine))
 
 
-def step_programs(parts: Parts, programs: Programs) -> list[Program]:
-    """All programs of one training step in their order, with arguments as the step gives them."""
-    c, mesh = parts.config, parts.mesh
-    q, g, r, p = c.sample.questions, c.sample.samples, c.sample.max_new_tokens, experience.width(c.prompt.max_tokens)
-    rows = sharding.rows(mesh)
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-
-    def column(dtype=jnp.float32):
-        return array(dtype, q, g, r)
-
-    policy, base = abstract_learner(parts, parts.cfg, programs.policy_tx), abstract_base(parts)
-    reference = None
-    if c.kl.coef > 0:
-        reference = {} if parts.cfg.lora else abstract_params(parts, parts.cfg)
-    frozen = Frozen(base, reference)
-    critic = abstract_learner(parts, parts.critic_cfg, programs.critic_tx) if programs.critic_tx else None
-    values = critic and column()
-    prompts = Prompts(array(jnp.int32, q, p), array(jnp.bool_, q, p), array(jnp.uint32, q))
-    truncated = c.sample.top_k or c.sample.top_p < 1 or c.sample.min_new_tokens
-    rollout = Rollout(column(jnp.int32), column(jnp.bool_), column(), column() if truncated else None)
-    assessment = Assessment(column(), column(), None if reference is None else column(), values)
-    rewards, whole = array(jnp.float32, q, g), sharding.replicated(mesh)
-    coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    of_sampler = None if c.loss.sampler_cap is None else column()
-    made = Experience(
-        prompts.tokens, prompts.mask, rollout.tokens, rollout.mask, column(), assessment.ref_logprobs, column(), values, values, of_sampler
-    )
-    key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=whole)
-    sampler, stops = parts.sampler_cfg, (parts.tokenizer.stop_ids, parts.tokenizer.pad_id)
-    relay, moved = relay_program(parts, sampler)
-    of_prompts, of_rows = (attention.visited(p, 0, p), attention.visited(p, g, r)) if parts.cfg.splash else ({}, {})
-    one = flops.forward_flops(parts.cfg, q, p, g, r)
-    of_critic = flops.forward_flops(parts.critic_cfg, q, p, g, r) if critic else 0.0
-    idle = (lambda *trees: ()) if c.learn.offload else (lambda *trees: trees)  # what waits in the host's memory meanwhile
-    states = idle(policy.opt_state, critic and critic.opt_state)
-    weights = (base, policy.params, critic and critic.params)
-    out = [
-        Program(
-            "generate",
-            generate,
-            (abstract_decode(parts, sampler), sampler, prompts, key, c.sample, *stops),
-            {},
-            (moved, critic and critic.params, idle(reference), states),  # what is not moved is the sampler's own
-            flops.generate_flops(parts.cfg, q, p, g, r),
-            of_prompts,
-        ),
-        Program(
-            "assess",
-            assess,
-            (frozen, policy.params, critic and critic.params, prompts, rollout),
-            assess_settings(parts),
-            (states,),
-            one * (1 if reference is None else 2) + of_critic,
-            of_rows,
-        ),
-        Program(
-            "make_experience",
-            make_experience,
-            (prompts, rollout, assessment, rewards, coef),
-            experience_settings(parts),
-            (weights, idle(reference), states),
-            0.0,
-        ),
-        Program(
-            "learn_policy",
-            programs.learn_policy,
-            (policy, base, made, key, coef),
-            {},
-            (critic and critic.params, idle(reference, critic and critic.opt_state)),
-            3 * c.learn.epochs * one,
-            of_rows,
-        ),
-    ]
-    if moved:
-        others = tuple(leaf for key, leaf in lora.flat(abstract_params(parts, parts.cfg)).items() if key not in moved)
-        out.insert(0, Program("relay", relay, (moved,), {}, (others, critic and critic.params, idle(reference), states), 0.0))
-    if critic:
-        args, others = (critic, base, made, key, None), (policy.params, idle(reference, policy.opt_state))
-        out.append(Program("learn_critic", programs.learn_critic, args, {}, others, 3 * c.learn.epochs * of_critic, of_rows))
-    return out
+def planned(parts: Parts, steps: int) -> list[Program]:
+    """The programs of a training step whose longest prompt has all the tokens that it may have."""
+    return step_programs(parts, make_programs(parts, steps), width(parts.config.prompt.max_tokens))
 
 
 def bytes_of(tree: Any) -> float:

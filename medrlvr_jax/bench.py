@@ -37,6 +37,7 @@ from medrlvr_jax.configs import from_tree, override
 from medrlvr_jax.evaluate import evaluate
 from medrlvr_jax.experience import Encoded, draw, place_prompts, width
 from medrlvr_jax.formats import Question
+from medrlvr_jax.programs import make_programs
 from medrlvr_jax.rewards import score
 from medrlvr_jax.sample import generate
 from medrlvr_jax.sharding import place_rows
@@ -128,7 +129,7 @@ def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 
 def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    programs, state = train.start(parts, 1)
+    programs, state = train.start(parts, make_programs(parts, 1))
     shape = (args.questions, args.samples, args.new)
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
@@ -157,7 +158,7 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 
 def step_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    programs, state = train.start(parts, 1)
+    programs, state = train.start(parts, make_programs(parts, 1))
     frozen, encoded, times = load_frozen(parts), encoded_questions(args, parts), []
     for step in range(args.runs + 1):
         start = time.perf_counter()
@@ -183,7 +184,8 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         return answers.describe(answers.of_rows(evaluate(parts, params, encoded)[1], "set"))
 
     def alone():
-        return [draw(params, parts, encoded, np.arange(i, i + size), jax.random.key(0), sample) for i in range(0, 4 * size, size)]
+        batches = [place_prompts(parts, encoded, np.arange(i, i + size)) for i in range(0, 4 * size, size)]
+        return [draw(params, parts.cfg, parts, prompts, jax.random.key(0), sample) for prompts in batches]
 
     pairs = list(zip(*by_turns([whole, alone], args.runs), strict=True))
     overhead = statistics.median(a / b - 1 for a, b in pairs)

@@ -140,8 +140,24 @@ def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
     return unflatten_dict({key: one(key[-1], p) for key, p in want.items()})
 
 
-def relay_program(parts: Parts, cfg: DecoderConfig) -> tuple[Any, dict[tuple, Any]]:
-    """The jitted part of `make_relay`, and its arguments as ShapeDtypeStructs by path: those that lie otherwise in the sampler's copy."""
+@dataclass(frozen=True)
+class Relay:
+    """Whole parameters → those of a sampler: its dtypes, its shards. Once per rollout, so that no token pays an all-gather.
+
+    What is so already is passed on as it is: a frozen bfloat16 base on one chip is never copied. Adapters stay beside their
+    matrices, for a sum rounded to bfloat16 would lose the small ones, and the sampler's log-probs would not be the trainer's.
+    """
+
+    program: Any  # jitted: the parameters named by `moved` → their copies
+    moved: dict[tuple, jax.ShapeDtypeStruct]  # by path, those that lie otherwise in the sampler's copy
+
+    def __call__(self, params: Params) -> Params:
+        flat = lora.flat(params)
+        return unflatten_dict(flat | (self.program({key: flat[key] for key in self.moved}) if self.moved else {}))
+
+
+def make_relay(parts: Parts, cfg: DecoderConfig) -> Relay:
+    """The relay to a sampler `cfg`; nothing is compiled yet."""
     have, want = lora.flat(abstract_params(parts, parts.cfg)), lora.flat(abstract_decode(parts, cfg))
 
     def stays(key):
@@ -165,28 +181,13 @@ def relay_program(parts: Parts, cfg: DecoderConfig) -> tuple[Any, dict[tuple, An
     def lay(params, where):
         return {k: put(params[k].astype(want[k].dtype), s) for k, s in where.items()}
 
-    def program(params):
+    def relay(params):
         """Layer by layer: all at once, XLA holds what it gathers a second time beside the result."""
         stacked = {k: params[k] for k in shards}
         laid = jax.lax.map(lambda layer: lay(quantized(layer), one), stacked) if stacked else {}
         return lay(params, {k: s for k, s in where.items() if k not in layers}) | laid
 
-    return jax.jit(program, out_shardings=where), moved
-
-
-def make_relay(parts: Parts, cfg: DecoderConfig):
-    """Whole parameters → those of a sampler `cfg`: its dtypes, DECODE shards. Once per rollout, so that no token pays an all-gather.
-
-    What is so already is passed on as it is: a frozen bfloat16 base on one chip is never copied. Adapters stay beside their
-    matrices, for a sum rounded to bfloat16 would lose the small ones, and the sampler's log-probs would not be the trainer's.
-    """
-    program, moved = relay_program(parts, cfg)
-
-    def relay(params):
-        flat = lora.flat(params)
-        return unflatten_dict(flat | program({key: flat[key] for key in moved}))
-
-    return relay
+    return Relay(jax.jit(relay, out_shardings=where), moved)
 
 
 def updates_in(config: Config, steps: int) -> int:

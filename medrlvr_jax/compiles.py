@@ -1,6 +1,7 @@
 """Where a run's time goes: programs that XLA makes while it goes on, and a trace of chosen steps.
 
-All programs belong to the first step: a later one is time lost that no metric shows. The trace (`log.profile: [first, last]`) is
+All programs are made before the first step (`programs.compile_ahead`), but for some of one number: a later one is time lost that no
+metric shows. The trace (`log.profile: [first, last]`) is
 jax.profiler's; XProf, TensorBoard and Perfetto read it. In it, beside XLA's own rows: `step`, on the host `score`, `log` and `evaluate`,
 on the device the scopes `prefill`, `decode`, `assess_policy`, `assess_reference`, `assess_critic`, `gradients`, `optimizer`.
 """

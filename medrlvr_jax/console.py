@@ -63,8 +63,7 @@ class Console:
         text = line(metrics)
         if "seconds" in metrics:
             self._seconds.append(metrics["seconds"])
-            if len(self._seconds) > 1:  # the first step compiles: alone it says nothing, and in a mean it would say too much
-                text += f"  {clock(statistics.median_low(self._seconds) * (self._total - step))} left"
+            text += f"  {clock(statistics.median_low(self._seconds) * (self._total - step))} left"
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
         elif text:

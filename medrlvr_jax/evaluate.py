@@ -14,11 +14,12 @@ import numpy as np
 from medrlvr_jax import answers, data, files, hf, log, lora
 from medrlvr_jax.build import Parts, abstract_params, build, load_base, load_params, make_relay
 from medrlvr_jax.checkpoint import best_step, restore_params
-from medrlvr_jax.config import ConfigError, SampleConfig, SetConfig
+from medrlvr_jax.config import Config, ConfigError, SampleConfig, SetConfig
 from medrlvr_jax.configs import load
 from medrlvr_jax.console import Console
 from medrlvr_jax.experience import Encoded, encode, reorder, sample_and_score
 from medrlvr_jax.processes import gather
+from medrlvr_jax.programs import Program, draw_program
 from medrlvr_jax.types import Params
 
 NOISE = 2**31 + 1  # folded into the seed: evaluation draws from a stream of its own, the same at every step
@@ -61,9 +62,8 @@ def ask(
     Where options are shuffled, one answer to each, in the order of `draw`.
     """
     c, n, k = parts.config, len(index), parts.config.eval.samples
-    alone = 1 if encoded.shuffle else k
-    length = c.eval.max_new_tokens or c.sample.max_new_tokens
-    sample = SampleConfig(questions=c.eval.batch, samples=alone, max_new_tokens=length, temperature=c.eval.temperature)
+    sample = how(c, encoded)
+    alone = sample.samples
     key = jax.random.fold_in(jax.random.key(c.seed), np.uint32(NOISE))
     index = np.resize(index, c.eval.batch)  # the last batch is filled up with its first questions; they are not counted again
     if encoded.shuffle:
@@ -77,6 +77,18 @@ def ask(
             whose |= {"repeats": encoded.repeats[name]}
         rows.append((int(index[question]) * k + draw + which, scored.record(row) | whose))
     return rows
+
+
+def how(c: Config, encoded: Encoded) -> SampleConfig:
+    """One batch of an evaluation as a rollout."""
+    length, samples = c.eval.max_new_tokens or c.sample.max_new_tokens, 1 if encoded.shuffle else c.eval.samples
+    return SampleConfig(questions=c.eval.batch, samples=samples, max_new_tokens=length, temperature=c.eval.temperature)
+
+
+def programs(parts: Parts, sets: dict[str, Encoded]) -> list[Program]:
+    """What `evaluate_sets` will call; sets of one shape share one."""
+    shapes = {(how(parts.config, encoded), encoded.width): name for name, encoded in sets.items()}
+    return [draw_program(parts, parts.cfg, sample, width, f"eval {name}") for (sample, width), name in shapes.items()]
 
 
 def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:

@@ -149,19 +149,18 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
 
 
 def draw(
-    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, entropies: bool = False
+    decode_params: Params, cfg: DecoderConfig, parts: Parts, prompts: Prompts, key: Array, sample: SampleConfig, entropies: bool = False
 ) -> Rollout:
-    """Responses to the questions at `index` by `parts.cfg`."""
-    prompts, tokenizer = place_prompts(parts, encoded, index), parts.tokenizer
-    stops = tokenizer.stop_ids, tokenizer.pad_id
-    return generate(decode_params, parts.cfg, prompts, key, sample, *stops, entropies=entropies)
+    """Responses to `prompts` by a sampler `cfg`."""
+    tokenizer = parts.tokenizer
+    return generate(decode_params, cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id, entropies=entropies)
 
 
 def sample_and_score(
     decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, entropies: bool = False
 ) -> Scored:
     """Evaluation's whole job. With `entropies`, also the mean entropy of each response."""
-    rollout = draw(decode_params, parts, encoded, index, key, sample, entropies)
+    rollout = draw(decode_params, parts.cfg, parts, place_prompts(parts, encoded, index), key, sample, entropies)
     scored = score_rollout(parts, encoded, index, rollout)
     if not entropies:
         return scored
@@ -315,10 +314,8 @@ def collect(
 
     The sampler's copy of the policy (`relay`, see build.py) lives no longer than `generate`.
     """
-    tokenizer, sample = parts.tokenizer, parts.config.sample
-    prompts = place_prompts(parts, encoded, index)
-    whole = lora.join(frozen.base, policy)
-    rollout = generate(relay(whole), parts.sampler_cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id)
+    sample, prompts = parts.config.sample, place_prompts(parts, encoded, index)
+    rollout = draw(relay(lora.join(frozen.base, policy)), parts.sampler_cfg, parts, prompts, key, sample)
     here = to_memory(frozen, "device") if parts.config.learn.offload else frozen
     assessment = assess(here, policy, critic, prompts, rollout, **assess_settings(parts))
     with jax.profiler.TraceAnnotation("score"):

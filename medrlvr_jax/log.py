@@ -45,7 +45,8 @@ class Run:
     """One training's records, from `with` to `finish`: what the training loop says here goes to files, console and trackers.
 
     Entering makes `runs/<name>` or reopens it; refused while another process has it, or if it was begun with other settings.
-    The first SIGINT or SIGTERM sets `stopping` once the step is recorded, so that the loop can save and leave; the second kills.
+    The first SIGINT or SIGTERM sets `stopping` once the step is recorded (or the programs are compiled), so that the loop can save and
+    leave; the second kills.
     """
 
     def __init__(self, config: Config, steps: int, data: dict[str, Any] | None = None):
@@ -106,7 +107,12 @@ class Run:
         if self._tracker:
             self._tracker.log(step, metrics)
         self._console.step(step, metrics)
-        self._done, self.stopping = step, _any_process(self._signal)
+        self._done = step
+        self.heed()
+
+    def heed(self) -> None:
+        """Set `stopping` in all processes alike, whichever of them a signal has reached."""
+        self.stopping = _any_process(self._signal)
 
     def notice(self, text: str) -> None:
         self._console.notice(text)

@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 import jax
 
 from medrlvr_jax import configs
-from medrlvr_jax.aot import Figures, bytes_of, compile_program, prepare, step_programs
+from medrlvr_jax.aot import Figures, bytes_of, compile_program, planned, prepare
 from medrlvr_jax.build import total_steps
 from medrlvr_jax.config import Config, ConfigError
 from medrlvr_jax.machines import GIB, QUICK, Machine, parse
-from medrlvr_jax.train import make_programs
 
 STEPS = 1000  # of a run whose length is not known: only the schedule's constants depend on it
 LEAST = "compiled with the least effort (--quick): memory is roughly what it will be, traffic and times are too high"
@@ -77,7 +76,7 @@ def plan(
     """Compile the step's programs (or `only` those named) for the machine; `quick`: with the compiler's least effort."""
     parts = prepare(config, machine)
     figures = []
-    for program in step_programs(parts, make_programs(parts, steps or STEPS)):
+    for program in planned(parts, steps or STEPS):
         if not only or program.name in only:
             print(f"compiling {program.name} for {machine.topology} …", file=sys.stderr, flush=True)
             figures.append(compile_program(program, parts, machine, {} if cache is None else cache, quick))
@@ -162,8 +161,7 @@ def advise(config: Config, machine: Machine, worst: Figures) -> list[str]:
 
 def resident(config: Config, machine: Machine) -> dict[str, float]:
     """Bytes per device that each program finds in memory, its arguments included, without compiling anything."""
-    parts = prepare(config, machine)
-    return {p.name: bytes_of((p.args, p.kwargs, p.others)) for p in step_programs(parts, make_programs(parts, STEPS))}
+    return {p.name: bytes_of((p.args, p.kwargs, p.others)) for p in planned(prepare(config, machine), STEPS)}
 
 
 def to_try(config: Config, machine: Machine) -> Iterator[Config]:

@@ -4,7 +4,6 @@ Batch and noise are functions of (seed, step, question, sample), so all that is 
 the start. Where it is not kept, the steps from the newest earlier checkpoint on are trained again, which gives it bit for bit.
 """
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -17,7 +16,8 @@ from medrlvr_jax.build import build, load_frozen, total_steps
 from medrlvr_jax.checkpoint import restore_before
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.console import QUIET, Console, clock
-from medrlvr_jax.experience import draw, encode, score_rollout
+from medrlvr_jax.experience import draw, encode, place_prompts, score_rollout
+from medrlvr_jax.programs import make_programs
 
 
 def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     parts, console = build(c), Console(step)
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options)
     with jax.set_mesh(parts.mesh):
-        programs, state = train.start(parts, total_steps(c, len(encoded.questions)))
+        programs, state = train.start(parts, make_programs(parts, total_steps(c, len(encoded.questions))))
         frozen = load_frozen(parts)
         state, done = restore_before(run / "checkpoints", state, step - 1)
         if done < step - 1:
@@ -52,7 +52,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         encoded, index = train.at_epoch(parts, encoded, step - 1), data.step_batch(c, len(encoded.questions), step - 1)
         key = jax.random.fold_in(jax.random.key(c.seed), step - 1)
         decode_params = programs.relay(lora.join(frozen.base, state.policy.params))
-        rollout = draw(decode_params, dataclasses.replace(parts, cfg=parts.sampler_cfg), encoded, index, key, c.sample)
+        rollout = draw(decode_params, parts.sampler_cfg, parts, place_prompts(parts, encoded, index), key, c.sample)
         scored = score_rollout(parts, encoded, index, rollout, coin=key)
     drawn = json.loads(json.dumps(train.sample_record(parts, encoded, index, scored, row)))  # as a log gives it back
     logged = next((s for s in samples if s["step"] == step and s["row"] == row), None)

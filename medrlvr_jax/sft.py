@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from medrlvr_jax import data, evaluate, lora, sharding, text
-from medrlvr_jax.build import Parts, build, init_learner, load_base, make_relay, total_steps, updates_in
+from medrlvr_jax.build import Parts, abstract_base, abstract_learner, build, init_learner, load_base, make_relay, total_steps, updates_in
 from medrlvr_jax.config import Config, ConfigError
 from medrlvr_jax.experience import width
 from medrlvr_jax.learn import compile_learn, make_optimizer, nll_objective, offload
+from medrlvr_jax.programs import Program, a_key, array, relay_program
 from medrlvr_jax.train import drive
 from medrlvr_jax.types import Experience, TrainState
 
@@ -62,7 +63,8 @@ def sft(config: Config) -> dict[str, Any]:
     with jax.set_mesh(parts.mesh):
         tx = make_optimizer(config.learn.policy, updates_in(config, steps))
         learner, placed = init_learner(parts, parts.cfg, tx)
-        learner, learn = offload(config, learner, compile_learn(config, nll_objective(config, parts.cfg), tx, placed))
+        program = compile_learn(config, nll_objective(config, parts.cfg), tx, placed)
+        learner, learn = offload(config, learner, program)
         base, relay = load_base(parts), make_relay(parts, parts.cfg)
         zeros = jax.device_put((np.float32(0), np.int32(0)), sharding.replicated(parts.mesh))
 
@@ -77,5 +79,9 @@ def sft(config: Config) -> dict[str, Any]:
             return TrainState(learner, None, state.kl_coef, state.step + 1), metrics, {}, targets, []
 
         notices = [f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens"] if dropped else []
-        state = TrainState(learner, None, *zeros)
-        return drive(parts, rows, sets, steps, state, one, lambda params: relay(lora.join(base, params)), notices)
+        state, n = TrainState(learner, None, *zeros), config.sample.questions
+        shapes = batch(rows, np.zeros(n, int), widths, parts.tokenizer.pad_id)
+        shapes = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), shapes)
+        ahead = [Program("learn", program, (abstract_learner(parts, parts.cfg, tx), abstract_base(parts), shapes, a_key(parts), None))]
+        ahead += relay_program(relay) + evaluate.programs(parts, sets) if sets else []
+        return drive(parts, rows, sets, steps, state, one, lambda params: relay(lora.join(base, params)), ahead, notices)

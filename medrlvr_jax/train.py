@@ -27,14 +27,15 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from medrlvr_jax import data, evaluate, files, log, lora, monitors, sharding, user_reward
-from medrlvr_jax.build import Parts, abstract_learner, build, init_learner, load_frozen, make_relay, places, total_steps, updates_in
+from medrlvr_jax.build import Parts, build, init_learner, load_frozen, make_relay, total_steps
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.compiles import Compiles, Profile
 from medrlvr_jax.config import Config, ConfigError, Diverged
 from medrlvr_jax.experience import Encoded, Scored, collect, encode, reorder
-from medrlvr_jax.learn import adapt_kl, compile_learn, critic_objective, make_optimizer, offload, policy_objective
+from medrlvr_jax.learn import adapt_kl, offload
 from medrlvr_jax.losses import explained_variance
 from medrlvr_jax.processes import gather
+from medrlvr_jax.programs import Program, Programs, compile_ahead, make_programs, relay_program, step_programs
 from medrlvr_jax.stages import STAGES
 from medrlvr_jax.types import Experience, Frozen, Mean, TrainState
 
@@ -52,7 +53,8 @@ def train(config: Config) -> dict[str, Any]:
     steps = total_steps(config, len(encoded.questions))
     sets = evaluate.load_sets(parts)
     with jax.set_mesh(parts.mesh):
-        programs, state = start(parts, steps)
+        made = make_programs(parts, steps)
+        programs, state = start(parts, made)
         frozen = load_frozen(parts)
 
         def one(state: TrainState, step: int, history: log.Records):
@@ -66,15 +68,27 @@ def train(config: Config) -> dict[str, Any]:
 
         notices = [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
         relay = programs.relay if parts.sampler_cfg == parts.cfg else make_relay(parts, parts.cfg)  # evaluation is of the policy itself
-        return drive(parts, encoded.questions, sets, steps, state, one, lambda params: relay(lora.join(frozen.base, params)), notices)
+        ahead = step_programs(parts, made, encoded.width) + evaluate.programs(parts, sets)
+        ahead += relay_program(relay) if sets and relay is not programs.relay else []
+        ended = lambda params: relay(lora.join(frozen.base, params))  # noqa: E731
+        return drive(parts, encoded.questions, sets, steps, state, one, ended, ahead, notices)
 
 
 def drive(
-    parts: Parts, rows: list[Any], sets: dict[str, Encoded], steps: int, state: TrainState, one: Any, relay: Any, notices: list[str]
+    parts: Parts,
+    rows: list[Any],
+    sets: dict[str, Encoded],
+    steps: int,
+    state: TrainState,
+    one: Any,
+    relay: Any,
+    ahead: list[Program],
+    notices: list[str],
 ) -> dict[str, Any]:
-    """The loop around any step: resume, evaluate, record, checkpoint, stop when asked.
+    """The loop around any step: resume, compile, evaluate, record, checkpoint, stop when asked.
 
     `rows` is what is trained on. `one`: (state, step, the last records) → (state, metrics, logs, the rows learned from, notices).
+    `ahead` are the programs that `one` and the evaluations will call.
     """
     config = parts.config
     used = {"train": rows} | {f"eval.{name}": encoded.questions for name, encoded in sets.items()}
@@ -85,6 +99,12 @@ def drive(
         skips = run.resume(done)
         for text in notices:
             run.notice(text)
+        if done < steps:
+            run.notice(compile_ahead(ahead, parts, run.progress))
+            run.heed()
+        if run.stopping:  # before anything is done that is not saved
+            checkpoints.close()
+            return run.finish()
         history = run.history(monitors.WINDOW)
         if done == 0 and sets:
             run.record(0, evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run))
@@ -146,34 +166,9 @@ def dump(folder: Path, step: int, rows: Experience) -> Path:
     return path
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """The compiled functions of a run; made once, since each new partial would compile anew."""
-
-    relay: Any
-    learn_policy: Any
-    learn_critic: Any  # None where there is no critic
-    policy_tx: Any
-    critic_tx: Any
-
-
-def make_programs(parts: Parts, steps: int) -> Programs:
-    """Nothing is compiled or allocated yet."""
-    config, updates = parts.config, updates_in(parts.config, steps)
-    policy_tx = make_optimizer(config.learn.policy, updates)
-    placed = places(abstract_learner(parts, parts.cfg, policy_tx))
-    learn_policy = compile_learn(config, policy_objective(config, parts.cfg), policy_tx, placed)
-    critic_tx, learn_critic = None, None
-    if config.learn.critic is not None:
-        critic_tx = make_optimizer(config.learn.critic, updates)
-        placed = places(abstract_learner(parts, parts.critic_cfg, critic_tx))
-        learn_critic = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
-    return Programs(make_relay(parts, parts.sampler_cfg), learn_policy, learn_critic, policy_tx, critic_tx)
-
-
-def start(parts: Parts, steps: int) -> tuple[Programs, TrainState]:
-    """The learners at their start and the programs that train them."""
-    config, programs = parts.config, make_programs(parts, steps)
+def start(parts: Parts, programs: Programs) -> tuple[Programs, TrainState]:
+    """The learners at their start, and the programs as a step calls them."""
+    config = parts.config
     policy, learn_policy = offload(config, init_learner(parts, parts.cfg, programs.policy_tx)[0], programs.learn_policy)
     critic, learn_critic = None, None
     if programs.critic_tx:

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from medrlvr_jax import __main__, aot, architectures, build, configs, data, experience, flops, machines, model, plan, sample, scoring, train
-from medrlvr_jax.config import SampleConfig
+from medrlvr_jax.config import ConfigError, SampleConfig
 from medrlvr_jax.model import DecoderConfig
+from medrlvr_jax.programs import Program, array, compile_ahead, make_programs, step_programs
 from medrlvr_jax.types import Prompts
 
 GIB = 2**30
@@ -100,18 +101,17 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
     parts = build.build(c)
     encoded = experience.encode(parts.tokenizer, data.load(c.data), c)
     encoded = dataclasses.replace(encoded, width=experience.width(c.prompt.max_tokens))  # planned for the longest prompt allowed
-    programs = train.make_programs(parts, 2)
+    made = make_programs(parts, 2)
     with jax.set_mesh(parts.mesh):
         for name in ("generate", "assess", "make_experience"):
             monkeypatch.setattr(experience, name, recording(name, getattr(experience, name)))
-        relay, moved = build.relay_program(parts, parts.sampler_cfg)
-        monkeypatch.setattr(build, "relay_program", lambda *_: (recording("relay", relay), moved))
-        wrapped = {n: recording(n, getattr(programs, n)) for n in ("learn_policy", "learn_critic")}
-        recorded = dataclasses.replace(programs, relay=build.make_relay(parts, parts.sampler_cfg), **wrapped)
-        _, state = train.start(parts, 2)
+        wrapped: dict = {n: recording(n, getattr(made, n)) for n in ("learn_policy", "learn_critic")}
+        wrapped["relay"] = dataclasses.replace(made.relay, program=recording("relay", made.relay.program))
+        recorded = dataclasses.replace(made, **wrapped)
+        _, state = train.start(parts, made)
         train.train_step(parts, recorded, encoded, state, build.load_frozen(parts), 0)
         monkeypatch.undo()
-        planned = {p.name: p.function.lower(*p.args, **p.kwargs).as_text() for p in aot.step_programs(parts, programs)}
+        planned = {p.name: p.function.lower(*p.args, **p.kwargs).as_text() for p in step_programs(parts, made, encoded.width)}
     assert planned.keys() == seen.keys()
     for name in planned:
         assert planned[name] == seen[name], name
@@ -120,13 +120,13 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
 def test_memory_counts_shards_and_what_else_lives(tiny):
     c = configs.load(tiny)
     parts = build.lay_out(c, aot.Stops(), architectures.known("embedded"), jax.devices()[:4])
-    programs = {p.name: p for p in aot.step_programs(parts, train.make_programs(parts, 2))}
+    planned = {p.name: p for p in aot.planned(parts, 2)}
     whole = 4 * sum(x.size for x in jax.tree.leaves(shapes(parts.cfg)))
-    policy = aot.bytes_of(programs["learn_policy"].args[0])
+    policy = aot.bytes_of(planned["learn_policy"].args[0])
     assert 3 * whole / 4 < policy < 3 * whole / 4 * 1.02  # params and two moments over 4 chips; norms and counters are not split
-    held = [aot.bytes_of((programs[n].args, programs[n].others)) for n in ("learn_policy", "learn_critic", "assess")]
+    held = [aot.bytes_of((planned[n].args, planned[n].others)) for n in ("learn_policy", "learn_critic", "assess")]
     assert max(held) - min(held) < 0.05 * max(held)  # all states live through each of them
-    assert aot.bytes_of(programs["generate"].others) == pytest.approx(7 * whole / 4, rel=0.02)
+    assert aot.bytes_of(planned["generate"].others) == pytest.approx(7 * whole / 4, rel=0.02)
 
 
 def test_times_over_nodes():
@@ -151,6 +151,15 @@ def test_the_compilers_refusal_is_read():
     part = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total for HLO temporaries (1.00T) exceeds available HBM (15.75G)."
     assert aot.refusal(whole, 2 * GIB) == pytest.approx(21.36 * GIB) and aot.refusal(part, 2 * GIB) == 1024 * GIB
     assert aot.refusal("another error", 2 * GIB) is None
+
+
+@needs_libtpu
+def test_a_training_that_does_not_fit_is_refused_before_it_starts(tiny):
+    """By the TPU's own compiler: 16 GiB and one more of it."""
+    parts = aot.prepare(configs.load(tiny, ["mesh={data: 1}"]), machines.parse("v5e:1x1"))
+    large = Program("learn_policy", jax.jit(lambda x: (x, x + 1)), (array(parts, jnp.float32, 4 * GIB),))
+    with pytest.raises(ConfigError, match=r"learn_policy does not fit this machine: RESOURCE_EXHAUSTED.*medrlvr plan"):
+        compile_ahead([large], parts, lambda *_: None)
 
 
 @needs_libtpu

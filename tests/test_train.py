@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -219,7 +220,7 @@ def test_grpo_and_sft_run(folder, capsys, caplog):
     assert main("sft", folder / "config.yaml", *sft) == 0
     losses = [m["loss"] for m in lines(folder / "runs/sft/metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.5
-    assert "in mid-run" not in capsys.readouterr().err and "MISS" not in caplog.text  # every program was compiled in the first step
+    assert "in mid-run" not in capsys.readouterr().err and "MISS" not in caplog.text
 
 
 def test_a_random_reward_and_a_given_beginning(folder):
@@ -334,16 +335,53 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys,
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(first), sharding.to_host(last))
 
 
-def test_how_many_programs_a_run_compiles(folder, capsys):
-    """One of each kind, however many steps: sampling, assessing, its experience, two learners, and the sampler's copy (`program`)."""
+ONCE = {"relay": 1, "generate": 2, "assess": 1, "make_experience": 1, "learn": 2}  # two samplers, of rollouts and of the evaluation
+MESHED = ["mesh={data: 2, fsdp: 2, tensor: 2}"]
+ADAPTED = ["model.lora={rank: 4}", "learn.offload=true"]
+SMALLER = ["sample.weights=int8", "loss.sampler_cap=2", "learn={row_sizes: [0.5], microbatch: 8, minibatch: 8, policy: {lr: 1e-3}}"]
+SMALLER += ["advantage.estimator=group", "kl.coef=0", "sample.top_k=5"]
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "wanted"),
+    [
+        ("train", [], ONCE | {"relay": 0}),  # the sampler's weights are the policy's own
+        ("train", MESHED, ONCE),
+        ("train", [*MESHED, *ADAPTED], ONCE),
+        ("train", SMALLER, ONCE | {"learn": 1}),
+        ("sft", ["mesh={data: 1, fsdp: 8}"], {"relay": 1, "generate": 1, "learn": 1}),
+    ],
+    ids=["plain", "meshed", "adapted", "int8", "sft"],
+)
+def test_every_program_is_compiled_once_and_before_the_first_step(folder, monkeypatch, command, settings, wanted):
+    """However many steps. What is found wanting then is of one number or so; and Orbax cuts each array that several devices copy."""
+    seconds = lambda made: sum(s for _, s in made)  # noqa: E731
+    honest, before = train.compile_ahead, []
+
+    def ahead(*args):
+        heard.taken()
+        said = honest(*args)
+        before.extend(heard.taken())
+        return said
+
+    monkeypatch.setattr(train, "compile_ahead", ahead)
     jax.clear_caches()
     with compiles.Compiles() as heard:
-        assert main("train", folder / "config.yaml", "name=counted", "eval.sets={}") == 0
-        made = Counter(name.removeprefix("jit(").removesuffix(")") for name, _ in heard.taken())
-    once = ("program", "generate", "assess", "make_experience")
-    assert {name: made[name] for name in (*once, "learn")} == dict.fromkeys(once, 1) | {"learn": 2}
-    # Beside them: start values, one-number programs, and Orbax's cutting of each array that eight devices have a copy of.
-    assert made.total() - made["slice"] <= 40
+        assert main(command, folder / "config.yaml", f"name=counted{len(settings)}{command}", *settings) == 0
+        after = Counter(name.removeprefix("jit(").removesuffix(")") for name, _ in heard.taken())
+    made = Counter(name.removeprefix("jit(").removesuffix(")") for name, _ in before)
+    assert made == Counter({name: n for name, n in wanted.items() if n}) and seconds(before) > 0
+    assert not after.keys() & wanted.keys() and after.total() - after["slice"] <= 40
+
+
+def test_a_signal_while_programs_are_compiled_stops_before_the_first_step(folder, monkeypatch, capsys):
+    def ahead(*_):
+        signal.raise_signal(signal.SIGTERM)
+        return "compiled"
+
+    monkeypatch.setattr(train, "compile_ahead", ahead)
+    assert main("train", folder / "config.yaml", "name=early") == 128 + signal.SIGTERM
+    assert not (folder / "runs/early/metrics.jsonl").exists() and "the same command goes on" in capsys.readouterr().err
 
 
 def test_what_is_compiled_late_is_named_and_explained(folder, capsys, caplog, monkeypatch):
