@@ -46,7 +46,7 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
     platform, m = mesh.devices.flat[0].platform, config.model
     cfg = dataclasses.replace(cfg, dtype=jnp.dtype(m.dtype).type, remat=m.remat, lora=m.lora)
     cfg = dataclasses.replace(cfg, splash=platform == "tpu" and m.attention == "auto" and not config.learn.row_sizes)
-    cfg = dataclasses.replace(cfg, unroll=platform != "tpu", narrow=platform == "cpu")
+    cfg = dataclasses.replace(cfg, unroll=platform != "tpu" and config.sample.layout == "gathered", narrow=platform == "cpu")
     for name, size in (("sample.questions", config.sample.questions), ("learn.minibatch", config.learn.minibatch)):
         sharding.check_divides(name, size, mesh, sharding.BATCH)
     sharding.check_divides("learn.microbatch", config.learn.microbatch or config.learn.minibatch, mesh, sharding.BATCH)
@@ -130,19 +130,24 @@ def init_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformat
 
 
 def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
-    """A sampler's parameters as ShapeDtypeStructs: arithmetic dtype, or int8 with float32 scales, DECODE shards."""
-    dtype, want = jnp.dtype(parts.config.model.dtype), lora.flat(abstract_params(parts, cfg, sharding.DECODE))
+    """What `generate` takes, as ShapeDtypeStructs: in the arithmetic's dtype and whole along `fsdp`, but for norms; for the layers where
+    `unroll` makes them so itself, slice by slice; and where `sample.layout` leaves them in shards. int8 matrices have float32 scales.
+    """
+    here, whole = (lora.flat(abstract_params(parts, cfg, table)) for table in (sharding.TRAIN, sharding.DECODE))
 
-    def one(name, p):
-        kept = jnp.int8 if cfg.int8 and name in model.MATRICES else jnp.float32 if name.endswith("_scale") else dtype
-        return jax.ShapeDtypeStruct(p.shape, kept, sharding=p.sharding)
+    def one(key, p):
+        name, layer = key[-1], key[0] == "layers"
+        where = here[key] if layer and (cfg.unroll or parts.config.sample.layout == "sharded") else p
+        kept = p.dtype if name.endswith("norm") or (layer and cfg.unroll) else jnp.dtype(parts.config.model.dtype)
+        kept = jnp.int8 if cfg.int8 and name in model.MATRICES else jnp.float32 if name.endswith("_scale") else kept
+        return jax.ShapeDtypeStruct(p.shape, kept, sharding=where.sharding)
 
-    return unflatten_dict({key: one(key[-1], p) for key, p in want.items()})
+    return unflatten_dict({key: one(key, p) for key, p in whole.items()})
 
 
 @dataclass(frozen=True)
 class Relay:
-    """Whole parameters → those of a sampler: its dtypes, its shards. Once per rollout, so that no token pays an all-gather.
+    """Whole parameters → what `generate` takes (`abstract_decode`). Once per rollout, so that no token pays an all-gather.
 
     What is so already is passed on as it is: a frozen bfloat16 base on one chip is never copied. Adapters stay beside their
     matrices, for a sum rounded to bfloat16 would lose the small ones, and the sampler's log-probs would not be the trainer's.

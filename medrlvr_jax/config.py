@@ -106,6 +106,8 @@ class SampleConfig:
     temperature: Weight = 1.0  # 0: greedy
     top_k: Size = 0  # 0: off
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # sharded: for weights that do not fit along mesh.tensor; each layer is then gathered at each token, which is many times slower.
+    layout: Literal["gathered", "sharded"] = "gathered"
     weights: Literal["same", "int8"] = "same"  # int8: the layers' matrices by output channel; needs loss.sampler_cap
 
 

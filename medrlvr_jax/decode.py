@@ -5,8 +5,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from medrlvr_jax.model import Block, Cache, Decoder, DecoderConfig, rms_norm
-from medrlvr_jax.sharding import constrain
+from medrlvr_jax.model import Block, Cache, Decoder, DecoderConfig, init, rms_norm
+from medrlvr_jax.sharding import DECODE, constrain
 from medrlvr_jax.types import Array, Params
 
 
@@ -74,5 +74,14 @@ def decode_step(
 
 
 def split_layers(params: Params, cfg: DecoderConfig) -> Any:
-    """The layers' parameters as `decode_step` takes them."""
-    return [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(cfg.layers)] if cfg.unroll else params["layers"]
+    """The layers' parameters as `decode_step` takes them. With `unroll`, each is cut out, cast and gathered along `fsdp` here, before the
+    loop over tokens: no copy of all of them stands beside."""
+    if not cfg.unroll:
+        return params["layers"]
+    axes = {name: box.names[1:] for name, box in jax.eval_shape(lambda: init(cfg, jax.random.key(0)))["layers"].items()}
+
+    def cut(name: str, p: Array, i: int) -> Array:
+        keep = name.endswith(("norm", "_scale")) or p.dtype == jnp.int8
+        return constrain(p[i] if keep else p[i].astype(cfg.dtype), *axes[name], table=DECODE)
+
+    return [{name: cut(name, p, i) for name, p in params["layers"].items()} for i in range(cfg.layers)]

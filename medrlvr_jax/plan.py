@@ -126,6 +126,7 @@ def variants(config: Config, machine: Machine) -> Iterator[tuple[str, Config, fl
         (f"mesh.tensor={m.tensor * 2} (and mesh.fsdp={m.fsdp // 2})", {"mesh": {"tensor": m.tensor * 2, "fsdp": m.fsdp // 2}}, 1.0),
         (f"learn.microbatch={half_micro}", {"learn": {"microbatch": half_micro}}, 0.5),
         (f"sample.questions={half_step}", {"sample": {"questions": half_step}}, 0.5),
+        ("sample.layout=sharded (sampling is then many times slower)", {"sample": {"layout": "sharded"}}, 1.0),
         ("model.remat=full", {"model": {"remat": "full"}}, 0.5 if c.model.remat != "full" else 1.0),
         ("learn.policy.moments=bfloat16", {"learn": {"policy": _moments(c.learn.policy)}}, 1.0),
     ]

@@ -133,6 +133,7 @@ CASES = [("gae", {"mesh": mesh}) for mesh in MESHES] + [("group", {"mesh": MESHE
 CASES += [
     ("gae", {"learn__microbatch": 1, "learn__row_sizes": [0.8, 0.95]}),
     ("gae", {"learn__microbatch": 4, "learn__row_sizes": [0.95], "mesh": {"data": 2, "fsdp": 2}}),
+    ("gae", {"sample__layout": "sharded", "mesh": MESHES[1]}),
 ]
 
 

@@ -146,7 +146,7 @@ def test_a_bfloat16_base_has_float32_adapters_and_is_not_copied_to_sample():
     with jax.set_mesh(loop.parts.mesh):
         decode = loop.relay(lora.join(loop.frozen.base, loop.policy.params))
     assert decode["layers"]["q"] is loop.frozen.base["layers"]["q"]
-    assert {x.dtype.name for x in jax.tree.leaves(decode)} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.tree.leaves(lora.merge(decode, loop.cfg))} == {"bfloat16"}
 
 
 def test_host_memory_changes_nothing():

@@ -126,7 +126,8 @@ def test_memory_counts_shards_and_what_else_lives(tiny):
     assert 3 * whole / 4 < policy < 3 * whole / 4 * 1.02  # params and two moments over 4 chips; norms and counters are not split
     held = [aot.bytes_of((planned[n].args, planned[n].others)) for n in ("learn_policy", "learn_critic", "assess")]
     assert max(held) - min(held) < 0.05 * max(held)  # all states live through each of them
-    assert aot.bytes_of(planned["generate"].others) == pytest.approx(7 * whole / 4, rel=0.02)
+    generate = planned["generate"]  # its layers are the policy's own
+    assert aot.bytes_of((generate.others, generate.args[0]["layers"])) == pytest.approx(7 * whole / 4, rel=0.02)
 
 
 def test_times_over_nodes():
@@ -179,6 +180,19 @@ def test_tiny_on_v5e_2x2(tiny, capsys):
     [gathered] = [c["bytes"] for c in programs["learn_policy"]["collectives"] if c["kind"] == "all-gather"]
     assert layer < gathered < 2.6 * layer
     assert all(c["axis"] == "fsdp" for p in programs.values() for c in p["collectives"])
+
+
+@needs_libtpu
+def test_a_sharded_sampler_holds_less_and_moves_more(tiny):
+    """No copy of the layers along fsdp: gathered in each of 16 tokens in place of once."""
+    tpu, layers = machines.parse("v5e:2x2"), 4 * architectures.known("embedded").layers * flops.weights(architectures.known("embedded"))
+    made = [
+        plan.plan(configs.load(tiny, [f"sample.layout={x}"]), tpu, only=("relay", "generate")).programs for x in ("gathered", "sharded")
+    ]
+    (relay, whole), (_, shards) = made
+    assert layers / 2 < whole.arguments - shards.arguments < layers * 3 / 4  # small shards are padded to the chip's tiles
+    moved = [sum(c.bytes for c in p.collectives if c.kind == "all-gather") for p in (relay, shards)]
+    assert moved[1] > 8 * moved[0]
 
 
 @needs_libtpu
