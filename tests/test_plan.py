@@ -192,7 +192,7 @@ def test_a_sharded_sampler_holds_less_and_moves_more(tiny):
     (relay, whole), (_, shards) = made
     assert layers / 2 < whole.arguments - shards.arguments < layers * 3 / 4  # small shards are padded to the chip's tiles
     moved = [sum(c.bytes for c in p.collectives if c.kind == "all-gather") for p in (relay, shards)]
-    assert moved[1] > 8 * moved[0]
+    assert moved[1] > 6 * moved[0]  # 16 times, in half the bytes: the compiler gathers what its products read, bfloat16
 
 
 @needs_libtpu
