@@ -4,6 +4,7 @@
 a machine that is not here would run. That both are what a step calls is held to by tests (test_plan.py, test_programs.py).
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -161,18 +162,21 @@ def step_programs(parts: Parts, programs: Programs, width: int) -> list[Program]
 
 
 def compile_ahead(programs: Sequence[Program], parts: Parts, progress: Callable[[str, int, int], None]) -> str:
-    """Compile all, side by side; the calls that follow find them in JAX's own cache. Returns what it took, in words.
+    """Compile all; the calls that follow find them in JAX's own cache. Returns what it took, in words.
 
-    The host's cores share the work, and a program that does not fit is known before anything runs. `progress`: (what, done, of how many).
+    As many at a time as there are pairs of cores: XLA keeps about two busy with one, and a gigabyte of the host's memory. A program that
+    does not fit is known before anything runs. All processes begin them in one order, so that none waits for what another has not begun
+    (GPUs' tuning is shared). `progress`: (what, done, of how many).
     """
     began, took = time.monotonic(), {}
 
     def one(program: Program) -> None:
+        start = time.monotonic()
         with jax.set_mesh(parts.mesh):
             program.function.lower(*program.args, **program.kwargs).compile()
-        took[program.name] = time.monotonic() - began
+        took[program.name] = time.monotonic() - start
 
-    with ThreadPoolExecutor(len(programs)) as pool:  # all at once: processes that tune kernels together wait for each other's
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         waiting = {pool.submit(one, program): program.name for program in programs}
         for done, future in enumerate(as_completed(waiting), 1):
             try:
@@ -184,4 +188,4 @@ def compile_ahead(programs: Sequence[Program], parts: Parts, progress: Callable[
                 raise ConfigError(f"{waiting[future]} does not fit this machine: {said}; {remedy}") from None
             progress("compiling", done, len(programs))
     slowest = max(took, key=lambda name: took[name])
-    return f"{len(programs)} programs compiled in {time.monotonic() - began:.0f} s, {slowest} the last"
+    return f"{len(programs)} programs compiled in {time.monotonic() - began:.0f} s; longest was {slowest}, {took[slowest]:.0f} s"
