@@ -26,7 +26,7 @@ import jax
 from medrlvr_jax import configs
 from medrlvr_jax.aot import Figures, bytes_of, compile_program, planned, prepare
 from medrlvr_jax.build import total_steps
-from medrlvr_jax.config import Config, ConfigError
+from medrlvr_jax.config import Config, ConfigError, LoRAConfig
 from medrlvr_jax.machines import GIB, QUICK, Machine, parse
 
 STEPS = 1000  # of a run whose length is not known: only the schedule's constants depend on it
@@ -133,6 +133,11 @@ def variants(config: Config, machine: Machine) -> Iterator[tuple[str, Config, fl
     if c.learn.critic:
         both = {"learn": {"policy": _moments(c.learn.policy), "critic": _moments(c.learn.critic)}}
         candidates.append(("learn.policy.moments=bfloat16 and learn.critic.moments=bfloat16", both, 1.0))
+    if not c.learn.offload:
+        candidates.append(("learn.offload=true (the host's memory must hold it)", {"learn": {"offload": True}}, 1.0))
+    if not c.model.lora:
+        text = "model.param_dtype=bfloat16 model.lora={rank: 16} (adapters alone learn, at rates some hundred times higher)"
+        candidates.append((text, {"model": {"lora": dataclasses.asdict(LoRAConfig(rank=16)), "param_dtype": "bfloat16"}}, 1.0))
     for text, sections, factor in candidates:
         try:
             yield text, changed(**sections), factor
@@ -149,15 +154,16 @@ def advise(config: Config, machine: Machine, worst: Figures) -> list[str]:
     saved = []
     for text, changed, factor in variants(config, machine):
         try:
-            held = resident(changed, machine)[worst.name]
+            held = resident(changed, machine)
         except ConfigError:
             continue
         learns = worst.name.startswith("learn")
         applies = {"learn.microbatch": learns, "model.remat": learns, "sample.questions": not learns}.get(text.partition("=")[0], True)
-        peak = held + worst.outputs + worst.temporaries * (factor if applies else 1.0)
+        peak = held[worst.name] + worst.outputs + worst.temporaries * (factor if applies else 1.0) if worst.name in held else 0.0
         saved.append((worst.peak - peak, text))
     best = sorted((s for s in saved if s[0] > 0.01 * GIB), reverse=True)[:2]
-    return [f"{text}: about {gain / GIB:.1f} GiB less in {worst.name}" for gain, text in best]
+    enough = worst.peak - worst.usable
+    return [f"{text}: about {gain / GIB:.1f} GiB less in {worst.name}{', enough there' * (gain >= enough)}" for gain, text in best]
 
 
 def resident(config: Config, machine: Machine) -> dict[str, float]:

@@ -215,6 +215,18 @@ def test_what_does_not_fit_says_what_would_help(tiny):
     assert not made.fits and "learn_policy needs 23.00 GiB of 15.75: 7.25 too much" in text and "would help: mesh.fsdp=8" in text
 
 
+def test_what_would_help_is_counted_from_what_each_setting_leaves_in_memory():
+    """Full PPO of 3B on 4 chips: 20.1 GiB of states in each. Adapters do most; optimiser states in the host's memory, 8.6 GiB."""
+    c = configs.load("configs/medqa_ppo_qwen2.5_3b.yaml", ["mesh={data: 1, fsdp: 4}"])
+    machine = machines.parse("v5e:2x2")
+    held = plan.resident(c, machine)["learn_policy"]
+    assert held == pytest.approx(20.1 * GIB, rel=0.01)
+    adapters, waiting = plan.advise(c, machine, aot.Figures("learn_policy", 1.0, held, 0.0, 9 * GIB, 0.0, 15.75 * GIB, 1.0))
+    assert adapters.startswith("model.param_dtype=bfloat16 model.lora={rank: 16} (")
+    assert adapters.endswith("less in learn_policy, enough there")
+    assert waiting.startswith("learn.offload=true (") and waiting.endswith("about 8.6 GiB less in learn_policy")
+
+
 def test_the_table_of_a_sweep(tiny):
     """The quickest that fits comes first, as settings to copy."""
     machine, plans = machines.parse("v5e:2x2"), []
