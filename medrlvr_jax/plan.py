@@ -136,8 +136,9 @@ def variants(config: Config, machine: Machine) -> Iterator[tuple[str, Config, fl
     if not c.learn.offload:
         candidates.append(("learn.offload=true (the host's memory must hold it)", {"learn": {"offload": True}}, 1.0))
     if not c.model.lora:
-        text = "model.param_dtype=bfloat16 model.lora={rank: 16} (adapters alone learn, at rates some hundred times higher)"
-        candidates.append((text, {"model": {"lora": dataclasses.asdict(LoRAConfig(rank=16)), "param_dtype": "bfloat16"}}, 1.0))
+        adapters = LoRAConfig()
+        text = f"model.param_dtype=bfloat16 model.lora={{rank: {adapters.rank}}} (adapters alone learn, at rates some hundred times higher)"
+        candidates.append((text, {"model": {"lora": dataclasses.asdict(adapters), "param_dtype": "bfloat16"}}, 1.0))
     for text, sections, factor in candidates:
         try:
             yield text, changed(**sections), factor
@@ -159,7 +160,8 @@ def advise(config: Config, machine: Machine, worst: Figures) -> list[str]:
             continue
         learns = worst.name.startswith("learn")
         applies = {"learn.microbatch": learns, "model.remat": learns, "sample.questions": not learns}.get(text.partition("=")[0], True)
-        peak = held[worst.name] + worst.outputs + worst.temporaries * (factor if applies else 1.0) if worst.name in held else 0.0
+        own = worst.outputs + worst.temporaries * (factor if applies else 1.0)
+        peak = held[worst.name] + own if worst.name in held else 0.0  # a relay that has nothing left to copy is no program
         saved.append((worst.peak - peak, text))
     best = sorted((s for s in saved if s[0] > 0.01 * GIB), reverse=True)[:2]
     enough = worst.peak - worst.usable

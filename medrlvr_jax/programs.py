@@ -182,6 +182,7 @@ def compile_ahead(programs: Sequence[Program], parts: Parts, progress: Callable[
             try:
                 future.result()
             except jax.errors.JaxRuntimeError as e:
+                pool.shutdown(wait=False, cancel_futures=True)  # those not begun: the reason is not kept waiting for them
                 if "RESOURCE_EXHAUSTED" not in str(e):
                     raise
                 said, remedy = str(e).split("\n")[0][:300], "`medrlvr plan CONFIG --topology …` says by how much, and what would help"

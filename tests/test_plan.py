@@ -155,12 +155,16 @@ def test_the_compilers_refusal_is_read():
 
 
 @needs_libtpu
-def test_a_training_that_does_not_fit_is_refused_before_it_starts(tiny):
-    """By the TPU's own compiler: 16 GiB and one more of it."""
+def test_a_training_that_does_not_fit_is_refused_before_it_starts(tiny, monkeypatch):
+    """By the TPU's own compiler: 16 GiB and one more of it. The reason does not wait for the programs that stand behind."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)  # one at a time
+    begun = []
     parts = aot.prepare(configs.load(tiny, ["mesh={data: 1}"]), machines.parse("v5e:1x1"))
     large = Program("learn_policy", jax.jit(lambda x: (x, x + 1)), (array(parts, jnp.float32, 4 * GIB),))
+    behind = [Program(f"{i}", jax.jit(lambda x, i=i: (begun.append(i), x + i)[1]), (array(parts, jnp.float32, 8),)) for i in range(8)]
     with pytest.raises(ConfigError, match=r"learn_policy does not fit this machine: RESOURCE_EXHAUSTED.*medrlvr plan"):
-        compile_ahead([large], parts, lambda *_: None)
+        compile_ahead([large, *behind], parts, lambda *_: None)
+    assert len(begun) < len(behind)
 
 
 @needs_libtpu
