@@ -219,6 +219,7 @@ def test_what_does_not_fit_says_what_would_help(tiny):
     assert not made.fits and "learn_policy needs 23.00 GiB of 15.75: 7.25 too much" in text and "would help: mesh.fsdp=8" in text
 
 
+@needs_libtpu
 def test_what_would_help_is_counted_from_what_each_setting_leaves_in_memory():
     """Full PPO of 3B on 4 chips: 20.1 GiB of states in each. Adapters do most; optimiser states in the host's memory, 8.6 GiB."""
     c = configs.load("configs/medqa_ppo_qwen2.5_3b.yaml", ["mesh={data: 1, fsdp: 4}"])
