@@ -36,9 +36,9 @@ Exit status: 0 it is what was logged, or was not logged; 1 it is not. Equal to t
 rounding may choose another token now and then. Only mesh.* is meant to be set otherwise here."""
 
 EVAL = """Answers the config's eval.sets with a run's checkpoint, or with the config's own model. Prints accuracy and format with 95 %
-intervals (Wilson's; of several samples, from resampled questions), entropy per token, subjects, and how often each letter is answered
+intervals over questions (several samples of one are not several questions), entropy per token, subjects, and how often each letter is answered
 and is the key; with eval.samples above 1 also pass@k, with chance taken out too, and maj@k. A set that holds exact repeats is also given
-without them. eval.json has all of it, for every k."""
+without them. eval.json has all of it, for every k, and how it was made: settings, wording of the prompt, hashes of questions and prompts."""
 
 PROBE = """Lets the model answer the config's eval.sets greedily, then forces an answer (the most probable letter) at once, after the
 first 0, 25, 50, 75 and 100 % of its thought, and after another question's thought: if none of it changes the accuracy, the thought does

@@ -270,6 +270,16 @@ def _record(value: Any) -> dict[str, Any] | DataError:
     return value if isinstance(value, dict | DataError) else DataError(f"{reprlib.repr(value)}: a record is an object with fields")
 
 
+def question_hash(question: Question) -> str:
+    """16 hexadecimal digits of what is asked: stem, options in the file's order, key. The id and the order shown do not count."""
+    options, answer = list(question.options), question.answer
+    if question.order:
+        options = [options[question.order.index(letter)] for letter in LETTERS[: len(options)]]
+        answer = LETTERS.index(question.order[answer])
+    text = json.dumps([question.question, options, answer], ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
     """`{"n", "sha256"}` of rows, questions or whatever JSON can hold, in their order: what a run says of the data that it used."""
     digest, n = hashlib.sha256(), 0

@@ -11,13 +11,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from medrlvr_jax import answers, data, files, hf, log, lora
+from medrlvr_jax import answers, configs, data, files, hf, log, lora, stats, text
 from medrlvr_jax.build import Parts, abstract_params, build, load_base, load_params, make_relay
 from medrlvr_jax.checkpoint import best_step, restore_params
 from medrlvr_jax.config import Config, ConfigError, SampleConfig, SetConfig
 from medrlvr_jax.configs import load
 from medrlvr_jax.console import Console
 from medrlvr_jax.experience import Encoded, encode, reorder, sample_and_score
+from medrlvr_jax.formats import Question
 from medrlvr_jax.processes import gather
 from medrlvr_jax.programs import Program, draw_program
 from medrlvr_jax.types import Params
@@ -72,9 +73,10 @@ def ask(
     rows = []
     for row in np.flatnonzero(scored.counted & (scored.places < n * alone)).tolist():
         question, which = divmod(int(scored.places[row]), alone)
-        whose = {"subject": scored.questions[row].subject, "sample": draw + which}
-        if (name := scored.questions[row].id) in encoded.repeats:
-            whose |= {"repeats": encoded.repeats[name]}
+        asked = scored.questions[row]
+        whose = {"subject": asked.subject, "sample": draw + which, "question_hash": data.question_hash(asked)}
+        if asked.id in encoded.repeats:
+            whose |= {"repeats": encoded.repeats[asked.id]}
         rows.append((int(index[question]) * k + draw + which, scored.record(row) | whose))
     return rows
 
@@ -92,15 +94,24 @@ def programs(parts: Parts, sets: dict[str, Encoded]) -> list[Program]:
 
 
 def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:
-    """Counts over completions: n, correct, format_ok; and their shares, for reading."""
-    n = len(rows)
-    correct, formatted = sum(r["correct"] for r in rows), sum(r["format_ok"] for r in rows)
+    """Counts over completions (n, correct, format_ok), and their shares with 95 % intervals over questions (`stats.accuracy`).
+
+    `rows` stand question by question, each with as many samples.
+    """
+    n, questions = len(rows), len({r["id"] for r in rows})
+    right, formatted = (np.array([r[name] for r in rows]).reshape(questions, -1) for name in ("correct", "format_ok"))
+    accuracy, form = stats.accuracy(right), stats.accuracy(formatted)
     return {
         "n": n,
-        "correct": correct,
-        "format_ok": formatted,
-        "accuracy": correct / n,
-        "format_rate": formatted / n,
+        "questions": questions,
+        "correct": int(right.sum()),
+        "format_ok": int(formatted.sum()),
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "format_rate": form.value,
+        "format_low": form.low,
+        "format_high": form.high,
         "response_length": sum(r["length"] for r in rows) / n,
         "truncated": sum(not r["stopped"] for r in rows),
         "dropped_prompts": dropped,
@@ -161,8 +172,19 @@ def chosen_on(source: Path, step: int, sets: dict[str, SetConfig]) -> list[str]:
     return [n for n, spec in sets.items() if dataclasses.replace(spec, limit=None) == same]
 
 
+def how_made(parts: Parts, sets: dict[str, Encoded]) -> dict[str, Any]:
+    """What eval.json says so that the same could be asked again: the resolved settings, the prompt's wording, and of each set hashes of
+    the questions and of the prompts' tokens as the model was given them (shuffled options: as the file has them)."""
+    asked = {
+        name: {"data": data.fingerprint(encoded.questions), "prompts": data.fingerprint(encoded.tokens)} for name, encoded in sets.items()
+    }
+    blank = Question("", "{question}", ("{option A}", "{option B}"), 0)
+    template = text.render(blank, parts.config.prompt.template)
+    return {"config": configs.to_tree(parts.config), "template": template, "sets": asked}
+
+
 def evaluate_source(source: Path, settings: list[str], step: int | Literal["best"] | None, out: Path | None) -> int:
-    """`medrlvr eval`: one JSONL of answers a set, eval.json with the counts and what they show, and tables."""
+    """`medrlvr eval`: one JSONL of answers a set, eval.json with how they were made, counts and what they show, and tables."""
     parts, params, step = open_source(source, settings, step)
     sets = load_sets(parts)
     if not sets:
@@ -182,7 +204,7 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
         return 0
     chosen = chosen_on(source, step, parts.config.eval.sets)
     warnings = [f"{name}: checkpoint {step} was chosen as the best on these questions: its accuracy here is too high" for name in chosen]
-    about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings}
+    about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings} | how_made(parts, sets)
     files.write_json(folder / "eval.json", about | {"eval": results, "statistics": found})
     print(answers.show(found))
     for name, counts in results.items():

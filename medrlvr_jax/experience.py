@@ -61,7 +61,7 @@ class Scored:
     verdicts: Verdicts  # of the same rows
     lengths: np.ndarray  # int [N], tokens up to and including the stop token
     stopped: np.ndarray  # bool [N], False where the budget cut the response
-    stages: list[str]  # [N], which of the paper's six stages each completion shows
+    stages: list[str | None]  # [N], which of the paper's six stages each completion shows; None under `direct`, which asks for no thought
     failed: dict[int, str]  # rows on which the user's own reward failed, and why; their reward is NaN
     entropy: np.ndarray | None = None  # float [N], the policy's, in nats, mean over the response's tokens; None where it was not taken
 
@@ -128,8 +128,10 @@ def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Ro
     questions = [encoded.questions[i] for i in index[own] for _ in range(groups)]
     keys, options, rule = [LETTERS[q.answer] for q in questions], [q.options for q in questions], parts.config.reward
     verdicts = score(completions, keys, options, rule)
-    lenient = verdicts if rule.mode == "paper" else score(completions, keys, options, dataclasses.replace(rule, mode="paper"))
-    shown = [stages.stage(*row) for row in zip(completions, lenient.format_ok.tolist(), options, strict=True)]
+    shown: list[str | None] = [None] * len(completions)
+    if rule.mode != "direct":
+        lenient = verdicts if rule.mode == "paper" else score(completions, keys, options, dataclasses.replace(rule, mode="paper"))
+        shown = [stages.stage(*row) for row in zip(completions, lenient.format_ok.tolist(), options, strict=True)]
     failed: dict[int, str] = {}
     if own_reward := user_reward.worker(rule):
         values, failed = own_reward.score(list(zip(completions, keys, options, (q.question for q in questions), strict=True)))

@@ -21,7 +21,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(correct: float, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(correct: float, n: float, z: float = Z95) -> tuple[float, float]:
     """The Wilson score interval of a share, 95 % by default. (0, 1) for n = 0.
 
     (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), with p = correct / n. Unlike p ± z √(p(1−p)/n) it never leaves [0, 1] and does
@@ -32,6 +32,19 @@ def wilson(correct: float, n: int, z: float = Z95) -> tuple[float, float]:
     p = correct / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def mean_share(shares: np.ndarray) -> Interval:
+    """The mean of per-question values in [0, 1], float [n], and its 95 % interval over questions.
+
+    Wilson's, of as many questions as would give the mean's variance if each were wholly right or wholly wrong: n p(1−p) / σ². For one
+    answer a question that is n. σ² / p(1−p) is taken with two questions of value 1 and two of 0 added (as Agresti & Coull, Am. Stat. 52,
+    1998, do), so that it is not told from a handful of right answers, nor is 0 where all values are alike.
+    """
+    n, mean = len(shares), float(np.mean(shares, dtype=np.float64))
+    padded = np.concatenate([np.asarray(shares, np.float64), [0.0, 0.0, 1.0, 1.0]])
+    ratio = float(padded.var() / (padded.mean() * (1 - padded.mean())))
+    return Interval(mean, *wilson(mean * n / ratio, n / ratio))
 
 
 def bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval:
@@ -45,14 +58,8 @@ def bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval
 
 
 def accuracy(correct: np.ndarray) -> Interval:
-    """Share of right answers: Wilson's interval for one answer a question, resampled questions for several ([n, k]).
-
-    Where all questions have the same share, resampling has nothing to tell, and Wilson's interval of n questions stands in.
-    """
-    shares = np.asarray(correct, np.float64).reshape(len(correct), -1).mean(1)
-    if np.asarray(correct).size == len(shares) or (shares == shares[0]).all():
-        return Interval(float(shares.mean()), *wilson(float(shares.sum()), len(shares)))
-    return bootstrap(shares)
+    """Share of right answers, [n] or [n, k], with its 95 % interval over questions (`mean_share`): k samples are no k questions."""
+    return mean_share(np.asarray(correct, np.float64).reshape(len(correct), -1).mean(1))
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:

@@ -225,7 +225,8 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     }
     rows |= {"truncated": ~scored.stopped, "completions": np.ones(len(scored.places))}
     rows |= {f"monitor/{name}": column for name, column in monitors.flags(scored).items()}
-    rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
+    if None not in scored.stages:
+        rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
     totals = gather({name: float(column[scored.counted].sum()) for name, column in rows.items()})  # one set from each process
     sums = {name: sum(total[name] for total in totals) for name in rows}
     n = int(sums.pop("completions"))

@@ -370,3 +370,15 @@ def test_a_fingerprint_tells_rows_apart():
     one, other = Question("1", "?", ("a", "b"), 0), Question("1", "?", ("a", "b"), 1)
     assert data.fingerprint([one, other]) == data.fingerprint([one, other]) != data.fingerprint([other, one])
     assert data.fingerprint([([1, 2], [3])]) == {"n": 1, "sha256": "46d75cebab5a28687e02ac4f0090e7ea9c0f12b51e3a50dfa313390a21776049"}
+
+
+def test_a_questions_hash_is_of_what_is_asked():
+    question = Question("7", "Which?", ("x", "y", "z"), 2)
+    shuffled = Question("other id", "Which?", ("z", "x", "y"), 0, subject="lung", order="CAB")
+    assert data.question_hash(question) == data.question_hash(shuffled) and re.fullmatch("[0-9a-f]{16}", data.question_hash(question))
+    others = [
+        Question("7", "Who?", ("x", "y", "z"), 2),
+        Question("7", "Which?", ("x", "z", "y"), 2),
+        Question("7", "Which?", ("x", "y", "z"), 1),
+    ]
+    assert len({data.question_hash(q) for q in [question, *others]}) == 4

@@ -1,5 +1,6 @@
 """Monitors on rows and records made by hand: what they count, when they speak, which rows they name."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import yaml
 from test_train import folder, lines, main  # noqa: F401  (a fixture)
 
-from medrlvr_jax import monitors, stages
+from medrlvr_jax import monitors, stages, train
 from medrlvr_jax.configs import from_tree
 from medrlvr_jax.experience import Scored
 from medrlvr_jax.formats import Question
@@ -134,3 +135,9 @@ def test_a_control_run_of_constant_rewards_goes_on():
         assert monitors.stalled(metrics, settings(**changes)) == stops and monitors.alarms(metrics, [], settings(**changes))
     control = settings(reward={"unformatted": 0.0, "correct": 0.0})
     assert not monitors.stalled(metrics, control) and not monitors.alarms(metrics, [], control)
+
+
+def test_where_no_thought_is_asked_for_there_are_no_stages():
+    rows = scored([WELL, HACK], ["A", "A"], 1)
+    assert train.summarise({}, rows)["stage/reintegrated_reasoning"] == 0.5
+    assert not any(k.startswith("stage/") for k in train.summarise({}, dataclasses.replace(rows, stages=[None, None])))

@@ -76,7 +76,7 @@ def test_clustered_interval_is_wider_than_that_of_independent_samples():
     value, low, high = stats.accuracy(correct)
     naive = stats.wilson(correct.sum(), correct.size)
     assert value == pytest.approx(easy.mean())
-    assert high - low == pytest.approx(np.diff(stats.wilson(easy.sum(), 200))[0], rel=0.1)
+    assert high - low == pytest.approx(np.diff(stats.wilson(easy.sum(), 200))[0])
     assert high - low > 3 * (naive[1] - naive[0])
 
 
@@ -112,9 +112,27 @@ def test_letter_bias():
     assert twice["p"] == pytest.approx(stats.scipy.stats.chisquare([10, 20]).pvalue)  # a sample is half a question
 
 
-def test_the_interval_of_nothing_right_is_not_a_point():
-    assert stats.accuracy(np.zeros((20, 4), bool)) == (0.0, *stats.wilson(0, 20))
-    assert stats.accuracy(np.eye(4, dtype=bool)) == (0.25, *stats.wilson(1, 4))
+def test_the_interval_of_nearly_nothing_right_is_not_a_point():
+    none = np.zeros((100, 4), bool)
+    assert stats.accuracy(none) == pytest.approx((0.0, *stats.wilson(0, 100)))
+    none[0, 0] = True  # the percentiles of resampled questions would be 0 and 0.75 %
+    value, low, high = stats.accuracy(none)
+    # Of 104 shares, 0.25 and two of 1 are not 0: mean 2.25 / 104, variance 2.0625 / 104 less its square.
+    ratio = (2.0625 / 104 - (2.25 / 104) ** 2) / ((2.25 / 104) * (1 - 2.25 / 104))
+    assert (value, low, high) == pytest.approx((0.0025, *stats.wilson(0.25 / ratio, 100 / ratio)))
+    assert low > 0 and 0.037 < high < 0.04
+
+
+def test_one_answer_a_question_has_wilsons_interval():
+    right = np.arange(148) < 15
+    assert stats.accuracy(right) == pytest.approx((15 / 148, *stats.wilson(15, 148)))
+
+
+def test_the_interval_over_questions_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    easiness = rng.beta(0.5, 0.5, (400, 100, 1))  # 400 evaluations of 100 questions with 4 samples each
+    found = [stats.accuracy(c) for c in rng.random((400, 100, 4)) < easiness]
+    assert 0.92 <= np.mean([low <= 0.5 <= high for _, low, high in found]) <= 0.98
 
 
 def test_wilson_against_known_values():

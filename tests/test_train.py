@@ -134,7 +134,13 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     assert found["accuracy"]["value"] == counts["accuracy"] and len(found["subjects"]) > 1 and len(written["warnings"]) == 2
     record = lines(run / "metrics.jsonl")[1]  # random weights: greedy and sampled answers know as little
     assert found["token_entropy"] == pytest.approx(record["entropy"], rel=0.01)
-    assert counts["n"] == len(lines(folder / "answers" / "in_distribution.jsonl")) == 12
+    assert counts["n"] == counts["questions"] == len(lines(folder / "answers" / "in_distribution.jsonl")) == 12
+    assert (counts["accuracy_low"], counts["accuracy_high"]) == (found["accuracy"]["low"], found["accuracy"]["high"])
+    spec = SetConfig(path="embedded:in_distribution", limit=12)
+    assert written["sets"]["in_distribution"]["data"] == data.fingerprint(data.load(spec)) and set(written["sets"]) == set(written["eval"])
+    assert written["config"]["eval"]["sets"]["other"]["limit"] == 8 and written["template"].startswith(
+        "Question: {question}\nA. {option A}"
+    )
     assert counts["correct"] == json.loads((run / "summary.json").read_text())["eval"]["in_distribution"]["after"]["correct"]
     assert main("eval", run, "--out", folder / "answers") == 2  # nothing is overwritten
     orders = ["eval.sets.in_distribution.shuffle_options=true", "eval.samples=2"]
@@ -144,6 +150,9 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     assert len(rows) == 24 and rows[0]["id"] == rows[1]["id"] and rows[0]["order"] != rows[1]["order"]
     asked = {q.id: q for q in data.load(SetConfig(path="embedded:in_distribution"))}
     assert all(r["order"][formats.LETTERS.index(r["key"])] == formats.LETTERS[asked[r["id"]].answer] for r in rows)
+    assert all(r["question_hash"] == data.question_hash(asked[r["id"]]) for r in rows)
+    assert main("eval", run, "--out", folder / "direct", "reward.mode=direct") == 0  # no thought is asked for: it has no stage
+    assert {r["stage"] for r in lines(folder / "direct" / "in_distribution.jsonl")} == {None} != {rows[0]["stage"]}
     assert main("probe", run, "--out", folder / "probed") == 0
     assert "answer as at 100 %" in capsys.readouterr().out
     rows, probed = lines(folder / "probed" / "in_distribution.jsonl"), json.loads((folder / "probed" / "probe.json").read_text())["probe"]

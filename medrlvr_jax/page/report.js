@@ -13,7 +13,7 @@
     if (name) element.className = name;
     return element;
   };
-  const spaced = (name) => name.replaceAll("_", " ");
+  const spaced = (name) => (name === null ? "no stage: no thought was asked for" : name.replaceAll("_", " "));
   const fill = (field, show = String) => {
     const values = [...new Set(all.map((s) => s[field]))].sort((a, b) => (a < b ? -1 : a > b ? 1 : 0));
     for (const value of values) {
