@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import Field
 
 from medrlvr_jax import configs, log
@@ -109,10 +108,7 @@ class Cell:
 
 def read(path: str | Path, settings: list[str]) -> tuple[Experiment, list[Cell]]:
     """The file and its cells. `a.b=value` replaces a field of the file or, of any other name, that setting in every cell."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: not a YAML file that can be read: {e}; configs/reproduce_tiny.yaml is one") from None
+    tree = configs.read_yaml(path, "configs/reproduce_tiny.yaml is one that can be")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: name, common, arms and claims are needed; configs/reproduce_tiny.yaml shows how")
     everywhere = [item for item in settings if item.split("=")[0].split(".")[0] not in Experiment.__dataclass_fields__]
@@ -182,7 +178,7 @@ def check_same(cells: list[Cell]) -> None:
             complaints.append(f"  {cell.path.name}: there is no {file.name} beside it to tell them")
         elif file.exists():
             text = file.read_text(encoding="utf-8")
-            there, here = (log.flat(yaml.safe_load(t)) for t in (text, cell.record()))
+            there, here = (log.flat(configs.parse_yaml(t, str(file), "repair or remove it")) for t in (text, cell.record()))
             pairs = {k: (there.get(k, DEFAULTS.get(k)), here.get(k)) for k in here | there}
             found = [f"{k}: {old!r} there, {new!r} now" for k, (old, new) in pairs.items() if old != new]
             if text.splitlines()[0] != cell.origin():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -9,22 +11,59 @@ import pydantic
 import yaml
 from pydantic_core import to_jsonable_python
 
+from medrlvr_jax import files
 from medrlvr_jax.config import COMPARING, Config, ConfigError, EvalConfig, SetConfig
 
 
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
     """Read a YAML file, apply `a.b=value` overrides (values are YAML too) and check everything that needs no device."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file; `configs/` holds the ready ones") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: not a YAML file: {e}") from None
+    tree = read_yaml(path, "`configs/` holds the ready ones") or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a mapping of settings is needed, got {type(tree).__name__}")
     for item in overrides:
         override(tree, item)
     return from_tree(tree, str(path))
+
+
+def read_yaml(path: str | Path, remedy: str) -> Any:
+    """What a YAML file holds; `remedy` is for one that is not there or no YAML."""
+    with files.reading(path, remedy):
+        text = Path(path).read_text(encoding="utf-8")
+    return parse_yaml(text, str(path), remedy)
+
+
+def parse_yaml(text: str, source: str, remedy: str) -> Any:
+    """YAML in which no key of a mapping stands twice: PyYAML would keep the last and lose the others without a word."""
+    with files.reading(source, remedy):
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+    if complaints := list(_repeated(root)):
+        raise ConfigError("\n".join(f"{source}: {complaint}" for complaint in complaints))
+    with files.reading(source, remedy):
+        return None if root is None else loader.construct_document(root)
+
+
+def _repeated(root: yaml.Node | None) -> Iterator[str]:
+    """A complaint for each key that a mapping at any depth holds more than once."""
+    seen: set[int] = set()
+    todo: list[tuple[tuple[str, ...], yaml.Node | None]] = [((), root)]
+    while todo:
+        path, node = todo.pop()
+        if id(node) in seen:  # an alias of what was looked through already, perhaps of a node that it stands in
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            todo += [((*path, str(i)), item) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            lines = defaultdict(list)
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    lines[key.tag, key.value].append(key.start_mark.line + 1)
+                todo.append(((*path, str(key.value)), value))
+            for (_, name), where in lines.items():
+                if len(where) > 1:
+                    on = f"on lines {', '.join(map(str, where[:-1]))} and {where[-1]}"
+                    yield f"{'.'.join([*path, name])}: given {len(where)} times, {on}; only the last would count, so keep one"
 
 
 def from_tree(tree: dict[str, Any], source: str = "config") -> Config:
@@ -53,10 +92,7 @@ def override(tree: dict[str, Any], item: str) -> None:
     name, sep, text = item.partition("=")
     if not sep or not name:
         raise ConfigError(f"override {item!r}: write it as a.b=value, such as sample.temperature=0.7")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"override {item!r}: the value is not YAML: {e}") from None
+    value = parse_yaml(text, f"override {item!r}", "the value must be YAML; quote a text that holds : or { or [")
     *parents, leaf = name.split(".")
     node = tree
     for i, key in enumerate(parents):

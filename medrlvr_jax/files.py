@@ -1,4 +1,7 @@
-"""Files that a crash cannot leave half written: whole ones by an atomic move, JSON lines by appending and rewinding."""
+"""Files that a crash cannot leave half written: whole ones by an atomic move, JSON lines by appending and rewinding.
+
+And files that others wrote: `reading` says in words what a library could not read.
+"""
 
 import json
 import math
@@ -8,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medrlvr_jax.config import Unwritable
+from medrlvr_jax.config import ConfigError, Unwritable
+
+PEEK = 256  # bytes of a file, by which one that holds something else than its name says is recognised
 
 
 def write_text(path: Path, text: str) -> None:
@@ -34,6 +39,51 @@ def named_errors(path: Path) -> Iterator[None]:
     except OSError as e:
         remedy = "what was saved before is untouched: mend that, and the same command goes on from the newest checkpoint"
         raise Unwritable(f"{path} cannot be written: {e.strerror or e}; {remedy}") from e
+
+
+@contextmanager
+def reading(source: str | Path, remedy: str, error: type[ConfigError] = ConfigError) -> Iterator[None]:
+    """Around one call of a library that reads what a user named (`source`): whatever it raises becomes an `error` that holds the name,
+    the cause and the remedy, with the library's own error chained to it.
+
+    Libraries raise more than they document: a bare Exception, a MemoryError, a panic of code in Rust. So all is taken that does not ask
+    the process to end. Only the library's call belongs inside, for a fault of this package must keep its traceback. Where the file itself
+    shows what went wrong with it (it is empty, a git-LFS pointer, a web page), the message says that instead of `remedy`.
+    """
+    try:
+        yield
+    except ConfigError:  # in words already
+        raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # pyo3's is no Exception
+            raise
+        cause = e.strerror or str(e) if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
+        raise error(f"{source}: cannot be read: {cause[:500].rstrip('. ')}; {_what_else(source) or remedy}") from e
+
+
+def _what_else(source: str | Path) -> str | None:
+    """What a file holds that went wrong on its way here, and the remedy; None for any other file, and for what is no file."""
+    try:
+        with open(source, "rb") as file:
+            start = file.read(PEEK).lstrip().lower()
+    except (OSError, ValueError):  # no file, or no name of one
+        return None
+    if not start:
+        return "the file is empty; copy or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a git-LFS pointer, not the file itself; run git lfs pull in its folder, or download the file"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, not the file itself; download the file again, by its direct address"
+    return None
+
+
+def read_json(path: Path, remedy: str = "repair it, or copy it again") -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    with reading(path, remedy):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: {type(tree).__name__} where a JSON object is needed; {remedy}")
+    return tree
 
 
 def write_json(path: Path, tree: Any) -> None:

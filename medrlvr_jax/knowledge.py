@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from medrlvr_jax import configs
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Table(NamedTuple):
 @cache
 def table() -> Table:
     """The knowledge, as written in `embedded/knowledge.yaml`."""
-    tree = yaml.safe_load((Path(__file__).parent / "embedded" / "knowledge.yaml").read_text(encoding="utf-8"))
+    tree = configs.read_yaml(Path(__file__).parent / "embedded" / "knowledge.yaml", "install the package again")
 
     def frozen(row: dict[str, Any]) -> dict[str, Any]:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}

@@ -27,7 +27,6 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-import yaml
 from jax.experimental import multihost_utils
 
 import medrlvr_jax
@@ -195,7 +194,8 @@ def lock_holder(path: Path) -> str | None:
 
 def check_same(path: Path, config: Config) -> None:
     """One folder holds one experiment: going on with other settings would make a curve of two."""
-    old, new = flat(yaml.safe_load(path.read_text(encoding="utf-8"))), flat(configs.to_tree(config))
+    remedy = "repair it, or give this run another name="
+    old, new = flat(configs.read_yaml(path, remedy) or {}), flat(configs.to_tree(config))
     names = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in MAY_CHANGE and old.get(k) != new.get(k)]
     if names:
         lines = [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in names]

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from medrlvr_jax import report
+from medrlvr_jax import configs, report
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.console import before_after, clock
-from medrlvr_jax.files import read_jsonl, write_text
+from medrlvr_jax.files import read_json, read_jsonl, write_text
 from medrlvr_jax.log import Records, flat
 from medrlvr_jax.stages import STAGES
 from medrlvr_jax.stats import wilson
@@ -74,8 +73,8 @@ def read_run(folder: Path) -> Run:
             return otherwise
         if path.suffix == ".jsonl":
             return read_jsonl(path)
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        remedy = "repair it, or leave this folder out"
+        return read_json(path, remedy) if path.suffix == ".json" else configs.read_yaml(path, remedy)
 
     records = read("metrics.jsonl", None)
     if records is None:

@@ -58,5 +58,5 @@ def test_nothing_read_is_run(tmp_path):
     imports = {p.name for p in (ROOT / "medrlvr_jax").glob("*.py") if "importlib.import_module" in p.read_text()}
     assert imports == {"user_reward.py"}
     (tmp_path / "bomb.yaml").write_text("name: !!python/object/apply:os.system ['true']\n")
-    with pytest.raises(ConfigError, match="not a YAML file"):
+    with pytest.raises(ConfigError, match=r"bomb.yaml: cannot be read: ConstructorError"):
         configs.load(tmp_path / "bomb.yaml")

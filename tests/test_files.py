@@ -1,0 +1,101 @@
+"""What a user named and a library cannot read is said with the file, the cause and a remedy; faults of this package are not."""
+
+import json
+
+import pytest
+
+from medrlvr_jax import configs, files
+from medrlvr_jax.config import ConfigError
+from medrlvr_jax.formats import DataError
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+class PanicException(BaseException):
+    """As pyo3 raises one where code in Rust panics."""
+
+
+@pytest.mark.parametrize("raised", [Exception("bare"), MemoryError("bare"), RecursionError("bare"), PanicException("bare")])
+def test_whatever_a_library_raises_names_the_file(tmp_path, raised):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(DataError) as e, files.reading(tmp_path / "a.json", "save it again", DataError):
+        raise raised
+    assert str(e.value) == f"{tmp_path}/a.json: cannot be read: {type(raised).__name__}: bare; save it again"
+    assert e.value.__cause__ is raised
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(1), ConfigError("in words already")])
+def test_ends_and_words_pass(raised):
+    with pytest.raises(type(raised)) as e, files.reading("a.json", "save it again"):
+        raise raised
+    assert e.value is raised
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "the file is empty"),
+        (LFS, "git lfs pull"),
+        ("\n<!DOCTYPE html><html><body>404</body></html>", "it is a web page"),
+        ('{"a": 1', "JSONDecodeError: Expecting ',' delimiter"),
+        ("[1]", "list where a JSON object is needed"),
+        ("[" * 100_000, "RecursionError"),
+    ],
+)
+def test_json(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError) as e:
+        files.read_json(tmp_path / "config.json")
+    assert words in str(e.value) and str(e.value).startswith(f"{tmp_path}/config.json: ")
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+    assert files.read_json(tmp_path / "config.json") == {"a": 1}
+
+
+TWICE = """\
+name: twice
+reward: {mode: strict, leak_penalty: 0.5}
+learn: {policy: {lr: 1.0e-3, lr: 1.0e-4}}
+arms:
+  - {seed: 1}
+  - {seed: 1, other: 2,
+     seed: 3}
+reward: {mode: paper}
+reward: {mode: direct}
+"""
+
+
+def test_a_key_given_twice_is_refused_at_any_depth(tmp_path):
+    (tmp_path / "twice.yaml").write_text(TWICE)
+    with pytest.raises(ConfigError) as e:
+        configs.load(tmp_path / "twice.yaml")
+    only = "only the last would count, so keep one"
+    assert sorted(str(e.value).splitlines()) == [
+        f"{tmp_path}/twice.yaml: arms.1.seed: given 2 times, on lines 6 and 7; {only}",
+        f"{tmp_path}/twice.yaml: learn.policy.lr: given 2 times, on lines 3 and 3; {only}",
+        f"{tmp_path}/twice.yaml: reward: given 3 times, on lines 2, 8 and 9; {only}",
+    ]
+    with pytest.raises(ConfigError, match=r"reward\.mode=.*: a: given 2 times"):
+        configs.override({}, "reward.mode={a: 1, a: 2}")
+
+
+def test_yaml_that_stands_in_itself_is_looked_through_once():
+    assert configs.parse_yaml("a: &x {b: 1}\nc: *x\nd: {<<: *x, b: 2}\n", "f", "") == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 2}}
+    loop = configs.parse_yaml("a: &x [*x]", "f", "")
+    assert loop["a"][0] is loop["a"]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda file: configs.load(file),
+        lambda file: __import__("medrlvr_jax.arms").arms.read(file, []),
+        lambda file: __import__("medrlvr_jax.log").log.check_same(file, None),
+        lambda file: __import__("medrlvr_jax.report_html").report_html.read_run(file.parent),
+    ],
+    ids=["train", "reproduce", "resume", "report"],
+)
+def test_every_reader_of_yaml_refuses_it(tmp_path, read):
+    (tmp_path / "config.yaml").write_text("name: a\nname: b\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match=r"config\.yaml: name: given 2 times, on lines 1 and 2"):
+        read(tmp_path / "config.yaml")
