@@ -1,48 +1,97 @@
 """Multiple-choice questions from files and the hub, checked line by line, and which of them step `step` takes.
 
-A `SetConfig.path` is a local file (.jsonl .json .csv .parquet), `embedded:NAME`, or the name of a data set on the hub. The format is
+A `SetConfig.path` is a local file (.jsonl .json .csv .tsv .parquet), `embedded:NAME`, or the name of a data set on the hub. The format is
 told by the first record's fields, or set by `format`; formats.py has them.
 
-Everything is read before anything is used, and up to ten complaints are raised at once, each naming its line.
+Everything is read before anything is used, and up to ten complaints are raised at once, each naming its line. What can be read in more
+than one way is told: `read` says how each set was taken, in a few lines for the console.
 """
 
 import csv
+import dataclasses
 import hashlib
 import itertools
 import json
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 from pydantic_core import to_jsonable_python
 
 from medrlvr_jax import world
 from medrlvr_jax.config import Config, PassCountConfig, SetConfig
-from medrlvr_jax.formats import FORMATS, LETTERS, DataError, Example, Question, detect
+from medrlvr_jax.formats import FORMATS, LETTERS, DataError, Example, Question, brings_letters, detect, unlabelled
 
 MAX_LINE = 16 * 2**20  # bytes: beyond any question, so it is some other kind of file
 MAX_COMPLAINTS = 10
+WIDE = 80  # columns of a console
 BOM = b"\xef\xbb\xbf"  # the mark that Windows programs put in front of UTF-8
 
 
 def load(config: SetConfig) -> list[Question]:
     """The set's questions in their order; formats as in formats.py."""
+    return read(config)[0]
+
+
+def read(config: SetConfig) -> tuple[list[Question], str]:
+    """The set's questions in their order; and how they were read, for the console: counts, keys, repeats, the first of them."""
     if config.path.startswith("embedded:"):
         name = _embedded(config.path, ("train", "in_distribution", "out_of_distribution", "leaking"))
-        questions = world.leaking() if name == "leaking" else world.questions(name)
+        questions, notes = world.leaking() if name == "leaking" else world.questions(name), []
     else:
-        questions = _collect(config, ("plain", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa"))
+        questions, notes = _collect(config, ("plain", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa"))
     questions = questions[: config.limit]
-    return _by_pass_count(questions, config.pass_count) if config.pass_count else questions
+    questions = _by_pass_count(questions, config.pass_count) if config.pass_count else questions
+    return questions, _told(questions, notes)
 
 
 def load_text(config: SetConfig) -> list[Example]:
     """The set's prompts and responses, format `text`."""
+    return read_text(config)[0]
+
+
+def read_text(config: SetConfig) -> tuple[list[Example], str]:
+    """The set's prompts and responses, and how they were read."""
     if config.path.startswith("embedded:"):
-        return {"corpus": world.corpus, "lists": world.lists}[_embedded(config.path, ("corpus", "lists"))]()[: config.limit]
-    return _collect(config, ("text",))[: config.limit]
+        examples, notes = {"corpus": world.corpus, "lists": world.lists}[_embedded(config.path, ("corpus", "lists"))](), []
+    else:
+        examples, notes = _collect(config, ("text",))
+    examples = examples[: config.limit]
+    shown = [f"{name}: {_short(text)}" for name, text in (("prompt", examples[0].prompt), ("response", examples[0].response))]
+    return examples, "\n  ".join([f"texts: {len(examples):,}", *notes, *shown])
+
+
+def _told(questions: list[Question], notes: list[str]) -> str:
+    """How a set was read, in a few lines of at most `WIDE` columns, however long its texts are."""
+    n, count = len(questions), sorted({len(q.options) for q in questions})
+    keys = Counter(LETTERS[q.answer] for q in questions)
+    lines = ["keys " + ", ".join(f"{key} {100 * keys[key] / n:.0f} %" for key in LETTERS[: count[-1]])]
+    asked: dict[tuple, list[str]] = {}  # the same words and options, in whatever order: the texts of their keys
+    for q in questions:
+        asked.setdefault((q.question, tuple(sorted(q.options))), []).append(q.options[q.answer])
+    if again := n - len(asked):
+        differ = sum(len(set(texts)) > 1 for texts in asked.values())
+        lines.append(f"repeats of an earlier question: {again:,}; questions with more than one key: {differ:,}")
+    if both := sum(any(o.upper() == LETTERS[q.answer] for i, o in enumerate(q.options) if i != q.answer) for q in questions):
+        lines.append(f"keys that are also the text of another option: {both:,}, taken as letters")
+    first, reasons = questions[0], [q.rationale for q in questions if q.rationale is not None]
+    options = [f"{letter}. {' '.join(option.split())}" for letter, option in zip(LETTERS, first.options, strict=False)]
+    if len("  ".join(options)) > WIDE - 4:
+        share = (WIDE - 2) // len(options) - 2
+        options = [option if len(option) <= share else f"{option[: share - 1]}…" for option in options]
+    lines += [*notes, f"first: {first.question}", "  " + "  ".join(options), f"  its key: {LETTERS[first.answer]}"]
+    lines.append(f"rationales: {len(reasons):,}" + (f", the first: {reasons[0]}" if reasons else ""))
+    sizes = f"{count[0]} to {count[-1]}" if len(count) > 1 else count[0]
+    return "\n  ".join([f"questions: {n:,}, of {sizes} options", *map(_short, lines)])
+
+
+def _short(text: str) -> str:
+    """On one line of the console, from its column 2 on; of a longer one the beginning and the end."""
+    line = text[: len(text) - len(text.lstrip())] + "  ".join(" ".join(part.split()) for part in text.split("  ") if part)
+    return line if len(line) <= WIDE - 2 else f"{line[: WIDE - 35]} … {line[-30:]}"
 
 
 def batch_at(n: int, step: int, size: int, seed: int, in_order: bool = False) -> np.ndarray:
@@ -80,7 +129,7 @@ def _by_pass_count(questions: list[Question], config: PassCountConfig) -> list[Q
     right: dict[str, int | None] = {}
     score: dict[str, float] = {}
     by = config.order if config.order in ("variance", "impact") else "right"
-    for number, row in _jsonl(path):
+    for number, row in jsonl(path):
         if isinstance(row, DataError) or not isinstance(row.get("id"), str) or type(row.get("right")) not in (int, type(None)):
             raise DataError(
                 f'{path}, line {number}: a line such as {{"id": "train-1", "right": 3}} is needed, as `medrlvr difficulty` writes'
@@ -110,35 +159,58 @@ def _embedded(path: str, names: tuple[str, ...]) -> str:
     return name
 
 
-def _collect(config: SetConfig, allowed: tuple[str, ...]) -> list[Any]:
-    """Read and check every record; raise all complaints (the first ten) together."""
+def _collect(config: SetConfig, allowed: tuple[str, ...]) -> tuple[list[Any], list[str]]:
+    """Read and check every record; raise all complaints (the first ten) together. Also notes on how they were read."""
     unit, rows = _open(config)
     stem = "-".join(filter(None, (Path(config.path).stem, config.subset, config.split)))
-    form, items, complaints, numbers = config.format, [], [], {}
+    name, items, complaints, numbers = config.format, [], [], {}
+    fields: dict[str, None] = {}
+    labelled = counted = kept = 0
     for number, row in rows:
         where = f"{config.path}, {unit} {number}"
-        if form == "auto" and isinstance(row, dict):
-            form = detect(row, where)
-        if form not in (*allowed, "auto"):
-            use = "it is for fine-tuning with sft.target text" if form == "text" else "give prompt and response, or text"
-            raise DataError(f"{where}: format {form}, where {' or '.join(allowed)} is needed: {use}")
+        if name == "auto" and isinstance(row, dict):
+            name = detect(row, where)
+        if name not in (*allowed, "auto"):
+            use = "it is for fine-tuning with sft.target text" if name == "text" else "give prompt and response, or text"
+            raise DataError(f"{where}: format {name}, where {' or '.join(allowed)} is needed: {use}")
         try:
             if isinstance(row, DataError):
                 raise row
-            item = FORMATS[form][0](row, f"{stem}-{number}")
-            if isinstance(item, Question) and numbers.setdefault(item.id, number) != number:
-                raise DataError(f"id {item.id!r} is already that of {unit} {numbers[item.id]}; give each its own, or none")
+            form = FORMATS[name]
+            item = form.parse(row, f"{stem}-{number}")
+            fields |= dict.fromkeys(row)
+            if isinstance(item, Question):
+                if numbers.setdefault(item.id, number) != number:
+                    raise DataError(f"id {item.id!r} is already that of {unit} {numbers[item.id]}; give each its own, or none")
+                options = unlabelled(item.options)
+                labelled += options != item.options
+                kept += options == item.options and brings_letters(options)
+                counted += form.counted is not None and not str(row[form.counted[0]]).strip().isalpha()
+                item = dataclasses.replace(item, options=options)
             items.append(item)
         except DataError as e:
-            complaints.append(f"{where}: {e}")
+            alike = config.format != "auto" or not isinstance(row, dict) or any(way <= row.keys() for way in FORMATS[name].ways)
+            complaints.append(f"{where}: {e}" + ("" if alike else f"; format {name} was told by the first record alone"))
             if len(complaints) == MAX_COMPLAINTS:
                 complaints.append("(there may be more: reading stopped here)")
                 break
     if complaints or not items:
         raise DataError("\n".join(complaints) or f"{config.path}: there is not one record in it")
-    subjects = {q.subject for q in items} if form == "mmlu_pro" else set()
+    unread = [f for f in fields if f not in FORMATS[name].also and not any(f in way for way in FORMATS[name].ways)]
+    notes = [f"format {name}" + (f"; not read: {', '.join(map(str, unread))}" if unread else "")]
+    if counted:
+        field, first = FORMATS[name].counted or ("", 0)
+        notes.append(f"keys that are numbers in {field}: {counted:,}, taken as counted from {first}")
+    if labelled:
+        notes.append(f'questions whose options bring letters ("A. …"): {labelled:,}, taken off')
+    if kept:
+        notes.append(f"questions with letters on some options: {kept:,}, kept, and never shuffled")
+    subjects = {q.subject for q in items} if name == "mmlu_pro" else set()
     # On the hub MMLU-Pro is one set of fourteen categories, of which Health is the paper's; a file cut to other categories is kept whole.
-    return [q for q in items if q.subject == "health"] if len(subjects) > 1 and "health" in subjects else items
+    if len(subjects) > 1 and "health" in subjects:
+        items = [q for q in items if q.subject == "health"]
+        notes.append(f"of {len(subjects)} categories, health alone is kept")
+    return items, notes
 
 
 # ---- reading: each reader yields (line or row number, the record's fields or what is wrong with it) ----
@@ -159,42 +231,76 @@ def _open(config: SetConfig) -> tuple[str, Rows]:
     return "row", _hub(config)
 
 
-def _jsonl(path: Path) -> Rows:
+def jsonl(path: Path) -> Rows:
+    """One record a line; or, where the first line begins a list or an object that goes on, what `_json` reads."""
     with open(path, "rb") as file:
         for number in itertools.count(1):
             line = file.readline(MAX_LINE + 1)
             if not line:
                 return
-            if len(line) > MAX_LINE:
-                yield number, DataError(f"longer than {MAX_LINE >> 20} MiB: this is not a question; is the file JSONL, one record a line?")
-                return
-            if line.strip():
-                yield number, _record(_decode(line.removeprefix(BOM)))
+            if not (text := line.removeprefix(BOM).strip()):
+                continue
+            if text[:1] == b"[" or text == b"{":
+                tree = _decode(path.read_bytes().removeprefix(BOM))
+                if isinstance(tree, dict) or (isinstance(tree, list) and all(isinstance(row, dict) for row in tree)):
+                    yield from _records(tree)
+                    return
+            yield from _lines(file, line, number)
+            return
+
+
+def _lines(file: BinaryIO, line: bytes, number: int) -> Rows:
+    """The records from `line` on, the `number`th of the file."""
+    while line:
+        if len(line) > MAX_LINE:
+            yield number, DataError(f"longer than {MAX_LINE >> 20} MiB: this is not a question; is the file JSONL, one record a line?")
+            return
+        if line.removeprefix(BOM).strip():
+            yield number, _record(_decode(line.removeprefix(BOM)))
+        line, number = file.readline(MAX_LINE + 1), number + 1
 
 
 def _json(path: Path) -> Rows:
-    """A list of records, or records by id (PubMedQA)."""
-    tree = _decode(path.read_bytes().removeprefix(BOM))
+    """A list of records, or records by id (PubMedQA); or one record a line, as in .jsonl."""
+    text = path.read_bytes().removeprefix(BOM)
+    tree = _decode(text)
+    if isinstance(tree, DataError):
+        first, _, rest = text.strip().partition(b"\n")
+        if rest and isinstance(_decode(first), dict):
+            yield from jsonl(path)
+            return
+    yield from _records(tree)
+
+
+def _records(tree: Any) -> Rows:
     if isinstance(tree, dict) and tree and all(isinstance(value, dict) for value in tree.values()):
         tree = [{"id": key} | value for key, value in tree.items()]
     yield from enumerate(map(_record, tree if isinstance(tree, list) else [tree]), 1)
 
 
 def _csv(path: Path) -> Rows:
-    """With a header (columns A, B, … are the options) or, as MMLU has it, without: question, A, B, C, D, letter."""
+    """With a header (columns A, B, … are the options) or, as MMLU has it, without: question, A, B, C, D, letter.
+
+    Cells are parted by commas, semicolons or tabs, whichever makes sense of the first record. A column without a name is left out: it is
+    the row's number, which pandas writes unless told not to.
+    """
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
         header, line = None, 1
         subject = path.stem.removesuffix("_test").removesuffix("_dev").removesuffix("_val").replace("_", " ")
         try:
+            delimiter = _delimiter(file)
+            reader = csv.reader(file, strict=True, delimiter=delimiter)
             for cells in reader:
                 start, line = line, reader.line_num + 1  # a quoted cell may span lines: a record is named by its first
-                if start == 1 and not {"question", "response", "text"}.isdisjoint(cells):
-                    header = cells
+                if start == 1 and _is_header(cells):
+                    header = [cell.strip() for cell in cells]
+                    if twice := [name for name, times in Counter(filter(None, header)).items() if times > 1]:
+                        yield start, DataError(f"column {twice[0]!r} is there twice; take one out")
+                        return
                 elif header and len(cells) == len(header):
-                    yield start, _gathered({name: cell for name, cell in zip(header, cells, strict=True) if cell})
+                    yield start, _gathered({name: cell for name, cell in zip(header, cells, strict=True) if name and cell})
                 elif header and cells:
-                    yield start, DataError(f"{len(cells)} cells under a header of {len(header)}; quote cells that hold commas")
+                    yield start, DataError(f"{len(cells)} cells under a header of {len(header)}; quote cells that hold {delimiter!r}")
                 elif len(cells) == 6:
                     yield start, {"question": cells[0], "choices": cells[1:5], "answer": cells[5], "subject": subject}
                 elif cells:
@@ -203,9 +309,25 @@ def _csv(path: Path) -> Rows:
             yield line, DataError(f"not CSV in UTF-8: {e}")
 
 
+def _is_header(cells: list[str]) -> bool:
+    names = {cell.strip() for cell in cells}
+    return not names.isdisjoint(("response", "text", "completion")) or "question" in {name.lower() for name in names}
+
+
+def _delimiter(file: TextIO) -> str:
+    """That which parts the first record into a header or six cells; a comma where none does. The file is read from its start again."""
+    for delimiter in ",;\t":
+        cells = next(csv.reader(file, strict=True, delimiter=delimiter), [])
+        file.seek(0)
+        if len(cells) > 1 and (_is_header(cells) or len(cells) == 6):
+            return delimiter
+    return ","
+
+
 def _gathered(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns A, B, … as `options`, in place of them."""
     options = {letter: row[letter] for letter in LETTERS if letter in row}
-    return {"options": options} | row if options else row
+    return {"options": options} | {name: cell for name, cell in row.items() if name not in options} if options else row
 
 
 def _parquet(path: Path) -> Rows:
@@ -219,7 +341,13 @@ def _parquet(path: Path) -> Rows:
     yield from _labelled(table.to_pylist(), Features.from_arrow_schema(table.schema))
 
 
-READERS = {".jsonl": ("line", _jsonl), ".json": ("record", _json), ".csv": ("line", _csv), ".parquet": ("row", _parquet)}
+READERS = {
+    ".jsonl": ("line", jsonl),
+    ".json": ("record", _json),
+    ".csv": ("line", _csv),
+    ".tsv": ("line", _csv),
+    ".parquet": ("row", _parquet),
+}
 
 
 def _hub(config: SetConfig) -> Rows:

@@ -30,7 +30,9 @@ def load_sets(parts: Parts) -> dict[str, Encoded]:
     """Read and encode every evaluation set of the config."""
     sets = {}
     for name, spec in parts.config.eval.sets.items():
-        sets[name] = encode(parts.tokenizer, data.load(spec), parts.config, spec.shuffle_options)
+        questions, told = data.read(spec)
+        encoded = encode(parts.tokenizer, questions, parts.config, spec.shuffle_options)
+        sets[name] = dataclasses.replace(encoded, told=told)
         if not sets[name].questions:
             limit = parts.config.prompt.max_tokens
             raise ConfigError(f"eval.sets.{name}: no question of {spec.path} fits prompt.max_tokens = {limit}; raise it")

@@ -45,6 +45,7 @@ class Encoded:
     width: int  # columns of a batch of prompts, whichever questions it holds and in whatever order their options stand
     shuffle: bool = False  # whether its options are to be shuffled: see `reorder`
     repeats: dict[str, str] = dataclasses.field(default_factory=dict)  # see `data.repeats`
+    told: str = ""  # how the set was read, for the console: see `data.read`
 
     def prompts(self, index: Sequence[int] | np.ndarray, pad_id: int) -> Prompts:
         return text.pad_prompts([self.tokens[i] for i in index], self.ids[np.asarray(index)], self.width, pad_id)

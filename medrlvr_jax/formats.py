@@ -11,17 +11,21 @@
 | `text`     | prompt (may be empty) and response, or just text: for `load_text`                                                |
 
 Two options with one text are kept in the published sets (21 of MedMCQA's 4,183 dev items: upstream's property) and refused in `plain`,
-where they can be mended.
+where they can be mended. Options that bring their own letters ("A. aspirin", "B. heparin", …) are kept without them: prompts write letters.
 """
 
+import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from medrlvr_jax.config import ConfigError
 
 LETTERS = "ABCDEFGHIJ"
+LABEL = re.compile(  # "A. ", "(b) ", "C: ", "d - ", "4) "; not "10 - 20 mg"
+    r"\(?([A-Ja-j]|\d{1,2})(?:\)|[.:](?=\s)|(?<=[A-Ja-j])\s+[-–](?=\s))\s*(?=\S)"
+)
 
 
 class DataError(ConfigError):
@@ -49,9 +53,35 @@ class Example:
     response: str
 
 
+def _labels(options: tuple[str, ...]) -> tuple[list[str], list[bool]]:
+    """The letter or number that each option begins with, "" for none; and whether it is that of the option's own place."""
+    begins = [match[1].upper() if (match := LABEL.match(option)) else "" for option in options]
+    return begins, [label in (LETTERS[i], str(i + 1)) for i, label in enumerate(begins[: len(LETTERS)])]
+
+
+def brings_letters(options: tuple[str, ...]) -> bool:
+    """Whether two options or more begin with the letter of their own place, as "B. heparin" in the place of B does."""
+    begins, right = _labels(options)
+    return sum(r and label.isalpha() for r, label in zip(right, begins, strict=False)) > 1
+
+
+def unlabelled(options: tuple[str, ...]) -> tuple[str, ...]:
+    """The options without the letters or numbers that they bring, where all bring that of their own place: prompts write letters.
+
+    `DataError` where all bring letters in another order, since the key could then mean either.
+    """
+    begins, right = _labels(options)
+    if all(right) and len(options) == len(right):
+        return tuple(LABEL.sub("", option, count=1) for option in options)
+    if sorted(begins) == list(LETTERS[: len(options)]):
+        order = ", ".join(begins)
+        raise DataError(f"field options: they bring letters of their own, as {order}: which does the key mean? Put them in order")
+    return options
+
+
 def _plain(row: dict, default: str) -> Question:
     options = _options(row, "options")
-    if len(set(options)) < len(options):
+    if len(set(unlabelled(options))) < len(options):
         raise DataError(f"field options: {reprlib.repr(options)} has one text twice: a right answer could count as wrong; mend it")
     return _question(row, default, options, _letter(row, "answer", options), rationale="rationale")
 
@@ -59,7 +89,7 @@ def _plain(row: dict, default: str) -> Question:
 def _medqa(row: dict, default: str) -> Question:
     options = _options(row, "options")
     key = _letter(row, "answer_idx", options)
-    if "answer" in row and (answer := _text(row, "answer")) != options[key]:
+    if "answer" in row and (answer := _text(row, "answer")) not in (options[key], unlabelled(options)[key]):
         raise DataError(f"field answer: {reprlib.repr(answer)} is not option {LETTERS[key]}, {reprlib.repr(options[key])}; mend either")
     return _question(row, default, options, key, subject="meta_info")
 
@@ -67,7 +97,7 @@ def _medqa(row: dict, default: str) -> Question:
 def _mmlu_pro(row: dict, default: str) -> Question:
     options = _options(row, "options")
     key = _letter(row, "answer", options)
-    if (index := row.get("answer_index")) != key:
+    if _whole(index := row.get("answer_index")) != key:
         raise DataError(f"field answer_index: {reprlib.repr(index)} is not {key}, that of answer {LETTERS[key]}; mend either")
     return _question(row, default, options, key, id="question_id", subject="category")
 
@@ -87,11 +117,11 @@ def _medmcqa(row: dict, default: str) -> Question:
     cop = row.get("cop")
     if "cop" in row and cop in (None, -1):
         raise DataError("field cop: there is no key, as in the published test split; take the train or validation split")
-    if type(cop) is int and not 1 <= cop <= 4:
+    index = _whole(cop)
+    if index is not None and not 1 <= index <= 4:
         # A file that counts from 0 is bound to hold a 0 somewhere, so it is refused as a whole.
         raise DataError(f"field cop: {reprlib.repr(cop)} is not 1 to 4; files count from 1, so add 1 to all if yours counts from 0")
-    digits = {"1": 0, "2": 1, "3": 2, "4": 3}  # CSV brings numbers as text
-    key = cop - 1 if type(cop) is int else digits[cop] if isinstance(cop, str) and cop in digits else _letter(row, "cop", options)
+    key = index - 1 if index is not None else _letter(row, "cop", options)
     return _question(row, default, options, key, subject="subject_name", rationale="exp")
 
 
@@ -115,26 +145,52 @@ def _example(row: dict, default: str) -> Example:
     return Example(_text(row, "prompt", strip=False, empty=True) if row.get("prompt") else "", _text(row, "response", strip=False))
 
 
-FORMATS: dict[str, tuple[Callable[[dict, str], Any], tuple[set[str], ...]]] = {  # the parser, and the fields it is told by
-    "medqa": (_medqa, ({"question", "options", "answer_idx"},)),
-    "mmlu_pro": (_mmlu_pro, ({"question", "options", "answer", "answer_index"},)),
-    "mmlu": (_mmlu, ({"question", "choices", "answer"},)),
-    "medmcqa": (_medmcqa, ({"question", "opa", "opb", "opc", "opd", "cop"},)),
-    "pubmedqa": (_pubmedqa, ({"QUESTION", "CONTEXTS", "final_decision"}, {"question", "context", "final_decision"})),
-    "plain": (_plain, ({"question", "options", "answer"},)),
-    "text": (_example, ({"response"}, {"text"})),
+class Format(NamedTuple):
+    """How one format is read."""
+
+    parse: Callable[[dict, str], Any]
+    ways: tuple[set[str], ...]  # the fields that it is told by, in each of its forms
+    also: set[str]  # fields that it reads where they are there
+    counted: tuple[str, int] | None = None  # the field that may hold the key as a number, and which number is the first option's
+
+
+FORMATS = {
+    "medqa": Format(_medqa, ({"question", "options", "answer_idx"},), {"id", "answer", "meta_info"}),
+    "mmlu_pro": Format(_mmlu_pro, ({"question", "options", "answer", "answer_index"},), {"question_id", "category"}),
+    "mmlu": Format(_mmlu, ({"question", "choices", "answer"},), {"id", "subject"}, ("answer", 0)),
+    "medmcqa": Format(_medmcqa, ({"question", "opa", "opb", "opc", "opd", "cop"},), {"id", "subject_name", "exp"}, ("cop", 1)),
+    "pubmedqa": Format(
+        _pubmedqa,
+        ({"QUESTION", "CONTEXTS", "final_decision"}, {"question", "context", "final_decision"}),
+        {"id", "pubid", "subject", "LONG_ANSWER", "long_answer"},
+    ),
+    "plain": Format(_plain, ({"question", "options", "answer"},), {"id", "subject", "rationale"}),
+    "text": Format(_example, ({"response"}, {"text"}), {"prompt"}),
 }
 
 
 def detect(row: dict, where: str) -> str:
     """The one format whose fields the record has; plain and text only where no published format fits."""
-    fits = [form for form, (_, ways) in FORMATS.items() if any(fields <= row.keys() for fields in ways)]
-    known = [form for form in fits if form not in ("plain", "text")] or fits[:1]
+    fits = [name for name, form in FORMATS.items() if any(fields <= row.keys() for fields in form.ways)]
+    known = [name for name in fits if name not in ("plain", "text")] or fits[:1]
     if len(known) == 1:
         return known[0]
     what = f"fit {' and '.join(known)} alike; set format" if known else "fit no format; rename them, or set format"
-    table = "; ".join(f"{form}: {' or '.join(', '.join(sorted(fields)) for fields in ways)}" for form, (_, ways) in FORMATS.items())
-    raise DataError(f"{where}: fields {reprlib.repr(list(row))} {what}. The formats and their fields are {table}")
+    table = "; ".join(f"{name}: {' or '.join(', '.join(sorted(fields)) for fields in form.ways)}" for name, form in FORMATS.items())
+    raise DataError(f"{where}: fields {listed(row)} {what}. The formats and their fields are {table}")
+
+
+def listed(row: dict) -> str:
+    """All of a record's fields: the one that matters may be the last."""
+    names = [reprlib.repr(name) for name in row]
+    return f"[{', '.join(names[:50])}{', …' if len(names) > 50 else ''}]"
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, or digits, as CSV brings them; None for all else."""
+    if isinstance(value, str) and re.fullmatch(r" *-?[0-9]{1,9} *", value):
+        return int(value)
+    return value if type(value) is int else None
 
 
 def _question(row: dict, default: str, options: tuple[str, ...], key: int, id: str = "id", subject: str = "subject", rationale: str = ""):
@@ -144,15 +200,19 @@ def _question(row: dict, default: str, options: tuple[str, ...], key: int, id: s
         raise DataError(f"field {id}: {reprlib.repr(own)} is neither a string nor a whole number")
     if not 2 <= len(options) <= len(LETTERS):
         raise DataError(f"field options: {len(options)} of them; a question has 2 to {len(LETTERS)}")
-    why = _text(row, rationale, empty=True) if row.get(rationale) is not None else None
+    why = _text(row, rationale, empty=True) if rationale and row.get(rationale) is not None else None
     group = _text(row, subject, empty=True) if row.get(subject) is not None else ""
     return Question(default if own in (None, "") else str(own), _text(row, "question"), options, key, group, why or None)
+
+
+def _missing(row: dict, field: str) -> DataError:
+    return DataError(f"field {field}: needed, and not there; the record has {listed(row)}")
 
 
 def _text(row: dict, field: str, strip: bool = True, empty: bool = False) -> str:
     value = row.get(field)
     if value is None:
-        raise DataError(f"field {field}: needed, and not there; the record has {reprlib.repr(list(row))}")
+        raise _missing(row, field)
     if not isinstance(value, str):
         raise DataError(f"field {field}: {reprlib.repr(value)} is not a string")
     if not value.strip() and not empty:
@@ -164,19 +224,26 @@ def _text(row: dict, field: str, strip: bool = True, empty: bool = False) -> str
 
 def _options(row: dict, field: str) -> tuple[str, ...]:
     """Options from a list or from {"A": …}; records of one set may differ in number."""
-    value = row.get(field)
+    if (value := row.get(field)) is None:
+        raise _missing(row, field)
     if isinstance(value, dict):
         given = {k: v for k, v in value.items() if v is not None}  # parquet fills up with nulls
         if set(given) != set(LETTERS[: len(given)]):
             raise DataError(f"field {field}: letters {reprlib.repr(list(given))} are not A, B, C … without a gap, {LETTERS[-1]} the last")
         value = [given[letter] for letter in LETTERS[: len(given)]]
     if not isinstance(value, list):
-        raise DataError(f"field {field}: {reprlib.repr(value)}: a list of options is needed, or one by letter")
+        remedy = "a list of options is needed, or one by letter; in CSV, a column A, B, … for each"
+        raise DataError(f"field {field}: {reprlib.repr(value)}: {remedy}")
     return tuple(_text({f"{field} {i + 1}": option}, f"{field} {i + 1}") for i, option in enumerate(value))
 
 
 def _letter(row: dict, field: str, options: tuple[str, ...]) -> int:
+    if _whole(row.get(field)) is not None:
+        remedy = 'give the letter, such as "B", since a number may count from 0 or from 1'
+        raise DataError(f"field {field}: {reprlib.repr(row[field])} is a number where a letter is needed; {remedy}")
     letter = _text(row, field).upper()
     if len(letter) != 1 or letter not in LETTERS[: len(options)]:
-        raise DataError(f"field {field}: {reprlib.repr(row[field])} is not the letter of one of its {len(options)} options")
+        same = [LETTERS[i] for i, option in enumerate(options[: len(LETTERS)]) if option == row[field].strip()]
+        remedy = f"; it is the text of option {same[0]}: give the letter" if same else ""
+        raise DataError(f"field {field}: {reprlib.repr(row[field])} is not the letter of one of its {len(options)} options{remedy}")
     return LETTERS.index(letter)

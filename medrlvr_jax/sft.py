@@ -19,17 +19,17 @@ from medrlvr_jax.train import drive
 from medrlvr_jax.types import Experience, TrainState
 
 
-def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """(prompt, target) tokens of every row, and how many were dropped for their length."""
+def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int, str]:
+    """(prompt, target) tokens of every row, how many were dropped for their length, and how the set was read."""
     c, tok = parts.config, parts.tokenizer
     if c.data.shuffle_options:
         raise ConfigError("data.shuffle_options: fine-tuning encodes its rows once, and rationales may name letters; set it to false")
     if c.sft.target == "text":
-        examples = data.load_text(c.data)
+        examples, told = data.read_text(c.data)
         prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, [e.prompt for e in examples])]
         targets = [e.response for e in examples]
     else:
-        questions = data.load(c.data)
+        questions, told = data.read(c.data)
         prompts = [text.encode_prompt(tok, q, c.prompt) for q in questions]
         targets = [text.sft_target(q, c.sft.target) for q in questions]
         if odd := next((t for t in targets if not t.startswith(c.prompt.prefill)), None):
@@ -39,7 +39,7 @@ def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int]:
     kept = [r for r in rows if len(r[0]) <= c.prompt.max_tokens and len(r[1]) <= c.sft.max_new_tokens]
     if not kept:
         raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")
-    return kept, len(rows) - len(kept)
+    return kept, len(rows) - len(kept), told
 
 
 def batch(rows: list[tuple[list[int], list[int]]], index: np.ndarray, widths: tuple[int, int], pad_id: int) -> Experience:
@@ -56,7 +56,7 @@ def batch(rows: list[tuple[list[int], list[int]]], index: np.ndarray, widths: tu
 def sft(config: Config) -> dict[str, Any]:
     """Run or resume a fine-tuning; returns what summary.json holds."""
     parts = build(config)
-    rows, dropped = encode_pairs(parts)
+    rows, dropped, told = encode_pairs(parts)
     steps = total_steps(config, len(rows))
     sets = evaluate.load_sets(parts)
     widths = width(max(len(r[0]) for r in rows)), width(max(len(r[1]) for r in rows))
@@ -78,7 +78,8 @@ def sft(config: Config) -> dict[str, Any]:
             metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}
             return TrainState(learner, None, state.kl_coef, state.step + 1), metrics, {}, targets, []
 
-        notices = [f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens"] if dropped else []
+        notices = [f"data: {told}"]
+        notices += [f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens"] if dropped else []
         state, n = TrainState(learner, None, *zeros), config.sample.questions
         shapes = batch(rows, np.zeros(n, int), widths, parts.tokenizer.pad_id)
         shapes = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), shapes)

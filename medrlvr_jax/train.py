@@ -47,7 +47,8 @@ def train(config: Config) -> dict[str, Any]:
     """Run or resume a training; returns what summary.json holds."""
     user_reward.worker(config.reward)
     parts = build(config)
-    encoded = encode(parts.tokenizer, data.load(config.data), config, config.data.shuffle_options)
+    questions, told = data.read(config.data)
+    encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options)
     if not encoded.questions:
         raise ConfigError(f"data.path: no question of {config.data.path} fits prompt.max_tokens = {config.prompt.max_tokens}; raise it")
     steps = total_steps(config, len(encoded.questions))
@@ -66,7 +67,8 @@ def train(config: Config) -> dict[str, Any]:
             logs = {"samples": samples(parts, now, scored, step), "questions": [passes(scored, config.sample.samples)]}
             return state, metrics | lasted, logs, experience, tell(said, scored, metrics, config)
 
-        notices = [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
+        notices = [f"data: {told}"]
+        notices += [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
         relay = programs.relay if parts.sampler_cfg == parts.cfg else make_relay(parts, parts.cfg)  # evaluation is of the policy itself
         ahead = step_programs(parts, made, encoded.width) + evaluate.programs(parts, sets)
         ahead += relay_program(relay) if sets and relay is not programs.relay else []
@@ -97,7 +99,7 @@ def drive(
         checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice)
         state, done = checkpoints.restore_newest(state)
         skips = run.resume(done)
-        for text in notices:
+        for text in [*notices, *(f"eval.sets.{name}: {encoded.told}" for name, encoded in sets.items())]:
             run.notice(text)
         if done < steps:
             run.notice(compile_ahead(ahead, parts, run.progress))

@@ -141,6 +141,92 @@ def test_unknown_and_ambiguous_fields_list_the_formats(file):
     assert "fit medqa and medmcqa alike; set format" in complaint(file("x.jsonl", [MEDQA | MCQA]))
 
 
+# ---- what can be read in more than one way ----
+
+
+def told(path, **fields):
+    return data.read(SetConfig(path=path, **fields))[1]
+
+
+def test_a_set_is_told_as_it_was_read(file):
+    rows = [PLAIN | {"rationale": "r", "rater": i, "answer": "AB"[i % 2 and j]} for j in range(2) for i in range(3)]
+    rows[3:] = [row | {"question": "Which nerve " + "runs " * 40} for row in rows[3:]]
+    lines = told(file("own.jsonl", rows)).split("\n")
+    assert lines == [
+        "questions: 6, of 3 options",
+        "  keys A 83 %, B 17 %, C 0 %",
+        "  repeats of an earlier question: 4; questions with more than one key: 1",
+        "  format plain; not read: rater",
+        "  first: Which vitamin is scarce in scurvy?",
+        "    A. A  B. C  C. D",
+        "    its key: A",
+        "  rationales: 6, the first: r",
+    ]
+    long = told(file("own.jsonl", [row | {"options": ["x y " * 30, "yes"]} for row in rows[3:]])).split("\n")
+    assert max(map(len, long)) <= 80 and re.fullmatch("  first: Which nerve runs.* … .*runs", long[4]), long
+    assert long[5].startswith("    A. x y x y") and long[5].endswith("…  B. yes")
+
+
+def test_a_row_number_without_a_name_is_nobodys_rationale(file):
+    path = file("m.csv", ",question,A,B,answer_idx\n17,Which?,x,y,B\n18,Where?,x,y,A\n")
+    assert [(q.answer, q.rationale) for q in read(path)] == [(1, None), (0, None)]
+    assert read(file("m.jsonl", [MEDQA | {"": 17}]))[0].rationale is None
+    assert "not read" not in told(path) and "rationales: 0" in told(path)
+
+
+def test_fields_that_a_format_does_not_read_are_told(file):
+    renamed = {"question": "Does it?", "context": {"contexts": ["It may."]}, "options": ["yes", "no"], "answer": "A", "long_answer": "So."}
+    assert "format plain; not read: context, long_answer" in told(file("p.jsonl", [renamed]))
+    many = dict.fromkeys("stem one two three four five six key".split(), "x")
+    assert "'six', 'key'] fit no format" in complaint(file("x.jsonl", [many]))
+
+
+def test_options_are_read_without_letters_of_their_own(file):
+    for options in (["A. x", "B. y", "C. z"], ["(a) x", "(b) y", "c) z"], ["1. x", "2) y", "3: z"], ["A - x", "B - y", "C – z"]):
+        path = file("own.jsonl", [PLAIN | {"options": options}])
+        assert read(path)[0].options == ("x", "y", "z") and 'bring letters ("A. …"): 1, taken off' in told(path)
+    given = MEDQA | {"options": {"A": "A. Ulnar", "B": "B. Radial"}}
+    for answer in ("Radial", "B. Radial"):
+        assert read(file("m.jsonl", [given | {"answer": answer}]))[0].options == ("Ulnar", "Radial")
+    for options in (["E. coli", "S. aureus", "C. difficile"], ["10 - 20 mg", "20 - 30 mg", "1: 2"], ["A.", "B.", "C."]):
+        assert read(file("own.jsonl", [PLAIN | {"options": options}]))[0].options == tuple(options)
+    some = file("own.jsonl", [PLAIN | {"options": ["A. x", "B. y", "None"]}])
+    assert read(some)[0].options == ("A. x", "B. y", "None") and "kept, and never shuffled" in told(some)
+
+
+def test_which_of_two_readings_was_taken_is_told(file):
+    assert "also the text of another option: 1, taken as letters" in told(file("own.jsonl", [PLAIN | {"answer": "C"}, PLAIN]))
+    hub = {"question": "Which?", "choices": ["1", "2"], "answer": 1}
+    assert "numbers in answer: 1, taken as counted from 0" in told(file("m.jsonl", [hub]))
+    assert "numbers in cop: 1, taken as counted from 1" in told(file("d.jsonl", [MCQA]))
+
+
+def test_files_by_what_is_in_them_not_by_their_ending(file):
+    two = [PLAIN, PLAIN | {"answer": "C"}]
+    want = read(file("own.jsonl", two))
+    for name, content in (
+        ("own.json", two),
+        ("own.jsonl", json.dumps(two)),
+        ("own.jsonl", json.dumps(two, indent=1)),
+        ("own.json", "\ufeff\n" + json.dumps(two[0]) + "\n\n" + json.dumps(two[1]) + "\n"),
+    ):
+        assert [(q.options, q.answer) for q in read(file(name, content))] == [(q.options, q.answer) for q in want]
+    assert "own.json, record 3: not JSON" in complaint(file("own.json", [*two, "{"]))
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_csv_by_commas_semicolons_or_tabs(file, mark):
+    table = [["question", " A", "B ", "answer"], ['"Which; of, these?"', "x", "y", "b"], ["Where?", "x", "y", "A"]]
+    for name in ("own.csv", "own.tsv"):
+        questions = read(file(name, "\n".join(mark.join(row) for row in table)))
+        assert [(q.question, q.options, q.answer) for q in questions] == [("Which; of, these?", ("x", "y"), 1), ("Where?", ("x", "y"), 0)]
+    assert read(file("virology_test.csv", mark.join(["Which?", "1", "2", "3", "4", "D"])))[0].answer == 3
+    row = mark.join(["7", "Which?", "x", "y", "z", "C", "2", "health"])
+    path = file("p.csv", mark.join("question_id question A B C answer answer_index category".split()) + "\n" + row)
+    assert read(path) == [Question("7", "Which?", ("x", "y", "z"), 2, "health")] and "not read" not in told(path)
+    assert "column 'A' is there twice" in complaint(file("own.csv", mark.join("question A A answer".split()) + "\n"))
+
+
 # ---- complaints ----
 
 
@@ -150,7 +236,14 @@ def test_unknown_and_ambiguous_fields_list_the_formats(file):
         (PLAIN | {"answer": "D"}, "field answer: 'D' is not the letter of one of its 3 options"),
         (PLAIN | {"answer": "ABC"}, "field answer: 'ABC' is not the letter"),
         (PLAIN | {"answer": "Ｂ"}, "is not the letter"),  # a full-width look-alike
-        (PLAIN | {"answer": 1}, "field answer: 1 is not a string"),
+        (PLAIN | {"answer": 1}, "field answer: 1 is a number where a letter is needed; give the letter"),
+        (PLAIN | {"answer": "2"}, "field answer: '2' is a number where a letter is needed"),
+        (PLAIN | {"options": ["x", "heparin"], "answer": "heparin"}, "it is the text of option B: give the letter"),
+        (PLAIN | {"options": ["A. x", "A. x"]}, "field options: ('A. x', 'A. x') has one text twice"),
+        (PLAIN | {"options": ["A. x", "B) x"]}, "has one text twice"),
+        (PLAIN | {"options": ["B. x", "C. y", "A. z"]}, "letters of their own, as B, C, A: which does the key mean?"),
+        ({"question": "q", "choices": ["x", "y"], "answer": 0}, "needed, and not there; the record has ['question', 'choices', 'answer']"),
+        ({"question": "q", "choices": ["x", "y"], "answer": 0}, "format plain was told by the first record alone"),
         (PLAIN | {"question": " "}, "field question: ' ' is blank"),
         (PLAIN | {"question": None}, "field question: needed, and not there; the record has ['question', 'options', 'answer']"),
         (PLAIN | {"question": "\ud800"}, "half a surrogate pair"),
@@ -231,7 +324,7 @@ def test_hub_sets_go_through_load_dataset_and_name_their_splits(monkeypatch):
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 VALUES = SCALARS | st.lists(SCALARS, max_size=4) | st.dictionaries(st.sampled_from("ABCDE") | st.text(max_size=3), SCALARS, max_size=4)
-FIELDS = sorted({field for _, ways in data.FORMATS.values() for way in ways for field in way} | {"id", "subject", "rationale"})
+FIELDS = sorted({field for form in data.FORMATS.values() for way in form.ways for field in way} | {"id", "subject", "rationale"})
 
 
 def only_data_errors(path, form):
