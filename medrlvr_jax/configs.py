@@ -94,6 +94,8 @@ def override(tree: dict[str, Any], item: str) -> None:
         raise ConfigError(f"override {item!r}: write it as a.b=value, such as sample.temperature=0.7")
     value = parse_yaml(text, f"override {item!r}", "the value must be YAML; quote a text that holds : or { or [")
     *parents, leaf = name.split(".")
+    if not isinstance(value, str | list | dict | None) and _kinds_at((*parents, leaf)) <= {str, type(None)}:
+        value = text.strip()  # name=2024 names a run, though YAML reads a number
     node = tree
     for i, key in enumerate(parents):
         if node.get(key) is None:
@@ -106,12 +108,22 @@ def override(tree: dict[str, Any], item: str) -> None:
 
 def _fields_at(path: tuple) -> list[str]:
     """The names of the fields of the section that `path` leads to."""
+    return [f.name for f in dataclasses.fields(_section_at(path))]
+
+
+def _section_at(path: tuple) -> Any:
     cls: Any = Config
     for key in path:
         kind = get_type_hints(cls).get(key) if dataclasses.is_dataclass(cls) else None
         found = [t for t in (kind, *get_args(kind)) if dataclasses.is_dataclass(t)]
         cls = found[0] if found else SetConfig if cls is EvalConfig and key == "sets" else cls
-    return [f.name for f in dataclasses.fields(cls)]
+    return cls
+
+
+def _kinds_at(path: tuple) -> set[Any]:
+    """The types that the setting at `path` may have; {object} for one that there is not."""
+    kind = get_type_hints(_section_at(path[:-1])).get(path[-1], object)
+    return set(get_args(kind) or (kind,))
 
 
 def _complaint(error: Any) -> str:
@@ -125,6 +137,8 @@ def _complaint(error: Any) -> str:
         return f"{name}: needed, and not given"
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{name}: {value!r} is a value where a section with {', '.join(_fields_at(path))} is needed"
+    if error["type"] == "string_type":
+        return f"{name}: {value!r} ({type(value).__name__}, as YAML reads it) where a text is needed; put it in quotes"
     if name == "name":
         return f"name: {value!r} must be letters, digits, '.', '_' and '-' only, since it names a folder inside runs"
     if path[-1] == "[key]":

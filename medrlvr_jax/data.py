@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from pydantic_core import to_jsonable_python
 
-from medrlvr_jax import world
+from medrlvr_jax import files, world
 from medrlvr_jax.config import Config, PassCountConfig, SetConfig
 from medrlvr_jax.formats import FORMATS, LETTERS, DataError, Example, Question, brings_letters, detect, unlabelled
 
@@ -194,6 +194,8 @@ def _collect(config: SetConfig, allowed: tuple[str, ...]) -> tuple[list[Any], li
             if len(complaints) == MAX_COMPLAINTS:
                 complaints.append("(there may be more: reading stopped here)")
                 break
+    if not items and complaints and (other := files.what_else(Path(config.path).expanduser())):
+        raise DataError(f"{config.path}: {other}")
     if complaints or not items:
         raise DataError("\n".join(complaints) or f"{config.path}: there is not one record in it")
     unread = [f for f in fields if f not in FORMATS[name].also and not any(f in way for way in FORMATS[name].ways)]
@@ -223,6 +225,8 @@ def _open(config: SetConfig) -> tuple[str, Rows]:
     path = Path(config.path).expanduser()
     if path.suffix in READERS and path.is_file():
         unit, reader = READERS[path.suffix]
+        with files.reading(path, "make it readable for this user", DataError):
+            path.open("rb").close()
         return unit, reader(path)
     local = path.suffix in READERS or config.path.startswith(("/", "./", "../", "~")) or config.path.count("/") > 1
     if local or path.exists():
@@ -334,11 +338,10 @@ def _parquet(path: Path) -> Rows:
     import pyarrow.parquet
     from datasets import Features
 
-    try:
+    with files.reading(path, "it may be no parquet file, or a broken one: write it again", DataError):
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as e:
-        raise DataError(f"{path}: not a parquet file: {e}") from e
-    yield from _labelled(table.to_pylist(), Features.from_arrow_schema(table.schema))
+        rows, features = table.to_pylist(), Features.from_arrow_schema(table.schema)
+    yield from _labelled(rows, features)
 
 
 READERS = {
@@ -352,13 +355,10 @@ READERS = {
 
 def _hub(config: SetConfig) -> Rows:
     import datasets  # takes seconds: only for those who use it
-    from datasets.exceptions import DatasetsError
 
     asked = f"path {config.path!r}, subset {config.subset!r}, split {config.split!r}"
-    try:
+    with files.reading(asked, "neither a file here nor a data set that the hub gave: mend the name, or give a file", DataError):
         found = datasets.load_dataset(config.path, config.subset, split=config.split)
-    except (OSError, ValueError, DatasetsError) as e:
-        raise DataError(f"{asked}: neither a file here nor a data set that the hub gave: {e}") from e
     if not isinstance(found, datasets.Dataset):
         raise DataError(f"{asked}: set split to one of {', '.join(map(str, found))}")
     yield from _labelled(found, found.features)

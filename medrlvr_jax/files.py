@@ -58,10 +58,10 @@ def reading(source: str | Path, remedy: str, error: type[ConfigError] = ConfigEr
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # pyo3's is no Exception
             raise
         cause = e.strerror or str(e) if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
-        raise error(f"{source}: cannot be read: {cause[:500].rstrip('. ')}; {_what_else(source) or remedy}") from e
+        raise error(f"{source}: cannot be read: {cause[:500].rstrip('. ')}; {what_else(source) or remedy}") from e
 
 
-def _what_else(source: str | Path) -> str | None:
+def what_else(source: str | Path) -> str | None:
     """What a file holds that went wrong on its way here, and the remedy; None for any other file, and for what is no file."""
     try:
         with open(source, "rb") as file:

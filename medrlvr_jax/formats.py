@@ -198,8 +198,7 @@ def _question(row: dict, default: str, options: tuple[str, ...], key: int, id: s
     own = row.get(id)
     if own is not None and (isinstance(own, bool) or not isinstance(own, int | str)):
         raise DataError(f"field {id}: {reprlib.repr(own)} is neither a string nor a whole number")
-    if not 2 <= len(options) <= len(LETTERS):
-        raise DataError(f"field options: {len(options)} of them; a question has 2 to {len(LETTERS)}")
+    _few(options)
     why = _text(row, rationale, empty=True) if rationale and row.get(rationale) is not None else None
     group = _text(row, subject, empty=True) if row.get(subject) is not None else ""
     return Question(default if own in (None, "") else str(own), _text(row, "question"), options, key, group, why or None)
@@ -235,6 +234,18 @@ def _options(row: dict, field: str) -> tuple[str, ...]:
         remedy = "a list of options is needed, or one by letter; in CSV, a column A, B, … for each"
         raise DataError(f"field {field}: {reprlib.repr(value)}: {remedy}")
     return tuple(_text({f"{field} {i + 1}": option}, f"{field} {i + 1}") for i, option in enumerate(value))
+
+
+def options_and_key(row: dict) -> tuple[tuple[str, ...], int]:
+    """The options and the place of the right one in a record with `options` and the letter `answer`, by the rules of `plain`."""
+    options = _few(unlabelled(_options(row, "options")))
+    return options, _letter(row, "answer", options)
+
+
+def _few(options: tuple[str, ...]) -> tuple[str, ...]:
+    if not 2 <= len(options) <= len(LETTERS):
+        raise DataError(f"field options: {len(options)} of them; a question has 2 to {len(LETTERS)}")
+    return options
 
 
 def _letter(row: dict, field: str, options: tuple[str, ...]) -> int:

@@ -5,16 +5,19 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from medrlvr_jax.config import RewardConfig
-from medrlvr_jax.formats import LETTERS, DataError
+from medrlvr_jax.data import jsonl
+from medrlvr_jax.formats import LETTERS, DataError, listed, options_and_key
 from medrlvr_jax.rewards import BLOCK, brief, score
 
 
 def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, overwrite: bool = False) -> Counter[str]:
     """Score a JSONL file into another, line by line in the same order, and return how many lines had each reason.
 
-    In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}`, 2 to 10 options, other fields ignored.
+    In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}`, 2 to 10 options, other fields ignored; read as
+    questions are (`data.jsonl`), so blank lines are passed over and have no line in the output.
     Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of REASONS}`.
     A line that cannot be scored raises `DataError`, and then there is no output at all: the file gets its name when it is whole.
     """
@@ -45,43 +48,28 @@ def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, 
     return reasons
 
 
-def _blocks(source: Path, most_rows: int = BLOCK, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, str, list[str]]]]:
+def _blocks(source: Path, most_rows: int = BLOCK, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, str, tuple[str, ...]]]]:
     """The file's records, as many at a time as are good for speed and kind to memory."""
     block, size = [], 0
-    with source.open("rb") as file:  # bytes, since only \n ends a line of JSON: str.splitlines knows nine more ends
-        for number, line in enumerate(file, 1):
-            block.append(_record(line, f"{source}, line {number}"))
-            size += len(line)
-            if len(block) >= most_rows or size >= most_bytes:
-                yield block
-                block, size = [], 0
+    for number, row in jsonl(source):
+        try:
+            block.append(_record(row))
+        except DataError as e:
+            raise DataError(f"{source}, line {number}: {e}") from None
+        size += len(block[-1][0])
+        if len(block) >= most_rows or size >= most_bytes:
+            yield block
+            block, size = [], 0
     if block:
         yield block
 
 
-def _record(line: bytes, where: str) -> tuple[str, str, list[str]]:
+def _record(row: dict[str, Any] | DataError) -> tuple[str, str, tuple[str, ...]]:
     """Completion, key letter and options of one line, or a `DataError` that says what is wrong with it."""
-    try:
-        tree = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{where}: {brief(line)} is not UTF-8 JSON ({e}); write one object a line, and no empty lines") from None
-    if not isinstance(tree, dict):
-        raise DataError(f'{where}: {brief(tree)} is not an object; write {{"completion": …, "answer": …, "options": …}}')
-    for name in ("completion", "answer", "options"):
-        if name not in tree:
-            raise DataError(f"{where}: {name}: missing; the line has {brief(list(tree))}")
-    completion, answer, options = tree["completion"], tree["answer"], tree["options"]
+    if isinstance(row, DataError):
+        raise row
+    completion = row.get("completion")
     if not isinstance(completion, str):
-        raise DataError(f'{where}: completion: {brief(completion)} is not a text; an empty completion is ""')
-    if isinstance(options, dict):
-        if sorted(options) != list(LETTERS[: len(options)]):
-            raise DataError(f"{where}: options: the letters {brief(list(options))} must be A, B, … without a gap")
-        options = [options[letter] for letter in sorted(options)]
-    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
-        raise DataError(f'{where}: options: {brief(options)}: give 2 to 10 texts, as a list or as {{"A": …, "B": …}}')
-    for letter, text in zip(LETTERS, options, strict=False):
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: options: {letter} is {brief(text)}; every option needs a text")
-    if not isinstance(answer, str) or answer not in list(LETTERS[: len(options)]):
-        raise DataError(f"{where}: answer: {brief(answer)} is not a letter from A to {LETTERS[len(options) - 1]}, as there are options")
-    return completion, answer, options
+        raise DataError(f'field completion: {brief(completion)} is not a text; an empty completion is ""; the line has {listed(row)}')
+    options, key = options_and_key(row)
+    return completion, LETTERS[key], options

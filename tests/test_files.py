@@ -99,3 +99,15 @@ def test_every_reader_of_yaml_refuses_it(tmp_path, read):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=r"config\.yaml: name: given 2 times, on lines 1 and 2"):
         read(tmp_path / "config.yaml")
+
+
+def test_a_text_that_yaml_reads_as_a_number_is_still_a_text(tmp_path):
+    tree = {"steps": 1, "model": {"path": "embedded"}, "data": {"path": "embedded:train"}}
+    tree["learn"] = {"policy": {"lr": 1e-4}, "critic": {"lr": 1e-3}}
+    for item in ("name=007", "data.split=no", "runs=2024-01-01", "data.subset=null", "eval.sets.mine.path=1e400", "data.limit=3"):
+        configs.override(tree, item)
+    c = configs.from_tree(tree)
+    assert (c.name, c.data.split, c.runs, c.data.subset, c.data.limit) == ("007", "no", "2024-01-01", None, 3)
+    assert c.eval.sets["mine"].path == "1e400"
+    with pytest.raises(ConfigError, match=r"name: 2024 \(int, as YAML reads it\) where a text is needed; put it in quotes"):
+        configs.from_tree(tree | {"name": 2024})

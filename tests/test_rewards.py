@@ -265,7 +265,7 @@ def test_refuses_rows_that_do_not_fit(completions, answers, options, complaint):
 @pytest.mark.parametrize("mode", MODES)
 def test_file_gives_the_same_verdicts(tmp_path, mode):
     """Line by line, in order, whether options are a list or a dict in any order, in one block or several."""
-    rows = CORPUS * 20
+    rows = [row for row in CORPUS if not any("\ud800" <= c <= "\udfff" for c in "".join(row["options"]))] * 20  # no loader gives such
     with (tmp_path / "in.jsonl").open("w", encoding="utf-8") as file:
         for i, row in enumerate(rows):
             options = dict(reversed(list(zip("ABCDEFGHIJ", row["options"], strict=False)))) if i % 2 else row["options"]
@@ -286,24 +286,23 @@ GOOD = {"completion": "<think>x</think><answer>C</answer>", "answer": "C", "opti
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        (b"", "no empty lines"),
-        (b"{", "is not UTF-8 JSON"),
-        (b'"\xff"', "is not UTF-8 JSON"),
-        (b"[" * 100_000, "is not UTF-8 JSON"),
-        (b"[]", r"\[\] is not an object"),
-        (json.dumps(GOOD | {"completion": None}).encode(), "completion: None is not a text"),
-        (json.dumps({"answer": "C", "options": FOUR}).encode(), "completion: missing; the line has"),
-        (json.dumps(GOOD | {"answer": "E"}).encode(), "answer: 'E' is not a letter from A to D"),
-        (json.dumps(GOOD | {"answer": "c"}).encode(), "answer: 'c'"),
+        (b"{", "not JSON"),
+        (b'"\xff"', "byte 2 is not UTF-8"),
+        (b"[" * 100_000, "nested too deep"),
+        (b"[]", r"\[\]: a record is an object with fields"),
+        (json.dumps(GOOD)[:-1].encode() + b', "answer": "D"}', "field 'answer' is given twice"),
+        (json.dumps(GOOD | {"completion": None}).encode(), "field completion: None is not a text"),
+        (json.dumps({"answer": "C", "options": FOUR}).encode(), r"field completion: None .* the line has \['answer', 'options'\]"),
+        (json.dumps(GOOD | {"answer": "E"}).encode(), "answer: 'E' is not the letter of one of its 4 options"),
         (json.dumps(GOOD | {"answer": ["C"]}).encode(), r"answer: \['C'\]"),
-        (json.dumps(GOOD | {"answer": 2}).encode(), "answer: 2"),
-        (json.dumps(GOOD | {"options": "ABCD"}).encode(), "options: 'ABCD': give 2 to 10 texts"),
-        (json.dumps(GOOD | {"options": ["one"]}).encode(), "give 2 to 10 texts"),
-        (json.dumps(GOOD | {"options": list("abcdefghijk")}).encode(), "give 2 to 10 texts"),
-        (json.dumps(GOOD | {"options": ["a", "b", 3]}).encode(), "options: C is 3; every option needs a text"),
-        (json.dumps(GOOD | {"options": ["a", " ", "c"]}).encode(), "options: B is ' '"),
-        (json.dumps(GOOD | {"options": {"A": "a", "C": "c"}}).encode(), "must be A, B, … without a gap"),
-        (json.dumps(GOOD | {"options": {str(i): "a" for i in range(12)}}).encode(), "must be A, B, … without a gap"),
+        (json.dumps(GOOD | {"answer": 2}).encode(), "answer: 2 is a number where a letter is needed"),
+        (json.dumps(GOOD | {"options": "ABCD"}).encode(), "options: 'ABCD': a list of options is needed"),
+        (json.dumps(GOOD | {"options": ["one"]}).encode(), "1 of them; a question has 2 to 10"),
+        (json.dumps(GOOD | {"options": list("abcdefghijk")}).encode(), "11 of them; a question has 2 to 10"),
+        (json.dumps(GOOD | {"options": ["a", "b", 3]}).encode(), "options 3: 3 is not a string"),
+        (json.dumps(GOOD | {"options": ["a", " ", "c"]}).encode(), "options 2: ' ' is blank"),
+        (json.dumps(GOOD | {"options": {"A": "a", "C": "c"}}).encode(), "are not A, B, C … without a gap"),
+        (json.dumps(GOOD | {"options": {str(i): "a" for i in range(12)}}).encode(), "are not A, B, C … without a gap"),
     ],
 )
 def test_file_with_a_bad_line_is_refused_whole(tmp_path, line, complaint):
@@ -311,6 +310,16 @@ def test_file_with_a_bad_line_is_refused_whole(tmp_path, line, complaint):
     with pytest.raises(DataError, match=f"in.jsonl, line 2: .*{complaint}"):
         score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig())
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_file_is_read_as_questions_are(tmp_path):
+    """A byte-order mark, blank lines, "b" for B, options that bring their letters: what the loader of questions takes."""
+    rows = [GOOD, GOOD | {"answer": " c "}, GOOD | {"options": [f"{letter}. {text}" for letter, text in zip("ABCD", FOUR, strict=True)]}]
+    rows.append(GOOD | {"completion": "<think>\ud800</think><answer>C</answer>"})  # half a character, as a tokenizer may give it
+    lines = [json.dumps(row) for row in rows]
+    for text in ("\ufeff" + "\n\n".join(lines) + "\n \n", f"[{','.join(lines)}]"):
+        (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
+        assert score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(), overwrite=True) == {"correct": 4}
 
 
 def test_file_is_never_overwritten_unasked(tmp_path):
