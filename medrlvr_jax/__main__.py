@@ -130,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     c = command("score", "dry-run of the reward on text", 'Lines {"completion", "answer": "C", "options": [...]} in, verdicts out.')
     c.add_argument("file", type=Path, metavar="IN.jsonl")
     c.add_argument("--mode", choices=("paper", "strict", "direct"), default="strict", help="the rule; default strict; direct: no thought")
+    c.add_argument("--prefill", default="", metavar="TEXT", help="what the prompts gave of each completion, such as '<think>'")
     c.add_argument("--leak-penalty", type=weight, default=0.0, metavar="X", help="taken off where the thought states the answer; usual 0.5")
     c.add_argument("--before-penalty", type=weight, default=0.0, metavar="X", help="… where over 15 words stand before <think>; usual 0.3")
     c.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
@@ -276,10 +277,11 @@ def run_replay(args: argparse.Namespace) -> int:
 
 def run_score(args: argparse.Namespace) -> int:
     from medrlvr_jax.config import RewardConfig
+    from medrlvr_jax.rewards import judged_beginning
     from medrlvr_jax.score_file import score_file
 
     rule = RewardConfig(mode=args.mode, leak_penalty=args.leak_penalty, before_penalty=args.before_penalty)
-    reasons = score_file(args.file, args.out, rule)
+    reasons = score_file(args.file, args.out, rule, prefill=judged_beginning(args.prefill, args.mode))
     for reason, count in reasons.most_common():
         print(f"{count:>9,}  {100 * count / reasons.total():5.1f} %  {reason}")
     print(f"{reasons.total():>9,}  completions scored by the rule {args.mode}: {args.out}")

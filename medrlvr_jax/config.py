@@ -1,6 +1,6 @@
 """One run's settings: small frozen dataclasses, each field checked by its type; configs.py reads and checks the whole."""
 
-from typing import Annotated, Literal, TypeVar, dataclass_transform, get_args
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -91,6 +91,8 @@ class PromptConfig:
 
     template: Literal["think", "direct", "none"] = "think"  # none: the question and options alone
     chat: bool = False  # wrap in the tokenizer's chat template
+    system: str | None = None  # with chat: the system turn; null: the template's own, if it has one
+    template_args: dict[str, Any] = Field(default_factory=dict)  # with chat: the template's variables, such as {enable_thinking: false}
     prefill: str = ""  # how every response begins, such as "<answer>": given, not sampled, and judged as part of the completion
     max_tokens: Count = 512  # longer prompts are dropped and counted
 

@@ -155,6 +155,8 @@ def _cross_checks(c: Config) -> list[str]:
         pays = "an answer without a thought" if c.reward.mode == "direct" else "a thought and an answer"
         asks, mend = c.prompt.template, "reward.mode=direct" if c.prompt.template == "direct" else "prompt.template=direct"
         out.append(f"reward.mode: {c.reward.mode} pays for {pays}, which prompt.template {asks} does not ask for; set {mend}")
+    if not c.prompt.chat and (given := [name for name in ("system", "template_args") if getattr(c.prompt, name) not in (None, {})]):
+        out.append(f"prompt.{given[0]}: it is the chat template's, and prompt.chat is false; set prompt.chat to true, or take it out")
     paying = [name for name in ("fn", "random") if getattr(c.reward, name) is not None]
     if len(paying + [name for name in ("leak_penalty", "before_penalty") if getattr(c.reward, name)]) > 1 and paying:
         out.append(f"reward.{paying[0]}: it alone says what is paid; take the other of fn, random, leak_penalty and before_penalty out")

@@ -121,8 +121,10 @@ def _model(config: Config) -> Iterator[Finding]:
     n, trained = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (whole, lora.trained(whole, parts.cfg)))
     frozen = f", of which {trained / 1e6:,.1f} million are trained" if trained < n else ""
     yield Finding("ok", f"model {config.model.path}: {n / 1e6:,.1f} million parameters{frozen}")
-    for line in text.tokenizer_traps(parts.tokenizer, parts.cfg.vocab):
+    for line in text.tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):
         yield Finding("note", f"tokenizer: {line}")
+    if trap := text.beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
+        yield Finding("warning", *trap)
     learners = [(parts.cfg, config.learn.policy), (parts.critic_cfg, config.learn.critic)]
     states = [build.abstract_learner(parts, cfg, make_optimizer(optimiser, 1)) for cfg, optimiser in learners if optimiser]
     yield from _room(config, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states)))

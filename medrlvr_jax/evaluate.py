@@ -206,6 +206,8 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
         return 0
     chosen = chosen_on(source, step, parts.config.eval.sets)
     warnings = [f"{name}: checkpoint {step} was chosen as the best on these questions: its accuracy here is too high" for name in chosen]
+    if trap := text.beginning_trap(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode):
+        warnings.append("; ".join(trap))
     about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings} | how_made(parts, sets)
     files.write_json(folder / "eval.json", about | {"eval": results, "statistics": found})
     print(answers.show(found))

@@ -21,7 +21,7 @@ from medrlvr_jax.config import COMPARING, Config, SampleConfig
 from medrlvr_jax.data import repeats
 from medrlvr_jax.formats import LETTERS, Question
 from medrlvr_jax.model import DecoderConfig
-from medrlvr_jax.rewards import Verdicts, score, toss
+from medrlvr_jax.rewards import Verdicts, judged_beginning, score, toss
 from medrlvr_jax.sample import generate
 from medrlvr_jax.sharding import by_rows, fetch_rows, join_rows, own_rows, place_rows, split_rows, to_memory
 from medrlvr_jax.shuffle import shuffled
@@ -123,7 +123,8 @@ def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Ro
     tokens, mask = fetch_rows((rollout.tokens, rollout.mask), parts.mesh)
     groups, length = tokens.shape[1:]
     flat, flat_mask = tokens.reshape(-1, length), mask.reshape(-1, length)
-    completions = [parts.config.prompt.prefill + c for c in text.decode(tokenizer, flat, flat_mask)]
+    begun = judged_beginning(text.begins(tokenizer, parts.config.prompt), parts.config.reward.mode)
+    completions = [begun + c for c in text.decode(tokenizer, flat, flat_mask)]
     lengths = flat_mask.sum(1)
     last = flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)]
     questions = [encoded.questions[i] for i in index[own] for _ in range(groups)]

@@ -86,9 +86,9 @@ def letter_tokens(tok: text.Tokenizer, before: list[str], options: list[int]) ->
 
 
 def before_response(parts: Parts, encoded: Encoded) -> Encoded:
-    """Prompts without `prompt.prefill`: a completion, and so what is forced of it, has that at its beginning."""
-    given = len(text.spell(parts.tokenizer, [parts.config.prompt.prefill])[0])
-    return dataclasses.replace(encoded, tokens=[ids[: len(ids) - given] for ids in encoded.tokens])
+    """Prompts that give nothing of the response: a completion, and so what is forced of it, has that at its beginning."""
+    tokens = text.encode_questions(parts.tokenizer, encoded.questions, parts.config.prompt, begun=False)
+    return dataclasses.replace(encoded, tokens=tokens)
 
 
 def letter_logprobs(

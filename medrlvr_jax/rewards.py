@@ -48,6 +48,7 @@ LEAK = re.compile(  # a statement of the answer; the same to Arrow's RE2
     re.IGNORECASE | re.ASCII,
 )
 BEFORE = r"^[ \t-\r]*(?:[^ \t-\r]+[ \t-\r]+){15}[^ \t-\r]"  # more than 15 words
+EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")  # as a prompt may begin a response: Qwen3's way not to think
 
 REASONS = {  # every value of `Verdicts.reason`; where several would fit, the first of a mode's own order is given
     "correct": "the key's letter",
@@ -121,6 +122,15 @@ def score(completions: Sequence[str], answers: Sequence[str], options: Sequence[
         answer=np.array([*LETTERS, ""])[letter],
         reason=np.array(list(REASONS))[np.where(correct, _code("correct"), np.where(format_ok, _code("wrong"), fault))],
     )
+
+
+def judged_beginning(begun: str, mode: str) -> str:
+    """What stands before the sampled part of a completion where its prompt ends with `begun`, the beginning of the response.
+
+    An empty thought that the prompt itself closes is none to `direct`, which pays for none.
+    """
+    empty = EMPTY_THOUGHT.match(begun) if mode == "direct" else None
+    return begun[empty.end() :] if empty else begun
 
 
 def toss(key: Sequence[int] | np.ndarray, ids: np.ndarray, samples: int, config: RewardConfig) -> np.ndarray:

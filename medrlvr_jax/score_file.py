@@ -13,12 +13,15 @@ from medrlvr_jax.formats import LETTERS, DataError, listed, options_and_key
 from medrlvr_jax.rewards import BLOCK, brief, score
 
 
-def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, overwrite: bool = False) -> Counter[str]:
+def score_file(
+    in_path: str | Path, out_path: str | Path, config: RewardConfig, overwrite: bool = False, prefill: str = ""
+) -> Counter[str]:
     """Score a JSONL file into another, line by line in the same order, and return how many lines had each reason.
 
     In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}`, 2 to 10 options, other fields ignored; read as
     questions are (`data.jsonl`), so blank lines are passed over and have no line in the output.
     Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of REASONS}`.
+    `prefill` stood at the end of each prompt, and is judged as the beginning of each completion.
     A line that cannot be scored raises `DataError`, and then there is no output at all: the file gets its name when it is whole.
     """
     source, target = Path(in_path), Path(out_path)
@@ -35,7 +38,7 @@ def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, 
         with part.open("x", encoding="utf-8", newline="\n") as file:
             for block in _blocks(source):
                 completions, answers, options = zip(*block, strict=True)
-                verdicts = score(completions, answers, options, config)
+                verdicts = score([prefill + completion for completion in completions], answers, options, config)
                 rank = (verdicts.format_ok.astype(int) + verdicts.correct).tolist()
                 told = zip(rank, verdicts.penalty.tolist(), verdicts.answer.tolist(), verdicts.reason.tolist(), strict=True)
                 for r, penalty, answer, reason in told:

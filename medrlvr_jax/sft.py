@@ -30,11 +30,8 @@ def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int, 
         targets = [e.response for e in examples]
     else:
         questions, told = data.read(c.data)
-        prompts = [text.encode_prompt(tok, q, c.prompt) for q in questions]
-        targets = [text.sft_target(q, c.sft.target) for q in questions]
-        if odd := next((t for t in targets if not t.startswith(c.prompt.prefill)), None):
-            raise ConfigError(f"prompt.prefill: {c.prompt.prefill!r} is not how the target begins: {odd[:40]!r}; mend either")
-        targets = [t.removeprefix(c.prompt.prefill) for t in targets]
+        prompts = text.encode_questions(tok, questions, c.prompt)
+        targets = text.to_teach(tok, [text.sft_target(q, c.sft.target) for q in questions], c.prompt)
     rows = list(zip(prompts, text.encode_targets(tok, targets), strict=True))
     kept = [r for r in rows if len(r[0]) <= c.prompt.max_tokens and len(r[1]) <= c.sft.max_new_tokens]
     if not kept:

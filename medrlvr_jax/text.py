@@ -4,20 +4,23 @@ What a data file says is never obeyed: `<|im_end|>` inside a question is spelled
 tokens are special. Prompts are never cut: those that are too long are dropped and counted. Masks, not pad ids, say what is a token.
 """
 
+import dataclasses
 import functools
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 import tokenizers
 
 from medrlvr_jax.config import ConfigError, PromptConfig
 from medrlvr_jax.formats import LETTERS, DataError, Question
 from medrlvr_jax.hf import resolve
+from medrlvr_jax.rewards import EMPTY_THOUGHT, judged_beginning
 from medrlvr_jax.types import Prompts
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -77,21 +80,10 @@ class Tokenizer:
         return [i for i in self.trusted.encode("").ids if i == self.hf.bos_token_id]
 
     @functools.cached_property
-    def frame(self) -> tuple[list[int], str, str, list[int]]:
-        """The chat template around a user's message: ids, plain text up to the message, plain text after it, ids."""
-        if not self.hf.chat_template:
-            raise ConfigError("prompt.chat: true, but the tokenizer has no chat template; set prompt.chat to false")
-        turn = [{"role": "user", "content": MESSAGE}]
-        parts = self.hf.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).split(MESSAGE)
-        if len(parts) != 2:
-            raise ConfigError(f"prompt.chat: true, but the chat template holds a message {len(parts) - 1} times; set prompt.chat to false")
-        # Text next to the message is encoded together with it, as its tokens may span the seam; special tokens never do.
+    def specials(self) -> re.Pattern[str]:
+        """The name of any special token, the longer ones first."""
         names = sorted(_specials(self.trusted).values(), key=len, reverse=True)
-        special = "|".join(map(re.escape, names)) or r"(?!)"  # (?!): never matches
-        start = max((m.end() for m in re.finditer(special, parts[0])), default=0)
-        end = min((m.start() for m in re.finditer(special, parts[1])), default=len(parts[1]))
-        head, tail = (self.trusted.encode(part, add_special_tokens=False).ids for part in (parts[0][:start], parts[1][end:]))
-        return head, parts[0][start:], parts[1][:end], tail
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")  # (?!): never matches
 
     def show(self, ids: Sequence[int]) -> str:
         """All the tokens as text, special ones by their names. Ids that the tokenizer does not know give no text."""
@@ -160,6 +152,110 @@ def byte_tokenizer() -> Tokenizer:
     return wrap(PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"))
 
 
+# ---- what stands around a question ----
+
+
+class Frame(NamedTuple):
+    """A prompt without its question: ids, plain text up to the user's text, plain text after it, ids.
+
+    Text next to the question is encoded together with it, as its tokens may span the seam; special tokens never do.
+    """
+
+    head: list[int]
+    before: str
+    after: str
+    tail: list[int]
+    given: str  # the end of `after` and `tail` that lies in the assistant's turn: what the template itself begins the response with
+
+
+def frame(tok: Tokenizer, config: PromptConfig, begun: bool = True) -> Frame:
+    """What the chat template writes around a user's message, or what stands there without one. `begun` False: without `given`."""
+    if not config.chat:
+        return Frame(tok.prefix, "", "\n", [], "")
+    _check_template(tok, config)
+    parts = _converse(tok, config, "user").split(MESSAGE)
+    if len(parts) != 2:
+        raise ConfigError(f"prompt.chat: true, but the chat template holds a message {len(parts) - 1} times; set prompt.chat to false")
+    before, after = parts
+    if config.system and config.system.strip() not in before + after:
+        raise ConfigError("prompt.system: the chat template leaves the system turn out; set prompt.system to null")
+    given = _given(tok, config, after)
+    if twice := next((tag for tag in TAGS if tag in given and tag in config.prefill), None):
+        same = f"the chat template itself begins a response with {given!r}, so that there would be two {twice}"
+        raise ConfigError(f"prompt.prefill: {config.prefill!r}: {same}; set prompt.prefill to ''")
+    if not begun:
+        after, given = after[: len(after) - len(given)], ""
+    start = max((m.end() for m in tok.specials.finditer(before)), default=0)
+    end = min((m.start() for m in tok.specials.finditer(after)), default=len(after))
+    head, tail = (tok.trusted.encode(part, add_special_tokens=False).ids for part in (before[:start], after[end:]))
+    return Frame(head, before[start:], after[:end], tail, given)
+
+
+def begins(tok: Tokenizer, config: PromptConfig) -> str:
+    """How every response begins: given in the prompt, judged and taught as part of the response. By the template, then by `prefill`."""
+    return frame(tok, config).given + config.prefill
+
+
+def _check_template(tok: Tokenizer, config: PromptConfig) -> None:
+    if not tok.hf.chat_template:
+        raise ConfigError("prompt.chat: true, but the tokenizer has no chat template; set prompt.chat to false")
+    template = tok.hf.get_chat_template()
+    for name in config.template_args:  # jinja would pass over a name that it does not know
+        if name in ("messages", "add_generation_prompt") or not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ConfigError(f"prompt.template_args.{name}: the chat template has no such variable to set; take it out, or mend its name")
+
+
+def _converse(tok: Tokenizer, config: PromptConfig, *roles: str) -> str:
+    """A conversation in which each of `roles` says MESSAGE, rendered; a user who speaks last is to be answered."""
+    turns = [{"role": role, "content": MESSAGE} for role in roles]
+    if config.system is not None:
+        turns.insert(0, {"role": "system", "content": config.system})
+    answer = len(roles) == 1
+    try:
+        return tok.hf.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer, **config.template_args)
+    except jinja2.TemplateError as e:
+        if config.system is None:
+            raise ConfigError(f"prompt.chat: true, but the chat template fails ({e}); set prompt.chat to false") from e
+        refused = f"prompt.system: {config.system[:40]!r}: the chat template refuses a conversation with a system turn ({e})"
+        raise ConfigError(f"{refused}; set prompt.system to null") from e
+
+
+def _given(tok: Tokenizer, config: PromptConfig, after: str) -> str:
+    """The end of `after`, a prompt from the user's message on, that lies in the assistant's turn.
+
+    It begins where the template goes on otherwise than before an answer that was given, though not within the names of roles, and at
+    the latest where a thought is opened, or opened and closed, at the very end.
+    """
+    try:
+        past = _converse(tok, config, "user", "assistant", "user").split(MESSAGE)
+    except ConfigError:  # no turns of the past are rendered by this template, so they tell nothing
+        past = []
+    header = past[1] if len(past) == 4 else after
+    roles = max((m.end() for m in tok.specials.finditer(after) if m[0] not in TAGS), default=0)
+    thought = re.search(r"(?:<think>\s*)?(?:</think>\s*)?\Z", after)
+    parting = next((i for i, (a, b) in enumerate(zip(after, header, strict=False)) if a != b), min(len(after), len(header)))
+    start = max(parting, roles)
+    return after[min(start, thought.start() if thought else len(after)) :].lstrip()
+
+
+def to_teach(tok: Tokenizer, targets: list[str], config: PromptConfig) -> list[str]:
+    """What is left to learn of targets whose prompts hold `begins` already; white space after that need not be the target's own.
+
+    After an empty thought that the prompt closes comes a target without a thought.
+    """
+    begun = begins(tok, config)
+    if closed := EMPTY_THOUGHT.match(begun):
+        begun = begun if any(TAGS[0] in target for target in targets) else begun[closed.end() :]
+    start = begun.strip()
+    if odd := next((t for t in targets if not t.startswith(start)), None):
+        remedy = "mend either"
+        if begun != config.prefill:
+            switch = "set prompt.template_args={enable_thinking: …} where it has that"
+            remedy = f"the chat template writes it: take another sft.target, or {switch}"
+        raise ConfigError(f"prompt.prefill: {begun!r} is not how the target begins: {odd[:40]!r}; {remedy}")
+    return [target[len(start) :] for target in targets]
+
+
 # ---- encoding and decoding ----
 
 
@@ -184,17 +280,20 @@ def encode_targets(tok: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [[*ids, tok.stop_ids[0]] for ids in spell(tok, texts)]
 
 
-def encode_questions(tok: Tokenizer, questions: list[Question], config: PromptConfig) -> list[list[int]]:
-    """Without a chat template a prompt ends with a line break, so that a response begins on a line of its own."""
-    head, before, after, tail = tok.frame if config.chat else (tok.prefix, "", "\n", [])
+def encode_questions(tok: Tokenizer, questions: list[Question], config: PromptConfig, begun: bool = True) -> list[list[int]]:
+    """Without a chat template a prompt ends with a line break, so that a response begins on a line of its own.
+
+    `begun` False: without what is given of the response, by the template or by `prefill`.
+    """
+    f = frame(tok, config, begun)
     rendered = [render(question, config.template) for question in questions]
     # A template may end the user's turn by plain text, as "[/INST]": no token tells it from the same text in a question.
+    after = f.after.removesuffix(f.given)
     if config.chat and (end := next(filter(None, map(str.strip, after.splitlines())), "")):
         if bad := next((q for q, content in zip(questions, rendered, strict=True) if end in content), None):
             raise DataError(f"question {bad.id}: it spells {end!r}, which ends the user's turn in this chat template; take it out")
-    texts = [before + content + after for content in rendered]
-    begun = tail + spell(tok, [config.prefill])[0]
-    return [head + ids + begun for ids in spell(tok, texts)]
+    tail = f.tail + (spell(tok, [config.prefill])[0] if begun else [])
+    return [f.head + ids + tail for ids in spell(tok, [f.before + content + f.after for content in rendered])]
 
 
 def spell(tok: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -237,8 +336,11 @@ def check_fits(tok: Tokenizer, vocab_size: int, path: str) -> None:
         )
 
 
-def tokenizer_traps(tok: Tokenizer, vocab_size: int) -> list[str]:
-    """What is unusual about this tokenizer and what is done about it, a line each, for `medrlvr doctor`."""
+def tokenizer_traps(tok: Tokenizer, vocab_size: int, config: PromptConfig | None = None) -> list[str]:
+    """What is unusual about this tokenizer and what is done about it, a line each, for `medrlvr doctor`.
+
+    `config` holds the system prompt and the variables with which the chat template is looked at, whether prompts are to use it or not.
+    """
     name, hf, out = tok.trusted.id_to_token, tok.hf, []
     if hf.pad_token_id is None:
         out.append(f"no pad token: padding is {name(tok.pad_id)}; harmless, masks decide what counts")
@@ -272,16 +374,35 @@ def tokenizer_traps(tok: Tokenizer, vocab_size: int) -> list[str]:
         written, read = (b.encode(sample, add_special_tokens=False).ids for b in (tokenizers.Tokenizer.from_file(str(file)), tok.trusted))
         if written != read:  # transformers 5 rebuilds the tokenizers of some model types, qwen2's among them, by its own rules
             out.append("transformers cuts text otherwise than tokenizer.json says (the model_type in config.json decides); its cut is used")
-    return out + _chat_traps(tok)
+    return out + _chat_traps(tok, dataclasses.replace(config or PromptConfig(), chat=True))
 
 
-def _chat_traps(tok: Tokenizer) -> list[str]:
+def _chat_traps(tok: Tokenizer, config: PromptConfig) -> list[str]:
     if not tok.hf.chat_template:
         return ["no chat template: prompt.chat must be false"]
-    head, before, after, tail = tok.frame
-    turn = [{"role": "user", "content": "Which?"}]
-    usual = tok.trusted.encode(tok.hf.apply_chat_template(turn, tokenize=False, add_generation_prompt=True), add_special_tokens=False).ids
-    out = [f"with prompt.chat, before the user's text stands {tok.show(head) + before!r}"]
-    if head + spell(tok, [before + "Which?" + after])[0] + tail != usual:
+    try:
+        f = frame(tok, config)
+    except ConfigError as e:
+        return [f"with prompt.chat, this would be refused: {e}"]
+    usual = tok.trusted.encode(_converse(tok, config, "user").replace(MESSAGE, "Which?"), add_special_tokens=False).ids
+    out = [f"with prompt.chat, before the user's text stands {tok.show(f.head) + f.before!r}"]
+    if f.given:
+        does = "closes an empty thought" if EMPTY_THOUGHT.match(f.given) else "opens the thought" if TAGS[0] in f.given else "writes"
+        what = "is given in the prompt, and judged and taught as part of the response"
+        out.append(f"with prompt.chat, the chat template itself {does} in the assistant's turn: {f.given!r} {what}")
+    if f.head + spell(tok, [f.before + "Which?" + f.after])[0] + f.tail != usual:
         out.append("with prompt.chat, a prompt's tokens differ from apply_chat_template's at the seam between the template and the text")
     return out
+
+
+def beginning_trap(begun: str, mode: str) -> tuple[str, str] | None:
+    """(what is wrong, a remedy) where no response that begins so can be paid for by the rule `mode`."""
+    empty = EMPTY_THOUGHT.match(begun)
+    if mode == "direct" and TAGS[0] in judged_beginning(begun, mode):
+        return f"every response begins with {begun!r}, and reward.mode direct pays for none with a thought", (
+            "set reward.mode=strict, or, where the chat template knows it, prompt.template_args={enable_thinking: false}"
+        )
+    if mode != "direct" and empty:
+        wrong = f"every response begins with {begun!r}, an empty thought, and reward.mode {mode} pays for one that is not"
+        return wrong, "set reward.mode=direct, or, where the chat template wrote it, prompt.template_args={enable_thinking: true}"
+    return None

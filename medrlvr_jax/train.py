@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax import data, evaluate, files, log, lora, monitors, sharding, user_reward
+from medrlvr_jax import data, evaluate, files, log, lora, monitors, sharding, text, user_reward
 from medrlvr_jax.build import Parts, build, init_learner, load_frozen, make_relay, total_steps
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.compiles import Compiles, Profile
@@ -69,6 +69,8 @@ def train(config: Config) -> dict[str, Any]:
 
         notices = [f"data: {told}"]
         notices += [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
+        if trap := text.beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
+            notices.append("; ".join(trap))
         relay = programs.relay if parts.sampler_cfg == parts.cfg else make_relay(parts, parts.cfg)  # evaluation is of the policy itself
         ahead = step_programs(parts, made, encoded.width) + evaluate.programs(parts, sets)
         ahead += relay_program(relay) if sets and relay is not programs.relay else []

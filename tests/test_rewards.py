@@ -280,6 +280,12 @@ def test_file_gives_the_same_verdicts(tmp_path, mode):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
+def test_what_the_prompt_gave_of_a_completion_is_judged_with_it(tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps(GOOD | {"completion": "x</think><answer>C</answer>"}) + "\n")
+    for prefill, reason in (("", "no_think"), ("<think>\n", "correct")):
+        assert score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(), True, prefill) == {reason: 1}
+
+
 GOOD = {"completion": "<think>x</think><answer>C</answer>", "answer": "C", "options": FOUR}
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from medrlvr_jax import text
 from medrlvr_jax.config import ConfigError, PromptConfig
 from medrlvr_jax.formats import DataError, Question
+from medrlvr_jax.rewards import judged_beginning
 
 transformers = pytest.importorskip("transformers")
 decoders, models, pre_tokenizers, processors = tokenizers.decoders, tokenizers.models, tokenizers.pre_tokenizers, tokenizers.processors
@@ -198,6 +199,103 @@ def test_pad_prompts():
     for row in ([], [1, 2, 3, 4, 5]):
         with pytest.raises(ValueError, match=f"prompt 0 has {len(row)} tokens, and 1 to 4 fit"):
             text.pad_prompts([row], np.array([0]), 4, 9)
+
+
+# ---- what a chat template writes into the assistant's turn ----
+
+HEADER = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+TURNS = CHATML.partition("{% if add")[0]
+THINKING = TURNS + HEADER + "{{ '<think>\n' }}{% endif %}"  # QwQ, Qwen3-Thinking
+SWITCH = TURNS + HEADER + "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+PAST = TURNS.replace("m['content'] +", "('<think>\n\n</think>\n\n' if m['role'] == 'assistant' else '') + m['content'] +")
+DISTILL = (  # R1's distilled models: roles are marked by a special token after the text
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% elif m['role'] == 'user' %}"
+    "{{ m['content'] + '<|im_start|>' }}{% else %}{{ '</think>' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
+SAYING_TAGS = TURNS.replace("'<|im_end|>\n'", "' Use <think> and </think>.<|im_end|>\n'") + HEADER + "{% endif %}"
+WORDS = TURNS + HEADER + "{{ 'Let us see. ' }}{% endif %}"
+EMPTY = "<think>\n\n</think>\n\n"
+ALONE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "args", "given"),
+    [
+        (CHATML, {}, ""),
+        (INST, {}, ""),
+        (THINKING, {}, "<think>\n"),
+        (SWITCH, {}, ""),
+        (SWITCH, {"enable_thinking": False}, EMPTY),
+        (PAST + HEADER + "{{ '<think>\n' }}{% endif %}", {}, "<think>\n"),
+        (PAST + HEADER + "{{ '<think>\n\n</think>\n\n' }}{% endif %}", {}, EMPTY),
+        (DISTILL, {}, "<think>"),
+        (SAYING_TAGS, {}, ""),
+        (WORDS, {}, "Let us see. "),
+        (ALONE, {}, "<think>"),
+        (INST.replace("[/INST]", "[/INST]<think>\n"), {}, "<think>\n"),
+    ],
+)
+def test_what_a_template_writes_into_the_assistants_turn_begins_the_response(template, args, given):
+    tok = text.wrap(make(template, merges=SPACED))
+    config = PromptConfig(template="think", chat=True, template_args=args)
+    assert text.begins(tok, config) == given
+    rendered = tok.hf.apply_chat_template(
+        [{"role": "user", "content": text.render(SCURVY, "think")}], tokenize=False, add_generation_prompt=True, **args
+    )
+    [whole], [bare] = text.encode_questions(tok, [SCURVY], config), text.encode_questions(tok, [SCURVY], config, begun=False)
+    assert whole == tok.trusted.encode(rendered, add_special_tokens=False).ids
+    assert tok.show(bare) + given == tok.show(whole) == rendered
+    further = PromptConfig(chat=True, template_args=args, prefill="<answer>")
+    assert text.begins(tok, further) == given + "<answer>" and tok.show(text.encode_prompt(tok, SCURVY, further)) == rendered + "<answer>"
+
+
+def test_a_thought_is_begun_once():
+    tok = text.wrap(make(THINKING))
+    with pytest.raises(ConfigError, match=r"prompt.prefill: '<think>': the chat template itself begins .* two <think>; set "):
+        text.encode_prompt(tok, SCURVY, PromptConfig(chat=True, prefill="<think>"))
+    [rest] = text.to_teach(tok, [text.sft_target(SCURVY, "rationale")], PromptConfig(chat=True))
+    assert rest == "Collagen needs it.</think>\n<answer>B</answer>"
+    with pytest.raises(ConfigError, match=r"'<think>\\n' is not how the target begins: '<answer>B</answer>'; the chat template writes it"):
+        text.to_teach(tok, ["<answer>B</answer>"], PromptConfig(chat=True))
+    closed = PromptConfig(chat=True, template_args={"enable_thinking": False})
+    tok = text.wrap(make(SWITCH))
+    assert text.to_teach(tok, ["<answer>B</answer>"], closed) == ["<answer>B</answer>"]
+    with pytest.raises(ConfigError, match="is not how the target begins: '<think>Collagen"):
+        text.to_teach(tok, [text.sft_target(SCURVY, "rationale")], closed)
+
+
+def test_what_no_response_that_begins_so_can_earn():
+    assert text.beginning_trap("", "strict") is text.beginning_trap("<think>\n", "strict") is text.beginning_trap(EMPTY, "direct") is None
+    wrong, remedy = text.beginning_trap("<think>\n", "direct")
+    assert "every response begins with '<think>\\n'" in wrong and "enable_thinking: false" in remedy
+    assert "an empty thought" in text.beginning_trap(EMPTY, "strict")[0]
+    assert judged_beginning(EMPTY + "<answer>", "direct") == "<answer>" and judged_beginning(EMPTY, "strict") == EMPTY
+    assert judged_beginning("<think>\n", "direct") == "<think>\n"
+
+
+def test_a_system_prompt_and_the_templates_own_variables():
+    tok = text.wrap(make(SWITCH, merges=SPACED))
+    prompt = text.encode_prompt(tok, SCURVY, PromptConfig(template="none", chat=True, system="Be brief."))
+    assert tok.show(prompt).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQuestion: ")
+    with pytest.raises(ConfigError, match=r"prompt.template_args.enable_thinkin: the chat template has no such variable"):
+        text.encode_prompt(tok, SCURVY, PromptConfig(chat=True, template_args={"enable_thinkin": False}))
+    refusing = text.wrap(make(NO_SYSTEM))
+    with pytest.raises(ConfigError, match=r"prompt.system: 'Be brief.': .*refuses .*\(no system role here\); set prompt.system to null"):
+        text.encode_prompt(refusing, SCURVY, PromptConfig(chat=True, system="Be brief."))
+    assert text.encode_prompt(refusing, SCURVY, PromptConfig(chat=True))
+    passing_over = text.wrap(make(INST.replace("{% else %}", "{% elif m['role'] == 'assistant' %}")))
+    with pytest.raises(ConfigError, match=r"prompt.system: the chat template leaves the system turn out"):
+        text.encode_prompt(passing_over, SCURVY, PromptConfig(chat=True, system="Be brief."))
+
+
+def test_the_doctor_tells_what_the_template_begins():
+    [line] = [t for t in text.tokenizer_traps(text.wrap(make(THINKING)), 300) if "itself" in t]
+    assert "opens the thought in the assistant's turn: '<think>\\n' is given in the prompt, and judged and taught" in line
+    config = PromptConfig(chat=True, template_args={"enable_thinking": False})
+    assert any("closes an empty thought" in t for t in text.tokenizer_traps(text.wrap(make(SWITCH)), 300, config))
+    assert not any("itself" in t for t in text.tokenizer_traps(text.wrap(make()), 300))
 
 
 # ---- completions ----

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from itertools import chain
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ import yaml
 
 from medrlvr_jax import __main__, build, checkpoint, compiles, configs, data, difficulty, formats, hf, lora, model, rewards, sharding, train
 from medrlvr_jax.config import RewardConfig, SetConfig
+from medrlvr_jax.sft import encode_pairs
 
 TREE = {
     "name": "run",
@@ -252,9 +254,37 @@ def test_targets_begin_as_responses_do(folder, capsys):
     assert "prompt.prefill: '<answer>' is not how the target begins: '<think>" in capsys.readouterr().err
 
 
+def test_a_chat_template_that_opens_the_thought_is_as_a_prefill(folder, capsys):
+    """Training, its evaluations, samples and fine-tuning: all as with the same tokens by `prompt.prefill`."""
+    thinking = folder / "thinking"
+    shutil.copytree(folder / "tiny", thinking)
+    template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    (thinking / "chat_template.jinja").write_text(template)
+    ways = {"templated": [f"model.path={thinking}", "prompt.chat=true"], "prefilled": ["prompt.prefill=<think>"]}
+    for name, settings in ways.items():
+        assert main("train", folder / "config.yaml", f"name={name}", *settings, "steps=1", "checkpoint.every=0") == 0
+    records, samples = ([lines(folder / "runs" / name / log) for name in ways] for log in ("metrics.jsonl", "samples.jsonl"))
+    for record in chain(*records):
+        record.pop("seconds", None), record.pop("tokens_per_second", None)
+    assert records[0] == records[1] and samples[0] == samples[1] and samples[0][0]["completion"].startswith("<think>")
+    pairs = []
+    for settings in ways.values():
+        parts = build.build(configs.load(folder / "config.yaml", [*settings, "sft.target=rationale"]))
+        rows, _ = encode_pairs(parts)
+        pairs.append(rows)
+        prompt, target = (parts.tokenizer.show(ids) for ids in rows[0])
+        assert prompt.endswith("\n<think>") and "<think>" not in target and target.endswith("</answer><eos>")
+    assert pairs[0] == pairs[1]
+    assert main("doctor", folder / "config.yaml", *ways["templated"], "prompt.template=direct", "reward.mode=direct") == 0
+    told = capsys.readouterr().out
+    assert "the chat template itself opens the thought" in told
+    assert "warning  every response begins with '<think>', and reward.mode direct" in told
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ("prompt.system=Be brief.", "prompt.system: it is the chat template's, and prompt.chat is false"),
         ("sample.questions=6", "learn.minibatch: 8 does not divide sample.questions = 6"),
         ("data.path=nowhere.jsonl", "nowhere.jsonl"),
         ("model.path=./nowhere", "./nowhere"),
