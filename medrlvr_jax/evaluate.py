@@ -73,7 +73,7 @@ def ask(
         encoded, key = reorder(parts, encoded, index, draw), jax.random.fold_in(key, draw)
     scored = sample_and_score(decode_params, parts, encoded, index, key, sample, entropies)
     rows = []
-    for row in np.flatnonzero(scored.counted & (scored.places < n * alone)).tolist():
+    for row in np.flatnonzero(scored.places < n * alone).tolist():
         question, which = divmod(int(scored.places[row]), alone)
         asked = scored.questions[row]
         whose = {"subject": asked.subject, "sample": draw + which, "question_hash": data.question_hash(asked)}

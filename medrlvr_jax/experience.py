@@ -1,7 +1,8 @@
 """From questions to experience: the only place where host and device alternate.
 
 encode → generate → (assess on the device ‖ decode and score on the host) → experience. Evaluation is the first half.
-Of a batch, a process encodes, decodes and scores the rows that its devices hold.
+Of a batch, a process encodes the rows that its devices hold. A row that several processes hold is decoded and scored by one of them,
+which tells the others its reward.
 """
 
 import dataclasses
@@ -15,17 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax import advantages, lora, scoring, stages, text, user_reward
+from medrlvr_jax import advantages, lora, scoring, stages, text
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import COMPARING, Config, SampleConfig
 from medrlvr_jax.data import repeats
 from medrlvr_jax.formats import LETTERS, Question
 from medrlvr_jax.model import DecoderConfig
+from medrlvr_jax.processes import gather
 from medrlvr_jax.rewards import Verdicts, judged_beginning, score, toss
 from medrlvr_jax.sample import generate
 from medrlvr_jax.sharding import by_rows, fetch_rows, join_rows, own_rows, place_rows, split_rows, to_memory
 from medrlvr_jax.shuffle import shuffled
 from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Params, Prompts, Rollout
+from medrlvr_jax.user_reward import UserReward
 
 WIDTH_STEP = 16  # widths are multiples of this, so that few shapes are compiled
 
@@ -53,11 +56,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Scored:
-    """What this process knows of a rollout: N flat rows, those of its own questions, question by question."""
+    """What this process scored of a rollout: N flat rows, question by question. No other process scored any of them."""
 
     questions: list[Question]  # [N]
     places: np.ndarray  # int [N], each row's place among the Q·G of the whole batch
-    counted: np.ndarray  # bool [N], False where a process before this one has the same row, and counts it
     completions: list[str]  # [N]
     verdicts: Verdicts  # of the same rows
     lengths: np.ndarray  # int [N], tokens up to and including the stop token
@@ -113,14 +115,18 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
     return dataclasses.replace(encoded, questions=questions, tokens=tokens)
 
 
-def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array | None = None) -> Scored:
+def score_rollout(
+    parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array | None = None, judge: UserReward | None = None
+) -> Scored:
     """Host work: bring this process's tokens over, decode, score. `index` names the questions of the whole rollout.
 
-    `coin`: training's key, for the control `reward.random`; evaluation has none, and judges by the rule.
+    Training alone pays by other things than the rule: by `judge`, the user's own reward, or by `coin`, its key for the control
+    `reward.random`. Evaluation has neither.
     """
     tokenizer = parts.tokenizer
     own, counted = own_rows(len(index), parts.mesh)
-    tokens, mask = fetch_rows((rollout.tokens, rollout.mask), parts.mesh)
+    own = own[counted]
+    tokens, mask = (x[counted] for x in fetch_rows((rollout.tokens, rollout.mask), parts.mesh))
     groups, length = tokens.shape[1:]
     flat, flat_mask = tokens.reshape(-1, length), mask.reshape(-1, length)
     begun = judged_beginning(text.begins(tokenizer, parts.config.prompt), parts.config.reward.mode)
@@ -135,15 +141,28 @@ def score_rollout(parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Ro
         lenient = verdicts if rule.mode == "paper" else score(completions, keys, options, dataclasses.replace(rule, mode="paper"))
         shown = [stages.stage(*row) for row in zip(completions, lenient.format_ok.tolist(), options, strict=True)]
     failed: dict[int, str] = {}
-    if own_reward := user_reward.worker(rule):
-        values, failed = own_reward.score(list(zip(completions, keys, options, (q.question for q in questions), strict=True)))
+    if judge is not None:
+        values, failed = judge.score(list(zip(completions, keys, options, (q.question for q in questions), strict=True)))
         verdicts = dataclasses.replace(verdicts, reward=np.array(values, np.float32))
     elif rule.random is not None and coin is not None:
         paid = toss(np.asarray(jax.random.key_data(coin)), encoded.ids[index[own]], groups, rule)
         verdicts = dataclasses.replace(verdicts, reward=paid.ravel())
     places = (own[:, None] * groups + np.arange(groups)).ravel()
     stopped = np.isin(last, tokenizer.stop_ids)
-    return Scored(questions, places, counted.repeat(groups), completions, verdicts, lengths, stopped, shown, failed)
+    return Scored(questions, places, completions, verdicts, lengths, stopped, shown, failed)
+
+
+def rewards_of_all(scored: Scored, n: int, parts: Parts) -> np.ndarray:
+    """float32 [own, G]: the reward of each row that this process holds of n questions, from the process that scored it.
+
+    Two processes that score one row may disagree (a judge, a clock, a time-out in one of them). JAX never compares the copies of an
+    array, so the weights would then differ from process to process, and nothing would say so.
+    """
+    samples = parts.config.sample.samples
+    rewards = np.empty(n * samples, np.float32)
+    for places, values in gather([scored.places.tolist(), scored.verdicts.reward.tolist()]):
+        rewards[places] = values
+    return rewards.reshape(n, samples)[own_rows(n, parts.mesh)[0]]
 
 
 def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
@@ -168,7 +187,9 @@ def sample_and_score(
     scored = score_rollout(parts, encoded, index, rollout)
     if not entropies:
         return scored
-    entropy, mask = (x.reshape(len(scored.places), -1) for x in fetch_rows((rollout.entropy, rollout.mask), parts.mesh))
+    _, counted = own_rows(len(index), parts.mesh)
+    flat = (-1, rollout.tokens.shape[-1])
+    entropy, mask = (x[counted].reshape(flat) for x in fetch_rows((rollout.entropy, rollout.mask), parts.mesh))
     return dataclasses.replace(scored, entropy=entropy.sum(1) / np.maximum(mask.sum(1), 1))
 
 
@@ -313,6 +334,7 @@ def collect(
     index: np.ndarray,
     key: Array,
     kl_coef: Array,
+    judge: UserReward | None = None,
 ) -> tuple[Experience, dict[str, Array], Scored]:
     """One step's rollout of the questions at `index`, made into experience. Assessing runs while the host scores.
 
@@ -323,8 +345,8 @@ def collect(
     here = to_memory(frozen, "device") if parts.config.learn.offload else frozen
     assessment = assess(here, policy, critic, prompts, rollout, **assess_settings(parts))
     with jax.profiler.TraceAnnotation("score"):
-        scored = score_rollout(parts, encoded, index, rollout, coin=key)
-    rewards = place_rows(scored.verdicts.reward.reshape(-1, sample.samples), len(index), parts.mesh)
+        scored = score_rollout(parts, encoded, index, rollout, coin=key, judge=judge)
+    rewards = place_rows(rewards_of_all(scored, len(index), parts), len(index), parts.mesh)
     kinds = experience_settings(parts)
     experience, stats = make_experience(prompts, rollout, assessment, rewards, kl_coef, **kinds)
     return experience, stats, scored

@@ -88,8 +88,8 @@ def watch(scored: Scored, samples: int, history: Sequence[dict[str, Any]]) -> di
                                      independent of each other
     monitor/constant_reward          for how many steps in a row, this one included, all rewards were one number
     """
-    first = np.flatnonzero(scored.counted & (scored.places % samples == 0)).tolist()
-    rewards = scored.verdicts.reward[scored.counted & ~np.isnan(scored.verdicts.reward)]  # NaN: the user's own failed there
+    first = np.flatnonzero(scored.places % samples == 0).tolist()
+    rewards = scored.verdicts.reward[~np.isnan(scored.verdicts.reward)]  # NaN: the user's own failed there
     ends = [float(rewards.min()), float(rewards.max())] if len(rewards) else []
     told = gather([[str(scored.verdicts.answer[i]) for i in first], [LETTERS[scored.questions[i].answer] for i in first], ends])
     answers, key = (np.array([x for part in told for x in part[i]], str) for i in (0, 1))
@@ -162,22 +162,21 @@ def mark(found: Sequence[Alarm], history: Sequence[dict[str, Any]]) -> tuple[dic
 
 def examples(alarm: Alarm, scored: Scored, metrics: dict[str, Any], samples: int) -> list[int]:
     """Which of this process's rows show it best, at most `EXAMPLES`; for what only the device knows, the row that it named."""
-    counted, name = scored.counted, alarm.name.removeprefix("monitor/")
+    name = alarm.name.removeprefix("monitor/")
     told = flags(scored) | {"truncated": ~scored.stopped}
     if name in told:
-        rows = np.flatnonzero(counted & told[name])
+        rows = np.flatnonzero(told[name])
     elif name == "response_length":
-        order = np.argsort(-scored.lengths if alarm.high else scored.lengths, kind="stable")
-        rows = order[counted[order]]
+        rows = np.argsort(-scored.lengths if alarm.high else scored.lengths, kind="stable")
     elif name == "letter_shift":
         answers, key = scored.verdicts.answer, np.array([LETTERS[q.answer] for q in scored.questions])
-        wrong, counts = np.unique(answers[counted & (answers != key) & (answers != "")], return_counts=True)
-        rows = np.flatnonzero(counted & (answers != key) & (answers == wrong[counts.argmax()])) if len(wrong) else np.zeros(0, int)
+        wrong, counts = np.unique(answers[(answers != key) & (answers != "")], return_counts=True)
+        rows = np.flatnonzero((answers != key) & (answers == wrong[counts.argmax()])) if len(wrong) else np.zeros(0, int)
     elif name == "equal_groups":
         rewards = scored.verdicts.reward.reshape(-1, samples)
-        rows = np.flatnonzero(counted & (rewards == rewards[:, :1]).all(1).repeat(samples))[::samples]
+        rows = np.flatnonzero((rewards == rewards[:, :1]).all(1).repeat(samples))[::samples]
     elif (at := f"row/{name}_{'high' if alarm.high else 'low'}") in metrics:
-        rows = np.flatnonzero(counted & (scored.places == metrics[at]))
+        rows = np.flatnonzero(scored.places == metrics[at])
     else:
-        rows = np.flatnonzero(counted)
+        rows = np.arange(len(scored.places))
     return rows[:EXAMPLES].tolist()

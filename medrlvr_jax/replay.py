@@ -33,10 +33,9 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         raise ConfigError(f"--step {step}: {run} has steps 1 to {last}")
     if not 0 <= row < n:
         raise ConfigError(f"--row {row}: a step of {run} has rows 0 to {n - 1}, sample.samples = {c.sample.samples} to a question")
-    user_reward.worker(c.reward)
     parts, console = build(c), Console(step)
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options)
-    with jax.set_mesh(parts.mesh):
+    with user_reward.started(c.reward) as judge, jax.set_mesh(parts.mesh):
         programs, state = train.start(parts, make_programs(parts, total_steps(c, len(encoded.questions))))
         frozen = load_frozen(parts)
         state, done = restore_before(run / "checkpoints", state, step - 1)
@@ -45,7 +44,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
             console.notice(f"checkpoint {step - 1} is not kept: training steps {done + 1} to {step - 1} again, which took {seconds} then")
         said = time.monotonic()
         for k in range(done, step - 1):
-            state, *_ = train.train_step(parts, programs, train.at_epoch(parts, encoded, k), state, frozen, k)
+            state, *_ = train.train_step(parts, programs, train.at_epoch(parts, encoded, k), state, frozen, k, judge)
             if time.monotonic() - said > QUIET:
                 said = time.monotonic()
                 console.notice(f"step {k + 1}/{step - 1}")
@@ -53,7 +52,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         key = jax.random.fold_in(jax.random.key(c.seed), step - 1)
         decode_params = programs.relay(lora.join(frozen.base, state.policy.params))
         rollout = draw(decode_params, parts.sampler_cfg, parts, place_prompts(parts, encoded, index), key, c.sample)
-        scored = score_rollout(parts, encoded, index, rollout, coin=key)
+        scored = score_rollout(parts, encoded, index, rollout, coin=key, judge=judge)
     drawn = json.loads(json.dumps(train.sample_record(parts, encoded, index, scored, row)))  # as a log gives it back
     logged = next((s for s in samples if s["step"] == step and s["row"] == row), None)
     differ = [k for k, v in (logged or {}).items() if k != "step" and drawn.get(k) != v]

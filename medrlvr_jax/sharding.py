@@ -4,8 +4,8 @@ TRAIN shards every weight over `fsdp` and `tensor`; DECODE keeps `tensor` only, 
 Activations follow one table in both. The outermost axis, `slice`, splits the batch alone: what crosses the slow network between
 slices or nodes is one sum of gradients an optimiser step.
 
-A process holds the rows of a batch that its devices hold, and no others: it encodes, decodes and scores those. Where `tensor` or
-`fsdp` spans processes, several hold the same rows; the first of them counts them.
+A process holds the rows of a batch that its devices hold, and no others: it encodes those. Where `tensor` spans processes, several
+hold the same rows; they take turns, and each row is decoded, scored and counted by one of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -171,13 +171,15 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 @cache
 def own_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Which of n rows this process's devices hold, ascending int [own]; and bool [own], True for those that it counts."""
-    holder = np.full(n, jax.process_count())
-    own = np.zeros(n, bool)
+    """Which of n rows this process's devices hold, ascending int [own]; and bool [own], True for those that it scores and counts.
+
+    Of the processes that hold a row, exactly one counts it; they take turns from row to row, so that none of them waits.
+    """
+    holds = np.zeros((n, jax.process_count()), bool)
     for device, index in rows(mesh).devices_indices_map((n,)).items():
-        holder[index] = np.minimum(holder[index], device.process_index)
-        own[index] |= device.process_index == jax.process_index()
-    return np.flatnonzero(own), holder[own] == jax.process_index()
+        holds[(*index, device.process_index)] = True
+    here, before = holds[:, jax.process_index()], holds[:, : jax.process_index()].sum(1)
+    return np.flatnonzero(here), (before == np.arange(n) % holds.sum(1))[here]
 
 
 def place_rows(tree: Any, n: int, mesh: Mesh) -> Any:

@@ -45,7 +45,6 @@ SKIPS = 3  # steps in a row with an update that was not finite, after which a ru
 
 def train(config: Config) -> dict[str, Any]:
     """Run or resume a training; returns what summary.json holds."""
-    user_reward.worker(config.reward)
     parts = build(config)
     questions, told = data.read(config.data)
     encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options)
@@ -53,14 +52,14 @@ def train(config: Config) -> dict[str, Any]:
         raise ConfigError(f"data.path: no question of {config.data.path} fits prompt.max_tokens = {config.prompt.max_tokens}; raise it")
     steps = total_steps(config, len(encoded.questions))
     sets = evaluate.load_sets(parts)
-    with jax.set_mesh(parts.mesh):
+    with user_reward.started(config.reward) as judge, jax.set_mesh(parts.mesh):
         made = make_programs(parts, steps)
         programs, state = start(parts, made)
         frozen = load_frozen(parts)
 
         def one(state: TrainState, step: int, history: log.Records):
             now = at_epoch(parts, encoded, step)
-            state, stats, scored, experience = train_step(parts, programs, now, state, frozen, step)
+            state, stats, scored, experience = train_step(parts, programs, now, state, frozen, step, judge)
             metrics = summarise(stats, scored) | monitors.watch(scored, config.sample.samples, history)
             found = monitors.alarms(metrics, history, config)
             lasted, said = monitors.mark(found, history)
@@ -193,7 +192,13 @@ def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
 
 
 def train_step(
-    parts: Parts, programs: Programs, encoded: Encoded, state: TrainState, frozen: Frozen, step: int
+    parts: Parts,
+    programs: Programs,
+    encoded: Encoded,
+    state: TrainState,
+    frozen: Frozen,
+    step: int,
+    judge: user_reward.UserReward | None = None,
 ) -> tuple[TrainState, dict[str, Any], Scored, Experience]:
     """Step `step` of the method box above; batch and noise are functions of (seed, step), so a resumed run is the same run."""
     c = parts.config
@@ -201,7 +206,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(c.seed), step)
     critic = None if state.critic is None else state.critic.params
     policy = state.policy.params
-    experience, stats, scored = collect(programs.relay, frozen, policy, critic, parts, encoded, index, key, state.kl_coef)
+    experience, stats, scored = collect(programs.relay, frozen, policy, critic, parts, encoded, index, key, state.kl_coef, judge)
     shuffle = jax.random.fold_in(key, 2**31)  # beyond every question's number: sampling and shuffling never share a key
     policy, learned = state.policy, {}
     if step >= c.learn.critic_warmup:
@@ -231,8 +236,9 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     rows |= {f"monitor/{name}": column for name, column in monitors.flags(scored).items()}
     if None not in scored.stages:
         rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
-    totals = gather({name: float(column[scored.counted].sum()) for name, column in rows.items()})  # one set from each process
-    sums = {name: sum(total[name] for total in totals) for name in rows}
+    totals = gather({name: float(column.sum()) for name, column in rows.items()})  # one set from each process
+    shared = [name for name in rows if all(name in total for total in totals)]  # a process without rows cannot say that stages are none
+    sums = {name: sum(total[name] for total in totals) for name in shared}
     n = int(sums.pop("completions"))
     out = {name: total / n for name, total in sums.items()} | {"completions": n, "tokens": int(sums["response_length"])}
     out["reward"] = sums["reward"] / max(n - sums["reward_failed"], 1)
@@ -272,17 +278,16 @@ def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[d
     wanted = [] if not c.log.samples_every or step % c.log.samples_every else wanted
     shown = np.isin(scored.places, wanted)
     shown[list(scored.failed)[:SHOWN]] = True
-    rows = [sample_record(parts, encoded, index, scored, row) for row in np.flatnonzero(scored.counted & shown).tolist()]
+    rows = [sample_record(parts, encoded, index, scored, row) for row in np.flatnonzero(shown).tolist()]
     return sorted(chain.from_iterable(gather(rows)), key=lambda r: r["row"])
 
 
 def passes(scored: Scored, samples: int) -> dict[str, Any]:
     """The step's record for questions.jsonl: how many of each question's samples were right (`medrlvr difficulty --history`)."""
-    own = zip((scored.places // samples).tolist(), scored.questions, scored.verdicts.correct.tolist(), scored.counted.tolist(), strict=True)
+    own = zip((scored.places // samples).tolist(), scored.questions, scored.verdicts.correct.tolist(), strict=True)
     right: dict[tuple[int, str], int] = {}
-    for place, question, correct, counted in chain.from_iterable(gather([(p, q.id, c, n) for p, q, c, n in own])):
-        if counted:
-            right[place, question] = right.get((place, question), 0) + correct
+    for place, question, correct in chain.from_iterable(gather([(place, q.id, correct) for place, q, correct in own])):
+        right[place, question] = right.get((place, question), 0) + correct
     return {"samples": samples, "right": {name: n for (_, name), n in sorted(right.items())}}
 
 

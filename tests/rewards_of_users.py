@@ -1,7 +1,10 @@
 """What users may name as reward.fn, good and bad; test_user_reward.py calls them in workers. POISON is the completion that does it."""
 
 import os
+import random
 import time
+
+import numpy as np
 
 POISON = "poison"
 number = 3
@@ -40,6 +43,83 @@ def nan(completions, *_):
 
 def words(completions, *_):
     return ["good" if c == POISON else 0.25 for c in completions]
+
+
+def digits(completions, *_):
+    return ["0.25" if c == POISON else 0.25 for c in completions]
+
+
+def absent(completions, *_):
+    return [None if c == POISON else 0.25 for c in completions]
+
+
+def boxed(completions, *_):
+    return [np.array([0.25]) if c == POISON else 0.25 for c in completions]
+
+
+def huge(completions, *_):
+    return [1e39 if c == POISON else 0.25 for c in completions]
+
+
+def silent(completions, *_):
+    return None if POISON in completions else [0.25] * len(completions)
+
+
+def array(completions, *_):
+    return np.arange(1, len(completions) + 1) % 2
+
+
+def generator(completions, *_):
+    return ((i + 1) % 2 for i, _ in enumerate(completions))
+
+
+def views(completions, *_):
+    return {i: (i + 1) % 2 for i, _ in enumerate(completions)}.values()
+
+
+def booleans(completions, *_):
+    return [i % 2 == 0 for i, _ in enumerate(completions)]
+
+
+def mean(completions, *_):
+    """One value, whatever the batch."""
+    return [sum(map(len, completions)) / len(completions)]
+
+
+def mean_raises(completions, *_):
+    if POISON in completions:
+        raise ValueError("no such drug")
+    return [0.25]
+
+
+def distinct(completions, *_):
+    """One value for all equal completions."""
+    return dict.fromkeys(completions, 0.25).values()
+
+
+def doubled(completions, *_):
+    return [0.25] * (2 * len(completions))
+
+
+def mapping(completions, *_):
+    return {i: 0.25 for i, _ in enumerate(completions)}
+
+
+def columns(completions, *_):
+    return np.full((len(completions), 1), 0.25)
+
+
+def lists(completions, *_):
+    return [[0.25] for _ in completions]
+
+
+def scalar(*_):
+    return 0.25
+
+
+def dice(completions, *_):
+    """Another value at each call and in each process, as of a judge that samples."""
+    return [random.SystemRandom().random() for _ in completions]
 
 
 def always(*_):

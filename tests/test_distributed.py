@@ -105,6 +105,39 @@ def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), sharding.to_host(several), sharding.to_host(one))
 
 
+REPLICAS = """
+import json, sys
+import numpy as np
+from medrlvr_jax import __main__, train
+
+def step(*args):
+    state, stats, scored, rows = original(*args)
+    copies = {"advantages": rows.advantages, "norm": state.policy.params["layers"]["attn_norm"]}
+    copies = {name: np.asarray(x.addressable_shards[0].data).tolist() for name, x in copies.items()}
+    print("STEP", json.dumps(copies | {"places": scored.places.tolist(), "rewards": scored.verdicts.reward.tolist()}), flush=True)
+    return state, stats, scored, rows
+
+original, train.train_step = train.train_step, step
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_a_row_on_two_processes_is_scored_by_one_of_them(folder):  # noqa: F811
+    """A reward that is random: each process learns from the same rewards, and its copies of what all hold stay the same."""
+    (folder / "dice.yaml").write_text(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | GRPO | {"name": "dice"}))
+    settings = ["mesh={data: 1, tensor: 4}", "reward.fn=rewards_of_users:dice", "eval.sets={}", "steps=1", "checkpoint.every=0"]
+    words = ["-c", REPLICAS, "train", "--distributed", str(folder / "dice.yaml"), *settings]
+    started = launch(2, 2, words, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    told = [p.communicate(timeout=600) for p in started]
+    assert [p.returncode for p in started] == [0, 0], told
+    zero, one = (json.loads(line[5:]) for out, _ in told for line in out.splitlines() if line.startswith("STEP "))
+    assert len(zero["places"]) == len(one["places"]) == 8 and sorted(zero["places"] + one["places"]) == list(range(16))
+    assert zero["advantages"] == one["advantages"] and np.unique(np.array(zero["advantages"])[..., 0]).size == 16
+    assert zero["norm"] == one["norm"] and np.unique(zero["norm"]).size > 1  # they began as ones
+    [metrics] = lines(folder / "runs/dice/metrics.jsonl")
+    assert metrics["reward"] == pytest.approx(np.mean(zero["rewards"] + one["rewards"]))
+
+
 def test_a_refusal_of_one_process_ends_all(folder):  # noqa: F811
     question = {"question": "?", "options": ["a", "b"], "answer": "B"}
     (folder / "q0.jsonl").write_text("".join(json.dumps(question | {"id": str(i), "question": f"{i}?"}) + "\n" for i in range(8)))

@@ -32,7 +32,7 @@ def settings(**changes):
     return from_tree(TREE | changes)
 
 
-def scored(completions, keys, samples, counted=None):
+def scored(completions, keys, samples):
     """Questions of two options; `samples` completions each."""
     n, config = len(completions), settings()
     questions = [
@@ -41,8 +41,7 @@ def scored(completions, keys, samples, counted=None):
     verdicts = score(completions, [k for k in keys for _ in range(samples)], [q.options for q in questions], config.reward)
     shown = [stages.stage(c, bool(ok), ["heparin", "aspirin"]) for c, ok in zip(completions, verdicts.format_ok, strict=True)]
     lengths = np.array([len(c.split()) for c in completions])
-    counted = np.ones(n, bool) if counted is None else counted
-    return Scored(questions, np.arange(n), counted, completions, verdicts, lengths, np.ones(n, bool), shown, {})
+    return Scored(questions, np.arange(n), completions, verdicts, lengths, np.ones(n, bool), shown, {})
 
 
 def test_flags_of_each_completion():
@@ -100,11 +99,12 @@ def test_excursions_from_the_runs_own_recent_past(name, usual, value, high):
 
 
 def test_the_rows_named_are_the_worst_and_of_this_process():
-    rows = scored([WELL, LOOP, HACK, WELL], "AABB", 1, np.array([True, False, True, True]))
-    assert monitors.examples(monitors.Alarm("response_length", "", high=True), rows, {}, 1) == [0, 3]  # LOOP is another's
-    assert monitors.examples(monitors.Alarm("response_length", "", high=False), rows, {}, 1)[0] == 2
-    assert monitors.examples(monitors.Alarm("kl", ""), rows, {"row/kl_high": 3}, 1) == [3]
-    assert monitors.examples(monitors.Alarm("monitor/hacks", ""), rows, {}, 1) == [2]
+    rows = dataclasses.replace(scored([WELL, HACK, WELL], "ABB", 1), places=np.array([0, 2, 3]))  # row 1 is another's
+    assert monitors.examples(monitors.Alarm("response_length", "", high=True), rows, {}, 1) == [0, 2]
+    assert monitors.examples(monitors.Alarm("response_length", "", high=False), rows, {}, 1)[0] == 1
+    assert monitors.examples(monitors.Alarm("kl", ""), rows, {"row/kl_high": 3}, 1) == [2]
+    assert monitors.examples(monitors.Alarm("kl", ""), rows, {"row/kl_high": 1}, 1) == []
+    assert monitors.examples(monitors.Alarm("monitor/hacks", ""), rows, {}, 1) == [1]
     assert monitors.examples(monitors.Alarm("equal_groups", ""), scored([WELL, HACK, WELL, WELL], "AA", 2), {}, 2) == [2]
 
 

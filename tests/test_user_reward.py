@@ -5,13 +5,16 @@ import os
 import re
 import time
 
+import jax
 import numpy as np
 import pytest
 from rewards_of_users import POISON
+from test_learn import CFG
 from test_train import folder, lines, main  # noqa: F401  (a fixture)
 
-from medrlvr_jax import experience, user_reward
+from medrlvr_jax import build, configs, experience, sharding, text, user_reward
 from medrlvr_jax.config import AdvantageConfig, ConfigError, KLConfig, LossConfig, RewardConfig
+from medrlvr_jax.formats import Question
 from medrlvr_jax.types import Assessment, Prompts, Rollout
 from medrlvr_jax.user_reward import RewardError, UserReward
 
@@ -49,7 +52,12 @@ def test_the_function_sees_what_it_needs_and_its_fractions_survive(worker):
         ("dies", "its process ended with status 7"),
         ("forgets", "it returned 0 values for 1 completions"),
         ("nan", "it returned nan"),
-        ("words", "could not convert string to float: 'good'"),
+        ("words", "it returned 'good', which is not a number"),
+        ("digits", "it returned '0.25', which is not a number"),
+        ("absent", "it returned None, which is not a number"),
+        ("boxed", r"it returned array\(\[0.25\]\), which is not a number"),
+        ("huge", r"it returned 1e\+39"),
+        ("silent", "it returned None, which is not one number for each completion"),
     ],
 )
 def test_a_completion_that_breaks_it_costs_its_row(worker, name, said):
@@ -57,6 +65,45 @@ def test_a_completion_that_breaks_it_costs_its_row(worker, name, said):
     assert [r for r in got if math.isfinite(r)] == [0.25] * 5 and math.isnan(got[4])
     assert list(failed) == [4]
     assert re.search(said, failed[4])
+
+
+@pytest.mark.parametrize("name", ["array", "generator", "views", "booleans"])
+def test_any_ordered_values_will_do(worker, name):
+    assert use(worker, name).score(rows(3)) == ([1.0, 0.0, 1.0], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mean", "it returned 1 value for 8 completions, though it scores 2 of them one by one: it must return one number for each"),
+        ("distinct", "it returned 1 value for 8 completions, though it scores 2 of them one by one"),
+        ("doubled", "failed on all 8 completions of a batch: it returned 2 values for 1 completions;"),
+        ("mapping", r"failed on all 8 completions of a batch: it returned {0: 0.25}, which is not one number for each completion"),
+        ("columns", r"failed on all 8 completions of a batch: it returned array\(\[0.25\]\), which is not a number"),
+        ("lists", r"failed on all 8 completions of a batch: it returned \[0.25\], which is not a number"),
+        ("scalar", "failed on all 8 completions of a batch: it returned 0.25, which is not one number for each completion"),
+    ],
+)
+def test_values_that_belong_to_no_row_end_the_run(worker, name, said):
+    with pytest.raises(RewardError, match=f"reward.fn: rewards_of_users:{name}.*{said}"):
+        use(worker, name).score(rows(8))
+
+
+def test_a_miscount_is_told_apart_from_rows_that_fail(worker):
+    """Two rows are left out of the values, each alone too: they fail. A batch with other faults beside a miscount is refused as well."""
+    got, failed = use(worker, "forgets").score(rows(8, 1, 6))
+    assert sorted(failed) == [1, 6] and [r for r in got if math.isfinite(r)] == [0.25] * 6
+    with pytest.raises(RewardError, match="it returned 1 value for 2 completions"):
+        use(worker, "mean_raises").score(rows(4, 3))
+
+
+def test_an_edited_module_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value in (0.25, 0.125):
+        (tmp_path / "edited_reward.py").write_text(f"def f(completions, *_):\n    return [{value}] * len(completions)\n")
+        with user_reward.started(RewardConfig(fn="edited_reward:f")) as judge:
+            assert judge.score(rows(2)) == ([value] * 2, {})
+        assert not judge._process.is_alive()
 
 
 def test_a_completion_that_hangs_it_costs_its_row_within_the_stated_time(worker):
@@ -100,6 +147,20 @@ def test_failed_rows_are_not_learned_from():
         assert float(stats["unlearned"]) == pytest.approx(left / (q * g))
         base = 0 if estimator == "gae" else 0.375
         np.testing.assert_allclose(made.advantages[..., 0], np.where(want, np.arange(g) * 0.25 - base, 0), atol=1e-6)
+
+
+def test_evaluation_judges_by_the_rule_alone():
+    """A function that is down, or that is not even there, ends no evaluation."""
+    tree = {"name": "t", "steps": 1, "model": {"path": ""}, "data": {"path": ""}, "learn": {"policy": {"lr": 1e-3}}}
+    shape = {"sample": {"questions": 1}, "learn": {"policy": {"lr": 1e-3}, "critic": {"lr": 1e-3}, "minibatch": 1}, "eval": {"batch": 1}}
+    c = configs.from_tree(tree | shape | {"prompt": {"template": "none"}, "reward": {"fn": "no_such_module:f"}})
+    tok = text.byte_tokenizer()
+    parts = build.lay_out(c, tok, CFG, jax.devices()[:1])
+    encoded = experience.encode(tok, [Question("0", "Which?", ("a", "b"), 0)], c)
+    tokens = np.array([[text.encode_targets(tok, ["<think>x</think><answer>A</answer>"])[0]]], np.int32)
+    rollout = sharding.place_rows(Rollout(tokens, tokens >= 0, np.zeros(tokens.shape, np.float32), None), 1, parts.mesh)
+    scored = experience.score_rollout(parts, encoded, np.arange(1), rollout)
+    assert scored.verdicts.reward.tolist() == [1.0] and scored.failed == {}
 
 
 def test_a_run_with_a_function_that_fails_now_and_then(folder, capsys, monkeypatch):  # noqa: F811
