@@ -36,13 +36,18 @@ Exit status: 0 it is what was logged, or was not logged; 1 it is not. Equal to t
 rounding may choose another token now and then. Only mesh.* is meant to be set otherwise here."""
 
 EVAL = """Answers the config's eval.sets with a run's checkpoint, or with the config's own model. Prints accuracy and format with 95 %
-intervals over questions (several samples of one are not several questions), entropy per token, subjects, and how often each letter is answered
-and is the key; with eval.samples above 1 also pass@k, with chance taken out too, and maj@k. A set that holds exact repeats is also given
-without them. eval.json has all of it, for every k, and how it was made: settings, wording of the prompt, hashes of questions and prompts."""
+intervals over questions (several samples of one are not several questions), entropy per token, subjects, and how often each letter is
+answered and is the key; with eval.samples above 1 also pass@k, with chance taken out too, and maj@k. A set that holds
+exact repeats is also given without them. eval.json has all of it, for every k, and how it was made: settings, the prompt's
+wording, hashes of questions and prompts."""
 
 PROBE = """Lets the model answer the config's eval.sets greedily, then forces an answer (the most probable letter) at once, after the
 first 0, 25, 50, 75 and 100 % of its thought, and after another question's thought: if none of it changes the accuracy, the thought does
 no work. Also the fall in the key's perplexity with each sentence (InfoGain, arXiv 2506.02126)."""
+
+COMPARE = """Refused where questions, wording of the prompt, number of samples, decoding or the rule that judges are not the same in both:
+then it would not be the models alone that are compared. Each set's questions are paired by id and hash. p: McNemar's exact test of one
+answer a question, else a t test over the questions."""
 
 CONTAMINATION = """Compares the stems of each test set with those of the training set, and the training set with itself: the same words, or
 more than half of the shorter one's 8-grams in the other. With one CONFIG.yaml: its data against its eval.sets."""
@@ -100,9 +105,10 @@ def parser() -> argparse.ArgumentParser:
     at_step(c)
     c.add_argument("--out", type=Path, help="folder for one JSONL per set and probe.json; default RUN/probe-<step>")
     distributed(c)
-    c = command("compare", "two evaluations of the same questions: paired tests, what one solves and the other does not")
-    c.add_argument("a", type=Path, metavar="EVAL_A", help="a folder that `medrlvr eval` wrote, such as RUN/eval-32")
+    c = command("compare", "two evaluations of the same questions: paired tests, what one solves and the other does not", COMPARE)
+    c.add_argument("a", type=Path, metavar="EVAL_A", help="a folder that `medrlvr eval` wrote, such as RUN/eval-32, or a run: its newest")
     c.add_argument("b", type=Path, metavar="EVAL_B")
+    c.add_argument("--anyway", action="store_true", help="compare what was asked in both, although they differ in more than the model")
     c.add_argument("--json", action="store_true", help="everything, as one JSON object: also pass@k, majority, letters")
     c = command("contamination", "which test questions stand in the training set, nearly or wholly", CONTAMINATION)
     c.add_argument("sets", nargs="+", metavar="TRAIN TEST …", help="files of questions, the training set first; or one CONFIG.yaml")
@@ -233,10 +239,11 @@ def run_probe(args: argparse.Namespace) -> int:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    from medrlvr_jax.compare import compare, show
+    from medrlvr_jax.compare import compare, evaluation, show
 
-    found = compare(args.a, args.b)
-    print(json.dumps(found) if args.json else show(found))
+    a, b = evaluation(args.a), evaluation(args.b)
+    found = compare(a, b, args.anyway)
+    print(json.dumps(found) if args.json else f"A: {a}\nB: {b}\n{show(found)}")
     return 0
 
 

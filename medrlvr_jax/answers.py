@@ -37,6 +37,7 @@ class Answers(NamedTuple):
     repeats: np.ndarray  # bool [n], the exact repeats of an earlier question
     entropy: np.ndarray  # float [n, k], nats per token of each response; NaN where it was not taken
     shuffled: np.ndarray  # bool [n]
+    hashes: np.ndarray  # str [n], `data.question_hash`; "" in answers of versions that wrote none
 
     def only(self, use: np.ndarray) -> "Answers":
         return Answers(*(column[use] for column in self))
@@ -52,6 +53,8 @@ def of_rows(rows: Iterable[dict[str, Any]], where: str) -> Answers:
     k = {len(r) for r in found.values()}
     if len(k) > 1:
         raise ConfigError(f"{where}: questions with {sorted(k)} samples; ids must be unique and each question answered as often")
+    if odd := [name for name, group in found.items() if len({r.get("question_hash") for r in group}) > 1]:
+        raise ConfigError(f"{where}: answers to different questions with the id {odd[0]!r}; give each question an id of its own")
     column = lambda name, empty: np.array([[r.get(name) or empty for r in group] for group in found.values()])  # noqa: E731
     first = [group[0] for group in found.values()]
 
@@ -71,12 +74,23 @@ def of_rows(rows: Iterable[dict[str, Any]], where: str) -> Answers:
         repeats=np.array(["repeats" in r for r in first]),
         entropy=np.array([[r.get("entropy", np.nan) for r in group] for group in found.values()], float),
         shuffled=np.array(["order" in r for r in first]),
+        hashes=np.array([r.get("question_hash") or "" for r in first]),
     )
 
 
 def read(path: Path) -> Answers:
     """The answers of one set, from its JSONL file."""
     return of_rows(read_jsonl(path), str(path))
+
+
+def pair(a: Answers, b: Answers) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Places in a and in b of the questions that both answered, int [m] each, in a's order; and the ids under which they have different
+    ones (by `hashes`, where both have them), which are no pairs."""
+    place = {name: i for i, name in enumerate(b.ids.tolist())}
+    both = np.array([(i, place[name]) for i, name in enumerate(a.ids.tolist()) if name in place], int).reshape(-1, 2)
+    one, other = a.hashes[both[:, 0]], b.hashes[both[:, 1]]
+    differ = (one != "") & (other != "") & (one != other)
+    return *both[~differ].T, a.ids[both[differ, 0]].tolist()
 
 
 def describe(a: Answers) -> dict[str, Any]:

@@ -44,6 +44,9 @@ class Claims:
     rl: Annotated[tuple[str, ...], Field(min_length=1)]
     base: str | None = None  # the model before any training
     no_think: str | None = None  # RL whose responses are the answer alone
+    margin: Annotated[float, Field(gt=0, lt=1)] = (
+        0.05  # two arms match if they are shown to differ by less than this share of the questions
+    )
 
 
 @section

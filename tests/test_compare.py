@@ -1,22 +1,32 @@
 """One evaluation, and two side by side, by hand."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
-from medrlvr_jax import __main__, answers, compare
+from medrlvr_jax import __main__, answers, compare, stats
 from medrlvr_jax.config import ConfigError
 
 
-def write(folder, name, answers, key="A", samples=1):
-    """Answers by question; ids are their places, from the back in the second folder, so that pairing has to look at them."""
+def write(folder, name, answers, key="A", hashes=str, **settings):
+    """Answers by question, and an eval.json with the `settings` of their making; `hashes`: of an id, what its question is."""
     folder.mkdir(exist_ok=True)
     rows = []
     for i, given in answers.items():
         for g in given:
-            rows.append({"id": i, "answer": g or None, "key": key, "correct": g == key, "options": 4})
+            row = {"id": i, "answer": g or None, "key": key, "correct": g == key, "options": 4, "question_hash": hashes(i)}
+            rows.append(row)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tree = {"prompt": {"chat": False, "prefill": ""}, "reward": {"mode": "strict"}, "sample": {"max_new_tokens": 8}}
+    tree["eval"] = {"samples": 1, "temperature": 0.0, "max_new_tokens": None, "sets": {n: {"shuffle_options": False} for n in SETS}}
+    for field, value in settings.items():
+        tree["eval"][field] = value
+    (folder / "eval.json").write_text(json.dumps({"config": tree, "template": "Question: {question}"}))
+
+
+SETS = ("dev", "same", "test")
 
 
 def test_pairs_by_id_and_counts_by_hand(tmp_path, capsys):
@@ -25,16 +35,21 @@ def test_pairs_by_id_and_counts_by_hand(tmp_path, capsys):
     for folder, given in (("a", a), ("b", b)):
         write(tmp_path / folder, "dev", given)
         write(tmp_path / folder, "same", a)
-    found = compare.compare(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(
+        ConfigError, match=r"dev: the two differ in more than the model; .*--anyway:\n  0 questions .* A alone, 2 in B alone"
+    ):
+        compare.compare(tmp_path / "a", tmp_path / "b")
+    found = compare.compare(tmp_path / "a", tmp_path / "b", anyway=True)
     dev = found["dev"]
     assert (dev["n"], dev["only_a"], dev["only_b"]) == (10, 7, 1)
     assert dev["p"] == pytest.approx(2 * 9 / 2**8) and dev["p_holm"] == pytest.approx(2 * dev["p"]) and found["same"]["p_holm"] == 1
     assert dev["a"]["value"] == 0.8 and dev["b"]["value"] == 0.2 and dev["difference"]["value"] == pytest.approx(-0.6)
     assert [dev["boundary"][k] for k in ("preserved", "gained", "lost", "never")] == [1, 1, 7, 1]
-    assert found["same"]["detectable"] is None
-    assert __main__.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert found["same"]["difference"]["low"] < -0.19 and found["same"]["difference"]["high"] > 0.19  # equal answers to 10 questions
+    assert __main__.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2 and "B alone" in capsys.readouterr().err
+    assert __main__.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--anyway"]) == 0
     shown = capsys.readouterr().out
-    assert "-60.0 %" in shown and "dev: 10 questions show" in shown
+    assert "-60.0 %" in shown and "dev: 10 questions show" in shown and "dev: not asked alike: 0 questions were answered in A" in shown
 
 
 def test_samples_count_by_question(tmp_path):
@@ -44,7 +59,7 @@ def test_samples_count_by_question(tmp_path):
     write(tmp_path / "a", "dev", a)
     write(tmp_path / "b", "dev", b)
     dev = compare.compare(tmp_path / "a", tmp_path / "b")["dev"]
-    assert dev["only_a"] is None and dev["p"] == pytest.approx(1 / 10_001)
+    assert dev["only_a"] is None and dev["p"] < 1e-9
     each = dev["each"]["b"]
     assert each["samples"] == 4 and each["pass_at_k"][1] == pytest.approx(dev["b"]["value"]) and each["pass_at_k"][4] > 0.9
     assert each["pass_at_k_beyond_chance"][1] == pytest.approx((each["pass_at_k"][1] - 0.25) / 0.75)
@@ -56,10 +71,14 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
     write(tmp_path / "a", "dev", {"1": "A"})
     write(tmp_path / "b", "dev", {"2": "A"})
     write(tmp_path / "c", "test", {"2": "A"})
-    with pytest.raises(ConfigError, match="dev: the two evaluations share no question id"):
-        compare.compare(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(ConfigError, match="dev: the two evaluations share no question"):
+        compare.compare(tmp_path / "a", tmp_path / "b", anyway=True)
     with pytest.raises(ConfigError, match="no set of answers in both"):
         compare.compare(tmp_path / "a", tmp_path / "c")
+    different = iter("xy")
+    write(tmp_path / "d", "dev", {"1": "AB"}, hashes=lambda _: next(different))
+    with pytest.raises(ConfigError, match="answers to different questions with the id '1'; give each question an id of its own"):
+        answers.read(tmp_path / "d" / "dev.jsonl")
     write(tmp_path / "d", "dev", {"1": "AB", "2": "A"})
     with pytest.raises(ConfigError, match=r"questions with \[1, 2\] samples"):
         answers.read(tmp_path / "d" / "dev.jsonl")
@@ -95,3 +114,50 @@ def test_a_repeat_is_no_new_evidence(tmp_path):
     dev = compare.compare(tmp_path / "a", tmp_path / "b")["dev"]
     assert (dev["only_a"], dev["distinct"]["only_a"], dev["distinct"]["p_holm"]) == (8, 5, 2 / 2**5) and "p_holm" not in dev
     assert "dev, distinct" in compare.show({"dev": dev})
+
+
+def test_questions_are_the_same_by_their_hash_not_by_their_id(tmp_path):
+    """The same answers to the lines of a file in another order, whose ids are their places: no question of one id is the other's."""
+    given = {str(i): "A" if i < 50 else "B" for i in range(100)}
+    write(tmp_path / "a", "dev", given)
+    write(tmp_path / "b", "dev", dict(zip(given, reversed(given.values()), strict=True)), hashes=lambda i: str(99 - int(i)))
+    with pytest.raises(ConfigError, match="100 ids, the first is '0', are of other questions or keys in B"):
+        compare.compare(tmp_path / "a", tmp_path / "b")
+    write(tmp_path / "b", "dev", given, hashes=lambda i: i if int(i) < 60 else "another")
+    dev = compare.compare(tmp_path / "a", tmp_path / "b", anyway=True)["dev"]
+    assert (dev["n"], dev["only_a"], dev["only_b"]) == (60, 0, 0)
+
+
+def test_what_was_not_asked_alike_is_refused(tmp_path):
+    write(tmp_path / "a", "dev", {"1": "A", "2": "B"})
+    write(tmp_path / "b", "dev", {"1": "AB", "2": "BB"}, samples=2, temperature=1.0)
+    with pytest.raises(ConfigError, match=r"eval.samples: 1 in A, 2 in B\n  eval.temperature: 0.0 in A, 1.0 in B$"):
+        compare.compare(tmp_path / "a", tmp_path / "b")
+    dev = compare.compare(tmp_path / "a", tmp_path / "b", anyway=True)
+    assert dev["dev"]["boundary"] is None and "–" in compare.show(dev)  # two samples solve more than one does
+    (tmp_path / "b" / "eval.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"b/eval.json does not say how it was made, as an older version wrote it; evaluate again"):
+        compare.compare(tmp_path / "a", tmp_path / "b")
+
+
+def test_of_a_run_the_newest_evaluation_is_taken(tmp_path):
+    for i, step in enumerate((32, 4)):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        write(tmp_path / "run" / f"eval-{step}", "dev", {"1": "A"})
+        os.utime(tmp_path / "run" / f"eval-{step}" / "eval.json", (i, i))
+    assert compare.evaluation(tmp_path / "run") == tmp_path / "run" / "eval-4"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "new" / "config.yaml").write_text("name: new\n")
+    with pytest.raises(ConfigError, match=r"first: medrlvr eval .*new"):
+        compare.evaluation(tmp_path / "new")
+
+
+def test_what_could_have_been_shown_is_told_from_the_scatter_of_the_differences():
+    """One model sampled twice, 16 answers a question: the differences are small, though nearly all questions have one."""
+    rng = np.random.default_rng(0)
+    easiness = rng.beta(0.7, 0.7, 1273)[:, None]
+    a, b = (rng.random((1273, 16)) < easiness for _ in range(2))
+    found = stats.paired_difference(a, b)
+    assert found.detectable == pytest.approx(2.8 * np.std(a.mean(1) - b.mean(1)) / np.sqrt(1273), rel=0.03) and found.detectable < 0.011
+    assert (found.high - found.low) / 2 < found.detectable

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from size import size
 from test_train import TREE, folder, lines, main  # noqa: F401
 
 from medrlvr_jax import arms, claims, reproduce, stats
@@ -210,22 +211,41 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(file, tmp_path, monk
 # ---- the table ----
 
 
-def test_crossed_resamples_questions_and_runs():
+def test_runs_and_questions_are_both_random_by_hand():
     rng = np.random.default_rng(1)
-    a = rng.random((200, 1)) < 0.4
-    one, usual = stats.crossed(a), stats.bootstrap(a[:, 0])
-    assert one.value == usual.value and abs(one.low - usual.low) < 0.01 and abs(one.high - usual.high) < 0.01
     runs = np.repeat([[0.0, 1.0]], 50, axis=0)  # the runs differ in all, the questions in nothing
-    assert stats.crossed(runs) == (0.5, 0.0, 1.0)
-    assert stats.crossed(np.repeat(a, 3, 1) + 0.25, np.repeat(a, 2, 1)) == pytest.approx((0.25, 0.25, 0.25))  # questions are paired
+    assert stats.mean_share(runs).low < 0.01 and stats.mean_share(runs).high > 0.99
+    # 3 questions by 2 runs against a base: differences 1, ½, 0; added: half a 1, half a −1, one 0.
+    # Centre 1.5/5, variance (1 + ¼ + 1)/5 − 0.09 = 0.36.
+    a = np.array([[1, 1], [1, 0], [0, 0]])
+    c = stats.contrast(a, np.zeros((3, 1)), (False, True))
+    between, residual = ((2 / 3 - 1 / 3) ** 2) / 2, (4 * (1 / 6) ** 2 + 2 * (1 / 3) ** 2) / 2
+    assert (c.value, c.centre) == pytest.approx((0.5, 0.3))
+    assert c.error**2 == pytest.approx(0.36 / 4 - residual / 6 + between / 2)
+    share = between / 2 / c.error**2
+    assert c.freedom == pytest.approx(1 / (share**1.25 / 1 + (1 - share) ** 1.25 / 4))
+    t = stats.scipy.stats.t(c.freedom)
+    half = t.ppf(0.975) * c.error
+    assert (c.low, c.high) == pytest.approx((max(-1, 0.3 - half), min(1, 0.3 + half)))
+    assert c.p == pytest.approx(2 * t.sf(0.3 / c.error)) and c.within(0.4) == pytest.approx(t.sf(0.1 / c.error))
+    a = (rng.random((400, 3)) < 0.5).astype(float)
+    same = stats.contrast(a, a)
+    assert same.p == 1 and -0.1 < same.low < -0.005 and same.within(0.1) < 0.05 < same.within(0.01)
 
 
-def answered(cell, name, right):
+def test_equal_methods_are_called_different_in_one_of_twenty_cases():
+    """Seeds that move a run by 4 points; a test over questions alone calls them different in a third of the cases."""
+    for runs in ((3, 3), (1, 3)):
+        p, interval, spread = size(runs, 0.2, suits=0.7, trials=1500)
+        assert 0.035 <= p <= 0.065 and p == interval and 0.03 < spread < 0.05
+
+
+def answered(cell, name, right, hashes=str):
     """An evaluation whose i-th question is right where `right[i]`."""
     (cell.path / "eval").mkdir(parents=True, exist_ok=True)
     (cell.path / "eval" / "eval.json").write_text(json.dumps({"versions": {"git": None}}))
     row = {"key": "A", "options": 4, "format_ok": True, "length": 5, "stage": "reintegrated_reasoning", "sample": 0}
-    rows = [row | {"id": f"q{i}", "correct": bool(x), "answer": "A" if x else "B"} for i, x in enumerate(right)]
+    rows = [row | {"id": f"q{i}", "question_hash": hashes(i), "correct": bool(x), "answer": "A" if x else "B"} for i, x in enumerate(right)]
     (cell.path / "eval" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
@@ -243,17 +263,48 @@ def test_the_table_by_hand(file):
     ppo = table["arms"]["ppo"]["outside"]
     assert (ppo["accuracy"]["value"], ppo["by_seed"], ppo["seeds"]) == (0.65, [0.6, 0.7], [0, 1])
     against = table["against_sft"]["ppo"]
-    assert against["inside"]["difference"] == {"value": 0, "low": 0, "high": 0} and against["inside"]["p_holm"] == 1
+    inside = against["inside"]
+    assert inside["difference"]["value"] == 0 and inside["difference"]["high"] == -inside["difference"]["low"] > 0.019
+    assert inside["p"] == inside["p_holm"] == 1 and inside["p_margin"] < 0.05 and inside["n"] == 100
     assert against["outside"]["difference"]["value"] == pytest.approx(0.45) and against["outside"]["p_holm"] < 0.01
     assert set(table["against_sft"]["base"]) == {"inside", "outside"} and table["against_sft"]["sft"] == {}
-    assert "ppo − sft on inside: +0.0 (+0.0 to +0.0) points: the two are not told apart." in text
-    assert "ppo − sft on outside: +45.0" in text and "points: ppo is higher." in text
+    assert "p 1, by Holm's adjustment 1: the two are not told apart, and match: a difference of 5 points or more is ruled out" in text
+    assert "ppo − sft on outside: +45.0" in text and ": ppo is higher." in text
     assert "thoughts show inference in 100.0 % of answers on inside (100.0 % of base's)" in text
     assert "2 of 6 reached 10% of a step's completions: format_failure (at most 75 %, step 1), direct_answer_hacker (at most 25 %" in text
     assert "5 of 7 cells are finished" in text and "| ppo | 2 |" in text
     answered(wanted[1], "inside", n[:50] < 5)
     with pytest.raises(ConfigError, match="other questions than in"):
         claims.conclude(experiment, wanted, len(cells))
+
+
+def test_arms_may_have_other_sets_and_other_questions(file):
+    """A set of one arm alone stands in its row; questions that SFT was not asked, or of another wording, are no pairs."""
+    more = {"eval": {"sets": {"extra": {"path": "c.jsonl"}}}}
+    experiment, cells = arms.read(file(**changed("ppo", settings={"sample": {"samples": 4}} | more)), [])
+    wanted = [c for c in cells if c.arm in ("sft", "ppo")]
+    n = np.arange(40)
+    for cell in wanted:
+        for name in cell.config.eval.sets:
+            answered(cell, name, n[: 40 if cell.arm == "sft" else 20] < 20, lambda i, arm=cell.arm: f"{arm}" if i < 5 else "same")
+        (cell.path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
+    text = claims.conclude(experiment, wanted, len(cells))
+    assert "extra: accuracy" in text and "100.0 (" in text and "ppo on inside: compared on the 15 of its 20 questions" in text
+    table = json.loads((experiment.folder / "table.json").read_text())
+    assert table["against_sft"]["ppo"]["inside"]["n"] == 15 and set(table["against_sft"]["ppo"]) == {"inside", "outside"}
+
+
+@pytest.mark.parametrize(
+    ("value", "p", "p_holm", "p_margin", "said"),
+    [
+        (0.2, 0.001, 0.01, 0.9, "ppo is higher"),
+        (-0.02, 0.02, 0.2, 0.03, "ppo is lower if this were the only comparison, but not among the 9 of the table, and match"),
+        (0.01, 0.5, 1.0, 0.2, "the two are not told apart, nor shown to match: a difference of 5 points is not ruled out (p 0.2)"),
+    ],
+)
+def test_a_sentence_says_what_interval_and_p_say(value, p, p_holm, p_margin, said):
+    test = {"difference": {"value": value}, "p": p, "p_holm": p_holm, "p_margin": p_margin, "over": "questions and seeds"}
+    assert claims.verdict("ppo", test, 9, 0.05).startswith(said)
 
 
 def test_nothing_is_finished(file):

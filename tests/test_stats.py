@@ -80,25 +80,38 @@ def test_clustered_interval_is_wider_than_that_of_independent_samples():
     assert high - low > 3 * (naive[1] - naive[0])
 
 
-def test_bootstrap_covers_the_truth_as_often_as_it_says():
+def test_intervals_cover_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(1)
-    hits = 0
-    for seed in range(200):
+    hits = []
+    for seed in range(400):
         a, b = rng.random(150) < 0.4, rng.random(150) < 0.5
-        _, low, high = stats.paired_difference(a, b, seed)
-        hits += low <= 0.1 <= high
-    assert 0.90 <= hits / 200 <= 0.99
+        c, mean = stats.paired_difference(a, b), stats.bootstrap(rng.exponential(size=150), seed, draws=1000)
+        hits.append((c.low <= 0.1 <= c.high, mean.low <= 1 <= mean.high))
+    assert ((0.91 <= np.mean(hits, 0)) & (np.mean(hits, 0) <= 0.98)).all()
 
 
-def test_detectable_difference_is_shown_that_often():
-    n, discordant = 400, 0.3
-    delta = stats.detectable(n, discordant)
+def test_the_interval_of_equal_answers_is_not_a_point():
+    a = np.arange(20) < 10
+    c = stats.paired_difference(a, a)
+    half = stats.scipy.stats.t.ppf(0.975, 21) * math.sqrt(1 / 22 / 21)
+    assert (c.value, c.low, c.high, c.p) == pytest.approx((0, -half, half, 1)) and half > 0.09
+
+
+def test_a_detectable_difference_is_shown_in_four_of_five_repetitions():
     rng = np.random.default_rng(0)
-    up = rng.binomial(n, discordant, 400)
-    wins = rng.binomial(up, 0.5 + delta / discordant / 2)
-    shown = np.mean([stats.scipy.stats.binomtest(int(w), int(u)).pvalue < 0.05 for w, u in zip(wins, up, strict=True)])
-    assert 0.70 < shown < 0.88  # the exact test is a little conservative
-    assert stats.detectable(1600, discordant) == pytest.approx(delta / 2, rel=0.05)
+    n, ups, downs = 400, 0.2, 0.1  # shares of the questions that only b, and that only a has right
+    found = [
+        stats.contrast((d > 0).astype(float), (d < 0).astype(float), (True, True))
+        for d in rng.choice([1, 0, -1], (400, n), p=[ups, 0.7, downs])
+    ]
+    assert np.mean([c.detectable for c in found]) == pytest.approx(2.8 * math.sqrt((ups + downs - 0.01) / n), rel=0.02)
+    delta = 2.8 * math.sqrt(0.3 / n)
+    up = 0.15 + delta / 2
+    shown = [
+        stats.contrast((d > 0).astype(float), (d < 0).astype(float), (True, True)).p < 0.05
+        for d in rng.choice([1, 0, -1], (400, n), p=[up, 0.7, 0.3 - up])
+    ]
+    assert 0.74 < np.mean(shown) < 0.86
 
 
 def test_letter_bias():
@@ -114,7 +127,7 @@ def test_letter_bias():
 
 def test_the_interval_of_nearly_nothing_right_is_not_a_point():
     none = np.zeros((100, 4), bool)
-    assert stats.accuracy(none) == pytest.approx((0.0, *stats.wilson(0, 100)))
+    assert stats.accuracy(none) == pytest.approx((0.0, *stats.wilson(0, 100)), abs=1e-12)
     none[0, 0] = True  # the percentiles of resampled questions would be 0 and 0.75 %
     value, low, high = stats.accuracy(none)
     # Of 104 shares, 0.25 and two of 1 are not 0: mean 2.25 / 104, variance 2.0625 / 104 less its square.
