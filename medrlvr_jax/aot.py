@@ -81,8 +81,13 @@ def _shard(leaf: Any) -> tuple[int, ...]:
     return leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
 
 
-def compile_program(program: Program, parts: Parts, machine: Machine, cache: dict[str, Figures], quick: bool = False) -> Figures:
-    """Compile one program for the machine and read its figures; one that is in the cache already only changes its surroundings."""
+def compile_program(
+    program: Program, parts: Parts, machine: Machine, cache: dict[str, Figures], quick: bool = False, options: dict | None = None
+) -> Figures:
+    """Compile one program for the machine and read its figures; one that is in the cache already only changes its surroundings.
+
+    `options`: the compiler's, in place of those for a machine that is not here.
+    """
     chip, mesh, n = machine.chip, parts.mesh, parts.mesh.size
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.args, **program.kwargs)
@@ -92,9 +97,11 @@ def compile_program(program: Program, parts: Parts, machine: Machine, cache: dic
     text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     if text in cache:
         return cache[text]._replace(others=others)
+    if options is None:
+        options = machines.COMPILE[chip.platform] | (machines.QUICK[chip.platform] if quick else {})
     began = time.monotonic()
     try:
-        compiled = lowered.compile(machines.COMPILE[chip.platform] | (machines.QUICK[chip.platform] if quick else {}))
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as e:
         lacked = refusal(str(e), arguments)
         if lacked is None:

@@ -65,16 +65,17 @@ def settings(args: argparse.Namespace) -> Config:
     return from_tree(tree, "bench")
 
 
-def machine() -> dict[str, float]:
-    """What this machine reaches: float32 matmul in GFLOP/s, a copy's reading and writing in GB/s (in place: new pages would cost more)."""
-    x = jnp.ones((2048, 2048), jnp.float32)
-    y = jnp.ones(2**26, jnp.float32)
-    times, copies, count = clock(jax.jit(lambda: x @ x), 5), [], jax.jit(lambda y: y + 1, donate_argnums=0)
+def machine(size: int = 2048, dtype: str = "float32", copied: int = 2**28) -> dict[str, float]:
+    """What this machine reaches: a matmul of `size`² in GFLOP/s; a copy's reading and writing of `copied` bytes in GB/s, in place, as new
+    pages would cost more. Of random numbers: on zeros and ones a GPU draws less power, and is faster than it ever will be."""
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    y = jax.random.normal(jax.random.key(1), (copied // 4,))
+    times, copies, count = clock(jax.jit(jnp.matmul), 5, x, x), [], jax.jit(lambda y: y + 1, donate_argnums=0)
     for _ in range(6):
         start = time.perf_counter()
         y = jax.block_until_ready(count(y))
         copies.append(time.perf_counter() - start)
-    return {"matmul_gflops": round(2 * 2048**3 / min(times) / 1e9, 1), "copy_gbs": round(2 * y.nbytes / min(copies) / 1e9, 1)}
+    return {"matmul_gflops": round(2 * size**3 / min(times) / 1e9, 1), "copy_gbs": round(2 * y.nbytes / min(copies) / 1e9, 1)}
 
 
 def clock(function: Callable, runs: int, *args: Any) -> list[float]:

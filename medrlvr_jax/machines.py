@@ -2,7 +2,7 @@
 
 Peak, memory and link speeds are per chip, from the makers' pages:
 v5e, v5p, v6e: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}; "inter-chip interconnect bandwidth" there is both directions of all ports.
-H100 SXM: NVIDIA H100 data sheet (dense bfloat16; NVLink 900 GB/s both ways); between nodes one 400 Gb/s NIC a GPU, as DGX H100.
+H100 and H200 SXM: NVIDIA's data sheets (dense bfloat16; NVLink 900 GB/s both ways); between nodes one 400 Gb/s NIC a GPU, as DGX H100.
 L4, the cloud's 24 GB GPU: NVIDIA L4 data sheet (dense bfloat16; PCIe 4 × 16, 64 GB/s both ways); 100 Gb/s for eight, as Google's G2.
 `usable` is what XLA lets a program have: on TPU the limit in the compiler's own refusal; on GPU 90 % of the card, which needs
 XLA_PYTHON_CLIENT_MEM_FRACTION=.9 (the default is .75).
@@ -27,14 +27,16 @@ class Chip:
     hbm_speed: float  # bytes a second
     link: float  # bytes a second into one chip, over the ports that one ring uses (two of a TPU's; all of a GPU's NVLink)
     outer: float = 0.0  # bytes a second into one chip from other nodes; 0: there is only one fabric
+    kind: str = ""  # what JAX calls such a device (`device_kind`)
 
 
 CHIPS = {
-    "v5e": Chip("tpu", 197e12, 15.75 * GIB, 819e9, 100e9),
-    "v5p": Chip("tpu", 459e12, 95.74 * GIB, 2765e9, 200e9),
-    "v6e": Chip("tpu", 918e12, 31.25 * GIB, 1638e9, 200e9),
-    "h100": Chip("cuda", 989e12, 0.9 * 84_978_432_000, 3352e9, 450e9, 50e9),
-    "l4": Chip("cuda", 121e12, 0.9 * 24_152_899_584, 300e9, 32e9, 1.5e9),
+    "v5e": Chip("tpu", 197e12, 15.75 * GIB, 819e9, 100e9, kind="TPU v5 lite"),
+    "v5p": Chip("tpu", 459e12, 95.74 * GIB, 2765e9, 200e9, kind="TPU v5"),
+    "v6e": Chip("tpu", 918e12, 31.25 * GIB, 1638e9, 200e9, kind="TPU v6 lite"),
+    "h100": Chip("cuda", 989e12, 0.9 * 84_978_432_000, 3352e9, 450e9, 50e9, kind="NVIDIA H100 80GB HBM3"),
+    "h200": Chip("cuda", 989e12, 0.9 * 150_109_000_000, 4800e9, 450e9, 50e9, kind="NVIDIA H200"),
+    "l4": Chip("cuda", 121e12, 0.9 * 24_152_899_584, 300e9, 32e9, 1.5e9, kind="NVIDIA L4"),
 }
 
 # What XLA:GPU asks a card about itself: what all of them say, and each its own.
@@ -47,19 +49,14 @@ gpu_device_info {
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "%s"
 """
+HOPPER = """core_count: 132 threads_per_core_limit: 2048 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+        clock_rate_ghz: 1.98 cuda_compute_capability { major: 9 minor: 0 } """
 CARDS = {
-    "h100": (
-        """core_count: 132 threads_per_core_limit: 2048 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-        memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978432000
-        cuda_compute_capability { major: 9 minor: 0 }""",
-        "NVIDIA H100 80GB HBM3",
-    ),
-    "l4": (
-        """core_count: 58 threads_per_core_limit: 1536 shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376
+    "h100": f"{HOPPER} memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84978432000",
+    "h200": f"{HOPPER} memory_bandwidth: 4800000000000 l2_cache_size: 62914560 device_memory_size: 150109000000",
+    "l4": """core_count: 58 threads_per_core_limit: 1536 shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376
         memory_bandwidth: 300096000000 l2_cache_size: 50331648 clock_rate_ghz: 2.04 device_memory_size: 24152899584
         cuda_compute_capability { major: 8 minor: 9 }""",
-        "NVIDIA L4",
-    ),
 }
 
 
@@ -67,6 +64,8 @@ CARDS = {
 # copies all of them side by side at each token that is sampled.
 COMPILE: dict[str, dict[str, Any]] = {"tpu": {}, "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0}}
 QUICK = {"tpu": {"exec_time_optimization_effort": -1.0}, "cuda": {}}  # from -1 to 1; a GPU's compiler does the same at each
+
+CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # either has the compiler
 
 # libtpu would look for a TPU VM's metadata, and let no second process load it.
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -107,8 +106,8 @@ def parse(topology: str) -> Machine:
 
 def devices(machine: Machine) -> list[Any]:
     """Compile-only devices: the real compiler's targets, with no such machine here. Needs the extra `plan` (or `plan-cuda`)."""
-    package, extra = ("libtpu", "plan") if machine.chip.platform == "tpu" else ("jax_cuda12_plugin", "plan-cuda")
-    if importlib.util.find_spec(package) is None:
+    packages, extra = (("libtpu",), "plan") if machine.chip.platform == "tpu" else (CUDA, "plan-cuda")
+    if not any(map(importlib.util.find_spec, packages)):
         raise ConfigError(f"--topology: {machine.topology}: its compiler is not installed; pip install 'medrlvr-jax[{extra}]'")
     import jax
     from jax.experimental import topologies
@@ -116,7 +115,8 @@ def devices(machine: Machine) -> list[Any]:
     if machine.chip.platform == "cuda":
         jax.devices("cpu")  # starts the backends, which loads the plug-in
         shape, kind = f"1x{machine.nodes}x{machine.count // machine.nodes}", machine.topology.partition(":")[0]
-        found = topologies.get_topology_desc(platform="cuda", topology_name=kind, target_config=GPU % CARDS[kind], topology=shape)
+        card = GPU % (CARDS[kind], machine.chip.kind)
+        found = topologies.get_topology_desc(platform="cuda", topology_name=kind, target_config=card, topology=shape)
         return list(found.devices)
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)

@@ -35,10 +35,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 sys.path.insert(0, str(HERE.parent))
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import orbax.checkpoint as ocp  # noqa: E402
 import yaml  # noqa: E402
-from etils import epath  # noqa: E402
+from same_run import differences  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402, F401  (seconds to import, in every launch)
 
 from medrlvr_jax import __main__, checkpoint, experience, files, log, processes, sft, train  # noqa: E402
@@ -62,7 +60,6 @@ GRPO |= {"learn": {"minibatch": 2, "policy": {"lr": 3e-4}}}
 EVAL = {"eval": {"batch": 8, "every": 6, "sets": {"in_distribution": {"path": "embedded:in_distribution", "limit": 8}}}}
 KINDS = {"ppo": ("train", EVAL), "grpo": ("train", GRPO), "sft": ("sft", {"sft": {"target": "rationale", "max_new_tokens": 64}})}
 QUICK = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # where no cache saves compiling: see invariance.py
-WALL = ("seconds", "tokens_per_second")
 
 # A point is (what is called, the most milliseconds that may pass after it before the signal falls).
 POINTS = {
@@ -164,47 +161,6 @@ def launch(command: list[str], out: Path, faults: list, devices: int = 1, sleep:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def leaves(folder: Path) -> dict[str, np.ndarray]:
-    """Every leaf of the last checkpoint, by its path."""
-    path, handler = (folder / "checkpoints" / str(STEPS) / "state").absolute(), ocp.PyTreeCheckpointHandler()
-    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(epath.Path(path)).tree)
-    tree = ocp.Checkpointer(handler).restore(path, args=ocp.args.PyTreeRestore(restore_args=how))
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def records(folder: Path, name: str) -> list[dict]:
-    path = folder / name
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{k: v for k, v in row.items() if k not in WALL} for row in rows]
-
-
-def differences(a: Path, b: Path, tolerance: float = 0.0) -> list[str]:
-    """What differs between two finished runs; empty when they are the same to the bit, or to the tolerance."""
-    one, two = leaves(a), leaves(b)
-    found = [f"leaf {k}" for k in sorted(one.keys() ^ two.keys())]
-    furthest = {k: float(np.abs(one[k].astype(float) - two[k].astype(float)).max(initial=0)) for k in one.keys() & two.keys()}
-    if tolerance:
-        print(f"    largest difference of a leaf: {max(furthest.values()):.1e} ({max(furthest, key=furthest.get)})")
-        found += [f"leaf {k}: {d:.1e}" for k, d in furthest.items() if d > tolerance]
-    else:
-        found += [f"leaf {k}: {furthest[k]:.1e}" for k in one.keys() & two.keys() if one[k].tobytes() != two[k].tobytes()]
-    for name in ("metrics.jsonl", "samples.jsonl", "questions.jsonl"):
-        left, right = records(a, name), records(b, name)
-        if [r["step"] for r in left] != [r["step"] for r in right]:
-            found.append(f"{name}: steps {[r['step'] for r in left]}")
-        found += [f"{name}, step {x['step']}: {k}: {x.get(k)} and {y.get(k)}" for x, y in zip(left, right, strict=False)
-                  for k in sorted(x.keys() | y.keys()) if not same(x.get(k), y.get(k), tolerance)
-                  and not (tolerance and k.startswith("row/"))]  # fmt: skip  # which of several is the largest, rounding may say
-    steps = [r["step"] for r in records(a, "metrics.jsonl")]
-    if steps[-STEPS:] != list(range(1, STEPS + 1)) or steps[:-STEPS] not in ([], [0]):  # 0: the evaluation before training, if any
-        found.append(f"metrics.jsonl: steps {steps}")
-    return found
-
-
-def same(x, y, tolerance: float) -> bool:
-    return x == y or (tolerance > 0 and isinstance(x, float) and isinstance(y, float) and abs(x - y) <= 100 * tolerance)
-
-
 def in_child(call, *args):
     """The result of a call that uses JAX, by a fork: this process must never start JAX, or it could fork no more."""
     read, write = os.pipe()
@@ -263,7 +219,7 @@ def torment(root: Path, name: str, kind: str, kills: int, dice: random.Random, t
 
 
 def verdict(what: str, run: Path, alone: Path, tolerance: float = 0.0) -> bool:
-    found = in_child(differences, run, alone, tolerance)
+    found = in_child(differences, run, alone, STEPS, tolerance)
     print(f"  {what}: " + ("; ".join(found[:8]) if found else f"equal to {tolerance}" if tolerance else "equal, bit by bit"), flush=True)
     return not found
 
@@ -304,7 +260,7 @@ def full_disk(disk: Path, command: list[str], want: Path, out: str) -> bool:
     second = go()
     mount("-o", "remount,rw,size=400m", disk)
     third = go()
-    found = differences(disk / "ppo-disk", want)
+    found = differences(disk / "ppo-disk", want, STEPS)
     print(f"    then: {found or 'equal, bit by bit'}", file=sys.stderr)
     return (first, second, third) == (1, 1, 0) and bool(whole) and whole == kept and not found
 

@@ -1,7 +1,8 @@
 """Where the steps of a traced run go: `python tests/show_profile.py RUN [OUT.png]` after a run with `log.profile: [first, last]`, on CPU.
 
 Prints seconds by program, how long the device had nothing to do, and how much of the host's work (fetch, decode, score, log) fell into
-that time; draws the lanes. On TPU and GPU, open the same trace in XProf or Perfetto.
+that time; draws the lanes. On TPU and GPU, on_device.py gives the same in numbers (`summary`), with the kernels that take longest; for more
+open the trace in XProf or Perfetto.
 """
 
 import sys
@@ -42,22 +43,48 @@ def within(a: np.ndarray, b: np.ndarray) -> float:
     return sum(max(0.0, min(x[1], y[1]) - max(x[0], y[0])) for x in a for y in b)
 
 
-def main(run: str, out: str = "") -> None:
+def read(run: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, dict[str, float]]:
+    """Spans of the device's programs by name, of the host's work by name, and of the device being busy; and each kernel's nanoseconds.
+
+    A CPU's programs run on threads of the host. Other devices have planes of their own, and then nothing else counts as theirs.
+    """
     [file] = Path(run, "profile").rglob("*.xplane.pb")
-    device, host = defaultdict(list), defaultdict(list)
-    for plane in ProfileData.from_file(str(file)).planes:
+    device, host, running, kernels = defaultdict(list), defaultdict(list), [], defaultdict(float)
+    planes = list(ProfileData.from_file(str(file)).planes)
+    apart = any(plane.name.startswith("/device:") for plane in planes)
+    for plane in planes:
         for line in plane.lines:
             for event in line.events:
                 whole = event.start_ns, event.start_ns + event.duration_ns
                 if event.name in HOST:
                     host[event.name].append(whole)
-                elif module := dict(event.stats).get("hlo_module"):
-                    device[str(module).removeprefix("jit_")].append(whole)
-    lanes = {name: spans(pairs) for name, pairs in device.items()}
-    busy = spans((tuple(pair) for pairs in lanes.values() for pair in pairs), 0)
+                elif apart == plane.name.startswith("/device:"):
+                    module = event.name if line.name == "XLA Modules" else dict(event.stats).get("hlo_module")
+                    if module:
+                        device[str(module).partition("(")[0].removeprefix("jit_")].append(whole)
+                    if apart and line.name not in ("XLA Modules", "Steps"):
+                        kernels[event.name] += event.duration_ns
+                    if module or apart:
+                        running.append(whole)
+    programs = {name: spans(pairs) for name, pairs in device.items()}
+    return programs, {name: spans(pairs) for name, pairs in host.items()}, spans(running, 0), dict(kernels)
+
+
+def summary(run: str, most: int = 20) -> list[dict]:
+    """Seconds by program, the device's idle share, and the kernels that take longest, one record each."""
+    programs, host, busy, kernels = read(run)
+    whole, taken = busy[-1, 1] - busy[0, 0], (busy[:, 1] - busy[:, 0]).sum()
+    out = [{"traced": name, "seconds": (s[:, 1] - s[:, 0]).sum() / 1e9} for name, s in (programs | host).items()]
+    out.append({"traced": "all", "seconds": whole / 1e9, "device_idle": 1 - taken / whole})
+    longest = sorted(kernels.items(), key=lambda pair: -pair[1])[:most]
+    return out + [{"kernel": name, "seconds": ns / 1e9, "share_of_busy": ns / taken} for name, ns in longest]
+
+
+def main(run: str, out: str = "") -> None:
+    lanes, host, busy, _ = read(run)
     # `score` begins by waiting for the sampler: its work is what is left of it after that.
     work = spans((max(s, *(e for b, e in lanes["generate"] if b < end)), end) for s, end in host.pop("score"))
-    lanes = {n: lanes[n] for n in COLOURS if n in lanes} | {"score": work} | {n: spans(p) for n, p in host.items()}
+    lanes = {n: lanes[n] for n in COLOURS if n in lanes} | {"score": work} | host
     for name, s in lanes.items():
         print(f"{name:16s} {(s[:, 1] - s[:, 0]).sum() / 1e9:8.3f} s")
     whole = busy[-1, 1] - busy[0, 0]

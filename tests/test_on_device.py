@@ -1,0 +1,82 @@
+"""The script for an accelerator runs on a CPU as well: every section reports, and what goes wrong in one is told and stops no other."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FAULTS = """
+import os, signal, sys, time
+import on_device
+from on_device import Section
+
+def fine(report, small):
+    report(value=1.23456)
+
+def broken(report, small):
+    report(value=2.0)
+    raise ValueError("a planted fault")
+
+def crashing(report, small):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def endless(report, small):
+    report(value=3.0)
+    time.sleep(60)
+
+runs = {"broken": broken, "crashing": crashing, "long": fine, "fine": fine, "endless": endless}
+given = [Section(name, 100 if name == "long" else 0, run) for name, run in runs.items()]
+sys.exit(on_device.main(["--out", sys.argv[1], "--budget", "3"], given))
+"""
+
+
+def run(out: Path, *command) -> tuple[int, dict, str]:
+    """Exit status, on_device.json and what was printed, as the tests' programs are compiled: quickly, or from the cache."""
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    env = os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick, "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
+    log = out / "on_device.log"
+    said = done.stdout + done.stderr + (log.read_text() if log.exists() else "")
+    return done.returncode, json.loads((out / "on_device.json").read_text())["sections"], said
+
+
+def test_every_section_reports(tmp_path):
+    status, sections, said = run(tmp_path, HERE / "on_device.py", "--small", "--out", tmp_path)
+    assert status == 0, said
+    assert list(sections) == ["machine", "parity", "gap", "embedding", "step_tiny", "step_tiny_lora", "resume", "determinism"]
+    assert {s["state"] for s in sections.values()} == {"done"} and all(s["figures"] for s in sections.values())
+    kernels = {row["kernel"]: row for row in sections["parity"]["figures"]}
+    kernel_names = {"attention.plain", "attention.decode", "scoring.token_logprobs", "model.embed_lookup", "AdamW", "sample.noise"}
+    assert kernel_names <= kernels.keys()
+    programs = {row["program"]: row for row in sections["step_tiny"]["figures"] if "program" in row}
+    assert programs.keys() == {"generate", "assess", "make_experience", "learn_policy"}
+    assert programs["generate"]["tokens_per_s"] > 0 and 0 < programs["learn_policy"]["share_of_peak_flops"] < 1
+    assert any("device_idle" in row for row in sections["step_tiny"]["figures"])
+    assert [row["equal_to_the_bit"] for name in ("resume", "determinism") for row in sections[name]["figures"]] == [True, True]
+    assert "| learn_policy |" in (tmp_path / "on_device.md").read_text()
+
+
+def test_what_goes_wrong_is_told_and_the_rest_goes_on(tmp_path):
+    status, sections, said = run(tmp_path, "-c", FAULTS, tmp_path)
+    assert status == 1
+    assert {name: s["state"] for name, s in sections.items()} == {
+        "broken": "failed",
+        "crashing": "failed",
+        "long": "skipped",
+        "fine": "done",
+        "endless": "stopped",
+    }, said
+    value, error = sections["broken"]["figures"]
+    assert value == {"value": 2.0} and "ValueError: a planted fault" in error["error"] and "in broken" in error["error"]
+    assert sections["crashing"]["why"] == "signal SIGKILL" and "100 s" in sections["long"]["why"]
+    assert sections["endless"]["figures"] == [{"value": 3.0}]  # what it measured before it was stopped
+    lines = [json.loads(line) for line in (tmp_path / "on_device.jsonl").read_text().splitlines()]
+    assert [line["section"] for line in lines] == ["broken", "broken", "fine", "endless"] and lines[2]["value"] == 1.235
+
+
+def test_nothing_is_begun_that_there_is_no_time_for(tmp_path):
+    status, sections, _ = run(tmp_path, HERE / "on_device.py", "--out", tmp_path, "--budget", "0")
+    assert status == 0 and {s["state"] for s in sections.values()} == {"skipped"} and "step_3B_lora" in sections
