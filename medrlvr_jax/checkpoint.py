@@ -8,6 +8,9 @@
 Orbax writes into a temporary folder and renames it at the end, so a checkpoint that a crash cut short never shows itself. What it
 does not notice is damage afterwards: a flipped bit in an array file is read back as a weight. `digests.json` is written into the
 temporary folder just before the rename, and read before anything is restored.
+
+Of several processes, each digests what it wrote, and checks its share of what is to be restored. Which steps there are, which is whole and
+which the best, process 0 finds for all.
 """
 
 import json
@@ -15,7 +18,7 @@ import logging
 import math
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +33,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from medrlvr_jax.config import CheckpointConfig
 from medrlvr_jax.files import write_json, write_text
+from medrlvr_jax.processes import by_leader, gather
 
 SEAL = "digests.json"
 SMALL = 1 << 16  # bytes
@@ -37,6 +41,25 @@ SMALL = 1 << 16  # bytes
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or read, or that belongs to another model."""
+
+
+class _DigestingHandler(ocp.PyTreeCheckpointHandler):
+    """Orbax's own, and each process digests what it wrote once that is on the disk, beside the others. `Checkpoints._seal` joins them."""
+
+    async def async_save(self, directory, *args, **kwargs):
+        return [*(await super().async_save(directory, *args, **kwargs) or []), _Digests(Path(directory))]
+
+
+class _Digests:
+    """An Orbax future: Orbax asks each future of a save for its result in turn, in the background, and then waits for all processes."""
+
+    def __init__(self, state: Path):
+        self._state = state
+
+    def result(self, timeout: float | None = None) -> None:
+        mine = jax.process_index()
+        written = digests(self._state, _names(self._state, (self._state / f"ocdbt.process_{mine}").rglob("*")))
+        write_json(self._state.parent / f"{SEAL}.{mine}", {f"state/{name}": digest for name, digest in written.items()})
 
 
 class Checkpoints:
@@ -54,7 +77,7 @@ class Checkpoints:
         self._saving = 0
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _set_damaged_aside(self.folder, notice)
+        _set_damaged_aside(self.folder, notice)
         _barrier("checkpoints looked at")
         keep: list[Any] = [managers.LatestN(config.keep)]
         if config.best:
@@ -64,11 +87,15 @@ class Checkpoints:
             best_fn=self._quality if config.best else None,  # metrics are stored only where there is a best_fn
             cleanup_tmp_directories=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+            single_host_load_and_broadcast=True,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add("state", ocp.args.PyTreeSave, _DigestingHandler())
+        handlers.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
 
     def steps(self) -> list[int]:
-        """Those that are whole on the disk; one that is being written is not yet among them."""
+        """Those that this process sees whole on the disk; one that is being written is not yet among them."""
         return saved_steps(self.folder)
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
@@ -77,7 +104,7 @@ class Checkpoints:
         The records of `step` must be in the logs by now (see log.py). A step that is there already is left as it is.
         """
         self.wait()  # also because `_seal` runs in the background and must find `_saving` as it was
-        if step in self.steps():
+        if step in by_leader(self.steps):
             return
         quality = (metrics or {}).get(self._best or "")
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(self._meta | {"step": step}))
@@ -105,26 +132,30 @@ class Checkpoints:
     def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, int] | None:
         """The newest state, or that of `step`, laid out as `abstract` says (ShapeDtypeStructs with shardings); None if none was saved."""
         self.wait()
-        if step is None and not self.steps():
-            damaged = sorted(p.name for p in self.folder.glob("*.damaged"))
-            if damaged or self._made.exists():  # starting over in silence would throw away the logs of the steps so far
+        steps, damaged, made = by_leader(self._look)
+        if step is None and not steps:
+            if damaged or made:  # starting over in silence would throw away the logs of the steps so far
                 left = f"only {', '.join(damaged)}" if damaged else "though there were some"
                 remedy = f"put one back, start again under another name=, or remove {self.folder.parent} to start over"
                 raise CheckpointError(f"{self.folder}: no whole checkpoint is left, {left}; {remedy}")
             return None
-        step = self.steps()[-1] if step is None else step
-        if step not in self.steps():
-            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; there are {self.steps()}")
-        return _read(self.folder / str(step), abstract), step
+        chosen: int = steps[-1] if step is None else step
+        if chosen not in steps:
+            raise CheckpointError(f"{self.folder}: no checkpoint of step {chosen}; there are {steps}")
+        return _read(self.folder / str(chosen), abstract), chosen
 
     def restore_newest(self, state: Any) -> tuple[Any, int]:
         """`(state, 0)` at a run's start, else the newest state and the steps done. `state` is then freed first: two might not fit."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         self.wait()
-        if not self.steps():
+        if not by_leader(self.steps):
             return self.restore(abstract) or (state, 0)
         jax.tree.map(lambda x: x.delete(), state)
         return self.restore(abstract)  # type: ignore[return-value]  # there are steps
+
+    def _look(self) -> tuple[list[int], list[str], bool]:
+        """Steps, the names of damaged ones, and whether there ever was one."""
+        return self.steps(), sorted(p.name for p in self.folder.glob("*.damaged")), self._made.exists()
 
     def _quality(self, metrics: dict[str, float]) -> float:
         return metrics.get(self._best or "", -math.inf)  # the name of the best may have changed since
@@ -132,7 +163,13 @@ class Checkpoints:
     def _seal(self) -> None:
         """Called by Orbax in the background on process 0 when all files are written, before the rename that makes them count."""
         [temporary] = self.folder.glob(f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}*")
-        write_json(temporary / SEAL, digests(temporary))
+        sealed: dict[str, list[int]] = {}
+        for process in range(jax.process_count()):
+            part = temporary / f"{SEAL}.{process}"
+            sealed |= json.loads(part.read_text(encoding="utf-8"))
+            part.unlink()
+        rest = [name for name in _names(temporary, temporary.glob("*/**/*")) if name not in sealed]  # small: metadata, and the tree's index
+        write_json(temporary / SEAL, dict(sorted((sealed | digests(temporary, rest)).items())))
 
     @contextmanager
     def _named_errors(self):
@@ -152,13 +189,14 @@ def restore_params(folder: Path, abstract: Any, which: int | Literal["best"] | N
 
     Dtypes are those of `abstract`: master weights may be read straight into bfloat16.
     """
-    step = _everywhere(lambda: _choose(folder, which))
+    step = _choose(folder, which)
     return _read(folder / str(step), {"policy": {"params": abstract}}, partial=True)["policy"]["params"], step
 
 
 def restore_before(folder: Path, state: Any, step: int) -> tuple[Any, int]:
     """The newest whole state at or before `step`, and its step; `(state, 0)` if there is none. As `restore_newest`, but changes nothing."""
-    found = next((s for s in reversed(saved_steps(folder)) if s <= step and not damage(folder / str(s))), 0)
+    steps = by_leader(lambda: saved_steps(folder))
+    found = next((s for s in reversed(steps) if s <= step and not damage(folder / str(s))), 0)
     if not found:
         return state, 0
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -178,15 +216,18 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
-def digests(path: Path, below: float = math.inf) -> dict[str, list[int]]:
-    """`[bytes, CRC-32]` of every file in the subfolders of a checkpoint; those of `below` bytes and more get 0 for the CRC."""
-    names = sorted(str(p.relative_to(path)) for p in path.glob("*/**/*") if p.is_file())
+def _names(path: Path, files: Iterable[Path]) -> list[str]:
+    return sorted(str(p.relative_to(path)) for p in files if p.is_file())
+
+
+def digests(path: Path, names: list[str]) -> dict[str, list[int]]:
+    """`[bytes, CRC-32]` of the files of these names in a checkpoint."""
 
     def digest(name: str) -> list[int]:
-        size, crc = (path / name).stat().st_size, 0
+        size, crc = 0, 0
         with open(path / name, "rb") as file:
-            while size < below and (block := file.read(1 << 20)):
-                crc = zlib.crc32(block, crc)
+            while block := file.read(1 << 20):
+                size, crc = size + len(block), zlib.crc32(block, crc)
         return [size, crc]
 
     with ThreadPoolExecutor(8) as pool:
@@ -194,45 +235,60 @@ def digests(path: Path, below: float = math.inf) -> dict[str, list[int]]:
 
 
 def damage(path: Path, below: float = math.inf) -> str | None:
-    """What is wrong with a checkpoint; None when it is whole. Files of `below` bytes and more are judged by their size alone."""
-    try:
-        sealed = json.loads((path / SEAL).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    """What is wrong with a checkpoint; None when it is whole. Files of `below` bytes and more are judged by their size alone.
+
+    All processes call it together and get the same answer: process 0 says which files there are, and each process reads its share.
+    Raises `CheckpointError` where one does not see a file that process 0 sees.
+    """
+    sealed, sizes = by_leader(lambda: (_sealed(path), {n: (path / n).stat().st_size for n in _names(path, path.glob("*/**/*"))}))
+    if sealed is None:
         return f"{SEAL} is missing or damaged"
-    found = digests(path, below)
-    for name, (size, crc) in sealed.items():
-        if name not in found:
+    for name, (size, _) in sealed.items():
+        if name not in sizes:
             return f"{name} is missing"
-        if found[name][0] != size:
-            return f"{name} has {found[name][0]:,} bytes where {size:,} were written"
-        if found[name][1] != crc and size < below:
-            return f"{name} does not hold what was written"
-    return None
+        if sizes[name] != size:
+            return f"{name} has {sizes[name]:,} bytes where {size:,} were written"
+    largest_first = sorted((name for name, (size, _) in sealed.items() if size < below), key=lambda name: -sealed[name][0])
+    try:
+        mine = digests(path, largest_first[jax.process_index() :: jax.process_count()])
+    except FileNotFoundError as e:
+        remedy = "set runs to a folder that all of them share, or start again if it is one whose changes arrive late"
+        raise CheckpointError(f"{e.filename}: process {jax.process_index()} does not see this file, which process 0 sees; {remedy}") from e
+    read = {name: digest for part in gather(mine) for name, digest in part.items()}
+    broken = sorted(name for name, digest in read.items() if digest != sealed[name])
+    return f"{broken[0]} does not hold what was written" if broken else None
+
+
+def _sealed(path: Path) -> dict[str, list[int]] | None:
+    try:
+        return json.loads((path / SEAL).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _set_damaged_aside(folder: Path, notice: Callable[[str], None]) -> None:
     """The newest whole checkpoint is read through; the older ones, which are not about to be restored, are only glanced at."""
     below = math.inf
-    for step in reversed(saved_steps(folder)):
+    for step in reversed(by_leader(lambda: saved_steps(folder))):
         path, wrong = folder / str(step), damage(folder / str(step), below)
         if wrong:
             aside = path.with_name(f"{step}.damaged")
-            if aside.exists():
-                shutil.rmtree(aside)
-            path.rename(aside)
+            if jax.process_index() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
             notice(f"checkpoint {path} is damaged ({wrong}): moved to {aside.name}, going on without it")
         else:
             below = SMALL
 
 
 def _choose(folder: Path, which: int | Literal["best"] | None) -> int:
-    steps = saved_steps(folder)
+    steps = by_leader(lambda: saved_steps(folder))
     if which is None:
         found = next((s for s in reversed(steps) if not damage(folder / str(s))), None)
         if found is None:
             raise CheckpointError(f"{folder}: no whole checkpoint; there are {steps}")
         return found
-    step = best_step(folder) if which == "best" else which
+    step = by_leader(lambda: best_step(folder)) if which == "best" else which
     if step is None:
         raise CheckpointError(f"{folder}: no checkpoint says how good it is; the run had checkpoint.best null, so name a step")
     wrong = damage(folder / str(step)) if step in steps else f"not one of {steps}"
@@ -290,10 +346,3 @@ def _describe(leaf: Any, shape_only: bool) -> str:
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _everywhere(choose: Callable[[], int]) -> int:
-    """Process 0 looks and decides for all, so that no two of them read different steps."""
-    if jax.process_count() == 1:
-        return choose()
-    return int(multihost_utils.broadcast_one_to_all(np.int32(choose() if jax.process_index() == 0 else 0)))

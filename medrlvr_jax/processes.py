@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -81,6 +81,14 @@ def gather(value: Any) -> list[Any]:
     padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # a power of two, so that few shapes are compiled
     padded[: len(data)] = data
     return [json.loads(row[:size].tobytes()) for row, size in zip(process_allgather(padded), sizes, strict=True)]
+
+
+def by_leader(look: Callable[[], Any]) -> Any:
+    """What process 0 finds, on every process: anything that JSON holds. All must call it at the same point.
+
+    For all that is decided by the state of a disk: network file systems show a change to other machines only after a while.
+    """
+    return gather(look() if jax.process_index() == 0 else None)[0]
 
 
 def leave(error: BaseException, expected: tuple[type[BaseException], ...]) -> NoReturn:

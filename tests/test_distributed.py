@@ -138,6 +138,63 @@ def test_a_row_on_two_processes_is_scored_by_one_of_them(folder):  # noqa: F811
     assert metrics["reward"] == pytest.approx(np.mean(zero["rewards"] + one["rewards"]))
 
 
+VIEWS = """
+import json, sys
+from pathlib import Path
+import jax
+from medrlvr_jax import checkpoint, processes
+
+processes.join()
+from test_checkpoint import META, CheckpointConfig, Checkpoints, abstract, flip, make_state, mesh_of
+
+def digests(path, names):
+    digested.extend(name for name in names)
+    return original(path, names)
+
+folder, digested = Path(sys.argv[1]), []
+original, checkpoint.digests = checkpoint.digests, digests
+checkpoints = Checkpoints(folder, CheckpointConfig(keep=9), META)
+for step in (1, 2):
+    digested.clear()
+    checkpoints.save(step, make_state(mesh_of(2, 2, 2), seed=step))
+checkpoints.wait()
+out = {"written": list(digested)}
+processes.gather(0)
+if jax.process_index() == 1:
+    checkpoint.saved_steps = lambda folder: [1]  # as a network file system that is late
+state, out["newest"] = checkpoints.restore_newest(make_state(mesh_of(2, 2, 2)))
+checkpoints.save(2, state)  # is there already
+digested.clear()
+params = abstract(state).policy.params
+out["chosen"] = checkpoint.restore_params(folder, params)[1]
+out["checked"] = list(digested)
+if jax.process_index() == 0:
+    flip(max((folder / "2").glob("state/ocdbt.process_1/d/*"), key=lambda p: p.stat().st_size))
+processes.gather(0)
+out["whole"] = checkpoint.restore_params(folder, params)[1]
+out["after"] = Checkpoints(folder, CheckpointConfig(keep=9), META, lambda text: None).restore_newest(state)[1]
+print("VIEW", json.dumps(out), flush=True)
+jax.distributed.shutdown()
+"""
+
+
+def test_process_0_finds_the_checkpoints_for_all_and_each_digests_its_own(tmp_path):
+    """Where process 1 does not yet see checkpoint 2, both go on from it, and neither writes it again."""
+    started = launch(2, 4, ["-c", VIEWS, str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    told = [p.communicate(timeout=300) for p in started]
+    assert [p.returncode for p in started] == [0, 0], told
+    zero, one = (json.loads(line[5:]) for out, _ in told for line in out.splitlines() if line.startswith("VIEW "))
+    assert [(view["newest"], view["chosen"], view["whole"], view["after"]) for view in (zero, one)] == [(2, 2, 1, 1)] * 2
+    data = {process: {n for n in view["written"] if "/d/" in n or n.startswith("ocdbt")} for process, view in enumerate((zero, one))}
+    assert all(name.startswith("ocdbt.process_1/") for name in data[1]) and len(data[1]) > 1
+    assert not any("ocdbt.process_1" in name for name in zero["written"])
+    sealed = json.loads((tmp_path / "2.damaged" / "digests.json").read_text())
+    assert sorted(zero["checked"] + one["checked"]) == sorted(sealed)
+    shares = [sum(sealed[name][0] for name in view["checked"]) for view in (zero, one)]
+    assert max(shares) < 0.7 * sum(shares)
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == ["1", "2.damaged"]
+
+
 def test_a_refusal_of_one_process_ends_all(folder):  # noqa: F811
     question = {"question": "?", "options": ["a", "b"], "answer": "B"}
     (folder / "q0.jsonl").write_text("".join(json.dumps(question | {"id": str(i), "question": f"{i}?"}) + "\n" for i in range(8)))
