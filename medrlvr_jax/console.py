@@ -3,6 +3,7 @@
 import statistics
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from medrlvr_jax import configs
+from medrlvr_jax import configs, files
 from medrlvr_jax.config import Config, ConfigError
 
 QUIET = 30  # seconds without a line, after which long work says how far it is
@@ -133,5 +134,8 @@ def _wandb(path: Path, config: Config) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(f"log.wandb: {config.log.wandb} needs wandb: pip install 'medrlvr-jax[wandb]', or set it to null") from None
-    tree = configs.to_tree(config)
-    return wandb.init(project=config.log.wandb, name=config.name, id=config.name, resume="allow", dir=str(path), config=tree)
+    file = path / "wandb_id"  # of this folder alone: another run of this name, elsewhere or after this one, is another run there too
+    if not file.exists():
+        files.write_text(file, uuid.uuid4().hex)
+    run_id, tree = file.read_text(encoding="utf-8"), configs.to_tree(config)
+    return wandb.init(project=config.log.wandb, name=config.name, id=run_id, resume="allow", dir=str(path), config=tree)

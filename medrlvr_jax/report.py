@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from medrlvr_jax.config import ConfigError
 from medrlvr_jax.files import read_jsonl
 from medrlvr_jax.log import Records
 from medrlvr_jax.stages import STAGES
-from medrlvr_jax.stats import wilson
+from medrlvr_jax.stats import Interval, wilson
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's: told apart by all eyes
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
@@ -63,15 +64,16 @@ STYLE: Any = {
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Accuracy and format rate on each evaluation set, before and after training, with 95 % Wilson intervals."""
+    """Accuracy and format rate on each evaluation set, before and after training, with 95 % intervals over questions."""
     out = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=summary.get("name"), title_justify="left", title_style="bold")
     out.add_column("set")
-    for name in ("n", "accuracy before", "after", "format before", "after"):
+    for name in ("questions", "accuracy before", "after", "format before", "after"):
         out.add_column(name, justify="right", no_wrap=True)
     for name, when in summary["eval"].items():
         before, after = when.get("before"), when.get("after")
-        shares = [_share(counts, key) for key in ("correct", "format_ok") for counts in (before, after)]
-        out.add_row(name, f"{(after or before or {}).get('n', 0):,}", *shares)
+        shares = [_share(counts, key) for key in ("accuracy", "format") for counts in (before, after)]
+        asked = after or before or {}
+        out.add_row(name, f"{asked.get('questions', asked.get('n', 0)):,}", *shares)
     text = io.StringIO()
     rich.console.Console(file=text, width=120).print(out)
     return "\n".join(row.rstrip() for row in text.getvalue().strip("\n").split("\n"))
@@ -80,8 +82,20 @@ def table(summary: dict[str, Any]) -> str:
 def _share(counts: dict[str, Any] | None, key: str) -> str:
     if not counts or not counts["n"]:
         return "–"
-    low, high = wilson(counts[key], counts["n"])
-    return f"{100 * counts[key] / counts['n']:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
+    return percent(interval(counts, key))
+
+
+def percent(x: Interval) -> str:
+    return f"{100 * x.value:.1f} % ({100 * x.low:.1f}–{100 * x.high:.1f})"
+
+
+def interval(counts: dict[str, Any], key: str = "accuracy") -> Interval:
+    """Of an evaluation's counts (`evaluate.summarise`): the share of right answers, or of those in the `format`, with its 95 % interval
+    over questions. Older logs have none: theirs is Wilson's of the answers, right for one answer a question."""
+    count, share = {"accuracy": ("correct", "accuracy"), "format": ("format_ok", "format_rate")}[key]
+    if f"{key}_low" in counts:
+        return Interval(counts[share], counts[f"{key}_low"], counts[f"{key}_high"])
+    return Interval(counts[count] / counts["n"], *wilson(counts[count], counts["n"]))
 
 
 def curves(run_dirs: Sequence[Path | str], out_png: Path | str) -> None:
@@ -162,15 +176,14 @@ def stage_shares(runs: Sequence[Records], title: str) -> Figure | None:
     return figure
 
 
-def bars(arms: Sequence[tuple[str, str, list[tuple[int, int]]]], title: str) -> Figure:
-    """One set: for each arm (name, colour, (right, n) of each of its runs) the mean, and every run with its 95 % Wilson interval."""
+def bars(arms: Sequence[tuple[str, str, list[Interval]]], title: str) -> Figure:
+    """One set: for each arm (name, colour, accuracy of each of its runs) the mean, and every run with its 95 % interval."""
     figure = Figure(figsize=(4.6, 0.75 + 0.42 * len(arms)), layout="constrained")
     axis = figure.subplots()
-    for y, (_, color, counts) in enumerate(arms):
-        found = np.array([(right / n, *wilson(right, n)) for right, n in counts])
-        share, low, high = found.T
+    for y, (_, color, runs) in enumerate(arms):
+        share, low, high = np.array(runs).T
         axis.barh(y, share.mean(), height=0.62, color=color, alpha=0.45, lw=0)
-        aside = y + (np.arange(len(counts)) - (len(counts) - 1) / 2) * min(0.18, 0.5 / len(counts))
+        aside = y + (np.arange(len(runs)) - (len(runs) - 1) / 2) * min(0.18, 0.5 / len(runs))
         style = {"fmt": "o", "ms": 3.5, "mec": "white", "mew": 0.4, "elinewidth": 1.1, "capsize": 1.5}
         axis.errorbar(share, aside, xerr=[share - low, high - share], color="#222222", **style)
     axis.set_yticks(range(len(arms)), [name for name, _, _ in arms])
@@ -190,7 +203,8 @@ def picture(draw: Callable[[], Figure | None], stem: Path) -> str | None:
         figure.savefig(f"{stem}.png", dpi=160)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    name, svg = re.sub(r"[^\w.-]", "-", stem.name), text.getvalue()[text.getvalue().index("<svg") :]
+    return re.sub(r'((?:\bid="|href="#|url\(#))', rf"\g<1>{name}-", svg)  # matplotlib's ids are the same in each of a page's figures
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -229,9 +243,11 @@ def _evaluations(axis: Axes, runs: list[Records]) -> None:
         own, marker = COLORS[1 + i % (len(COLORS) - 1)], MARKERS[i % len(MARKERS)]
         aside = 0.01 * last * (i - (len(sets) - 1) / 2)  # sets that are equally good stay visible side by side
         for j, records in enumerate(runs):
-            found = [(r["step"], r[f"eval.{name}.correct"], r[f"eval.{name}.n"]) for r in records if r.get(f"eval.{name}.n")]
-            shares = np.array([(step + aside, correct / n, *wilson(correct, n)) for step, correct, n in found]).reshape(-1, 4)
-            steps, share, low, high = shares.T
+            prefix = f"eval.{name}."
+            asked = [r for r in records if r.get(f"{prefix}n")]
+            found = [interval({k.removeprefix(prefix): v for k, v in r.items() if k.startswith(prefix)}) for r in asked]
+            share, low, high = np.array(found).reshape(-1, 3).T
+            steps = np.array([r["step"] + aside for r in asked])
             style = {"marker": marker, "ms": 4.5, "mec": "white", "mew": 0.5, "lw": 0, "elinewidth": 0.9, "zorder": 3}
             axis.errorbar(steps, share, [share - low, high - share], color=own if len(runs) == 1 else COLORS[j % len(COLORS)], **style)
         color = own if len(runs) == 1 else "#666666"

@@ -8,8 +8,9 @@ itself the network.
 import html
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
@@ -23,7 +24,6 @@ from medrlvr_jax.console import before_after, clock
 from medrlvr_jax.files import read_json, read_jsonl, write_text
 from medrlvr_jax.log import Records, flat
 from medrlvr_jax.stages import STAGES
-from medrlvr_jax.stats import wilson
 
 ALIKE = ("name", "runs", "seed", "log", "checkpoint", "mesh")  # settings by which runs of one group may differ
 SAMPLES, LENGTH = 2000, 6000  # samples on a page, and characters of one
@@ -41,6 +41,7 @@ class Run:
     """What a run's folder, or that of an evaluation, tells."""
 
     name: str
+    folder: Path  # absolute
     config: dict[str, Any]  # flat
     records: Records
     samples: Records
@@ -84,18 +85,36 @@ def read_run(folder: Path) -> Run:
                 f"{folder}: no metrics.jsonl there; name a run's folder, such as runs/<name>, or one that `medrlvr eval` wrote"
             )
         name = "/".join(folder.resolve().parts[-2:])
-        return Run(name, {}, [], [], found, {s: {"after": counts} for s, counts in found["eval"].items()})
+        return Run(name, folder.resolve(), {}, [], [], found, {s: {"after": counts} for s, counts in found["eval"].items()})
     config = flat(read("config.yaml", {}))
     name = str(config.get("name", folder.resolve().name))
-    return Run(name, config, records, read("samples.jsonl", []), read("summary.json", {}), before_after(records))
+    return Run(name, folder.resolve(), config, records, read("samples.jsonl", []), read("summary.json", {}), before_after(records))
+
+
+def named_apart(runs: Sequence[Run]) -> list[Run]:
+    """Runs of one name, in different folders, by as much of their paths as tells them apart."""
+    out, many = [], Counter(run.name for run in runs)
+    for run in runs:
+        parts, depth = run.folder.parts, 1
+        others = [other.folder.parts for other in runs if other.name == run.name and other is not run]
+        while depth < len(parts) and any(other[-depth:] == parts[-depth:] for other in others):
+            depth += 1
+        out.append(replace(run, name="/".join(parts[-depth:]) if many[run.name] > 1 else run.name))
+    return out
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """Runs whose settings are the same but for `ALIKE`, in the order in which they were named."""
-    found: dict[str, list[Run]] = {}
+    """Runs whose settings are the same but for `ALIKE`, in the order in which they were named. A seed that comes twice is no seed more:
+    then those of each folder are a group, as of an experiment that was made again elsewhere."""
+    alike: dict[str, list[Run]] = {}
     for run in runs:
         same = {k: v for k, v in run.config.items() if k.split(".")[0] not in ALIKE}
-        found.setdefault(json.dumps(same, sort_keys=True) if run.records else run.name, []).append(run)
+        alike.setdefault(json.dumps(same, sort_keys=True) if run.records else str(run.folder), []).append(run)
+    found: dict[tuple[str, Path | None], list[Run]] = {}
+    for settings, members in alike.items():
+        twice = len({run.config.get("seed") for run in members}) < len(members)
+        for run in members:
+            found.setdefault((settings, run.folder.parent if twice else None), []).append(run)
     groups, names = [], []
     for i, members in enumerate(found.values()):
         letters = zip(*(r.name for r in members), strict=False)
@@ -110,7 +129,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 def write_page(folders: Sequence[Path], out: Path) -> None:
     """The page, and a folder `<stem>_pictures` beside it."""
-    runs = [read_run(folder) for folder in folders]
+    runs = named_apart([read_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()])
     groups = group(runs)
     pictures = out.with_name(f"{out.stem}_pictures")
     pictures.mkdir(parents=True, exist_ok=True)
@@ -205,27 +224,31 @@ def accuracies(groups: Sequence[Group], pictures: Path) -> str:
     out = []
     for name in dict.fromkeys(s for g in groups for run in g.runs for s in run.evals):
         arms = []
-        before = {(e["correct"], e["n"]) for g in groups for run in g.runs if (e := run.evals.get(name, {}).get("before")) and e["n"]}
-        for i, counts in enumerate(sorted(before)):  # one base, unless runs began at different weights or were asked differently
-            arms.append((f"before training{f' ({i + 1})' if len(before) > 1 else ''}", BASE, [counts]))
+        before = {said(e): e for g in groups for run in g.runs if (e := run.evals.get(name, {}).get("before")) and e["n"]}
+        for i, text in enumerate(sorted(before)):  # one base, unless runs began at different weights or were asked differently
+            arms.append((f"before training{f' ({i + 1})' if len(before) > 1 else ''}", BASE, [before[text]]))
         for g in groups:
-            after = [(e["correct"], e["n"]) for run in g.runs if (e := run.evals.get(name, {}).get("after")) and e["n"]]
+            after = [e for run in g.runs if (e := run.evals.get(name, {}).get("after")) and e["n"]]
             if after:
                 arms.append((g.name, g.color, after))
         if not arms:
             continue
         title = name.replace("_", " ")
-        svg = report.picture(lambda arms=arms, title=title: report.bars(arms, title), pictures / f"accuracy-{file_name(name)}")
+        drawn = [(arm, color, [report.interval(e) for e in each]) for arm, color, each in arms]
+        svg = report.picture(lambda drawn=drawn, title=title: report.bars(drawn, title), pictures / f"accuracy-{file_name(name)}")
         assert svg is not None
-        rows = [(arm, "\n".join(said(*c) for c in counts), f"{100 * np.mean([a / n for a, n in counts]):.1f} %") for arm, _, counts in arms]
+        means = [f"{100 * np.mean([x.value for x in each]):.1f} %" for _, _, each in drawn]
+        rows = [(arm, "\n".join(map(said, each)), mean) for (arm, _, each), mean in zip(arms, means, strict=True)]
         out.append(f"<div>{figure(svg, f'right answers on {title}')}{table(('arm', 'each run (95 % interval)', 'mean'), rows)}</div>")
-    note = "Right answers; bars are means over seeds, points single runs with 95 % Wilson intervals."
+    note = "Right answers; bars are means over seeds, points single runs with 95 % intervals over questions."
     return f'<p class="soft">{note}</p><div class="grid">{"".join(out)}</div>' if out else ""
 
 
-def said(right: int, n: int) -> str:
-    low, high = wilson(right, n)
-    return f"{right:,} of {n:,}: {100 * right / n:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
+def said(counts: dict[str, Any]) -> str:
+    """Of an evaluation's counts the accuracy in words, with its interval over questions."""
+    n, questions = counts["n"], counts.get("questions", counts["n"])
+    asked = f"{n:,}" if n == questions else f"{n:,} answers to {questions:,} questions"
+    return f"{counts['correct']:,} of {asked}: {report.percent(report.interval(counts))}"
 
 
 def stages(groups: Sequence[Group], pictures: Path) -> str:
@@ -272,8 +295,7 @@ def browser(groups: Sequence[Group]) -> str:
     if not rows:
         return ""
     chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, SAMPLES).astype(int))] if len(rows) > SAMPLES else rows
-    cut = [{k: v[:LENGTH] + "…" if isinstance(v, str) and len(v) > LENGTH else v for k, v in s.items()} for s in chosen]
-    data = json.dumps(cut, ensure_ascii=True).replace("<", "\\u003c")
+    data = json.dumps([{k: shortened(v) for k, v in s.items()} for s in chosen], ensure_ascii=True).replace("<", "\\u003c")
     note = f"; {len(chosen):,} of {len(rows):,} are on this page" if len(chosen) < len(rows) else ""
     choose = "".join(f'<label>{f}<select name="{f}"><option value="">all</option></select></label>' for f in ("run", "stage", "reward"))
     ranges = "".join(
@@ -286,6 +308,13 @@ def browser(groups: Sequence[Group]) -> str:
 <form id="filter">{choose}{ranges}<label>text<input type="search" name="text"></label><button type="reset">clear</button></form>
 <p id="count" aria-live="polite"></p><div id="list"></div><button type="button" id="more" hidden>show more</button>
 <script type="application/json" id="sample-data">{data}</script>"""
+
+
+def shortened(value: Any) -> Any:
+    """A text of at most about `LENGTH` characters, which says so if it was longer; other values as they are."""
+    if not isinstance(value, str) or len(value) <= LENGTH:
+        return value
+    return f"{value[:LENGTH]}… [the first {LENGTH:,} of {len(value):,} characters; samples.jsonl has all]"
 
 
 def cards(groups: Sequence[Group]) -> str:

@@ -13,9 +13,7 @@ from medrlvr_jax.formats import LETTERS, DataError, listed, options_and_key
 from medrlvr_jax.rewards import BLOCK, brief, score
 
 
-def score_file(
-    in_path: str | Path, out_path: str | Path, config: RewardConfig, overwrite: bool = False, prefill: str = ""
-) -> Counter[str]:
+def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, overwrite: bool = False, prefill: str = "") -> Counter[str]:
     """Score a JSONL file into another, line by line in the same order, and return how many lines had each reason.
 
     In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}`, 2 to 10 options, other fields ignored; read as

@@ -239,6 +239,11 @@ def test_wandb_gets_the_settings_and_the_numbers(tmp_path, monkeypatch):
         run.record(1, {"reward": 0.5})
     assert calls[0]["project"] == "medicine" and calls[0]["config"]["seed"] == 0
     assert calls[1:] == [(1, {"reward": 0.5}), "finish"]
+    for place in (tmp_path, tmp_path, tmp_path / "elsewhere"):  # going on is the same run there, one of its name in another folder is not
+        with log.Run(config(place, log={"wandb": "medicine"}), 3) as run:
+            run.resume(0)
+    first, again, _, other = [call["id"] for call in calls if isinstance(call, dict)]
+    assert len(first) == 32 and first == again != other
 
 
 def test_long_work_says_how_far_it_is(monkeypatch):

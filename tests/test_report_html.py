@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, files, report_html, stages
+from medrlvr_jax import __main__, files, report, report_html, stages
 
 EVIL = (
     '<think>"&lt;</script><script>console.error("broken out")</script><img src=x onerror=console.error(1)>\u2028</think><answer>A</answer>'
@@ -32,7 +32,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        self.ids += [attrs["id"]] if "id" in attrs and "svg" not in self.open else []
+        self.ids += [attrs["id"]] if "id" in attrs else []
         self.links += [attrs[k] for k in ("href", "src") if k in attrs and "svg" not in self.open]
         self.attributes += [(tag, k) for k in attrs]
         if tag not in VOID:
@@ -101,6 +101,49 @@ def test_the_page_is_whole_and_all_text_is_text(page):
         assert section in parsed.ids
 
 
+def test_intervals_are_over_questions_and_say_of_how_many(tmp_path):
+    """16 answers to each of 100 questions: Wilson's interval of 1,600 answers would be 49.9 to 54.8."""
+    counts = {"n": 1600, "questions": 100, "correct": 838, "format_ok": 1600, "accuracy": 0.52375}
+    counts |= {"accuracy_low": 0.452, "accuracy_high": 0.598, "format_rate": 1.0, "format_low": 0.963, "format_high": 1.0}
+    (tmp_path / "eval").mkdir()
+    files.write_json(tmp_path / "eval" / "eval.json", {"eval": {"dev": counts}, "versions": {}})
+    report_html.write_page([tmp_path / "eval"], tmp_path / "page.html")
+    assert "838 of 1,600 answers to 100 questions: 52.4 % (45.2–59.8)" in (tmp_path / "page.html").read_text()
+    assert "52.4 % (45.2–59.8)" in report.table({"eval": {"dev": {"after": counts}}})
+
+
+def test_experiments_of_one_name_stay_apart(tmp_path):
+    """The same arm in two folders, of the same settings or of others; one of them named twice; evaluations of runs of one name."""
+    for folder, changes in (("one", {}), ("two", {}), ("three", {"kl": {"coef": 0.5}})):
+        (tmp_path / folder).mkdir()
+        for seed in (0, 1):
+            write_run(tmp_path / folder / f"ppo-seed{seed}", seed, **changes)
+        (tmp_path / folder / "ppo-seed0" / "eval").mkdir()
+        files.write_json(tmp_path / folder / "ppo-seed0" / "eval" / "eval.json", {"eval": {}, "versions": {}})
+    folders = [tmp_path / folder / run for folder in ("one", "two", "three") for run in ("ppo-seed0", "ppo-seed1", "ppo-seed0/eval")]
+    report_html.write_page([*folders, folders[0]], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    parsed = Page(text)
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    data = json.loads(re.search(r'<script type="application/json" id="sample-data">(.*?)</script>', text, re.S)[1])
+    assert {s["run"] for s in data} == {f"{folder}/ppo-seed{seed}" for folder in ("one", "two", "three") for seed in (0, 1)}
+    assert len(data) == 6 * 12
+    runs = report_html.named_apart([report_html.read_run(f) for f in folders])
+    groups = [[run.name for run in g.runs] for g in report_html.group(runs)]
+    assert sorted(groups) == sorted(
+        [[f"{folder}/ppo-seed0", f"{folder}/ppo-seed1"] for folder in ("one", "two", "three")]
+        + [[f"{folder}/ppo-seed0/eval"] for folder in ("one", "two", "three")]
+    )
+
+
+def test_a_long_answer_says_how_much_of_it_is_shown(tmp_path):
+    write_run(tmp_path / "long", 0)
+    sample = json.loads((tmp_path / "long" / "samples.jsonl").read_text().split("\n")[0])
+    files.append(tmp_path / "long" / "samples.jsonl", [sample | {"completion": "x" * 9000}])
+    report_html.write_page([tmp_path / "long"], tmp_path / "page.html")
+    assert "xxx\\u2026 [the first 6,000 of 9,000 characters; samples.jsonl has all]" in (tmp_path / "page.html").read_text()
+
+
 def test_its_pictures_lie_beside_it_as_png(page):
     pictures = page.with_name("report_pictures")
     names = {p.stem for p in pictures.iterdir()}
@@ -124,7 +167,7 @@ def test_curves_have_the_styles_of_their_legend(page):
     text = report_html.curves(groups[1:], page.with_name("report_pictures"))
     legend, curve = text.split('<div class="grid">')[0], re.search(r"<figure>.*?</figure>", text, re.S)[0]
     shown = re.findall(r'stroke="(#\w{6})"', legend)
-    drawn = [c.upper() for c in re.findall(r'<g id="line2d_\d+">\s*<path d="[^"]{200,}"[^>]*stroke: (#\w{6})', curve)]
+    drawn = [c.upper() for c in re.findall(r'<g id="[\w-]+line2d_\d+">\s*<path d="[^"]{200,}"[^>]*stroke: (#\w{6})', curve)]
     assert shown == [g.color for g in groups[1:]] == drawn
 
 
