@@ -18,8 +18,9 @@ from medrlvr_jax.config import ConfigError
 from medrlvr_jax.files import read_jsonl
 from medrlvr_jax.formats import LETTERS
 
-SAMPLED = """pass@k: unbiased; in brackets with chance taken out, so that guessing is 0 and certainty 100. maj@k: the most frequent of a
-question's k answers; ties are drawn with equal chances, and answers that were not found do not vote. Entropies are in nats."""
+SAMPLED = """pass@k: unbiased; beyond chance: so that guessing is 0 and certainty 100 (–: chance alone reaches over 90 %). maj@k: the most
+frequent of a question's k answers; ties are drawn with equal chances, and answers that were not found do not vote. Entropies are in nats.
+Intervals (95 %) are over questions."""
 
 
 class Answers(NamedTuple):
@@ -111,9 +112,10 @@ def describe(a: Answers) -> dict[str, Any]:
         out["subjects"] = {name: {"n": len(c), "accuracy": stats.accuracy(c)._asdict()} for name, c in groups.items()}
     if k > 1:
         passed = {j: stats.pass_at_k(a.correct, j) for j in range(1, k + 1)}
-        out["pass_at_k"] = {j: float(p.mean()) for j, p in passed.items()}
-        out["pass_at_k_beyond_chance"] = {j: stats.beyond_chance(p, a.options, j) for j, p in passed.items()}
-        out["majority"] = float(stats.majority(a.answers, a.key).mean())
+        beyond = {j: stats.beyond_chance(p, a.options, j) for j, p in passed.items()}
+        out["pass_at_k"] = {j: stats.mean_share(p)._asdict() for j, p in passed.items()}
+        out["pass_at_k_beyond_chance"] = {j: x and x._asdict() for j, x in beyond.items()}
+        out["majority"] = stats.mean_share(stats.majority(a.answers, a.key))._asdict()
         out["answer_entropy"] = float(stats.answer_entropy(a.answers).mean())
         if a.shuffled.any():
             same, pairs = stats.consistency(a.answers)
@@ -133,14 +135,14 @@ def show(found: dict[str, dict[str, Any]]) -> str:
     out = [draw(("set", "questions", "accuracy", "format", "entropy"), rows)]
     sampled = {name: d for name, d in sets.items() if "pass_at_k" in d}
     if sampled:
-        most = max(d["samples"] for d in sampled.values())
-        ks = sorted({1 << i for i in range(most.bit_length())} | {most})
-        columns = ("set", *(f"pass@{k}" for k in ks), "maj@k", "answer entropy")
         rows = []
         for name, d in sampled.items():
-            both = [(d["pass_at_k"].get(k), d["pass_at_k_beyond_chance"].get(k)) for k in ks]
-            cells = ["" if p is None else f"{100 * p:.1f} % ({100 * beyond:+.1f})" for p, beyond in both]
-            rows.append([name, *cells, f"{100 * d['majority']:.1f} %", f"{d['answer_entropy']:.3f}"])
+            most = d["samples"]
+            for k in sorted({1 << i for i in range(most.bit_length())} | {most}):
+                beyond = d["pass_at_k_beyond_chance"][k]
+                votes = [percent(d["majority"]), f"{d['answer_entropy']:.3f}"] if k == most else ["", ""]
+                rows.append([name, str(k), percent(d["pass_at_k"][k]), percent(beyond) if beyond else "–", *votes])
+        columns = ("samples of", "k", "pass@k", "beyond chance", "maj@k", "answer entropy")
         out.append(draw(columns, rows))
         out.append(SAMPLED)
     shuffled = {name: d for name, d in sets.items() if "consistency" in d}

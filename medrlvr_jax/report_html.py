@@ -85,7 +85,15 @@ def read_run(folder: Path) -> Run:
                 f"{folder}: no metrics.jsonl there; name a run's folder, such as runs/<name>, or one that `medrlvr eval` wrote"
             )
         name = "/".join(folder.resolve().parts[-2:])
-        return Run(name, folder.resolve(), {}, [], [], found, {s: {"after": counts} for s, counts in found["eval"].items()})
+        return Run(
+            name,
+            folder.resolve(),
+            flat(found.get("config", {})),
+            [],
+            [],
+            found,
+            {s: {"after": counts} for s, counts in found["eval"].items()},
+        )
     config = flat(read("config.yaml", {}))
     name = str(config.get("name", folder.resolve().name))
     return Run(name, folder.resolve(), config, records, read("samples.jsonl", []), read("summary.json", {}), before_after(records))

@@ -12,6 +12,7 @@ import scipy.stats
 from scipy.special import gammaln
 
 DRAWS = 10_000  # bootstrap resamples
+ROOM = 0.1  # above chance, without which nothing is said beyond it
 Z95 = 1.959964
 
 
@@ -174,14 +175,16 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     return np.where(wrong < k, 1.0, 1.0 - np.exp(log))
 
 
-def beyond_chance(passed: np.ndarray, options: np.ndarray, k: int) -> float:
-    """Mean pass@k on a scale where guessing is 0 and certainty 1: (p − g) / (1 − g), g the mean of 1 − (1 − 1/m)^k for m options [n].
+def beyond_chance(passed: np.ndarray, options: np.ndarray, k: int) -> Interval | None:
+    """Mean pass@k [n] on a scale where guessing is 0 and certainty 1: (p − g) / (1 − g), g the mean of 1 − (1 − 1/m)^k for m options [n].
 
     With 4 options a coin's pass@16 is 0.99: without this, all models look alike at large k. The means are taken first, since a
-    single question's 1 − g is near 0 where it has few options.
+    single question's 1 − g is near 0 where it has few options. None where g leaves less than `ROOM`: the scale is then all noise.
     """
-    guess = (1 - (1 - 1 / np.asarray(options, np.float64)) ** k).mean()
-    return float((passed.mean() - guess) / (1 - guess))
+    guess = float((1 - (1 - 1 / np.asarray(options, np.float64)) ** k).mean())
+    if 1 - guess < ROOM:
+        return None
+    return Interval(*((x - guess) / (1 - guess) for x in mean_share(passed)))
 
 
 def majority(answers: np.ndarray, key: np.ndarray) -> np.ndarray:

@@ -61,8 +61,9 @@ def test_samples_count_by_question(tmp_path):
     dev = compare.compare(tmp_path / "a", tmp_path / "b")["dev"]
     assert dev["only_a"] is None and dev["p"] < 1e-9
     each = dev["each"]["b"]
-    assert each["samples"] == 4 and each["pass_at_k"][1] == pytest.approx(dev["b"]["value"]) and each["pass_at_k"][4] > 0.9
-    assert each["pass_at_k_beyond_chance"][1] == pytest.approx((each["pass_at_k"][1] - 0.25) / 0.75)
+    assert each["samples"] == 4 and each["pass_at_k"][1] == pytest.approx(dev["b"]) and each["pass_at_k"][4]["value"] > 0.9
+    for end in ("value", "low", "high"):
+        assert each["pass_at_k_beyond_chance"][1][end] == pytest.approx((each["pass_at_k"][1][end] - 0.25) / 0.75)
     write(tmp_path / "c", "dev", a)
     assert compare.compare(tmp_path / "a", tmp_path / "c")["dev"]["p"] == 1
 
@@ -95,14 +96,22 @@ def test_one_evaluation_by_hand(tmp_path):
     found = answers.describe(answers.of_rows(rows, "set"))
     assert (found["n"], found["samples"], found["accuracy"]["value"]) == (3, 2, pytest.approx(1 / 3))
     assert found["format_ok"]["value"] == pytest.approx(4 / 6) and found["token_entropy"] == 1.0
-    assert found["pass_at_k"] == {1: pytest.approx(1 / 3), 2: pytest.approx(2 / 3)}
-    assert found["pass_at_k_beyond_chance"][2] == pytest.approx((2 / 3 - 0.75) / 0.25)
-    assert found["majority"] == pytest.approx(2 / 3) and found["answer_entropy"] == pytest.approx(np.log(2) * 2 / 3)
+    assert {k: p["value"] for k, p in found["pass_at_k"].items()} == {1: pytest.approx(1 / 3), 2: pytest.approx(2 / 3)}
+    beyond, (_, low, high) = found["pass_at_k_beyond_chance"][2], stats.mean_share(np.array([1, 0, 1]))
+    assert [beyond[x] for x in ("value", "low", "high")] == pytest.approx([(p - 0.75) / 0.25 for p in (2 / 3, low, high)])
+    assert found["majority"] == stats.mean_share(np.array([1, 0, 1]))._asdict() and found["answer_entropy"] == pytest.approx(
+        np.log(2) * 2 / 3
+    )
     assert {name: (s["n"], s["accuracy"]["value"]) for name, s in found["subjects"].items()} == {"heart": (2, 0.5), "lung": (1, 0.0)}
     assert found["letters"]["letters"] == {"A": {"answered": 0.5, "key": 1.0}, "B": {"answered": 0.5, "key": 0.0}}
     assert found["distinct"]["n"] == 2 and found["distinct"]["accuracy"]["value"] == 0.25 and "distinct" not in found["distinct"]
     shown = answers.show({"set": found})
-    assert "set, distinct" in shown and "66.7 % (-33.3)" in shown and "ties are drawn with equal chances" in shown
+    assert (
+        "set, distinct" in shown
+        and "66.7 % (20.8–93.9)" in shown
+        and "-33.3 % (-216.9 to 75.4)" in shown
+        and "ties are drawn with equal chances" in shown
+    )
 
 
 def test_a_repeat_is_no_new_evidence(tmp_path):

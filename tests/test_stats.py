@@ -44,8 +44,12 @@ def test_a_coin_is_at_zero_beyond_chance():
     options = rng.integers(3, 11, 4000)
     coin = rng.random((4000, 8)) < 1 / options[:, None]
     for k in (1, 4, 8):
-        assert abs(stats.beyond_chance(stats.pass_at_k(coin, k), options, k)) < 0.04
-    assert stats.beyond_chance(np.ones(3), np.array([4, 5, 10]), 4) == 1
+        value, low, high = stats.beyond_chance(stats.pass_at_k(coin, k), options, k)
+        assert low < 0 < high and abs(value) < 0.04
+    assert stats.beyond_chance(np.ones(3), np.array([4, 5, 10]), 4).value == 1
+    # Of 4 options a coin's 16 samples hold the key in 99 %: what is left, 1 %, is the noise of 400 questions.
+    coin = rng.random((400, 16)) < 0.25
+    assert stats.beyond_chance(stats.pass_at_k(coin, 16), np.full(400, 4), 16) is None
 
 
 def test_majority_draws_ties_fairly_and_counts_no_silence():
