@@ -18,7 +18,7 @@ from medrlvr_jax.config import Config
 from medrlvr_jax.experience import Scored
 from medrlvr_jax.formats import LETTERS
 from medrlvr_jax.processes import gather
-from medrlvr_jax.rewards import LEAK
+from medrlvr_jax.rewards import leaks
 
 WINDOW, ENOUGH = 20, 5  # the last steps that a moving limit is the median of; fewer than so many say nothing
 AGAIN = 10  # steps after which an alarm that goes on is said again
@@ -61,19 +61,18 @@ def flags(scored: Scored) -> dict[str, np.ndarray]:
     """Of each of a process's N rows, bool [N]: is it a hack, does it leak, hedge, repeat?"""
     told = {
         "hacks": [s in stages.HACKS for s in scored.stages],
-        "leak": [leaks_early(c) for c in scored.completions],
+        "leak": leak_early(scored.completions),
         "hedging": [hedges(c) for c in scored.completions],
         "repetition": [stages.repetition(c) > REPEATS for c in scored.completions],
     }
     return {name: np.array(column, bool) for name, column in told.items()}
 
 
-def leaks_early(completion: str) -> bool:
-    """Whether the thought states the answer (`rewards.LEAK`) and goes on for `AFTER_LEAK` words or more."""
-    _, opened, rest = completion.partition("<think>")
-    thought = rest.partition("</think>")[0] if opened else ""
-    found = LEAK.search(thought)
-    return found is not None and stages.words(thought[found.end() :]) >= AFTER_LEAK
+def leak_early(completions: Sequence[str]) -> list[bool]:
+    """Whether each one's thought states the answer (`rewards.LEAK`) and goes on for `AFTER_LEAK` words or more."""
+    thoughts = [c.partition("<think>")[2].partition("</think>")[0] for c in completions]
+    stated = zip(thoughts, leaks(thoughts), strict=True)
+    return [match is not None and stages.words(thought[match.end() :]) >= AFTER_LEAK for thought, match in stated]
 
 
 def hedges(completion: str) -> bool:

@@ -15,7 +15,7 @@ strict  the whole completion is one <think> with more than white space in it, cl
 direct  `strict` for a completion that is to be the answer alone: one <answer> as there, no thought, nothing else.
 
 With `leak_penalty` or `before_penalty` above 0, the composite reward of arXiv 2509.15557 in string rules: wherever there is a <think>,
-R − leak_penalty if the first thought has one of the phrases of `LEAK` (there: nearness to such phrases by a sentence encoder), and
+R − leak_penalty if the first thought states the answer by the rule `LEAK` (there: nearness to such phrases by a sentence encoder), and
 R − before_penalty if more than 15 words, runs of anything but white space, stand before it. There the two are 0.5 and 0.3.
 
 How: Arrow lays a block of completions out as one run of UTF-8 bytes; one pass finds every `<`, and those that begin a tag become a
@@ -42,11 +42,43 @@ TAGS = (b"<think>", b"</think>", b"<answer>", b"</answer>")
 THINK, END_THINK, ANSWER, END_ANSWER = 1, 2, 3, 4  # the kinds of tag; 0 is no tag
 LAYOUTS = {"strict": (THINK, END_THINK, ANSWER, END_ANSWER), "direct": (ANSWER, END_ANSWER)}  # all tags of a completion, in order
 
-LEAK = re.compile(  # a statement of the answer; the same to Arrow's RE2
-    r"\b(?:the|my)\s+(?:(?:correct|final|best|right)\s+)?(?:answer|option|choice)\s+(?:is|must\s+be|should\s+be|would\s+be)\b"
-    r"|\b(?:answer|choice)\s*:|\boption\s+[A-J]\s+is\b|\bi\s+(?:would\s+|will\s+)?(?:choose|pick|select)\b",
-    re.IGNORECASE | re.ASCII,
-)
+
+def _statement(look: bool) -> str:
+    """The pattern of a statement of the answer: a subject, a verb that asserts, and nothing that takes it back or makes it conditional.
+
+    `look`: with what may not stand before and after, which RE2 cannot look at; without, it matches wherever the whole does.
+    """
+    unless = (lambda what: what) if look else lambda what: ""
+    verb = r"(?:\s+(?:is|must\s+be|has\s+to\s+be|should\s+be|would\s+be|will\s+be)|'s|’s)"
+    surely = (
+        r"(?:\s+(?:clearly|definitely|obviously|certainly|surely|probably|likely|therefore|thus|then|indeed|option|answer|choice)){0,3}"
+    )
+    letter = r"\(?(?-i:[A-J])\b\)?" + unless(r"(?![\w'’-])")
+    end = r"(?:\s*(?:$|[,;:!?])|\." + unless(r"(?!\s?(?-i:[a-z]))") + r"|\s+(?:and|because|since|as|so|for|by|given)\b)"  # not "B cells"
+    denied = unless(  # "the answer is not A", "the right choice is between A and B", "the answer is unclear"
+        r"(?!\s+(?:definitely\s+|clearly\s+|probably\s+)?(?:not|never|neither|nor|between|among|either|one\s+of|un\w+|less|hard|difficult"
+        r"|what|which|whether|how|determined|decided|found|based|given|in|somewhere)\b)"
+    )
+    asked = unless("".join(rf"(?<!\b{word} )" for word in ("if", "should", "would", "will", "can", "do", "did")))
+    ways = (
+        # "the answer is C", "correct choice must be heparin"
+        r"\b(?:(?:the|my)\s|(?:the\s+|my\s+)?(?:(?:correct|final|best|right|only|most\s+\w+)\s+){1,3})\s*"
+        rf"\b(?:answer|option|choice)(?:\s+here)?{verb}\b{denied}",
+        r"\b(?:answer|choice)\s*:" + unless(r"(?!\s*(?:not|unclear|\?))"),  # "Answer: C"
+        # "option C is correct", "C must be the answer"; not "option A is unlikely", which weighs it
+        rf"\b{letter}{verb}{surely}(?:\s+(?:the|our|my|only)){{0,2}}\s+(?:correct|right|best|answer|choice|solution|most\s+\w+)\b",
+        rf"\b(?:it|this|that|which){verb}{surely}\s+{letter}{end}",  # "it must be B"
+        rf"\b(?:so|thus|hence|therefore),?(?:\s+the)?(?:\s+(?:answer|option|choice))?\s+{letter}{end}",  # "Hence B."
+        rf"{asked}\b(?:i|we)(?:\s+will|'ll|’ll)?\s+(?:now\s+)?(?:choose|pick|select|go\s+with)\b",  # "I choose C"
+        r"\b(?:i\s+am|we\s+are|i'm|we're|i’m|we’re)\s+(?:choosing|picking|selecting|going\s+with)\b",
+        r"\b(?:i|we)(?:\s+would|'d|’d)\s+(?:choose|pick|select|go\s+with)\b"  # not "I would pick it if …"
+        + unless(r"(?!(?:\s+[^\s.;!?]+){0,8}\s+(?:if|unless)\b)"),
+        rf"^\s*(?:option\s+)?{letter}[.,:]?\s+(?:because|since)\b",  # a thought that begins "B. Because …"
+    )
+    return "|".join(ways)
+
+
+LEAK = re.compile(_statement(look=True), re.IGNORECASE | re.ASCII)
 BEFORE = r"^[ \t-\r]*(?:[^ \t-\r]+[ \t-\r]+){15}[^ \t-\r]"  # more than 15 words
 EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")  # as a prompt may begin a response: Qwen3's way not to think
 
@@ -203,16 +235,32 @@ def _penalty(batch: _Batch, tags: _Tags, config: RewardConfig) -> np.ndarray:
     found = np.flatnonzero(tags.kind == END_THINK)[::-1]
     found = found[tags.start[found] >= opened[tags.row[found]]]
     closed[tags.row[found]] = tags.start[found]
-    out[row] += config.leak_penalty * _matches(batch, opened[row], closed[row], LEAK.pattern)
+    if config.leak_penalty:
+        out[row] += config.leak_penalty * _leaks(batch, opened[row], closed[row])
     out[row] += config.before_penalty * _matches(batch, batch.bounds[row], begin[row], BEFORE)
     return out
+
+
+def _leaks(batch: _Batch, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Which spans state the answer. RE2 finds the few that may, in a hundredth of the time that LEAK takes."""
+    out = _matches(batch, start, end, _statement(look=False))
+    for i in np.flatnonzero(out).tolist():
+        out[i] = LEAK.search(batch.data[int(start[i]) : int(end[i])].to_pybytes().decode("utf-8", "replace")) is not None
+    return out
+
+
+def leaks(thoughts: Sequence[str]) -> list[re.Match[str] | None]:
+    """Where each thought first states the answer, by LEAK."""
+    batch = _lay_out(thoughts, 0)
+    may = _matches(batch, batch.bounds[:-1][: len(thoughts)], batch.bounds[1:][: len(thoughts)], _statement(look=False))
+    return [LEAK.search(thought) if m else None for thought, m in zip(thoughts, may.tolist(), strict=True)]
 
 
 def _matches(batch: _Batch, start: np.ndarray, end: np.ndarray, pattern: str) -> np.ndarray:
     """Which spans hold the pattern, in any case of letters. Spans in the order of the text, none overlap."""
     spans = _spans(batch, start, end)
     found = pc.match_substring_regex(spans, pattern, ignore_case=True)  # pyright: ignore[reportAttributeAccessIssue] (made at import)
-    return found.fill_null(False).to_numpy(zero_copy_only=False)[::2]
+    return found.fill_null(False).to_numpy(zero_copy_only=False)[::2].copy()
 
 
 def _spans(batch: _Batch, start: np.ndarray, end: np.ndarray) -> pa.LargeBinaryArray:

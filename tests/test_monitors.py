@@ -52,8 +52,11 @@ def test_flags_of_each_completion():
         "hedging": [3],
         "repetition": [4],
     }
-    assert not monitors.leaks_early("<think>The calf is swollen after a flight, so the answer is A.</think>")  # at its end
-    assert not monitors.leaks_early("The answer is A, as all of this shows beyond doubt. <think>A clot.</think>")
+    at_its_end, outside = (
+        "<think>The calf is swollen after a flight, so the answer is A.</think>",
+        "The answer is A, as all of this shows. ",
+    )
+    assert monitors.leak_early([at_its_end, outside + "<think>A clot.</think>", LEAK]) == [False, False, True]
 
 
 def test_letters_are_held_against_the_keys_by_one_answer_a_question():

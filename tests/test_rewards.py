@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from medrlvr_jax import __main__
 from medrlvr_jax.config import RewardConfig
-from medrlvr_jax.rewards import BLOCK, REASONS, DataError, score, toss
+from medrlvr_jax.rewards import BLOCK, LEAK, REASONS, DataError, leaks, score, toss
 from medrlvr_jax.score_file import score_file
 
 WHITE = " \t\n\v\f\r"
@@ -355,7 +355,7 @@ FIFTEEN = "one two three four five six seven eight nine ten eleven twelve thirte
         ("<think>Heparin acts at once.</think><answer>A</answer>", 1.0),
         ("<think>So the answer is heparin.</think><answer>A</answer>", 0.5),
         ("<think>MY FINAL\n CHOICE should be the first</think><answer>B</answer>", -0.5),
-        ("<think>Option B is wrong: it is slow.</think><answer>A</answer>", 0.5),
+        ("<think>Option B is wrong: it is slow.</think><answer>A</answer>", 1.0),
         ("<think>This is the answering machine.</think><answer>A</answer>", 1.0),
         ("The answer is A. <think>Acts at once.</think><answer>A</answer>", 1.0),  # before, and short
         ("<think>Acts at once.</think><answer>A</answer> The answer is A.", 1.0),  # after
@@ -372,6 +372,88 @@ def test_the_composite_reward(completion, reward):
     verdicts = score(rows, ["A"] * 3, [["heparin", "aspirin"]] * 3, COMPOSITE)
     assert verdicts.reward == pytest.approx([-1.0, reward, -1.5], abs=1e-6)
     assert verdicts.reason[1] == score([completion], ["A"], [["heparin", "aspirin"]], RewardConfig(mode="paper")).reason[0]
+
+
+STATED = """\
+The answer is A.
+So the answer is heparin.
+My final choice should be the first one.
+The correct answer here must be C, because of the rash.
+The best option is to give heparin.
+The only right answer is definitely C.
+It is B, and it must be B, since B B B B B B.
+Everything points to one drug. It must be (C).
+So that's clearly option D.
+This is B because of the rash.
+Fever and a stiff neck: option B is correct.
+C is the answer.
+(B) must be right, A cannot be.
+Option D is the most likely one.
+B is clearly the best choice.
+Answer: C
+Final answer: C. The calf is swollen.
+My choice: heparin
+I choose A.
+I will go with heparin.
+I'd pick C here.
+I would select heparin because it acts at once.
+B. Because ceftriaxone covers the usual bacteria well.
+B because of the rash.
+Therefore, the answer is B.
+Obviously this is C, no doubt.
+I'm going with A.
+Hence B.
+That must be D because of the fever.
+We choose C.
+The patient needs heparin, which is option B.
+So, answer B.
+Correct answer is C.
+The most likely answer is C.""".split("\n")
+WEIGHED = """\
+Fever and neck stiffness suggest meningitis. Option A is unlikely because there is no rash. Option C is ruled out by the normal glucose.
+The right choice is between ceftriaxone and ampicillin; listeria is unlikely at this age.
+Many would pick aspirin, and I would pick it too if there were no allergy, but there is one.
+Option B is wrong: it is slow.
+Option A is possible, option B is not correct, and C is less likely.
+A is contraindicated in pregnancy. B acts too late. C remains.
+The answer is not A, since there is no rash.
+The answer is probably not the first.
+The best option is either of the two.
+The answer is one of the last two.
+The answer is unclear so far.
+The correct choice is determined by the renal function.
+This is E. coli, a Gram-negative rod.
+It is B cell lymphoma by the smear.
+This is A fib with a rapid rate.
+It is C. difficile, after the antibiotics.
+It is a clot.
+Vitamin B is deficient here, and hepatitis B is not likely.
+Should I choose heparin? If I choose it, platelets must be watched.
+What would I select in pregnancy?
+The answering machine and the options: all are drugs.
+Patients choose and doctors pick the dose.
+A. Aspirin blocks platelets. B. Heparin acts on thrombin. Heparin acts at once.
+Given the allergy, aspirin must not be used, so heparin it is.
+here pyuria, loin tenderness suggest pyelonephritis. first line ciprofloxacin. myopia allows it. ciprofloxacin D.
+If the answer were A, we would see a rash.
+Option C is a beta blocker and option D is a diuretic.
+Is the answer A? There is no fever.
+The correct answer must explain both findings.
+The final option is not indicated.
+A is less likely to be correct.
+A is true of all lupus patients, so it does not discriminate.
+B is not the answer.
+The answer should be found among the antibiotics.
+It is A that needs a look: aspirin blocks platelets.""".split("\n")
+
+
+@pytest.mark.parametrize(("thoughts", "leak"), [(STATED, True), (WEIGHED, False)], ids=["stated", "weighed"])
+def test_a_leak_is_a_statement_of_the_answer_not_a_word_about_an_option(thoughts, leak):
+    completions = [f"<think>{thought}</think><answer>A</answer>" for thought in thoughts]
+    paid = score(completions, ["A"] * len(thoughts), [FOUR] * len(thoughts), RewardConfig(leak_penalty=0.5)).reward
+    assert [t for t, match in zip(thoughts, leaks(thoughts), strict=True) if (match is not None) != leak] == []
+    assert [t for t, match in zip(thoughts, map(LEAK.search, thoughts), strict=True) if (match is not None) != leak] == []
+    assert [t for t, reward in zip(thoughts, paid.tolist(), strict=True) if reward != (0.5 if leak else 1.0)] == []
 
 
 def test_the_composite_reward_in_a_file(tmp_path):
