@@ -3,10 +3,8 @@
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 
-from medrlvr_jax import hf
-from medrlvr_jax.config import ConfigError
+from medrlvr_jax import files, hf
 from medrlvr_jax.model import DecoderConfig
 
 
@@ -37,8 +35,6 @@ def known(path: str) -> DecoderConfig:
         return KNOWN[name]
     if path == "embedded" or Path(path).expanduser().is_dir() or path.count("/") != 1:
         return hf.read_config(path)
-    try:
-        return hf.read_config(Path(hf_hub_download(path, "config.json")).parent)
-    except (OSError, HFValidationError) as e:
-        named = ", ".join(KNOWN)
-        raise ConfigError(f"model.path: {path}: neither a directory here, nor known ({named}), nor to be had from the hub: {e}") from e
+    with files.reading(f"model.path: {path}", f"it is no directory here, none of {', '.join(KNOWN)}, and the hub did not give it"):
+        file = hf_hub_download(path, "config.json")
+    return hf.read_config(Path(file).parent)

@@ -56,6 +56,18 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
     return Parts(config, tokenizer, cfg, dataclasses.replace(cfg, value_head=True), mesh)
 
 
+def check_positions(parts: Parts, prompt: int, new: int, field: str) -> None:
+    """Refuse rows that reach beyond the positions that the model was made for: there its answers decay without a word.
+
+    `prompt`: tokens of the longest prompt (of fine-tuning: of the longest row's); `field`: the setting that allows `new` more.
+    """
+    limit, path = parts.cfg.max_positions, parts.config.model.path
+    if limit is not None and prompt + new > limit:
+        why = f"after a prompt of {prompt} tokens that is beyond max_position_embeddings = {limit} of {path}'s config.json"
+        lower = f"lower it to {limit - prompt} or less, or " if prompt < limit else ""
+        raise ConfigError(f"{field}: {new}: {why}; {lower}lower prompt.max_tokens, which drops longer prompts, or take another model")
+
+
 # --- shapes, dtypes and shardings, of which everything below is made ---------------------------------------------------
 
 

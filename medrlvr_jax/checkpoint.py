@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from medrlvr_jax.config import CheckpointConfig
-from medrlvr_jax.files import write_json, write_text
+from medrlvr_jax.files import read_json, reading, write_json, write_text
 from medrlvr_jax.processes import by_leader, gather
 
 SEAL = "digests.json"
@@ -206,7 +206,7 @@ def restore_before(folder: Path, state: Any, step: int) -> tuple[Any, int]:
 
 def read_meta(folder: Path, step: int) -> dict[str, Any]:
     """The settings (`config`), versions and revision that a checkpoint was made with."""
-    return json.loads((folder / str(step) / "meta" / "metadata").read_text(encoding="utf-8"))
+    return read_json(folder / str(step) / "meta" / "metadata", "take another of the run's checkpoints")
 
 
 # --- whole or damaged ------------------------------------------------------------------------------------------------
@@ -312,9 +312,12 @@ def best_step(folder: Path) -> int | None:
 
 def _read(path: Path, abstract: Any, partial: bool = False) -> Any:
     state, handler = epath.Path(path.absolute()) / "state", ocp.PyTreeCheckpointHandler()
-    _check_fits(path, handler.metadata(state).tree, abstract, partial)
+    remedy = "take another of the run's checkpoints"
+    with reading(path, remedy, CheckpointError):
+        saved = handler.metadata(state).tree
+    _check_fits(path, saved, abstract, partial)
     how = ocp.checkpoint_utils.construct_restore_args(abstract)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with reading(path, remedy, CheckpointError), ocp.Checkpointer(handler) as checkpointer:
         return checkpointer.restore(state, args=ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=partial))
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from medrlvr_jax import data, files
 from medrlvr_jax.answers import draw
-from medrlvr_jax.build import make_relay
+from medrlvr_jax.build import check_positions, make_relay
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.configs import load
 from medrlvr_jax.console import Console
@@ -41,6 +41,7 @@ def difficulty_source(source: Path, settings: list[str], step: int | Literal["be
     parts = dataclasses.replace(parts, config=dataclasses.replace(c, eval=sampled))
     questions = data.load(dataclasses.replace(c.data, pass_count=None))
     encoded = encode(parts.tokenizer, questions, c)
+    check_positions(parts, encoded.longest, c.sample.max_new_tokens, "sample.max_new_tokens")
     path, model = out or home(source, parts) / f"difficulty-{step}.jsonl", f"{c.model.path}, {source}, step {step}"
     ids, n, size = [q.id for q in encoded.questions], len(encoded.questions), c.eval.batch
     found = done_before(path, ids, samples, model)

@@ -112,7 +112,7 @@ def _run(config: Config) -> Iterator[Finding]:
 
 def _model(config: Config) -> Iterator[Finding]:
     """Mesh, model and tokenizer, by the same code that begins a training."""
-    from medrlvr_jax import build, lora, text
+    from medrlvr_jax import build, hf, lora, text
     from medrlvr_jax.learn import make_optimizer
 
     parts = build.build(config)
@@ -121,6 +121,11 @@ def _model(config: Config) -> Iterator[Finding]:
     n, trained = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (whole, lora.trained(whole, parts.cfg)))
     frozen = f", of which {trained / 1e6:,.1f} million are trained" if trained < n else ""
     yield Finding("ok", f"model {config.model.path}: {n / 1e6:,.1f} million parameters{frozen}")
+    if config.model.init == "pretrained":
+        hf.check_weights(config.model.path, lora.off(parts.cfg))
+        if others := hf.passed_over(config.model.path):
+            remedy = "if they are the weights that you mean, move model.safetensors away"
+            yield Finding("warning", f"weights: {', '.join(others)}: passed over, since there is a model.safetensors", remedy)
     for line in text.tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):
         yield Finding("note", f"tokenizer: {line}")
     if trap := text.beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):

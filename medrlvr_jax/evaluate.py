@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from medrlvr_jax import answers, configs, data, files, hf, log, lora, stats, text
-from medrlvr_jax.build import Parts, abstract_params, build, load_base, load_params, make_relay
+from medrlvr_jax.build import Parts, abstract_params, build, check_positions, load_base, load_params, make_relay
 from medrlvr_jax.checkpoint import best_step, restore_params
 from medrlvr_jax.config import Config, ConfigError, SampleConfig, SetConfig
 from medrlvr_jax.configs import load
@@ -36,6 +36,8 @@ def load_sets(parts: Parts) -> dict[str, Encoded]:
         if not sets[name].questions:
             limit = parts.config.prompt.max_tokens
             raise ConfigError(f"eval.sets.{name}: no question of {spec.path} fits prompt.max_tokens = {limit}; raise it")
+        field = "sample.max_new_tokens" if parts.config.eval.max_new_tokens is None else "eval.max_new_tokens"
+        check_positions(parts, sets[name].longest, how(parts.config, sets[name]).max_new_tokens, field)
     return sets
 
 

@@ -50,6 +50,11 @@ class Encoded:
     repeats: dict[str, str] = dataclasses.field(default_factory=dict)  # see `data.repeats`
     told: str = ""  # how the set was read, for the console: see `data.read`
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt, whatever the options' order."""
+        return self.width if self.shuffle else max(map(len, self.tokens), default=0)
+
     def prompts(self, index: Sequence[int] | np.ndarray, pad_id: int) -> Prompts:
         return text.pad_prompts([self.tokens[i] for i in index], self.ids[np.asarray(index)], self.width, pad_id)
 

@@ -42,7 +42,7 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(source: str | Path, remedy: str, error: type[ConfigError] = ConfigError) -> Iterator[None]:
+def reading(source: str | Path, remedy: str, error: type[Exception] = ConfigError) -> Iterator[None]:
     """Around one call of a library that reads what a user named (`source`): whatever it raises becomes an `error` that holds the name,
     the cause and the remedy, with the library's own error chained to it.
 
@@ -52,7 +52,7 @@ def reading(source: str | Path, remedy: str, error: type[ConfigError] = ConfigEr
     """
     try:
         yield
-    except ConfigError:  # in words already
+    except (ConfigError, error):  # in words already
         raise
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # pyo3's is no Exception
@@ -62,8 +62,11 @@ def reading(source: str | Path, remedy: str, error: type[ConfigError] = ConfigEr
 
 
 def what_else(source: str | Path) -> str | None:
-    """What a file holds that went wrong on its way here, and the remedy; None for any other file, and for what is no file."""
+    """What a file, or one of a folder's JSON files, holds that went wrong on its way here, and the remedy; None where nothing shows."""
     try:
+        if (folder := Path(source)).is_dir():
+            wrong = ((file.name, what_else(file) or _no_json(file)) for file in sorted(folder.glob("*.json")))
+            return next((f"{name}: {why}" for name, why in wrong if why), None)
         with open(source, "rb") as file:
             start = file.read(PEEK).lstrip().lower()
     except (OSError, ValueError):  # no file, or no name of one
@@ -74,6 +77,14 @@ def what_else(source: str | Path) -> str | None:
         return "it is a git-LFS pointer, not the file itself; run git lfs pull in its folder, or download the file"
     if start.startswith((b"<!doctype html", b"<html")):
         return "it is a web page, not the file itself; download the file again, by its direct address"
+    return None
+
+
+def _no_json(path: Path) -> str | None:
+    try:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        return f"not JSON ({e}); repair it, or download it again"
     return None
 
 
@@ -115,10 +126,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     records = []
     for number, line in enumerate(lines, 1):
-        try:
+        with reading(f"{path}:{number}", "a crash cannot do this, so repair or remove the file"):
             records.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}:{number}: not a JSON line ({e}); a crash cannot do this, so repair or remove the file") from None
     return records
 
 

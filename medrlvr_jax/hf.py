@@ -26,9 +26,10 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from jax.experimental.multihost_utils import process_allgather
+from safetensors import safe_open
 
+from medrlvr_jax import files
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.model import DecoderConfig, RopeScaling, init
 from medrlvr_jax.types import Params
@@ -65,6 +66,7 @@ EMBED, HEAD = TABLE["embed",].name, TABLE["head",].name
 BUFFERS = ("model.rotary_emb.inv_freq", "model.layers.{i}.self_attn.rotary_emb.inv_freq")  # computed, never learned
 DTYPES = {"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jnp.bfloat16)}
 BLOCK = 2**20  # bytes read at once: small enough that turning a block stays in the processor's cache
+INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers had it
 
 FAMILIES = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}, "llama": {}}
@@ -91,10 +93,8 @@ def resolve(path: str | Path) -> Path:
     beside = bool(local.parent.name) and local.parent.is_dir()  # models/typo, where there is a folder models
     if beside or local.exists() or local.is_absolute() or str(path).startswith(".") or len(local.parts) > 2:
         raise ConfigError(f"model.path: {path}: no such directory; give a Hugging Face directory, a hub name, or embedded")
-    try:
+    with files.reading(f"model.path: {path}", "it is no directory here, and the hub did not give it"):
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "model*.safetensors", *SIDE_FILES]))
-    except (OSError, HFValidationError) as e:
-        raise ConfigError(f"model.path: {path}: neither a directory here nor to be had from the hub: {e}") from e
 
 
 def read_config(path: str | Path) -> DecoderConfig:
@@ -104,9 +104,9 @@ def read_config(path: str | Path) -> DecoderConfig:
         run = file.parent if (file.parent / "checkpoints").is_dir() else None
         remedy = f"this is a run: medrlvr export {run} {run}/hf, then model.path={run}/hf" if run else "a Hugging Face directory has one"
         raise ConfigError(f"{file}: not there; {remedy}")
-    said = json.loads(file.read_text(encoding="utf-8"))
+    said = files.read_json(file)
 
-    def need(key, where=said):
+    def need(key: str, where: dict[str, Any] = said) -> Any:
         if where.get(key) is None:
             raise ConfigError(f"{file}: {key}: needed, and not given")
         return where[key]
@@ -140,6 +140,7 @@ def read_config(path: str | Path) -> DecoderConfig:
         norm_eps=need("rms_norm_eps"),
         tied=need("tie_word_embeddings"),
         rope_scaling=RopeScaling(*(need(key, rope) for key in stretch)) if rope_type == "llama3" else None,
+        max_positions=said.get("max_position_embeddings"),  # of a stretched rope: after the stretching
         **FAMILIES[kind],
     )
 
@@ -161,8 +162,8 @@ class Tensor(NamedTuple):
 def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: Any) -> Params:
     """The parameters of a directory as `dtype`, each laid out by its sharding. A critic gets the same body and a value head of zeros."""
     shapes, places, loaded = _shapes(cfg), _flat(shardings), {}
-    with ExitStack() as files:
-        tensors = _open(resolve(path), files)
+    with ExitStack() as opened:
+        tensors = _open(resolve(path), opened)
         _check(tensors, cfg, shapes)
         # The largest first: the host's copy of a parameter then never stands beside a full set of the device's.
         for key in sorted(shapes, key=lambda k: -prod(shapes[k])):
@@ -231,34 +232,49 @@ def _say(key: tuple, layer: int | None) -> str:
     return "/".join(key) + ("" if layer is None else f"[{layer}]")
 
 
+def check_weights(path: str | Path, cfg: DecoderConfig) -> None:
+    """Refuse a directory whose weights `load_params` would refuse; only headers are read."""
+    with ExitStack() as opened:
+        _check(_open(resolve(path), opened), cfg, _shapes(cfg))
+
+
+def passed_over(path: str | Path) -> list[str]:
+    """Names of the weight files of a directory that are not read: a model.safetensors comes before them, as it does in transformers."""
+    directory = resolve(path)
+    others = sorted(file.name for file in directory.glob("model*.safetensors*") if file.name != "model.safetensors")
+    return others if (directory / "model.safetensors").is_file() else []
+
+
 def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        named = sorted({path / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        if gone := [file.name for file in named if not file.is_file()]:
-            raise ConfigError(f"{path}: {', '.join(gone)}: named by {index.name}, and not there; the download is incomplete")
-        return named
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
+    if (path / INDEX).is_file():
+        remedy = "download the directory again"
+        shards = files.read_json(path / INDEX, remedy).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ConfigError(f"{path / INDEX}: weight_map: the file of each tensor is needed, by name; {remedy}")
+        named = sorted({path / name for name in shards.values()})
+        if gone := [file.name for file in named if not file.is_file()]:
+            raise ConfigError(f"{path}: {', '.join(gone)}: named by {INDEX}, and not there; the download is incomplete")
+        return named
     if old := sorted(file.name for file in path.glob("*.bin")):
         raise ConfigError(
             f"{path}: only {old[0]}, a pickle, which is not read; save it once more as safetensors: "
             "AutoModelForCausalLM.from_pretrained(path).save_pretrained(path)"
         )
-    raise ConfigError(f"{path}: no model.safetensors and no {index.name}; model.init random needs none")
+    raise ConfigError(f"{path}: no model.safetensors and no {INDEX}; model.init random needs none")
 
 
-def _open(path: Path, files: ExitStack) -> dict[str, Tensor]:
+def _open(path: Path, opened: ExitStack) -> dict[str, Tensor]:
     """Every tensor of a directory by name; only headers are read."""
     out: dict[str, Tensor] = {}
     for source in _weight_files(path):
-        file = files.enter_context(open(source, "rb"))
+        with files.reading(source, "the download is incomplete or damaged; download it again"), safe_open(source, framework="numpy"):
+            pass  # the header is whole, and tells of as many bytes as there are
+        file = opened.enter_context(open(source, "rb"))
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        held, told = source.stat().st_size, 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-        if held != told:
-            raise ConfigError(f"{source}: {held} bytes, and its header tells of {told}; the download is incomplete")
         for name, t in header.items():
             if name in out:
                 raise ConfigError(f"{name}: set twice, by {Path(out[name].file.name).name} and by {source.name}")
@@ -326,8 +342,8 @@ def save_params(params: Params, cfg: DecoderConfig, source_dir: str | Path, out_
         if len(shards) > 1:
             total = sum(map(prod, shapes.values())) * stored.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
-            (partial_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        said = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            (partial_dir / INDEX).write_text(json.dumps(index, indent=1))
+        said = files.read_json(source / "config.json")
         said["torch_dtype" if "torch_dtype" in said else "dtype"] = stored.name  # transformers 4 | 5
         (partial_dir / "config.json").write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
         for file in {file for pattern in SIDE_FILES for file in source.glob(pattern) if file.is_file()}:

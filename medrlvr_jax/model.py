@@ -45,6 +45,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
+    max_positions: int | None = None  # the longest row that the model was made for; None: not known
     dtype: Any = jnp.float32
     remat: str = "full"
     splash: bool = False  # attention by the TPU's kernel: see attention.py

@@ -10,7 +10,18 @@ import jax
 import numpy as np
 
 from medrlvr_jax import data, evaluate, lora, sharding, text
-from medrlvr_jax.build import Parts, abstract_base, abstract_learner, build, init_learner, load_base, make_relay, total_steps, updates_in
+from medrlvr_jax.build import (
+    Parts,
+    abstract_base,
+    abstract_learner,
+    build,
+    check_positions,
+    init_learner,
+    load_base,
+    make_relay,
+    total_steps,
+    updates_in,
+)
 from medrlvr_jax.config import Config, ConfigError
 from medrlvr_jax.experience import width
 from medrlvr_jax.learn import compile_learn, make_optimizer, nll_objective, offload
@@ -36,6 +47,8 @@ def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int, 
     kept = [r for r in rows if len(r[0]) <= c.prompt.max_tokens and len(r[1]) <= c.sft.max_new_tokens]
     if not kept:
         raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")
+    prompt, target = map(len, max(kept, key=lambda r: len(r[0]) + len(r[1])))
+    check_positions(parts, prompt, target, "sft.max_new_tokens")
     return kept, len(rows) - len(kept), told
 
 

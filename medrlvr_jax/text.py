@@ -6,17 +6,16 @@ tokens are special. Prompts are never cut: those that are too long are dropped a
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import tokenizers
 
+from medrlvr_jax import files
 from medrlvr_jax.config import ConfigError, PromptConfig
 from medrlvr_jax.formats import LETTERS, DataError, Question
 from medrlvr_jax.hf import resolve
@@ -95,13 +94,12 @@ def load_tokenizer(path: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     place = resolve(path)
-    try:
+    remedy = "model.path needs a tokenizer.json and its settings as transformers reads them; take those that came with the model"
+    with files.reading(place, remedy):
         hf = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"model.path: {path}: no tokenizer could be read there: {e}") from e
     stops: list[int] = []
     for file in (place / "generation_config.json", place / "config.json"):
-        eos = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+        eos = files.read_json(file).get("eos_token_id") if file.is_file() else None
         stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
     return wrap(hf, stops, path)
 
@@ -128,7 +126,8 @@ def _turn_end(hf: Any, trusted: tokenizers.Tokenizer) -> int | None:
     if not hf.chat_template:
         return None
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": MESSAGE}]
-    _, there, rest = hf.apply_chat_template(turns, tokenize=False).rpartition(MESSAGE)
+    with files.reading(f"{hf.name_or_path}: chat_template", "mend the template, or take the tokenizer that came with the model"):
+        _, there, rest = hf.apply_chat_template(turns, tokenize=False).rpartition(MESSAGE)
     first = trusted.encode(rest.lstrip(), add_special_tokens=False).ids[:1] if there else []
     return next((i for i in first if i in _specials(trusted)), None)
 
@@ -211,13 +210,10 @@ def _converse(tok: Tokenizer, config: PromptConfig, *roles: str) -> str:
     if config.system is not None:
         turns.insert(0, {"role": "system", "content": config.system})
     answer = len(roles) == 1
-    try:
+    with_system = "" if config.system is None else f" of a conversation with prompt.system {config.system[:40]!r}"
+    remedy = "set prompt.chat to false" if config.system is None else "set prompt.system to null"
+    with files.reading(f"{tok.hf.name_or_path}: chat_template{with_system}", remedy):
         return tok.hf.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer, **config.template_args)
-    except jinja2.TemplateError as e:
-        if config.system is None:
-            raise ConfigError(f"prompt.chat: true, but the chat template fails ({e}); set prompt.chat to false") from e
-        refused = f"prompt.system: {config.system[:40]!r}: the chat template refuses a conversation with a system turn ({e})"
-        raise ConfigError(f"{refused}; set prompt.system to null") from e
 
 
 def _given(tok: Tokenizer, config: PromptConfig, after: str) -> str:

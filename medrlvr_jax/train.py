@@ -27,7 +27,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from medrlvr_jax import data, evaluate, files, log, lora, monitors, sharding, text, user_reward
-from medrlvr_jax.build import Parts, build, init_learner, load_frozen, make_relay, total_steps
+from medrlvr_jax.build import Parts, build, check_positions, init_learner, load_frozen, make_relay, total_steps
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.compiles import Compiles, Profile
 from medrlvr_jax.config import Config, ConfigError, Diverged
@@ -50,6 +50,7 @@ def train(config: Config) -> dict[str, Any]:
     encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options)
     if not encoded.questions:
         raise ConfigError(f"data.path: no question of {config.data.path} fits prompt.max_tokens = {config.prompt.max_tokens}; raise it")
+    check_positions(parts, encoded.longest, config.sample.max_new_tokens, "sample.max_new_tokens")
     steps = total_steps(config, len(encoded.questions))
     sets = evaluate.load_sets(parts)
     with user_reward.started(config.reward) as judge, jax.set_mesh(parts.mesh):

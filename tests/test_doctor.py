@@ -1,11 +1,18 @@
 """The doctor says ok, note, warning or problem, the last two with a remedy, and writes nothing."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from test_checkpoint import META, flip, make_state, mesh_of
 from test_log import config
 
 from medrlvr_jax import checkpoint, doctor, log
 from medrlvr_jax.config import CheckpointConfig, ConfigError
+from medrlvr_jax.configs import load
+from medrlvr_jax.hf import resolve
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 def test_the_machine():
@@ -39,6 +46,20 @@ def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypat
     lines, ok = doctor.report(config(tmp_path, seed=5))
     assert not ok and any("seed: 0 there, 5 now" in line for line in lines)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_weights_are_looked_at(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(resolve("embedded"), model)
+    c = load(QUICKSTART, [f"model.path={model}", f"runs={tmp_path}"])
+    (model / "model-00001-of-00002.safetensors").write_text("older")
+    lines, ok = doctor.report(c)
+    assert ok and any(line.startswith("warning") and "model-00001-of-00002.safetensors: passed over" in line for line in lines)
+    (model / "model.safetensors").unlink()
+    lines, ok = doctor.report(c)
+    assert not ok and any(line.startswith("problem") and "no model.safetensors" in line for line in lines)
+    lines, ok = doctor.report(load(QUICKSTART, [f"model.path={model}", f"runs={tmp_path}", "model.init=random"]))
+    assert ok
 
 
 def test_what_training_refuses_is_a_problem(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_parity import load
 
 from medrlvr_jax import hf
 from medrlvr_jax.config import ConfigError, MeshConfig
+from medrlvr_jax.text import load_tokenizer
 
 QWEN, LLAMA3 = FAMILIES["qwen2_untied"], FAMILIES["llama3"]
 
@@ -103,7 +105,7 @@ def test_resolve(tmp_path, monkeypatch):
         raise OSError("offline")
 
     monkeypatch.setattr(hf, "snapshot_download", fail)
-    with pytest.raises(ConfigError, match=r"Qwen/Qwen2.5-3B: neither a directory here nor to be had from the hub: offline"):
+    with pytest.raises(ConfigError, match=r"Qwen/Qwen2\.5-3B: cannot be read: offline; it is no directory here"):
         hf.resolve("Qwen/Qwen2.5-3B")
 
 
@@ -189,6 +191,60 @@ def test_set_twice_and_missing_shard(refused, tmp_path):
     refused(QWEN, None, "b.safetensors: named by model.safetensors.index.json, and not there")
     save_file({"model.norm.weight": tensors["model.norm.weight"]}, tmp_path / "b.safetensors")
     refused(QWEN, None, "model.norm.weight: set twice, by a.safetensors and by b.safetensors")
+
+
+def test_one_file_comes_before_shards_as_in_transformers(tmp_path):
+    """Old shards beside a newer model.safetensors, or their index alone, are passed over; doctor says so."""
+    tensors = weights(QWEN)
+    cfg = hf.read_config(write(tmp_path, QWEN, tensors))
+    assert hf.passed_over(tmp_path) == []
+    old, names = {name: tensor + 1 for name, tensor in tensors.items()}, list(tensors)
+    shards = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    np.testing.assert_array_equal(load(tmp_path, cfg)["embed"], tensors["model.embed_tokens.weight"])
+    for file, part in shards.items():
+        save_file({name: old[name] for name in part}, tmp_path / file)
+    np.testing.assert_array_equal(load(tmp_path, cfg)["embed"], tensors["model.embed_tokens.weight"])
+    assert hf.passed_over(tmp_path) == [*shards, "model.safetensors.index.json"]
+    (tmp_path / "model.safetensors").unlink()
+    np.testing.assert_array_equal(load(tmp_path, cfg)["embed"], old["model.embed_tokens.weight"])
+    assert hf.passed_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["a"]}, {"weight_map": {"model.norm.weight": 1}}])
+def test_an_index_without_its_map(refused, tmp_path, index):
+    write(tmp_path, QWEN, {})
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(QWEN, None, "model.safetensors.index.json: weight_map", "download the directory again")
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b125\nsize 12345\n"
+PAGE = "<!DOCTYPE html>\n<html><body>Not found</body></html>"
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(LFS, "git lfs pull"), (PAGE, "it is a web page"), ("", "the file is empty"), ("{broken", ""), ("[" * 20_000, ""), ('{"a": {}}', "")],
+    ids=["pointer", "page", "empty", "broken", "nested", "foreign"],
+)
+def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path, file, content, words):
+    """Reading its header as a length, a git-LFS pointer was a MemoryError; a foreign tokenizer.json was a bare Exception."""
+    shutil.copytree(hf.resolve("embedded"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text(content)
+
+    def read():
+        cfg = hf.read_config(tmp_path)
+        hf.check_weights(tmp_path, cfg)
+        load_tokenizer(str(tmp_path))
+
+    if content.startswith('{"a"') and file in ("tokenizer_config.json", "generation_config.json"):
+        return read()  # what is not known there is passed over
+    with pytest.raises(ConfigError) as e:
+        read()
+    assert file in str(e.value) and words in str(e.value) and str(tmp_path) in str(e.value), str(e.value)
 
 
 def test_truncated_file(refused, tmp_path):

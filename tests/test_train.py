@@ -307,6 +307,27 @@ def test_refusals_name_the_field_and_the_remedy(folder, capsys, change, named):
     assert not (folder / "runs" / "refused").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "settings", "named"),
+    [
+        ("train", [], "sample.max_new_tokens: 8: after a prompt of 45 tokens that is beyond max_position_embeddings = 50"),
+        ("eval", ["eval.max_new_tokens=20"], "eval.max_new_tokens: 20: after a prompt of 44 tokens"),
+        ("sft", ["sft.target=rationale"], "sft.max_new_tokens: 40: after a prompt of 45 tokens"),
+        ("difficulty", [], "lower it to 5 or less, or lower prompt.max_tokens, which drops longer prompts"),
+    ],
+)
+def test_rows_beyond_the_models_positions_are_refused(folder, tmp_path, capsys, command, settings, named):
+    """In float arithmetic nothing fails there, the answers only decay: the rotary angles were never trained."""
+    shutil.copytree(folder / "tiny", tmp_path / "short")
+    shape = json.loads((tmp_path / "short" / "config.json").read_text()) | {"max_position_embeddings": 50}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(shape))
+    args = [command, folder / "config.yaml", f"model.path={tmp_path / 'short'}", f"runs={tmp_path}", *settings]
+    assert main(*args) == 2
+    assert named in capsys.readouterr().err
+    parts = build.build(configs.load(folder / "config.yaml", [f"model.path={tmp_path / 'short'}"]))
+    build.check_positions(parts, 45, 5, "sample.max_new_tokens")
+
+
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "medrlvr_jax", "--help"], capture_output=True, text=True, check=True)
     assert "train" in done.stdout and "doctor" in done.stdout
