@@ -10,9 +10,11 @@ import optax
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from medrlvr_jax import hf, lora, model, sharding, text
+from medrlvr_jax import configs, hf, lora, model, sharding, text
 from medrlvr_jax.config import Config, ConfigError
+from medrlvr_jax.log import flat
 from medrlvr_jax.model import DecoderConfig
+from medrlvr_jax.processes import agree
 from medrlvr_jax.types import Frozen, Learner, Params
 
 
@@ -37,7 +39,13 @@ def build(config: Config) -> Parts:
     cfg = hf.read_config(config.model.path)
     tokenizer = text.load_tokenizer(config.model.path)
     text.check_fits(tokenizer, cfg.vocab, config.model.path)
+    agree(lambda: _settings(config) | {"the model's config.json": repr(cfg)})
     return lay_out(config, tokenizer, cfg)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """By dotted name; but for paths, since it is what they hold that must be the same."""
+    return {name: v for name, v in flat(configs.to_tree(config)).items() if name.split(".")[-1] not in ("runs", "path", "file")}
 
 
 def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | None = None) -> Parts:

@@ -30,7 +30,7 @@ from medrlvr_jax.configs import load
 from medrlvr_jax.console import Console
 from medrlvr_jax.evaluate import ask, home, open_source
 from medrlvr_jax.experience import encode
-from medrlvr_jax.processes import gather
+from medrlvr_jax.processes import by_leader, gather
 
 
 def difficulty_source(source: Path, settings: list[str], step: int | Literal["best"] | None, samples: int, out: Path | None) -> int:
@@ -44,8 +44,7 @@ def difficulty_source(source: Path, settings: list[str], step: int | Literal["be
     check_positions(parts, encoded.longest, c.sample.max_new_tokens, "sample.max_new_tokens")
     path, model = out or home(source, parts) / f"difficulty-{step}.jsonl", f"{c.model.path}, {source}, step {step}"
     ids, n, size = [q.id for q in encoded.questions], len(encoded.questions), c.eval.batch
-    found = done_before(path, ids, samples, model)
-    found = gather(found)[0]  # process 0's look: others may look when it has written already
+    found = by_leader(lambda: done_before(path, ids, samples, model))
     writes, console = jax.process_index() == 0, Console(1)
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -157,9 +157,9 @@ def home(source: Path, parts: Parts) -> Path:
 def new_folder(source: Path, parts: Parts, name: str, out: Path | None, holds: str) -> Path:
     """Where results go: `out`, or `name` in the run's folder; refused if it has the file `holds` already."""
     folder = out or home(source, parts) / name
-    if (folder / holds).exists():
-        raise ConfigError(f"{folder}: it holds {holds} already; give another --out")
-    if jax.process_index() == 0:
+    if jax.process_index() == 0:  # it decides for all: others may look when it has written already
+        if (folder / holds).exists():
+            raise ConfigError(f"{folder}: it holds {holds} already; give another --out")
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -19,10 +19,10 @@ import numpy as np
 from medrlvr_jax import advantages, lora, scoring, stages, text
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import COMPARING, Config, SampleConfig
-from medrlvr_jax.data import repeats
+from medrlvr_jax.data import fingerprint, repeats
 from medrlvr_jax.formats import LETTERS, Question
 from medrlvr_jax.model import DecoderConfig
-from medrlvr_jax.processes import gather
+from medrlvr_jax.processes import agree, gather
 from medrlvr_jax.rewards import Verdicts, judged_beginning, score, toss
 from medrlvr_jax.sample import generate
 from medrlvr_jax.sharding import by_rows, fetch_rows, join_rows, own_rows, place_rows, split_rows, to_memory
@@ -100,6 +100,7 @@ def encode(tokenizer: text.Tokenizer, questions: list[Question], config: Config,
     gone = set(dropped)
     kept = [i for i in range(len(questions)) if i not in gone]
     left, columns = [questions[i] for i in kept], width(max(map(len, tokens), default=0))
+    agree(lambda: {"questions": fingerprint(left), "tokens of their prompts": fingerprint(tokens)})
     return Encoded(left, tokens, np.array(kept, np.uint32), len(dropped), columns, shuffle, repeats(left))
 
 

@@ -10,6 +10,7 @@ embedding of a tied model (one that differs is refused: transformers would untie
 """
 
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from safetensors import safe_open
 from medrlvr_jax import files
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.model import DecoderConfig, RopeScaling, init
+from medrlvr_jax.processes import agree
 from medrlvr_jax.types import Params
 
 
@@ -165,12 +167,21 @@ def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: 
     with ExitStack() as opened:
         tensors = _open(resolve(path), opened)
         _check(tensors, cfg, shapes)
+        agree(lambda: {f"weights of {Path(path).name}": _first_bytes(tensors)})
         # The largest first: the host's copy of a parameter then never stands beside a full set of the device's.
         for key in sorted(shapes, key=lambda k: -prod(shapes[k])):
             read = partial(_read, tensors, key, shapes[key], jnp.dtype(dtype))
             gc.collect(0)  # jax lets go of the last parameter's host copy only when Python collects
             loaded[key] = jax.block_until_ready(jax.make_array_from_callback(shapes[key], places[key], read))
     return unflatten_dict({key: loaded[key] for key in shapes})
+
+
+def _first_bytes(tensors: dict[str, Tensor]) -> str:
+    """A digest of names, shapes and the first 4 KiB of each tensor: reading all of them would take as long as loading does."""
+    digest = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {t.shape}".encode() + os.pread(t.file.fileno(), 4096, t.start))
+    return digest.hexdigest()
 
 
 def _read(tensors: dict[str, Tensor], key: tuple, shape: tuple[int, ...], dtype: np.dtype, index: Any) -> np.ndarray:

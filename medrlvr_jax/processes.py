@@ -91,6 +91,21 @@ def by_leader(look: Callable[[], Any]) -> Any:
     return gather(look() if jax.process_index() == 0 else None)[0]
 
 
+def agree(look: Callable[[], dict[str, Any]]) -> None:
+    """Refuse what is not the same everywhere: `look` says, by name, what this process has read. All must call it at the same point.
+
+    For settings, files and all else that each process reads for itself and that becomes part of arrays which several hold: JAX never
+    compares their copies, so a run whose processes read different files would go on, with other weights in each.
+    """
+    if jax.process_count() == 1:
+        return
+    hosts, views = zip(*gather([socket.gethostname(), look()]), strict=True)
+    for index, view in enumerate(views):
+        if other := [name for name in sorted(view.keys() | views[0].keys()) if view.get(name) != views[0].get(name)]:
+            here, first = (f"{v.get(other[0])!r} in process {i} on {hosts[i]}" for i, v in ((index, view), (0, views[0])))
+            raise ConfigError(f"{other[0]}: {here}, {first}; give all processes the same command and the same files")
+
+
 def leave(error: BaseException, expected: tuple[type[BaseException], ...]) -> NoReturn:
     """End this process because of `error`, and all others with it. The `expected` ones say enough without a traceback."""
     me = f"process {jax.process_index()} on {socket.gethostname()}"

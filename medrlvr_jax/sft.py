@@ -25,6 +25,7 @@ from medrlvr_jax.build import (
 from medrlvr_jax.config import Config, ConfigError
 from medrlvr_jax.experience import width
 from medrlvr_jax.learn import compile_learn, make_optimizer, nll_objective, offload
+from medrlvr_jax.processes import agree
 from medrlvr_jax.programs import Program, a_key, array, relay_program
 from medrlvr_jax.train import drive
 from medrlvr_jax.types import Experience, TrainState
@@ -49,6 +50,7 @@ def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int, 
         raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")
     prompt, target = map(len, max(kept, key=lambda r: len(r[0]) + len(r[1])))
     check_positions(parts, prompt, target, "sft.max_new_tokens")
+    agree(lambda: {"rows": data.fingerprint(kept)})
     return kept, len(rows) - len(kept), told
 
 

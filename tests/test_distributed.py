@@ -205,6 +205,23 @@ def test_a_refusal_of_one_process_ends_all(folder):  # noqa: F811
     assert "q1.jsonl" in told[1] and "q1.jsonl" in told[0] and "process 1 on" in told[0]
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("seed={i}", r"seed: 1 in process 1 on .*, 0 in process 0 on"),
+        ("data.path=TREE/own{i}.jsonl", r"questions: {'n': 8, 'sha256': '\w+'} in process 1 on .*, {'n': 8, "),
+    ],
+)
+def test_what_processes_read_must_be_the_same(folder, setting, said):  # noqa: F811
+    """Each reads settings and questions for itself; two copies of a file may differ, as those of two machines do."""
+    for i in range(2):
+        questions = [{"id": str(n), "question": f"{n}?", "options": ["a", "b"], "answer": "AB"[n == 7 and i]} for n in range(8)]
+        (folder / f"own{i}.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    started = train(2, folder / "config.yaml", "name=differ", setting.replace("TREE", str(folder)), "mesh.data=4", "eval.sets={}")
+    statuses, told = ends(started)
+    assert statuses == [2, 2] and all(re.search(said, text) for text in told), told
+
+
 def test_without_a_cluster_it_is_refused(folder):  # noqa: F811
     done = subprocess.run([sys.executable, "-c", MAIN, "train", "--distributed", folder / "config.yaml"], capture_output=True, text=True)
     assert done.returncode == 2
