@@ -43,7 +43,8 @@ wording, hashes of questions and prompts."""
 
 PROBE = """Lets the model answer the config's eval.sets greedily, then forces an answer (the most probable letter) at once, after the
 first 0, 25, 50, 75 and 100 % of its thought, and after another question's thought: if none of it changes the accuracy, the thought does
-no work. Also the fall in the key's perplexity with each sentence (InfoGain, arXiv 2506.02126)."""
+no work. Also how much more probable each sentence makes the key (InfoGain, arXiv 2506.02126), as the model itself has it or, with
+--scorer, a fixed other one: only then may two models be compared by it."""
 
 COMPARE = """Refused where questions, wording of the prompt, number of samples, decoding or the rule that judges are not the same in both:
 then it would not be the models alone that are compared. Each set's questions are paired by id and hash. p: McNemar's exact test of one
@@ -104,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     settings(c)
     at_step(c)
     c.add_argument("--out", type=Path, help="folder for one JSONL per set and probe.json; default RUN/probe-<step>")
+    c.add_argument("--scorer", metavar="MODEL", help="a model directory or hub name by which InfoGain is scored; default: itself")
     distributed(c)
     c = command("compare", "two evaluations of the same questions: paired tests, what one solves and the other does not", COMPARE)
     c.add_argument("a", type=Path, metavar="EVAL_A", help="a folder that `medrlvr eval` wrote, such as RUN/eval-32, or a run: its newest")
@@ -235,7 +237,7 @@ def run_reproduce(args: argparse.Namespace) -> int:
 def run_probe(args: argparse.Namespace) -> int:
     from medrlvr_jax.probe import probe_source
 
-    return probe_source(Path(args.source), args.settings, args.step, args.out)
+    return probe_source(Path(args.source), args.settings, args.step, args.out, args.scorer)
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -7,19 +7,22 @@ letter is then most probable. Forced are (early answering: Lanham et al. 2023, a
     0 % … 100 %         the first so many of the thought's words; at 0 % an empty thought
     another's           the thought of the question half a set away, which is none of its near repeats
 
-and, for InfoGain (arXiv 2506.02126), the thought up to each of its sentences: how much the key's perplexity falls with a sentence,
-PPL(key | question, sentences < i) − PPL(key | question, sentences ≤ i). Log-probs are of the tokens in which the letters' texts differ,
-so the tags count for nothing. A completion without tags is a thought as a whole.
+and, for InfoGain (arXiv 2506.02126), the thought up to each of its sentences: how much more probable a sentence makes the key,
+log p(key | question, sentences ≤ i) − log p(key | question, sentences < i), in nats, mean over the key's tokens. The paper has the fall in
+perplexity, exp of minus that, whose mean a few improbable keys decide; its median is given. It has a fixed model score all models'
+thoughts: `--scorer` names one; without, the model scores its own, which rewards those that believe themselves. Log-probs are of the
+tokens in which the letters' texts differ, so the tags count for nothing. A completion without tags is a thought as a whole.
 """
 
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -30,7 +33,7 @@ from medrlvr_jax.build import Parts, make_relay
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.console import Console
 from medrlvr_jax.evaluate import evaluate, load_sets, new_folder, open_source
-from medrlvr_jax.experience import Encoded, assess_alone, width
+from medrlvr_jax.experience import Encoded, assess_alone, encode, width
 from medrlvr_jax.formats import LETTERS
 from medrlvr_jax.processes import gather
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
@@ -119,8 +122,28 @@ def letter_logprobs(
     return [row for _, row in sorted(chain.from_iterable(gather(out)))], [[len(ids) for ids in letters] for _, letters in found]
 
 
+class Scorer(NamedTuple):
+    """Another model, fixed, that says how probable the key is after each sentence."""
+
+    name: str
+    parts: Parts
+    params: Params
+
+
+def open_scorer(name: str, source: Path, settings: list[str]) -> Scorer:
+    """The model of the directory (or hub name) `name`, with the other settings of what is probed: the same prompts, the same mesh."""
+    model = [f"model.path={json.dumps(name)}", "model.init=pretrained", "model.lora=null"]
+    parts, params, _ = open_source(source / "config.yaml" if source.is_dir() else source, [*settings, *model], None)
+    return Scorer(name, parts, params)
+
+
 def probe(
-    parts: Parts, params: Params, decode_params: Params, encoded: Encoded, progress: Callable[[str, int, int], None]
+    parts: Parts,
+    params: Params,
+    decode_params: Params,
+    encoded: Encoded,
+    progress: Callable[[str, int, int], None],
+    scorer: Scorer | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One set: (what `summarise` says, a row a question)."""
     _, answered = evaluate(parts, decode_params, encoded, partial(progress, "answers"))
@@ -133,23 +156,30 @@ def probe(
         conditions["another's"] = [thoughts[(i + n // 2) % n][0] for i in range(n)]
     steps = [["", *sentences(t)] for t, _ in thoughts]
     wanted = [(i, forced(c, thoughts[i][1])) for contexts in conditions.values() for i, c in enumerate(contexts)]
-    wanted += [(i, forced(c, thoughts[i][1])) for i, contexts in enumerate(steps) for c in contexts]
-    cases = list(dict.fromkeys(wanted))  # many are wanted twice: all at 0 %, short thoughts at several cuts
-    logprobs, sizes = letter_logprobs(parts, params, encoded, cases, partial(progress, "forced"))
-    place = {case: at for at, case in enumerate(cases)}
+    sentenced = [(i, forced(c, thoughts[i][1])) for i, contexts in enumerate(steps) for c in contexts]
+    wanted = list(dict.fromkeys(wanted + ([] if scorer else sentenced)))  # many twice: all at 0 %, short thoughts at several cuts
+    found = dict(zip(wanted, zip(*letter_logprobs(parts, params, encoded, wanted, partial(progress, "forced")), strict=True), strict=True))
+    scored = found
+    if scorer:
+        sentenced, whole = list(dict.fromkeys(sentenced)), scorer.parts.config
+        whole = dataclasses.replace(whole, prompt=dataclasses.replace(whole.prompt, max_tokens=sys.maxsize))  # its tokens may be more
+        asked = before_response(scorer.parts, encode(scorer.parts.tokenizer, encoded.questions, whole))
+        with jax.set_mesh(scorer.parts.mesh):
+            told = letter_logprobs(scorer.parts, scorer.params, asked, sentenced, partial(progress, f"scored by {scorer.name}"))
+        scored = dict(zip(sentenced, zip(*told, strict=True), strict=True))
     rows = []
     for i, row in enumerate(answered):
         key, seam = LETTERS.index(row["key"]), thoughts[i][1]
-        at = {name: place[i, forced(contexts[i], seam)] for name, contexts in conditions.items()}
-        said = [place[i, forced(context, seam)] for context in steps[i]]
         own = {"id": row["id"], "key": row["key"], "generated": row["answer"], "completion": row["completion"]}
-        own |= {"answers": {name: LETTERS[int(np.argmax(logprobs[case]))] for name, case in at.items()}}
-        rows.append(own | {"perplexity": [float(np.exp(-logprobs[case][key] / sizes[case][key])) for case in said]})
-    return summarise(rows), rows
+        letters = {name: int(np.argmax(found[i, forced(contexts[i], seam)][0])) for name, contexts in conditions.items()}
+        own |= {"answers": {name: LETTERS[letter] for name, letter in letters.items()}}
+        after = [scored[i, forced(context, seam)] for context in steps[i]]
+        rows.append(own | {"key_logprob": [logprobs[key] / sizes[key] for logprobs, sizes in after]})
+    return summarise(rows, scorer.name if scorer else None), rows
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy under each condition, against the whole thought on the same questions; and what sentences bring."""
+def summarise(rows: list[dict[str, Any]], scorer: str | None = None) -> dict[str, Any]:
+    """Accuracy under each condition, against the whole thought on the same questions; and what sentences bring, by `scorer`."""
     right = {name: np.array([r["answers"][name] == r["key"] for r in rows]) for name in rows[0]["answers"]}
     out: dict[str, Any] = {"n": len(rows), "generated": stats.accuracy(np.array([r["generated"] == r["key"] for r in rows]))._asdict()}
     tests = {name: stats.mcnemar(right[WHOLE], r)[2] for name, r in right.items() if name != WHOLE}
@@ -163,16 +193,17 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for name, r in right.items()
     }
-    gains = [-np.diff(r["perplexity"]) for r in rows if len(r["perplexity"]) > 1]
-    if gains:
-        every, nats = np.concatenate(gains), [-np.diff(np.log(r["perplexity"])) for r in rows if len(r["perplexity"]) > 1]
+    told = [np.array(r["key_logprob"]) for r in rows if len(r["key_logprob"]) > 1]
+    if told:
+        nats, falls = ([np.diff(f(x)) for x in told] for f in (np.asarray, lambda x: -np.exp(-x)))
         out["info_gain"] = {
-            "questions": len(gains),
-            "sentences": len(every),
-            "mean": stats.bootstrap(np.array([g.mean() for g in gains]))._asdict(),  # a question's mean first: long thoughts weigh no more
-            "median": float(np.median(every)),
-            "nats": stats.bootstrap(np.array([g.mean() for g in nats]))._asdict(),
-            "positive": float((every > 0).mean()),
+            "scorer": scorer,
+            "questions": len(nats),
+            "sentences": sum(map(len, nats)),
+            "nats": stats.bootstrap(np.array([x.mean() for x in nats]))._asdict(),  # a question's mean first: long thoughts weigh no more
+            "median_nats": float(np.median(np.concatenate(nats))),
+            "median_perplexity": float(np.median(np.concatenate(falls))),
+            "positive": float((np.concatenate(nats) > 0).mean()),
         }
     return out
 
@@ -187,13 +218,15 @@ def show(found: dict[str, dict[str, Any]]) -> str:
             rows.append([condition, percent(c["accuracy"]), change, p, f"{100 * c['same_answer']:.1f} %"])
         out.append(draw((f"{name}: thought given", "accuracy", f"against {WHOLE}", "p (Holm)", f"answer as at {WHOLE}"), rows))
         if g := d.get("info_gain"):
-            mean, nats = ("{value:.3f} ({low:.3f} to {high:.3f})".format(**g[k]) for k in ("mean", "nats"))
-            out.append(f"{name}: InfoGain per sentence {mean} in perplexity of the key, median {g['median']:.3g}; {nats} nats;")
-            out.append(f"  {100 * g['positive']:.0f} % of {g['sentences']:,} sentences make the key more probable")
+            nats = "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**g["nats"])
+            by = f"scored by {g['scorer']}" if g["scorer"] else "scored by the model itself (--scorer: by another, the same for all)"
+            out.append(f"{name}: InfoGain per sentence {nats} nats of the key's log-probability, {by};")
+            medians = f"median {g['median_nats']:+.3g} nats, {g['median_perplexity']:+.3g} in perplexity"
+            out.append(f"  {medians}; {100 * g['positive']:.0f} % of {g['sentences']:,} sentences make the key more probable")
     return "\n".join(out)
 
 
-def probe_source(source: Path, settings: list[str], step: int | Literal["best"] | None, out: Path | None) -> int:
+def probe_source(source: Path, settings: list[str], step: int | Literal["best"] | None, out: Path | None, scorer: str | None = None) -> int:
     """`medrlvr probe`: one JSONL a set, probe.json, and tables."""
     parts, params, step = open_source(source, settings, step)
     c = parts.config
@@ -205,15 +238,18 @@ def probe_source(source: Path, settings: list[str], step: int | Literal["best"] 
         raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")
     folder = new_folder(source, parts, f"probe-{step}", out, "probe.json")
     writes, console, found = jax.process_index() == 0, Console(len(encoded)), {}
+    judge = open_scorer(scorer, source, settings) if scorer else None
     with jax.set_mesh(parts.mesh):
         decode_params = make_relay(parts, parts.cfg)(params)
         for name, questions in encoded.items():
             said = lambda what, done, n, name=name: console.progress(f"probe {name}, {what}", done, n)  # noqa: E731
-            found[name], rows = probe(parts, params, decode_params, questions, said)
+            found[name], rows = probe(parts, params, decode_params, questions, said, judge)
             if writes:
                 files.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     console.close()
     if writes:
-        files.write_json(folder / "probe.json", {"source": str(source), "step": step, "probe": found, "versions": log.versions()})
+        files.write_json(
+            folder / "probe.json", {"source": str(source), "step": step, "scorer": scorer, "probe": found, "versions": log.versions()}
+        )
         print(f"{show(found)}\nanswers: {folder}")
     return 0

@@ -96,7 +96,13 @@ def test_what_a_probe_says_by_hand():
 
     def row(i, late, early):
         answers = dict.fromkeys(names, early) | {"100 %": late}
-        return {"id": str(i), "key": "A", "generated": late, "answers": answers, "perplexity": [4.0, 2.0, 1.0] if late == "A" else [2.0]}
+        return {
+            "id": str(i),
+            "key": "A",
+            "generated": late,
+            "answers": answers,
+            "key_logprob": [-math.log(x) for x in ((4, 2, 1) if late == "A" else (2,))],
+        }
 
     found = probe.summarise([row(i, "A", "B") for i in range(6)] + [row(7, "B", "B"), row(8, "A", "A")])
     c = found["conditions"]
@@ -104,6 +110,21 @@ def test_what_a_probe_says_by_hand():
     assert c["0 %"]["accuracy"]["value"] == 1 / 8 and c["0 %"]["difference"]["value"] == -6 / 8 and c["0 %"]["same_answer"] == 2 / 8
     assert c["another's"]["p_holm"] == pytest.approx(6 * 2 / 2**6)
     gain = found["info_gain"]
-    assert (gain["questions"], gain["sentences"], gain["positive"]) == (7, 14, 1.0) and gain["mean"]["value"] == pytest.approx(1.5)
-    assert gain["nats"]["value"] == pytest.approx(math.log(2))
-    assert "-75.0 % (-100.0 to" in probe.show({"set": found}) and "InfoGain per sentence 1.500" in probe.show({"set": found})
+    assert (gain["questions"], gain["sentences"], gain["positive"], gain["scorer"]) == (7, 14, 1.0, None)
+    assert gain["nats"]["value"] == gain["median_nats"] == pytest.approx(math.log(2)) and gain["median_perplexity"] == pytest.approx(1.5)
+    shown = probe.show({"set": found})
+    assert (
+        "-75.0 % (-100.0 to -16.0)" in shown
+        and "InfoGain per sentence +0.693 (+0.693 to +0.693) nats" in shown
+        and "by the model itself" in shown
+    )
+
+
+def test_few_improbable_keys_do_not_decide_the_gain():
+    """One sentence makes a hopeless key half as probable: its perplexity rises by 10,000, and that is 0.7 nats."""
+    names = dict.fromkeys(("at once", "0 %", "100 %"), "A")
+    row = {"key": "A", "generated": "A", "answers": names}
+    rows = [row | {"key_logprob": [-2.0, -1.0]} for _ in range(19)] + [row | {"key_logprob": [-math.log(1e4), -math.log(2e4)]}]
+    gain = probe.summarise(rows, "models/other")["info_gain"]
+    assert gain["nats"]["value"] == pytest.approx((19 - math.log(2)) / 20) and gain["nats"]["low"] > 0.6
+    assert gain["median_perplexity"] == pytest.approx(math.e**2 - math.e) and gain["scorer"] == "models/other"

@@ -165,6 +165,12 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: two)
     assert main("export", run, folder / "exported") == 0
     monkeypatch.undo()
+    assert main("probe", run, "--out", folder / "judged", "--scorer", folder / "exported") == 0  # the same weights as another model
+    assert f"scored by {folder / 'exported'};" in capsys.readouterr().out
+    judged = lines(folder / "judged" / "in_distribution.jsonl")
+    for one, other in zip(rows, judged, strict=True):
+        np.testing.assert_allclose(one.pop("key_logprob"), other.pop("key_logprob"), atol=1e-4)
+        assert one == other
     exported = [f"model.path={folder / 'exported'}", "model.init=pretrained"]
     assert main("eval", folder / "config.yaml", "--out", folder / "again", *exported) == 0
     assert json.loads((folder / "again" / "eval.json").read_text())["warnings"] == []
