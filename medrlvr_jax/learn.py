@@ -3,6 +3,10 @@
 They differ by objective, a function (params, rows, extra, row size) → (Mean loss, metrics); params are the learner's joined with the frozen
 base, which is an argument of the program, not donated, and has no gradient. Gradients of the Mean's total add over micro-batches and
 are divided once by its count, so no split of the rows changes anything but rounding.
+
+Whatever the parameters' dtype, gradients are added up, moments kept and updates computed in float32. A parameter kept in bfloat16 gets
+its update by stochastic rounding (`moved`): rounded to the nearest, an update of less than half a step of its last bit would be lost,
+and at the rates of RL nearly all of them are. No float32 copy of the parameters exists.
 """
 
 from collections.abc import Callable
@@ -28,6 +32,7 @@ def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransform
 
     adamw: Loshchilov & Hutter, arXiv 1711.05101. adafactor: Shazeer & Stern, arXiv 1804.04235, without momentum and without scaling
     by the parameter's size. muon: Jordan 2024 on the layers' matrices, scaled to AdamW's step (arXiv 2502.16982), AdamW on the rest.
+    State and updates are float32 for parameters of any dtype, but for first moments where `moments` says otherwise.
     """
     warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
     rest = max(1, updates - warmup)
@@ -47,19 +52,34 @@ def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransform
             optax.add_decayed_weights(decay, _decays),
             optax.scale_by_learning_rate(rate),
         ),
-        "muon": lambda: optax.contrib.muon(
-            rate,
-            beta=c.b1,
-            eps=c.eps,
-            weight_decay=decay,
-            mu_dtype=c.moments,
-            adam_b1=c.b1,
-            adam_b2=c.b2,
-            muon_weight_dimension_numbers=_matrix_axes,
-            consistent_rms=0.2,
+        "muon": lambda: optax.chain(
+            optax.contrib.muon(
+                1.0,
+                beta=c.b1,
+                eps=c.eps,
+                mu_dtype=c.moments,
+                adam_b1=c.b1,
+                adam_b2=c.b2,
+                muon_weight_dimension_numbers=_matrix_axes,
+                consistent_rms=0.2,
+            ),  # minus the direction: its own decay would leave embedding and head alone
+            optax.add_decayed_weights(-decay, _decays),
+            optax.scale_by_learning_rate(rate, flip_sign=False),
         ),
     }[c.kind]
-    return optax.chain(optax.clip_by_global_norm(c.clip_norm), rule())
+    return _in_float32(optax.chain(optax.clip_by_global_norm(c.clip_norm), rule()))
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` as it would be if gradients and parameters were float32; optax makes its state after the parameters' dtype."""
+
+    def init(params):
+        return tx.init(optax.tree.cast(params, jnp.float32))
+
+    def update(updates, state, params=None):
+        return tx.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decays(params: Params) -> Params:
@@ -118,17 +138,53 @@ def nll_objective(config: Config, cfg: DecoderConfig) -> Objective:
     return objective
 
 
+def _mixed(x: Array) -> Array:
+    """MurmurHash3's finaliser: a one-to-one map of uint32 in which each bit of x moves every bit of the result. Elementwise."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def stochastic_round(x: Array, word: Array) -> Array:
+    """float32 [...] → bfloat16 [...], one of its two neighbours, so that the expectation over `word` is x (Gupta et al. 2015, arXiv
+    1502.02551; for Adam in bfloat16 Zamirai et al. 2020, arXiv 2010.06192).
+
+    The noise of an entry is a hash of `word`, uint32 [], and of the entry's place: the same on every mesh, and, unlike that of
+    `jax.random.bits`, fused into the update on every platform, so that it takes no memory.
+    """
+    noise = word
+    for axis in range(x.ndim):
+        noise = _mixed(noise ^ jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis))
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 16)  # carries with the chance of what is cut off
+    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
+
+
+def moved(params: Params, updates: Params, key: Array) -> Params:
+    """params + updates (float32), in the params' dtypes: bfloat16 by stochastic rounding with noise of (key, leaf, place)."""
+    leaves, tree = jax.tree.flatten(params)
+    words = jax.random.bits(key, (len(leaves),), jnp.uint32)
+
+    def one(p: Array, u: Array, word: Array) -> Array:
+        return stochastic_round(p.astype(jnp.float32) + u, word) if p.dtype == jnp.bfloat16 else p + u
+
+    return jax.tree.unflatten(tree, [one(*row) for row in zip(leaves, jax.tree.leaves(updates), words, strict=True)])
+
+
 def update(
     learner: Learner,
     base: Params,
     rows: Experience,
+    key: Array,
     extra: Any,
     objective: Objective,
     tx: optax.GradientTransformation,
     micro: int,
     row_shares: tuple[float, ...],
 ) -> tuple[Learner, Metrics]:
-    """One optimiser step on `rows`, `micro` at a time. One whose loss or gradient is not finite is not taken: `skipped` counts it."""
+    """One optimiser step on `rows`, `micro` at a time. One whose loss or gradient is not finite is not taken: `skipped` counts it.
+
+    `key`: this step's own, for the rounding of parameters in bfloat16; float32 ones have no use for it.
+    """
     n, samples, length = rows.tokens.shape
     sizes = scoring.row_sizes(row_shares, samples, length)
 
@@ -140,7 +196,7 @@ def update(
         # The choice of a size is outside of the gradient: inside, what the backward pass keeps would be kept for every size.
         with jax.named_scope("gradients"):
             grads, (mean, metrics) = scoring.at_row_size(part.mask, sizes, lambda size: jax.grad(total, has_aux=True)(learner.params, size))
-        return grads, {"loss": mean, **jax.lax.stop_gradient(metrics)}
+        return optax.tree.cast(grads, jnp.float32), {"loss": mean, **jax.lax.stop_gradient(metrics)}
 
     if micro == n:
         grads, metrics = gradients(rows)
@@ -149,10 +205,10 @@ def update(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts)))
         (grads, metrics), _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, gradients(part)), None), zeros, parts)
     count = jnp.maximum(metrics["loss"].count, 1)
-    grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
+    grads = jax.tree.map(lambda g: g / count, grads)
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
-        after = Learner(optax.apply_updates(learner.params, updates), opt_state)
+        after = Learner(moved(learner.params, updates, key), opt_state)
     norm = optax.tree.norm(grads)
     sound = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
     metrics["grad_norm"] = Mean(norm, jnp.float32(1))
@@ -175,16 +231,21 @@ def learn(
     micro: int,
     row_shares: tuple[float, ...],
 ) -> tuple[Learner, Metrics]:
-    """Several epochs over shuffled minibatches of questions; metrics are summed over all optimiser steps."""
+    """Several epochs over shuffled minibatches of questions; metrics are summed over all optimiser steps.
+
+    Shuffles and the rounding's noise are functions of `key` and of the place in here, not of what was learned or skipped before.
+    """
     n = experience.tokens.shape[0]
     shuffles = [jax.random.permutation(jax.random.fold_in(key, epoch), n) for epoch in range(epochs)]
     order = jnp.stack(shuffles).reshape(epochs * (n // minibatch), minibatch)
 
-    def one(learner, index):
+    def one(learner, step):
+        index, key = step
         rows = experience if minibatch == n else jax.tree.map(lambda x: x[index], experience)
-        return update(learner, base, rows, extra, objective, tx, micro, row_shares)
+        return update(learner, base, rows, key, extra, objective, tx, micro, row_shares)
 
-    learner, metrics = jax.lax.scan(one, learner, order)
+    keys = jax.random.split(jax.random.fold_in(key, epochs), len(order))
+    learner, metrics = jax.lax.scan(one, learner, (order, keys))
     return learner, jax.tree.map(lambda x: x.sum(0), metrics)
 
 
