@@ -37,6 +37,7 @@ from medrlvr_jax.processes import by_leader, gather
 
 SEAL = "digests.json"
 SMALL = 1 << 16  # bytes
+RETIRED = {"step"}  # leaves that older checkpoints hold and nothing reads
 
 
 class CheckpointError(RuntimeError):
@@ -318,13 +319,13 @@ def _read(path: Path, abstract: Any, partial: bool = False) -> Any:
     _check_fits(path, saved, abstract, partial)
     how = ocp.checkpoint_utils.construct_restore_args(abstract)
     with reading(path, remedy, CheckpointError), ocp.Checkpointer(handler) as checkpointer:
-        return checkpointer.restore(state, args=ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=partial))
+        return checkpointer.restore(state, args=ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True))
 
 
 def _check_fits(path: Path, saved: Any, abstract: Any, partial: bool) -> None:
     """Name the first leaf that differs: Orbax would read another dtype without a word, and leave out what it does not find."""
     there, here = _leaves(saved), _leaves(abstract)
-    for name in list(here) + ([] if partial else [k for k in there if k not in here]):
+    for name in list(here) + ([] if partial else [k for k in there if k not in here and k not in RETIRED]):
         a, b = (_describe(tree.get(name), partial) for tree in (there, here))
         if a != b:
             remedy = "take the settings it was made with (its meta/metadata has them), or start under another name="

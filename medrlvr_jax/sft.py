@@ -78,7 +78,7 @@ def sft(config: Config) -> dict[str, Any]:
         program = compile_learn(config, nll_objective(config, parts.cfg), tx, placed)
         learner, learn = offload(config, learner, program)
         base, relay = load_base(parts), make_relay(parts, parts.cfg)
-        zeros = jax.device_put((np.float32(0), np.int32(0)), sharding.replicated(parts.mesh))
+        no_kl = jax.device_put(np.float32(0), sharding.replicated(parts.mesh))
 
         def one(state: TrainState, step: int, _: Any):
             index = data.step_batch(config, len(rows), step)
@@ -88,11 +88,11 @@ def sft(config: Config) -> dict[str, Any]:
             learner, means = learn(state.policy, base, targets, key, None)
             means = sharding.to_host(means)
             metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}
-            return TrainState(learner, None, state.kl_coef, state.step + 1), metrics, {}, targets, []
+            return TrainState(learner, None, state.kl_coef), metrics, {}, targets, []
 
         notices = [f"data: {told}"]
         notices += [f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens"] if dropped else []
-        state, n = TrainState(learner, None, *zeros), config.sample.questions
+        state, n = TrainState(learner, None, no_kl), config.sample.questions
         shapes = batch(rows, np.zeros(n, int), widths, parts.tokenizer.pad_id)
         shapes = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), shapes)
         ahead = [Program("learn", program, (abstract_learner(parts, parts.cfg, tx), abstract_base(parts), shapes, a_key(parts), None))]

@@ -178,10 +178,8 @@ def start(parts: Parts, programs: Programs) -> tuple[Programs, TrainState]:
     if programs.critic_tx:
         critic, learn_critic = offload(config, init_learner(parts, parts.critic_cfg, programs.critic_tx)[0], programs.learn_critic)
     programs = dataclasses.replace(programs, learn_policy=learn_policy, learn_critic=learn_critic)
-    scalar = sharding.replicated(parts.mesh)
-    kl_coef = jax.device_put(jnp.float32(parts.config.kl.coef), scalar)
-    state = TrainState(policy, critic, kl_coef, jax.device_put(jnp.int32(0), scalar))
-    return programs, state
+    kl_coef = jax.device_put(jnp.float32(parts.config.kl.coef), sharding.replicated(parts.mesh))
+    return programs, TrainState(policy, critic, kl_coef)
 
 
 def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
@@ -219,7 +217,7 @@ def train_step(
     if c.kl.target is not None:
         kl_coef = adapt_kl(kl_coef, stats["kl_response"], c.sample.questions * c.sample.samples, c.kl)
     stats |= {"kl_coef": state.kl_coef} | learned
-    return TrainState(policy, critic, kl_coef, state.step + 1), stats, scored, experience
+    return TrainState(policy, critic, kl_coef), stats, scored, experience
 
 
 def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:

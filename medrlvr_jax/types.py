@@ -23,13 +23,10 @@ def pytree(cls: type[T]) -> type[T]:
 
 
 class Mean(NamedTuple):
-    """A mean that is not yet divided: adds over micro-batches and devices, divides once."""
+    """A mean that is not yet divided: totals and counts add over micro-batches and devices, and are divided once."""
 
     total: Array
     count: Array
-
-    def __add__(self, other):  # pyright: ignore[reportIncompatibleMethodOverride]  # adds, where tuples join
-        return Mean(self.total + other.total, self.count + other.count)
 
     def value(self):
         return self.total / jax.numpy.maximum(self.count, 1e-9)
@@ -94,4 +91,3 @@ class TrainState:
     policy: Learner
     critic: Learner | None
     kl_coef: Array  # float32 []
-    step: Array  # int32 []

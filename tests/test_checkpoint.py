@@ -40,8 +40,8 @@ def make_state(mesh, seed=0, width=32, critic=False):
         params = {"layers": {"w": jax.ShapeDtypeStruct((4, 64, width), jnp.float32), "b": jax.ShapeDtypeStruct((width,), jnp.bfloat16)}}
         return Learner(params, jax.eval_shape(TX.init, params))
 
-    scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.tree.map(fill, TrainState(learner(), learner() if critic else None, *scalars))
+    kl_coef = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.tree.map(fill, TrainState(learner(), learner() if critic else None, kl_coef))
 
 
 def abstract(state):
@@ -75,6 +75,17 @@ def test_round_trip_is_bitwise_and_onto_another_mesh(tmp_path, critic):
         assert jax.tree.leaves(jax.tree.map(lambda x, t: x.sharding == t.sharding, back, target)) == [True] * len(jax.tree.leaves(back))
 
 
+def test_a_checkpoint_with_the_counter_that_states_once_had_is_read(tmp_path):
+    state = make_state(mesh_of(2, 2, 2), critic=True)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META)
+    checkpoints.save(7, vars(state) | {"step": jnp.int32(7)})
+    back, _ = checkpoints.restore(abstract(state))
+    assert_same(back, state)
+    checkpoints.save(8, vars(state) | {"steps": jnp.int32(7)})
+    with pytest.raises(CheckpointError, match=r"steps is int32\[\] there and absent here"):
+        checkpoints.restore(abstract(state))
+
+
 def test_newest_takes_the_place_of_a_fresh_state(tmp_path):
     fresh = make_state(mesh_of(2, 2, 2))
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META)
@@ -82,7 +93,7 @@ def test_newest_takes_the_place_of_a_fresh_state(tmp_path):
     assert checkpoints.restore_newest(fresh) == (fresh, 0)
     checkpoints.save(3, make_state(mesh_of(2, 2, 2), seed=3))
     back, done = checkpoints.restore_newest(fresh)
-    assert done == 3 and fresh.step.is_deleted()
+    assert done == 3 and fresh.kl_coef.is_deleted()
     assert_same(back, make_state(mesh_of(2, 2, 2), seed=3))
     checkpoints.save(3, back)  # a step that is there is left alone
     checkpoints.close()
