@@ -5,9 +5,12 @@ Where systems differ, this file does so:
 1. KL in the reward (Med-RLVR, arXiv 2502.19655): rₜ = r(q, o)·1[t = last] − β·k(t), the score clipped to ±`reward_clip` first
    and the penalty never, as OpenRLHF.
 2. Estimators with one number per response (group, group_mean, rloo, reinforce_pp_baseline) take Σₜ rₜ as its score, so the
-   summed penalty enters before the group is compared, as verl. OpenRLHF compares first and lets each token carry its own penalty.
+   summed penalty is compared within the group as the reward is, as verl. OpenRLHF lets each token carry its own penalty. `group`
+   divides the reward by the group's spread, and the penalty never, as OpenRLHF: verl divides their sum, by which β cancels where
+   all samples earn the same, and what is left of the penalty, noise near a policy's start, gets advantages of unit variance.
 3. Group estimators and returns-to-go yield no returns: there is no critic to fit.
-4. Whitening is over all tokens of the step, before it is split into minibatches; Bessel's variance + 1e-8 as verl and tunix.
+4. Whitening is over all tokens of the step, before it is split into minibatches; Bessel's variance + 1e-8 as verl and tunix. In a
+   step whose rewards are all alike nothing is divided, for the same reason as in 2: only the mean is taken off.
 
 Arrays are [Q, G, R] (questions, samples of each, response columns); functions of one response take [T] and the caller vmaps.
 The mask is True on the response's tokens, at least one, and False on the padding to their right.
@@ -18,7 +21,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from medrlvr_jax.config import AdvantageConfig, KLConfig
+from medrlvr_jax.config import COMPARING, AdvantageConfig, KLConfig
 from medrlvr_jax.types import Array
 
 MAX_EXPONENT = 20.0  # e²⁰ ≈ 5·10⁸ is past any honest ratio of probabilities; float32 overflows at e⁸⁸
@@ -48,6 +51,11 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str) -> Array:
     raise ValueError(f"kl.estimator: {estimator!r}: there are k1, k2, k3, abs")
 
 
+def penalties(logprobs: Array, ref_logprobs: Array, mask: Array, kl_coef: Array, kl: KLConfig) -> Array:
+    """β·k(log π, log π_ref) per token, 0 where the mask is False, whatever the padding holds. Any shape, elementwise."""
+    return kl_coef * jnp.where(mask, kl_estimate(logprobs, ref_logprobs, kl.estimator), 0.0)
+
+
 def token_rewards(reward: Array, logprobs: Array, ref_logprobs: Array | None, mask: Array, kl_coef: Array, kl: KLConfig) -> Array:
     """One response: rₜ = r·1[t = last] − β·k(log πₜ, log π_refₜ), the penalty only if there is a reference and `kl.into` is reward.
 
@@ -58,7 +66,7 @@ def token_rewards(reward: Array, logprobs: Array, ref_logprobs: Array | None, ma
     rewards = jnp.where(column == last, reward, 0.0)
     if ref_logprobs is None or kl.into == "loss":
         return rewards
-    return rewards - kl_coef * jnp.where(mask, kl_estimate(logprobs, ref_logprobs, kl.estimator), 0.0)
+    return rewards - penalties(logprobs, ref_logprobs, mask, kl_coef, kl)
 
 
 def gae(rewards: Array, values: Array, mask: Array, gamma: float, lam: float) -> tuple[Array, Array]:
@@ -81,14 +89,17 @@ def gae(rewards: Array, values: Array, mask: Array, gamma: float, lam: float) ->
     return advantages, jnp.where(mask, advantages + values, 0.0)
 
 
-def whiten(x: Array, mask: Array) -> Array:
-    """(x − mean) / √(var + 1e-8) over the masked entries, var = Σ(x − mean)² / (n − 1); 0 elsewhere. Any shape, all axes at once."""
+def whiten(x: Array, mask: Array, scaled: Array | bool = True) -> Array:
+    """(x − mean) / √(var + 1e-8) over the masked entries, var = Σ(x − mean)² / (n − 1); 0 elsewhere. Any shape, all axes at once.
+
+    `scaled` False: x − mean.
+    """
     # Measured from one of its entries, a constant x is exactly 0; the mean of many 0.1s is not 0.1, and √1e-8 magnifies by 10⁴.
     x = jnp.where(mask, x - jnp.max(x, where=mask, initial=-jnp.inf), 0.0)
     n = mask.sum()
     centred = jnp.where(mask, x - x.sum() / jnp.maximum(n, 1), 0.0)
     variance = (centred**2).sum() / jnp.maximum(n - 1, 1)
-    return centred * jax.lax.rsqrt(variance + 1e-8)
+    return jnp.where(scaled, centred * jax.lax.rsqrt(variance + 1e-8), centred)
 
 
 def group_mean(scores: Array) -> Array:
@@ -131,31 +142,48 @@ def compute(
     """A whole step's advantages and, if there are values to fit, returns; both [Q, G, R] and 0 off the mask.
 
     rewards [Q, G] float, the others [Q, G, R]; ref_logprobs None: no penalty; values None: no critic.
-    The statistics are scalars over the step: `reward`, `reward_std` and `equal_groups` (the share of questions whose samples all
-    score the same, from which group estimators learn nothing) before clipping; `reward_clipped`, the share that clipping changed;
-    `kl_penalty`, the mean over responses of what was subtracted; `advantage_mean` and `advantage_std` over tokens before whitening.
+    The statistics are scalars over the step's learned responses, those with a token in the mask: `reward` and `reward_std` before
+    clipping; `reward_clipped`, the share that clipping changed; of the clipped rewards, which are what is learned from,
+    `equal_groups`, the share of questions whose samples all earn the same, and `no_contrast`, 1 where none differ of those that the
+    estimator compares (samples of one question, or else all of the step); `kl_penalty`, the mean of what was subtracted;
+    `advantage_mean` and `advantage_std` over tokens before whitening.
     """
     clipped = jnp.clip(rewards, -config.reward_clip, config.reward_clip)
     shaped = _each(partial(token_rewards, kl_coef=kl_coef, kl=kl))(clipped, logprobs, ref_logprobs, mask)
-    advantages, returns = _estimate(config, shaped, values, mask)
+    penalty = jnp.zeros_like(clipped)
+    if ref_logprobs is not None and kl.into == "reward":
+        penalty = penalties(logprobs, ref_logprobs, mask, kl_coef, kl).sum(axis=-1)
+    advantages, returns = _estimate(config, shaped, clipped, penalty, values, mask)
     n = jnp.maximum(mask.sum(), 1)
     mean = advantages.sum() / n
+    learned = mask.any(axis=-1)
+    groups = learned.any(axis=-1)
+    least, most = (f(clipped, -1, initial=end, where=learned) for f, end in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf)))
+    differ = (least < most).any() if config.estimator in COMPARING else least.min() < most.max()
+
+    def over_learned(x):
+        return jnp.where(learned, x, 0.0).sum() / jnp.maximum(learned.sum(), 1)
+
+    reward = over_learned(rewards)
     stats = {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(),
-        "reward_clipped": (rewards != clipped).mean(),
-        "equal_groups": (rewards == rewards[:, :1]).all(axis=-1).mean(),
-        "kl_penalty": (clipped - shaped.sum(axis=-1)).mean(),
+        "reward": reward,
+        "reward_std": jnp.sqrt(over_learned((rewards - reward) ** 2)),
+        "reward_clipped": over_learned(rewards != clipped),
+        "equal_groups": (groups & (least == most)).sum() / jnp.maximum(groups.sum(), 1),
+        "no_contrast": 1.0 - differ,
+        "kl_penalty": over_learned(penalty),
         "advantage_mean": mean,
         "advantage_std": jnp.sqrt(jnp.where(mask, (advantages - mean) ** 2, 0.0).sum() / n),
     }
     if config.whiten and config.estimator in ("gae", "reinforce_pp", "reinforce_pp_baseline"):
-        advantages = whiten(advantages, mask)
+        advantages = whiten(advantages, mask, differ)
     return advantages, returns, stats
 
 
-def _estimate(config: AdvantageConfig, shaped: Array, values: Array | None, mask: Array) -> tuple[Array, Array | None]:
-    """Token rewards [Q, G, R] → advantages before whitening, and returns if there are values."""
+def _estimate(
+    config: AdvantageConfig, shaped: Array, rewards: Array, penalty: Array, values: Array | None, mask: Array
+) -> tuple[Array, Array | None]:
+    """Token rewards [Q, G, R], which are `rewards` less `penalty` [Q, G] → advantages before whitening, and returns if there are values."""
     if values is not None:
         return _each(partial(gae, gamma=config.gamma, lam=config.lam))(shaped, values, mask)
     scores = shaped.sum(axis=-1)
@@ -165,7 +193,7 @@ def _estimate(config: AdvantageConfig, shaped: Array, values: Array | None, mask
         case "reinforce_pp":  # REINFORCE++, arXiv 2501.03262: discounted rewards-to-go, which is GAE with V = 0 and λ = 1
             return _each(partial(gae, gamma=config.gamma, lam=1.0))(shaped, jnp.zeros_like(shaped), mask)[0], None
         case "group":
-            per_response = group(scores, config.std_ddof, config.std_eps)
+            per_response = group(rewards, config.std_ddof, config.std_eps) - group_mean(penalty)
         case "group_mean" | "reinforce_pp_baseline":  # they differ in whitening
             per_response = group_mean(scores)
         case "rloo":

@@ -236,7 +236,7 @@ class LogConfig:
 
     samples_every: Size = 10  # steps between samples; 0: never
     samples: Count = 8  # completions each time
-    stop_constant: Size = 20  # steps in a row with one reward for all, after which a run stops; 0: never
+    stop_constant: Size = 20  # steps in a row from whose rewards nothing is learned, after which a run stops; 0: never
     profile: tuple[Count, Count] | None = None  # first and last step that jax.profiler traces into profile/
     tensorboard: bool = False
     wandb: str | None = None  # the project's name

@@ -34,6 +34,7 @@ HIGH = {  # metric: the share above which it is an alarm, and what to say
     "monitor/repetition": (0.10, "over half of the 4-grams repeat"),
     "truncated": (0.25, "cut off by sample.max_new_tokens"),
     "equal_groups": (0.80, "questions whose samples all have the same reward, which teach nothing by comparison"),
+    "reward_clipped": (0.10, "rewards cut by advantage.reward_clip: what lies beyond it is not told apart; raise it, or scale the rewards"),
     "sampler_ratio_far": (0.01, "tokens whose probability differs by over 10 % between sampler and trainer"),
 }
 MOVES = {  # metric: the least and the greatest multiple of its recent median, a value below which it may do what it likes
@@ -80,26 +81,44 @@ def hedges(completion: str) -> bool:
     return count >= HEDGES and count >= HEDGED * stages.words(completion)
 
 
-def watch(scored: Scored, samples: int, history: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The metrics beside the shares of `flags`; all processes call it together.
+def watch(scored: Scored, samples: int) -> dict[str, float]:
+    """`monitor/letter_p` and `letter_shift` of the letters answered against the keys; all processes call it together.
 
-    monitor/letter_p, letter_shift   of the letters answered against the keys; the first sample of each question, so that answers are
-                                     independent of each other
-    monitor/constant_reward          for how many steps in a row, this one included, all rewards were one number
+    Of each question only the first sample counts, so that answers are independent of each other.
     """
     first = np.flatnonzero(scored.places % samples == 0).tolist()
-    rewards = scored.verdicts.reward[~np.isnan(scored.verdicts.reward)]  # NaN: the user's own failed there
-    ends = [float(rewards.min()), float(rewards.max())] if len(rewards) else []
-    told = gather([[str(scored.verdicts.answer[i]) for i in first], [LETTERS[scored.questions[i].answer] for i in first], ends])
+    told = gather([[str(scored.verdicts.answer[i]) for i in first], [LETTERS[scored.questions[i].answer] for i in first]])
     answers, key = (np.array([x for part in told for x in part[i]], str) for i in (0, 1))
     bias = stats.letter_bias(answers, key)
     rare = [letter for letter in bias["letters"] if (key == letter).sum() < RARE]  # χ² needs some of each: these count as one letter,
     left_out = rare if np.isin(key, rare).sum() < RARE else []  # or not at all
     p = stats.letter_bias(*(np.where(np.isin(x, rare), "rare", x)[~np.isin(x, left_out)] for x in (answers, key)))["p"]
     shift = sum(abs(share["answered"] - share["key"]) for share in bias["letters"].values()) / 2 if (answers != "").any() else 0.0
-    ends = [x for part in told for x in part[2]]
-    same = 1 + (history[-1].get("monitor/constant_reward", 0) if history else 0) if ends and min(ends) == max(ends) else 0
-    return {"monitor/letter_p": p, "monitor/letter_shift": shift, "monitor/constant_reward": same}
+    return {"monitor/letter_p": p, "monitor/letter_shift": shift}
+
+
+def count_idle(metrics: dict[str, Any], history: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """`monitor/constant_reward`: for how many steps in a row, this one included, nothing was learned from the rewards.
+
+    That is where none of those that are compared differ after clipping (`no_contrast`), or the policy's gradient is exactly 0.
+    """
+    idle = metrics["no_contrast"] or (metrics.get("policy/grad_norm") == 0 and not metrics["policy/skipped"])
+    before = history[-1].get("monitor/constant_reward", 0) if history else 0
+    return {"monitor/constant_reward": 1 + before if idle else 0}
+
+
+def why_idle(metrics: dict[str, Any], config: Config) -> str:
+    """What a step that taught nothing looked like, from its metrics."""
+    if metrics.get("unlearned") == 1:
+        return "no question is left that can be learned from: reward.fn failed on samples of each"
+    if metrics.get("reward_clipped"):
+        limit, share = config.advantage.reward_clip, metrics["reward_clipped"]
+        return f"{100 * share:.0f} % of the rewards, {metrics['reward']:g} on average, were cut to ±{limit:g} (advantage.reward_clip)"
+    if not metrics.get("no_contrast", 1):
+        return f"rewards of {metrics['reward']:g} on average differ, but the policy's gradient was exactly 0"
+    if metrics.get("reward_std", 0) > 1e-6:  # not 0 by rounding alone
+        return "rewards differed between questions, but never between samples of one, which is all that is compared"
+    return f"all rewards were {metrics['reward']:g}"
 
 
 def alarms(metrics: dict[str, Any], history: Sequence[dict[str, Any]], config: Config) -> list[Alarm]:
@@ -109,7 +128,7 @@ def alarms(metrics: dict[str, Any], history: Sequence[dict[str, Any]], config: C
         value = _number(metrics, name)
         if name == "sampler_ratio_far" and config.loss.sampler_cap is not None:
             continue  # another policy on purpose, and corrected for
-        if name == "equal_groups" and metrics.get("monitor/constant_reward"):
+        if name in ("equal_groups", "reward_clipped") and metrics.get("monitor/constant_reward"):
             continue  # said below, and louder
         if value > limit:
             out.append(Alarm(name, f"{100 * value:.1f} % {text} (limit {100 * limit:.0f} %)"))
@@ -130,7 +149,7 @@ def alarms(metrics: dict[str, Any], history: Sequence[dict[str, Any]], config: C
     if same and not constant_by_choice(config):
         stop = config.log.stop_constant
         after = f"; after {stop} such steps in a row the run stops (log.stop_constant)" if stop else ""
-        text = f"ALL REWARDS ARE {metrics['reward']:g}, for {same} step{'s' * (same > 1)} now: nothing is learned from them{after}"
+        text = f"NOTHING IS LEARNED FROM THE REWARDS, for {same} step{'s' * (same > 1)} now: {why_idle(metrics, config)}{after}"
         out.append(Alarm("monitor/constant_reward", text))
     return out
 
@@ -147,7 +166,7 @@ def constant_by_choice(config: Config) -> bool:
 
 
 def stalled(metrics: dict[str, Any], config: Config) -> bool:
-    """Whether the run is to stop: `log.stop_constant` steps in a row with one reward for all, and no settings that ask for that."""
+    """Whether the run is to stop: `log.stop_constant` steps in a row from which nothing was learned, and no settings that ask for that."""
     return 0 < config.log.stop_constant <= metrics.get("monitor/constant_reward", 0) and not constant_by_choice(config)
 
 

@@ -61,7 +61,8 @@ def train(config: Config) -> dict[str, Any]:
         def one(state: TrainState, step: int, history: log.Records):
             now = at_epoch(parts, encoded, step)
             state, stats, scored, experience = train_step(parts, programs, now, state, frozen, step, judge)
-            metrics = summarise(stats, scored) | monitors.watch(scored, config.sample.samples, history)
+            metrics = summarise(stats, scored) | monitors.watch(scored, config.sample.samples)
+            metrics |= monitors.count_idle(metrics, history)
             found = monitors.alarms(metrics, history, config)
             lasted, said = monitors.mark(found, history)
             logs = {"samples": samples(parts, now, scored, step), "questions": [passes(scored, config.sample.samples)]}
@@ -150,9 +151,9 @@ def drive(
                 raise Diverged(f"{run.path}: {SKIPS} steps in a row had updates that were not finite; {remedy}. Step {n} is saved")
             if stalled:
                 checkpoints.close()
-                remedy = "look at samples.jsonl, and mend prompt, format or rates; log.stop_constant=0 goes on regardless"
-                same = f"all rewards were {metrics['reward']:g} in {config.log.stop_constant} steps in a row or more, which teach nothing"
-                raise Diverged(f"{run.path}: {same}: {remedy}. Step {n} is saved")
+                remedy = "look at samples.jsonl, and mend prompt, format, rewards or rates; log.stop_constant=0 goes on regardless"
+                idle = f"nothing was learned from the rewards in {metrics['monitor/constant_reward']} steps in a row"
+                raise Diverged(f"{run.path}: {idle}; {monitors.why_idle(metrics, config)}: {remedy}. Step {n} is saved")
             if run.stopping:
                 break
         checkpoints.close()

@@ -214,6 +214,43 @@ def test_group_scores_pay_the_summed_penalty():
     close(advantages, [[[-0.1, -0.1, -0.1], [0.1, 0.0, 0.0]]])  # scores 0.7 and 0.9
 
 
+def penalised(config, coef, rewards=((1.0, 1.0, 1.0), (0.0, 1.0, 1.0))):
+    """Advantages of two questions, three samples each, whose penalties are the same in both: k1 a token is 0, 0.5 and 1."""
+    logprobs = np.broadcast_to(np.float32([0.0, 0.5, 1.0])[None, :, None], (2, 3, 2))
+    return step(config, rewards, logprobs=logprobs, ref=np.zeros((2, 3, 2), np.float32), kl=KLConfig(), coef=coef)
+
+
+@pytest.mark.parametrize("estimator", ["group", "group_mean", "rloo"])
+def test_the_penalty_is_never_divided_by_the_spread_of_a_group(estimator):
+    """Where all samples earn the same, β·(mean of Σₜ kₜ − Σₜ kₜ) = β·(1, 0, −1) is left, times G/(G−1) in rloo."""
+    config = AdvantageConfig(estimator=estimator)
+    for coef in (0.01, 0.1):
+        advantages, _, stats = penalised(config, coef)
+        close(advantages[0, :, 0], coef * np.array([1, 0, -1]) * (1.5 if estimator == "rloo" else 1))
+        assert stats["equal_groups"] == 0.5 and stats["no_contrast"] == 0
+        close(advantages[1, :, 0], step(config, [[0.0, 1.0, 1.0]])[0][0, :, 0] + advantages[0, :, 0])  # the reward's own, and the penalty
+
+
+@pytest.mark.parametrize("estimator", ["reinforce_pp", "reinforce_pp_baseline"])
+def test_a_step_of_equal_rewards_is_not_whitened_to_unit_noise(estimator):
+    config = AdvantageConfig(estimator=estimator)
+    small, large = (penalised(config, coef, np.ones((2, 3)))[0] for coef in (0.01, 0.1))
+    close(small, 0.1 * large, 1e-5)
+    assert 0 < np.abs(small).max() < 0.02
+    assert np.abs(penalised(config, 0.01)[0]).max() > 1
+
+
+def test_statistics_are_of_the_learned_responses():
+    """Four responses are left out, by a mask that is False: without a reference there is no penalty, and their rewards do not count."""
+    mask = np.ones((2, 3, 2), bool)
+    mask[0, 2], mask[1] = False, False
+    for estimator in ("gae", "reinforce_pp"):
+        values = np.zeros((2, 3, 2), np.float32) if estimator == "gae" else None
+        stats = step(AdvantageConfig(estimator=estimator, whiten=False), [[0.5, 0.5, 90.0], [0.25, 1.0, 1.0]], mask, values=values)[2]
+        assert stats["kl_penalty"] == stats["reward_std"] == stats["reward_clipped"] == 0
+        assert stats["reward"] == 0.5 and stats["equal_groups"] == 1 and stats["no_contrast"] == 1
+
+
 def test_rewards_are_clipped_but_stay_fractions():
     config = AdvantageConfig(estimator="group_mean", reward_clip=2.0)
     advantages, _, stats = step(config, [[50.0, 0.25, 0.25, -0.5]])

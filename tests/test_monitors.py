@@ -9,6 +9,7 @@ import yaml
 from test_train import folder, lines, main  # noqa: F401  (a fixture)
 
 from medrlvr_jax import monitors, stages, train
+from medrlvr_jax.advantages import compute
 from medrlvr_jax.configs import from_tree
 from medrlvr_jax.experience import Scored
 from medrlvr_jax.formats import Question
@@ -62,15 +63,15 @@ def test_flags_of_each_completion():
 def test_letters_are_held_against_the_keys_by_one_answer_a_question():
     a, b = (f"<think>clot</think><answer>{letter}</answer>" for letter in "AB")
     # The first samples are A in all 40 questions, of which half have the key A; the second samples are not looked at.
-    metrics = monitors.watch(scored([a, b] * 40, "AB" * 20, 2), 2, [])
+    metrics = monitors.watch(scored([a, b] * 40, "AB" * 20, 2), 2)
     assert metrics["monitor/letter_shift"] == pytest.approx(0.5)
     assert metrics["monitor/letter_p"] == pytest.approx(math.erfc(math.sqrt(40 / 2)), rel=1e-6)  # χ² = (20² + 20²) / 20 = 40, 1 degree
     [alarm] = monitors.alarms(metrics, [], settings())
     assert alarm.name == "monitor/letter_shift" and "50 %" in alarm.text
     rows = monitors.examples(alarm, scored([a, b] * 40, "AB" * 20, 2), metrics, 2)
     assert rows == [2, 6]  # wrong answers of the letter that is wrong most often; of two, the first
-    assert monitors.alarms(monitors.watch(scored([a, b] * 4, "AB" * 2, 2), 2, []), [], settings()) == []  # four questions show nothing
-    rare = monitors.watch(scored([a] * 40 + [b] * 4, "A" * 42 + "BB", 1), 1, [])  # two keys are no expectation
+    assert monitors.alarms(monitors.watch(scored([a, b] * 4, "AB" * 2, 2), 2), [], settings()) == []  # four questions show nothing
+    rare = monitors.watch(scored([a] * 40 + [b] * 4, "A" * 42 + "BB", 1), 1)  # two keys are no expectation
     assert rare["monitor/letter_p"] == 1.0 and rare["monitor/letter_shift"] == pytest.approx(2 / 44)
 
 
@@ -126,10 +127,47 @@ def test_constant_rewards_are_counted_and_stop_a_run(folder, capsys):  # noqa: F
     path.write_text(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | changes))
     assert main("train", path) == 1  # a model of random weights never finds the form
     told = capsys.readouterr().err
-    assert "log.stop_constant=0 goes on" in told and "all rewards were -1 in 2 steps" in told and "Step 2 is saved" in told
-    assert told.count("ALL REWARDS ARE -1, for 1 step now") == 1 and "for 2 steps now" not in told and "row 0: " in told
+    assert "nothing was learned from the rewards in 2 steps in a row; all rewards were -1: look at" in told
+    assert "log.stop_constant=0 goes on" in told and "Step 2 is saved" in told
+    assert told.count("NOTHING IS LEARNED FROM THE REWARDS, for 1 step now: all rewards were -1;") == 1
+    assert "for 2 steps now" not in told and "row 0: " in told
     metrics = lines(folder / "runs/constant/metrics.jsonl")
     assert [m["monitor/constant_reward"] for m in metrics] == [1, 2] == [m["alarm/constant_reward"] for m in metrics]
+
+
+def test_rewards_that_clipping_makes_equal_are_an_alarm_in_the_first_step_and_a_stop():
+    """A scale of 100 to 200, cut to ±10: what comes in differs, what is learned from does not."""
+    config = settings(advantage={"estimator": "group"}, learn={"policy": {"lr": 1e-4}}, log={"stop_constant": 2})
+    rewards, mask, zeros = np.float32([[100, 150], [120, 200]]), np.ones((2, 2, 3), bool), np.zeros((2, 2, 3), np.float32)
+    advantages, _, stats = compute(config.advantage, config.kl, rewards, zeros, None, None, mask, np.float32(0))
+    metrics = {name: float(value) for name, value in stats.items()}
+    assert not advantages.any() and metrics["equal_groups"] == metrics["no_contrast"] == metrics["reward_clipped"] == 1
+    first = metrics | monitors.count_idle(metrics, [])
+    [alarm] = monitors.alarms(first, [], config)
+    assert alarm.name == "monitor/constant_reward" and not monitors.stalled(first, config)
+    assert "100 % of the rewards, 142.5 on average, were cut to ±10 (advantage.reward_clip)" in alarm.text
+    assert monitors.stalled(metrics | monitors.count_idle(metrics, [first]), config)
+    some = metrics | {"equal_groups": 0.5, "no_contrast": 0.0, "reward_clipped": 0.5}
+    some |= monitors.count_idle(some, [first])
+    assert [a.name for a in monitors.alarms(some, [], config)] == ["reward_clipped"] and some["monitor/constant_reward"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "reason"),
+    [
+        ({}, 0, None),
+        ({"policy/skipped": 1.0, "policy/grad_norm": 0.0}, 0, None),  # the metrics of a skipped update are 0, and it has its own alarm
+        ({"policy/grad_norm": 0.0}, 4, "the policy's gradient was exactly 0"),
+        ({"no_contrast": 1.0}, 4, "never between samples of one"),
+        ({"no_contrast": 1.0, "reward_std": 0.0}, 4, "all rewards were 0.5"),
+        ({"no_contrast": 1.0, "unlearned": 1.0}, 4, "reward.fn failed on samples of each"),
+    ],
+)
+def test_steps_from_which_nothing_is_learned_are_counted(changes, steps, reason):
+    metrics = {"no_contrast": 0.0, "policy/grad_norm": 0.1, "policy/skipped": 0.0, "reward": 0.5, "reward_std": 0.5} | changes
+    metrics |= monitors.count_idle(metrics, [{"monitor/constant_reward": 3}])
+    assert metrics["monitor/constant_reward"] == steps
+    assert reason is None or reason in monitors.alarms(metrics, [], settings())[-1].text
 
 
 def test_a_control_run_of_constant_rewards_goes_on():
