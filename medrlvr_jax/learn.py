@@ -76,7 +76,7 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     def init(params):
         return tx.init(optax.tree.cast(params, jnp.float32))
 
-    def update(updates, state, params=None):
+    def update(updates, state, params: Any = None):
         return tx.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32))
 
     return optax.GradientTransformation(init, update)

@@ -380,6 +380,25 @@ def test_adapters_are_fine_tuned(folder):
     assert losses[-1] < losses[0] - 0.2
 
 
+def test_weights_in_bfloat16_resume_bit_for_bit_and_move(folder):
+    """A step, and then another, are two steps at once, whose checkpoints hold bfloat16. A weight of 1 moves by 1/128 or not at all."""
+    args = ["sft", folder / "config.yaml", "name=half", "eval.sets={}", "checkpoint={every: 1, keep: 9}", "model.param_dtype=bfloat16"]
+    args += ["learn={minibatch: 8, microbatch: 8, epochs: 2, policy: {lr: 1e-4}}", "learn.offload=true", "advantage={estimator: group}"]
+    ends = []
+    for _ in range(2):
+        assert main(*args) == 0
+        parts = build.build(configs.load(folder / "runs/half/config.yaml"))
+        abstract = build.abstract_params(parts, parts.cfg)
+        assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {np.dtype("bfloat16")}
+        read = [checkpoint.restore_params(folder / "runs/half/checkpoints", abstract, step)[0] for step in (1, 2)]
+        ends.append(sharding.to_host(read))
+        shutil.rmtree(folder / "runs/half/checkpoints/2")
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    norms = [params["layers"]["mlp_norm"].astype(np.float32) for params in ends[0]]
+    share = (norms[0] != norms[1]).mean()
+    assert 0 < share < 0.2 and np.abs(norms[0] - norms[1]).max() <= 1 / 128
+
+
 def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys, monkeypatch):
     """Advantages of NaN in steps 2 and on: nothing moves, each batch is kept, and the third in a row ends the run with a checkpoint."""
     honest, factors = train.collect, iter([1.0, np.nan, np.nan, np.nan])
