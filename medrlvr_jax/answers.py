@@ -168,6 +168,18 @@ def _with_distinct(name: str, d: dict[str, Any]) -> list[tuple[str, dict[str, An
     return [(name, d)] + ([(f"{name}, distinct", d["distinct"])] if "distinct" in d else [])
 
 
+def remarks(name: str, counts: dict[str, Any]) -> list[str]:
+    """What an evaluation's counts (`evaluate.summarise`) say beside its accuracy: questions not asked, answers cut off; and the remedies."""
+    out = []
+    if dropped := counts.get("dropped_prompts"):
+        of = dropped + counts.get("questions", counts["n"])
+        out.append(f"{name}: {dropped:,} of {of:,} questions dropped, not in these figures: longer than prompt.max_tokens; raise it")
+    if cut := counts.get("truncated"):
+        share = f"{cut:,} of {counts['n']:,} answers ({100 * cut / counts['n']:.1f} %)"
+        out.append(f"{name}: {share} cut off before their end, so mostly unformatted; raise eval.max_new_tokens")
+    return out
+
+
 def percent(x: dict[str, float]) -> str:
     """A share, or a difference of two, with its interval."""
     value, low, high = (f"{100 * x[k]:.1f}" for k in ("value", "low", "high"))

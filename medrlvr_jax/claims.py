@@ -39,8 +39,12 @@ def conclude(experiment: Experiment, finished: list[Cell], of: int) -> str:
     found = {arm: {name: outcome(cells, name) for name in cells[0].config.eval.sets} for arm, cells in arms.items()}
     tests = against(found, experiment.claims)
     said = claims(experiment, arms, found, tests)
-    revisions = sorted({json.dumps(json.loads((c.path / "eval" / "eval.json").read_text("utf-8"))["versions"]["git"]) for c in finished})
+    made = [json.loads((c.path / "eval" / "eval.json").read_text("utf-8")) for c in finished]
+    revisions = sorted({json.dumps(m["versions"]["git"]) for m in made})
+    counts = [(name, counts | {"truncated": 0}) for m in made for name, counts in m.get("eval", {}).items()]  # "tokens" tells of lengths
+    dropped = list(dict.fromkeys(line for name, asked in counts for line in answers.remarks(name, asked)))
     text = markdown(experiment.name, found, tests, said, f"{len(finished)} of {of} cells are finished.")
+    text += "".join(f"\n{line}.\n" for line in dropped)
     if len(revisions) > 1:
         text += f"\nThe cells were evaluated by {len(revisions)} revisions of the program: table.json names them.\n"
     tree = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medrlvr_jax import log, stats
-from medrlvr_jax.answers import Answers, describe, draw, pair, percent, read
+from medrlvr_jax.answers import Answers, describe, draw, pair, percent, read, remarks
 from medrlvr_jax.config import ConfigError
 
 ASKED = ("prompt.chat", "prompt.prefill", "reward.mode", "eval.samples", "eval.temperature")  # settings that two evaluations must share
@@ -37,6 +37,12 @@ def how_asked(folder: Path, name: str) -> dict[str, Any]:
     length = config["eval.max_new_tokens"] or config["sample.max_new_tokens"]
     asked = {field: config[field] for field in ASKED} | {"max_new_tokens": length, "prompt.template": made["template"]}
     return asked | {"shuffle_options": config[f"eval.sets.{name}.shuffle_options"]}
+
+
+def aside(folder: Path, name: str, which: str) -> list[str]:
+    """Which questions an evaluation dropped, and how many of its answers were cut off."""
+    counts = json.loads((folder / "eval.json").read_text(encoding="utf-8")).get("eval", {}).get(name)
+    return remarks(f"{name}, {which}", counts) if counts else []
 
 
 def differences(a: Path, b: Path, name: str, one: Answers, other: Answers) -> list[str]:
@@ -97,6 +103,7 @@ def compare(a: Path, b: Path, anyway: bool = False) -> dict[str, Any]:
             raise ConfigError(f"{name}: the two differ in more than the model; if that is meant, give --anyway:{lines}")
         try:
             out[name] = compare_sets(one, other) | {"each": {"a": describe(one), "b": describe(other)}, "differences": odd}
+            out[name]["remarks"] = [line for which, folder in (("A", a), ("B", b)) for line in aside(folder, name, which)]
             if one.repeats.any():
                 out[name]["distinct"] = compare_sets(one.only(~one.repeats), other)
         except ConfigError as e:
@@ -122,5 +129,6 @@ def show(found: dict[str, Any]) -> str:
         for name, c in sets.items()
     ]
     notes += [f"{name}: not asked alike: {line}" for name, c in found.items() for line in c["differences"]]
+    notes += [line for c in found.values() for line in c["remarks"]]
     columns = ("set", "n", "accuracy A", "accuracy B", "B − A", "p", "p (Holm)", "kept", "gained", "lost", "never")
     return "\n".join([draw(columns, rows), *notes])

@@ -71,7 +71,9 @@ class Console:
             self.notice(f"step {step}/{self._total}  {text}")
         for name, counts in before_after([{"step": step, **metrics}]).items():
             c = next(iter(counts.values()))
-            self.notice(f"step {step}/{self._total}  eval {name}: correct {c['correct']}/{c['n']}, format {c['format_ok']}/{c['n']}")
+            shares = f"correct {c['correct']}/{c['n']}, format {c['format_ok']}/{c['n']}"
+            cut = f", cut off {c['truncated']}/{c['n']}" if c.get("truncated") else ""
+            self.notice(f"step {step}/{self._total}  eval {name}: {shares}{cut}")
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Of something within a step: on the bar, or a line every `QUIET` seconds."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from medrlvr_jax import answers, configs, data, files, hf, log, lora, stats, text
+from medrlvr_jax import answers, configs, data, files, hf, log, lora, monitors, stats, text
 from medrlvr_jax.build import Parts, abstract_params, build, check_positions, load_base, load_params, make_relay
 from medrlvr_jax.checkpoint import best_step, restore_params
 from medrlvr_jax.config import Config, ConfigError, SampleConfig, SetConfig
@@ -32,10 +32,12 @@ def load_sets(parts: Parts) -> dict[str, Encoded]:
     for name, spec in parts.config.eval.sets.items():
         questions, told = data.read(spec)
         encoded = encode(parts.tokenizer, questions, parts.config, spec.shuffle_options)
-        sets[name] = dataclasses.replace(encoded, told=told)
-        if not sets[name].questions:
+        if not encoded.questions:
             limit = parts.config.prompt.max_tokens
             raise ConfigError(f"eval.sets.{name}: no question of {spec.path} fits prompt.max_tokens = {limit}; raise it")
+        if encoded.dropped:
+            told += f"\n  dropped: {encoded.dropped:,} questions, longer than prompt.max_tokens; raise it"
+        sets[name] = dataclasses.replace(encoded, told=told)
         field = "sample.max_new_tokens" if parts.config.eval.max_new_tokens is None else "eval.max_new_tokens"
         check_positions(parts, sets[name].longest, how(parts.config, sets[name]).max_new_tokens, field)
     return sets
@@ -129,6 +131,8 @@ def evaluate_sets(parts: Parts, decode_params: Params, sets: dict[str, Encoded],
         with jax.profiler.TraceAnnotation("evaluate"):
             counts, _ = evaluate(parts, decode_params, encoded, lambda done, n, name=name: run.progress(f"eval {name}", done, n))
         metrics |= {f"eval.{name}.{k}": v for k, v in counts.items()}
+        if counts["truncated"] > monitors.HIGH["truncated"][0] * counts["n"]:
+            run.notice(answers.remarks(f"eval {name}", counts)[-1])
     return metrics
 
 
@@ -198,8 +202,9 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
     with jax.set_mesh(parts.mesh):
         decode_params = make_relay(parts, parts.cfg)(params)
         for name, encoded in sets.items():
-            said = partial(console.progress, f"eval {name}")
-            results[name], rows = evaluate(parts, decode_params, encoded, said, entropies=True)
+            console.notice(f"eval.sets.{name}: {encoded.told}")
+            progress = partial(console.progress, f"eval {name}")
+            results[name], rows = evaluate(parts, decode_params, encoded, progress, entropies=True)
             found[name] = answers.describe(answers.of_rows(rows, name))
             if writes:
                 files.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -213,11 +218,8 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
     about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings} | how_made(parts, sets)
     files.write_json(folder / "eval.json", about | {"eval": results, "statistics": found})
     print(answers.show(found))
-    for name, counts in results.items():
-        if counts["dropped_prompts"]:
-            limit = parts.config.prompt.max_tokens
-            print(f"{name}: {counts['dropped_prompts']} questions are not in these figures: longer than prompt.max_tokens = {limit}")
-    print("\n".join([*(f"warning: {w}" for w in warnings), f"answers: {folder}"]))
+    said = chain.from_iterable(answers.remarks(name, counts) for name, counts in results.items())
+    print("\n".join([*said, *(f"warning: {w}" for w in warnings), f"answers: {folder}"]))
     return 0
 
 

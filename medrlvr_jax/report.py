@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from medrlvr_jax.answers import remarks
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.files import read_jsonl
 from medrlvr_jax.log import Records
@@ -76,7 +77,9 @@ def table(summary: dict[str, Any]) -> str:
         out.add_row(name, f"{asked.get('questions', asked.get('n', 0)):,}", *shares)
     text = io.StringIO()
     rich.console.Console(file=text, width=120).print(out)
-    return "\n".join(row.rstrip() for row in text.getvalue().strip("\n").split("\n"))
+    last = {name: when.get("after") or when.get("before") or {} for name, when in summary["eval"].items()}
+    said = [line for name, counts in last.items() for line in remarks(name, counts)]
+    return "\n".join([*(row.rstrip() for row in text.getvalue().strip("\n").split("\n")), *said])
 
 
 def _share(counts: dict[str, Any] | None, key: str) -> str:

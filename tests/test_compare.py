@@ -1,12 +1,13 @@
 """One evaluation, and two side by side, by hand."""
 
+import io
 import json
 import os
 
 import numpy as np
 import pytest
 
-from medrlvr_jax import __main__, answers, compare, stats
+from medrlvr_jax import __main__, answers, compare, console, report, stats
 from medrlvr_jax.config import ConfigError
 
 
@@ -170,3 +171,29 @@ def test_what_could_have_been_shown_is_told_from_the_scatter_of_the_differences(
     found = stats.paired_difference(a, b)
     assert found.detectable == pytest.approx(2.8 * np.std(a.mean(1) - b.mean(1)) / np.sqrt(1273), rel=0.03) and found.detectable < 0.011
     assert (found.high - found.low) / 2 < found.detectable
+
+
+def test_questions_dropped_and_answers_cut_off_are_told(tmp_path):
+    for folder in ("a", "b"):
+        write(tmp_path / folder, "dev", {"q": "A"})
+    made = json.loads((tmp_path / "b" / "eval.json").read_text())
+    counts = {"n": 1, "questions": 1, "dropped_prompts": 2, "truncated": 1}
+    (tmp_path / "b" / "eval.json").write_text(json.dumps(made | {"eval": {"dev": counts}}))
+    found = compare.compare(tmp_path / "a", tmp_path / "b")
+    assert found["dev"]["remarks"] == answers.remarks("dev, B", counts) and len(found["dev"]["remarks"]) == 2
+    assert compare.show(found).endswith("\n".join(found["dev"]["remarks"]))
+
+
+def test_what_is_not_in_an_accuracy_is_told_beside_it():
+    counts = {"n": 40, "questions": 20, "dropped_prompts": 5, "truncated": 10}
+    assert answers.remarks("mine", counts) == [
+        "mine: 5 of 25 questions dropped, not in these figures: longer than prompt.max_tokens; raise it",
+        "mine: 10 of 40 answers (25.0 %) cut off before their end, so mostly unformatted; raise eval.max_new_tokens",
+    ]
+    assert answers.remarks("mine", counts | {"dropped_prompts": 0, "truncated": 0}) == []
+    interval = {f"{key}_{end}": 0.5 for key in ("accuracy", "format") for end in ("low", "high")}
+    after = counts | interval | {"correct": 1, "format_ok": 1, "accuracy": 0.025, "format_rate": 0.025}
+    assert report.table({"name": "x", "eval": {"mine": {"after": after}}}).endswith("\n".join(answers.remarks("mine", after)))
+    text = io.StringIO()
+    console.Console(2, text).step(2, {f"eval.mine.{key}": value for key, value in after.items()})
+    assert text.getvalue() == "step 2/2  eval mine: correct 1/40, format 1/40, cut off 10/40\n"

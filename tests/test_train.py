@@ -129,7 +129,10 @@ def test_replay(run, folder, capsys):
 def test_eval_and_export(run, folder, capsys, monkeypatch):
     other = "eval.sets.other={path: 'embedded:in_distribution', limit: 8}"
     assert main("eval", run, "--out", folder / "answers", "--step", "best", other) == 0
-    said = capsys.readouterr().out
+    captured = capsys.readouterr()
+    said = captured.out
+    assert "in_distribution: 12 of 12 answers (100.0 %) cut off before their end" in said
+    assert "eval.sets.other: questions: 8, of " in captured.err
     assert all(f"warning: {name}: checkpoint 2 was chosen as the best on these" in said for name in ("in_distribution", "other"))
     written = json.loads((folder / "answers" / "eval.json").read_text())
     counts, found = written["eval"]["in_distribution"], written["statistics"]["in_distribution"]
