@@ -243,7 +243,9 @@ def test_equal_methods_are_called_different_in_one_of_twenty_cases():
 def answered(cell, name, right, hashes=str):
     """An evaluation whose i-th question is right where `right[i]`."""
     (cell.path / "eval").mkdir(parents=True, exist_ok=True)
-    (cell.path / "eval" / "eval.json").write_text(json.dumps({"versions": {"git": None}}))
+    (cell.path / "eval" / "eval.json").write_text(
+        json.dumps({"versions": {"git": None}, "eval": {"inside": {"n": 100, "dropped_prompts": 20, "truncated": 3}}})
+    )
     row = {"key": "A", "options": 4, "format_ok": True, "length": 5, "stage": "reintegrated_reasoning", "sample": 0}
     rows = [row | {"id": f"q{i}", "question_hash": hashes(i), "correct": bool(x), "answer": "A" if x else "B"} for i, x in enumerate(right)]
     (cell.path / "eval" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -272,6 +274,7 @@ def test_the_table_by_hand(file):
     assert "ppo − sft on outside: +45.0" in text and ": ppo is higher." in text
     assert "thoughts show inference in 100.0 % of answers on inside (100.0 % of base's)" in text
     assert "2 of 6 reached 10% of a step's completions: format_failure (at most 75 %, step 1), direct_answer_hacker (at most 25 %" in text
+    assert text.count("\ninside: 20 of 120 questions dropped") == 1 and "cut off" not in text
     assert "5 of 7 cells are finished" in text and "| ppo | 2 |" in text
     answered(wanted[1], "inside", n[:50] < 5)
     with pytest.raises(ConfigError, match="other questions than in"):
