@@ -227,6 +227,7 @@ class CheckpointConfig:
 
     every: Size = 50  # steps; 0: only at the end
     keep: Count = 2
+    accept_changed_inputs: bool = False  # go on although data, model or reward.fn are not those that the run was begun with
     best: str | None = None  # a key of metrics.jsonl, larger is better, such as eval.dev.accuracy
 
 

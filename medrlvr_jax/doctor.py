@@ -100,7 +100,7 @@ def _run(config: Config) -> Iterator[Finding]:
     try:
         if (path / "config.yaml").exists():
             log.check_same(path / "config.yaml", config)
-        yield from _model(config)
+        yield from _model(config, path)
     except ConfigError as e:
         yield Finding("problem", str(e))
     for step in checkpoint.saved_steps(path / "checkpoints"):
@@ -110,12 +110,13 @@ def _run(config: Config) -> Iterator[Finding]:
             yield Finding("ok", f"checkpoint {step} is there")
 
 
-def _model(config: Config) -> Iterator[Finding]:
+def _model(config: Config, run: Path) -> Iterator[Finding]:
     """Mesh, model and tokenizer, by the same code that begins a training."""
-    from medrlvr_jax import build, hf, lora, text
+    from medrlvr_jax import build, hf, inputs, lora, text
     from medrlvr_jax.learn import make_optimizer
 
     parts = build.build(config)
+    inputs.check_model(run, parts)
     yield Finding("ok", f"mesh: {' × '.join(f'{axis} {size}' for axis, size in parts.mesh.shape.items())}")
     whole = build.abstract_params(parts, parts.cfg)
     n, trained = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (whole, lora.trained(whole, parts.cfg)))

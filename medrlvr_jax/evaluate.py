@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from medrlvr_jax import answers, configs, data, files, hf, log, lora, monitors, stats, text
+from medrlvr_jax import answers, configs, data, files, hf, inputs, log, lora, monitors, stats, text
 from medrlvr_jax.build import Parts, abstract_params, build, check_positions, load_base, load_params, make_relay
 from medrlvr_jax.checkpoint import best_step, restore_params
 from medrlvr_jax.config import Config, ConfigError, SampleConfig, SetConfig
@@ -142,6 +142,7 @@ def open_source(source: Path, settings: list[str], step: int | Literal["best"] |
         if not (source / "config.yaml").is_file():
             raise ConfigError(f"{source}: no config.yaml in it; give a run's folder, such as runs/quickstart, or a config file")
         parts = build(load(source / "config.yaml", settings))
+        inputs.check_model(source, parts)
         with jax.set_mesh(parts.mesh):
             abstract = lora.trained(abstract_params(parts, parts.cfg), parts.cfg)
             params, step = restore_params(source / "checkpoints", abstract, step)

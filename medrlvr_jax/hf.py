@@ -69,6 +69,7 @@ BUFFERS = ("model.rotary_emb.inv_freq", "model.layers.{i}.self_attn.rotary_emb.i
 DTYPES = {"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jnp.bfloat16)}
 BLOCK = 2**20  # bytes read at once: small enough that turning a block stays in the processor's cache
 INDEX = "model.safetensors.index.json"
+SAMPLED = 4096  # bytes of a tensor that `weight_digests` reads in each of three places
 SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers had it
 
 FAMILIES = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}, "llama": {}}
@@ -324,6 +325,22 @@ def _equal(a: Tensor, b: Tensor | None) -> bool:
     step = max(1, BLOCK // (a.shape[1] * a.dtype.itemsize))
     spans = [(start, min(start + step, a.shape[0])) for start in range(0, a.shape[0], step)]
     return all(np.array_equal(a.rows(*span), b.rows(*span)) for span in spans)
+
+
+def weight_digests(path: str | Path) -> dict[str, str]:
+    """Eight hex digits for each tensor of a directory, of its dtype, shape and first, middle and last `SAMPLED` bytes.
+
+    A few kilobytes of each tensor are read, whatever its size. Training moves every weight a little, so that other weights are seen;
+    a change of a few numbers elsewhere in a large tensor is not.
+    """
+    out = {}
+    with ExitStack() as files:
+        for name, t in sorted(_open(resolve(path), files).items()):
+            digest, size = hashlib.sha256(f"{t.dtype} {t.shape}".encode()), prod(t.shape) * t.dtype.itemsize
+            for start in sorted({0, max(0, (size - SAMPLED) // 2), max(0, size - SAMPLED)}):
+                digest.update(os.pread(t.file.fileno(), min(SAMPLED, size - start), t.start + start))
+            out[name] = digest.hexdigest()[:8]
+    return out
 
 
 def save_params(params: Params, cfg: DecoderConfig, source_dir: str | Path, out_dir: str | Path, dtype: Any = None) -> None:

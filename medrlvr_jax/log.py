@@ -1,6 +1,7 @@
 """What a run writes beside its checkpoints: its folder and lock, JSON lines, progress, trackers, the summary.
 
-    runs/<name>/config.yaml     the resolved settings
+    runs/<name>/config.yaml     the resolved settings, after a line that names the command
+                inputs.json     digests of what the settings point to (inputs.py)
                 metrics.jsonl   one object a step; step 0 is the evaluation before training
                 samples.jsonl   some completions, every few steps
                 summary.json    at the end
@@ -36,6 +37,7 @@ from medrlvr_jax.console import Console, Tracker, before_after
 from medrlvr_jax.processes import gather
 
 Records = list[dict[str, Any]]
+COMMAND = "# medrlvr "  # begins a run's config.yaml, and the name of the command that made it follows
 LOGS = ("metrics", "samples", "questions")
 MAY_CHANGE = ("runs", "steps", "passes", "checkpoint", "log", "eval", "mesh")  # settings that a resumed run may have new
 
@@ -43,17 +45,18 @@ MAY_CHANGE = ("runs", "steps", "passes", "checkpoint", "log", "eval", "mesh")  #
 class Run:
     """One training's records, from `with` to `finish`: what the training loop says here goes to files, console and trackers.
 
-    Entering makes `runs/<name>` or reopens it; refused while another process has it, or if it was begun with other settings.
+    Entering makes `runs/<name>` or reopens it; refused while another process has it, or if it was begun with other settings,
+    or by another command (train or sft): the one's checkpoint is no start of the other.
     The first SIGINT or SIGTERM sets `stopping` once the step is recorded (or the programs are compiled), so that the loop can save and
     leave; the second kills.
     """
 
-    def __init__(self, config: Config, steps: int, data: dict[str, Any] | None = None):
+    def __init__(self, config: Config, steps: int, data: dict[str, Any] | None = None, command: str = "train"):
         self.path = Path(config.runs) / config.name
         self.meta = {"config": configs.to_tree(config), "versions": versions(), "data": data or {}}
         self.stopping = False
         self._config, self._steps, self._began = config, steps, time.time()
-        self._lock = open_folder(self.path, config) if jax.process_index() == 0 else None
+        self._lock = open_folder(self.path, config, command) if jax.process_index() == 0 else None
         self._console = Console(steps)
         self._tracker: Tracker | None = None
         self._signal, self._done = 0, 0
@@ -145,19 +148,31 @@ def _any_process(number: int) -> bool:
 # --- the run's folder ------------------------------------------------------------------------------------------------
 
 
-def open_folder(path: Path, config: Config) -> TextIO:
+def open_folder(path: Path, config: Config, command: str) -> TextIO:
     """Make or reopen a run's folder. Returns its lock, held until that is closed."""
     with files.named_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)
     try:
         if (path / "config.yaml").exists():
+            if (by := begun_by(path)) not in (None, command):
+                other = "which would go on from the other's checkpoint; give this run another name="
+                raise ConfigError(f"name: {path} was begun by `medrlvr {by}`, and this is `medrlvr {command}`, {other}")
             check_same(path / "config.yaml", config)
-        files.write_text(path / "config.yaml", configs.dump(config))
+        files.write_text(path / "config.yaml", f"{COMMAND}{command}\n{configs.dump(config)}")
     except BaseException:
         lock.close()
         raise
     return lock
+
+
+def begun_by(path: Path) -> str | None:
+    """`train` or `sft`, by the first line of a run's config.yaml; of a folder from before there was one, by what its steps recorded."""
+    first = (path / "config.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    if first.startswith(COMMAND):
+        return first.removeprefix(COMMAND).strip()
+    steps = [r for r in files.read_jsonl(path / "metrics.jsonl") if r["step"]] if (path / "metrics.jsonl").exists() else []
+    return ("train" if "reward" in steps[-1] else "sft") if steps else None
 
 
 def _take_lock(path: Path) -> TextIO:

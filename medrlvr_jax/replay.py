@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from medrlvr_jax import configs, data, files, lora, train, user_reward
+from medrlvr_jax import configs, data, files, inputs, lora, train, user_reward
 from medrlvr_jax.build import build, load_frozen, total_steps
 from medrlvr_jax.checkpoint import restore_before
 from medrlvr_jax.config import ConfigError
@@ -35,6 +35,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         raise ConfigError(f"--row {row}: a step of {run} has rows 0 to {n - 1}, sample.samples = {c.sample.samples} to a question")
     parts, console = build(c), Console(step)
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options)
+    inputs.check_replay(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)})
     with user_reward.started(c.reward) as judge, jax.set_mesh(parts.mesh):
         programs, state = train.start(parts, make_programs(parts, total_steps(c, len(encoded.questions))))
         frozen = load_frozen(parts)

@@ -97,4 +97,4 @@ def sft(config: Config) -> dict[str, Any]:
         shapes = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), shapes)
         ahead = [Program("learn", program, (abstract_learner(parts, parts.cfg, tx), abstract_base(parts), shapes, a_key(parts), None))]
         ahead += relay_program(relay) + evaluate.programs(parts, sets) if sets else []
-        return drive(parts, rows, sets, steps, state, one, lambda params: relay(lora.join(base, params)), ahead, notices)
+        return drive("sft", parts, (rows, rows), sets, steps, state, one, lambda params: relay(lora.join(base, params)), ahead, notices)

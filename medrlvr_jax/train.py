@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax import data, evaluate, files, log, lora, monitors, sharding, text, user_reward
+from medrlvr_jax import data, evaluate, files, inputs, log, lora, monitors, sharding, text, user_reward
 from medrlvr_jax.build import Parts, build, check_positions, init_learner, load_frozen, make_relay, total_steps
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.compiles import Compiles, Profile
@@ -76,12 +76,14 @@ def train(config: Config) -> dict[str, Any]:
         ahead = step_programs(parts, made, encoded.width) + evaluate.programs(parts, sets)
         ahead += relay_program(relay) if sets and relay is not programs.relay else []
         ended = lambda params: relay(lora.join(frozen.base, params))  # noqa: E731
-        return drive(parts, encoded.questions, sets, steps, state, one, ended, ahead, notices)
+        rows = encoded.questions, encoded.tokens
+        return drive("train", parts, rows, sets, steps, state, one, ended, ahead, notices)
 
 
 def drive(
+    command: str,
     parts: Parts,
-    rows: list[Any],
+    rows: tuple[list[Any], list[Any]],
     sets: dict[str, Encoded],
     steps: int,
     state: TrainState,
@@ -92,14 +94,20 @@ def drive(
 ) -> dict[str, Any]:
     """The loop around any step: resume, compile, evaluate, record, checkpoint, stop when asked.
 
-    `rows` is what is trained on. `one`: (state, step, the last records) → (state, metrics, logs, the rows learned from, notices).
+    `rows` is what is trained on, and its tokens. `one`:
+    (state, step, the last records) → (state, metrics, logs, the rows learned from, notices).
     `ahead` are the programs that `one` and the evaluations will call.
     """
     config = parts.config
-    used = {"train": rows} | {f"eval.{name}": encoded.questions for name, encoded in sets.items()}
+    used = {"train": rows[0]} | {f"eval.{name}": encoded.questions for name, encoded in sets.items()}
     prints = {name: data.fingerprint(of) for name, of in used.items()}
-    with log.Run(config, steps, prints) as run, Compiles() as compiles, Profile(run.path / "profile", config.log.profile) as profile:
+    looked_at: inputs.Sets = {"data": (config.data, *rows)}
+    looked_at |= {f"eval.sets.{name}": (config.eval.sets[name], encoded.questions, encoded.tokens) for name, encoded in sets.items()}
+    run, profiled = log.Run(config, steps, prints, command), config.log.profile
+    with run, Compiles() as compiles, Profile(run.path / "profile", profiled) as profile:
         checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice)
+        accepted = inputs.check(run.path, parts, looked_at, bool(checkpoints.steps()))
+        notices += [f"going on with what is not as it was: {line}" for line in accepted]
         state, done = checkpoints.restore_newest(state)
         skips = run.resume(done)
         for text in [*notices, *(f"eval.sets.{name}: {encoded.told}" for name, encoded in sets.items())]:

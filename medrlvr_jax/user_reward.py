@@ -30,7 +30,9 @@ each with its `reward_error`. A minibatch in which nothing is left moves by its 
 A resumed or replayed run is the same run only if the function is one: no clock, no randomness of its own, no service that changes.
 """
 
+import hashlib
 import importlib
+import importlib.machinery
 import json
 import math
 import multiprocessing
@@ -157,6 +159,20 @@ class UserReward:
             reason = f"its process ended with status {self._process.exitcode}"
         self.close()
         return {"error": reason}
+
+
+def source_digest(name: str) -> dict[str, str] | None:
+    """`{"file", "sha256"}` of the file that holds the function's module, found as Python would and not run; None if no file does."""
+    folders: Any = [os.getcwd(), *sys.path]
+    spec, module = None, ""
+    for part in name.partition(":")[0].split("."):
+        module = f"{module}.{part}".lstrip(".")
+        spec = importlib.machinery.PathFinder.find_spec(module, folders) if folders is not None else None
+        folders = spec.submodule_search_locations if spec else None
+    if spec is None or spec.origin is None or not os.path.isfile(spec.origin):
+        return None
+    with open(spec.origin, "rb") as file:
+        return {"file": spec.origin, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _work(name: str, pipe: Any, parent: int) -> None:

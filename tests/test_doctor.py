@@ -29,7 +29,7 @@ def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
 
 
 def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "_model", lambda config: iter(()))
+    monkeypatch.setattr(doctor, "_model", lambda config, run: iter(()))
     c = config(tmp_path)
     with log.Run(c, 3) as run:
         checkpoints = checkpoint.Checkpoints(run.path / "checkpoints", CheckpointConfig(), META)
@@ -63,7 +63,7 @@ def test_the_weights_are_looked_at(tmp_path):
 
 
 def test_what_training_refuses_is_a_problem(tmp_path, monkeypatch):
-    def refuse(config):
+    def refuse(config, run):
         yield doctor.Finding("ok", "mesh")
         raise ConfigError("sample.questions: 3 must divide by 8")
 
