@@ -230,6 +230,7 @@ def export(run: Path, out: Path, step: int | None, dtype: str | None) -> None:
     batches = [f"{name}={n}" for name in ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")]  # of no use here
     parts, params, _ = open_source(run, [f"mesh={{data: 1, fsdp: {n}}}", *batches], step)
     with jax.set_mesh(parts.mesh):
-        hf.save_params(lora.merge(params, parts.cfg), lora.off(parts.cfg), parts.config.model.path, out, dtype)
+        merged, cfg = lora.merge(params, parts.cfg), lora.off(parts.cfg)
+        hf.save_params(merged, cfg, parts.config.model.path, out, dtype, parts.tokenizer.stop_ids)
     if jax.process_index() == 0:
         print(out)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 from math import prod
@@ -83,6 +83,7 @@ ONLY = {  # settings that would change the arithmetic, and the one value that do
     "rope_interleaved": False,
     "quantization_config": None,
 }
+TOKENS = ("bos_token_id", "pad_token_id")  # what transformers takes from config.json where there is no generation_config.json
 SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "generation_config.json")
 
 
@@ -343,8 +344,13 @@ def weight_digests(path: str | Path) -> dict[str, str]:
     return out
 
 
-def save_params(params: Params, cfg: DecoderConfig, source_dir: str | Path, out_dir: str | Path, dtype: Any = None) -> None:
+def save_params(
+    params: Params, cfg: DecoderConfig, source_dir: str | Path, out_dir: str | Path, dtype: Any = None, stop_ids: Sequence[int] = ()
+) -> None:
     """A directory that transformers loads: our weights (as `dtype`, or as they are), all else from where the model came.
+
+    But for `stop_ids`, the tokens that ended the policy's responses: its `generate` is to stop at each of them, too, and reads them in
+    generation_config.json; other programs read config.json.
 
     In a run of many processes every one calls it and the first one writes. The directory appears whole: it is written beside
     itself as `.NAME.partial` and renamed.
@@ -373,9 +379,14 @@ def save_params(params: Params, cfg: DecoderConfig, source_dir: str | Path, out_
             (partial_dir / INDEX).write_text(json.dumps(index, indent=1))
         said = files.read_json(source / "config.json")
         said["torch_dtype" if "torch_dtype" in said else "dtype"] = stored.name  # transformers 4 | 5
-        (partial_dir / "config.json").write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
         for file in {file for pattern in SIDE_FILES for file in source.glob(pattern) if file.is_file()}:
             shutil.copyfile(file, partial_dir / file.name)
+        if stop_ids:
+            said["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+            file = partial_dir / "generation_config.json"
+            chosen = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {k: said[k] for k in TOKENS if k in said}
+            file.write_text(json.dumps(chosen | {"eos_token_id": said["eos_token_id"]}, indent=1), encoding="utf-8")
+        (partial_dir / "config.json").write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(partial_dir, out)
 
 

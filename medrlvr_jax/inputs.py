@@ -11,13 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from medrlvr_jax import configs, data, files, hf, user_reward
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import ConfigError, SetConfig
 from medrlvr_jax.formats import Question
-from medrlvr_jax.processes import gather
+from medrlvr_jax.processes import by_leader
 
 NAME = "inputs.json"
 MARK = 4  # hex digits of each row's digest: they name the first row that differs; whether any does, the whole digest tells
@@ -31,23 +29,27 @@ def check(folder: Path, parts: Parts, sets: Sets, going_on: bool) -> list[str]:
     `sets` has what is trained on by the name `data`, evaluation sets by `eval.sets.<name>`. Returns the differences that were accepted;
     raises `ConfigError`, in every process, for those that were not.
     """
-    accept, changed = parts.config.checkpoint.accept_changed_inputs, []
-    if jax.process_index() == 0:
+    accept = parts.config.checkpoint.accept_changed_inputs
+
+    def look() -> list[str]:
         there, here = _read(folder) if going_on else {}, take(parts, sets)
         changed = differences(there, here)
         if accept or not changed:
             files.write_json(folder / NAME, here | {"sets": there.get("sets", {}) | here["sets"]})
-    return _refuse(folder, gather(changed)[0], accept)
+        return changed
+
+    return _refuse(folder, by_leader(look), accept)
 
 
 def check_model(folder: Path, parts: Parts) -> None:
     """Whether the model under a run's checkpoints is the one it was trained on: its settings and, beneath adapters, its weights."""
-    changed = []
-    if jax.process_index() == 0:
+
+    def look() -> list[str]:
         there, here = _read(folder), {"model": _model(parts)} | ({"weights": _weights(parts)} if parts.cfg.lora else {})
-        if there.get("model", {}).get("path") == here["model"]["path"]:  # else another was asked for
-            changed = differences(there, here)
-    _refuse(folder, gather(changed)[0], parts.config.checkpoint.accept_changed_inputs)
+        same = there.get("model", {}).get("path") == here["model"]["path"]  # else another model was asked for
+        return differences(there, here) if same else []
+
+    _refuse(folder, by_leader(look), parts.config.checkpoint.accept_changed_inputs)
 
 
 def check_replay(folder: Path, parts: Parts, sets: Sets) -> None:

@@ -347,6 +347,31 @@ def test_transformers_loads_the_export(family, tmp_path):
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("generation", [None, {"eos_token_id": 3, "top_k": 7}])
+def test_an_export_stops_where_the_policy_stopped(generation, tmp_path):
+    """Not at the base's end token alone: `generate` ends with the turn end that the chat template has, too."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    source = write(tmp_path / "source", QWEN | {"eos_token_id": 3, "pad_token_id": 4}, weights(QWEN))
+    if generation:
+        (source / "generation_config.json").write_text(json.dumps(generation))
+    cfg, prompt = hf.read_config(source), torch.arange(5, 12)[None]
+
+    def generated(path):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        kept = {k: getattr(model.generation_config, k) for k in generation or {"pad_token_id": 4}}
+        return model.generate(prompt, max_new_tokens=9, do_sample=False)[0, prompt.shape[1] :].tolist(), kept
+
+    whole, kept = generated(source)
+    turn_end = whole[4]
+    hf.save_params(load(source, cfg), cfg, source, tmp_path / "out", stop_ids=(3, turn_end))
+    told, now = generated(tmp_path / "out")
+    assert told == whole[: whole.index(turn_end) + 1] != whole
+    assert now == kept | ({"eos_token_id": [3, turn_end]} if generation else {})
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [3, turn_end]
+
+
 RESIDENT = """
 import conftest, sys
 from test_parity import load

@@ -164,6 +164,10 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     greedy = {r["id"]: (r["completion"], r["answer"]) for r in lines(folder / "answers" / "in_distribution.jsonl")}
     assert {r["id"]: (r["completion"], r["generated"]) for r in rows} == greedy  # the same sampler
     assert probed["in_distribution"]["n"] == 12 and set(rows[0]["answers"]) >= {"at once", "0 %", "100 %", "another's"}
+    monkeypatch.setattr(hf, "save_params", lambda *args: saved.append(args))
+    saved = []
+    assert main("export", run, folder / "exported") == 0 and saved[0][-1] == (1,)  # where this run's responses stopped
+    monkeypatch.undo()
     two = jax.devices()[:2]  # not the training's eight
     monkeypatch.setattr(jax, "devices", lambda: two)
     assert main("export", run, folder / "exported") == 0
