@@ -69,7 +69,7 @@ BUFFERS = ("model.rotary_emb.inv_freq", "model.layers.{i}.self_attn.rotary_emb.i
 DTYPES = {"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jnp.bfloat16)}
 BLOCK = 2**20  # bytes read at once: small enough that turning a block stays in the processor's cache
 INDEX = "model.safetensors.index.json"
-SAMPLED = 4096  # bytes of a tensor that `weight_digests` reads in each of three places
+SAMPLED = 4096  # bytes of a tensor that `_digests` reads in each of three places
 SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers had it
 
 FAMILIES = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}, "llama": {}}
@@ -169,7 +169,7 @@ def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: 
     with ExitStack() as opened:
         tensors = _open(resolve(path), opened)
         _check(tensors, cfg, shapes)
-        agree(lambda: {f"weights of {Path(path).name}": _first_bytes(tensors)})
+        agree(lambda: {f"weights of {Path(path).name}, {name}": digest for name, digest in _digests(tensors).items()})
         # The largest first: the host's copy of a parameter then never stands beside a full set of the device's.
         for key in sorted(shapes, key=lambda k: -prod(shapes[k])):
             read = partial(_read, tensors, key, shapes[key], jnp.dtype(dtype))
@@ -178,12 +178,19 @@ def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: 
     return unflatten_dict({key: loaded[key] for key in shapes})
 
 
-def _first_bytes(tensors: dict[str, Tensor]) -> str:
-    """A digest of names, shapes and the first 4 KiB of each tensor: reading all of them would take as long as loading does."""
-    digest = hashlib.sha256()
+def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Eight hex digits for each tensor, of its dtype, shape and first, middle and last `SAMPLED` bytes.
+
+    To read all of them would take as long as loading does. Training moves every weight a little, so that other weights are seen; a change
+    of a few numbers elsewhere in a large tensor is not.
+    """
+    out = {}
     for name, t in sorted(tensors.items()):
-        digest.update(f"{name} {t.dtype} {t.shape}".encode() + os.pread(t.file.fileno(), 4096, t.start))
-    return digest.hexdigest()
+        digest, size = hashlib.sha256(f"{t.dtype} {t.shape}".encode()), prod(t.shape) * t.dtype.itemsize
+        for start in sorted({0, max(0, (size - SAMPLED) // 2), max(0, size - SAMPLED)}):
+            digest.update(os.pread(t.file.fileno(), min(SAMPLED, size - start), t.start + start))
+        out[name] = digest.hexdigest()[:8]
+    return out
 
 
 def _read(tensors: dict[str, Tensor], key: tuple, shape: tuple[int, ...], dtype: np.dtype, index: Any) -> np.ndarray:
@@ -329,19 +336,9 @@ def _equal(a: Tensor, b: Tensor | None) -> bool:
 
 
 def weight_digests(path: str | Path) -> dict[str, str]:
-    """Eight hex digits for each tensor of a directory, of its dtype, shape and first, middle and last `SAMPLED` bytes.
-
-    A few kilobytes of each tensor are read, whatever its size. Training moves every weight a little, so that other weights are seen;
-    a change of a few numbers elsewhere in a large tensor is not.
-    """
-    out = {}
-    with ExitStack() as files:
-        for name, t in sorted(_open(resolve(path), files).items()):
-            digest, size = hashlib.sha256(f"{t.dtype} {t.shape}".encode()), prod(t.shape) * t.dtype.itemsize
-            for start in sorted({0, max(0, (size - SAMPLED) // 2), max(0, size - SAMPLED)}):
-                digest.update(os.pread(t.file.fileno(), min(SAMPLED, size - start), t.start + start))
-            out[name] = digest.hexdigest()[:8]
-    return out
+    """`_digests` of a directory."""
+    with ExitStack() as opened:
+        return _digests(_open(resolve(path), opened))
 
 
 def save_params(
