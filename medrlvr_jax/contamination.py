@@ -5,13 +5,17 @@ Two signs, both on the stem (the question without its options), in lower-case wo
     containment   of the two stems' 8-grams, the share of the shorter's that the longer has too; above `THRESHOLD` it counts as contaminated
     same stem     the whole stem is that of a training question (also where it is too short for an 8-gram)
 
-Within train, a question is looked for among those before it. An inverted index of 8-grams: linear in the text, but for grams that
-many questions share.
+8-grams that more than 1 % of all stems have ("which of the following is the most likely …") say nothing and do not count. A stem that is
+left with fewer than `DISTINCT` others, so hardly a vignette, counts only if the two questions also have an option in common.
+
+Within train, a question is looked for among those before it. An inverted index of 8-grams: linear in the text.
 """
 
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +28,8 @@ from medrlvr_jax.formats import Question
 
 GRAM = 8  # words
 THRESHOLD = 0.5
+FREQUENT, AT_LEAST = 0.01, 10  # the share, and the number, of stems above which an 8-gram is boilerplate
+DISTINCT = 5  # 8-grams, so 12 words in a row
 
 
 class Overlap(NamedTuple):
@@ -33,6 +39,7 @@ class Overlap(NamedTuple):
     train_id: str
     containment: float
     same_stem: bool
+    options_in_common: int
 
 
 def words(stem: str) -> list[str]:
@@ -45,46 +52,63 @@ def grams(stem: list[str]) -> set[tuple[str, ...]]:
     return set(zip(*(stem[i:] for i in range(GRAM)), strict=False))
 
 
-class Index:
-    """The stems of a training set."""
+def option_words(question: Question) -> set[tuple[str, ...]]:
+    return {tuple(words(option)) for option in question.options} - {()}
 
-    def __init__(self) -> None:
+
+def boilerplate(questions: Iterable[Question]) -> set[tuple[str, ...]]:
+    """The 8-grams that too many of the distinct stems have to tell one question from another."""
+    stems = {tuple(words(q.question)) for q in questions}
+    counts = Counter(gram for stem in stems for gram in grams(list(stem)))
+    return {gram for gram, count in counts.items() if count > max(AT_LEAST, FREQUENT * len(stems))}
+
+
+class Index:
+    """The stems of a training set; `ignored` are 8-grams that do not count."""
+
+    def __init__(self, ignored: set[tuple[str, ...]]) -> None:
+        self._ignored = ignored
         self._ids: list[str] = []
-        self._sizes: list[int] = []  # 8-grams of each
+        self._options: list[set[tuple[str, ...]]] = []
+        self._sizes: list[int] = []  # 8-grams of each that count
         self._grams: dict[tuple[str, ...], list[int]] = {}
-        self._stems: dict[tuple[str, ...], int] = {}
+        self._stems: dict[tuple[str, ...], list[int]] = {}
 
     def add(self, question: Question) -> None:
         stem, number = words(question.question), len(self._ids)
         self._ids.append(question.id)
-        self._stems.setdefault(tuple(stem), number)
-        own = grams(stem)
+        self._options.append(option_words(question))
+        self._stems.setdefault(tuple(stem), []).append(number)
+        own = grams(stem) - self._ignored
         self._sizes.append(len(own))
         for gram in own:
             self._grams.setdefault(gram, []).append(number)
 
     def look_up(self, question: Question) -> Overlap | None:
-        """The training question with most of this one's 8-grams, or with the same stem; None where there is nothing in common."""
-        stem = words(question.question)
-        own, same = grams(stem), self._stems.get(tuple(stem))
-        if same is not None:
-            return Overlap(question.id, self._ids[same], 1.0, True)
+        """The training question that this one overlaps with most, the same stem first; None where none counts."""
+        stem, options = words(question.question), option_words(question)
+        own, same = grams(stem) - self._ignored, self._stems.get(tuple(stem), [])
         shared = Counter(number for gram in own for number in self._grams.get(gram, ()))
-        found = [(most / min(len(own), self._sizes[number]), -number) for number, most in shared.items()]
-        if not found:
+        best: tuple[bool, float, int] | None = None
+        for number in {*same, *shared}:
+            least = min(len(own), self._sizes[number])
+            share = 1.0 if number in same else shared[number] / least
+            if share > THRESHOLD and (least >= DISTINCT or options & self._options[number]):
+                best = max(best or (False, 0.0, 0), (number in same, share, -number))
+        if best is None:
             return None
-        share, number = max(found)
-        return Overlap(question.id, self._ids[-number], share, False)
+        is_same, share, number = best
+        return Overlap(question.id, self._ids[-number], share, is_same, len(options & self._options[-number]))
 
 
 def overlaps(train: list[Question], tests: dict[str, list[Question]]) -> dict[str, list[Overlap]]:
     """Of each test set the questions that count as contaminated, in their order; and, under `(train)`, those of train itself."""
-    index, within = Index(), []
+    index, within = Index(boilerplate(chain(train, *tests.values()))), []
     for question in train:
         within.append(index.look_up(question))
         index.add(question)
     found = {"(train)": within} | {name: [index.look_up(q) for q in questions] for name, questions in tests.items()}
-    return {name: [o for o in some if o and (o.same_stem or o.containment > THRESHOLD)] for name, some in found.items()}
+    return {name: [overlap for overlap in some if overlap] for name, some in found.items()}
 
 
 def clean_scores(folder: Path, found: dict[str, list[Overlap]], tests: dict[str, list[Question]]) -> dict[str, Any]:
@@ -127,8 +151,10 @@ def show(found: dict[str, Any]) -> str:
     rows = []
     for name, s in found["sets"].items():
         same = sum(o["same_stem"] for o in s["found"])
-        rows.append([name, f"{s['n']:,}", f"{same:,}", f"{len(s['found']) - same:,}", f"{100 * len(s['found']) / s['n']:.1f} %"])
-    columns = ("set", "questions", "same stem", f"8-grams > {THRESHOLD:.0%}", "together")
+        other = sum(not o["options_in_common"] for o in s["found"])  # perhaps another question about much the same case
+        together = f"{len(s['found']):,} ({100 * len(s['found']) / s['n']:.1f} %)"
+        rows.append([name, f"{s['n']:,}", f"{same:,}", f"{len(s['found']) - same:,}", together, f"{other:,}"])
+    columns = ("set", "questions", "same stem", f"8-grams > {THRESHOLD:.0%}", "together", "of these no option in common")
     out = [answers.draw(columns, rows)]
     if "scores" in found:
         rows = []

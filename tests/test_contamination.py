@@ -44,7 +44,21 @@ def test_containment_is_of_the_shorter_stem():
         ("e", "short", 105, True),
     ]
     within = contamination.overlaps([ask("1", "What now?"), ask("2", "what NOW"), ask("3", "What then?")], {})["(train)"]
-    assert within == [contamination.Overlap("2", "1", 1.0, True)]
+    assert within == [contamination.Overlap("2", "1", 1.0, True, 2)]
+
+
+def test_boilerplate_makes_no_question_another():
+    """The same closing sentence under 20 vignettes of their own, and as a whole stem."""
+    closing = "Which of the following is the most likely diagnosis?"
+    vignettes = [Question(f"v{i}", f"{said(range(40 * i, 40 * i + 30))} {closing}", (f"a{i}", "b"), 0) for i in range(20)]
+    bare, alike = Question("bare", closing, ("c", "d"), 0), Question("alike", closing, ("B", "e"), 0)
+    assert contamination.overlaps([bare], {"test": vignettes})["test"] == []
+    assert [o.id for o in contamination.overlaps(vignettes[:10], {"test": vignettes})["test"]] == [f"v{i}" for i in range(10)]
+    assert contamination.overlaps([bare], {"test": [alike, bare]})["test"] == [contamination.Overlap("bare", "bare", 1.0, True, 2)]
+    found = contamination.overlaps([bare, Question("2", closing, ("b", "f"), 0)], {"test": [alike]})["test"]
+    assert found == [contamination.Overlap("alike", "2", 1.0, True, 1)]  # of two with the same stem, that with the option
+    many = [Question(f"{i}", vignettes[0].question, ("x", "y"), 0) for i in range(300)]  # a question asked often is no boilerplate
+    assert len(contamination.overlaps(many, {"test": vignettes[:1]})["test"]) == 1
 
 
 def test_the_command_and_scores_without_what_is_found(tmp_path, capsys):
@@ -61,7 +75,9 @@ def test_the_command_and_scores_without_what_is_found(tmp_path, capsys):
     assert __main__.main(args) == 0
     assert "33.3 %" in capsys.readouterr().out
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["sets"]["test"]["found"] == [{"id": "test-0", "train_id": "train-0", "containment": 1.0, "same_stem": True}]
+    assert found["sets"]["test"]["found"] == [
+        {"id": "test-0", "train_id": "train-0", "containment": 1.0, "same_stem": True, "options_in_common": 2}
+    ]
     assert found["sets"]["other"] == {"n": 1, "found": []}
     scores = found["scores"]["my_set"]
     assert (scores["n"], scores["all"]["value"], scores["n_clean"], scores["clean"]["value"]) == (3, 1 / 3, 2, 0.0)
