@@ -65,7 +65,7 @@ QUICK = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 POINTS = {
     "generation": ([(experience, "generate")], 60),
     "scoring": ([(experience, "score_rollout")], 30),
-    "learning": ([(train, "compile_learn"), (sft, "compile_learn")], 60),
+    "learning": ([(train, "offload"), (sft, "offload")], 60),
     "evaluation (PPO)": ([(train.evaluate, "evaluate_sets")], 60),
     "checkpoint being written": ([(checkpoint.Checkpoints, "save")], 120),
     "checkpoint being sealed": ([(checkpoint.Checkpoints, "_seal")], 15),
@@ -117,8 +117,8 @@ def arm(point: str, number: int, nth: int, delay: float) -> None:
 
     for owner, name in POINTS[point][0]:
         call = getattr(owner, name)
-        if name == "compile_learn":  # it makes the program, and what must be hooked is the program
-            setattr(owner, name, lambda *args, call=call: after(call(*args)))
+        if name == "offload":  # it returns (learner, the program that a step calls), and what must be hooked is the program
+            setattr(owner, name, lambda *args, call=call: (lambda learner, program: (learner, after(program)))(*call(*args)))
         else:
             setattr(owner, name, after(call))
 
