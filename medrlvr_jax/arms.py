@@ -160,6 +160,8 @@ def _cells(experiment: Experiment, everywhere: list[str], source: str) -> list[C
                 parent.exported = True
                 tree = merge(tree, {"model": {"path": str(parent.path / "hf"), "init": "pretrained"}})
             config = configs.from_tree(tree, where)
+            if arm.by == "train":
+                configs.check_rl(config)
             if not config.eval.sets:
                 raise ConfigError(f"{where}: eval.sets: none; the first is to be in distribution, the others out of it")
             made[name, seed] = Cell(name, arm.by, config, parent)

@@ -166,13 +166,6 @@ def _cross_checks(c: Config) -> list[str]:
         out.append(_divide("learn.minibatch", c.learn.minibatch, "sample.questions", c.sample.questions))
     if c.learn.microbatch and c.learn.minibatch % c.learn.microbatch:
         out.append(_divide("learn.microbatch", c.learn.microbatch, "learn.minibatch", c.learn.minibatch))
-    if c.advantage.estimator == "gae" and c.learn.critic is None:
-        out.append("advantage.estimator: gae needs learn.critic (such as {lr: 9e-6}); or take estimator group")
-    if c.advantage.estimator != "gae" and c.learn.critic is not None:
-        out.append(f"learn.critic: {c.advantage.estimator} has no use for a critic; set learn.critic to null, or take estimator gae")
-    if c.advantage.estimator in COMPARING and c.sample.samples < 2:
-        compared = f"{c.advantage.estimator} compares samples of one question"
-        out.append(f"sample.samples: {c.sample.samples}: {compared}, so at least 2 are needed")
     if c.sample.min_new_tokens >= c.sample.max_new_tokens:
         out.append(f"sample.min_new_tokens: {c.sample.min_new_tokens} must be below sample.max_new_tokens = {c.sample.max_new_tokens}")
     if c.sample.weights == "int8" and c.loss.sampler_cap is None:
@@ -200,6 +193,22 @@ def _cross_checks(c: Config) -> list[str]:
         remedy = "set eval.temperature above 0, or shuffle_options of " + (", ".join(same) or "the sets")
         out.append(f"eval.samples: {c.eval.samples} greedy samples are all the same; {remedy}")
     return out
+
+
+def check_rl(c: Config) -> None:
+    """Refuse what only reinforcement learning asks of the settings: fine-tuning and evaluation have neither advantages nor a critic."""
+    out = []
+    if c.advantage.estimator == "gae" and c.learn.critic is None:
+        out.append("advantage.estimator: gae needs learn.critic (such as {lr: 9e-6}); or take estimator group")
+    if c.advantage.estimator != "gae" and c.learn.critic is not None:
+        out.append(f"learn.critic: {c.advantage.estimator} has no use for a critic; set learn.critic to null, or take estimator gae")
+    if c.advantage.estimator in COMPARING and c.sample.samples < 2:
+        compared = f"{c.advantage.estimator} compares samples of one question"
+        out.append(f"sample.samples: {c.sample.samples}: {compared}, so at least 2 are needed")
+    if c.learn.critic_warmup and c.learn.critic is None:
+        out.append(f"learn.critic_warmup: {c.learn.critic_warmup} steps would teach nothing, for learn.critic is null; set it to 0")
+    if out:
+        raise ConfigError("\n".join(out))
 
 
 def _divide(small: str, s: int, large: str, n: int) -> str:

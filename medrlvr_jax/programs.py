@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from medrlvr_jax import attention, build, flops, lora, sharding
 from medrlvr_jax.build import Parts, Relay, make_relay
 from medrlvr_jax.config import ConfigError, SampleConfig
+from medrlvr_jax.configs import check_rl
 from medrlvr_jax.experience import assess, assess_settings, experience_settings, make_experience
 from medrlvr_jax.learn import compile_learn, critic_objective, make_optimizer, policy_objective
 from medrlvr_jax.model import DecoderConfig
@@ -49,14 +50,15 @@ class Program(NamedTuple):
 
 
 def make_programs(parts: Parts, steps: int) -> Programs:
-    """Nothing is compiled or allocated yet."""
-    config, updates = parts.config, build.updates_in(parts.config, steps)
-    policy_tx = make_optimizer(config.learn.policy, updates)
+    """Nothing is compiled or allocated yet. Schedules end with the run: while the critic warms up, the policy's stands still."""
+    config = parts.config
+    check_rl(config)
+    policy_tx = make_optimizer(config.learn.policy, build.updates_in(config, steps - config.learn.critic_warmup))
     placed = build.places(build.abstract_learner(parts, parts.cfg, policy_tx))
     learn_policy = compile_learn(config, policy_objective(config, parts.cfg), policy_tx, placed)
     critic_tx, learn_critic = None, None
     if config.learn.critic is not None:
-        critic_tx = make_optimizer(config.learn.critic, updates)
+        critic_tx = make_optimizer(config.learn.critic, build.updates_in(config, steps))
         placed = build.places(build.abstract_learner(parts, parts.critic_cfg, critic_tx))
         learn_critic = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
     return Programs(make_relay(parts, parts.sampler_cfg), learn_policy, learn_critic, policy_tx, critic_tx)

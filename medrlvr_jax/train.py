@@ -51,7 +51,9 @@ def train(config: Config) -> dict[str, Any]:
     if not encoded.questions:
         raise ConfigError(f"data.path: no question of {config.data.path} fits prompt.max_tokens = {config.prompt.max_tokens}; raise it")
     check_positions(parts, encoded.longest, config.sample.max_new_tokens, "sample.max_new_tokens")
-    steps = total_steps(config, len(encoded.questions))
+    steps, warmup = total_steps(config, len(encoded.questions)), config.learn.critic_warmup
+    if warmup >= steps:
+        raise ConfigError(f"learn.critic_warmup: {warmup} of {steps} steps leave none in which the policy learns; lower it")
     sets = evaluate.load_sets(parts)
     with user_reward.started(config.reward) as judge, jax.set_mesh(parts.mesh):
         made = make_programs(parts, steps)

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax import build, config, configs, experience, learn, lora, model, sample, scoring, sharding
+from medrlvr_jax import build, config, configs, experience, learn, lora, model, programs, sample, scoring, sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model import DecoderConfig
 from medrlvr_jax.types import Experience, Learner, Prompts
@@ -291,6 +291,20 @@ def test_weights_in_bfloat16_move_as_float32_ones_do(kind):
     error = np.sqrt(((rounded - slope * exact) ** 2 * exact**2).sum()) / (exact**2).sum()
     assert error < 0.1 and abs(slope - 1) < 4 * error
     assert abs((rounded - exact).mean()) < 4 * (rounded - exact).std() / len(exact) ** 0.5
+
+
+def test_schedules_end_with_the_run_though_the_policy_waits_for_its_critic():
+    """10 steps of 4 updates: the critic's rate falls to 0 over 40 of them, the policy's over the last 4 steps' 16."""
+    linear = {"lr": 1.0, "warmup": 0.0, "schedule": "linear", "clip_norm": 1e9}
+    c = settings(learn__policy=linear, learn__critic=linear, learn__critic_warmup=6)
+    made = programs.make_programs(Loop(c).parts, 10)
+    for tx, updates in ((made.policy_tx, 16), (made.critic_tx, 40)):
+        params, steps = {"w": jnp.zeros(1)}, []
+        state = tx.init(params)
+        for _ in range(updates + 1):
+            step, state = tx.update({"w": jnp.ones(1)}, state, params)
+            steps.append(-float(step["w"][0]))
+        np.testing.assert_allclose(steps, 1 - np.arange(updates + 1) / updates, rtol=1e-4, atol=1e-6)
 
 
 def fit(kind, mesh, devices):

@@ -241,6 +241,7 @@ def test_grpo_and_sft_run(folder, capsys, caplog):
     row = lines(folder / "runs/grpo/samples.jsonl")[0]
     assert sorted(row["order"]) == list(formats.LETTERS[: row["options"]])
     sft = ["name=sft", "steps=12", "sft.target=rationale", "eval.sets={}", "checkpoint.every=0", "learn.policy.lr=1e-2"]
+    sft += ["learn.critic=null"]  # and so no estimator would do: fine-tuning has no advantages
     assert main("sft", folder / "config.yaml", *sft) == 0
     losses = [m["loss"] for m in lines(folder / "runs/sft/metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.5
@@ -303,6 +304,9 @@ def test_a_chat_template_that_opens_the_thought_is_as_a_prefill(folder, capsys):
         ("model.path=./nowhere", "./nowhere"),
         ("sample.temprature=1", "did you mean temperature?"),
         ("mesh.data=3", "mesh.data=3"),
+        ("learn.critic=null", "advantage.estimator: gae needs learn.critic"),
+        ("advantage.estimator=rloo", "learn.critic: rloo has no use for a critic"),
+        ("learn.critic_warmup=2", "learn.critic_warmup: 2 of 2 steps leave none in which the policy learns"),
         ("log.profile=[3, 2]", "log.profile: [3, 2]: the first step comes first"),
         ("data.pass_count={file: x, keep: [1, 7], top: 4}", "data.pass_count.top: 4 of which? give order"),
         ("reward={fn: 'a:b', random: 0.5}", "reward.fn: it alone says what is paid"),
@@ -390,7 +394,7 @@ def test_adapters_are_fine_tuned(folder):
 def test_weights_in_bfloat16_resume_bit_for_bit_and_move(folder):
     """A step, and then another, are two steps at once, whose checkpoints hold bfloat16. A weight of 1 moves by 1/128 or not at all."""
     args = ["sft", folder / "config.yaml", "name=half", "eval.sets={}", "checkpoint={every: 1, keep: 9}", "model.param_dtype=bfloat16"]
-    args += ["learn={minibatch: 8, microbatch: 8, epochs: 2, policy: {lr: 1e-4}}", "learn.offload=true", "advantage={estimator: group}"]
+    args += ["learn={minibatch: 8, microbatch: 8, epochs: 2, policy: {lr: 1e-4}}", "learn.offload=true"]
     ends = []
     for _ in range(2):
         assert main(*args) == 0
