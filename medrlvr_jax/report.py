@@ -121,8 +121,19 @@ def curves(run_dirs: Sequence[Path | str], out_png: Path | str) -> None:
             axis.set_xlabel("step")
         if len(runs) > 1:
             lines = [Line2D([], [], color=COLORS[i % len(COLORS)], lw=2) for i in range(len(runs))]
-            figure.legend(lines, [Path(d).name for d in runs], loc="outside lower center", ncols=min(4, len(runs)))
+            figure.legend(lines, short_names([Path(d) for d in runs]), loc="outside lower center", ncols=min(4, len(runs)))
         figure.savefig(out_png, dpi=160)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Each folder's name; of several with one name, as much of their paths as tells them apart."""
+    paths, out = [folder.resolve().parts for folder in folders], []
+    for parts in paths:
+        depth, others = 1, [other for other in paths if other != parts]
+        while depth < len(parts) and any(other[-depth:] == parts[-depth:] for other in others):
+            depth += 1
+        out.append("/".join(parts[-depth:]))
+    return out
 
 
 def panel(groups: Sequence[tuple[int, Sequence[Records]]], key: str, title: str, share: bool) -> Figure | None:

@@ -8,7 +8,6 @@ itself the network.
 import html
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -101,14 +100,14 @@ def read_run(folder: Path) -> Run:
 
 def named_apart(runs: Sequence[Run]) -> list[Run]:
     """Runs of one name, in different folders, by as much of their paths as tells them apart."""
-    out, many = [], Counter(run.name for run in runs)
-    for run in runs:
-        parts, depth = run.folder.parts, 1
-        others = [other.folder.parts for other in runs if other.name == run.name and other is not run]
-        while depth < len(parts) and any(other[-depth:] == parts[-depth:] for other in others):
-            depth += 1
-        out.append(replace(run, name="/".join(parts[-depth:]) if many[run.name] > 1 else run.name))
-    return out
+    alike = {name: [run.folder for run in runs if run.name == name] for name in {run.name for run in runs}}
+    longer = {
+        folder: name
+        for folders in alike.values()
+        if len(folders) > 1
+        for folder, name in zip(folders, report.short_names(folders), strict=True)
+    }
+    return [replace(run, name=longer.get(run.folder, run.name)) for run in runs]
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
@@ -262,6 +261,8 @@ def said(counts: dict[str, Any]) -> str:
 def stages(groups: Sequence[Group], pictures: Path) -> str:
     figures = []
     for g in groups:
+        if g.runs[0].config.get("reward.mode") == "direct":  # older logs count all its completions as format failures
+            continue
         records = [run.records for run in g.runs]
         svg = report.picture(lambda r=records, g=g: report.stage_shares(r, g.name), pictures / f"stages-{file_name(g.name)}")
         if svg:
@@ -270,7 +271,8 @@ def stages(groups: Sequence[Group], pictures: Path) -> str:
     for stage in reversed(STAGES):
         fill = swatch(f'<rect width="32" height="12" fill="{report.FILLS[stage][0]}"/>{HATCHES.get(stage, "")}')
         items += f"<li>{fill}{stage.replace('_', ' ')}</li>"
-    note = "Share of sampled completions in each of the paper's six stages, told from their text alone; from top to bottom:"
+    note = """Share of sampled completions in each of the paper's six stages, told from their text alone; the rule direct asks for no
+thought, so its runs have none. From top to bottom:"""
     return f'<p class="soft">{note}</p><ul class="legend">{items}</ul><div class="grid">{"".join(figures)}</div>' if figures else ""
 
 

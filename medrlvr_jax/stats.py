@@ -145,8 +145,9 @@ def _freedom(parts: list[tuple[float, float]]) -> float:
     """Degrees of freedom of a sum of variances, (variance, its own degrees) each: 1 / Σ share^1.25 / degrees.
 
     Satterthwaite (Biometrics 2, 1946) has the square, for shares that are known. Told from three seeds they are not: one base against
-    three runs that scatter much is then called different in 7.7 % of cases where there is no difference. An exponent of 1 makes it 3 %
-    where they scatter little. With 1.25 it is 4 to 6 % for three seeds or more: tests/size.py.
+    three runs that scatter much is then called different in 7 to 8 % of cases where there is no difference; an exponent of 1 makes it under
+    4 % where they scatter little. With 1.25 it is 4 to 6 % for three seeds or more: tests/size.py. Where one arm's runs scatter many times
+    as much as the other's, it is 8 %.
     """
     total = sum(variance for variance, _ in parts)
     return 1 / max(sum((variance / total) ** 1.25 / degrees for variance, degrees in parts if variance > 0), 1e-9)

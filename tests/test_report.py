@@ -50,3 +50,9 @@ def test_curves_draw_what_there_is(runs, names):
 def test_curves_say_which_folder_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match=r"no metrics\.jsonl there"):
         report.curves([tmp_path], tmp_path / "curves.png")
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    folders = [tmp_path / x for x in ("a/ppo", "b/ppo", "b/grpo", "b/deep/ppo")]
+    assert report.short_names(folders) == ["a/ppo", "b/ppo", "grpo", "deep/ppo"]
+    assert report.short_names([folders[0], folders[0]]) == ["ppo", "ppo"]

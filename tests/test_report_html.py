@@ -136,6 +136,14 @@ def test_experiments_of_one_name_stay_apart(tmp_path):
     )
 
 
+def test_a_run_that_asks_for_no_thought_has_no_stages(tmp_path):
+    """Its log may hold some: an older version counted all of its completions as format failures."""
+    direct, other = (write_run(tmp_path / name, 0, reward={"mode": name}) for name in ("direct", "strict"))
+    groups = report_html.group([report_html.read_run(direct), report_html.read_run(other)])
+    report_html.stages(groups, tmp_path)
+    assert [p.stem for p in tmp_path.glob("stages-*.png")] == ["stages-strict"]
+
+
 def test_a_long_answer_says_how_much_of_it_is_shown(tmp_path):
     write_run(tmp_path / "long", 0)
     sample = json.loads((tmp_path / "long" / "samples.jsonl").read_text().split("\n")[0])
