@@ -72,20 +72,25 @@ def causal(q: Array, k: Array, v: Array, keep: Array, before: tuple[Array, Array
         mix = mixed(flat(weights[0], n), own_v).reshape(own.shape)
         if before:
             mix += mixed(flat(weights[1]), before[1]).reshape(own.shape)
-        out.append(share(mix, total))
+        out.append((mix / total).astype(q.dtype))
     return jnp.concatenate(out, axis=-2)
+
+
+# Scores, weights and sums of values are float32: a score of 40 rounded to bfloat16 is up to 0.125 off, and its weight 13 %.
+# Only what goes into a product is rounded to the dtype of queries, keys and values.
+float_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
 def products(q: Array, k: Array) -> Array:
-    """q [..., N, D] · kᵀ of k [..., P, D]: [..., N, P]."""
-    return jnp.einsum("...nd,...pd->...np", q, k)
+    """q [..., N, D] · kᵀ of k [..., P, D]: float32 [..., N, P]."""
+    return float_einsum("...nd,...pd->...np", q, k)
 
 
 @jax.custom_vjp
 def mixed(weights: Array, v: Array) -> Array:
-    """weights [..., N, P] · v [..., P, D]."""
-    return weights @ v
+    """float32 weights [..., N, P], rounded to v's dtype, · v [..., P, D]: float32 [..., N, D]."""
+    return jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
 
 def turned(x: Array, y: Array) -> Array:
@@ -93,8 +98,20 @@ def turned(x: Array, y: Array) -> Array:
     return jnp.einsum("...nd,...np->...dp", y, x).swapaxes(-1, -2)
 
 
-products.defvjp(lambda q, k: (products(q, k), (q, k)), lambda saved, g: (g @ saved[1], turned(g, saved[0])))
-mixed.defvjp(lambda weights, v: (weights @ v, (weights, v)), lambda saved, g: (products(g, saved[1]), turned(saved[0], g)))
+def _products_backward(saved, g):
+    q, k = saved
+    g = g.astype(q.dtype)
+    return g @ k, turned(g, q)
+
+
+def _mixed_backward(saved, g):
+    weights, v = saved
+    g = g.astype(v.dtype)
+    return products(g, v), turned(weights, g)
+
+
+products.defvjp(lambda q, k: (products(q, k), (q, k)), _products_backward)
+mixed.defvjp(lambda weights, v: (mixed(weights, v), (weights.astype(v.dtype), v)), _mixed_backward)
 
 
 def weigh(parts: list[tuple[Array, Array]]) -> tuple[list[Array], Array]:
@@ -102,14 +119,10 @@ def weigh(parts: list[tuple[Array, Array]]) -> tuple[list[Array], Array]:
 
     parts: (scores, which of them to keep). Where nothing is to be kept (padding), all weights are 1: never NaN.
     """
-    scores = [jnp.where(keep, x.astype(jnp.float32), LEAST) for x, keep in parts]
+    scores = [jnp.where(keep, x, LEAST) for x, keep in parts]
     top = jax.lax.stop_gradient(reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in scores]))
     weights = [jnp.exp(x - top) for x in scores]
-    return [w.astype(x.dtype) for w, (x, _) in zip(weights, parts, strict=True)], sum(w.sum(-1, keepdims=True) for w in weights)
-
-
-def share(x: Array, total: Array) -> Array:
-    return (x / total).astype(x.dtype)
+    return weights, sum(w.sum(-1, keepdims=True) for w in weights)
 
 
 def decode(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, prompt_mask: Array, t: Array) -> Array:
@@ -120,15 +133,15 @@ def decode(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Arra
     the values does: on CPU, those [.., R, D] took 4 to 6 times as long.
     """
     by_heads = lambda y: y.swapaxes(1, 2)  # noqa: E731  [Q, G, K, ...] <-> [Q, K, G, ...]
-    with_prompt = jnp.einsum("qkghd,qkdp->qkghp", by_heads(q), prompt_k).astype(jnp.float32)
-    with_own = jnp.einsum("qgkhd,qgkdr->qgkhr", q, own_k).astype(jnp.float32)
+    with_prompt = float_einsum("qkghd,qkdp->qkghp", by_heads(q), prompt_k)
+    with_own = float_einsum("qgkhd,qgkdr->qgkhr", q, own_k)
     with_prompt = jnp.where(prompt_mask[:, None, None, None, :], with_prompt, LEAST)
     with_own = jnp.where(jnp.arange(with_own.shape[-1]) <= t, with_own, LEAST)
     top = jnp.maximum(by_heads(with_prompt.max(-1)), with_own.max(-1))[..., None]
     prompt_weights, own_weights = jnp.exp(with_prompt - by_heads(top)), jnp.exp(with_own - top)
     total = by_heads(prompt_weights.sum(-1)) + own_weights.sum(-1)
-    prompt_part = jnp.einsum("qkghp,qkpd->qkghd", prompt_weights.astype(q.dtype), prompt_v)
-    own_part = jnp.einsum("qgkhr,qgkrd->qgkhd", own_weights.astype(q.dtype), own_v)
+    prompt_part = float_einsum("qkghp,qkpd->qkghd", prompt_weights.astype(q.dtype), prompt_v)
+    own_part = float_einsum("qgkhr,qgkrd->qgkhd", own_weights.astype(q.dtype), own_v)
     return ((by_heads(prompt_part) + own_part) / total[..., None]).astype(q.dtype)
 
 

@@ -150,15 +150,16 @@ def init_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformat
 
 
 def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
-    """What `generate` takes, as ShapeDtypeStructs: in the arithmetic's dtype and whole along `fsdp`, but for norms; for the layers where
-    `unroll` makes them so itself, slice by slice; and where `sample.layout` leaves them in shards. int8 matrices have float32 scales.
+    """What `generate` takes, as ShapeDtypeStructs: in the arithmetic's dtype and whole along `fsdp`, but for norms and biases; for the
+    layers where `unroll` makes them so itself, slice by slice; and where `sample.layout` leaves them in shards. int8 matrices have
+    float32 scales.
     """
     here, whole = (lora.flat(abstract_params(parts, cfg, table)) for table in (sharding.TRAIN, sharding.DECODE))
 
     def one(key, p):
         name, layer = key[-1], key[0] == "layers"
         where = here[key] if layer and (cfg.unroll or parts.config.sample.layout == "sharded") else p
-        kept = p.dtype if name.endswith("norm") or (layer and cfg.unroll) else jnp.dtype(parts.config.model.dtype)
+        kept = p.dtype if name.endswith(("norm", "bias")) or (layer and cfg.unroll) else jnp.dtype(parts.config.model.dtype)
         kept = jnp.int8 if cfg.int8 and name in model.MATRICES else jnp.float32 if name.endswith("_scale") else kept
         return jax.ShapeDtypeStruct(p.shape, kept, sharding=where.sharding)
 

@@ -81,7 +81,7 @@ def split_layers(params: Params, cfg: DecoderConfig) -> Any:
     axes = {name: box.names[1:] for name, box in jax.eval_shape(lambda: init(cfg, jax.random.key(0)))["layers"].items()}
 
     def cut(name: str, p: Array, i: int) -> Array:
-        keep = name.endswith(("norm", "_scale")) or p.dtype == jnp.int8
+        keep = name.endswith(("norm", "bias", "_scale")) or p.dtype == jnp.int8
         return constrain(p[i] if keep else p[i].astype(cfg.dtype), *axes[name], table=DECODE)
 
     return [{name: cut(name, p, i) for name, p in params["layers"].items()} for i in range(cfg.layers)]

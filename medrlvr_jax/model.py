@@ -6,6 +6,7 @@ responses is never computed. Decoding is the same block with a cache. Column t o
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -65,6 +66,7 @@ class Cache(NamedTuple):
     own_v: Array  # [Q, G, KV, R, D]
 
 
+NO_TOKEN = jnp.iinfo(jnp.int32).max  # beyond every vocabulary: padding looks up no row of the embedding, and adds to no row's gradient
 MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # of a layer: how many axes, from the left, are its input
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -113,10 +115,10 @@ def rope_tables(positions: Array, cfg: DecoderConfig) -> tuple[Array, Array]:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotary embedding of x [..., heads, D] in Hugging Face's half-split order."""
+    """Rotary embedding, in float32, of x [..., heads, D] in Hugging Face's half-split order."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 class Block(nn.Module):
@@ -179,15 +181,19 @@ class Block(nn.Module):
         return y
 
     def project(self, x, cos, sin):
-        """x [Q, N, E] -> q [Q, N, K, h, D], scaled; k and v [Q, N, K, D]."""
-        c, dtype = self.cfg, self.cfg.dtype
+        """x [Q, N, E] -> q [Q, N, K, h, D], scaled; k and v [Q, N, K, D].
+
+        Between the products everything is float32 and rounded once, at the end: the gradient of a bias or of a norm's scale is a sum
+        over all tokens, which bfloat16 would stop adding to once it is 256 times as large as what is added.
+        """
+        c = self.cfg
         x = rms_norm(x, self.attn_norm, c.norm_eps)
-        q, k, v = (self.times(x, name).reshape(*x.shape[:2], -1, c.head_dim) for name in ("q", "k", "v"))
+        q, k, v = (self.times(x, name).reshape(*x.shape[:2], -1, c.head_dim).astype(jnp.float32) for name in ("q", "k", "v"))
         if c.qkv_bias:
-            q, k, v = q + self.q_bias.astype(dtype), k + self.k_bias.astype(dtype), v + self.v_bias.astype(dtype)
+            q, k, v = (y + bias.astype(jnp.float32) for y, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         if c.qk_norm:
             q, k = rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)
-        q, k = rotate(q, cos, sin) * c.head_dim**-0.5, rotate(k, cos, sin)
+        q, k, v = (y.astype(c.dtype) for y in (rotate(q, cos, sin) * c.head_dim**-0.5, rotate(k, cos, sin), v))
         q = constrain(q, "batch", None, "heads", None)
         k, v = constrain(k, "batch", None, "kv_heads", None), constrain(v, "batch", None, "kv_heads", None)
         return q.reshape(*q.shape[:2], c.kv_heads, c.heads // c.kv_heads, c.head_dim), k, v
@@ -255,7 +261,7 @@ class Decoder(nn.Module):
     def __call__(
         self, prompts: Array, prompt_mask: Array, tokens: Array | None, segments: Array | None = None, columns: Array | None = None
     ):
-        """prompts [Q, P] left-padded, tokens [Q, G, R] or None; for the others see `Block` and `pack`. See scoring.py."""
+        """prompts [Q, P] left-padded, tokens [Q, G, R] (padding may be `NO_TOKEN`) or None; for the others see `Block` and `pack`."""
         c = self.cfg
         normal = nn.initializers.normal(c.embed**-0.5)
         embed = self.param("embed", nn.with_logical_partitioning(normal, ("vocab", "embed")), (c.vocab, c.embed), jnp.float32)
@@ -264,7 +270,7 @@ class Decoder(nn.Module):
             self.param("value", zeros, (c.embed + 1,), jnp.float32)
         elif not c.tied:
             self.param("head", nn.with_logical_partitioning(normal, ("embed", "vocab")), (c.embed, c.vocab), jnp.float32)
-        packed, positions, groups = pack(prompts, prompt_mask, tokens, columns)
+        packed, positions, groups = pack(jnp.where(prompt_mask, prompts, NO_TOKEN), prompt_mask, tokens, columns)
         x = constrain(embed_lookup(embed, packed, c), "batch", None, None)
         cos, sin = rope_tables(positions, c)
         block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False, static_argnums=(6,))
@@ -281,10 +287,29 @@ class Decoder(nn.Module):
         return rms_norm(x, norm, c.norm_eps), cache
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embed_lookup(embed: Array, tokens: Array, cfg: DecoderConfig) -> Array:
-    """States [Q, N, E] of tokens [Q, N]. Each `fsdp` shard looks up its part of every state: the table and its gradient stay in shards."""
-    x = constrain(embed.astype(cfg.dtype), "vocab", "embed_shard")[constrain(tokens, "replica", None)]
-    return constrain(x, "replica", None, "embed_shard")
+    """States [Q, N, E] of tokens [Q, N], rounded to the arithmetic's dtype; zero for `NO_TOKEN`.
+
+    Each `fsdp` shard looks up its part of every state: the table and its gradient stay in shards. A row's gradient is summed in
+    float32, whatever the dtypes of the states and of the table: in bfloat16 a sum of ones ends at 256, and frequent tokens have thousands.
+    """
+    rows = constrain(embed, "vocab", "embed_shard").at[constrain(tokens, "replica", None)].get(mode="fill", fill_value=0)
+    return constrain(rows.astype(cfg.dtype), "replica", None, "embed_shard")
+
+
+def _lookup_forward(embed, tokens, cfg):
+    return embed_lookup(embed, tokens, cfg), (embed, tokens)
+
+
+def _lookup_backward(_, saved, g):
+    embed, tokens = saved
+    g, tokens = constrain(g, "replica", None, "embed_shard"), constrain(tokens, "replica", None)
+    total = constrain(jnp.zeros(embed.shape, jnp.float32), "vocab", "embed_shard").at[tokens].add(g.astype(jnp.float32), mode="drop")
+    return constrain(total, "vocab", "embed_shard").astype(embed.dtype), None
+
+
+embed_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def pack(prompts: Array, prompt_mask: Array, tokens: Array | None, columns: Array | None) -> tuple[Array, Array, int]:

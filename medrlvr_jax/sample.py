@@ -262,6 +262,10 @@ def inverse_cdf(weights: Array, uniforms: Array) -> Array:
 
 
 def _first_above(ends: Array, parts: Array, target: Array) -> Array:
-    """First index whose running end exceeds target; rounding may pass the end, then the last one that weighs anything."""
-    last = jnp.where(parts > 0, jnp.arange(parts.shape[-1]), 0).max(-1)
-    return jnp.minimum((ends <= target[..., None]).sum(-1), last)
+    """The first index that weighs anything from where the running end exceeds target on; past the end, the last one that does.
+
+    Running ends are rounded, each in its own order: they may grow, or pass the target, at an index of weight 0.
+    """
+    index, first = jnp.arange(parts.shape[-1]), (ends <= target[..., None]).sum(-1, keepdims=True)
+    last = jnp.where(parts > 0, index, 0).max(-1, keepdims=True)
+    return jnp.where((parts > 0) & (index >= first), index, last).min(-1)

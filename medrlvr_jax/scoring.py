@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from medrlvr_jax import model
-from medrlvr_jax.model import Decoder, DecoderConfig
+from medrlvr_jax.model import NO_TOKEN, Decoder, DecoderConfig
 from medrlvr_jax.sharding import constrain, splits_words
 from medrlvr_jax.types import Array, Experience, Params
 
@@ -50,13 +50,15 @@ def at_responses(params: Params, cfg: DecoderConfig, rows: Rows | Experience, si
     """
     n, groups, length = rows.tokens.shape
     if size == groups * length:
-        return read(hidden_states(params, cfg, rows.prompts, rows.prompt_mask, rows.tokens), rows.tokens)
+        known = jnp.where(rows.mask, rows.tokens, NO_TOKEN)
+        return read(hidden_states(params, cfg, rows.prompts, rows.prompt_mask, known), rows.tokens)
     mask = rows.mask.reshape(n, -1)
     place = jnp.argsort(~mask, axis=1, stable=True)[:, :size]  # tokens first, in their order
     keep = jnp.take_along_axis(mask, place, axis=1)
     tokens = jnp.take_along_axis(rows.tokens.reshape(n, -1), place, axis=1)[:, None]
     segments, columns = (place // length)[:, None], (place % length)[:, None]
-    found = read(hidden_states(params, cfg, rows.prompts, rows.prompt_mask, tokens, segments, columns), tokens)
+    known = jnp.where(keep[:, None], tokens, NO_TOKEN)
+    found = read(hidden_states(params, cfg, rows.prompts, rows.prompt_mask, known, segments, columns), tokens)
 
     def put(x):
         blank = constrain(jnp.zeros(mask.shape, x.dtype), "batch", None)
@@ -100,13 +102,14 @@ def values(params: Params, cfg: DecoderConfig, hidden: Array) -> Array:
 def token_logprobs(params: Params, cfg: DecoderConfig, hidden: Array, tokens: Array, temperature: float, slab: int) -> tuple[Array, Array]:
     """log π(token) and the policy's entropy in nats, float32 [Q, G, R], at logits / temperature.
 
-    Logits exist for at most about `slab` tokens at a time, in the forward and (recomputed) in the backward pass.
+    Logits exist for at most about `slab` tokens at a time, in the forward and (recomputed) in the backward pass. Each slab rounds the
+    table to the arithmetic's dtype itself, so that the slabs' gradients of it add up in the table's own.
     """
 
     # Over `fsdp` the words are split, not the rows: then states travel, and neither the table nor its gradient is ever whole.
     rows_by, words_by = ("replica", "words") if splits_words(cfg.vocab) else ("batch", "vocab")
     name, places = ("embed", (words_by, None)) if cfg.tied else ("head", (None, words_by))
-    params = params | {name: constrain(params[name].astype(cfg.dtype), *places)}
+    params = params | {name: constrain(params[name], *places)}
 
     @partial(jax.checkpoint, prevent_cse=False)
     def piece(hidden, tokens):

@@ -110,6 +110,20 @@ def test_inverse_cdf_draws_each_word_by_its_weight(words):
     assert (weights[np.asarray(ends)] > 0).all()
 
 
+def test_rounding_draws_no_word_of_weight_zero():
+    """50 of 151,936 words weigh anything, and the uniforms lie at the ends of blocks, which grow by rounding where nothing weighs."""
+    rng = np.random.default_rng(0)
+    weights = np.zeros(151_936, np.float32)
+    weights[rng.choice(len(weights), 50, replace=False)] = np.exp(2.5 * rng.normal(size=50))
+    ends = np.asarray(jax.jit(jnp.cumsum)(jnp.asarray(weights).reshape(-1, sample.BLOCK).sum(-1)))
+    below, above = np.float32(0), np.float32(1)
+    edges = ends / ends[-1]
+    uniforms = np.concatenate([edges, np.nextafter(edges, below), np.nextafter(edges, above)])
+    uniforms = np.unique(uniforms[uniforms < 1])
+    drawn = np.asarray(jax.jit(jax.vmap(lambda u: sample.inverse_cdf(jnp.asarray(weights), u)))(uniforms))
+    assert (weights[drawn] > 0).all() and len(np.unique(drawn)) == 50
+
+
 @pytest.mark.parametrize("k", [1, 3, 50])
 def test_top_k_keeps_k_and_ties(k):
     weights = np.random.default_rng(0).permutation(64).astype(np.float32) + 1
