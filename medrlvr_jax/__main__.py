@@ -51,8 +51,8 @@ then it would not be the models alone that are compared. Each set's questions ar
 answer a question, else a t test over the questions."""
 
 CONTAMINATION = """Compares the stems of each test set with those of the training set, and the training set with itself: the same words, or
-more than half of the shorter one's 8-grams in the other.
-8-grams that over 1 % of the stems have do not count, and short stems must have an option in common. With one CONFIG.yaml: its data against its eval.sets."""
+more than half of the shorter one's 8-grams in the other. 8-grams that over 1 % of the stems have do not count, and questions with short
+stems must also have an option in common. With one CONFIG.yaml: its data against its eval.sets."""
 
 DIFFICULTY = """Samples K answers to each question of the config's data, as a rollout would, and writes how many are right. Then
 data.pass_count={file: FILE, keep: [1, 7]} trains on those with 1 to 7 right answers; order: easy_first goes through them from easy to
