@@ -169,7 +169,7 @@ def _with_distinct(name: str, d: dict[str, Any]) -> list[tuple[str, dict[str, An
 
 
 def remarks(name: str, counts: dict[str, Any]) -> list[str]:
-    """What an evaluation's counts (`evaluate.summarise`) say beside its accuracy: questions not asked, answers cut off; and the remedies."""
+    """What the counts of `evaluate.summarise` say beside an accuracy: questions not asked, answers cut off, the remedies."""
     out = []
     if dropped := counts.get("dropped_prompts"):
         of = dropped + counts.get("questions", counts["n"])
