@@ -101,7 +101,8 @@ def compile_program(
         options = machines.COMPILE[chip.platform] | (machines.QUICK[chip.platform] if quick else {})
     began = time.monotonic()
     try:
-        compiled = lowered.compile(options)
+        with jax.set_mesh(mesh):  # of a call's cache key as well: on a machine that is here, it finds what is compiled now
+            compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as e:
         lacked = refusal(str(e), arguments)
         if lacked is None:

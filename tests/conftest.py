@@ -1,6 +1,6 @@
 """Eight fake CPU devices for every test; and since compiling is most of the time, a cache, and a compiler that does not optimise.
 
-The two flags take the time of a test's programs to a half. What users run is compiled with neither: launch/quickstart.sh shows that.
+The flags of quick.py take the time of a test's programs to a half. What users run is compiled without them: see launch/quickstart.sh.
 
 PJRT_NPROC is the size of XLA:CPU's one pool of threads, by default as many as devices. A collective blocks its thread, and two that do
 not depend on one another may block two threads of one device: on a busy machine nobody was left to join them, and XLA ended the process.
@@ -9,14 +9,15 @@ not depend on one another may block two threads of one device: on a busy machine
 import os
 from pathlib import Path
 
+import quick
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["PJRT_NPROC"] = "32"
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
+        quick.FLAGS,
     ]
 )
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's, on shared cores

@@ -36,6 +36,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import jax  # noqa: E402
 import yaml  # noqa: E402
+from quick import FLAGS as quick_flags  # noqa: E402
 from same_run import differences  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402, F401  (seconds to import, in every launch)
 
@@ -59,7 +60,7 @@ GRPO = {"advantage": {"estimator": "group"}, "kl": {"coef": 0.01, "into": "loss"
 GRPO |= {"learn": {"minibatch": 2, "policy": {"lr": 3e-4}}}
 EVAL = {"eval": {"batch": 8, "every": 6, "sets": {"in_distribution": {"path": "embedded:in_distribution", "limit": 8}}}}
 KINDS = {"ppo": ("train", EVAL), "grpo": ("train", GRPO), "sft": ("sft", {"sft": {"target": "rationale", "max_new_tokens": 64}})}
-QUICK = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # where no cache saves compiling: see invariance.py
+QUICK = f" {quick_flags}"  # where no cache saves compiling: see invariance.py
 
 # A point is (what is called, the most milliseconds that may pass after it before the signal falls).
 POINTS = {

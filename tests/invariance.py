@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import quick
 
 HERE = Path(__file__).parent
 CASES = {  # processes × devices of each
@@ -28,7 +29,7 @@ def environment(n: int, devices: int) -> dict[str, str]:
     No compilation cache among several: JAX fills process 0's alone, which would then wait for the others' compilers, and gloo's
     patience with a process that is late for their first meeting is 30 s.
     """
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    flags = f"--xla_force_host_platform_device_count={devices} {quick.FLAGS}"
     cache = {"JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax") if n == 1 else ""}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     cpu = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": str(4 * devices), "XLA_FLAGS": flags}  # see conftest.py

@@ -57,6 +57,7 @@ import yaml  # noqa: E402
 from same_run import differences  # noqa: E402
 
 from medrlvr_jax import __main__, aot, architectures, bench, build, configs, experience, files, lora, machines, model, text, train  # noqa: E402
+from medrlvr_jax.compiles import Compiles  # noqa: E402
 from medrlvr_jax.experience import Encoded  # noqa: E402
 from medrlvr_jax.formats import Question  # noqa: E402
 from medrlvr_jax.machines import GIB, Chip, Machine  # noqa: E402
@@ -288,9 +289,10 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
         frozen, clock = build.load_frozen(parts), Clock()
         report(memory_gib_before_the_first_step=memory("bytes_in_use"))
         whole = []
-        with timed(clock, programs) as watched:
+        with timed(clock, programs) as watched, Compiles() as heard:
             for n in range(1 + sizes.runs):
                 state, stats, scored, _ = jax.block_until_ready(train.train_step(parts, watched, encoded, state, frozen, n))
+                report(step=n + 1, compiled_meanwhile=dict(heard.taken()))  # in the first, what `step_programs` does not name
         for n in range(sizes.runs):
             start = time.perf_counter()
             state, *_ = jax.block_until_ready(train.train_step(parts, programs, encoded, state, frozen, n))

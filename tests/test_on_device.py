@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import quick
+
 HERE = Path(__file__).parent
 FAULTS = """
 import os, signal, sys, time
@@ -34,9 +36,8 @@ sys.exit(on_device.main(["--out", sys.argv[1], "--budget", "3"], given))
 
 def run(out: Path, *command) -> tuple[int, dict, str]:
     """Exit status, on_device.json and what was printed, as the tests' programs are compiled: quickly, or from the cache."""
-    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     cache = {"JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    env = os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick, "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    env = os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.FLAGS, "PYTHONPATH": f"{HERE.parent}:{HERE}"}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
     log = out / "on_device.log"
     said = done.stdout + done.stderr + (log.read_text() if log.exists() else "")
@@ -54,6 +55,8 @@ def test_every_section_reports(tmp_path):
     programs = {row["program"]: row for row in sections["step_tiny"]["figures"] if "program" in row}
     assert programs.keys() == {"generate", "assess", "make_experience", "learn_policy"}
     assert programs["generate"]["tokens_per_s"] > 0 and 0 < programs["learn_policy"]["share_of_peak_flops"] < 1
+    compiled = [row["compiled_meanwhile"] for row in sections["step_tiny"]["figures"] if "compiled_meanwhile" in row]
+    assert not compiled[0].keys() & {"jit(generate)", "jit(assess)", "jit(make_experience)", "jit(learn)"} and not compiled[1]
     assert any("device_idle" in row for row in sections["step_tiny"]["figures"])
     assert [row["equal_to_the_bit"] for name in ("resume", "determinism") for row in sections[name]["figures"]] == [True, True]
     assert "| learn_policy |" in (tmp_path / "on_device.md").read_text()
