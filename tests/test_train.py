@@ -183,6 +183,12 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     assert json.loads((folder / "again" / "eval.json").read_text())["warnings"] == []
     assert main("eval", folder / "config.yaml", "--step", "1") == 2 and "is no run's folder" in capsys.readouterr().err
     assert lines(folder / "again" / "in_distribution.jsonl") == lines(folder / "answers" / "in_distribution.jsonl")
+    capsys.readouterr()
+    assert main("compare", folder / "answers", folder / "again", "--json") == 0  # the model's path and the folder may differ
+    assert json.loads(capsys.readouterr().out)["in_distribution"]["n"] == 12
+    assert main("compare", folder / "answers", folder / "orders") == 2
+    assert "\n  eval.samples: 1 in A, 2 in B\n  shuffle_options: False in A, True in B" in capsys.readouterr().err
+    assert main("compare", run, run) == 2 and f"first: medrlvr eval {run}" in capsys.readouterr().err
 
 
 def test_difficulty(folder, capsys):
