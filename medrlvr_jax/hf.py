@@ -381,7 +381,7 @@ def save_params(
         if stop_ids:
             said["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
             file = partial_dir / "generation_config.json"
-            chosen = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {k: said[k] for k in TOKENS if k in said}
+            chosen = files.read_json(file) if file.is_file() else {k: said[k] for k in TOKENS if k in said}
             file.write_text(json.dumps(chosen | {"eos_token_id": said["eos_token_id"]}, indent=1), encoding="utf-8")
         (partial_dir / "config.json").write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(partial_dir, out)

@@ -7,7 +7,6 @@ file, begun by an earlier version, goes on and gets one.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / NAME
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return files.read_json(file, "remove it, and the run goes on with what is there now") if file.exists() else {}
 
 
 def _refuse(folder: Path, changed: list[str], accept: bool) -> list[str]:
