@@ -101,7 +101,9 @@ def main() -> None:
             mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
             shapes = jax.eval_shape(lambda cfg=cfg: model.init(cfg, jax.random.key(0)))
             params = hf.load_params(path, cfg, sharding.shardings(shapes, mesh, sharding.TRAIN), jnp.dtype("float32"))
-            furthest, far, n = gap(params, cfg, rng.integers(300, 20_000, (2, 16)), np.array([16, 9]), {"samples": 8, "length": 32, "unroll": False})
+            furthest, far, n = gap(
+                params, cfg, rng.integers(300, 20_000, (2, 16)), np.array([16, 9]), {"samples": 8, "length": 32, "unroll": False}
+            )
             print(f"| {Path(path).name}, {dtype.__name__} | {n} | {furthest:.1e} | {far:.1%} |", flush=True)
         return
     params, prompts, lengths = two_layers()
