@@ -130,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("out", type=Path, metavar="OUT_DIR")
     at_step(c)
     c.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; the run's own unless given")
+    c.add_argument("--adapter", action="store_true", help="of a run with model.lora: the adapters alone, as PEFT reads them")
     distributed(c)
     c = command("replay", "draw a completion of a run again, exactly, and compare it with the log", REPLAY)
     c.add_argument("run", type=Path, metavar="RUN")
@@ -273,7 +274,7 @@ def run_difficulty(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     from medrlvr_jax.evaluate import export
 
-    export(args.run, args.out, args.step, args.dtype)
+    export(args.run, args.out, args.step, args.dtype, args.adapter)
     return 0
 
 

@@ -224,13 +224,22 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
     return 0
 
 
-def export(run: Path, out: Path, step: int | None, dtype: str | None) -> None:
-    """`medrlvr export`: a run's policy, adapters merged, as a Hugging Face directory; on whatever devices are here."""
+def export(run: Path, out: Path, step: int | Literal["best"] | None, dtype: str | None, adapter: bool = False) -> None:
+    """`medrlvr export`: a run's policy, adapters merged, as a Hugging Face directory; or the adapters alone, in PEFT's format."""
     n = len(jax.devices())
     batches = [f"{name}={n}" for name in ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")]  # of no use here
     parts, params, _ = open_source(run, [f"mesh={{data: 1, fsdp: {n}}}", *batches], step)
+    m = parts.config.model
+    if adapter and m.init == "random":
+        raise ConfigError("--adapter: model.init random: no directory holds the weights that they belong to; leave --adapter out")
     with jax.set_mesh(parts.mesh):
-        merged, cfg = lora.merge(params, parts.cfg), lora.off(parts.cfg)
-        hf.save_params(merged, cfg, parts.config.model.path, out, dtype, parts.tokenizer.stop_ids)
+        if adapter:
+            hf.save_adapter(params, parts.cfg, m.path, out, dtype)
+        else:
+            merged, cfg = lora.merge(params, parts.cfg, dtype), lora.off(parts.cfg)
+            hf.save_params(merged, cfg, m.path, out, dtype, parts.tokenizer.stop_ids)
     if jax.process_index() == 0:
+        if m.lora and not adapter and (dtype or m.param_dtype) == "bfloat16":
+            print("the sums of matrices and adapters are rounded to bfloat16, which loses small adapters;")
+            print("--dtype float32 keeps them, as does --adapter, which writes the adapters alone")
         print(out)

@@ -358,13 +358,8 @@ def save_params(
     shapes = {key: tuple(p.shape) for key, p in flat.items()}
     if shapes != (needed := _shapes(cfg)):
         raise ConfigError(f"{out}: the parameters are not this model's: {sorted(set(shapes.items()) ^ set(needed.items()))[:4]}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not empty; name another directory")
-    stored = jnp.dtype(dtype or flat["embed",].dtype)
-    partial_dir, writer = out.absolute().with_name(f".{out.name}.partial"), jax.process_index() == 0
-    if writer:
-        shutil.rmtree(partial_dir, ignore_errors=True)  # left by a killed export
-        partial_dir.mkdir(parents=True)
+    stored, writer = jnp.dtype(dtype or flat["embed",].dtype), jax.process_index() == 0
+    partial_dir = _begin(out)
     shards = _shards({name: shape for name, (_, _, shape) in _names(cfg, shapes).items()}, stored.itemsize)
     for file, tensors in shards.items():
         with open(partial_dir / file if writer else os.devnull, "wb") as f:
@@ -385,6 +380,46 @@ def save_params(
             file.write_text(json.dumps(chosen | {"eos_token_id": said["eos_token_id"]}, indent=1), encoding="utf-8")
         (partial_dir / "config.json").write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(partial_dir, out)
+
+
+def save_adapter(params: Params, cfg: DecoderConfig, source_dir: str | Path, out_dir: str | Path, dtype: Any = None) -> None:
+    """The adapters alone in the format of PEFT (adapter_config.json, adapter_model.safetensors), as `dtype` or as they are.
+
+    PEFT's A is [rank, in] and its B [out, rank]; both add B·A·lora_alpha/r to the matrix, as ours do.
+    """
+    lora, source, out, flat = cfg.lora, resolve(source_dir), Path(out_dir), _flat(params)
+    if lora is None:
+        raise ConfigError("--adapter: this run trained all weights (model.lora null); leave --adapter out")
+    stored = jnp.dtype(dtype or "float32")
+    tensors, targets = {}, [TABLE["layers", name].name.split(".")[-2] for name in lora.targets]
+    for name in lora.targets:
+        for half, shape in (("a", (-1, lora.rank)), ("b", (lora.rank, -1))):
+            layers = np.asarray(process_allgather(flat["layers", f"{name}_{half}"], tiled=True))
+            for i, layer in enumerate(layers):
+                module = TABLE["layers", name].name.format(i=i).removesuffix(".weight")
+                tensor = np.ascontiguousarray(layer.reshape(shape).T, stored)
+                tensors[f"base_model.model.{module}.lora_{half.upper()}.weight"] = tensor
+    partial_dir = _begin(out)
+    if jax.process_index() == 0:
+        with open(partial_dir / "adapter_model.safetensors", "wb") as f:
+            _write(f, {name: tensor.shape for name, tensor in tensors.items()}, stored, iter(tensors.values()))
+        base = str(source_dir) if str(source_dir) != "embedded" and not Path(source_dir).expanduser().is_dir() else str(source.resolve())
+        scale = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": False, "use_dora": False}
+        usual = {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.0}
+        about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "target_modules": targets}
+        files.write_json(partial_dir / "adapter_config.json", about | scale | usual)
+        os.replace(partial_dir, out)
+
+
+def _begin(out: Path) -> Path:
+    """The empty directory beside `out` in which process 0 writes what then gets its name; refused where something is there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not empty; name another directory")
+    partial_dir = out.absolute().with_name(f".{out.name}.partial")
+    if jax.process_index() == 0:
+        shutil.rmtree(partial_dir, ignore_errors=True)  # left by a killed export
+        partial_dir.mkdir(parents=True)
+    return partial_dir
 
 
 def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> dict[str, dict[str, tuple[int, ...]]]:

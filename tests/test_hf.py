@@ -15,8 +15,8 @@ from make_parity import BASE, FAMILIES, weights, write
 from safetensors.numpy import load_file, save_file
 from test_parity import load
 
-from medrlvr_jax import hf
-from medrlvr_jax.config import ConfigError, MeshConfig
+from medrlvr_jax import hf, lora, model
+from medrlvr_jax.config import ConfigError, LoRAConfig, MeshConfig
 from medrlvr_jax.text import load_tokenizer
 
 QWEN, LLAMA3 = FAMILIES["qwen2_untied"], FAMILIES["llama3"]
@@ -370,6 +370,34 @@ def test_an_export_stops_where_the_policy_stopped(generation, tmp_path):
     assert told == whole[: whole.index(turn_end) + 1] != whole
     assert now == kept | ({"eos_token_id": [3, turn_end]} if generation else {})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [3, turn_end]
+
+
+@pytest.mark.parametrize("family", ["qwen2_tied", "llama3"])
+def test_peft_loads_the_adapter(family, tmp_path):
+    """transformers with PEFT's adapter computes what our decoder computes with it: the scale, each matrix's axes, the names."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    source = write(tmp_path / "source", FAMILIES[family], weights(FAMILIES[family]))
+    base_cfg, tokens = hf.read_config(source), np.arange(1, 20)[None]
+    cfg = dataclasses.replace(base_cfg, lora=LoRAConfig(rank=3, alpha=5.0, targets=("q", "v", "o", "gate", "down")))
+    fresh = lora.trained(model.nn.meta.unbox(jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))), cfg)
+    draw = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 5, fresh)
+    params = lora.join(load(source, base_cfg), adapters)
+    hf.save_adapter(params, cfg, source, tmp_path / "adapter")
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(source)
+    state, _ = model.Decoder(cfg).apply({"params": params}, tokens, tokens > 0, None)
+    ours = np.asarray(model.logits(params, cfg, state))
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        without = base(torch.tensor(tokens)).logits.numpy()
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(theirs - without).max() > 1  # else this shows nothing
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"--adapter: this run trained all weights \(model\.lora null\)"):
+        hf.save_adapter(params, base_cfg, source, tmp_path / "none")
 
 
 RESIDENT = """

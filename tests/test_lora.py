@@ -65,6 +65,15 @@ def test_the_merged_matrix_is_the_adapted_one(params):
     np.testing.assert_allclose(logits(merged, lora.off(ADAPTED)), logits(params, ADAPTED), atol=1e-5)
 
 
+def test_a_small_adapter_survives_the_merge_in_float32():
+    """Beside 1.0 in bfloat16, whose next number is 1.0078125, 2·0.5·0.0009765625 is nothing; in float32 it is all there."""
+    cfg = dataclasses.replace(CFG, lora=LoRAConfig(rank=1, alpha=2.0, targets=("up",)))
+    layers = {"up": jnp.ones((1, 1, 1), "bfloat16"), "up_a": jnp.full((1, 1, 1), 0.5), "up_b": jnp.full((1, 1, 1), 2.0**-10)}
+    for dtype, value in ((None, 1.0), ("bfloat16", 1.0), ("float32", 1.0009765625)):
+        up = lora.merge({"layers": layers}, cfg, dtype)["layers"]["up"]
+        assert up.dtype == jnp.dtype(dtype or "bfloat16") and up.item() == value
+
+
 def test_gradients_are_the_whole_matrix_s_projected(params):
     """Of W + A·B·s: dA = s·dW·Bᵀ and dB = s·Aᵀ·dW, with dW taken at the merged weights."""
     weight = np.random.default_rng(1).normal(size=(3, 2, 6, 64)) / 30

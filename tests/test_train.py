@@ -374,6 +374,7 @@ def test_a_run_with_adapters(folder):
     assert abs(again[0][1]["kl"]) < 1e-6 < abs(again[0][2]["kl"])
     assert main("eval", run, "--out", folder / "lora_answers") == 0
     assert main("export", run, folder / "merged") == 0
+    assert main("export", run, folder / "alone", "--adapter") == 2  # their base is random, so that no directory holds it
     exported = [f"model.path={folder / 'merged'}", "model.init=pretrained"]
     assert main("eval", folder / "config.yaml", "--out", folder / "merged_answers", *exported) == 0
     merged, beside = (lines(folder / name / "in_distribution.jsonl") for name in ("merged_answers", "lora_answers"))
