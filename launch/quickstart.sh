@@ -2,12 +2,12 @@
 # bash launch/quickstart.sh [a.b=value …]
 # The embedded world end to end on a laptop: makes .venv if there is none, installs, trains by PPO, evaluates before and after.
 # Needs: Python 3.11 or newer, 2 CPU cores, 4 GB of memory; the network only for pip. Time: at most 10 minutes.
-# Leaves: runs/quickstart/ with summary.json, metrics.jsonl, samples.jsonl, curves.png and checkpoints.
+# Leaves: runs/quickstart/, or what runs= and name= make of it, with summary.json, metrics.jsonl, samples.jsonl, curves.png and checkpoints.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 ensure_venv .
 medrlvr train configs/quickstart.yaml "$@"
-name=quickstart
-for setting in "$@"; do [[ $setting == name=* ]] && name=${setting#name=}; done
-medrlvr report "runs/$name" --out "runs/$name/curves.png"
+folder='import sys; from medrlvr_jax.configs import load; c = load(sys.argv[1], sys.argv[2:]); print(f"{c.runs}/{c.name}")'
+folder=$(python -c "$folder" configs/quickstart.yaml "$@")  # as the config and the settings have it
+medrlvr report "$folder" --out "$folder/curves.png"

@@ -16,6 +16,7 @@ source launch/run.sh
 if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
 config=${1:?usage: NAME=… ZONE=… TPU=… bash launch/tpu_pod.sh [--dry-run] CONFIG.yaml [a.b=value …]}
 runs=${RUNS:-/mnt/runs}
+for setting in "${@:2}"; do if [[ $setting == runs=* ]]; then runs=${setting#runs=}; fi; done  # NFS is mounted where the runs go
 settings=("runs=$runs" "${@:2}")
 name=${NAME:?names the slice} zone=${ZONE:?such as us-west4-a} tpu=${TPU:?the accelerator type, such as v5litepod-16}
 git cat-file -e "HEAD:$config"  # the workers get what is committed

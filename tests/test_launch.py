@@ -292,6 +292,26 @@ def test_tpu_training_that_is_alive_is_followed_and_a_stopped_one_tells_its_stat
     assert (home / "ran").read_text() == "train c.yaml\n"  # started once
 
 
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [((), "runs/quickstart"), (("runs=/some where", "name=mine"), "/some where/mine"), (("runs=a", "runs=b"), "b/quickstart")],
+)
+def test_quickstart_reports_the_run_that_it_made(tmp_path, settings, folder):
+    bin, called = tmp_path / "bin", tmp_path / "called"
+    command(bin, "python", f'[[ $1 == -m ]] || exec {sys.executable} "$@"\n')  # -m pip: nothing is installed
+    command(bin, "medrlvr", f'printf "%s|" "$@" >>{called}; echo >>{called}\n')
+    done = launch("quickstart.sh", *settings, bin=bin, VIRTUAL_ENV="here", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    train, report = called.read_text().splitlines()
+    assert train == "|".join(["train", "configs/quickstart.yaml", *settings, ""])
+    assert report == f"report|{folder}|--out|{folder}/curves.png|"
+
+
+def test_nfs_is_mounted_where_the_runs_go(tmp_path):
+    done = launch("tpu_pod.sh", "--dry-run", CONFIG[0], "runs=/elsewhere", bin=tmp_path, **TRAINERS["tpu_pod.sh"])
+    assert done.returncode == 0 and "tpu_worker.sh) /elsewhere 10.0.0.2:/runs train" in done.stdout.replace("\\", ""), done.stdout
+
+
 # --- Kubernetes ------------------------------------------------------------------------------------------------------
 
 JOBSET = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
