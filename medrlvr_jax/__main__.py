@@ -1,6 +1,7 @@
 """The command line: `medrlvr …`, and the same as `python -m medrlvr_jax …`."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -176,6 +177,9 @@ def step(text: str) -> int | str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # of a terminal without … or β, which then shows \\u2026: no command ends for that
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args, rest = parser().parse_known_args(argv)
     if any(item.startswith("-") or not hasattr(args, "settings") for item in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")

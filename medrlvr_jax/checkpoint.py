@@ -291,7 +291,9 @@ def _choose(folder: Path, which: int | Literal["best"] | None) -> int:
         return found
     step = by_leader(lambda: best_step(folder)) if which == "best" else which
     if step is None:
-        raise CheckpointError(f"{folder}: no checkpoint says how good it is; the run had checkpoint.best null, so name a step")
+        best = read_meta(folder, steps[-1])["config"]["checkpoint"]["best"] if steps else None
+        why = f"the run had checkpoint.best {best or 'null'}" + (", which no checkpointed step recorded" if best else "")
+        raise CheckpointError(f"{folder}: no checkpoint says how good it is: {why}; name one of the steps {steps}")
     wrong = damage(folder / str(step)) if step in steps else f"not one of {steps}"
     if wrong:
         raise CheckpointError(f"{folder}: checkpoint {step} cannot be used: {wrong}")

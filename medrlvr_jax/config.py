@@ -26,6 +26,11 @@ Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a layer
 COMPARING = ("group", "group_mean", "rloo", "reinforce_pp_baseline")  # estimators that hold samples of one question against each other
 
 
+# Metrics that checkpoint.best may name, as eval.<set>.<share> or, of a training step, alone: those of which more can be better.
+EVAL_SHARES = ("accuracy", "format_rate", "response_length")
+STEP_SHARES = ("reward", "accuracy", "format_ok", "response_length", "entropy")
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used: the message names the field, the value and the remedy."""
 
@@ -228,7 +233,7 @@ class CheckpointConfig:
     every: Size = 50  # steps; 0: only at the end
     keep: Count = 2
     accept_changed_inputs: bool = False  # go on although data, model or reward.fn are not those that the run was begun with
-    best: str | None = None  # a key of metrics.jsonl, larger is better, such as eval.dev.accuracy
+    best: str | None = None  # a metric, larger is better, such as eval.dev.accuracy: EVAL_SHARES of eval.sets, or STEP_SHARES
 
 
 @section

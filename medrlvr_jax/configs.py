@@ -12,7 +12,7 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from medrlvr_jax import files
-from medrlvr_jax.config import COMPARING, Config, ConfigError, EvalConfig, SetConfig
+from medrlvr_jax.config import COMPARING, EVAL_SHARES, STEP_SHARES, Config, ConfigError, EvalConfig, SetConfig
 
 
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
@@ -209,6 +209,19 @@ def check_rl(c: Config) -> None:
         out.append(f"learn.critic_warmup: {c.learn.critic_warmup} steps would teach nothing, for learn.critic is null; set it to 0")
     if out:
         raise ConfigError("\n".join(out))
+
+
+def check_best(c: Config, of_steps: tuple[str, ...] = STEP_SHARES) -> None:
+    """Refuse a checkpoint.best that no record of the run would hold, so that no checkpoint would be kept for it.
+
+    `of_steps`: those that the steps themselves record. Not for other commands: they may replace the sets that a run was made with.
+    """
+    known = [*(f"eval.{name}.{share}" for name in c.eval.sets for share in EVAL_SHARES), *of_steps]
+    if c.checkpoint.best is not None and c.checkpoint.best not in known:
+        near = difflib.get_close_matches(c.checkpoint.best, known, n=1, cutoff=0.6)
+        mean = f"did you mean {near[0]}? " if near else ""
+        there = f"there are {', '.join(known)}" if known else "name one of eval.sets, of which there are none, or set it to null"
+        raise ConfigError(f"checkpoint.best: {c.checkpoint.best}: no such metric here; {mean}{there}")
 
 
 def _divide(small: str, s: int, large: str, n: int) -> str:

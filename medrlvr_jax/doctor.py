@@ -15,7 +15,7 @@ import jax
 from packaging.requirements import Requirement
 
 import medrlvr_jax
-from medrlvr_jax import checkpoint, log
+from medrlvr_jax import checkpoint, configs, log
 from medrlvr_jax.config import Config, ConfigError
 
 GIB = 2**30
@@ -115,6 +115,7 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
     from medrlvr_jax import build, hf, inputs, lora, text
     from medrlvr_jax.learn import make_optimizer
 
+    configs.check_best(config)
     parts = build.build(config)
     inputs.check_model(run, parts)
     yield Finding("ok", f"mesh: {' × '.join(f'{axis} {size}' for axis, size in parts.mesh.shape.items())}")

@@ -43,6 +43,9 @@ def join() -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is log.Run's
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, count, index = map(os.environ.get, names)
+    if address and not address.rpartition(":")[2].isdigit():
+        remedy = f"write it as host:port, such as {address.rstrip(':')}:1234"
+        raise ConfigError(f"{names[0]}: {address}: the port that process 0 listens on is missing; {remedy}")
     try:
         jax.distributed.initialize(
             coordinator_address=address,

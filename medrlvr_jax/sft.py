@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from medrlvr_jax import data, evaluate, lora, sharding, text
+from medrlvr_jax import configs, data, evaluate, lora, sharding, text
 from medrlvr_jax.build import (
     Parts,
     abstract_base,
@@ -67,6 +67,7 @@ def batch(rows: list[tuple[list[int], list[int]]], index: np.ndarray, widths: tu
 
 def sft(config: Config) -> dict[str, Any]:
     """Run or resume a fine-tuning; returns what summary.json holds."""
+    configs.check_best(config, of_steps=())  # they draw no responses
     parts = build(config)
     rows, dropped, told = encode_pairs(parts)
     steps = total_steps(config, len(rows))

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax import data, evaluate, files, inputs, log, lora, monitors, sharding, text, user_reward
+from medrlvr_jax import configs, data, evaluate, files, inputs, log, lora, monitors, sharding, text, user_reward
 from medrlvr_jax.build import Parts, build, check_positions, init_learner, load_frozen, make_relay, total_steps
 from medrlvr_jax.checkpoint import Checkpoints
 from medrlvr_jax.compiles import Compiles, Profile
@@ -45,6 +45,7 @@ SKIPS = 3  # steps in a row with an update that was not finite, after which a ru
 
 def train(config: Config) -> dict[str, Any]:
     """Run or resume a training; returns what summary.json holds."""
+    configs.check_best(config)
     parts = build(config)
     questions, told = data.read(config.data)
     encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options)

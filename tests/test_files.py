@@ -1,10 +1,13 @@
 """What a user named and a library cannot read is said with the file, the cause and a remedy; faults of this package are not."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from medrlvr_jax import configs, files
+from medrlvr_jax import configs, files, processes
 from medrlvr_jax.config import ConfigError
 from medrlvr_jax.formats import DataError
 
@@ -49,6 +52,22 @@ def test_json(tmp_path, text, words):
     assert words in str(e.value) and str(e.value).startswith(f"{tmp_path}/config.json: ")
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
     assert files.read_json(tmp_path / "config.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_cannot_show_a_sign_ends_no_command(tmp_path, encoding):
+    (tmp_path / "β.yaml").write_text("name: a\nname: b\n")
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    for args, status in ((["train", "--help"], 0), (["--help"], 0), (["train", str(tmp_path / "β.yaml")], 2)):
+        done = subprocess.run([sys.executable, "-m", "medrlvr_jax", *args], env=env, capture_output=True)
+        assert done.returncode == status and b"UnicodeEncodeError" not in done.stderr, done.stderr
+    assert rb"\u03b2.yaml: name: given 2 times" in done.stderr
+
+
+def test_an_address_without_its_port(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host0")
+    with pytest.raises(ConfigError, match=r"JAX_COORDINATOR_ADDRESS: host0: the port .* is missing; write it as host:port"):
+        processes.join()
 
 
 TWICE = """\

@@ -14,7 +14,23 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, build, checkpoint, compiles, configs, data, difficulty, formats, hf, lora, model, rewards, sharding, train
+from medrlvr_jax import (
+    __main__,
+    build,
+    checkpoint,
+    compiles,
+    config,
+    configs,
+    data,
+    difficulty,
+    formats,
+    hf,
+    lora,
+    model,
+    rewards,
+    sharding,
+    train,
+)
 from medrlvr_jax.config import RewardConfig, SetConfig
 from medrlvr_jax.sft import encode_pairs
 
@@ -47,6 +63,9 @@ def folder(tmp_path_factory):
     tree = TREE | {"runs": str(root / "runs"), "model": TREE["model"] | {"path": str(root / "tiny"), "init": "random"}}
     (root / "config.yaml").write_text(yaml.safe_dump(tree))
     return root
+
+
+NO_EVAL = ("eval.sets={}", "checkpoint.best=null")
 
 
 def main(*args):
@@ -99,6 +118,12 @@ def test_it_resumes_to_the_same_run(run, folder):
     abstract = build.abstract_params(parts, parts.cfg)
     a, b = (checkpoint.restore_params(folder / "runs" / n / "checkpoints", abstract, 4)[0] for n in ("halves", "whole"))
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(a), sharding.to_host(b))
+
+
+def test_what_checkpoint_best_may_name_is_recorded(run):
+    _, last = lines(run / "metrics.jsonl")[-2:]
+    wanted = [f"eval.in_distribution.{share}" for share in config.EVAL_SHARES] + list(config.STEP_SHARES)
+    assert [name for name in wanted if name not in last] == []
 
 
 def test_replay(run, folder, capsys):
@@ -209,7 +234,7 @@ def test_difficulty(folder, capsys):
 
 
 def test_a_profile_of_chosen_steps(folder):
-    args = ["name=traced", "steps=3", "log.profile=[2, 2]", "eval.sets={}", "checkpoint.every=0"]
+    args = ["name=traced", "steps=3", "log.profile=[2, 2]", *NO_EVAL, "checkpoint.every=0"]
     assert main("train", folder / "config.yaml", *args) == 0
     [file] = (folder / "runs/traced/profile").rglob("*.xplane.pb")
     names = [e.name for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines for e in line.events]
@@ -240,13 +265,13 @@ def test_a_history_ranks_the_questions(run, folder, capsys):
 
 
 def test_grpo_and_sft_run(folder, capsys, caplog):
-    grpo = ["name=grpo", "learn.critic=null", "advantage.estimator=group", "kl={coef: 0.01, into: loss, estimator: k3}", "eval.sets={}"]
+    grpo = ["name=grpo", "learn.critic=null", "advantage.estimator=group", "kl={coef: 0.01, into: loss, estimator: k3}", *NO_EVAL]
     grpo += ["data.shuffle_options=true"]
     assert main("train", folder / "config.yaml", *grpo) == 0
     assert "critic/loss" not in lines(folder / "runs/grpo/metrics.jsonl")[-1]
     row = lines(folder / "runs/grpo/samples.jsonl")[0]
     assert sorted(row["order"]) == list(formats.LETTERS[: row["options"]])
-    sft = ["name=sft", "steps=12", "sft.target=rationale", "eval.sets={}", "checkpoint.every=0", "learn.policy.lr=1e-2"]
+    sft = ["name=sft", "steps=12", "sft.target=rationale", *NO_EVAL, "checkpoint.every=0", "learn.policy.lr=1e-2"]
     sft += ["learn.critic=null"]  # and so no estimator would do: fine-tuning has no advantages
     assert main("sft", folder / "config.yaml", *sft) == 0
     losses = [m["loss"] for m in lines(folder / "runs/sft/metrics.jsonl")]
@@ -255,7 +280,7 @@ def test_grpo_and_sft_run(folder, capsys, caplog):
 
 
 def test_a_random_reward_and_a_given_beginning(folder):
-    args = ["name=coin", "reward={mode: direct, random: 0.5, correct: 2.0}", "prompt.prefill=<answer>", "eval.sets={}", "seed=3"]
+    args = ["name=coin", "reward={mode: direct, random: 0.5, correct: 2.0}", "prompt.prefill=<answer>", *NO_EVAL, "seed=3"]
     assert main("train", folder / "config.yaml", *args, "log={samples_every: 1, samples: 8}") == 0
     rows = lines(folder / "runs/coin/samples.jsonl")
     assert len(rows) == 16 and all(r["completion"].startswith("<answer>") and r["prompt"].endswith("\n<answer>") for r in rows)
@@ -264,12 +289,14 @@ def test_a_random_reward_and_a_given_beginning(folder):
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(3), r["step"] - 1))
         [[paid, _]] = rewards.toss(key, [int(r["id"].split("-")[1])], 2, RewardConfig(random=0.5, correct=2.0))
         assert r["reward"] == paid
-    sft = ["eval.sets={}", "prompt.prefill=<answer>", "reward.mode=direct"]
+    sft = [*NO_EVAL, "prompt.prefill=<answer>", "reward.mode=direct"]
     assert main("sft", folder / "config.yaml", "name=answers", *sft) == 0
     assert lines(folder / "runs/answers/metrics.jsonl")[-1]["tokens"] == 8 * 3  # the letter, the closing tag and the end
 
 
 def test_targets_begin_as_responses_do(folder, capsys):
+    assert main("sft", folder / "config.yaml", "name=refused", "checkpoint.best=reward") == 2
+    assert "there are eval.in_distribution.accuracy" in capsys.readouterr().err
     assert main("sft", folder / "config.yaml", "name=refused", "prompt.prefill=<answer>", "sft.target=rationale") == 2
     assert "prompt.prefill: '<answer>' is not how the target begins: '<think>" in capsys.readouterr().err
 
@@ -319,6 +346,9 @@ def test_a_chat_template_that_opens_the_thought_is_as_a_prefill(folder, capsys):
         ("data.pass_count={file: x}", "data.pass_count: neither keep nor order"),
         ("data.pass_count={file: x, keep: [7, 1]}", "data.pass_count.keep: [7, 1]: the least comes first"),
         ("eval.samples=2", "greedy samples are all the same; set eval.temperature above 0, or shuffle_options of in_distribution"),
+        ("checkpoint.best=eval.in_distributoin.accuracy", "no such metric here; did you mean eval.in_distribution.accuracy? there are"),
+        ("checkpoint.best=acuracy", "checkpoint.best: acuracy: no such metric here; did you mean accuracy?"),
+        ("eval.sets={}", "checkpoint.best: eval.in_distribution.response_length: no such metric here"),
         ("prompt.max_tokens=3", "prompt.max_tokens = 3"),
         ("prompt.template=direct", "reward.mode: strict pays for a thought and an answer, which prompt.template direct does not ask for"),
         ("sample.questions=64", "sample.questions: 64 is more than the 32 questions"),
@@ -392,7 +422,7 @@ def test_a_run_with_adapters(folder):
 
 
 def test_adapters_are_fine_tuned(folder):
-    sft = ["name=lora_sft", "steps=12", "sft.target=rationale", "eval.sets={}", "checkpoint.every=0", "learn.policy.lr=3e-2"]
+    sft = ["name=lora_sft", "steps=12", "sft.target=rationale", *NO_EVAL, "checkpoint.every=0", "learn.policy.lr=3e-2"]
     assert main("sft", folder / "config.yaml", *sft, "model.lora={rank: 4}", "learn.offload=true") == 0
     losses = [m["loss"] for m in lines(folder / "runs/lora_sft/metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.2
@@ -426,7 +456,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys,
         return dataclasses.replace(experience, advantages=experience.advantages * next(factors)), stats, scored
 
     monkeypatch.setattr(train, "collect", spoiled)
-    assert main("train", folder / "config.yaml", "name=spoiled", "steps=4", "eval.sets={}", "checkpoint={every: 1, keep: 9}") == 1
+    assert main("train", folder / "config.yaml", "name=spoiled", "steps=4", *NO_EVAL, "checkpoint={every: 1, keep: 9}") == 1
     said = capsys.readouterr().err
     assert "3 steps in a row had updates that were not finite" in said and "Step 4 is saved" in said
     path = folder / "runs" / "spoiled"
@@ -499,7 +529,7 @@ def test_what_is_compiled_late_is_named_and_explained(folder, capsys, caplog, mo
         return honest(*args)
 
     monkeypatch.setattr(train, "collect", grown)
-    assert main("train", folder / "config.yaml", "name=grown", "eval.sets={}") == 0
+    assert main("train", folder / "config.yaml", "name=grown", *NO_EVAL) == 0
     said = capsys.readouterr().err
     assert "step 2: compiled jit(triple) in mid-run" in said and "step 1: compiled" not in said
     assert "at x, now f32[4] and before f32[3]" in caplog.text
