@@ -13,7 +13,7 @@ import pytest
 import yaml
 from invariance import compare, launch, measure
 from test_learn import plain
-from test_train import folder, lines, main  # noqa: F401  (a fixture)
+from test_train import NO_EVAL, folder, lines, main  # noqa: F401  (a fixture)
 
 from medrlvr_jax import build, checkpoint, configs, processes, sharding
 from medrlvr_jax.config import ConfigError, MeshConfig
@@ -125,7 +125,7 @@ sys.exit(__main__.main(sys.argv[1:]))
 def test_a_row_on_two_processes_is_scored_by_one_of_them(folder):  # noqa: F811
     """A reward that is random: each process learns from the same rewards, and its copies of what all hold stay the same."""
     (folder / "dice.yaml").write_text(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | GRPO | {"name": "dice"}))
-    settings = ["mesh={data: 1, tensor: 4}", "reward.fn=rewards_of_users:dice", "eval.sets={}", "steps=1", "checkpoint.every=0"]
+    settings = ["mesh={data: 1, tensor: 4}", "reward.fn=rewards_of_users:dice", *NO_EVAL, "steps=1", "checkpoint.every=0"]
     words = ["-c", REPLICAS, "train", "--distributed", str(folder / "dice.yaml"), *settings]
     started = launch(2, 2, words, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     told = [p.communicate(timeout=600) for p in started]
@@ -199,7 +199,7 @@ def test_a_refusal_of_one_process_ends_all(folder):  # noqa: F811
     question = {"question": "?", "options": ["a", "b"], "answer": "B"}
     (folder / "q0.jsonl").write_text("".join(json.dumps(question | {"id": str(i), "question": f"{i}?"}) + "\n" for i in range(8)))
     began = time.monotonic()
-    started = train(2, folder / "config.yaml", "name=refused", f"data.path={folder}/q{{i}}.jsonl", "mesh.data=4", "eval.sets={}")
+    started = train(2, folder / "config.yaml", "name=refused", f"data.path={folder}/q{{i}}.jsonl", "mesh.data=4", *NO_EVAL)
     statuses, told = ends(started)
     assert statuses == [2, 2] and time.monotonic() - began < 300
     assert "q1.jsonl" in told[1] and "q1.jsonl" in told[0] and "process 1 on" in told[0]
@@ -217,7 +217,7 @@ def test_what_processes_read_must_be_the_same(folder, setting, said):  # noqa: F
     for i in range(2):
         questions = [{"id": str(n), "question": f"{n}?", "options": ["a", "b"], "answer": "AB"[n == 7 and i]} for n in range(8)]
         (folder / f"own{i}.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
-    started = train(2, folder / "config.yaml", "name=differ", setting.replace("TREE", str(folder)), "mesh.data=4", "eval.sets={}")
+    started = train(2, folder / "config.yaml", "name=differ", setting.replace("TREE", str(folder)), "mesh.data=4", *NO_EVAL)
     statuses, told = ends(started)
     assert statuses == [2, 2] and all(re.search(said, text) for text in told), told
 

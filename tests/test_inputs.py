@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from test_train import folder, lines, main  # noqa: F401  (folder is a fixture)
+from test_train import NO_EVAL, folder, lines, main  # noqa: F401  (folder is a fixture)
 
 from medrlvr_jax import build, configs, data, experience, hf, inputs, log, user_reward
 from medrlvr_jax.config import ConfigError
@@ -25,7 +25,7 @@ def test_a_changed_training_file_is_refused_unless_it_is_meant(folder, capsys): 
     """What is seen on the command line, by `train` and by `sft`; and neither goes on from the other's checkpoint."""
     file = folder / "changing.jsonl"
     write(file, questions(16))
-    begun = ["train", folder / "config.yaml", "name=changing", f"data.path={file}", "eval.sets={}", "steps=1"]
+    begun = ["train", folder / "config.yaml", "name=changing", f"data.path={file}", *NO_EVAL, "steps=1"]
     assert main(*begun) == 0
     write(file, questions(16, answer="B"))
     assert main(*begun) == 2

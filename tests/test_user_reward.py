@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rewards_of_users import POISON
 from test_learn import CFG
-from test_train import folder, lines, main  # noqa: F401  (a fixture)
+from test_train import NO_EVAL, folder, lines, main  # noqa: F401  (a fixture)
 
 from medrlvr_jax import build, configs, experience, sharding, text, user_reward
 from medrlvr_jax.config import AdvantageConfig, ConfigError, KLConfig, LossConfig, RewardConfig
@@ -165,7 +165,7 @@ def test_evaluation_judges_by_the_rule_alone():
 
 def test_a_run_with_a_function_that_fails_now_and_then(folder, capsys, monkeypatch):  # noqa: F811
     monkeypatch.chdir(os.path.dirname(__file__))
-    args = ["name=own", "reward.fn=rewards_of_users:odd", "eval.sets={}", "steps=1", "learn.critic=null", "advantage.estimator=group"]
+    args = ["name=own", "reward.fn=rewards_of_users:odd", *NO_EVAL, "steps=1", "learn.critic=null", "advantage.estimator=group"]
     assert main("train", folder / "config.yaml", *args, "kl.coef=0") == 0
     [metrics] = lines(folder / "runs/own/metrics.jsonl")
     samples = lines(folder / "runs/own/samples.jsonl")
