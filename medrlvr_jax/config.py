@@ -281,11 +281,11 @@ class MeshConfig:
 
 @section
 class Config:
-    """A run."""
+    """What a config file holds: one run."""
 
-    name: Name  # of the run's folder inside `runs`
+    name: Name  # the run's name, and the name of its folder inside `runs`
     runs: str = "runs"  # the folder of all runs
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of batches, sampling and initialisation
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # the source of all randomness: batches, sampling, initialisation
     steps: Count | None = None  # the number of steps; give either steps or passes
     passes: Annotated[float, Field(gt=0)] | None = None  # passes over the questions (the paper's epochs)
     model: ModelConfig

@@ -1,6 +1,6 @@
 """Runs that are killed again and again, against the same runs left alone: what they end with must be equal bit by bit.
 
-    python tests/faults.py                       # everything: about 60 kills; prints the README's table
+    python tests/faults.py                       # everything: about 60 kills; prints the table of docs/pages/numbers/faults.md
     python tests/faults.py --kills 5 --out DIR   # fewer kills of each run; the log of every launch stays in DIR
 
 Twelve steps of PPO, GRPO and SFT on the embedded model. Each launch is the same command (`medrlvr train …`) with one fault in it: SIGKILL

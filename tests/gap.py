@@ -1,4 +1,6 @@
-"""max |Δ log-prob| between what is recorded while sampling and what the trainer computes of the same tokens: the README's table.
+"""max |Δ log-prob| between what is recorded while sampling and what the trainer computes of the same tokens.
+
+The table of docs/pages/numbers/exactness.md:
 
 python tests/gap.py                              # a two-layer model of random weights, float32, over paddings, packings, chunks, meshes
 python tests/gap.py /work/models/smollm2-135m    # a real model, float32 and bfloat16, a few tokens

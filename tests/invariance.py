@@ -1,4 +1,6 @@
-"""The same three PPO steps on meshes of fake devices and of real processes, against one device: the README's table.
+"""The same three PPO steps on meshes of fake devices and of real processes, against one device.
+
+The table of docs/pages/numbers/exactness.md:
 
 python tests/invariance.py                              # all of CASES, as a table
 python tests/invariance.py FOLDER data=2,fsdp=2 …       # some meshes, on this process's devices or on all of JAX_NUM_PROCESSES

@@ -1,0 +1,86 @@
+"""README and the pages in docs/: short, no dead links, and a reference that has every setting and every command."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from medrlvr_jax.__main__ import parser
+from medrlvr_jax.config import Config
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "pages"
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.M | re.S)
+
+
+def load_reference():
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reference = load_reference()
+GENERATED = {(PAGES / "reference" / f"{name}.md").resolve() for name in ("settings", "commands", "modules")}
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(PAGES.rglob("*.md"))], ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    links = LINK.findall(CODE.sub("", page.read_text(encoding="utf-8")))
+    relative = [link.partition("#")[0] for link in links if not link.startswith(("https://", "#"))]
+    targets = [(page.parent / link).resolve() for link in relative]
+    assert [str(t) for t in targets if not t.exists() and t not in GENERATED] == []
+
+
+def test_the_reference_explains_every_setting():
+    rows = [line.split(" | ") for line in reference.settings().splitlines() if line.startswith("| `")]
+    explained = {row[0].strip("|` "): row[-1].rstrip("| ") for row in rows}
+    schema = pydantic.TypeAdapter(Config).json_schema()
+    names = [set(section["properties"]) for section in (schema, *schema["$defs"].values())]
+    listed: dict[str, set[str]] = {}
+    for path in explained:
+        section, _, name = path.rpartition(".")
+        listed.setdefault(section, set()).add(name)
+    assert sorted(map(sorted, names)) == sorted(map(sorted, listed.values()))
+    assert [name for name, text in explained.items() if not text] == []
+
+
+def test_a_setting_is_shown_with_type_default_and_comment():
+    page = reference.settings()
+    assert "| `kl.coef` | number ≥ 0 | `0.01` | β; 0: no reference model is loaded |" in page
+    assert "| `learn.critic_warmup` | whole number ≥ 0 | `0` | number of first steps in which only the critic learns |" in page
+    assert r"| `loss.surrogate` | `clip` \| `cispo` | `clip` | clip: PPO's; cispo: arXiv 2506.13585 |" in page
+    assert "before &lt;think>" in page  # a tag in a comment is text
+
+
+def test_the_reference_has_every_command_and_option():
+    page = reference.commands()
+    (commands,) = [action.choices for action in parser()._actions if action.dest == "command"]
+    assert commands
+    for name, command in commands.items():
+        section = page.partition(f"## medrlvr {name}\n")[2].partition("\n## ")[0]
+        missing = [option for action in command._actions for option in action.option_strings if option not in section]
+        assert section and not missing, (name, missing)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `medrlvr (\w+)", readme, re.M)) == sorted(commands)
+
+
+def test_the_reference_has_every_module():
+    page = reference.modules()
+    files = [p.relative_to(ROOT / "medrlvr_jax") for p in (ROOT / "medrlvr_jax").rglob("*.py")]
+    assert [str(f) for f in files if f"### {f}\n" not in page and (ROOT / "medrlvr_jax" / f).stat().st_size] == []
+
+
+def test_equations_become_mathml():
+    pytest.importorskip("latex2mathml")
+    page = reference.on_page_markdown("before\n\n```math\n\\frac{x_t}{2}\n```\n\nafter")
+    assert "<mfrac><mrow><msub><mi>x</mi><mi>t</mi></msub></mrow><mrow><mn>2</mn></mrow></mfrac>" in page and "```" not in page
+    assert page.startswith("before\n\n<div") and page.endswith("</div>\n\nafter")
