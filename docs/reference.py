@@ -49,19 +49,19 @@ def settings() -> str:
     """One table for each section of the settings, the run's own fields first."""
     out = [
         "# Settings",
-        "A config is a YAML file of these settings; `a.b=value` after it on the command line replaces one of them, and the value is YAML"
-        " too. Unknown settings, settings of the wrong type and combinations that cannot work are refused before any device work, with"
-        " the field, the value and the remedy. `null` means that the thing is absent. The files in `configs/` are complete examples.",
+        "A config is a YAML file of these settings. `a.b=value` after it on the command line replaces one of"
+        " them; the value is YAML too. Unknown settings, settings of the wrong type and combinations that cannot"
+        " work are refused before any device work, with the field, the value and the remedy. `null` means that the"
+        " thing is absent. The files in `configs/` are complete examples.",
     ]
     for path, section in sections(Config):
         title = TITLES.get(path, path)
         out.append(f"## {title} {{ #{anchor(path)} }}\n\n{inspect.cleandoc(section.__doc__ or '')}")
         rows = ["| setting | type | default | what it does |", "|---|---|---|---|"]
-        notes = explanations(section)
+        notes, kinds = explanations(section), get_type_hints(section, include_extras=True)
         for field in dataclasses.fields(section):
             name = f"{path}.{field.name}" if path else field.name
-            kind = get_type_hints(section, include_extras=True)[field.name]
-            note = notes.get(field.name, "")
+            kind, note = kinds[field.name], notes[field.name]
             if inner := inner_section(kind):
                 note = note or inspect.cleandoc(inner.__doc__ or "").split("\n")[0]
                 note = f"{note.rstrip('.')}; see [its settings](#{anchor(path_of(name, kind))})"
@@ -166,11 +166,12 @@ def cell(text: str) -> str:
 
 
 def commands() -> str:
-    """argparse's own help of every command, 100 columns wide."""
-    os.environ["COLUMNS"] = "100"
+    """argparse's own help of every command, 88 columns wide."""
+    os.environ["COLUMNS"] = "88"
     top = parser()
     (sub,) = [action for action in top._actions if isinstance(action, argparse._SubParsersAction)]
-    out = ["# Commands", "`medrlvr COMMAND …` and `python -m medrlvr_jax COMMAND …` are the same.", f"```text\n{top.format_help()}```"]
+    same = "`medrlvr COMMAND …` and `python -m medrlvr_jax COMMAND …` are the same."
+    out = ["# Commands", same, f"```text\n{top.format_help()}```"]
     for name, command in sub.choices.items():
         out.append(f"## medrlvr {name}\n\n```text\n{command.format_help()}```")
     return "\n\n".join(out) + "\n"

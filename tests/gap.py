@@ -3,7 +3,7 @@
 The table of docs/pages/numbers/exactness.md:
 
 python tests/gap.py                              # a two-layer model of random weights, float32, over paddings, packings, chunks, meshes
-python tests/gap.py /work/models/smollm2-135m    # a real model, float32 and bfloat16, a few tokens
+python tests/gap.py MODEL_DIR                    # a real model, float32 and bfloat16, a few tokens
 """
 
 import dataclasses
