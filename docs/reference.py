@@ -1,8 +1,8 @@
-"""The reference pages, made from the code when the site is built: every setting, every command, every module. And equations.
+"""The reference pages, made from the code when the site is built: every setting, command and module. And equations.
 
-MkDocs calls `on_files` and `on_page_markdown` (hooks in mkdocs.yml). The pages are made of the dataclasses of the settings, with
-the comment beside or above each field as its explanation; of argparse's own help; and of the modules' docstrings. A fenced block
-marked `math` holds LaTeX and becomes MathML, which browsers draw without scripts or fonts from elsewhere.
+MkDocs calls `on_files` and `on_page_markdown` (hooks in mkdocs.yml). The pages are made from the dataclasses of the
+settings, whose explanation is the comment beside or above each field; from argparse's own help; and from the modules'
+docstrings. A fenced block marked `math` holds LaTeX and becomes MathML, which browsers draw without scripts or fonts.
 """
 
 import argparse
@@ -21,7 +21,11 @@ import medrlvr_jax
 from medrlvr_jax.__main__ import parser
 from medrlvr_jax.config import Config
 
-TITLES = {"": "The run", "data": "data, and each set of eval.sets", "learn.policy": "learn.policy and learn.critic"}
+TITLES = {
+    "": "The run",
+    "data": "data, and each set of eval.sets",
+    "learn.policy": "learn.policy and learn.critic",
+}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 FENCE = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
 
@@ -81,7 +85,7 @@ def sections(section: type, path: str = "") -> list[tuple[str, type]]:
 
 
 def path_of(name: str, kind: Any) -> str:
-    """Where a section's fields stand: of data and eval.sets.NAME, of policy and critic, the one that is shown stands for both."""
+    """The path under which a section is shown: data for eval.sets.NAME too, learn.policy for learn.critic too."""
     name = f"{name}.NAME" if get_origin(kind) is dict else name
     return {"eval.sets.NAME": "data", "learn.critic": "learn.policy"}.get(name, name)
 

@@ -1,7 +1,8 @@
-"""README and the pages in docs/: short, no dead links, and a reference that has every setting and every command."""
+"""README and pages: short, no dead links, commands that parse, a reference with every setting and command."""
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pydantic
@@ -13,6 +14,7 @@ from medrlvr_jax.config import Config
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "pages"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+SHELL = re.compile(r"^```bash\n(.*?)^```$", re.M | re.S)
 CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.M | re.S)
 
 
@@ -53,10 +55,25 @@ def test_the_reference_explains_every_setting():
     assert [name for name, text in explained.items() if not text] == []
 
 
+def test_commands_and_settings_in_the_pages_are_real():
+    settings = set(re.findall(r"^\| `([\w.]+)`", reference.settings(), re.M))
+    pages = [ROOT / "README.md", *PAGES.rglob("*.md")]
+    blocks = [block for page in pages for block in SHELL.findall(page.read_text(encoding="utf-8"))]
+    lines = [line.partition(" #")[0] for line in "\n".join(blocks).splitlines() if line.startswith("medrlvr ")]
+    assert len(lines) > 30
+    for line in lines:
+        words = shlex.split(re.sub(r"\[.*\]|…", "", line).replace("--step S --row I", "--step 1 --row 0"))[1:]
+        args, rest = parser().parse_known_args(words)
+        assert not [word for word in rest if word.startswith("-")], line
+        for item in [word for word in [*getattr(args, "settings", []), *rest] if "=" in word]:
+            name = re.sub(r"^eval\.sets\.\w+", "data", item.partition("=")[0])
+            assert name in settings, f"{line}: {name}"
+
+
 def test_a_setting_is_shown_with_type_default_and_comment():
     page = reference.settings()
     assert "| `kl.coef` | number ≥ 0 | `0.01` | β; 0: no reference model is loaded |" in page
-    assert "| `learn.critic_warmup` | whole number ≥ 0 | `0` | number of first steps in which only the critic learns |" in page
+    assert "| `eval.max_new_tokens` | whole number ≥ 1 \\| `null` | `null` | null: sample.max_new_tokens |" in page
     assert r"| `loss.surrogate` | `clip` \| `cispo` | `clip` | clip: PPO's; cispo: arXiv 2506.13585 |" in page
     assert "before &lt;think>" in page  # a tag in a comment is text
 
@@ -82,5 +99,6 @@ def test_the_reference_has_every_module():
 def test_equations_become_mathml():
     pytest.importorskip("latex2mathml")
     page = reference.on_page_markdown("before\n\n```math\n\\frac{x_t}{2}\n```\n\nafter")
-    assert "<mfrac><mrow><msub><mi>x</mi><mi>t</mi></msub></mrow><mrow><mn>2</mn></mrow></mfrac>" in page and "```" not in page
+    assert "<mfrac><mrow><msub><mi>x</mi><mi>t</mi></msub></mrow><mrow><mn>2</mn></mrow></mfrac>" in page
+    assert "```" not in page
     assert page.startswith("before\n\n<div") and page.endswith("</div>\n\nafter")
