@@ -49,7 +49,7 @@ def decode_step(
     scan copies every layer's weights and cache out of the stack at each token (by XLA's own program for an H100: twice the traffic).
     On TPU they are read where they lie, and a scan compiles in a fraction of the time.
     """
-    x = constrain(params["embed"].astype(cfg.dtype)[tokens], "batch", None, None)
+    x = constrain(params["embed"].astype(cfg.dtype)[tokens].astype(jnp.float32), "batch", None, None)
     cos, sin = (table[prompt_mask.sum(1) + t][:, None] for table in rope)
 
     def step(x, layer, cache, place=None):
@@ -60,7 +60,7 @@ def decode_step(
         for layer, cache in zip(layers, caches, strict=True):
             x, cache = step(x, layer, cache)
             grown.append(cache)
-        return rms_norm(x, params["norm"], cfg.norm_eps), grown
+        return rms_norm(x, params["norm"], cfg.norm_eps, cfg.dtype), grown
 
     def one(carry, layer):
         x, own_k, own_v = carry
@@ -70,7 +70,7 @@ def decode_step(
 
     stack = jnp.arange(cfg.layers), layers, caches.prompt_k, caches.prompt_v
     (x, own_k, own_v), _ = jax.lax.scan(one, (x, caches.own_k, caches.own_v), stack)
-    return rms_norm(x, params["norm"], cfg.norm_eps), caches._replace(own_k=own_k, own_v=own_v)
+    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.dtype), caches._replace(own_k=own_k, own_v=own_v)
 
 
 def split_layers(params: Params, cfg: DecoderConfig) -> Any:

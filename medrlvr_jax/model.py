@@ -97,10 +97,11 @@ def _linear_backward(saved, g):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-def rms_norm(x, scale, eps):
+def rms_norm(x: Array, scale: Array, eps: float, dtype: Any) -> Array:
+    """x / √(mean(x²) + eps) · scale over the last axis, computed in float32 and rounded once, to `dtype`."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+    return (x32 * scale.astype(jnp.float32)).astype(dtype)
 
 
 def rope_tables(positions: Array, cfg: DecoderConfig) -> tuple[Array, Array]:
@@ -187,12 +188,12 @@ class Block(nn.Module):
         over all tokens, which bfloat16 would stop adding to once it is 256 times as large as what is added.
         """
         c = self.cfg
-        x = rms_norm(x, self.attn_norm, c.norm_eps)
+        x = rms_norm(x, self.attn_norm, c.norm_eps, c.dtype)
         q, k, v = (self.times(x, name).reshape(*x.shape[:2], -1, c.head_dim).astype(jnp.float32) for name in ("q", "k", "v"))
         if c.qkv_bias:
             q, k, v = (y + bias.astype(jnp.float32) for y, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         if c.qk_norm:
-            q, k = rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)
+            q, k = (rms_norm(y, scale, c.norm_eps, jnp.float32) for y, scale in ((q, self.q_norm), (k, self.k_norm)))
         q, k, v = (y.astype(c.dtype) for y in (rotate(q, cos, sin) * c.head_dim**-0.5, rotate(k, cos, sin), v))
         q = constrain(q, "batch", None, "heads", None)
         k, v = constrain(k, "batch", None, "kv_heads", None), constrain(v, "batch", None, "kv_heads", None)
@@ -203,7 +204,7 @@ class Block(nn.Module):
         c = self.cfg
         x = x + self.times(attended.reshape(*attended.shape[:2], c.heads * c.head_dim), "o")
         x = constrain(x, "batch", None, None)
-        y = rms_norm(x, self.mlp_norm, c.norm_eps)
+        y = rms_norm(x, self.mlp_norm, c.norm_eps, c.dtype)
         y = nn.silu(self.times(y, "gate")) * self.times(y, "up")
         x = x + self.times(constrain(y, "batch", None, "ffn"), "down")
         return constrain(x, "batch", None, None)
@@ -284,18 +285,21 @@ class Decoder(nn.Module):
         )
         x, cache = stack(c, self.keep_cache, name="layers")(x, cos, sin, prompt_mask, segments, groups)
         norm = self.param("norm", nn.with_logical_partitioning(nn.initializers.ones_init(), (None,)), (c.embed,), jnp.float32)
-        return rms_norm(x, norm, c.norm_eps), cache
+        return rms_norm(x, norm, c.norm_eps, c.dtype), cache
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embed_lookup(embed: Array, tokens: Array, cfg: DecoderConfig) -> Array:
-    """States [Q, N, E] of tokens [Q, N], rounded to the arithmetic's dtype; zero for `NO_TOKEN`.
+    """States [Q, N, E] of tokens [Q, N]: rows rounded to the arithmetic's dtype, as float32; zero for `NO_TOKEN`.
+
+    The states that layers add to (the residual stream) stay float32 from here to the last norm. Rounded to bfloat16 at each layer,
+    they alone put the sampler's and the trainer's log-probs further apart than all products do together (README has the measurement).
 
     Each `fsdp` shard looks up its part of every state: the table and its gradient stay in shards. A row's gradient is summed in
     float32, whatever the dtypes of the states and of the table: in bfloat16 a sum of ones ends at 256, and frequent tokens have thousands.
     """
     rows = constrain(embed, "vocab", "embed_shard").at[constrain(tokens, "replica", None)].get(mode="fill", fill_value=0)
-    return constrain(rows.astype(cfg.dtype), "replica", None, "embed_shard")
+    return constrain(rows.astype(cfg.dtype).astype(jnp.float32), "replica", None, "embed_shard")
 
 
 def _lookup_forward(embed, tokens, cfg):

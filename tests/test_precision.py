@@ -152,3 +152,16 @@ def test_scores_and_weighted_sums_are_float32s():
     one = attention.decode(q[:, -1:], pk.swapaxes(2, 3), pv, ok[own].swapaxes(3, 4), ov[own], mask[:, :first], n - first - 1)
     for found, expected in ((whole, want), (one, want[:, -1:])):
         np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=0.02 * np.abs(want).std(), rtol=2**-7)
+
+
+def test_what_small_layers_add_to_large_states_is_not_lost():
+    """Eight layers add 0.5 each to a state of 256, where bfloat16 has steps of 2: beside another of 256, 260 must come out."""
+    cfg = dataclasses.replace(CFG, layers=8, dtype=jnp.bfloat16)
+    params = jax.tree.map(jnp.zeros_like, params_of(cfg))
+    params["embed"] = params["embed"].at[1, :2].set(256.0)
+    params["norm"] = jnp.ones_like(params["norm"])
+    params["layers"]["v_bias"] = params["layers"]["v_bias"].at[:, 0, 0].set(0.5)  # values, and so what attention returns
+    params["layers"]["o"] = params["layers"]["o"].at[:, 0, 0, 0].set(1.0)
+    tokens = jnp.ones((1, 1, 2), jnp.int32)
+    states = scoring.hidden_states(params, cfg, tokens[0], jnp.ones((1, 2), bool), tokens).astype(jnp.float32)
+    np.testing.assert_allclose(states[..., 0] / states[..., 1], 260 / 256, rtol=2**-7)  # both are rounded at the end
