@@ -151,7 +151,8 @@ def parser() -> argparse.ArgumentParser:
     c = command("plan", "would a config fit a machine, and how fast at best: compiled for it, without it", PLAN)
     c.add_argument("config", metavar="CONFIG.yaml")
     settings(c)
-    c.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v5p:4x4x4, v6e:8x8, l4:1, h200:8, h100:2x8 (nodes x GPUs)")
+    shapes = "v5e:4x4, v5p:4x4x4, v6e:8x8, l4:1, h200:8, h100:2x8 (nodes x GPUs)"
+    c.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=shapes)
     c.add_argument("--sweep", type=int, nargs="?", const=8, default=0, metavar="N", help="try up to N (8) meshes x micro-batches x remat")
     c.add_argument("--quick", action="store_true", help="with the compiler's least effort: minutes less, memory near, times too high")
     c.add_argument("--questions", type=int, help="in the training set, where it is not known here: for the length of the training")

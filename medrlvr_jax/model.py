@@ -293,7 +293,8 @@ def embed_lookup(embed: Array, tokens: Array, cfg: DecoderConfig) -> Array:
     """States [Q, N, E] of tokens [Q, N]: rows rounded to the arithmetic's dtype, as float32; zero for `NO_TOKEN`.
 
     The states that layers add to (the residual stream) stay float32 from here to the last norm. Rounded to bfloat16 at each layer,
-    they alone put the sampler's and the trainer's log-probs further apart than all products do together (docs/pages/numbers/exactness.md has the measurement).
+    they alone put the sampler's and the trainer's log-probs further apart than all products do together
+    (measured in docs/pages/numbers/exactness.md).
 
     Each `fsdp` shard looks up its part of every state: the table and its gradient stay in shards. A row's gradient is summed in
     float32, whatever the dtypes of the states and of the table: in bfloat16 a sum of ones ends at 256, and frequent tokens have thousands.
