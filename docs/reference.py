@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import medrlvr_jax
-from medrlvr_jax.__main__ import parser
-from medrlvr_jax.config import Config
+from medrlvr_jax.cli import parser
+from medrlvr_jax.config.schema import Config
 
 TITLES = {
     "": "The run",

@@ -10,11 +10,15 @@ import optax
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from medrlvr_jax import configs, hf, lora, model, sharding, text
-from medrlvr_jax.config import Config, ConfigError
-from medrlvr_jax.log import flat
-from medrlvr_jax.model import DecoderConfig
-from medrlvr_jax.processes import agree
+from medrlvr_jax import sharding
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.schema import Config
+from medrlvr_jax.data import prompts as text
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host.processes import agree
+from medrlvr_jax.model import decoder, lora, weights
+from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.runs.log import flat
 from medrlvr_jax.types import Frozen, Learner, Params
 
 
@@ -36,7 +40,7 @@ class Parts:
 
 def build(config: Config) -> Parts:
     """Read everything that can be refused before any device work, then lay out the mesh."""
-    cfg = hf.read_config(config.model.path)
+    cfg = weights.read_config(config.model.path)
     tokenizer = text.load_tokenizer(config.model.path)
     text.check_fits(tokenizer, cfg.vocab, config.model.path)
     agree(lambda: _settings(config) | {"the model's config.json": repr(cfg)})
@@ -81,7 +85,7 @@ def check_positions(parts: Parts, prompt: int, new: int, field: str) -> None:
 
 def abstract_params(parts: Parts, cfg: DecoderConfig, table: dict = sharding.TRAIN) -> Params:
     """The whole tree of a decoder as ShapeDtypeStructs with shardings: adapters and what goes with them float32, else `param_dtype`."""
-    boxed = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
     where = lora.flat(sharding.shardings(boxed, parts.mesh, table))
     adapters = lora.flat(lora.trained(boxed, cfg)) if cfg.lora else {}
     kept = jnp.dtype(parts.config.model.param_dtype)
@@ -122,10 +126,10 @@ def load_params(parts: Parts, cfg: DecoderConfig) -> Params:
     """What is trained at a run's start: all weights, from the model's directory or at random; or fresh adapters (and a value head)."""
     c, abstract = parts.config, lora.trained(abstract_params(parts, cfg), cfg)
     if c.model.init == "pretrained" and not cfg.lora:
-        return hf.load_params(c.model.path, cfg, places(abstract), jnp.dtype(c.model.param_dtype))
+        return weights.load_params(c.model.path, cfg, places(abstract), jnp.dtype(c.model.param_dtype))
 
     def fresh(key):
-        params = lora.trained(nn.meta.unbox(model.init(cfg, key)), cfg)
+        params = lora.trained(nn.meta.unbox(decoder.init(cfg, key)), cfg)
         return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract)
 
     key = jax.random.key(c.seed)
@@ -160,7 +164,7 @@ def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
         name, layer = key[-1], key[0] == "layers"
         where = here[key] if layer and (cfg.unroll or parts.config.sample.layout == "sharded") else p
         kept = p.dtype if name.endswith(("norm", "bias")) or (layer and cfg.unroll) else jnp.dtype(parts.config.model.dtype)
-        kept = jnp.int8 if cfg.int8 and name in model.MATRICES else jnp.float32 if name.endswith("_scale") else kept
+        kept = jnp.int8 if cfg.int8 and name in decoder.MATRICES else jnp.float32 if name.endswith("_scale") else kept
         return jax.ShapeDtypeStruct(p.shape, kept, sharding=where.sharding)
 
     return unflatten_dict({key: one(key, p) for key, p in whole.items()})
@@ -200,7 +204,7 @@ def make_relay(parts: Parts, cfg: DecoderConfig) -> Relay:
         out = {}
         for key, w in layer.items():
             if want[key].dtype == jnp.int8:
-                whole, scale = model.quantize(w, model.MATRICES[key[-1]])
+                whole, scale = decoder.quantize(w, decoder.MATRICES[key[-1]])
                 out |= {key: put(whole, shards[key]), (*key[:-1], f"{key[-1]}_scale"): scale}
         return layer | out
 

@@ -20,8 +20,9 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from medrlvr_jax.config import ConfigError, MeshConfig
-from medrlvr_jax.configs import nearest_divisors
+from medrlvr_jax.config.load import nearest_divisors
+from medrlvr_jax.config.schema import MeshConfig
+from medrlvr_jax.host.errors import ConfigError
 
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = ("slice", "data", "fsdp")

@@ -15,9 +15,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from medrlvr_jax.bench import by_turns
-from medrlvr_jax.model import DecoderConfig
-from medrlvr_jax.scoring import token_logprobs
+from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model.scoring import token_logprobs
+from medrlvr_jax.tools.bench import by_turns
 
 
 def dense(params, hidden, tokens):

@@ -40,7 +40,10 @@ from quick import FLAGS as quick_flags  # noqa: E402
 from same_run import differences  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402, F401  (seconds to import, in every launch)
 
-from medrlvr_jax import __main__, checkpoint, experience, files, log, processes, sft, train  # noqa: E402
+from medrlvr_jax import cli  # noqa: E402
+from medrlvr_jax.host import files, processes  # noqa: E402
+from medrlvr_jax.rl import experience, sft, train  # noqa: E402
+from medrlvr_jax.runs import checkpoint, log  # noqa: E402
 
 STEPS = 12
 SILENCE = 5  # seconds, in place of processes.HEARTBEAT
@@ -152,7 +155,7 @@ def launch(command: list[str], out: Path, faults: list, devices: int = 1, sleep:
                 os.environ |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
             if fault:
                 arm(*fault)
-            status = __main__.main(command)
+            status = cli.main(command)
             sys.stdout.flush()
             os._exit(status)
         except BaseException:
@@ -248,7 +251,7 @@ def full_disk(disk: Path, command: list[str], want: Path, out: str) -> bool:
     def go() -> int:
         with open(out, "a") as file:
             os.dup2(file.fileno(), 2)
-            status = __main__.main(command)
+            status = cli.main(command)
             os.dup2(terminal, 2)
         print(f"    exit status {status}; " + Path(out).read_text().splitlines()[-1][:400], file=sys.stderr)
         return status

@@ -16,9 +16,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from medrlvr_jax import attention, learn, model, sample, scoring
-from medrlvr_jax.config import LoRAConfig, OptimConfig, SampleConfig
-from medrlvr_jax.model import DecoderConfig
+from medrlvr_jax.config.schema import LoRAConfig, OptimConfig, SampleConfig
+from medrlvr_jax.model import attention, decoder, scoring
+from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.rl import learn
+from medrlvr_jax.rollout import generate
 
 # (arithmetic, matmul precision) → bound. float32 by default is TF32 on NVIDIA's cards and one pass of bfloat16 on a TPU.
 EXACT, ROUNDED, HALF = ("float32", "highest"), ("float32", "default"), ("bfloat16", "default")
@@ -159,7 +161,7 @@ def looked_up(dtype: str, small: bool) -> float:
     np.add.at(wanted, tokens, g64)
 
     def ours(table, g):
-        return jax.vjp(lambda table: model.embed_lookup(table, jnp.asarray(tokens), cfg), table)[1](g)[0]
+        return jax.vjp(lambda table: decoder.embed_lookup(table, jnp.asarray(tokens), cfg), table)[1](g)[0]
 
     return far(jax.jit(ours)(jnp.zeros((vocab, width)), g), wanted)
 
@@ -173,7 +175,7 @@ def rotated(dtype: str, small: bool) -> float:
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     a, b = np.split(x64, 2, -1)
     wanted = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-    return far(jax.jit(lambda x: model.rotate(x, *model.rope_tables(jnp.arange(n)[None], cfg)))(x), wanted)
+    return far(jax.jit(lambda x: decoder.rotate(x, *decoder.rope_tables(jnp.arange(n)[None], cfg)))(x), wanted)
 
 
 def multiplied(dtype: str, small: bool) -> float:
@@ -186,12 +188,12 @@ def multiplied(dtype: str, small: bool) -> float:
     w, w64 = normal(rng, "float32", width, ffn, scale=width**-0.5)
     a, a64 = normal(rng, dtype, width, 4, scale=width**-0.5)
     b, b64 = normal(rng, dtype, 4, ffn, scale=0.1)
-    q, scale = jax.jit(partial(model.quantize, inputs=1))(w)
+    q, scale = jax.jit(partial(decoder.quantize, inputs=1))(w)
     wanted_scale = np.abs(w64).max(0) / 127
     off = np.abs(np.asarray(q, np.float64) - w64 / wanted_scale).max() - 0.5  # half a step is what rounding may leave
-    shapes = jax.eval_shape(lambda: nn.meta.unbox(model.init(cfg, jax.random.key(0))))["layers"]
+    shapes = jax.eval_shape(lambda: nn.meta.unbox(decoder.init(cfg, jax.random.key(0))))["layers"]
     layer = jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), shapes) | {"gate": q, "gate_scale": scale, "gate_a": a, "gate_b": b}
-    found = jax.jit(lambda layer, x: model.Block(cfg).apply({"params": layer}, x, "gate", method="times"))(layer, x)
+    found = jax.jit(lambda layer, x: decoder.Block(cfg).apply({"params": layer}, x, "gate", method="times"))(layer, x)
     wanted = x64 @ (np.asarray(q, np.float64) * wanted_scale) + x64 @ a64 @ b64 * (adapters.alpha / adapters.rank)
     return max(far(found, wanted), far(scale, wanted_scale), off / 100)
 
@@ -233,7 +235,7 @@ def drawn(how: dict, small: bool) -> float:
     scores = (3 * rng.standard_normal((rows, 1, vocab))).astype(np.float32)
     uniforms = rng.random((rows, 1), np.float32)
     token, drawn_at, policy_at, entropy = (
-        np.asarray(x) for x in jax.jit(partial(sample.draw, t=0, sample=settings, stop_ids=(1,)))(scores, uniforms)
+        np.asarray(x) for x in jax.jit(partial(generate.draw, t=0, sample=settings, stop_ids=(1,)))(scores, uniforms)
     )
     p = softmax(scores.astype(np.float64) / settings.temperature)
     kept = p.copy()
@@ -253,7 +255,7 @@ def drawn(how: dict, small: bool) -> float:
 
 def noised() -> float:
     """The uniforms of sampling are the same bits on every machine."""
-    make = lambda: jax.jit(sample.noise, static_argnums=(2, 3))(jax.random.key(5), jnp.arange(4, dtype=jnp.uint32), 3, 50)  # noqa: E731
+    make = lambda: jax.jit(generate.noise, static_argnums=(2, 3))(jax.random.key(5), jnp.arange(4, dtype=jnp.uint32), 3, 50)  # noqa: E731
     found = np.asarray(make())
     with jax.default_device(jax.devices("cpu")[0]):
         return float(np.abs(found - np.asarray(make())).max())

@@ -22,10 +22,12 @@ import test_data  # noqa: E402
 import test_rewards  # noqa: E402
 import test_text  # noqa: E402
 
-from medrlvr_jax import data, rewards, text  # noqa: E402
-from medrlvr_jax.config import PromptConfig, RewardConfig, SetConfig  # noqa: E402
-from medrlvr_jax.formats import DataError, Question  # noqa: E402
-from medrlvr_jax.score_file import score_file  # noqa: E402
+from medrlvr_jax.config.schema import PromptConfig, RewardConfig, SetConfig  # noqa: E402
+from medrlvr_jax.data import load as data  # noqa: E402
+from medrlvr_jax.data import prompts as text  # noqa: E402
+from medrlvr_jax.data.formats import DataError, Question  # noqa: E402
+from medrlvr_jax.rewards import rule  # noqa: E402
+from medrlvr_jax.tools.score_file import score_file  # noqa: E402
 
 RECORDS = {"plain": test_data.PLAIN, "medqa": test_data.MEDQA, "mmlu_pro": test_data.PRO, "medmcqa": test_data.MCQA}
 PIECES = [
@@ -144,7 +146,7 @@ def times(folder: Path, dice: random.Random) -> str:
 
     def seconds(size: int) -> float:
         completion, began = bait * (size // len(bait)) + dice.choice(TAGS), time.perf_counter()
-        rewards.score([completion], ["C"], [test_rewards.FOUR], RewardConfig(mode=mode))
+        rule.score([completion], ["C"], [test_rewards.FOUR], RewardConfig(mode=mode))
         return time.perf_counter() - began
 
     for _ in range(5):  # another process may have had the processor

@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from medrlvr_jax import hf, model, sample, scoring, sharding
-from medrlvr_jax.config import MeshConfig, SampleConfig
-from medrlvr_jax.model import DecoderConfig
+from medrlvr_jax import sharding
+from medrlvr_jax.config.schema import MeshConfig, SampleConfig
+from medrlvr_jax.model import decoder, scoring, weights
+from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.rollout import generate
 from medrlvr_jax.types import Prompts
 
 CFG = DecoderConfig(
@@ -77,7 +79,7 @@ def gap(params, cfg: DecoderConfig, prompts: np.ndarray, lengths: np.ndarray, ca
         return scoring.at_responses(params, cfg, rows, size, read)[0]
 
     with jax.set_mesh(mesh):
-        rollout = sample.generate(params, cfg, batch, jax.random.key(0), how, STOPS, PAD)
+        rollout = generate.generate(params, cfg, batch, jax.random.key(0), how, STOPS, PAD)
         whole = c["samples"] * c["length"]
         size = int(rollout.mask.sum((1, 2)).max()) if c["packed"] else whole
         assert not c["packed"] or size < whole, "nothing to pack"
@@ -90,7 +92,7 @@ def gap(params, cfg: DecoderConfig, prompts: np.ndarray, lengths: np.ndarray, ca
 def two_layers():
     """The model and its prompts."""
     rng = np.random.default_rng(0)
-    return nn.meta.unbox(model.init(CFG, jax.random.key(0))), rng.integers(3, CFG.vocab, (8, 24)), rng.integers(4, 25, 8)
+    return nn.meta.unbox(decoder.init(CFG, jax.random.key(0))), rng.integers(3, CFG.vocab, (8, 24)), rng.integers(4, 25, 8)
 
 
 def main() -> None:
@@ -99,10 +101,10 @@ def main() -> None:
         path = sys.argv[1]
         rng = np.random.default_rng(0)
         for dtype in (jnp.float32, jnp.bfloat16):
-            cfg = dataclasses.replace(hf.read_config(path), dtype=dtype, remat="none")
+            cfg = dataclasses.replace(weights.read_config(path), dtype=dtype, remat="none")
             mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-            shapes = jax.eval_shape(lambda cfg=cfg: model.init(cfg, jax.random.key(0)))
-            params = hf.load_params(path, cfg, sharding.shardings(shapes, mesh, sharding.TRAIN), jnp.dtype("float32"))
+            shapes = jax.eval_shape(lambda cfg=cfg: decoder.init(cfg, jax.random.key(0)))
+            params = weights.load_params(path, cfg, sharding.shardings(shapes, mesh, sharding.TRAIN), jnp.dtype("float32"))
             furthest, far, n = gap(
                 params, cfg, rng.integers(300, 20_000, (2, 16)), np.array([16, 9]), {"samples": 8, "length": 32, "unroll": False}
             )

@@ -52,7 +52,7 @@ def run(folder: Path, meshes: list[str]) -> None:
     """Three PPO steps on each mesh; process 0 writes tokens, rewards and parameters."""
     import jax
 
-    from medrlvr_jax import processes
+    from medrlvr_jax.host import processes
 
     several = "JAX_NUM_PROCESSES" in os.environ
     if several:

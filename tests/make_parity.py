@@ -40,7 +40,7 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Questions × samples, the prompts left-padded, as `model.py` has them."""
+    """Questions × samples, the prompts left-padded, as `decoder.py` has them."""
 
     prompts: np.ndarray  # int32 [Q, P]
     mask: np.ndarray  # bool [Q, P]

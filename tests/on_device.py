@@ -56,16 +56,23 @@ import show_profile  # noqa: E402
 import yaml  # noqa: E402
 from same_run import differences  # noqa: E402
 
-from medrlvr_jax import __main__, aot, architectures, bench, build, configs, experience, files, lora, machines, model, text, train  # noqa: E402
-from medrlvr_jax.compiles import Compiles  # noqa: E402
-from medrlvr_jax.experience import Encoded  # noqa: E402
-from medrlvr_jax.formats import Question  # noqa: E402
-from medrlvr_jax.machines import GIB, Chip, Machine  # noqa: E402
-from medrlvr_jax.model import DecoderConfig  # noqa: E402
-from medrlvr_jax.programs import make_programs, step_programs  # noqa: E402
+from medrlvr_jax import build, cli  # noqa: E402
+from medrlvr_jax.config import load as configs  # noqa: E402
+from medrlvr_jax.data import prompts as text  # noqa: E402
+from medrlvr_jax.data.formats import Question  # noqa: E402
+from medrlvr_jax.host import files  # noqa: E402
+from medrlvr_jax.model import decoder, families, lora  # noqa: E402
+from medrlvr_jax.model.decoder import DecoderConfig  # noqa: E402
+from medrlvr_jax.plan import aot, machines  # noqa: E402
+from medrlvr_jax.plan.machines import GIB, Chip, Machine  # noqa: E402
+from medrlvr_jax.rl import experience, train  # noqa: E402
+from medrlvr_jax.rl.experience import Encoded  # noqa: E402
+from medrlvr_jax.rl.programs import make_programs, step_programs  # noqa: E402
+from medrlvr_jax.runs.profile import Compiles  # noqa: E402
 from medrlvr_jax.sharding import to_host  # noqa: E402
+from medrlvr_jax.tools import bench  # noqa: E402
 
-SHAPES = {size: architectures.KNOWN[f"Qwen/Qwen2.5-{size}"] for size in ("0.5B", "1.5B", "3B")}
+SHAPES = {size: families.KNOWN[f"Qwen/Qwen2.5-{size}"] for size in ("0.5B", "1.5B", "3B")}
 SHAPES["0.1B"] = DecoderConfig(151_936, 512, 12, 8, 2, 64, 2816, 1e6, 1e-6, True, qkv_bias=True)
 SHAPES["tiny"] = DecoderConfig(2048, 64, 2, 4, 2, 16, 128, 1e6, 1e-6, True, qkv_bias=True)
 FLAGS = {  # by what the determinism sections call them
@@ -364,7 +371,7 @@ def embedding(report: Report, small: bool) -> None:
         g = jax.random.normal(jax.random.key(1), (1, n, width), cfg.dtype)
 
         def ours(table, tokens, g, cfg=cfg):
-            return jax.vjp(lambda table: model.embed_lookup(table, tokens, cfg), table)[1](g)[0]
+            return jax.vjp(lambda table: decoder.embed_lookup(table, tokens, cfg), table)[1](g)[0]
 
         def by_order(table, tokens, g):
             order = jnp.argsort(tokens[0])
@@ -430,7 +437,7 @@ def resume(report: Report, small: bool) -> None:
         def run(name: str, flags: str, cache: str | None) -> None:
             path = root / f"{name}.yaml"
             path.write_text(yaml.safe_dump(tree | {"name": name, "runs": folder}))
-            if status := forked(report, lambda: __main__.main(["train", str(path)]), flags, cache):
+            if status := forked(report, lambda: cli.main(["train", str(path)]), flags, cache):
                 raise RuntimeError(f"medrlvr train ended with status {status}; the log says why")
 
         def compare(label: str, flags: str, cache: str | None) -> None:

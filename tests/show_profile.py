@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from jax.profiler import ProfileData
 
-HOST, GAP = ("score", "log", "evaluate"), 1e8  # what compiles.py names; nanoseconds within a program that are no pause of it
+HOST, GAP = ("score", "log", "evaluate"), 1e8  # what profile.py names; nanoseconds within a program that are no pause of it
 COLOURS = {
     "generate": "#0072B2",
     "assess": "#E69F00",

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from medrlvr_jax import stats
+from medrlvr_jax.evaluation import stats
 
 CASES = [(runs, effect, suits) for runs in ((3, 3), (1, 3), (5, 5)) for suits in (0.0, 0.7) for effect in (0.0, 0.1, 0.2, 0.4)]
 

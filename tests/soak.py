@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import yaml
 
-from medrlvr_jax import __main__, compiles, log
+from medrlvr_jax import cli
+from medrlvr_jax.runs import log, profile
 
 TREE = {
     "name": "soak",
@@ -50,7 +51,7 @@ def draw(step, resident, files, out: str) -> None:
 
 def main() -> int:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
-    rows, made, began, record, hear = [], [], time.monotonic(), log.Run.record, compiles.Compiles._hear
+    rows, made, began, record, hear = [], [], time.monotonic(), log.Run.record, profile.Compiles._hear
 
     def measured(run, step, *args, **kwargs):
         record(run, step, *args, **kwargs)
@@ -62,16 +63,16 @@ def main() -> int:
             print(f"step {step}: {resident:.0f} MiB, {rows[-1][2]} files, {time.monotonic() - began:.0f} s", flush=True)
 
     def heard(self, event, duration_secs, **about):
-        if event == compiles.EVENT:
+        if event == profile.EVENT:
             made.append(about.get("fun_name"))
         hear(self, event, duration_secs, **about)
 
-    log.Run.record, compiles.Compiles._hear = measured, heard
+    log.Run.record, profile.Compiles._hear = measured, heard
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "soak.yaml"
         path.write_text(yaml.safe_dump(TREE | {"steps": steps, "runs": folder}))
         with open(os.devnull, "w") as sys.stderr:
-            status = __main__.main(["train", str(path)])
+            status = cli.main(["train", str(path)])
     step, resident, files, compiled = np.array(rows[len(rows) // 4 :]).T  # the first quarter fills caches
     slope, _ = np.polyfit(step, resident, 1)
     late = compiled[-1] - rows[1][3]

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medrlvr_jax import advantages as adv
-from medrlvr_jax.config import AdvantageConfig, KLConfig
+from medrlvr_jax.config.schema import AdvantageConfig, KLConfig
+from medrlvr_jax.rl import advantages as adv
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden.json").read_text())
 F = {k: np.float32(v).reshape(2, 3, *np.shape(v)[1:]) for k, v in GOLDEN["fixture"].items() if k != "G"}  # [Q=2, G=3, R=5]

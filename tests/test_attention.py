@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from medrlvr_jax import attention, decode, flops, model, scoring, sharding
-from medrlvr_jax.config import MeshConfig
-from medrlvr_jax.model import DecoderConfig
+from medrlvr_jax import sharding
+from medrlvr_jax.config.schema import MeshConfig
+from medrlvr_jax.model import attention, decoder, scoring
+from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.plan import flops
+from medrlvr_jax.rollout import decode
 
 splash = partial(attention.splash, interpret=True)
 CFG = DecoderConfig(vocab=50, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4, norm_eps=1e-6, tied=True)
@@ -63,7 +66,7 @@ def test_each_device_has_its_own_heads(tensor):
 def test_a_decoder_with_it(monkeypatch):
     """Log-probs, and the state after a prompt that sampling starts from."""
     monkeypatch.setattr(attention, "splash", splash)
-    params = nn.meta.unbox(model.init(CFG, jax.random.key(1)))
+    params = nn.meta.unbox(decoder.init(CFG, jax.random.key(1)))
     prompts = jax.random.randint(jax.random.key(2), (2, 20), 0, 50)
     mask, tokens = jnp.arange(20) >= jnp.array([0, 9])[:, None], jax.random.randint(jax.random.key(3), (2, 3, 12), 0, 50)
 

@@ -4,7 +4,7 @@ import json
 
 import bench_slab
 
-from medrlvr_jax import bench
+from medrlvr_jax.tools import bench
 
 
 def test_a_case_is_one_line_of_json(capsys):

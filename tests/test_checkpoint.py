@@ -15,9 +15,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from medrlvr_jax import checkpoint
-from medrlvr_jax.checkpoint import CheckpointError, Checkpoints, restore_params
-from medrlvr_jax.config import CheckpointConfig
+from medrlvr_jax.config.schema import CheckpointConfig
+from medrlvr_jax.runs import checkpoint
+from medrlvr_jax.runs.checkpoint import CheckpointError, Checkpoints, restore_params
 from medrlvr_jax.types import Learner, TrainState
 
 META = {"config": {"name": "test", "lr": 1e-3, "absent": None}, "versions": {"git": None}}

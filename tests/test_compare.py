@@ -7,8 +7,11 @@ import os
 import numpy as np
 import pytest
 
-from medrlvr_jax import __main__, answers, compare, console, report, stats
-from medrlvr_jax.config import ConfigError
+from medrlvr_jax import cli
+from medrlvr_jax.evaluation import answers, compare, stats
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.report import pictures
+from medrlvr_jax.runs import console
 
 
 def write(folder, name, answers, key="A", hashes=str, **settings):
@@ -47,8 +50,8 @@ def test_pairs_by_id_and_counts_by_hand(tmp_path, capsys):
     assert dev["a"]["value"] == 0.8 and dev["b"]["value"] == 0.2 and dev["difference"]["value"] == pytest.approx(-0.6)
     assert [dev["boundary"][k] for k in ("preserved", "gained", "lost", "never")] == [1, 1, 7, 1]
     assert found["same"]["difference"]["low"] < -0.19 and found["same"]["difference"]["high"] > 0.19  # equal answers to 10 questions
-    assert __main__.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2 and "B alone" in capsys.readouterr().err
-    assert __main__.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--anyway"]) == 0
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2 and "B alone" in capsys.readouterr().err
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--anyway"]) == 0
     shown = capsys.readouterr().out
     assert "-60.0 %" in shown and "dev: 10 questions show" in shown and "dev: not asked alike: 0 questions were answered in A" in shown
 
@@ -193,7 +196,7 @@ def test_what_is_not_in_an_accuracy_is_told_beside_it():
     assert answers.remarks("mine", counts | {"dropped_prompts": 0, "truncated": 0}) == []
     interval = {f"{key}_{end}": 0.5 for key in ("accuracy", "format") for end in ("low", "high")}
     after = counts | interval | {"correct": 1, "format_ok": 1, "accuracy": 0.025, "format_rate": 0.025}
-    assert report.table({"name": "x", "eval": {"mine": {"after": after}}}).endswith("\n".join(answers.remarks("mine", after)))
+    assert pictures.table({"name": "x", "eval": {"mine": {"after": after}}}).endswith("\n".join(answers.remarks("mine", after)))
     text = io.StringIO()
     console.Console(2, text).step(2, {f"eval.mine.{key}": value for key, value in after.items()})
     assert text.getvalue() == "step 2/2  eval mine: correct 1/40, format 1/40, cut off 10/40\n"

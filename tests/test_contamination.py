@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from medrlvr_jax import __main__, contamination, data
-from medrlvr_jax.config import SetConfig
-from medrlvr_jax.formats import Question
+from medrlvr_jax import cli
+from medrlvr_jax.config.schema import SetConfig
+from medrlvr_jax.data import load as data
+from medrlvr_jax.data.formats import Question
+from medrlvr_jax.evaluation import contamination
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not in ../shared/data")
@@ -72,7 +74,7 @@ def test_the_command_and_scores_without_what_is_found(tmp_path, capsys):
     rows = [{"id": f"test-{i}", "answer": "A", "key": "A" if i == 0 else "B", "correct": i == 0, "options": 2} for i in range(3)]
     (tmp_path / "eval" / "my_set.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     args = ["contamination", str(train), str(test), str(other), "--eval", str(tmp_path / "eval"), "--out", str(tmp_path / "out.json")]
-    assert __main__.main(args) == 0
+    assert cli.main(args) == 0
     assert "33.3 %" in capsys.readouterr().out
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["sets"]["test"]["found"] == [
@@ -81,9 +83,9 @@ def test_the_command_and_scores_without_what_is_found(tmp_path, capsys):
     assert found["sets"]["other"] == {"n": 1, "found": []}
     scores = found["scores"]["my_set"]
     assert (scores["n"], scores["all"]["value"], scores["n_clean"], scores["clean"]["value"]) == (3, 1 / 3, 2, 0.0)
-    assert __main__.main(["contamination", str(train), str(other), "--eval", str(tmp_path / "eval")]) == 2
+    assert cli.main(["contamination", str(train), str(other), "--eval", str(tmp_path / "eval")]) == 2
     assert "no set of answers there is of other" in capsys.readouterr().err
-    assert __main__.main(["contamination", str(train)]) == 0
+    assert cli.main(["contamination", str(train)]) == 0
 
 
 @real

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medrlvr_jax import data
-from medrlvr_jax.config import PassCountConfig, SetConfig
-from medrlvr_jax.data import batch_at, load, load_text
-from medrlvr_jax.formats import DataError, Example, Question
+from medrlvr_jax.config.schema import PassCountConfig, SetConfig
+from medrlvr_jax.data import load as data
+from medrlvr_jax.data.formats import DataError, Example, Question
+from medrlvr_jax.data.load import batch_at, load, load_text
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not in ../shared/data")

@@ -15,11 +15,21 @@ from invariance import compare, launch, measure
 from test_learn import plain
 from test_train import NO_EVAL, folder, lines, main  # noqa: F401  (a fixture)
 
-from medrlvr_jax import build, checkpoint, configs, processes, sharding
-from medrlvr_jax.config import ConfigError, MeshConfig
+from medrlvr_jax import build, sharding
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.schema import MeshConfig
+from medrlvr_jax.host import processes
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.runs import checkpoint
 
 SILENCE = 10  # seconds, in place of processes.HEARTBEAT
-MAIN = f"import sys; from medrlvr_jax import __main__, processes; processes.HEARTBEAT = {SILENCE}; sys.exit(__main__.main(sys.argv[1:]))"
+MAIN = f"""
+import sys
+from medrlvr_jax import cli
+from medrlvr_jax.host import processes
+processes.HEARTBEAT = {SILENCE}
+sys.exit(cli.main(sys.argv[1:]))
+"""
 GRPO = {
     "learn": {"minibatch": 8, "policy": {"lr": 1e-3, "warmup": 0.0}},
     "advantage": {"estimator": "group"},
@@ -108,7 +118,8 @@ def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
 REPLICAS = """
 import json, sys
 import numpy as np
-from medrlvr_jax import __main__, train
+from medrlvr_jax import cli
+from medrlvr_jax.rl import train
 
 def step(*args):
     state, stats, scored, rows = original(*args)
@@ -118,7 +129,7 @@ def step(*args):
     return state, stats, scored, rows
 
 original, train.train_step = train.train_step, step
-sys.exit(__main__.main(sys.argv[1:]))
+sys.exit(cli.main(sys.argv[1:]))
 """
 
 
@@ -142,7 +153,8 @@ VIEWS = """
 import json, sys
 from pathlib import Path
 import jax
-from medrlvr_jax import checkpoint, processes
+from medrlvr_jax.host import processes
+from medrlvr_jax.runs import checkpoint
 
 processes.join()
 from test_checkpoint import META, CheckpointConfig, Checkpoints, abstract, flip, make_state, mesh_of

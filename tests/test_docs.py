@@ -8,8 +8,8 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from medrlvr_jax.__main__ import parser
-from medrlvr_jax.config import Config
+from medrlvr_jax.cli import parser
+from medrlvr_jax.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "pages"

@@ -7,10 +7,12 @@ import pytest
 from test_checkpoint import META, flip, make_state, mesh_of
 from test_log import config
 
-from medrlvr_jax import checkpoint, doctor, log
-from medrlvr_jax.config import CheckpointConfig, ConfigError
-from medrlvr_jax.configs import load
-from medrlvr_jax.hf import resolve
+from medrlvr_jax.config.load import load
+from medrlvr_jax.config.schema import CheckpointConfig
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model.weights import resolve
+from medrlvr_jax.runs import checkpoint, log
+from medrlvr_jax.tools import doctor
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from medrlvr_jax import configs, files, processes
-from medrlvr_jax.config import ConfigError
-from medrlvr_jax.formats import DataError
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.data.formats import DataError
+from medrlvr_jax.host import files, processes
+from medrlvr_jax.host.errors import ConfigError
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -107,9 +108,9 @@ def test_yaml_that_stands_in_itself_is_looked_through_once():
     "read",
     [
         lambda file: configs.load(file),
-        lambda file: __import__("medrlvr_jax.arms").arms.read(file, []),
-        lambda file: __import__("medrlvr_jax.log").log.check_same(file, None),
-        lambda file: __import__("medrlvr_jax.report_html").report_html.read_run(file.parent),
+        lambda file: __import__("medrlvr_jax.studies.arms").studies.arms.read(file, []),
+        lambda file: __import__("medrlvr_jax.runs.log").runs.log.check_same(file, None),
+        lambda file: __import__("medrlvr_jax.report.page").report.page.read_run(file.parent),
     ],
     ids=["train", "reproduce", "resume", "report"],
 )

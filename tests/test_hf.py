@@ -15,9 +15,11 @@ from make_parity import BASE, FAMILIES, weights, write
 from safetensors.numpy import load_file, save_file
 from test_parity import load
 
-from medrlvr_jax import hf, lora, model
-from medrlvr_jax.config import ConfigError, LoRAConfig, MeshConfig
-from medrlvr_jax.text import load_tokenizer
+from medrlvr_jax.config.schema import LoRAConfig, MeshConfig
+from medrlvr_jax.data.prompts import load_tokenizer
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model import decoder, lora
+from medrlvr_jax.model import weights as hf
 
 QWEN, LLAMA3 = FAMILIES["qwen2_untied"], FAMILIES["llama3"]
 
@@ -381,15 +383,15 @@ def test_peft_loads_the_adapter(family, tmp_path):
     source = write(tmp_path / "source", FAMILIES[family], weights(FAMILIES[family]))
     base_cfg, tokens = hf.read_config(source), np.arange(1, 20)[None]
     cfg = dataclasses.replace(base_cfg, lora=LoRAConfig(rank=3, alpha=5.0, targets=("q", "v", "o", "gate", "down")))
-    fresh = lora.trained(model.nn.meta.unbox(jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))), cfg)
+    fresh = lora.trained(decoder.nn.meta.unbox(jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))), cfg)
     draw = np.random.default_rng(0)
     adapters = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 5, fresh)
     params = lora.join(load(source, base_cfg), adapters)
     hf.save_adapter(params, cfg, source, tmp_path / "adapter")
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(source)
-    state, _ = model.Decoder(cfg).apply({"params": params}, tokens, tokens > 0, None)
-    ours = np.asarray(model.logits(params, cfg, state))
+    state, _ = decoder.Decoder(cfg).apply({"params": params}, tokens, tokens > 0, None)
+    ours = np.asarray(decoder.logits(params, cfg, state))
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         without = base(torch.tensor(tokens)).logits.numpy()
@@ -403,7 +405,7 @@ def test_peft_loads_the_adapter(family, tmp_path):
 RESIDENT = """
 import conftest, sys
 from test_parity import load
-from medrlvr_jax import hf
+from medrlvr_jax.model import weights as hf
 def resident(key):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
 small, large = sys.argv[1:]

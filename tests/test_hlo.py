@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from medrlvr_jax import hlo
+from medrlvr_jax.plan import hlo
 
 MESH = {"data": 2, "fsdp": 4}
 

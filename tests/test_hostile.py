@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from test_learn import CFG
 
-from medrlvr_jax import build, configs, experience, sharding, text
-from medrlvr_jax.config import ConfigError
-from medrlvr_jax.formats import Question
+from medrlvr_jax import build, sharding
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.formats import Question
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.rl import experience
 from medrlvr_jax.types import Rollout
 
 ROOT = Path(__file__).parents[1]
@@ -52,11 +55,11 @@ def test_names_cannot_leave_their_folder(name):
 def test_nothing_read_is_run(tmp_path):
     """No pickles, no code of a repository, no YAML that makes objects; the one thing that a config may name to be run is reward.fn."""
     forbidden = r"pickle|\beval\(|\bexec\(|yaml\.(load|unsafe_load|full_load)\(|trust_remote_code=True|torch\.load|joblib|shell=True"
-    for path in (ROOT / "medrlvr_jax").glob("*.py"):
+    for path in (ROOT / "medrlvr_jax").rglob("*.py"):
         found = [line for line in path.read_text().splitlines() if re.search(forbidden, line) and "no pickles" not in line]
-        assert found == [] or (path.name == "hf.py" and all("pickle" in line for line in found)), (path.name, found)
-    imports = {p.name for p in (ROOT / "medrlvr_jax").glob("*.py") if "importlib.import_module" in p.read_text()}
-    assert imports == {"user_reward.py"}
+        assert found == [] or (path.name == "weights.py" and all("pickle" in line for line in found)), (path.name, found)
+    imports = {p.name for p in (ROOT / "medrlvr_jax").rglob("*.py") if "importlib.import_module" in p.read_text()}
+    assert imports == {"user.py"}
     (tmp_path / "bomb.yaml").write_text("name: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(ConfigError, match=r"bomb.yaml: cannot be read: ConstructorError"):
         configs.load(tmp_path / "bomb.yaml")

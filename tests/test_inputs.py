@@ -7,8 +7,14 @@ import shutil
 import pytest
 from test_train import NO_EVAL, folder, lines, main  # noqa: F401  (folder is a fixture)
 
-from medrlvr_jax import build, configs, data, experience, hf, inputs, log, user_reward
-from medrlvr_jax.config import ConfigError
+from medrlvr_jax import build
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.data import load as data
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model import weights
+from medrlvr_jax.rewards import user
+from medrlvr_jax.rl import experience
+from medrlvr_jax.runs import inputs, log
 
 QUESTION = {"options": ["aspirin", "heparin", "insulin"], "answer": "A"}
 
@@ -72,7 +78,7 @@ TREE = {
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with a copy of the embedded model, a training and an evaluation file, and a reward."""
-    shutil.copytree(hf.resolve("embedded"), tmp_path / "model")
+    shutil.copytree(weights.resolve("embedded"), tmp_path / "model")
     write(tmp_path / "train.jsonl", questions(16))
     write(tmp_path / "dev.jsonl", questions(8))
     (tmp_path / "pay").mkdir()
@@ -168,13 +174,13 @@ def test_a_model_under_adapters_is_not_swapped_when_a_run_is_evaluated(place):
 
 
 def test_a_large_tensor_is_sampled(place, monkeypatch):
-    whole = hf.weight_digests(place / "model")
-    monkeypatch.setattr(hf, "SAMPLED", 8)
-    assert len(whole) == len(hf.weight_digests(place / "model")) and whole != hf.weight_digests(place / "model")
+    whole = weights.weight_digests(place / "model")
+    monkeypatch.setattr(weights, "SAMPLED", 8)
+    assert len(whole) == len(weights.weight_digests(place / "model")) and whole != weights.weight_digests(place / "model")
     sizes = [file.stat().st_size for file in (place / "model").iterdir()]
     assert sum(sizes) > 1e6  # so that most of it was not read
 
 
 def test_the_file_of_a_reward_is_found_without_running_it(place):
-    assert user_reward.source_digest("pay.mine:pay")["file"] == str(place / "pay" / "mine.py")
-    assert user_reward.source_digest("pay.nothing:pay") is None and user_reward.source_digest("sys:exit") is None
+    assert user.source_digest("pay.mine:pay")["file"] == str(place / "pay" / "mine.py")
+    assert user.source_digest("pay.nothing:pay") is None and user.source_digest("sys:exit") is None

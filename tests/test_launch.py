@@ -14,7 +14,7 @@ import pytest
 import yaml
 from jax._src.clusters import SlurmCluster
 
-from medrlvr_jax import configs
+from medrlvr_jax.config import load as configs
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

@@ -11,9 +11,14 @@ import pytest
 from flax import linen as nn
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax import build, config, configs, experience, learn, lora, model, programs, sample, scoring, sharding
+from medrlvr_jax import build, sharding
 from medrlvr_jax.build import Parts
-from medrlvr_jax.model import DecoderConfig
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.config import schema
+from medrlvr_jax.model import decoder, lora, scoring
+from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.rl import experience, learn, programs
+from medrlvr_jax.rollout import generate
 from medrlvr_jax.types import Experience, Learner, Prompts
 
 CFG = DecoderConfig(
@@ -75,7 +80,7 @@ class Loop:
         prompts = sharding.place_rows(jax.tree.map(lambda x: x[own], prompts), Q, mesh)
         self.key = jax.random.fold_in(jax.random.key(0), self.step)
         whole = lora.join(self.frozen.base, self.policy.params)
-        rollout = sample.generate(self.relay(whole), self.parts.sampler_cfg, prompts, self.key, c.sample, STOPS, PAD)
+        rollout = generate.generate(self.relay(whole), self.parts.sampler_cfg, prompts, self.key, c.sample, STOPS, PAD)
         critic = self.critic and self.critic.params
         frozen = sharding.to_memory(self.frozen, "device")
         kinds = experience.assess_settings(self.parts) | {"slab": 64}
@@ -191,7 +196,7 @@ def test_int8_rollouts_are_of_the_rounded_policy_and_weighed():
     with jax.set_mesh(loop.parts.mesh):
         rollout, made, stats = loop.rollout()
     rounded = dict(params["layers"])
-    for name, inputs in model.MATRICES.items():
+    for name, inputs in decoder.MATRICES.items():
         w = np.asarray(params["layers"][name])
         scale = np.abs(w).max(tuple(range(1, 1 + inputs)), keepdims=True) / 127
         rounded[name] = np.round(w / scale) * scale
@@ -219,7 +224,7 @@ def test_the_stop_token_is_learned_from():
 
 
 def test_adaptive_kl_moves_towards_its_target():
-    kl = config.KLConfig(coef=0.1, target=2.0, horizon=1000)
+    kl = schema.KLConfig(coef=0.1, target=2.0, horizon=1000)
     assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(2.2), 100, kl)) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
     assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(9.0), 100, kl)) == pytest.approx(0.1 * (1 + 0.2 * 0.1))
     assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(0.0), 100, kl)) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
@@ -229,7 +234,7 @@ def test_warmup_and_schedules():
     """The size of Adam's first steps on a constant gradient is the learning rate."""
 
     def rates(n, **kw):
-        tx = learn.make_optimizer(config.OptimConfig(lr=1.0, clip_norm=1e9, **kw), n)
+        tx = learn.make_optimizer(schema.OptimConfig(lr=1.0, clip_norm=1e9, **kw), n)
         params, out = {"w": jnp.zeros(1)}, []
         state = tx.init(params)
         for _ in range(n):
@@ -255,7 +260,7 @@ def test_stochastic_rounding_is_unbiased_and_the_same_on_any_mesh():
     np.testing.assert_allclose(up - down, 2.0 ** (np.floor(np.log2(np.abs(between))) - 7), rtol=1e-6)
     error = (got[5:].astype(float) - between[:, None]).mean(1) / (got[5:].std(1) / 64)
     assert np.abs(error).max() < 4
-    mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+    mesh = sharding.make_mesh(schema.MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
     np.testing.assert_array_equal(jax.jit(learn.stochastic_round, out_shardings=where)(x, jnp.uint32(7)), got)
     tree = {"a": jnp.ones((64,), jnp.bfloat16), "b": jnp.ones((64,), jnp.bfloat16)}
@@ -277,7 +282,7 @@ def test_weights_in_bfloat16_move_as_float32_ones_do(kind):
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 64, shape).astype(np.int32) for shape in ((Q, P), (Q, 1, R))]
     rows = Experience(rows[0], np.ones((Q, P), bool), rows[1], np.ones((Q, 1, R), bool), *[None] * 5)
-    start = jax.tree.map(lambda p: p.astype(jnp.bfloat16), nn.meta.unbox(model.init(CFG, jax.random.key(0))))
+    start = jax.tree.map(lambda p: p.astype(jnp.bfloat16), nn.meta.unbox(decoder.init(CFG, jax.random.key(0))))
     ends = {}
     for dtype in (jnp.bfloat16, jnp.float32):
         params = jax.tree.map(lambda p: p.astype(dtype), start)  # noqa: B023
@@ -346,12 +351,12 @@ def test_optimisers_learn_and_shard(kind):
 
 def test_weight_decay_leaves_norms_biases_and_the_value_head_alone():
     kinds = dataclasses.replace(CFG, tied=False), dataclasses.replace(CFG, value_head=True)
-    head, params = (nn.meta.unbox(model.init(cfg, jax.random.key(0))) for cfg in kinds)
+    head, params = (nn.meta.unbox(decoder.init(cfg, jax.random.key(0))) for cfg in kinds)
     params = jax.tree.map(jnp.ones_like, params | {"head": head["head"]})
     for kind in ("adamw", "adafactor", "muon"):
-        tx = learn.make_optimizer(config.OptimConfig(kind=kind, lr=0.1, warmup=0.0, weight_decay=0.5), 4)
+        tx = learn.make_optimizer(schema.OptimConfig(kind=kind, lr=0.1, warmup=0.0, weight_decay=0.5), 4)
         step, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
         decayed = {"/".join(key) for key, leaf in lora.flat(step).items() if (leaf != 0).any()}
-        matrices = {f"layers/{name}" for name in model.MATRICES}
+        matrices = {f"layers/{name}" for name in decoder.MATRICES}
         assert decayed == matrices | {"embed", "head"}
         np.testing.assert_allclose(step["layers"]["q"], -0.05, rtol=1e-6)

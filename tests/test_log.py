@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medrlvr_jax import files, log
-from medrlvr_jax.config import ConfigError, Unwritable
-from medrlvr_jax.configs import from_tree, load
-from medrlvr_jax.console import Console
+from medrlvr_jax.config.load import from_tree, load
+from medrlvr_jax.host import files
+from medrlvr_jax.host.errors import ConfigError, Unwritable
+from medrlvr_jax.runs import log
+from medrlvr_jax.runs.console import Console
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,7 +119,7 @@ def test_other_settings_are_refused_and_named(tmp_path):
 
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(tmp_path):
     hold = (
-        "import sys, time; from pathlib import Path; from medrlvr_jax.log import _take_lock;"
+        "import sys, time; from pathlib import Path; from medrlvr_jax.runs.log import _take_lock;"
         "lock = _take_lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     (tmp_path / "run").mkdir()

@@ -12,9 +12,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_learn import CFG, Loop, furthest, settings
 
-from medrlvr_jax import lora, model, scoring
-from medrlvr_jax.config import LoRAConfig
-from medrlvr_jax.model import MATRICES
+from medrlvr_jax.config.schema import LoRAConfig
+from medrlvr_jax.model import decoder, lora, scoring
+from medrlvr_jax.model.decoder import MATRICES
 
 ADAPTED = dataclasses.replace(CFG, lora=LoRAConfig(rank=3, alpha=5.0))
 SCALE = 5 / 3
@@ -28,7 +28,7 @@ def split(params):
 
 @pytest.fixture(scope="module")
 def fresh():
-    return nn.meta.unbox(jax.jit(partial(model.init, ADAPTED))(jax.random.key(0)))
+    return nn.meta.unbox(jax.jit(partial(decoder.init, ADAPTED))(jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def logits(params, cfg):
     rng = np.random.default_rng(0)
     mask = np.arange(5)[None] >= np.array([0, 2, 4])[:, None]
     hidden = scoring.hidden_states(params, cfg, rng.integers(0, 64, (3, 5)), mask, rng.integers(0, 64, (3, 2, 6)))
-    return model.logits(params, cfg, hidden)
+    return decoder.logits(params, cfg, hidden)
 
 
 def test_a_fresh_adapter_is_the_base(fresh):
@@ -96,7 +96,7 @@ def test_gradients_are_the_whole_matrix_s_projected(params):
 
 def test_only_the_targets_are_adapted():
     cfg = dataclasses.replace(CFG, value_head=True, lora=LoRAConfig(rank=2, targets=("v", "down")))
-    tree = jax.eval_shape(lambda: nn.meta.unbox(model.init(cfg, jax.random.key(0))))
+    tree = jax.eval_shape(lambda: nn.meta.unbox(decoder.init(cfg, jax.random.key(0))))
     trained = {"/".join(k): leaf.shape for k, leaf in flatten_dict(lora.trained(tree, cfg)).items()}
     assert trained == {
         "value": (33,),

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medrlvr_jax import losses
-from medrlvr_jax.config import KLConfig, LossConfig
+from medrlvr_jax.config.schema import KLConfig, LossConfig
+from medrlvr_jax.rl import losses
 from medrlvr_jax.types import Experience
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden.json").read_text())

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from medrlvr_jax import decode, model, scoring
-from medrlvr_jax.model import DecoderConfig
+from medrlvr_jax.model import decoder, scoring
+from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.rollout import decode
 
 CFG = DecoderConfig(
     vocab=97, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, rope_theta=1e4, norm_eps=1e-6, tied=True, qkv_bias=True
@@ -21,7 +22,7 @@ Q, P, G, R = 3, 7, 2, 5
 @pytest.fixture(scope="module")
 def params():
     """Weights large enough that every part of the model is seen in the result."""
-    fresh = nn.meta.unbox(model.init(CFG, jax.random.key(0)))
+    fresh = nn.meta.unbox(decoder.init(CFG, jax.random.key(0)))
     return jax.tree.map(lambda p: p + 0.2 * jax.random.normal(jax.random.key(1), p.shape), fresh)
 
 
@@ -39,7 +40,7 @@ def test_side_by_side_is_alone(params, batch):
         for g in range(G):
             prompt = prompts[q][mask[q]]
             row = np.concatenate([prompt, tokens[q, g]])[None]
-            alone, _ = model.Decoder(CFG).apply({"params": params}, row, np.ones_like(row, bool), None)
+            alone, _ = decoder.Decoder(CFG).apply({"params": params}, row, np.ones_like(row, bool), None)
             np.testing.assert_allclose(hidden[q, g], alone[0, len(prompt) - 1 : -1], atol=1e-5)
 
 
@@ -51,7 +52,7 @@ def test_decoding_is_scoring(params, batch, unroll):
     state, cache = decode.prefill(params, cfg, prompts, mask)
     np.testing.assert_allclose(state, hidden[:, 0, 0], atol=1e-5)
     caches, layers = decode.start_caches(cfg, cache, G, R), decode.split_layers(params, cfg)
-    rope = model.rope_tables(np.arange(prompts.shape[1] + R), cfg)
+    rope = decoder.rope_tables(np.arange(prompts.shape[1] + R), cfg)
     for t in range(R - 1):
         state, caches = decode.decode_step(params, cfg, layers, rope, tokens[:, :, t], mask, caches, t)
         np.testing.assert_allclose(state, hidden[:, :, t + 1], atol=1e-5)
@@ -72,7 +73,7 @@ def test_logprobs_in_slabs_are_whole_ones(params, batch, slab):
     weight = np.random.default_rng(1).normal(size=(Q, G, R))
 
     def whole(params):
-        scores = jax.nn.log_softmax(model.logits(params, CFG, scoring.hidden_states(params, CFG, prompts, mask, tokens)) / 0.7)
+        scores = jax.nn.log_softmax(decoder.logits(params, CFG, scoring.hidden_states(params, CFG, prompts, mask, tokens)) / 0.7)
         return jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0], -(jnp.exp(scores) * scores).sum(-1)
 
     def pieces(params):
@@ -88,7 +89,7 @@ def test_logprobs_in_slabs_are_whole_ones(params, batch, slab):
 
 def test_linear_has_autodiffs_gradient():
     x, w = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.normal(jax.random.key(1), (4, 5))
-    got, want = (jax.grad(lambda x, w, f=f: jnp.sin(f(x, w)).sum(), (0, 1))(x, w) for f in (model.linear, jnp.matmul))
+    got, want = (jax.grad(lambda x, w, f=f: jnp.sin(f(x, w)).sum(), (0, 1))(x, w) for f in (decoder.linear, jnp.matmul))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
@@ -107,7 +108,7 @@ def test_remat_changes_no_gradient(params, batch):
         cfg = dataclasses.replace(CFG, remat=remat)
         return jax.jit(jax.grad(lambda p: jnp.sin(scoring.hidden_states(p, cfg, *batch)).sum()))(params)
 
-    none, dots, full = map(gradient, model.REMAT)
+    none, dots, full = map(gradient, decoder.REMAT)
     for other in (dots, full):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), none, other)
 

@@ -8,12 +8,14 @@ import pytest
 import yaml
 from test_train import folder, lines, main  # noqa: F401  (a fixture)
 
-from medrlvr_jax import monitors, stages, train
-from medrlvr_jax.advantages import compute
-from medrlvr_jax.configs import from_tree
-from medrlvr_jax.experience import Scored
-from medrlvr_jax.formats import Question
-from medrlvr_jax.rewards import score
+from medrlvr_jax.config.load import from_tree
+from medrlvr_jax.data.formats import Question
+from medrlvr_jax.evaluation import monitors
+from medrlvr_jax.rewards import stages
+from medrlvr_jax.rewards.rule import score
+from medrlvr_jax.rl import train
+from medrlvr_jax.rl.advantages import compute
+from medrlvr_jax.rl.experience import Scored
 
 TREE = {
     "name": "run",

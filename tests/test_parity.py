@@ -13,8 +13,11 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from make_parity import FAMILIES, GOLDEN, NEW, case, reference, weights, write
 
-from medrlvr_jax import decode, hf, model, scoring, sharding
-from medrlvr_jax.config import MeshConfig
+from medrlvr_jax import sharding
+from medrlvr_jax.config.schema import MeshConfig
+from medrlvr_jax.model import decoder, scoring
+from medrlvr_jax.model import weights as hf
+from medrlvr_jax.rollout import decode
 
 TOLERANCE = 3e-5  # logits reach 5; float32 sums in another order differ by 5e-6 to 8e-6
 ONE = MeshConfig()
@@ -27,7 +30,7 @@ def load(path, cfg, dtype="float32", mesh=ONE, devices=1):
 
 @cache
 def abstract(cfg):
-    return jax.eval_shape(partial(model.init, cfg), jax.random.key(0))
+    return jax.eval_shape(partial(decoder.init, cfg), jax.random.key(0))
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +54,10 @@ def ours(directory):
 
         @jax.jit
         def score(params):
-            prompt, _ = model.Decoder(cfg).apply({"params": params}, c.prompts, c.mask, None)
+            prompt, _ = decoder.Decoder(cfg).apply({"params": params}, c.prompts, c.mask, None)
             # One column more than there are tokens: its state is the one after the last token.
             own = scoring.hidden_states(params, cfg, c.prompts, c.mask, jnp.pad(c.tokens, ((0, 0), (0, 0), (0, 1))))
-            return model.logits(params, cfg, prompt), model.logits(params, cfg, own)
+            return decoder.logits(params, cfg, prompt), decoder.logits(params, cfg, own)
 
         prompt, own = score(params)
         repeated = np.repeat(np.asarray(prompt)[:, None], groups, 1)
@@ -71,14 +74,14 @@ def greedy(params, cfg, c):
     """`prefill`, then one `decode_step` a token, two samples of each question side by side."""
     groups, layers = 2, decode.split_layers(params, cfg)
     hidden, prompt = jax.jit(partial(decode.prefill, cfg=cfg))(params, prompts=c.prompts, prompt_mask=c.mask)
-    caches, rope = decode.start_caches(cfg, prompt, groups, NEW), model.rope_tables(jnp.arange(c.prompts.shape[1] + NEW), cfg)
+    caches, rope = decode.start_caches(cfg, prompt, groups, NEW), decoder.rope_tables(jnp.arange(c.prompts.shape[1] + NEW), cfg)
 
     @jax.jit
     def step(params, layers, tokens, caches, t):
         hidden, grown = decode.decode_step(params, cfg, layers, rope, tokens, c.mask, caches, t)
-        return jnp.argmax(model.logits(params, cfg, hidden), -1), grown
+        return jnp.argmax(decoder.logits(params, cfg, hidden), -1), grown
 
-    tokens = jnp.repeat(jnp.argmax(model.logits(params, cfg, hidden), -1)[:, None], groups, 1)
+    tokens = jnp.repeat(jnp.argmax(decoder.logits(params, cfg, hidden), -1)[:, None], groups, 1)
     out = [tokens]
     for t in range(NEW - 1):
         tokens, caches = step(params, layers, tokens, caches, t)
@@ -109,7 +112,7 @@ def test_every_norm_and_bias_matters(directory):
     c = case()
     for family in ("qwen2_untied", "qwen3"):
         cfg = hf.read_config(directory(family))
-        score = jax.jit(lambda p, cfg=cfg: model.logits(p, cfg, model.Decoder(cfg).apply({"params": p}, c.prompts, c.mask, None)[0]))
+        score = jax.jit(lambda p, cfg=cfg: decoder.logits(p, cfg, decoder.Decoder(cfg).apply({"params": p}, c.prompts, c.mask, None)[0]))
         flat = flatten_dict(load(directory(family), cfg))
         whole = np.asarray(score(unflatten_dict(flat)))
         for key in [key for key in flat if key[-1].endswith(("norm", "bias"))]:
@@ -124,7 +127,7 @@ def test_llama3_frequencies():
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    scaling = model.RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
+    scaling = decoder.RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](
         LlamaConfig(
             hidden_size=2048,
@@ -141,6 +144,6 @@ def test_llama3_frequencies():
         ),
         "cpu",
     )
-    cfg = model.DecoderConfig(8, 2048, 1, 32, 8, 64, 8, 5e5, 1e-5, True, rope_scaling=scaling)
-    cos, sin = model.rope_tables(jnp.ones(()), cfg)
+    cfg = decoder.DecoderConfig(8, 2048, 1, 32, 8, 64, 8, 5e5, 1e-5, True, rope_scaling=scaling)
+    cos, sin = decoder.rope_tables(jnp.ones(()), cfg)
     np.testing.assert_allclose(np.arctan2(sin, cos), theirs.numpy(), rtol=2e-6)

@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, aot, architectures, build, configs, data, experience, flops, machines, model, plan, sample, scoring, train
-from medrlvr_jax.config import ConfigError, SampleConfig
-from medrlvr_jax.model import DecoderConfig
-from medrlvr_jax.programs import Program, array, compile_ahead, make_programs, step_programs
+from medrlvr_jax import build, cli
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.schema import SampleConfig
+from medrlvr_jax.data import load as data
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model import decoder, families, scoring
+from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.plan import aot, flops, machines, plan
+from medrlvr_jax.rl import experience, train
+from medrlvr_jax.rl.programs import Program, array, compile_ahead, make_programs, step_programs
+from medrlvr_jax.rollout import generate as sample
 from medrlvr_jax.types import Prompts
 
 GIB = 2**30
@@ -50,7 +57,7 @@ def traced(f, *args):
 def shapes(cfg):
     from flax import linen as nn
 
-    return nn.meta.unbox(jax.eval_shape(lambda: model.init(cfg, jax.random.key(0))))
+    return nn.meta.unbox(jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0))))
 
 
 def test_flops_by_hand():
@@ -119,7 +126,7 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
 
 def test_memory_counts_shards_and_what_else_lives(tiny):
     c = configs.load(tiny)
-    parts = build.lay_out(c, aot.Stops(), architectures.known("embedded"), jax.devices()[:4])
+    parts = build.lay_out(c, aot.Stops(), families.known("embedded"), jax.devices()[:4])
     planned = {p.name: p for p in aot.planned(parts, 2)}
     whole = 4 * sum(x.size for x in jax.tree.leaves(shapes(parts.cfg)))
     policy = aot.bytes_of(planned["learn_policy"].args[0])
@@ -143,7 +150,7 @@ def test_times_over_nodes():
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "h100:2x2x2", "v5e:0x"])
 def test_bad_topologies_are_refused(tiny, topology, capsys):
-    assert __main__.main(["plan", str(tiny), "--topology", topology]) == 2
+    assert cli.main(["plan", str(tiny), "--topology", topology]) == 2
     assert "--topology" in capsys.readouterr().err
 
 
@@ -170,7 +177,7 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(tiny, monkeypa
 @needs_libtpu
 def test_tiny_on_v5e_2x2(tiny, capsys):
     """All six programs through the command, as JSON."""
-    assert __main__.main(["plan", str(tiny), "--topology", "v5e:2x2", "--json"]) == 0
+    assert cli.main(["plan", str(tiny), "--topology", "v5e:2x2", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     programs = {p["name"]: p for p in made["programs"]}
     assert list(programs) == ["relay", "generate", "assess", "make_experience", "learn_policy", "learn_critic"]
@@ -179,7 +186,7 @@ def test_tiny_on_v5e_2x2(tiny, capsys):
         assert p["peak"] < 0.1 * GIB and (p["seconds"] > 0) and p["fits"], name
     # FSDP: every layer's weights are gathered once or twice (for a model this small the compiler keeps them for the backward pass)
     # in each of two micro-batches.
-    cfg = architectures.known("embedded")
+    cfg = families.known("embedded")
     layer = 2 * cfg.layers * flops.weights(cfg) * 4 * 3 / 4
     [gathered] = [c["bytes"] for c in programs["learn_policy"]["collectives"] if c["kind"] == "all-gather"]
     assert layer < gathered < 2.6 * layer
@@ -189,7 +196,7 @@ def test_tiny_on_v5e_2x2(tiny, capsys):
 @needs_libtpu
 def test_a_sharded_sampler_holds_less_and_moves_more(tiny):
     """No copy of the layers along fsdp: gathered in each of 16 tokens in place of once."""
-    tpu, layers = machines.parse("v5e:2x2"), 4 * architectures.known("embedded").layers * flops.weights(architectures.known("embedded"))
+    tpu, layers = machines.parse("v5e:2x2"), 4 * families.known("embedded").layers * flops.weights(families.known("embedded"))
     made = [
         plan.plan(configs.load(tiny, [f"sample.layout={x}"]), tpu, only=("relay", "generate")).programs for x in ("gathered", "sharded")
     ]
@@ -261,7 +268,7 @@ def test_a_short_sweep_sees_several_of_each(tiny):
 @needs_libtpu
 def test_a_sweep_compiles_what_it_tells_of(tiny, capsys):
     """One of the many, without shards: all its programs, but for the sampler's copy, which is not needed there."""
-    assert __main__.main(["plan", str(tiny), "--topology", "v5e:2x2", "--sweep", "1", "--quick"]) == 0
+    assert cli.main(["plan", str(tiny), "--topology", "v5e:2x2", "--sweep", "1", "--quick"]) == 0
     said = capsys.readouterr()
     assert said.err.count("compiling ") == 5 and "cheapest that fits: mesh={data: -1, " in said.out
     assert said.out.endswith("traffic and times are too high\n")

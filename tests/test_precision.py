@@ -10,9 +10,11 @@ import optax
 import pytest
 from flax import linen as nn
 
-from medrlvr_jax import attention, configs, learn, lora, model, scoring
-from medrlvr_jax.config import LoRAConfig
-from medrlvr_jax.model import NO_TOKEN, Block, DecoderConfig
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.schema import LoRAConfig
+from medrlvr_jax.model import attention, decoder, lora, scoring
+from medrlvr_jax.model.decoder import NO_TOKEN, Block, DecoderConfig
+from medrlvr_jax.rl import learn
 from medrlvr_jax.types import Experience, Learner, Mean
 
 Q, P, G, R = 4, 16, 4, 64
@@ -28,10 +30,10 @@ def params_of(cfg: DecoderConfig):
         name, key = path[-1].key, jax.random.fold_in(jax.random.key(0), sum(map(ord, path[-1].key)))
         if name.endswith(("norm", "bias", "value")):
             return 0.5 + 0.2 * jax.random.normal(key, p.shape)
-        fan_in = cfg.embed if path[0].key != "layers" else np.prod(p.shape[1 : 1 + model.MATRICES.get(name, 1)])
+        fan_in = cfg.embed if path[0].key != "layers" else np.prod(p.shape[1 : 1 + decoder.MATRICES.get(name, 1)])
         return (0.5 if lora.adapted(name) else 1.5) * fan_in**-0.5 * jax.random.normal(key, p.shape)
 
-    return jax.tree_util.tree_map_with_path(fill, nn.meta.unbox(jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))))
+    return jax.tree_util.tree_map_with_path(fill, nn.meta.unbox(jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))))
 
 
 def experience() -> Experience:
@@ -100,7 +102,9 @@ def test_a_frequent_tokens_row_counts_all_its_tokens(masters):
     cfg = dataclasses.replace(CFG, dtype=jnp.bfloat16)
     tokens = jnp.array([[5] * 4096 + [7] + [NO_TOKEN] * 3])
     table = jnp.ones((CFG.vocab, CFG.embed), masters)
-    total, gradient = jax.value_and_grad(lambda table: jnp.asarray(model.embed_lookup(table, tokens, cfg)).astype(jnp.float32).sum())(table)
+    total, gradient = jax.value_and_grad(lambda table: jnp.asarray(decoder.embed_lookup(table, tokens, cfg)).astype(jnp.float32).sum())(
+        table
+    )
     assert total == 4097 * CFG.embed
     gradient = np.asarray(gradient, np.float32)
     np.testing.assert_array_equal(gradient[[5, 7, 0, -1], 0], [4096, 1, 0, 0])

@@ -8,7 +8,13 @@ import pytest
 import tokenizers
 from test_text import make
 
-from medrlvr_jax import build, configs, data, experience, model, probe, text
+from medrlvr_jax import build
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.data import load as data
+from medrlvr_jax.data import prompts as text
+from medrlvr_jax.evaluation import probe
+from medrlvr_jax.model import decoder
+from medrlvr_jax.rl import experience
 
 EMBEDDED = {
     "name": "probed",
@@ -76,8 +82,8 @@ def test_logprobs_of_letters_are_the_models():
 
         @jax.jit
         def last(params):
-            states, _ = model.Decoder(parts.cfg).apply({"params": params}, whole.tokens, whole.mask, None)
-            return jax.nn.log_softmax(model.logits(params, parts.cfg, states[:, -1]))
+            states, _ = decoder.Decoder(parts.cfg).apply({"params": params}, whole.tokens, whole.mask, None)
+            return jax.nn.log_softmax(decoder.logits(params, parts.cfg, states[:, -1]))
 
         for row, scores, (_, letters) in zip(found, last(params), split, strict=True):
             np.testing.assert_allclose(row, [scores[ids[0]] for ids in letters], atol=1e-4)

@@ -5,22 +5,23 @@ import sys
 import numpy as np
 import pytest
 
-from medrlvr_jax import files, report
-from medrlvr_jax.config import ConfigError
+from medrlvr_jax.host import files
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.report import pictures
 
 
 def test_smooth_is_a_running_mean_that_ignores_what_is_missing():
-    assert report.smooth(np.array([1.0, 2.0, 6.0]), 3) == pytest.approx([1.5, 3.0, 4.0])
-    assert report.smooth(np.array([1.0, np.nan, 6.0]), 3) == pytest.approx([1.0, 3.5, 6.0])
-    assert report.smooth(np.array([1.0, 2.0]), 5) == pytest.approx([1.5, 1.5])
-    assert np.isnan(report.smooth(np.array([np.nan]), 1)).all()
+    assert pictures.smooth(np.array([1.0, 2.0, 6.0]), 3) == pytest.approx([1.5, 3.0, 4.0])
+    assert pictures.smooth(np.array([1.0, np.nan, 6.0]), 3) == pytest.approx([1.0, 3.5, 6.0])
+    assert pictures.smooth(np.array([1.0, 2.0]), 5) == pytest.approx([1.5, 1.5])
+    assert np.isnan(pictures.smooth(np.array([np.nan]), 1)).all()
     values = np.arange(40.0)
-    assert report.smooth(values, 5)[2:-2] == pytest.approx(values[2:-2])
+    assert pictures.smooth(values, 5)[2:-2] == pytest.approx(values[2:-2])
 
 
 def test_table_has_before_and_after():
     before, after = {"n": 1273, "correct": 400, "format_ok": 0}, {"n": 1273, "correct": 700, "format_ok": 1273}
-    text = report.table({"name": "run", "eval": {"medqa": {"before": before, "after": after}, "late_only": {"after": after}}})
+    text = pictures.table({"name": "run", "eval": {"medqa": {"before": before, "after": after}, "late_only": {"after": after}}})
     assert "31.4 % (28.9–34.0)" in text and "55.0 % (52.2–57.7)" in text and "100.0 % (99.7–100.0)" in text
     assert "–" in text.splitlines()[-1] and "1,273" in text
 
@@ -41,7 +42,7 @@ def runs(tmp_path):
 
 @pytest.mark.parametrize("names", [["short"], ["long"] * 9])
 def test_curves_draw_what_there_is(runs, names):
-    report.curves([runs / name for name in names], runs / "curves.png")
+    pictures.curves([runs / name for name in names], runs / "curves.png")
     data = (runs / "curves.png").read_bytes()
     assert data.startswith(b"\x89PNG") and 1200 < int.from_bytes(data[16:20]) < 2000
     assert "matplotlib.pyplot" not in sys.modules
@@ -49,10 +50,10 @@ def test_curves_draw_what_there_is(runs, names):
 
 def test_curves_say_which_folder_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match=r"no metrics\.jsonl there"):
-        report.curves([tmp_path], tmp_path / "curves.png")
+        pictures.curves([tmp_path], tmp_path / "curves.png")
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path):
     folders = [tmp_path / x for x in ("a/ppo", "b/ppo", "b/grpo", "b/deep/ppo")]
-    assert report.short_names(folders) == ["a/ppo", "b/ppo", "grpo", "deep/ppo"]
-    assert report.short_names([folders[0], folders[0]]) == ["ppo", "ppo"]
+    assert pictures.short_names(folders) == ["a/ppo", "b/ppo", "grpo", "deep/ppo"]
+    assert pictures.short_names([folders[0], folders[0]]) == ["ppo", "ppo"]

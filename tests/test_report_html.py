@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import __main__, files, report, report_html, stages
+from medrlvr_jax import cli
+from medrlvr_jax.host import files
+from medrlvr_jax.report import page as report_html
+from medrlvr_jax.report import pictures as report
+from medrlvr_jax.rewards import stages
 
 EVIL = (
     '<think>"&lt;</script><script>console.error("broken out")</script><img src=x onerror=console.error(1)>\u2028</think><answer>A</answer>'
@@ -82,7 +86,7 @@ def page(tmp_path_factory):
     runs = [write_run(root / f"ppo-seed{s}", s) for s in (0, 1)] + [write_run(root / "a&b", 2, kl={"coef": 0.5})]
     (root / "sft").mkdir()
     files.write_json(root / "sft" / "eval.json", {"eval": {"dev": {"n": 50, "correct": 25, "format_ok": 50}}, "versions": {}})
-    assert __main__.main(["report", *map(str, runs), str(root / "sft"), "--out", str(root / "report.html")]) == 0
+    assert cli.main(["report", *map(str, runs), str(root / "sft"), "--out", str(root / "report.html")]) == 0
     return root / "report.html"
 
 
@@ -191,7 +195,7 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
 
 @pytest.mark.parametrize(("out", "said"), [("report.pdf", "must end in .html"), ("nowhere/report.html", "does not exist")])
 def test_where_it_cannot_be_written(page, tmp_path, capsys, out, said):
-    assert __main__.main(["report", str(page.parent / "a&b"), "--out", str(tmp_path / out)]) == 2
+    assert cli.main(["report", str(page.parent / "a&b"), "--out", str(tmp_path / out)]) == 2
     assert said in capsys.readouterr().err
 
 

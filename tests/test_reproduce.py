@@ -14,8 +14,9 @@ import yaml
 from size import size
 from test_train import TREE, folder, lines, main  # noqa: F401
 
-from medrlvr_jax import arms, claims, reproduce, stats
-from medrlvr_jax.config import ConfigError
+from medrlvr_jax.evaluation import stats
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.studies import arms, claims, reproduce
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILE = {

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from medrlvr_jax import __main__
-from medrlvr_jax.config import RewardConfig
-from medrlvr_jax.rewards import BLOCK, LEAK, REASONS, DataError, leaks, score, toss
-from medrlvr_jax.score_file import score_file
+from medrlvr_jax import cli
+from medrlvr_jax.config.schema import RewardConfig
+from medrlvr_jax.rewards.rule import BLOCK, LEAK, REASONS, DataError, leaks, score, toss
+from medrlvr_jax.tools.score_file import score_file
 
 WHITE = " \t\n\v\f\r"
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -460,7 +460,7 @@ def test_the_composite_reward_in_a_file(tmp_path):
     line = {"completion": f"{FIFTEEN} sixteen <think>The answer is A</think><answer>A</answer>", "answer": "A", "options": ["a", "b"]}
     (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
     penalties = ["--leak-penalty", "0.5", "--before-penalty", "0.3"]
-    assert __main__.main(["score", str(tmp_path / "in.jsonl"), "--mode", "paper", *penalties, "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert cli.main(["score", str(tmp_path / "in.jsonl"), "--mode", "paper", *penalties, "--out", str(tmp_path / "out.jsonl")]) == 0
     assert json.loads((tmp_path / "out.jsonl").read_text())["reward"] == 0.2
     with pytest.raises(SystemExit):
-        __main__.main(["score", "in.jsonl", "--leak-penalty", "-1", "--out", "out.jsonl"])
+        cli.main(["score", "in.jsonl", "--leak-penalty", "-1", "--out", "out.jsonl"])

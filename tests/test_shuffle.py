@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medrlvr_jax import build, configs, data, experience, formats, shuffle, stats
-from medrlvr_jax.formats import Question
+from medrlvr_jax import build
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.data import formats
+from medrlvr_jax.data import load as data
+from medrlvr_jax.data import options as shuffle
+from medrlvr_jax.data.formats import Question
+from medrlvr_jax.evaluation import stats
+from medrlvr_jax.rl import experience
 
 EMBEDDED = {
     "name": "shuffled",
@@ -96,7 +102,8 @@ def test_consistency_by_hand():
 
 
 def test_prompts_follow_their_questions_and_keep_their_width():
-    from medrlvr_jax import text, train
+    from medrlvr_jax.data import prompts as text
+    from medrlvr_jax.rl import train
 
     parts = build.build(configs.from_tree(EMBEDDED))
     questions = data.load(parts.config.data)

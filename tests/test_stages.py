@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from medrlvr_jax import stages
-from medrlvr_jax.config import RewardConfig
-from medrlvr_jax.rewards import score
+from medrlvr_jax.config.schema import RewardConfig
+from medrlvr_jax.rewards import stages
+from medrlvr_jax.rewards.rule import score
 
 DATA = Path(__file__).parent / "data"
 MEASURED = {  # stage: hits, said, there; precision is hits / said, recall hits / there

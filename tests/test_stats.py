@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medrlvr_jax import stats
+from medrlvr_jax.evaluation import stats
 
 
 def test_mcnemar_by_hand():

@@ -8,10 +8,11 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medrlvr_jax import text
-from medrlvr_jax.config import ConfigError, PromptConfig
-from medrlvr_jax.formats import DataError, Question
-from medrlvr_jax.rewards import judged_beginning
+from medrlvr_jax.config.schema import PromptConfig
+from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.formats import DataError, Question
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.rewards.rule import judged_beginning
 
 transformers = pytest.importorskip("transformers")
 decoders, models, pre_tokenizers, processors = tokenizers.decoders, tokenizers.models, tokenizers.pre_tokenizers, tokenizers.processors

@@ -14,25 +14,18 @@ import numpy as np
 import pytest
 import yaml
 
-from medrlvr_jax import (
-    __main__,
-    build,
-    checkpoint,
-    compiles,
-    config,
-    configs,
-    data,
-    difficulty,
-    formats,
-    hf,
-    lora,
-    model,
-    rewards,
-    sharding,
-    train,
-)
-from medrlvr_jax.config import RewardConfig, SetConfig
-from medrlvr_jax.sft import encode_pairs
+from medrlvr_jax import build, cli, sharding
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.config import schema
+from medrlvr_jax.config.schema import RewardConfig, SetConfig
+from medrlvr_jax.data import formats
+from medrlvr_jax.data import load as data
+from medrlvr_jax.evaluation import difficulty
+from medrlvr_jax.model import decoder, lora, weights
+from medrlvr_jax.rewards import rule
+from medrlvr_jax.rl import train
+from medrlvr_jax.rl.sft import encode_pairs
+from medrlvr_jax.runs import checkpoint, profile
 
 TREE = {
     "name": "run",
@@ -53,7 +46,7 @@ TREE = {
 def folder(tmp_path_factory):
     """A folder with a tiny Hugging Face model of random weights and a config that trains it."""
     root = tmp_path_factory.mktemp("train")
-    source = hf.resolve("embedded")
+    source = weights.resolve("embedded")
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
     small = json.loads((source / "config.json").read_text()) | shape
     (root / "tiny").mkdir()
@@ -69,7 +62,7 @@ NO_EVAL = ("eval.sets={}", "checkpoint.best=null")
 
 
 def main(*args):
-    return __main__.main([str(a) for a in args])
+    return cli.main([str(a) for a in args])
 
 
 def lines(path):
@@ -122,7 +115,7 @@ def test_it_resumes_to_the_same_run(run, folder):
 
 def test_what_checkpoint_best_may_name_is_recorded(run):
     _, last = lines(run / "metrics.jsonl")[-2:]
-    wanted = [f"eval.in_distribution.{share}" for share in config.EVAL_SHARES] + list(config.STEP_SHARES)
+    wanted = [f"eval.in_distribution.{share}" for share in schema.EVAL_SHARES] + list(schema.STEP_SHARES)
     assert [name for name in wanted if name not in last] == []
 
 
@@ -189,7 +182,7 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     greedy = {r["id"]: (r["completion"], r["answer"]) for r in lines(folder / "answers" / "in_distribution.jsonl")}
     assert {r["id"]: (r["completion"], r["generated"]) for r in rows} == greedy  # the same sampler
     assert probed["in_distribution"]["n"] == 12 and set(rows[0]["answers"]) >= {"at once", "0 %", "100 %", "another's"}
-    monkeypatch.setattr(hf, "save_params", lambda *args: saved.append(args))
+    monkeypatch.setattr(weights, "save_params", lambda *args: saved.append(args))
     saved = []
     assert main("export", run, folder / "exported") == 0 and saved[0][-1] == (1,)  # where this run's responses stopped
     monkeypatch.undo()
@@ -287,7 +280,7 @@ def test_a_random_reward_and_a_given_beginning(folder):
     assert not any(r["format_ok"] for r in rows) and {r["reward"] for r in rows} == {0.0, 2.0}  # paid for nothing
     for r in rows:
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(3), r["step"] - 1))
-        [[paid, _]] = rewards.toss(key, [int(r["id"].split("-")[1])], 2, RewardConfig(random=0.5, correct=2.0))
+        [[paid, _]] = rule.toss(key, [int(r["id"].split("-")[1])], 2, RewardConfig(random=0.5, correct=2.0))
         assert r["reward"] == paid
     sft = [*NO_EVAL, "prompt.prefill=<answer>", "reward.mode=direct"]
     assert main("sft", folder / "config.yaml", "name=answers", *sft) == 0
@@ -415,8 +408,8 @@ def test_a_run_with_adapters(folder):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     tokens = np.arange(3, 15)[None]
     with jax.set_mesh(parts.mesh):
-        state, _ = model.Decoder(parts.cfg).apply({"params": lora.join(build.load_base(parts), again[1])}, tokens, tokens > 0, None)
-        ours = model.logits(build.load_base(parts), parts.cfg, state)
+        state, _ = decoder.Decoder(parts.cfg).apply({"params": lora.join(build.load_base(parts), again[1])}, tokens, tokens > 0, None)
+        ours = decoder.logits(build.load_base(parts), parts.cfg, state)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")(torch.tensor(tokens)).logits.detach().numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -499,7 +492,7 @@ def test_every_program_is_compiled_once_and_before_the_first_step(folder, monkey
 
     monkeypatch.setattr(train, "compile_ahead", ahead)
     jax.clear_caches()
-    with compiles.Compiles() as heard:
+    with profile.Compiles() as heard:
         assert main(command, folder / "config.yaml", f"name=counted{len(settings)}{command}", *settings) == 0
         after = Counter(name.removeprefix("jit(").removesuffix(")") for name, _ in heard.taken())
     made = Counter(name.removeprefix("jit(").removesuffix(")") for name, _ in before)
@@ -534,6 +527,6 @@ def test_what_is_compiled_late_is_named_and_explained(folder, capsys, caplog, mo
     assert "step 2: compiled jit(triple) in mid-run" in said and "step 1: compiled" not in said
     assert "at x, now f32[4] and before f32[3]" in caplog.text
     triple(np.ones(4))
-    with compiles.Compiles() as heard:
+    with profile.Compiles() as heard:
         triple(np.ones(4))
         assert heard.taken() == []

@@ -12,11 +12,16 @@ from rewards_of_users import POISON
 from test_learn import CFG
 from test_train import NO_EVAL, folder, lines, main  # noqa: F401  (a fixture)
 
-from medrlvr_jax import build, configs, experience, sharding, text, user_reward
-from medrlvr_jax.config import AdvantageConfig, ConfigError, KLConfig, LossConfig, RewardConfig
-from medrlvr_jax.formats import Question
+from medrlvr_jax import build, sharding
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.schema import AdvantageConfig, KLConfig, LossConfig, RewardConfig
+from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.formats import Question
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.rewards import user
+from medrlvr_jax.rewards.user import RewardError, UserReward
+from medrlvr_jax.rl import experience
 from medrlvr_jax.types import Assessment, Prompts, Rollout
-from medrlvr_jax.user_reward import RewardError, UserReward
 
 ROW = ("fine", "A", ("a", "b"), "?")
 
@@ -101,7 +106,7 @@ def test_an_edited_module_is_read_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for value in (0.25, 0.125):
         (tmp_path / "edited_reward.py").write_text(f"def f(completions, *_):\n    return [{value}] * len(completions)\n")
-        with user_reward.started(RewardConfig(fn="edited_reward:f")) as judge:
+        with user.started(RewardConfig(fn="edited_reward:f")) as judge:
             assert judge.score(rows(2)) == ([value] * 2, {})
         assert not judge._process.is_alive()
 
@@ -110,7 +115,7 @@ def test_a_completion_that_hangs_it_costs_its_row_within_the_stated_time(worker)
     began = time.monotonic()
     got, failed = use(worker, "hangs").score(rows(4, 0))
     assert math.isnan(got[0]) and got[1:] == [0.25] * 3 and "took longer than 0.5 s" in failed[0]
-    assert time.monotonic() - began < user_reward.PATIENCE * 2.0 + 60  # and workers that start on a busy machine
+    assert time.monotonic() - began < user.PATIENCE * 2.0 + 60  # and workers that start on a busy machine
     before = worker._process.pid
     assert worker.score(rows(2)) == ([0.25] * 2, {}) and worker._process.pid == before  # the worker of the last good part goes on
 

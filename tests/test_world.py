@@ -12,11 +12,12 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from medrlvr_jax import knowledge, text, words, world
-from medrlvr_jax.config import PromptConfig, RewardConfig
-from medrlvr_jax.formats import LETTERS, Question
-from medrlvr_jax.rewards import LEAK, score
-from medrlvr_jax.stages import stage
+from medrlvr_jax.config.schema import PromptConfig, RewardConfig
+from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.formats import LETTERS, Question
+from medrlvr_jax.rewards.rule import LEAK, score
+from medrlvr_jax.rewards.stages import stage
+from medrlvr_jax.world import knowledge, words, world
 
 SPLITS = tuple(world.SIZES)
 TREE = yaml.safe_load((words.FOLDER / "knowledge.yaml").read_text("utf-8"))  # read here again, so as to check world.py, not to trust it

@@ -1,0 +1,198 @@
+"""What one evaluation says by itself: intervals, pass@k, votes, entropies, subjects, letters; read from the rows of its answers.
+
+The question is the unit. With several samples a question counts once, as the share of its samples that are right.
+"""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+
+from medrlvr_jax.data.formats import LETTERS
+from medrlvr_jax.evaluation import stats
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host.files import read_jsonl
+
+SAMPLED = """pass@k: unbiased; beyond chance: so that guessing is 0 and certainty 100 (–: chance alone reaches over 90 %). maj@k: the most
+frequent of a question's k answers; ties are drawn with equal chances, and answers that were not found do not vote. Entropies are in nats.
+Intervals (95 %) are over questions."""
+
+
+class Answers(NamedTuple):
+    """One set as arrays over its n questions, k samples each."""
+
+    ids: np.ndarray  # str [n]
+    correct: np.ndarray  # bool [n, k]
+    format_ok: np.ndarray  # bool [n, k]
+    shown: np.ndarray  # str [n, k], the letters that were given, "" where none was found
+    shown_key: np.ndarray  # str [n, k], those of the key: where options were shuffled, each sample has its own
+    answers: np.ndarray  # str [n, k], the same options by their letters in the file
+    key: np.ndarray  # str [n]
+    options: np.ndarray  # int [n]
+    subjects: np.ndarray  # str [n]
+    repeats: np.ndarray  # bool [n], the exact repeats of an earlier question
+    entropy: np.ndarray  # float [n, k], nats per token of each response; NaN where it was not taken
+    shuffled: np.ndarray  # bool [n]
+    hashes: np.ndarray  # str [n], `data.question_hash`; "" in answers of versions that wrote none
+
+    def only(self, use: np.ndarray) -> "Answers":
+        return Answers(*(column[use] for column in self))
+
+
+def of_rows(rows: Iterable[dict[str, Any]], where: str) -> Answers:
+    """Rows as `medrlvr eval` writes them; questions in the order of their first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(str(row["id"]), []).append(row)
+    if not found:
+        raise ConfigError(f"{where}: no answers in it")
+    k = {len(r) for r in found.values()}
+    if len(k) > 1:
+        raise ConfigError(f"{where}: questions with {sorted(k)} samples; ids must be unique and each question answered as often")
+    if odd := [name for name, group in found.items() if len({r.get("question_hash") for r in group}) > 1]:
+        raise ConfigError(f"{where}: answers to different questions with the id {odd[0]!r}; give each question an id of its own")
+    column = lambda name, empty: np.array([[r.get(name) or empty for r in group] for group in found.values()])  # noqa: E731
+    first = [group[0] for group in found.values()]
+
+    def in_file(row: dict[str, Any], name: str) -> str:
+        return row["order"][LETTERS.index(row[name])] if row.get("order") and row[name] else row[name] or ""
+
+    return Answers(
+        ids=np.array(list(found)),
+        correct=column("correct", False),
+        format_ok=column("format_ok", False),
+        shown=column("answer", ""),
+        shown_key=column("key", ""),
+        answers=np.array([[in_file(r, "answer") for r in group] for group in found.values()]),
+        key=np.array([in_file(r, "key") for r in first]),
+        options=np.array([r["options"] for r in first]),
+        subjects=np.array([r.get("subject") or "" for r in first]),
+        repeats=np.array(["repeats" in r for r in first]),
+        entropy=np.array([[r.get("entropy", np.nan) for r in group] for group in found.values()], float),
+        shuffled=np.array(["order" in r for r in first]),
+        hashes=np.array([r.get("question_hash") or "" for r in first]),
+    )
+
+
+def read(path: Path) -> Answers:
+    """The answers of one set, from its JSONL file."""
+    return of_rows(read_jsonl(path), str(path))
+
+
+def pair(a: Answers, b: Answers) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Places in a and in b of the questions that both answered, int [m] each, in a's order; and the ids under which they have different
+    ones (by `hashes`, where both have them), which are no pairs."""
+    place = {name: i for i, name in enumerate(b.ids.tolist())}
+    both = np.array([(i, place[name]) for i, name in enumerate(a.ids.tolist()) if name in place], int).reshape(-1, 2)
+    one, other = a.hashes[both[:, 0]], b.hashes[both[:, 1]]
+    differ = (one != "") & (other != "") & (one != other)
+    return *both[~differ].T, a.ids[both[differ, 0]].tolist()
+
+
+def describe(a: Answers) -> dict[str, Any]:
+    """Accuracy and format with their intervals, letters, subjects; of several samples pass@k with chance taken out, majority, entropy,
+    and where their options stood in other orders, how often the same option was chosen.
+
+    A set that holds exact repeats is described a second time without them, as `distinct`.
+    """
+    k = a.correct.shape[1]
+    out: dict[str, Any] = {"n": len(a.ids), "samples": k, "accuracy": stats.accuracy(a.correct)._asdict()}
+    out["format_ok"] = stats.accuracy(a.format_ok)._asdict()
+    out["letters"] = stats.letter_bias(a.shown, a.shown_key)
+    if np.isfinite(a.entropy).any():
+        out["token_entropy"] = float(np.nanmean(a.entropy))
+    names = sorted(set(a.subjects.tolist()))
+    if len(names) > 1:
+        groups = {name: a.correct[a.subjects == name] for name in names}
+        out["subjects"] = {name: {"n": len(c), "accuracy": stats.accuracy(c)._asdict()} for name, c in groups.items()}
+    if k > 1:
+        passed = {j: stats.pass_at_k(a.correct, j) for j in range(1, k + 1)}
+        beyond = {j: stats.beyond_chance(p, a.options, j) for j, p in passed.items()}
+        out["pass_at_k"] = {j: stats.mean_share(p)._asdict() for j, p in passed.items()}
+        out["pass_at_k_beyond_chance"] = {j: x and x._asdict() for j, x in beyond.items()}
+        out["majority"] = stats.mean_share(stats.majority(a.answers, a.key))._asdict()
+        out["answer_entropy"] = float(stats.answer_entropy(a.answers).mean())
+        if a.shuffled.any():
+            same, pairs = stats.consistency(a.answers)
+            out["consistency"] = {"all": stats.accuracy(same)._asdict(), "pairs": float(pairs.mean())}
+    if a.repeats.any():
+        out["distinct"] = describe(a.only(~a.repeats))
+    return out
+
+
+def show(found: dict[str, dict[str, Any]]) -> str:
+    """What `describe` found of each set, as tables with a line on how each figure is meant."""
+    sets = {name: d for set_name, d in found.items() for name, d in _with_distinct(set_name, d)}
+    rows = [
+        [name, f"{d['n']:,}", percent(d["accuracy"]), percent(d["format_ok"]), f"{d['token_entropy']:.3f}" if "token_entropy" in d else "–"]
+        for name, d in sets.items()
+    ]
+    out = [draw(("set", "questions", "accuracy", "format", "entropy"), rows)]
+    sampled = {name: d for name, d in sets.items() if "pass_at_k" in d}
+    if sampled:
+        rows = []
+        for name, d in sampled.items():
+            most = d["samples"]
+            for k in sorted({1 << i for i in range(most.bit_length())} | {most}):
+                beyond = d["pass_at_k_beyond_chance"][k]
+                votes = [percent(d["majority"]), f"{d['answer_entropy']:.3f}"] if k == most else ["", ""]
+                rows.append([name, str(k), percent(d["pass_at_k"][k]), percent(beyond) if beyond else "–", *votes])
+        columns = ("samples of", "k", "pass@k", "beyond chance", "maj@k", "answer entropy")
+        out.append(draw(columns, rows))
+        out.append(SAMPLED)
+    shuffled = {name: d for name, d in sets.items() if "consistency" in d}
+    if shuffled:
+        columns = ("options shuffled", "orders", "same option in all", "same option in two")
+        both = [(name, d, d["consistency"]) for name, d in shuffled.items()]
+        out.append(draw(columns, [[name, str(d["samples"]), percent(c["all"]), f"{100 * c['pairs']:.1f} %"] for name, d, c in both]))
+    for name, d in sets.items():
+        if "subjects" in d:
+            rows = [[subject or "(none)", f"{s['n']:,}", percent(s["accuracy"])] for subject, s in d["subjects"].items()]
+            out.append(draw((name, "questions", "accuracy"), rows))
+    letters = sorted({letter for d in sets.values() for letter in d["letters"]["letters"]})
+    rows = []
+    for name, d in sets.items():
+        shares = [d["letters"]["letters"].get(letter) for letter in letters]
+        cells = ["" if s is None else f"{100 * s['answered']:.0f}/{100 * s['key']:.0f}" for s in shares]
+        rows.append([name, *cells, f"{d['letters']['p']:.2g}"])
+    out.append(draw(("letters, % answered/key", *letters, "p (χ²)"), rows))
+    return "\n".join(out)
+
+
+def _with_distinct(name: str, d: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, d)] + ([(f"{name}, distinct", d["distinct"])] if "distinct" in d else [])
+
+
+def remarks(name: str, counts: dict[str, Any]) -> list[str]:
+    """What the counts of `evaluate.summarise` say beside an accuracy: questions not asked, answers cut off, the remedies."""
+    out = []
+    if dropped := counts.get("dropped_prompts"):
+        of = dropped + counts.get("questions", counts["n"])
+        out.append(f"{name}: {dropped:,} of {of:,} questions dropped, not in these figures: longer than prompt.max_tokens; raise it")
+    if cut := counts.get("truncated"):
+        share = f"{cut:,} of {counts['n']:,} answers ({100 * cut / counts['n']:.1f} %)"
+        out.append(f"{name}: {share} cut off before their end, so mostly unformatted; raise eval.max_new_tokens")
+    return out
+
+
+def percent(x: dict[str, float]) -> str:
+    """A share, or a difference of two, with its interval."""
+    value, low, high = (f"{100 * x[k]:.1f}" for k in ("value", "low", "high"))
+    return f"{value} % ({low}{' to ' if x['low'] < 0 else '–'}{high})"
+
+
+def draw(columns: Iterable[str], rows: list[list[str]], width: int = 180) -> str:
+    """A table as text: the first column to the left, the others to the right."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    text = io.StringIO()
+    rich.console.Console(file=text, width=width).print(table)
+    return "\n".join(row.rstrip() for row in text.getvalue().strip("\n").split("\n"))

@@ -1,0 +1,167 @@
+"""Which test questions stand in the training set, nearly or wholly: `medrlvr contamination TRAIN TEST [TEST …]`, or of a config's own sets.
+
+Two signs, both on the stem (the question without its options), in lower-case words without punctuation or accents:
+
+    containment   of the two stems' 8-grams, the share of the shorter's that the longer has too; above `THRESHOLD` it counts as contaminated
+    same stem     the whole stem is that of a training question (also where it is too short for an 8-gram)
+
+8-grams that more than 1 % of all stems have ("which of the following is the most likely …") say nothing and do not count. A stem that is
+left with fewer than `DISTINCT` others, so hardly a vignette, counts only if the two questions also have an option in common.
+
+Within train, a question is looked for among those before it. An inverted index of 8-grams: linear in the text.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from medrlvr_jax.config.load import load
+from medrlvr_jax.config.schema import SetConfig
+from medrlvr_jax.data import load as data
+from medrlvr_jax.data.formats import Question
+from medrlvr_jax.evaluation import answers, stats
+from medrlvr_jax.host.errors import ConfigError
+
+GRAM = 8  # words
+THRESHOLD = 0.5
+FREQUENT, AT_LEAST = 0.01, 10  # the share, and the number, of stems above which an 8-gram is boilerplate
+DISTINCT = 5  # 8-grams, so 12 words in a row
+
+
+class Overlap(NamedTuple):
+    """A question and the training question that it overlaps with most."""
+
+    id: str
+    train_id: str
+    containment: float
+    same_stem: bool
+    options_in_common: int
+
+
+def words(stem: str) -> list[str]:
+    """Lower-case words; "Crohn's" and "Crohn’s", "naïve" and "naive" are one."""
+    plain = unicodedata.normalize("NFKD", stem)
+    return re.findall(r"[^\W_]+", "".join(c for c in plain if not unicodedata.combining(c)).lower().replace("’", "'").replace("'", ""))
+
+
+def grams(stem: list[str]) -> set[tuple[str, ...]]:
+    return set(zip(*(stem[i:] for i in range(GRAM)), strict=False))
+
+
+def option_words(question: Question) -> set[tuple[str, ...]]:
+    return {tuple(words(option)) for option in question.options} - {()}
+
+
+def boilerplate(questions: Iterable[Question]) -> set[tuple[str, ...]]:
+    """The 8-grams that too many of the distinct stems have to tell one question from another."""
+    stems = {tuple(words(q.question)) for q in questions}
+    counts = Counter(gram for stem in stems for gram in grams(list(stem)))
+    return {gram for gram, count in counts.items() if count > max(AT_LEAST, FREQUENT * len(stems))}
+
+
+class Index:
+    """The stems of a training set; `ignored` are 8-grams that do not count."""
+
+    def __init__(self, ignored: set[tuple[str, ...]]) -> None:
+        self._ignored = ignored
+        self._ids: list[str] = []
+        self._options: list[set[tuple[str, ...]]] = []
+        self._sizes: list[int] = []  # 8-grams of each that count
+        self._grams: dict[tuple[str, ...], list[int]] = {}
+        self._stems: dict[tuple[str, ...], list[int]] = {}
+
+    def add(self, question: Question) -> None:
+        stem, number = words(question.question), len(self._ids)
+        self._ids.append(question.id)
+        self._options.append(option_words(question))
+        self._stems.setdefault(tuple(stem), []).append(number)
+        own = grams(stem) - self._ignored
+        self._sizes.append(len(own))
+        for gram in own:
+            self._grams.setdefault(gram, []).append(number)
+
+    def look_up(self, question: Question) -> Overlap | None:
+        """The training question that this one overlaps with most, the same stem first; None where none counts."""
+        stem, options = words(question.question), option_words(question)
+        own, same = grams(stem) - self._ignored, self._stems.get(tuple(stem), [])
+        shared = Counter(number for gram in own for number in self._grams.get(gram, ()))
+        best: tuple[bool, float, int] | None = None
+        for number in {*same, *shared}:
+            least = min(len(own), self._sizes[number])
+            share = 1.0 if number in same else shared[number] / least
+            if share > THRESHOLD and (least >= DISTINCT or options & self._options[number]):
+                best = max(best or (False, 0.0, 0), (number in same, share, -number))
+        if best is None:
+            return None
+        is_same, share, number = best
+        return Overlap(question.id, self._ids[-number], share, is_same, len(options & self._options[-number]))
+
+
+def overlaps(train: list[Question], tests: dict[str, list[Question]]) -> dict[str, list[Overlap]]:
+    """Of each test set the questions that count as contaminated, in their order; and, under `(train)`, those of train itself."""
+    index, within = Index(boilerplate(chain(train, *tests.values()))), []
+    for question in train:
+        within.append(index.look_up(question))
+        index.add(question)
+    found = {"(train)": within} | {name: [index.look_up(q) for q in questions] for name, questions in tests.items()}
+    return {name: [overlap for overlap in some if overlap] for name, some in found.items()}
+
+
+def clean_scores(folder: Path, found: dict[str, list[Overlap]], tests: dict[str, list[Question]]) -> dict[str, Any]:
+    """Of an evaluation's folder each set that one of `tests` is: accuracy of all its questions, and without those in `found`."""
+    out, ids = {}, {name: {q.id for q in questions} for name, questions in tests.items()}
+    for path in sorted(folder.glob("*.jsonl")):
+        a = answers.read(path)
+        name = next((n for n in sorted(tests, key=lambda n: n != path.stem) if set(a.ids.tolist()) <= ids[n]), None)
+        if name is None:
+            continue
+        clean = ~np.isin(a.ids, [o.id for o in found[name]])
+        scores = {"all": stats.accuracy(a.correct)._asdict(), "clean": None, "n": len(clean), "n_clean": int(clean.sum())}
+        out[path.stem] = scores | ({"clean": stats.accuracy(a.correct[clean])._asdict()} if clean.any() else {})
+    if not out:
+        raise ConfigError(f"{folder}: no set of answers there is of {', '.join(tests)}; give a folder that `medrlvr eval` wrote of them")
+    return out
+
+
+def read_sets(paths: list[str]) -> tuple[list[Question], dict[str, list[Question]]]:
+    """The training set and the test sets that the arguments name; of a config, its `data` and its `eval.sets`."""
+    if len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml"):
+        config = load(paths[0])
+        return data.load(config.data), {name: data.load(spec) for name, spec in config.eval.sets.items()}
+    train, *tests = (data.load(SetConfig(path=path)) for path in paths)
+    names = [Path(path).stem for path in paths[1:]]
+    if len(set(names)) < len(names):
+        names = paths[1:]
+    return train, dict(zip(names, tests, strict=True))
+
+
+def contamination(paths: list[str], folder: Path | None) -> dict[str, Any]:
+    """Everything, for JSON: of each set its size and its contaminated questions; and an evaluation's accuracies without them."""
+    train, tests = read_sets(paths)
+    found, sizes = overlaps(train, tests), {"(train)": len(train)} | {name: len(questions) for name, questions in tests.items()}
+    out: dict[str, Any] = {"sets": {name: {"n": sizes[name], "found": [o._asdict() for o in some]} for name, some in found.items()}}
+    return out | ({"scores": clean_scores(folder, found, tests)} if folder else {})
+
+
+def show(found: dict[str, Any]) -> str:
+    rows = []
+    for name, s in found["sets"].items():
+        same = sum(o["same_stem"] for o in s["found"])
+        other = sum(not o["options_in_common"] for o in s["found"])  # perhaps another question about much the same case
+        together = f"{len(s['found']):,} ({100 * len(s['found']) / s['n']:.1f} %)"
+        rows.append([name, f"{s['n']:,}", f"{same:,}", f"{len(s['found']) - same:,}", together, f"{other:,}"])
+    columns = ("set", "questions", "same stem", f"8-grams > {THRESHOLD:.0%}", "together", "of these no option in common")
+    out = [answers.draw(columns, rows)]
+    if "scores" in found:
+        rows = []
+        for name, s in found["scores"].items():
+            clean = answers.percent(s["clean"]) if s["clean"] else "–"
+            rows.append([name, f"{s['n']:,}", answers.percent(s["all"]), f"{s['n_clean']:,}", clean])
+        out.append(answers.draw(("answers", "questions", "accuracy", "clean", "accuracy"), rows))
+    return "\n".join(out)

@@ -1,0 +1,41 @@
+"""Shapes of well-known models, so that planning needs neither the hub nor weights. From their published config.json."""
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from medrlvr_jax.host import files
+from medrlvr_jax.model import weights
+from medrlvr_jax.model.decoder import DecoderConfig
+
+
+def _qwen2(embed: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int = 151936, tied: bool = True) -> DecoderConfig:
+    return DecoderConfig(vocab, embed, layers, heads, kv_heads, embed // heads, ffn, 1e6, 1e-6, tied, qkv_bias=True)
+
+
+def _qwen3(embed: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: bool = True) -> DecoderConfig:
+    return DecoderConfig(151936, embed, layers, heads, kv_heads, 128, ffn, 1e6, 1e-6, tied, qk_norm=True)
+
+
+KNOWN = {
+    "Qwen/Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 4864),
+    "Qwen/Qwen2.5-1.5B": _qwen2(1536, 28, 12, 2, 8960),
+    "Qwen/Qwen2.5-3B": _qwen2(2048, 36, 16, 2, 11008),
+    "Qwen/Qwen2.5-7B": _qwen2(3584, 28, 28, 4, 18944, 152064, tied=False),
+    "Qwen/Qwen3-0.6B": _qwen3(1024, 28, 16, 8, 3072),
+    "Qwen/Qwen3-1.7B": _qwen3(2048, 28, 16, 8, 6144),
+    "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728),
+    "Qwen/Qwen3-8B": _qwen3(4096, 36, 32, 8, 12288, tied=False),
+}
+
+
+def known(path: str) -> DecoderConfig:
+    """Of a directory's config.json; else of this table (`-Base` and `-Instruct` alike); else of the hub's config.json alone."""
+    name = path.removesuffix("-Base").removesuffix("-Instruct")
+    if name in KNOWN and not Path(path).is_dir():
+        return KNOWN[name]
+    if path == "embedded" or Path(path).expanduser().is_dir() or path.count("/") != 1:
+        return weights.read_config(path)
+    with files.reading(f"model.path: {path}", f"it is no directory here, none of {', '.join(KNOWN)}, and the hub did not give it"):
+        file = hf_hub_download(path, "config.json")
+    return weights.read_config(Path(file).parent)

@@ -1,0 +1,82 @@
+"""Floating-point operations: of a traced program, by walking its jaxpr; and of a model, by formula.
+
+Matrix products alone are counted, 2·M·N·K each, as peaks are quoted. XLA's own count has the body of a loop once: for 36 layers under
+`scan` it is off by twenty times.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.rollout.generate import loops, segment_ends
+
+
+def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, visited: Mapping[str, float] = MappingProxyType({})) -> float:
+    """Over all devices, recomputation included. Loops whose end depends on data count as all rounds that their condition allows.
+
+    A Pallas kernel counts as its body in each block of its grid; where it skips some, `visited` has the share of the others, by a part
+    of the kernel's name (`attention.visited`).
+    """
+    total = 0.0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, p = eqn.primitive.name, eqn.params
+        bodies = [j for j in jax.tree.leaves(list(p.values()), is_leaf=_is_jaxpr) if _is_jaxpr(j)]
+        inner = [traced_flops(j, visited) for j in bodies]
+        if name == "dot_general":
+            (over, _), _ = p["dimension_numbers"]
+            out, left = (_shape(v) for v in (eqn.outvars[0], eqn.invars[0]))
+            total += 2.0 * prod(out) * prod(left[i] for i in over)
+        elif name == "cond":
+            total += max(inner)
+        elif name == "while":
+            total += _rounds(p["cond_jaxpr"]) * sum(inner)
+        elif name == "pallas_call":
+            share = next((share for part, share in visited.items() if part in p["name"]), 1.0)
+            total += sum(inner) * prod(p["grid_mapping"].grid) * share
+        else:
+            total += sum(inner) * {"scan": p.get("length", 1), "shard_map": getattr(p.get("mesh"), "size", 1)}.get(name, 1)
+    return total
+
+
+def _rounds(condition: core.ClosedJaxpr) -> int:
+    """The bound in a condition such as `t - 129 < 128 and …`."""
+    bounds = [e.invars[1].val for e in condition.jaxpr.eqns if e.primitive.name == "lt" and isinstance(e.invars[1], core.Literal)]
+    if len(bounds) != 1:
+        raise ValueError(f"a loop whose condition has {len(bounds)} bounds, and not one: {condition}")
+    return int(bounds[0])
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
+
+
+def weights(cfg: DecoderConfig) -> int:
+    """Numbers in one layer's matrices."""
+    return cfg.embed * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads) + 3 * cfg.embed * cfg.ffn
+
+
+def forward_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:
+    """One scoring pass over `prompt | response 1 | … `: matrices, attention as it is computed (squares, not triangles), and the words'
+    scores of each response token (a critic has none but its head's dot product)."""
+    tokens = questions * (prompt + samples * new)
+    pairs = questions * (prompt * prompt + samples * new * (prompt + new))
+    words = cfg.embed * (1 if cfg.value_head else cfg.vocab) * questions * samples * new
+    return 2.0 * (cfg.layers * (weights(cfg) * tokens + 2 * cfg.heads * cfg.head_dim * pairs) + words)
+
+
+def generate_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:
+    """Prefill, then each column attends to the prompt and to the room that its row's own cache has then, as it is computed."""
+    rows = questions * samples
+    prefill = cfg.layers * (weights(cfg) * questions * prompt + 2 * cfg.heads * cfg.head_dim * questions * prompt * prompt)
+    seen = sum((until - begin) * (prompt + room) for room, (begin, until) in zip(segment_ends(new), loops(new), strict=True))
+    steps = cfg.layers * rows * ((new - 1) * weights(cfg) + 2 * cfg.heads * cfg.head_dim * seen)
+    return 2.0 * (prefill + cfg.embed * cfg.vocab * rows * new + steps)

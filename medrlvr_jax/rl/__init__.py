@@ -1,0 +1,1 @@
+"""How a policy learns: advantages, losses, one update; a training step and the loop around it."""

@@ -1,0 +1,280 @@
+"""Learning from a rollout: one `update` and one `learn` for policy, critic and supervised fine-tuning.
+
+They differ by objective, a function (params, rows, extra, row size) → (Mean loss, metrics); params are the learner's joined with the frozen
+base, which is an argument of the program, not donated, and has no gradient. Gradients of the Mean's total add over micro-batches and
+are divided once by its count, so no split of the rows changes anything but rounding.
+
+Whatever the parameters' dtype, gradients are added up, moments kept and updates computed in float32. A parameter kept in bfloat16 gets
+its update by stochastic rounding (`moved`): rounded to the nearest, an update of less than half a step of its last bit would be lost,
+and at the rates of RL nearly all of them are. No float32 copy of the parameters exists.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from medrlvr_jax import sharding
+from medrlvr_jax.config.schema import Config, KLConfig, LossConfig, OptimConfig
+from medrlvr_jax.model import decoder, lora, scoring
+from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.rl import losses
+from medrlvr_jax.types import Array, Experience, Learner, Mean, Params
+
+Metrics = dict[str, Mean]
+Objective = Callable[[Params, Experience, Any, int], tuple[Mean, Metrics]]
+
+
+def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
+    """The config's optimiser after clipping by global norm; `updates` is the whole run's number.
+
+    adamw: Loshchilov & Hutter, arXiv 1711.05101. adafactor: Shazeer & Stern, arXiv 1804.04235, without momentum and without scaling
+    by the parameter's size. muon: Jordan 2024 on the layers' matrices, scaled to AdamW's step (arXiv 2502.16982), AdamW on the rest.
+    State and updates are float32 for parameters of any dtype, but for first moments where `moments` says otherwise.
+    """
+    warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
+    rest = max(1, updates - warmup)
+    after = {
+        "constant": optax.constant_schedule(config.lr),
+        "linear": optax.linear_schedule(config.lr, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(config.lr, rest),
+    }[config.schedule]
+    # Warm-up starts at lr / warmup, not at 0: no optimiser step is spent on standing still.
+    rate = optax.join_schedules([lambda n: config.lr * (n + 1) / warmup, after], [warmup]) if warmup else after
+    c, decay = config, config.weight_decay
+    rule = {
+        "adamw": lambda: optax.adamw(rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=decay, mu_dtype=c.moments, mask=_decays),
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(decay, _decays),
+            optax.scale_by_learning_rate(rate),
+        ),
+        "muon": lambda: optax.chain(
+            optax.contrib.muon(
+                1.0,
+                beta=c.b1,
+                eps=c.eps,
+                mu_dtype=c.moments,
+                adam_b1=c.b1,
+                adam_b2=c.b2,
+                muon_weight_dimension_numbers=_matrix_axes,
+                consistent_rms=0.2,
+            ),  # minus the direction: its own decay would leave embedding and head alone
+            optax.add_decayed_weights(-decay, _decays),
+            optax.scale_by_learning_rate(rate, flip_sign=False),
+        ),
+    }[c.kind]
+    return _in_float32(optax.chain(optax.clip_by_global_norm(c.clip_norm), rule()))
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` as it would be if gradients and parameters were float32; optax makes its state after the parameters' dtype."""
+
+    def init(params):
+        return tx.init(optax.tree.cast(params, jnp.float32))
+
+    def update(updates, state, params: Any = None):
+        return tx.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _decays(params: Params) -> Params:
+    """Norms, biases and the value head do not decay."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("norm", "bias", "value")), params)
+
+
+def _matrix_axes(params: Params) -> Params:
+    """Muon's view of each parameter: which axes are input and output of a layer's matrix (or adapter's half); None: not one."""
+
+    def axes(path, p):
+        name = path[-1].key
+        if path[0].key != "layers" or (name not in decoder.MATRICES and not lora.adapted(name)):
+            return None
+        inputs = 1 if name.endswith("_b") else decoder.MATRICES[lora.adapted(name) or name]
+        return optax.contrib.MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def policy_objective(config: Config, cfg: DecoderConfig) -> Objective:
+    """The clipped surrogate (and its kin) of `losses.policy_loss`; extra is the KL coefficient."""
+    loss: LossConfig = config.loss
+    kl: KLConfig = config.kl
+
+    def objective(params, rows, kl_coef, size):
+        def read(hidden, tokens):
+            return scoring.token_logprobs(params, cfg, hidden, tokens, config.sample.temperature, config.model.logit_slab)
+
+        logprobs, entropy = scoring.at_responses(params, cfg, rows, size, read)
+        return losses.policy_loss(logprobs, entropy, rows, loss, kl, kl_coef, config.sample.max_new_tokens)
+
+    return objective
+
+
+def critic_objective(config: Config, cfg: DecoderConfig) -> Objective:
+    """The clipped squared error of `losses.value_loss`; extra is unused."""
+
+    def objective(params, rows, _, size):
+        values = scoring.at_responses(params, cfg, rows, size, lambda hidden, _: scoring.values(params, cfg, hidden))
+        return losses.value_loss(values, rows, config.loss)
+
+    return objective
+
+
+def nll_objective(config: Config, cfg: DecoderConfig) -> Objective:
+    """Negative log-likelihood of the targets; extra is unused."""
+
+    def objective(params, rows, _, size):
+        def read(hidden, tokens):
+            return scoring.token_logprobs(params, cfg, hidden, tokens, 1.0, config.model.logit_slab)
+
+        logprobs, _ = scoring.at_responses(params, cfg, rows, size, read)
+        return losses.nll_loss(logprobs, rows.mask)
+
+    return objective
+
+
+def _mixed(x: Array) -> Array:
+    """MurmurHash3's finaliser: a one-to-one map of uint32 in which each bit of x moves every bit of the result. Elementwise."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def stochastic_round(x: Array, word: Array) -> Array:
+    """float32 [...] → bfloat16 [...], one of its two neighbours, so that the expectation over `word` is x (Gupta et al. 2015, arXiv
+    1502.02551; for Adam in bfloat16 Zamirai et al. 2020, arXiv 2010.06192).
+
+    The noise of an entry is a hash of `word`, uint32 [], and of the entry's place: the same on every mesh, and, unlike that of
+    `jax.random.bits`, fused into the update on every platform, so that it takes no memory.
+    """
+    noise = word
+    for axis in range(x.ndim):
+        noise = _mixed(noise ^ jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis))
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 16)  # carries with the chance of what is cut off
+    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
+
+
+def moved(params: Params, updates: Params, key: Array) -> Params:
+    """params + updates (float32), in the params' dtypes: bfloat16 by stochastic rounding with noise of (key, leaf, place)."""
+    leaves, tree = jax.tree.flatten(params)
+    words = jax.random.bits(key, (len(leaves),), jnp.uint32)
+
+    def one(p: Array, u: Array, word: Array) -> Array:
+        return stochastic_round(p.astype(jnp.float32) + u, word) if p.dtype == jnp.bfloat16 else p + u
+
+    return jax.tree.unflatten(tree, [one(*row) for row in zip(leaves, jax.tree.leaves(updates), words, strict=True)])
+
+
+def update(
+    learner: Learner,
+    base: Params,
+    rows: Experience,
+    key: Array,
+    extra: Any,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    micro: int,
+    row_shares: tuple[float, ...],
+) -> tuple[Learner, Metrics]:
+    """One optimiser step on `rows`, `micro` at a time. One whose loss or gradient is not finite is not taken: `skipped` counts it.
+
+    `key`: this step's own, for the rounding of parameters in bfloat16; float32 ones have no use for it.
+    """
+    n, samples, length = rows.tokens.shape
+    sizes = scoring.row_sizes(row_shares, samples, length)
+
+    def gradients(part: Experience):
+        def total(params, size):
+            mean, metrics = objective(lora.join(base, params), part, extra, size)
+            return mean.total, (mean, metrics)
+
+        # The choice of a size is outside of the gradient: inside, what the backward pass keeps would be kept for every size.
+        with jax.named_scope("gradients"):
+            grads, (mean, metrics) = scoring.at_row_size(part.mask, sizes, lambda size: jax.grad(total, has_aux=True)(learner.params, size))
+        return optax.tree.cast(grads, jnp.float32), {"loss": mean, **jax.lax.stop_gradient(metrics)}
+
+    if micro == n:
+        grads, metrics = gradients(rows)
+    else:
+        parts = sharding.split_rows(rows, micro)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts)))
+        (grads, metrics), _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, gradients(part)), None), zeros, parts)
+    count = jnp.maximum(metrics["loss"].count, 1)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
+        after = Learner(moved(learner.params, updates, key), opt_state)
+    norm = optax.tree.norm(grads)
+    sound = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
+    metrics["grad_norm"] = Mean(norm, jnp.float32(1))
+    metrics = jax.tree.map(lambda x: jnp.where(sound, x, 0), metrics)  # they tell of the steps that were taken
+    metrics["skipped"] = Mean(1.0 - sound, jnp.float32(1))
+    return jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, learner), metrics
+
+
+def learn(
+    learner: Learner,
+    base: Params,
+    experience: Experience,
+    key: Array,
+    extra: Any,
+    *,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    epochs: int,
+    minibatch: int,
+    micro: int,
+    row_shares: tuple[float, ...],
+) -> tuple[Learner, Metrics]:
+    """Several epochs over shuffled minibatches of questions; metrics are summed over all optimiser steps.
+
+    Shuffles and the rounding's noise are functions of `key` and of the place in here, not of what was learned or skipped before.
+    """
+    n = experience.tokens.shape[0]
+    shuffles = [jax.random.permutation(jax.random.fold_in(key, epoch), n) for epoch in range(epochs)]
+    order = jnp.stack(shuffles).reshape(epochs * (n // minibatch), minibatch)
+
+    def one(learner, step):
+        index, key = step
+        rows = experience if minibatch == n else jax.tree.map(lambda x: x[index], experience)
+        return update(learner, base, rows, key, extra, objective, tx, micro, row_shares)
+
+    keys = jax.random.split(jax.random.fold_in(key, epochs), len(order))
+    learner, metrics = jax.lax.scan(one, learner, (order, keys))
+    return learner, jax.tree.map(lambda x: x.sum(0), metrics)
+
+
+def compile_learn(config: Config, objective: Objective, tx: optax.GradientTransformation, learner_shardings: Learner):
+    """`learn` jitted for one learner: state donated, its shardings pinned (else the second step compiles again)."""
+    c = config.learn
+    split = {"epochs": c.epochs, "minibatch": c.minibatch, "micro": c.microbatch or c.minibatch, "row_shares": c.row_sizes}
+    body = partial(learn, objective=objective, tx=tx, **split)
+    return jax.jit(body, donate_argnums=0, out_shardings=(learner_shardings, None))
+
+
+def offload(config: Config, learner: Learner, program: Any) -> tuple[Learner, Any]:
+    """With `learn.offload`: the learner's optimiser state waits in the host's memory, and comes to the device for `program` alone."""
+
+    def moved(learner: Learner, kind: str) -> Learner:
+        return Learner(learner.params, sharding.to_memory(learner.opt_state, kind))
+
+    def visit(learner: Learner, *rest):
+        learner, metrics = program(moved(learner, "device"), *rest)
+        return moved(learner, "pinned_host"), metrics
+
+    return (moved(learner, "pinned_host"), visit) if config.learn.offload else (learner, program)
+
+
+def adapt_kl(coef: Array, kl: Array, samples: int, config: KLConfig) -> Array:
+    """Ziegler et al. 2019 (arXiv 1909.08593), eq. 6: the coefficient follows the KL per response towards its target."""
+    if config.target is None:
+        return coef
+    error = jnp.nan_to_num(jnp.clip(kl / config.target - 1, -0.2, 0.2))  # a rollout without a KL moves nothing
+    return coef * (1 + error * samples / config.horizon)

@@ -1,0 +1,107 @@
+"""Supervised fine-tuning and pretraining: the second half of a training step, with another objective.
+
+Targets by `sft.target`: the answer alone (the paper's baseline), the rationale and the answer, or the responses that `text`
+lines bring (how the embedded model was pretrained). A batch is `sample.questions` rows, learned in minibatches.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from medrlvr_jax import sharding
+from medrlvr_jax.build import (
+    Parts,
+    abstract_base,
+    abstract_learner,
+    build,
+    check_positions,
+    init_learner,
+    load_base,
+    make_relay,
+    total_steps,
+    updates_in,
+)
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.schema import Config
+from medrlvr_jax.data import load as data
+from medrlvr_jax.data import prompts as text
+from medrlvr_jax.evaluation import evaluate
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host.processes import agree
+from medrlvr_jax.model import lora
+from medrlvr_jax.rl.experience import width
+from medrlvr_jax.rl.learn import compile_learn, make_optimizer, nll_objective, offload
+from medrlvr_jax.rl.programs import Program, a_key, array, relay_program
+from medrlvr_jax.rl.train import drive
+from medrlvr_jax.types import Experience, TrainState
+
+
+def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int, str]:
+    """(prompt, target) tokens of every row, how many were dropped for their length, and how the set was read."""
+    c, tok = parts.config, parts.tokenizer
+    if c.data.shuffle_options:
+        raise ConfigError("data.shuffle_options: fine-tuning encodes its rows once, and rationales may name letters; set it to false")
+    if c.sft.target == "text":
+        examples, told = data.read_text(c.data)
+        prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, [e.prompt for e in examples])]
+        targets = [e.response for e in examples]
+    else:
+        questions, told = data.read(c.data)
+        prompts = text.encode_questions(tok, questions, c.prompt)
+        targets = text.to_teach(tok, [text.sft_target(q, c.sft.target) for q in questions], c.prompt)
+    rows = list(zip(prompts, text.encode_targets(tok, targets), strict=True))
+    kept = [r for r in rows if len(r[0]) <= c.prompt.max_tokens and len(r[1]) <= c.sft.max_new_tokens]
+    if not kept:
+        raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")
+    prompt, target = map(len, max(kept, key=lambda r: len(r[0]) + len(r[1])))
+    check_positions(parts, prompt, target, "sft.max_new_tokens")
+    agree(lambda: {"rows": data.fingerprint(kept)})
+    return kept, len(rows) - len(kept), told
+
+
+def batch(rows: list[tuple[list[int], list[int]]], index: np.ndarray, widths: tuple[int, int], pad_id: int) -> Experience:
+    """Rows as experience with one response each; what only RL has is None."""
+    prompts = text.pad_prompts([rows[i][0] for i in index], index.astype(np.uint32), widths[0], pad_id)
+    tokens = np.full((len(index), 1, widths[1]), pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, i in enumerate(index):
+        target = rows[i][1]
+        tokens[row, 0, : len(target)], mask[row, 0, : len(target)] = target, True
+    return Experience(prompts.tokens, prompts.mask, tokens, mask, None, None, None, None, None)
+
+
+def sft(config: Config) -> dict[str, Any]:
+    """Run or resume a fine-tuning; returns what summary.json holds."""
+    configs.check_best(config, of_steps=())  # they draw no responses
+    parts = build(config)
+    rows, dropped, told = encode_pairs(parts)
+    steps = total_steps(config, len(rows))
+    sets = evaluate.load_sets(parts)
+    widths = width(max(len(r[0]) for r in rows)), width(max(len(r[1]) for r in rows))
+    with jax.set_mesh(parts.mesh):
+        tx = make_optimizer(config.learn.policy, updates_in(config, steps))
+        learner, placed = init_learner(parts, parts.cfg, tx)
+        program = compile_learn(config, nll_objective(config, parts.cfg), tx, placed)
+        learner, learn = offload(config, learner, program)
+        base, relay = load_base(parts), make_relay(parts, parts.cfg)
+        no_kl = jax.device_put(np.float32(0), sharding.replicated(parts.mesh))
+
+        def one(state: TrainState, step: int, _: Any):
+            index = data.step_batch(config, len(rows), step)
+            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            own, _ = sharding.own_rows(len(index), parts.mesh)
+            targets = sharding.place_rows(batch(rows, index[own], widths, parts.tokenizer.pad_id), len(index), parts.mesh)
+            learner, means = learn(state.policy, base, targets, key, None)
+            means = sharding.to_host(means)
+            metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}
+            return TrainState(learner, None, state.kl_coef), metrics, {}, targets, []
+
+        notices = [f"data: {told}"]
+        notices += [f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens"] if dropped else []
+        state, n = TrainState(learner, None, no_kl), config.sample.questions
+        shapes = batch(rows, np.zeros(n, int), widths, parts.tokenizer.pad_id)
+        shapes = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), shapes)
+        ahead = [Program("learn", program, (abstract_learner(parts, parts.cfg, tx), abstract_base(parts), shapes, a_key(parts), None))]
+        ahead += relay_program(relay) + evaluate.programs(parts, sets) if sets else []
+        return drive("sft", parts, (rows, rows), sets, steps, state, one, lambda params: relay(lora.join(base, params)), ahead, notices)

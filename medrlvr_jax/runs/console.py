@@ -1,0 +1,145 @@
+"""What a run says while it goes on: lines or a bar on the terminal, and the trackers that the config names."""
+
+import statistics
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.host import files
+from medrlvr_jax.config.schema import Config
+from medrlvr_jax.host.errors import ConfigError
+
+QUIET = 30  # seconds without a line, after which long work says how far it is
+FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
+    ("seconds", lambda v: f"{v:.2f} s"),
+    ("tokens_per_second", lambda v: f"{v:,.0f} tok/s"),
+    ("loss", lambda v: f"loss {v:.4f}"),
+    ("reward", lambda v: f"reward {v:+.3f}"),
+    ("accuracy", lambda v: f"correct {v:.1%}"),
+    ("format_ok", lambda v: f"format {v:.1%}"),
+    ("kl", lambda v: f"KL {v:.4f}"),
+    ("response_length", lambda v: f"length {v:.0f}"),
+)
+
+
+def line(metrics: dict[str, float]) -> str:
+    """The few numbers to watch, of those that are there."""
+    return "  ".join(show(metrics[key]) for key, show in FIELDS if metrics.get(key) is not None)
+
+
+def before_after(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """`{set: {"before", "after": {"n", "correct", …}}}` from the `eval.<set>.<count>` of step 0 and of the last evaluation."""
+    out: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith("eval."):
+                name, count = key.removeprefix("eval.").rsplit(".", 1)
+                out.setdefault(name, {}).setdefault("after" if record["step"] else "before", {})[count] = value
+    return out
+
+
+class Console:
+    """Progress on stderr: a bar on a terminal, else one line a step. Silent on processes other than 0."""
+
+    def __init__(self, total: int, file: TextIO | None = None):
+        self._rich = rich.console.Console(file=file or sys.stderr, quiet=jax.process_index() > 0, highlight=False, soft_wrap=True)
+        self._total = total
+        self._said = time.monotonic()
+        self._seconds: deque[float] = deque(maxlen=21)
+        self._bar = None
+        if self._rich.is_terminal and not self._rich.quiet:
+            columns = (MofNCompleteColumn(), BarColumn(24), TextColumn("{task.description}", markup=False))
+            self._bar = Progress(*columns, console=self._rich)
+            self._task = self._bar.add_task("starting", total=total)
+            self._bar.start()
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        text = line(metrics)
+        if "seconds" in metrics:
+            self._seconds.append(metrics["seconds"])
+            text += f"  {clock(statistics.median_low(self._seconds) * (self._total - step))} left"
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text)
+        elif text:
+            self.notice(f"step {step}/{self._total}  {text}")
+        for name, counts in before_after([{"step": step, **metrics}]).items():
+            c = next(iter(counts.values()))
+            shares = f"correct {c['correct']}/{c['n']}, format {c['format_ok']}/{c['n']}"
+            cut = f", cut off {c['truncated']}/{c['n']}" if c.get("truncated") else ""
+            self.notice(f"step {step}/{self._total}  eval {name}: {shares}{cut}")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Of something within a step: on the bar, or a line every `QUIET` seconds."""
+        if self._bar:
+            self._bar.update(self._task, description=f"{what}  {done}/{total}")
+        elif time.monotonic() - self._said > QUIET and done < total:
+            self.notice(f"{what}  {done}/{total}")
+
+    def notice(self, text: str) -> None:
+        self._said = time.monotonic()
+        self._rich.print(text, markup=False)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}"
+
+
+# --- trackers --------------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """The same numbers to TensorBoard and Weights & Biases, where `log` names them; process 0 only."""
+
+    def __init__(self, path: Path, config: Config, done: int):
+        on = jax.process_index() == 0
+        self._board = _tensorboard(path / "tensorboard", done) if on and config.log.tensorboard else None
+        self._wandb = _wandb(path, config) if on and config.log.wandb else None
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        numbers = {k: float(v) for k, v in metrics.items() if v is not None}
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _tensorboard(path: Path, done: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError("log.tensorboard: true needs tensorboardX: pip install 'medrlvr-jax[tensorboard]', or set it to false") from None
+    return SummaryWriter(str(path), purge_step=done + 1)  # a resumed run replaces the points after its checkpoint
+
+
+def _wandb(path: Path, config: Config) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(f"log.wandb: {config.log.wandb} needs wandb: pip install 'medrlvr-jax[wandb]', or set it to null") from None
+    file = path / "wandb_id"  # of this folder alone: another run of this name, elsewhere or after this one, is another run there too
+    if not file.exists():
+        files.write_text(file, uuid.uuid4().hex)
+    run_id, tree = file.read_text(encoding="utf-8"), configs.to_tree(config)
+    return wandb.init(project=config.log.wandb, name=config.name, id=run_id, resume="allow", dir=str(path), config=tree)

@@ -1,0 +1,1 @@
+"""Beside a run: benchmarks, the doctor, a step replayed, a file of completions scored."""

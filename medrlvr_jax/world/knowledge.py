@@ -1,0 +1,77 @@
+"""The table of clinical knowledge behind the embedded world, `embedded/knowledge.yaml`, and what can be asked of it."""
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from medrlvr_jax.config import load as configs
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row of the table; `unless` maps a history that bars the first line to the alternative."""
+
+    name: str
+    who: tuple[str, int, int]  # sex or "any", youngest, oldest
+    typical: tuple[str, ...]
+    rare: tuple[str, ...]
+    first: str
+    unless: dict[str, str]
+    also: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Drug:
+    """`avoid`: histories that bar it; `care`: histories with which no question is made of it."""
+
+    name: str
+    group: str
+    avoid: tuple[str, ...] = ()
+    care: tuple[str, ...] = ()
+
+
+class Table(NamedTuple):
+    conditions: dict[str, Condition]
+    drugs: dict[str, Drug]
+    histories: tuple[str, ...]
+
+
+@cache
+def table() -> Table:
+    """The knowledge, as written in `embedded/knowledge.yaml`."""
+    tree = configs.read_yaml(Path(__file__).parent / "embedded" / "knowledge.yaml", "install the package again")
+
+    def frozen(row: dict[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+
+    drugs = {name: Drug(name, row["class"], tuple(row.get("avoid", ())), tuple(row.get("care", ()))) for name, row in tree["drugs"].items()}
+    return Table({name: Condition(name, **frozen(row)) for name, row in tree["conditions"].items()}, drugs, tuple(tree["histories"]))
+
+
+def finding_sets(condition: Condition) -> list[tuple[str, ...]]:
+    """Two or three of the condition's findings that are not all findings of another one, too."""
+    every = sorted(condition.typical + condition.rare)
+    others = [{*c.typical, *c.rare} for c in table().conditions.values() if c.name != condition.name]
+    sets = [found for size in (2, 3) for found in itertools.combinations(every, size)]
+    return [found for found in sets if not any(set(found) <= other for other in others)]
+
+
+def histories(condition: Condition) -> tuple[list[str], list[str]]:
+    """The histories that leave the first line as it is, and those that bar it and have an alternative; the doubtful are in neither."""
+    drug, (sex, low, high) = table().drugs[condition.first], condition.who
+    fertile = sex != "man" and max(low, 20) <= min(high, 40)
+    fits = [h for h in table().histories if h not in condition.skip and (h != "pregnancy" or fertile)]
+    return [h for h in fits if h not in drug.avoid + drug.care], [h for h in fits if h in condition.unless]
+
+
+@cache
+def wrong_options(condition: str, drug: str, by_class: bool) -> tuple[str, ...]:
+    """What may stand beside `drug`, or beside its class: nothing that a clinician could defend for this condition."""
+    c, drugs = table().conditions[condition], table().drugs
+    defended = {c.first, *c.unless.values(), *c.also}
+    if by_class:
+        return tuple(sorted({d.group for d in drugs.values()} - {drugs[name].group for name in defended}))
+    return tuple(d.name for d in drugs.values() if d.name not in defended and d.group != drugs[drug].group)

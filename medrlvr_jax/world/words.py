@@ -1,0 +1,87 @@
+"""The embedded model's tokenizer and config.json: about one token per word of the world, and bytes for all other text.
+
+A byte-level BPE whose vocabulary is the 256 bytes, the four tags and the world's own words, each with the space before it, and which
+merges nothing else: `ignore_merges` takes a piece of text whole if it is in the vocabulary (as Llama 3's tokenizer does), else byte by
+byte. So decoding gives back any text exactly, and where a piece ends is decided by `PIECES` alone:
+
+    <think> …      a tag is one token, an ordinary one: the model has to learn to write it
+    "C."           an option's letter and its point are one token, right before the option's name in "\\nC. drug" and right after it in
+                   the reasoning's "drug C.", so that one can be found by the other
+    " drug"        a word brings the space before it, a hyphen too ("-year-old")
+    " 34"          so do numbers of two digits
+"""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from medrlvr_jax.world import world
+
+FOLDER = Path(__file__).parent / "embedded"
+PAD, EOS = "<pad>", "<eos>"
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+PIECES = (
+    r"</?(?:think|answer)>| ?(?<!\p{L})[A-J]\.(?=[ <]|\z)"  # an option's letter and its point
+    r"|[ -]?\p{L}[\p{L}\p{N}]*(?:-[\p{L}\p{N}]+)+|[ -]?\p{L}[\p{L}\p{N}]+|[ -]\p{L}| ?\p{N}{1,2}|\X"
+)
+SAMPLE = 12_000  # examples of the corpus from which the words are taken: all come up
+CONTEXT = 512
+
+
+def build() -> Tokenizer:
+    """The tokenizer, made anew from the corpus: the same on every machine."""
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), as_bytes])
+    texts = [part for example in world.corpus(SAMPLE) for part in (example.prompt, example.response)]
+    texts += [question.question for split in world.SIZES for question in world.questions(split)]
+    seen = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text)}
+    fixed = [PAD, EOS, *TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = sorted(seen - set(fixed))  # by the alphabet, not by how often: a change of the mixture then changes no token
+    vocab = {token: i for i, token in enumerate(fixed + words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = cut
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, EOS)])
+    return tokenizer
+
+
+def write(folder: Path = FOLDER) -> None:
+    """tokenizer.json, tokenizer_config.json, config.json and generation_config.json, as transformers reads them."""
+    tokenizer = build()
+    ids = {"eos_token_id": tokenizer.token_to_id(EOS), "pad_token_id": tokenizer.token_to_id(PAD)}
+    size = tokenizer.get_vocab_size()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    side = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONTEXT,
+    }
+    config = {
+        # Not qwen2: for that one transformers 5 ignores tokenizer_class and recuts all text by Qwen2's own rules.
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": -(-size // 64) * 64,  # a round size; the rest is never a target, so the model learns not to sample it
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "initializer_range": 0.02,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        **ids,
+    }
+    for name, tree in (("tokenizer_config", side), ("config", config), ("generation_config", ids)):
+        (folder / f"{name}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    print(f"{size} tokens, written to {folder}")

@@ -1,0 +1,365 @@
+"""The embedded world: a table of textbook medicine, vignettes that need two hops through it, and the text a tiny base model reads.
+
+    findings → condition → first-line drug                             kind `drug`
+    … → the patient's history rules it out → the alternative           kind `alternative`
+    … → the class of the drug                                          kind `class`
+    … → which usual drug is it that the history rules out              kind `avoid`
+
+`embedded/knowledge.yaml` is the table (knowledge.py reads it). A case is a `Key`: condition, set of findings, history. Keys are dealt once
+to `train`, `in_distribution`, `out_of_distribution` and `corpus`, so no set shares a case with another, the text of pre-training included.
+In train most cases show typical findings. Out of distribution are findings never seen together (in the corpus neither), harmless
+histories never seen with that condition in train, other wordings, other shares of the kinds, and up to ten options: what was memorised
+about cases is worth nothing there, what was learnt about reasoning still is.
+
+`leaking` is train with a hack to be cured of: half of its rationales state the answer in place of reasons.
+
+The corpus teaches the base all it needs, and leaves it unreliable: it knows the facts and can reason, but of the worked cases most do
+not use the tags, some use them wrongly, some guess. Sampled, the base does likewise. Reinforcement has to find out what pays.
+
+All draws come from `random.Random(str).random()`, which Python promises to keep the same in all versions: NumPy's Generator does not.
+
+    python -m medrlvr_jax.world.world show [train|in_distribution|out_of_distribution|corpus] [n]     read some
+    python -m medrlvr_jax.world.world tokenizer                                                      rewrite embedded/*.json (words.py)
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from random import Random
+from typing import Any, NamedTuple, TypeVar
+
+from medrlvr_jax.data.formats import LETTERS, Example, Question
+from medrlvr_jax.world.knowledge import Condition, finding_sets, histories, table, wrong_options
+
+T = TypeVar("T")
+
+SEED = 2502_19655
+SIZES = {"train": 2000, "in_distribution": 400, "out_of_distribution": 400}
+KINDS = {  # shares of the kinds of question
+    "train": {"drug": 0.45, "alternative": 0.30, "class": 0.15, "avoid": 0.10},
+    "out_of_distribution": {"drug": 0.20, "alternative": 0.40, "class": 0.25, "avoid": 0.15},
+    "corpus": {"drug": 0.35, "alternative": 0.35, "class": 0.18, "avoid": 0.12},
+}
+STATUS = {  # what the history does, by kind: there is none, it changes nothing, it bars the first line
+    "drug": {"none": 0.25, "clear": 0.75},
+    "alternative": {"barred": 1.0},
+    "class": {"none": 0.15, "clear": 0.40, "barred": 0.45},
+    "avoid": {"barred": 1.0},
+}
+RARE = {"train": 0.15, "out_of_distribution": 1.0, "corpus": 0.35}  # share of cases with a rare finding
+OPTIONS = {"train": (4, 5), "out_of_distribution": (6, 7, 8, 9, 10, 10)}  # how many options, drawn evenly
+
+CORPUS = 120_000  # examples: 5.1 M tokens of prompts and 3.3 M of responses
+FACTS = 0.10  # share of examples that state facts
+LISTS = 0.25  # share of lettered lists, of drugs or of classes
+LISTED = (2, 3, 4, 5, 6, 7, 8, 10)  # their lengths, drawn evenly
+# The others are worked cases …
+FOREIGN = 0.25  # … of which this share is worded, and has options, as in out_of_distribution
+STYLES = {  # … and whose responses are written so. The base's format rate is about tagged + guess, its accuracy about tagged + guess / 5
+    "plain": 0.53,  # reasoning, no tags
+    "bare": 0.06,  # the answer alone
+    "tagged": 0.25,  # as RL wants it
+    "guess": 0.08,  # the tags, no reasoning, a random letter
+    "malformed": 0.08,  # reasoning, and tags that the verifier refuses
+}
+GUESSES = ("guess.", "not sure.")
+MALFORMED = (
+    "{why}</think><answer>{letter}</answer>",
+    "<think>{why}<answer>{letter}</answer>",
+    "<think>{why}</think>the answer is {letter}.",
+    "<think>{why}</think><answer>{letter}",
+    "<think>{why}</think><answer> {text}</answer>",
+)
+
+STEMS = {  # without a history, and with
+    "train": (
+        ("A {age}-year-old {sex} has {findings}.", " Note: {history}."),
+        ("A {sex} of {age} presents with {findings}.", " Known {history}."),
+        ("A {age}-year-old {sex} comes in with {findings}.", " Relevant now: {history}."),
+    ),
+    "out_of_distribution": (
+        ("Seen today in clinic: {findings}, in a {sex} aged {age}.", " The chart mentions {history}."),
+        ("Referral letter: {sex}, {age}, found to have {findings}.", " Also of note is {history}."),
+        ("Workup of this {sex}, who is {age}, reveals {findings}.", " Background: {history}."),
+    ),
+}
+ASKS = {
+    "train": {
+        "drug": ("What is the best drug?", "Which drug is best?"),
+        "class": ("What is the best drug class?", "Which drug class is best?"),
+        "avoid": ("Which usual drug is ruled out?", "What usual drug is to be avoided?"),
+    },
+    "out_of_distribution": {
+        "drug": ("Which medicine suits this patient?", "What would you prescribe?"),
+        "class": ("Which class of medicine suits this patient?", "From which class would you prescribe?"),
+        "avoid": ("Which standard medicine is unsafe here?", "What would you normally prescribe, but not here?"),
+    },
+}
+
+
+class Key(NamedTuple):
+    """A case: what must not be seen before it is asked."""
+
+    condition: str
+    findings: tuple[str, ...]  # sorted
+    history: str | None
+
+
+class Vignette(NamedTuple):
+    """A question with the case behind it."""
+
+    key: Key
+    kind: str
+    question: str
+    options: tuple[str, ...]
+    answer: int
+    why: str  # the reasoning, which ends in "… C."
+
+
+def questions(split: str) -> list[Question]:
+    """The questions of a split, always the same ones; `rationale` is the reasoning, `subject` the kind, `id` names the split."""
+    rng = _rng(split)
+    wording = "out_of_distribution" if split == "out_of_distribution" else "train"
+    decks: dict[tuple, Iterator[Key]] = {}
+    out = []
+    for i in range(SIZES[split]):
+        kind = _weighted(rng, KINDS[wording])
+        status = _weighted(rng, STATUS[kind])
+        rare = rng.random() < RARE[wording]
+        if (kind, status, rare) not in decks:  # each kind goes through its cases, and comes back only when all were had
+            decks[kind, status, rare] = _dealt(rng, [key for key in pools()[split][status, rare] if kind != "class" or _has_class(key)])
+        v = vignette(rng, next(decks[kind, status, rare]), kind, wording)
+        out.append(Question(f"{split}-{i:04d}", v.question, v.options, v.answer, kind, v.why))
+    return out
+
+
+def leaking() -> list[Question]:
+    """`train`, where every other rationale does not reason but hands the answer over: fine-tuned on it, a policy is a hacker by half."""
+    told = questions("train")
+    return [q if i % 2 else replace(q, rationale=f"the answer is {LETTERS[q.answer]}.") for i, q in enumerate(told)]
+
+
+def corpus(n: int = CORPUS, seed: int = SEED) -> list[Example]:
+    """`n` examples to pre-train on; the first m of n are the same as those of m."""
+    return list(itertools.islice(stream(seed), n))
+
+
+def stream(seed: int = SEED) -> Iterator[Example]:
+    """The corpus without end: facts, and worked cases in the `STYLES`; a case's prompt is the one that RL uses with template `none`."""
+    from medrlvr_jax.data.prompts import render
+
+    rng = _rng("corpus", seed)
+    decks: dict[tuple, list[list[Key]]] = {}
+    for (status, rare), keys in pools()["corpus"].items():
+        for asks_class in (False, True):
+            decks[status, rare, asks_class] = _by_condition([key for key in keys if not asks_class or _has_class(key)])
+    while True:
+        u = rng.random()
+        if u < FACTS + LISTS:
+            names = list(table().drugs) if rng.random() < 0.7 else sorted({drug.group for drug in table().drugs.values()})
+            yield Example("", facts(rng)) if u < FACTS else listing(rng, names, _pick(rng, LISTED))
+            continue
+        kind = _weighted(rng, KINDS["corpus"])
+        status, rare = _weighted(rng, STATUS[kind]), rng.random() < RARE["corpus"]
+        key = _pick(rng, _pick(rng, decks[status, rare, kind == "class"]))  # a condition, then a case of it
+        v = vignette(rng, key, kind, "out_of_distribution" if rng.random() < FOREIGN else "train")
+        yield Example(render(Question("", v.question, v.options, v.answer), "none") + "\n", response(rng, v))
+
+
+def lists(n: int = 64_000) -> list[Example]:
+    """Short lettered lists of drugs, to begin with: on two or three names a small model finds out within minutes how names and letters
+    bind, on longer lists alone it did not in half an hour."""
+    rng = _rng("lists")
+    return [listing(rng, list(table().drugs), _pick(rng, (2, 2, 2, 3, 4))) for _ in range(n)]
+
+
+def listing(rng: Random, names: list[str], n: int) -> Example:
+    """A lettered list without a question, and its names with their letters, as a case's reasoning ends."""
+    options = list(zip(LETTERS, _shuffled(rng, names, n), strict=False))
+    prompt = "".join(f"{letter}. {option}\n" for letter, option in options)
+    return Example(prompt, "note:" + "".join(f" {option} {letter}." for letter, option in _shuffled(rng, options, 8)))
+
+
+def response(rng: Random, v: Vignette) -> str:
+    """A response to `v` in one of the `STYLES`: of use to a base model because it is not always right, nor always tagged."""
+    letter, style = LETTERS[v.answer], _weighted(rng, STYLES)
+    if style == "plain":
+        return v.why if rng.random() < 0.5 else f"{v.why} the answer is {letter}."
+    if style == "bare":
+        return f"the answer is {letter}."
+    if style == "guess":
+        return f"<think>{_pick(rng, GUESSES)}</think><answer>{LETTERS[_below(rng, len(v.options))]}</answer>"
+    if style == "malformed":
+        return _pick(rng, MALFORMED).format(why=v.why, letter=letter, text=v.options[v.answer])
+    return f"<think>{v.why}</think><answer>{letter}</answer>"
+
+
+def facts(rng: Random) -> str:
+    """Some rows of the table, in the words of the reasoning and in some others: as long as a case's response."""
+    said = ["note:"]
+    for condition, share in zip(_shuffled(rng, list(table().conditions.values()), 2), (2, 1), strict=False):
+        every = condition.typical + condition.rare
+        some = _shuffled(rng, every, 2 + _below(rng, 2))
+        history, other = _pick(rng, list(condition.unless.items()))
+        drug = _pick(rng, [condition.first, other])
+        lines = (
+            _pick(rng, [f"{', '.join(some)} suggest {condition.name}.", f"{condition.name} shows {', '.join(some)}."]),
+            _pick(rng, [f"{condition.name}: first line {condition.first}.", f"{condition.first} is the first line in {condition.name}."]),
+            f"{condition.name}, first line {condition.first}. {history} rules it out. use {other}.",
+            f"{drug}: class {table().drugs[drug].group}.",
+        )
+        said += _shuffled(rng, lines, share)
+    return " ".join(said)
+
+
+def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
+    """A question of `kind` about the case, in words and with as many options as `wording` has them."""
+    condition, drugs, history = table().conditions[key.condition], table().drugs, key.history or ""
+    barred = history in condition.unless
+    other = condition.unless[history] if barred else _pick(rng, list(condition.unless.values()))
+    drug = other if barred and kind != "avoid" else condition.first
+    sex, age = _person(rng, condition, history)
+    findings = _shuffled(rng, key.findings)
+    stem, more = _pick(rng, STEMS[wording])
+    ask = _pick(rng, ASKS[wording]["drug" if kind == "alternative" else kind])
+    listed = ", ".join(findings[:-1]) + " and " + findings[-1]
+    text = stem.format(age=age, sex=sex, findings=listed) + (more.format(history=history) if history else "") + " " + ask
+
+    # The lure is the drug one hop short: the first line where it is barred, always; or the alternative where the first line is right,
+    # often, and only if no clinician would start with it.
+    right, lure, defended = drug, other if drug == condition.first else condition.first, set(condition.also)
+    others = wrong_options(condition.name, right, kind == "class")
+    if kind == "class":
+        right, lure, defended = drugs[right].group, drugs[lure].group, {drugs[name].group for name in defended}
+    lured = lure != right and (drug != condition.first or (lure not in defended and rng.random() < 0.6))
+    n = _pick(rng, OPTIONS[wording]) - 1
+    wrong = [lure] * lured + _shuffled(rng, others, n)
+    options = tuple(_shuffled(rng, [right, *wrong[:n]]))
+    answer = options.index(right)
+
+    why = [f"here {', '.join(findings)} suggest {condition.name}.", f"first line {condition.first}."]
+    if history:
+        why.append(f"{history} rules it out." if barred else f"{history} allows it.")
+    if barred and kind != "avoid":
+        why.append(f"use {drug}.")
+    if kind == "class":
+        why.append(f"class {right}.")
+    why.append(f"{right} {LETTERS[answer]}.")
+    return Vignette(key, kind, text, options, answer, " ".join(why))
+
+
+@cache
+def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
+    """The cases of each split, by what the history does and by whether a finding is rare. Every case is in one split only.
+
+    Sets of findings: the typical ones are in all splits but OOD; of those with a rare finding some are OOD's alone, some are shared by
+    train and its held-out set. Histories: a third of a condition's harmless ones, and the last of several contraindications, never go
+    with it in train. The corpus has what is left.
+    """
+    out: dict[str, dict[tuple[str, bool], list[Key]]] = {
+        split: {(s, r): [] for s in ("none", "clear", "barred") for r in (False, True)} for split in (*SIZES, "corpus")
+    }
+    for condition in table().conditions.values():
+        rng = _rng("pools", condition.name)
+        clear, barred = histories(condition)
+        hidden = {*_shuffled(rng, clear, len(clear) // 3), *barred[1:][-1:]}
+        sets = finding_sets(condition)
+        rare_sets = _shuffled(rng, [s for s in sets if not set(s) <= set(condition.typical)])
+        foreign, shared = rare_sets[:5], rare_sets[5:9]
+        for found in sets:
+            rare = not set(found) <= set(condition.typical)
+            for history in (None, *clear, *barred):
+                status = "none" if history is None else "clear" if history in clear else "barred"
+                u = rng.random()
+                if found in foreign:
+                    split = "out_of_distribution" if status != "clear" or history in hidden else None
+                elif history in hidden or (rare and found not in shared):
+                    split = "corpus"
+                else:
+                    split = "train" if u < 0.4 else "in_distribution" if u < 0.55 else "corpus"
+                if split:
+                    out[split][status, rare].append(Key(condition.name, found, history))
+    return out
+
+
+def _has_class(key: Key) -> bool:
+    """Whether asking for the class is a question: not where the alternative is of the class that is barred."""
+    condition, drugs = table().conditions[key.condition], table().drugs
+    other = condition.unless.get(key.history or "")
+    return other is None or drugs[other].group != drugs[condition.first].group
+
+
+def _person(rng: Random, condition: Condition, history: str) -> tuple[str, int]:
+    sex, low, high = condition.who
+    if history == "pregnancy":
+        sex, low, high = "woman", max(low, 20), min(high, 40)
+    if history == "breast cancer":
+        sex, low = "woman", min(max(low, 35), high)
+    return ("woman" if rng.random() < 0.5 else "man") if sex == "any" else sex, low + _below(rng, high - low + 1)
+
+
+def _by_condition(keys: Sequence[Key]) -> list[list[Key]]:
+    return [list(group) for _, group in itertools.groupby(keys, key=lambda key: key.condition)]
+
+
+def _dealt(rng: Random, keys: Sequence[Key]) -> Iterator[Key]:
+    """The keys in rounds that take one of every condition, so that none is asked about much more than others; then all over again."""
+    while True:
+        for taken in itertools.zip_longest(*(_shuffled(rng, row) for row in _by_condition(keys))):
+            yield from _shuffled(rng, [key for key in taken if key])
+
+
+def _rng(*name: Any) -> Random:
+    return Random(f"{SEED} {name}")
+
+
+def _below(rng: Random, n: int) -> int:
+    return int(rng.random() * n)
+
+
+def _pick(rng: Random, items: Sequence[T]) -> T:
+    return items[_below(rng, len(items))]
+
+
+def _shuffled(rng: Random, items: Sequence[T], n: int | None = None) -> list[T]:
+    """All items in some order, or `n` of them."""
+    out = list(items)
+    n = len(out) if n is None else min(n, len(out))
+    for i in range(n):
+        j = i + _below(rng, len(out) - i)
+        out[i], out[j] = out[j], out[i]
+    return out[:n]
+
+
+def _weighted(rng: Random, shares: dict[str, float]) -> str:
+    u = rng.random() * sum(shares.values())
+    for name, share in shares.items():
+        u -= share
+        if u < 0:
+            return name
+    return name
+
+
+def main(arguments: list[str]) -> None:
+    """`show [split] [n]`, or `tokenizer`."""
+    if arguments[:1] == ["tokenizer"]:
+        from medrlvr_jax.world import words
+
+        words.write()
+    elif arguments[:1] == ["show"]:
+        name, n = (*arguments[1:], *("train", "8")[len(arguments) - 1 :])
+        if name == "corpus":
+            for e in corpus(int(n)):
+                print(f"{e.prompt}→ {e.response}\n")
+        else:
+            for q in questions(name)[: int(n)]:
+                listed = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, q.options, strict=False))
+                print(f"[{q.id} {q.subject}] {q.question}\n{listed}→ {q.rationale} ({LETTERS[q.answer]})\n")
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
