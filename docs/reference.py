@@ -185,9 +185,12 @@ def modules() -> str:
     """The docstring of every module of the package, by folder."""
     root = Path(medrlvr_jax.__file__).parent
     out = ["# Modules", "What each file holds, in its own words. The README has the order in which to read them."]
-    for folder in [root, *sorted(p for p in root.rglob("*") if p.is_dir() and list(p.glob("*.py")))]:
-        out.append(f"## {'/'.join(folder.relative_to(root.parent).parts)}")
-        for file in sorted(folder.glob("*.py")):
-            if text := ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))):
-                out.append(f"### {file.relative_to(root)}\n\n```text\n{text}\n```")
+    for start in [root / "__init__.py", *sorted(root.rglob("*/__init__.py"))]:
+        out.append(f"## {'/'.join(start.parent.relative_to(root.parent).parts)}\n\n{docstring(start)}")
+        for file in sorted(set(start.parent.glob("*.py")) - {start}):
+            out.append(f"### {file.relative_to(root)}\n\n```text\n{docstring(file)}\n```")
     return "\n\n".join(out) + "\n"
+
+
+def docstring(file: Path) -> str:
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""

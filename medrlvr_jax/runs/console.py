@@ -14,8 +14,8 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from medrlvr_jax.config import load as configs
-from medrlvr_jax.host import files
 from medrlvr_jax.config.schema import Config
+from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 
 QUIET = 30  # seconds without a line, after which long work says how far it is

@@ -10,16 +10,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from medrlvr_jax.build import Parts
 from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import load as data
+from medrlvr_jax.data.formats import Question
 from medrlvr_jax.host import files
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host.processes import by_leader
 from medrlvr_jax.model import weights
 from medrlvr_jax.rewards import user
-from medrlvr_jax.build import Parts
-from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.config.schema import SetConfig
-from medrlvr_jax.data.formats import Question
-from medrlvr_jax.host.processes import by_leader
 
 NAME = "inputs.json"
 MARK = 4  # hex digits of each row's digest: they name the first row that differs; whether any does, the whole digest tells

@@ -32,11 +32,11 @@ from jax.experimental import multihost_utils
 
 import medrlvr_jax
 from medrlvr_jax.config import load as configs
-from medrlvr_jax.host import files
 from medrlvr_jax.config.schema import Config
+from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.runs.console import Console, Tracker, before_after
 from medrlvr_jax.host.processes import gather
+from medrlvr_jax.runs.console import Console, Tracker, before_after
 
 Records = list[dict[str, Any]]
 COMMAND = "# medrlvr "  # begins a run's config.yaml, and the name of the command that made it follows
