@@ -1,3 +1,97 @@
-"""Med-RLVR in JAX: reinforcement learning from verifiable rewards on medical questions."""
+"""Med-RLVR in JAX: reinforcement learning from verifiable rewards on medical questions.
+
+    import medrlvr_jax as mr
+
+    config = mr.load_config("configs/quickstart_grpo.yaml", {"steps": 8})
+
+    def reward(completions, questions, **_):
+        return [float("first line" in c) for c in completions]
+
+    result = mr.train(config, rewards=[reward])  # writes runs/quickstart_grpo/, as `medrlvr train` does
+    model = mr.load_model("runs/quickstart_grpo")  # a run, a Hugging Face directory, or "embedded"
+    print(mr.generate(model, ["Question: …"], max_new_tokens=48))
+
+Importing the package takes no time: each name brings its module, and JAX, when it is first used. `advantages` and `losses` are modules
+whose functions work alone. Whatever cannot be used raises one of the errors here, all of which say what to do.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medrlvr_jax.api import Completion, Evaluation, LoadedModel, evaluate, generate, load_model
+    from medrlvr_jax.config.load import load as load_config
+    from medrlvr_jax.config.schema import Config, RewardConfig
+    from medrlvr_jax.data.formats import DataError, Example, Question
+    from medrlvr_jax.host.errors import ConfigError, Diverged, Unwritable
+    from medrlvr_jax.rewards.rule import score
+    from medrlvr_jax.rewards.user import RewardError
+    from medrlvr_jax.rl import advantages, losses
+    from medrlvr_jax.rl.sft import sft
+    from medrlvr_jax.rl.train import train
+    from medrlvr_jax.runs.checkpoint import CheckpointError
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "Completion",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "Diverged",
+    "Evaluation",
+    "Example",
+    "LoadedModel",
+    "Question",
+    "RewardConfig",
+    "RewardError",
+    "Unwritable",
+    "advantages",
+    "evaluate",
+    "generate",
+    "load_config",
+    "load_model",
+    "losses",
+    "score",
+    "sft",
+    "train",
+]
+
+_NAMES = {  # where each name is, as the imports above tell type checkers and editors
+    "CheckpointError": "runs.checkpoint:CheckpointError",
+    "Completion": "api:Completion",
+    "Config": "config.schema:Config",
+    "ConfigError": "host.errors:ConfigError",
+    "DataError": "data.formats:DataError",
+    "Diverged": "host.errors:Diverged",
+    "Evaluation": "api:Evaluation",
+    "Example": "data.formats:Example",
+    "LoadedModel": "api:LoadedModel",
+    "Question": "data.formats:Question",
+    "RewardConfig": "config.schema:RewardConfig",
+    "RewardError": "rewards.user:RewardError",
+    "Unwritable": "host.errors:Unwritable",
+    "advantages": "rl.advantages",
+    "evaluate": "api:evaluate",
+    "generate": "api:generate",
+    "load_config": "config.load:load",
+    "load_model": "api:load_model",
+    "losses": "rl.losses",
+    "score": "rewards.rule:score",
+    "sft": "rl.sft:sft",
+    "train": "rl.train:train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    path, _, attribute = _NAMES[name].partition(":")
+    module = importlib.import_module(f"{__name__}.{path}")
+    globals()[name] = value = getattr(module, attribute) if attribute else module
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -180,7 +180,7 @@ def test_the_first_signal_ends_the_step_and_the_second_kills(tmp_path):
         assert not run.stopping  # not until the step is recorded
         run.record(1, {"reward": 0.0})
         assert run.stopping
-        assert run.finish() == {"exit_status": 128 + signal.SIGTERM}
+        assert run.finish() == {"name": "run", "steps": 3, "done": 1, "exit_status": 128 + signal.SIGTERM}
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

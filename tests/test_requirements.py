@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = {"tensorboardX", "wandb"}  # extras, imported where a setting asks for them
+OPTIONAL = {"tensorboardX", "wandb", "IPython"}  # imported where a setting asks for them, or in a notebook, which has IPython
 INDIRECT = {"jinja2"}  # transformers renders chat templates with it, and does not require it
 MODULES = {"orbax-checkpoint": "orbax", "pyyaml": "yaml"}  # where a distribution's name is not its module's
 

@@ -177,6 +177,6 @@ def test_a_run_with_a_function_that_fails_now_and_then(folder, capsys, monkeypat
     failed = [s for s in samples if s["reward"] is None]
     assert 0 < metrics["reward_failed"] == len(failed) / 16 < metrics["unlearned"]
     assert all(s["reward_error"] == "it returned inf" and len(s["completion"]) % 2 for s in failed) and np.isfinite(metrics["reward"])
-    assert f"reward.fn failed on {metrics['reward_failed']:.1%} of the completions" in capsys.readouterr().err
+    assert f"the reward failed on {metrics['reward_failed']:.1%} of the completions" in capsys.readouterr().err
     assert main("train", folder / "config.yaml", "name=none", "reward.fn=rewards_of_users:gone") == 2
     assert "reward.fn: rewards_of_users:gone" in capsys.readouterr().err and not (folder / "runs" / "none").exists()

@@ -1,11 +1,12 @@
 """Settings in and out: YAML and `a.b=value` to a checked `Config`, and every complaint about them."""
 
+import copy
 import dataclasses
 import difflib
 from collections import defaultdict
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pydantic
 import yaml
@@ -16,14 +17,24 @@ from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 
 
-def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
-    """Read a YAML file, apply `a.b=value` overrides (values are YAML too) and check everything that needs no device."""
-    tree = read_yaml(path, "`configs/` holds the ready ones") or {}
+def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
+    """Read settings, replace some of them, and check everything that needs no device; `ConfigError` has every complaint.
+
+    `source`: a YAML file, or a mapping of the same form. `overrides`: a mapping with Python's values, whose names are nested or dotted,
+    {"sample": {"temperature": 0.7}} or {"sample.temperature": 0.7}; or, as on the command line, ["sample.temperature=0.7"] with YAML's.
+    A section that is given as a mapping replaces the fields that it names, and None takes an optional section out.
+    """
+    named = isinstance(source, str | Path)
+    tree = (read_yaml(source, "`configs/` holds the ready ones") or {}) if named else copy.deepcopy(dict(source))
+    name = str(source) if named else "config"
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a mapping of settings is needed, got {type(tree).__name__}")
-    for item in overrides:
-        override(tree, item)
-    return from_tree(tree, str(path))
+        raise ConfigError(f"{name}: a mapping of settings is needed, got {type(tree).__name__}")
+    if isinstance(overrides, Mapping):
+        merge(tree, overrides)
+    else:
+        for item in overrides:
+            override(tree, item)
+    return from_tree(tree, name)
 
 
 def read_yaml(path: str | Path, remedy: str) -> Any:
@@ -97,6 +108,21 @@ def override(tree: dict[str, Any], item: str) -> None:
     *parents, leaf = name.split(".")
     if not isinstance(value, str | list | dict | None) and _kinds_at((*parents, leaf)) <= {str, type(None)}:
         value = text.strip()  # name=2024 names a run, though YAML reads a number
+    _put(tree, (*parents, leaf), value, item)
+
+
+def merge(tree: dict[str, Any], overrides: Mapping[str, Any], above: tuple[str, ...] = ()) -> None:
+    """Put Python's values into a tree of settings, under nested or dotted names."""
+    for name, value in overrides.items():
+        path = (*above, *str(name).split("."))
+        if isinstance(value, Mapping) and _is_section(path):
+            merge(tree, value, path)
+        else:
+            _put(tree, path, str(value) if isinstance(value, PurePath) else value, ".".join(path))
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any, item: str) -> None:
+    *parents, leaf = path
     node = tree
     for i, key in enumerate(parents):
         if node.get(key) is None:
@@ -105,6 +131,11 @@ def override(tree: dict[str, Any], item: str) -> None:
             raise ConfigError(f"override {item!r}: {'.'.join(parents[: i + 1])} is a value, it has no fields")
         node = node[key]
     node[leaf] = value
+
+
+def _is_section(path: tuple[str, ...]) -> bool:
+    kind = get_type_hints(_section_at(path[:-1])).get(path[-1])
+    return get_origin(kind) is not dict and any(dataclasses.is_dataclass(t) for t in (kind, *get_args(kind)))
 
 
 def _fields_at(path: tuple) -> list[str]:

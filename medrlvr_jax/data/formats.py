@@ -242,6 +242,20 @@ def options_and_key(row: dict) -> tuple[tuple[str, ...], int]:
     return options, _letter(row, "answer", options)
 
 
+def checked(item: Question | Example, default: str, kind: type) -> Question | Example:
+    """A `Question` or an `Example` that was made in Python, by the rules of records; `default` is for a question without an id."""
+    if not isinstance(item, kind):
+        raise DataError(f"{reprlib.repr(item)}: the rows before it are of the kind {kind.__name__}; give one kind alone")
+    row = vars(item)
+    if isinstance(item, Example):
+        return _example(row, default)
+    options = _few(_options({"options": list(item.options)}, "options"))
+    if type(item.answer) is not int or not 0 <= item.answer < len(options):
+        remedy = f"give the place of the right one of its {len(options)} options, the first being 0"
+        raise DataError(f"field answer: {reprlib.repr(item.answer)}: {remedy}")
+    return _question(row, default, options, item.answer, rationale="rationale")
+
+
 def _few(options: tuple[str, ...]) -> tuple[str, ...]:
     if not 2 <= len(options) <= len(LETTERS):
         raise DataError(f"field options: {len(options)} of them; a question has 2 to {len(LETTERS)}")

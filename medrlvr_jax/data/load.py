@@ -14,7 +14,7 @@ import itertools
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -22,10 +22,12 @@ import numpy as np
 from pydantic_core import to_jsonable_python
 
 from medrlvr_jax.config.schema import Config, PassCountConfig, SetConfig
-from medrlvr_jax.data.formats import FORMATS, LETTERS, DataError, Example, Question, brings_letters, detect, unlabelled
+from medrlvr_jax.data.formats import FORMATS, LETTERS, DataError, Example, Question, brings_letters, checked, detect, unlabelled
 from medrlvr_jax.host import files
 from medrlvr_jax.world import world
 
+PYTHON = "python:data"  # SetConfig.path of rows that were given in Python
+Records = Iterable[Question | Example | Mapping[str, Any]]  # what may be given there; a datasets.Dataset is such
 MAX_LINE = 16 * 2**20  # bytes: beyond any question, so it is some other kind of file
 MAX_COMPLAINTS = 10
 WIDE = 80  # columns of a console
@@ -37,13 +39,25 @@ def load(config: SetConfig) -> list[Question]:
     return read(config)[0]
 
 
-def read(config: SetConfig) -> tuple[list[Question], str]:
-    """The set's questions in their order; and how they were read, for the console: counts, keys, repeats, the first of them."""
+def given(spec: SetConfig, data: Records | str | Path | None) -> tuple[SetConfig, Records | None]:
+    """`spec` with the path of what a caller gave in Python, and the records where that is no path; None: all as `spec` has it."""
+    if data is None:
+        return spec, None
+    if isinstance(data, str | Path):
+        return dataclasses.replace(spec, path=str(data)), None
+    return dataclasses.replace(spec, path=PYTHON), data
+
+
+def read(config: SetConfig, rows: Records | None = None) -> tuple[list[Question], str]:
+    """The set's questions in their order; and how they were read, for the console: counts, keys, repeats, the first of them.
+
+    `rows` stand in place of what `config.path` names.
+    """
     if config.path.startswith("embedded:"):
         name = _embedded(config.path, ("train", "in_distribution", "out_of_distribution", "leaking"))
         questions, notes = world.leaking() if name == "leaking" else world.questions(name), []
     else:
-        questions, notes = _collect(config, ("plain", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa"))
+        questions, notes = _collect(config, ("plain", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa"), rows)
     questions = questions[: config.limit]
     questions = _by_pass_count(questions, config.pass_count) if config.pass_count else questions
     return questions, _told(questions, notes)
@@ -54,12 +68,12 @@ def load_text(config: SetConfig) -> list[Example]:
     return read_text(config)[0]
 
 
-def read_text(config: SetConfig) -> tuple[list[Example], str]:
-    """The set's prompts and responses, and how they were read."""
+def read_text(config: SetConfig, rows: Records | None = None) -> tuple[list[Example], str]:
+    """The set's prompts and responses, and how they were read; `rows` as in `read`."""
     if config.path.startswith("embedded:"):
         examples, notes = {"corpus": world.corpus, "lists": world.lists}[_embedded(config.path, ("corpus", "lists"))](), []
     else:
-        examples, notes = _collect(config, ("text",))
+        examples, notes = _collect(config, ("text",), rows)
     examples = examples[: config.limit]
     shown = [f"{name}: {_short(text)}" for name, text in (("prompt", examples[0].prompt), ("response", examples[0].response))]
     return examples, "\n  ".join([f"texts: {len(examples):,}", *notes, *shown])
@@ -160,15 +174,17 @@ def _embedded(path: str, names: tuple[str, ...]) -> str:
     return name
 
 
-def _collect(config: SetConfig, allowed: tuple[str, ...]) -> tuple[list[Any], list[str]]:
+def _collect(config: SetConfig, allowed: tuple[str, ...], records: Records | None = None) -> tuple[list[Any], list[str]]:
     """Read and check every record; raise all complaints (the first ten) together. Also notes on how they were read."""
-    unit, rows = _open(config)
-    stem = "-".join(filter(None, (Path(config.path).stem, config.subset, config.split)))
+    unit, rows = _open(config) if records is None else ("row", _given(records))
+    stem = "-".join(filter(None, (Path(config.path).stem, config.subset, config.split))) if records is None else "row"
     name, items, complaints, numbers = config.format, [], [], {}
     fields: dict[str, None] = {}
     labelled = counted = kept = 0
     for number, row in rows:
         where = f"{config.path}, {unit} {number}"
+        if name == "auto" and isinstance(row, Question | Example):
+            name = "plain" if isinstance(row, Question) else "text"
         if name == "auto" and isinstance(row, dict):
             name = detect(row, where)
         if name not in (*allowed, "auto"):
@@ -178,15 +194,18 @@ def _collect(config: SetConfig, allowed: tuple[str, ...]) -> tuple[list[Any], li
             if isinstance(row, DataError):
                 raise row
             form = FORMATS[name]
-            item = form.parse(row, f"{stem}-{number}")
-            fields |= dict.fromkeys(row)
+            if isinstance(row, dict):
+                item = form.parse(row, f"{stem}-{number}")
+                fields |= dict.fromkeys(row)
+            else:
+                item = checked(row, f"{stem}-{number}", Example if name == "text" else Question)
             if isinstance(item, Question):
                 if numbers.setdefault(item.id, number) != number:
                     raise DataError(f"id {item.id!r} is already that of {unit} {numbers[item.id]}; give each its own, or none")
                 options = unlabelled(item.options)
                 labelled += options != item.options
                 kept += options == item.options and brings_letters(options)
-                counted += form.counted is not None and not str(row[form.counted[0]]).strip().isalpha()
+                counted += form.counted is not None and isinstance(row, dict) and not str(row[form.counted[0]]).strip().isalpha()
                 item = dataclasses.replace(item, options=options)
             items.append(item)
         except DataError as e:
@@ -223,6 +242,9 @@ Rows = Iterator[tuple[int, dict[str, Any] | DataError]]
 
 def _open(config: SetConfig) -> tuple[str, Rows]:
     """(what the records are counted in, the records)."""
+    if config.path == PYTHON:
+        remedy = "give them again, as train(config, data=rows), or set path to a file"
+        raise DataError(f"path {PYTHON!r}: these rows were given in Python, and no file holds them; {remedy}")
     path = Path(config.path).expanduser()
     if path.suffix in READERS and path.is_file():
         unit, reader = READERS[path.suffix]
@@ -234,6 +256,18 @@ def _open(config: SetConfig) -> tuple[str, Rows]:
         what = "no such file" if not path.exists() else "a folder" if path.is_dir() else "a file of another kind"
         raise DataError(f"path {config.path!r}: {what}; give a {' '.join(READERS)} file, a hub name or embedded:train")
     return "row", _hub(config)
+
+
+def _given(records: Records) -> Iterator[tuple[int, dict[str, Any] | Question | Example | DataError]]:
+    """What was given in Python."""
+    if (features := getattr(records, "features", None)) is not None:
+        yield from _labelled(records, features)
+        return
+    for number, row in enumerate(records, 1):
+        if isinstance(row, Question | Example):
+            yield number, row
+        else:
+            yield number, dict(row) if isinstance(row, Mapping) else DataError(f"{reprlib.repr(row)}: a Question or a dict is needed")
 
 
 def jsonl(path: Path) -> Rows:

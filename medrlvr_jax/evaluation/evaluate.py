@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -143,7 +143,7 @@ def evaluate_sets(parts: Parts, decode_params: Params, sets: dict[str, Encoded],
     return metrics
 
 
-def open_source(source: Path, settings: list[str], step: int | Literal["best"] | None) -> tuple[Parts, Params, int]:
+def open_source(source: Path, settings: Mapping[str, Any] | Sequence[str], step: int | Literal["best"] | None) -> tuple[Parts, Params, int]:
     """A run's policy (by default its newest) and its step, or the model that a config names and 0; the parameters are whole."""
     if source.is_dir():
         if not (source / "config.yaml").is_file():

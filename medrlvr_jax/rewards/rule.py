@@ -37,6 +37,7 @@ from medrlvr_jax.config.schema import RewardConfig
 from medrlvr_jax.data.formats import LETTERS, DataError
 
 WHITE = b" \t\n\v\f\r"
+DEFAULT = RewardConfig()
 BLOCK = 4096  # rows judged at once: their 5 MB and what is computed of them stay in the cache, which halves the time
 TAGS = (b"<think>", b"</think>", b"<answer>", b"</answer>")
 THINK, END_THINK, ANSWER, END_ANSWER = 1, 2, 3, 4  # the kinds of tag; 0 is no tag
@@ -118,8 +119,8 @@ class Verdicts:
     reason: np.ndarray  # str [N], a key of REASONS
 
 
-def score(completions: Sequence[str], answers: Sequence[str], options: Sequence[Sequence[str]], config: RewardConfig) -> Verdicts:
-    """Judge completion i by its key letter `answers[i]` and its question's own 2 to 10 `options[i]`, each by itself.
+def score(completions: Sequence[str], answers: Sequence[str], options: Sequence[Sequence[str]], config: RewardConfig = DEFAULT) -> Verdicts:
+    """Judge completion i by its key letter `answers[i]` and its question's own 2 to 10 `options[i]`, each by itself; by the rule `config`.
 
     `DataError` if the three differ in length, or a row has too few or too many options, or a key that is none of them.
     """

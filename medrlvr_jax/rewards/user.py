@@ -28,11 +28,16 @@ Metrics: `reward_failed` and `unlearned`, the shares of completions that failed 
 each with its `reward_error`. A minibatch in which nothing is left moves by its optimiser's momentum alone.
 
 A resumed or replayed run is the same run only if the function is one: no clock, no randomness of its own, no service that changes.
+
+`train(config, rewards=…)` takes callables instead, closures too (`Rewards`). They run in this process, without a deadline, and are called
+by keyword with those of the four arguments that their signatures name. All other rules above hold for them.
 """
 
+import functools
 import hashlib
 import importlib
 import importlib.machinery
+import inspect
 import json
 import math
 import multiprocessing
@@ -45,7 +50,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 from medrlvr_jax.config.schema import RewardConfig
 from medrlvr_jax.host.errors import ConfigError
@@ -56,33 +61,37 @@ PATIENCE = 3  # deadlines that a batch may take in all, however many of its rows
 LARGEST = float.fromhex("0x1.fffffep127")  # of a float32
 
 Row = tuple[str, str, Sequence[str], str]  # completion, key, options, question
+ARGUMENTS = ("completions", "keys", "options", "questions")  # of every reward function, in this order
+Function = Callable[..., Iterable[float]]
 
 
 class RewardError(RuntimeError):
     """A user's function that failed on every row, or that does not return one value for each."""
 
 
-def started(config: RewardConfig) -> AbstractContextManager["UserReward | None"]:
-    """The function of `reward.fn` in a worker that lives as long as the context; None where the rule pays."""
-    return UserReward(config) if config.fn else nullcontext()
+def started(config: RewardConfig, rewards: "Rewards | None" = None) -> AbstractContextManager["Judge | None"]:
+    """`rewards`, or the function of `reward.fn` in a worker that lives as long as the context; None where the rule pays."""
+    if rewards is None:
+        return UserReward(config) if config.fn else nullcontext()
+    if other := [name for name in ("fn", "random", "leak_penalty", "before_penalty") if getattr(config, name)]:
+        raise ConfigError(f"reward.{other[0]}: {getattr(config, other[0])}: rewards=[…] alone say what is paid; take one of the two out")
+    return nullcontext(rewards)
 
 
-class UserReward:
-    """The function of `reward.fn` in its worker, which is started here, and again whenever it had to be ended.
+class Judge(Protocol):
+    """What pays in place of the rule."""
 
-    Python would wait for it at its own end: use it as a context manager, or `close` it. Raises `ConfigError` if the function cannot be
-    imported.
-    """
+    def score(self, rows: Sequence[Row]) -> tuple[list[float], dict[int, str]]:
+        """See `Scorer.score`."""
+        ...
 
-    def __init__(self, config: RewardConfig):
-        self.name, self._deadline = str(config.fn), config.deadline
-        self._start()
 
-    def __enter__(self) -> "UserReward":
-        return self
+class Scorer:
+    """A function of a user that scores completions, called in whatever way `_call` does."""
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    name: str
+    field = "rewards"  # what named the function
+    _deadline = math.inf  # seconds
 
     def score(self, rows: Sequence[Row]) -> tuple[list[float], dict[int, str]]:
         """Rewards of all rows, NaN where one failed; and the reasons of those, by row. All processes call it together, each with its own
@@ -110,7 +119,7 @@ class UserReward:
                 take(part[half:])
                 if miscounted and not any(i in failed for i in part):
                     alone = f"though it scores {len(part)} of them one by one: it must return one number for each, in their order"
-                    raise RewardError(f"reward.fn: {self.name}: {miscounts[0]}, {alone}")
+                    raise RewardError(f"{self.field}: {self.name}: {miscounts[0]}, {alone}")
             else:
                 failed.update(dict.fromkeys(part, answer["error"]))
 
@@ -119,8 +128,112 @@ class UserReward:
         total, broken = map(sum, zip(*gather([len(rows), len(failed)]), strict=True))
         if total and broken == total:
             first = f": {failed[0]}; the first completion is {rows[0][0][:200]!r}" if rows else ""
-            raise RewardError(f"reward.fn: {self.name} failed on all {total} completions of a batch{first}")
+            raise RewardError(f"{self.field}: {self.name} failed on all {total} completions of a batch{first}")
         return rewards, failed
+
+    def _call(self, rows: list[Row], seconds: float) -> tuple[dict[str, Any], float]:
+        """What `_values` makes of the function's result, or `error`; and the seconds that the function took."""
+        raise NotImplementedError
+
+
+class InProcess(Scorer):
+    """A callable of this process."""
+
+    def __init__(self, function: Function):
+        self.name, self._function = name_of(function), function
+        self._parameters = _parameters(function)
+
+    def _call(self, rows: list[Row], seconds: float) -> tuple[dict[str, Any], float]:
+        columns = dict(zip(ARGUMENTS, zip(*rows, strict=True), strict=True)) | {"options": [list(row[2]) for row in rows]}
+        try:
+            return _values(self._function(**{name: list(columns[name]) for name in self._parameters}), len(rows)), 0.0
+        except Exception as e:
+            return {"error": _reason(e)}, 0.0
+
+
+class Rewards:
+    """Callables of this process: the reward of a completion is the sum of what they return, each times its weight.
+
+    `rewards`: one callable, or a sequence of callables and of pairs (callable, weight). Raises `ConfigError` for anything else, and for a
+    callable that needs an argument which is none of `ARGUMENTS`.
+    """
+
+    def __init__(self, rewards: Function | Sequence[Function | tuple[Function, float]]):
+        items = [rewards] if callable(rewards) else list(rewards)
+        pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in items]
+        for pair in pairs:
+            if len(pair) != 2 or not callable(pair[0]) or not isinstance(_number(pair[1]), float):
+                remedy = "give a callable, or a pair of a callable and its weight, such as (reward, 0.5)"
+                raise ConfigError(f"rewards: {reprlib.repr(pair[0] if len(pair) == 2 and pair[1] == 1.0 else pair)}: {remedy}")
+        if not pairs:
+            raise ConfigError("rewards: [] pays nothing; give a callable, or leave rewards out: then the rule of `reward` pays")
+        self._weighted = [(InProcess(function), float(weight)) for function, weight in pairs]
+        digests = [_source(function) for function, _ in pairs]
+        self.record = [  # for inputs.json
+            {"name": judge.name, "weight": weight, "sha256": digest}
+            for (judge, weight), digest in zip(self._weighted, digests, strict=True)
+        ]
+
+    def score(self, rows: Sequence[Row]) -> tuple[list[float], dict[int, str]]:
+        """As `Scorer.score`: a row fails where one of the callables fails on it."""
+        total, failed = [0.0] * len(rows), {}
+        for judge, weight in self._weighted:
+            values, reasons = judge.score(rows)
+            total = [sum_so_far + weight * value for sum_so_far, value in zip(total, values, strict=True)]
+            failed = {row: f"{judge.name}: {reason}" for row, reason in reasons.items()} | failed
+        return total, failed
+
+
+def name_of(function: Function) -> str:
+    """The name of a callable as its source has it; of an object, that of its class."""
+    if isinstance(function, functools.partial):
+        return name_of(function.func)
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _parameters(function: Function) -> list[str]:
+    """Those of `ARGUMENTS` that the callable takes by keyword."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known = set(ARGUMENTS)
+    else:
+        known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if unknown := [name for name in needed if name not in ARGUMENTS]:
+        remedy = f"there are {', '.join(ARGUMENTS)}; rename it, or give it a default"
+        raise ConfigError(f"rewards: {name_of(function)} needs an argument {unknown[0]!r}, which it is not called with; {remedy}")
+    return [name for name in ARGUMENTS if name in known]
+
+
+def _source(function: Any) -> str | None:
+    """SHA-256 of a callable's source text, without what a closure holds; None where Python has no text of it."""
+    if isinstance(function, functools.partial):
+        return _source(function.func)
+    try:
+        text = inspect.getsource(function if inspect.isroutine(function) or inspect.isclass(function) else type(function))
+    except (OSError, TypeError):  # built in, or typed into a plain interpreter
+        return None
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class UserReward(Scorer):
+    """The function of `reward.fn` in its worker, which is started here, and again whenever it had to be ended.
+
+    Python would wait for it at its own end: use it as a context manager, or `close` it. Raises `ConfigError` if the function cannot be
+    imported.
+    """
+
+    field = "reward.fn"
+
+    def __init__(self, config: RewardConfig):
+        self.name, self._deadline = str(config.fn), config.deadline
+        self._start()
+
+    def __enter__(self) -> "UserReward":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def close(self) -> None:
         self._process.kill()
@@ -197,9 +310,13 @@ def _work(name: str, pipe: Any, parent: int) -> None:
         try:
             answer = _values(function(*(list(column) for column in zip(*rows, strict=True))), len(rows))
         except BaseException as e:
-            where = traceback.extract_tb(e.__traceback__)[-1]
-            answer = {"error": f"{type(e).__name__}: {e} ({os.path.basename(where.filename)}, line {where.lineno})"[:500]}
+            answer = {"error": _reason(e)}
         pipe.send_bytes(json.dumps(answer).encode())
+
+
+def _reason(error: BaseException) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}, line {where.lineno})"[:500]
 
 
 def _values(result: Any, n: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from medrlvr_jax.model import lora, scoring
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.rewards import stages
 from medrlvr_jax.rewards.rule import Verdicts, judged_beginning, score, toss
-from medrlvr_jax.rewards.user import UserReward
+from medrlvr_jax.rewards.user import Judge
 from medrlvr_jax.rl import advantages
 from medrlvr_jax.rollout.generate import generate
 from medrlvr_jax.sharding import by_rows, fetch_rows, join_rows, own_rows, place_rows, split_rows, to_memory
@@ -125,11 +125,11 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
 
 
 def score_rollout(
-    parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array | None = None, judge: UserReward | None = None
+    parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array | None = None, judge: Judge | None = None
 ) -> Scored:
     """Host work: bring this process's tokens over, decode, score. `index` names the questions of the whole rollout.
 
-    Training alone pays by other things than the rule: by `judge`, the user's own reward, or by `coin`, its key for the control
+    Training alone pays by other things than the rule: by `judge`, the user's own rewards, or by `coin`, its key for the control
     `reward.random`. Evaluation has neither.
     """
     tokenizer = parts.tokenizer
@@ -343,7 +343,7 @@ def collect(
     index: np.ndarray,
     key: Array,
     kl_coef: Array,
-    judge: UserReward | None = None,
+    judge: Judge | None = None,
 ) -> tuple[Experience, dict[str, Array], Scored]:
     """One step's rollout of the questions at `index`, made into experience. Assessing runs while the host scores.
 

@@ -4,6 +4,9 @@ Targets by `sft.target`: the answer alone (the paper's baseline), the rationale 
 lines bring (how the embedded model was pretrained). A batch is `sample.questions` rows, learned in minibatches.
 """
 
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +27,8 @@ from medrlvr_jax.build import (
 )
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config
-from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.load import Records, fingerprint, given, read, read_text, step_batch
 from medrlvr_jax.evaluation import evaluate
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import agree
@@ -33,21 +36,23 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.rl.experience import width
 from medrlvr_jax.rl.learn import compile_learn, make_optimizer, nll_objective, offload
 from medrlvr_jax.rl.programs import Program, a_key, array, relay_program
-from medrlvr_jax.rl.train import drive
+from medrlvr_jax.rl.train import Callback, drive
 from medrlvr_jax.types import Experience, TrainState
 
 
-def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int, str]:
-    """(prompt, target) tokens of every row, how many were dropped for their length, and how the set was read."""
+def encode_pairs(parts: Parts, records: Records | None = None) -> tuple[list[tuple[list[int], list[int]]], int, str]:
+    """(prompt, target) tokens of every row, how many were dropped for their length, and how the set was read.
+
+    `records` stand in place of what `data.path` names."""
     c, tok = parts.config, parts.tokenizer
     if c.data.shuffle_options:
         raise ConfigError("data.shuffle_options: fine-tuning encodes its rows once, and rationales may name letters; set it to false")
     if c.sft.target == "text":
-        examples, told = data.read_text(c.data)
+        examples, told = read_text(c.data, records)
         prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, [e.prompt for e in examples])]
         targets = [e.response for e in examples]
     else:
-        questions, told = data.read(c.data)
+        questions, told = read(c.data, records)
         prompts = text.encode_questions(tok, questions, c.prompt)
         targets = text.to_teach(tok, [text.sft_target(q, c.sft.target) for q in questions], c.prompt)
     rows = list(zip(prompts, text.encode_targets(tok, targets), strict=True))
@@ -56,7 +61,7 @@ def encode_pairs(parts: Parts) -> tuple[list[tuple[list[int], list[int]]], int, 
         raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")
     prompt, target = map(len, max(kept, key=lambda r: len(r[0]) + len(r[1])))
     check_positions(parts, prompt, target, "sft.max_new_tokens")
-    agree(lambda: {"rows": data.fingerprint(kept)})
+    agree(lambda: {"rows": fingerprint(kept)})
     return kept, len(rows) - len(kept), told
 
 
@@ -71,11 +76,16 @@ def batch(rows: list[tuple[list[int], list[int]]], index: np.ndarray, widths: tu
     return Experience(prompts.tokens, prompts.mask, tokens, mask, None, None, None, None, None)
 
 
-def sft(config: Config) -> dict[str, Any]:
-    """Run or resume a fine-tuning; returns what summary.json holds."""
+def sft(config: Config, data: Records | str | Path | None = None, callbacks: Callback | Sequence[Callback] = ()) -> dict[str, Any]:
+    """Run or resume a fine-tuning; writes `runs/<name>/` as `medrlvr sft` does. Arguments, result and errors are those of `train`.
+
+    With `sft.target: text`, rows of `data` are dicts with the fields `prompt` and `response`.
+    """
     configs.check_best(config, of_steps=())  # they draw no responses
+    spec, records = given(config.data, data)
+    config = dataclasses.replace(config, data=spec)
     parts = build(config)
-    rows, dropped, told = encode_pairs(parts)
+    rows, dropped, told = encode_pairs(parts, records)
     steps = total_steps(config, len(rows))
     sets = evaluate.load_sets(parts)
     widths = width(max(len(r[0]) for r in rows)), width(max(len(r[1]) for r in rows))
@@ -88,7 +98,7 @@ def sft(config: Config) -> dict[str, Any]:
         no_kl = jax.device_put(np.float32(0), sharding.replicated(parts.mesh))
 
         def one(state: TrainState, step: int, _: Any):
-            index = data.step_batch(config, len(rows), step)
+            index = step_batch(config, len(rows), step)
             key = jax.random.fold_in(jax.random.key(config.seed), step)
             own, _ = sharding.own_rows(len(index), parts.mesh)
             targets = sharding.place_rows(batch(rows, index[own], widths, parts.tokenizer.pad_id), len(index), parts.mesh)
@@ -104,4 +114,5 @@ def sft(config: Config) -> dict[str, Any]:
         shapes = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), shapes)
         ahead = [Program("learn", program, (abstract_learner(parts, parts.cfg, tx), abstract_base(parts), shapes, a_key(parts), None))]
         ahead += relay_program(relay) + evaluate.programs(parts, sets) if sets else []
-        return drive("sft", parts, (rows, rows), sets, steps, state, one, lambda params: relay(lora.join(base, params)), ahead, notices)
+        ended = lambda params: relay(lora.join(base, params))  # noqa: E731
+        return drive("sft", parts, (rows, rows), sets, steps, state, one, ended, ahead, notices, callbacks)

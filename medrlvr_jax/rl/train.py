@@ -17,6 +17,7 @@ Departures from the paper as it is known, in one place:
 import dataclasses
 import textwrap
 import time
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from medrlvr_jax import sharding
 from medrlvr_jax.build import Parts, build, check_positions, init_learner, load_frozen, make_relay, total_steps
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config
-from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.load import Records, fingerprint, given, read, step_batch
 from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError, Diverged
@@ -48,15 +49,38 @@ from medrlvr_jax.runs.checkpoint import Checkpoints
 from medrlvr_jax.runs.profile import Compiles, Profile
 from medrlvr_jax.types import Experience, Frozen, Mean, TrainState
 
+Callback = Callable[[int, dict[str, Any]], Any]
 SHOWN = 16  # completions of a process and step on which the user's reward failed that are logged
 SKIPS = 3  # steps in a row with an update that was not finite, after which a run stops
 
 
-def train(config: Config) -> dict[str, Any]:
-    """Run or resume a training; returns what summary.json holds."""
+def train(
+    config: Config,
+    rewards: user.Function | Sequence[user.Function | tuple[user.Function, float]] | None = None,
+    data: Records | str | Path | None = None,
+    callbacks: Callback | Sequence[Callback] = (),
+) -> dict[str, Any]:
+    """Run or resume a training by PPO, GRPO or their kin, as `config` says; writes `runs/<name>/` as `medrlvr train` does.
+
+    `rewards`: what pays in place of `config.reward`'s rule: a callable, or a list of callables and of pairs (callable, weight), whose
+    weighted values are added. Each is called with lists of N texts by keyword, those of `completions`, `keys` (letters of the right
+    options), `options` and `questions` that its signature names, and returns N finite numbers. user.py says what follows
+    where it does not. Accuracies and evaluations stay the rule's.
+    `data`: what to train on in place of `config.data.path`: `Question`s, or dicts with the fields of one of the formats in formats.py,
+    in a list or a `datasets.Dataset`; or a path as in `config.data.path`. The other settings of `config.data` hold for it too.
+    `callbacks`: called as f(step, metrics) after each step, which is 1, 2, …, with the step's line of metrics.jsonl; where one
+    returns True, the run saves a checkpoint and stops.
+
+    Returns what summary.json holds; of a run that was stopped before its end, by a callback or by a signal (Ctrl-C), `name`, `steps`,
+    `done` and `exit_status`: the same call goes on from there. Raises `ConfigError` for settings, data and rewards that cannot be
+    used, `RewardError`, `Diverged`, `CheckpointError` and `Unwritable`.
+    """
     configs.check_best(config)
+    judges = None if rewards is None else user.Rewards(rewards)
+    spec, records = given(config.data, data)
+    config = dataclasses.replace(config, data=spec)
     parts = build(config)
-    questions, told = data.read(config.data)
+    questions, told = read(config.data, records)
     encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options)
     if not encoded.questions:
         raise ConfigError(f"data.path: no question of {config.data.path} fits prompt.max_tokens = {config.prompt.max_tokens}; raise it")
@@ -65,7 +89,7 @@ def train(config: Config) -> dict[str, Any]:
     if warmup >= steps:
         raise ConfigError(f"learn.critic_warmup: {warmup} of {steps} steps leave none in which the policy learns; lower it")
     sets = evaluate.load_sets(parts)
-    with user.started(config.reward) as judge, jax.set_mesh(parts.mesh):
+    with user.started(config.reward, judges) as judge, jax.set_mesh(parts.mesh):
         made = make_programs(parts, steps)
         programs, state = start(parts, made)
         frozen = load_frozen(parts)
@@ -89,7 +113,8 @@ def train(config: Config) -> dict[str, Any]:
         ahead += relay_program(relay) if sets and relay is not programs.relay else []
         ended = lambda params: relay(lora.join(frozen.base, params))  # noqa: E731
         rows = encoded.questions, encoded.tokens
-        return drive("train", parts, rows, sets, steps, state, one, ended, ahead, notices)
+        named = judges.record if judges else []
+        return drive("train", parts, rows, sets, steps, state, one, ended, ahead, notices, callbacks, named)
 
 
 def drive(
@@ -103,22 +128,28 @@ def drive(
     relay: Any,
     ahead: list[Program],
     notices: list[str],
+    callbacks: Callback | Sequence[Callback] = (),
+    rewards: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """The loop around any step: resume, compile, evaluate, record, checkpoint, stop when asked.
 
     `rows` is what is trained on, and its tokens. `one`:
     (state, step, the last records) → (state, metrics, logs, the rows learned from, notices).
-    `ahead` are the programs that `one` and the evaluations will call.
+    `ahead` are the programs that `one` and the evaluations will call. `rewards` says which callables pay, for inputs.json.
     """
-    config = parts.config
+    config, callbacks = parts.config, [callbacks] if callable(callbacks) else callbacks
     used = {"train": rows[0]} | {f"eval.{name}": encoded.questions for name, encoded in sets.items()}
-    prints = {name: data.fingerprint(of) for name, of in used.items()}
+    prints = {name: fingerprint(of) for name, of in used.items()}
     looked_at: inputs.Sets = {"data": (config.data, *rows)}
     looked_at |= {f"eval.sets.{name}": (config.eval.sets[name], encoded.questions, encoded.tokens) for name, encoded in sets.items()}
     run, profiled = log.Run(config, steps, prints, command), config.log.profile
-    with run, Compiles() as compiles, Profile(run.path / "profile", profiled) as profile:
-        checkpoints = Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice)
-        accepted = inputs.check(run.path, parts, looked_at, bool(checkpoints.steps()))
+    with (
+        run,
+        Compiles() as compiles,
+        Profile(run.path / "profile", profiled) as profile,
+        Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice) as checkpoints,
+    ):
+        accepted = inputs.check(run.path, parts, looked_at, bool(checkpoints.steps()), rewards)
         notices += [f"going on with what is not as it was: {line}" for line in accepted]
         state, done = checkpoints.restore_newest(state)
         skips = run.resume(done)
@@ -153,7 +184,7 @@ def drive(
                 run.notice(f"step {n}: compiled {names} in mid-run, {lost:.1f} s lost; JAX's log above says what changed")
             if errors := [row["reward_error"] for row in logs.get("samples", []) if "reward_error" in row]:
                 share = f"{metrics['reward_failed']:.1%} of the completions, {metrics['unlearned']:.1%} are not learned from"
-                run.notice(f"step {n}: reward.fn failed on {share}; they are in samples.jsonl. The first: {errors[0]}")
+                run.notice(f"step {n}: the reward failed on {share}; they are in samples.jsonl. The first: {errors[0]}")
             if log.skipped(metrics):
                 skips += 1
                 run.notice(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
@@ -161,6 +192,10 @@ def drive(
                 skips = 0
             with jax.profiler.TraceAnnotation("log"):
                 run.record(n, metrics, **logs)
+            if any([callback(n, metrics) is True for callback in callbacks]):
+                run.stop()
+            if callbacks:
+                run.heed()
             checkpoints.check()
             stalled = not last and monitors.stalled(metrics, config)
             if last or stalled or skips >= SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
@@ -208,7 +243,7 @@ def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
     if not encoded.shuffle:
         return encoded
     n = len(encoded.questions)
-    return reorder(parts, encoded, data.step_batch(parts.config, n, step), step // (n // parts.config.sample.questions))
+    return reorder(parts, encoded, step_batch(parts.config, n, step), step // (n // parts.config.sample.questions))
 
 
 def train_step(
@@ -218,11 +253,11 @@ def train_step(
     state: TrainState,
     frozen: Frozen,
     step: int,
-    judge: user.UserReward | None = None,
+    judge: user.Judge | None = None,
 ) -> tuple[TrainState, dict[str, Any], Scored, Experience]:
     """Step `step` of the method box above; batch and noise are functions of (seed, step), so a resumed run is the same run."""
     c = parts.config
-    index = data.step_batch(c, len(encoded.questions), step)
+    index = step_batch(c, len(encoded.questions), step)
     key = jax.random.fold_in(jax.random.key(c.seed), step)
     critic = None if state.critic is None else state.critic.params
     policy = state.policy.params
@@ -293,7 +328,7 @@ def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[d
     """Records for samples.jsonl: the first sample of questions spread over the step's batch, from whichever process has each; and, at
     any step, completions on which the user's reward failed."""
     c = parts.config
-    index = data.step_batch(c, len(encoded.questions), step)
+    index = step_batch(c, len(encoded.questions), step)
     wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
     wanted = [] if not c.log.samples_every or step % c.log.samples_every else wanted
     shown = np.isin(scored.places, wanted)

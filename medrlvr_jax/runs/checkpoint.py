@@ -95,6 +95,20 @@ class Checkpoints:
         handlers.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        """After an error, no thread of Orbax is left to write into a folder that the same process may train in again.
+
+        Not with several processes: they end, and closing waits for all of them.
+        """
+        if error is not None and jax.process_count() == 1:
+            try:
+                self.close()
+            except CheckpointError as e:
+                error.add_note(str(e))
+
     def steps(self) -> list[int]:
         """Those that this process sees whole on the disk; one that is being written is not yet among them."""
         return saved_steps(self.folder)

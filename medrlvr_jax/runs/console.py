@@ -48,10 +48,16 @@ def before_after(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str,
 
 
 class Console:
-    """Progress on stderr: a bar on a terminal, else one line a step. Silent on processes other than 0."""
+    """Progress on stderr: a bar on a terminal, else one line a step. Silent on processes other than 0.
+
+    In a notebook: notices on stdout, for stderr is red there, and one line that is written over again and again.
+    """
 
     def __init__(self, total: int, file: TextIO | None = None):
-        self._rich = rich.console.Console(file=file or sys.stderr, quiet=jax.process_index() > 0, highlight=False, soft_wrap=True)
+        quiet, notebook = jax.process_index() > 0, file is None and rich.console.Console().is_jupyter
+        file = file or (sys.stdout if notebook else sys.stderr)
+        self._rich = rich.console.Console(file=file, quiet=quiet, highlight=False, soft_wrap=True, force_jupyter=False)
+        self._line = Line() if notebook and not quiet else None
         self._total = total
         self._said = time.monotonic()
         self._seconds: deque[float] = deque(maxlen=21)
@@ -67,7 +73,9 @@ class Console:
         if "seconds" in metrics:
             self._seconds.append(metrics["seconds"])
             text += f"  {clock(statistics.median_low(self._seconds) * (self._total - step))} left"
-        if self._bar:
+        if self._line:
+            self._line.write(f"step {step}/{self._total}  {text}")
+        elif self._bar:
             self._bar.update(self._task, completed=step, description=text)
         elif text:
             self.notice(f"step {step}/{self._total}  {text}")
@@ -79,7 +87,9 @@ class Console:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Of something within a step: on the bar, or a line every `QUIET` seconds."""
-        if self._bar:
+        if self._line:
+            self._line.write(f"{what}  {done}/{total}")
+        elif self._bar:
             self._bar.update(self._task, description=f"{what}  {done}/{total}")
         elif time.monotonic() - self._said > QUIET and done < total:
             self.notice(f"{what}  {done}/{total}")
@@ -91,6 +101,21 @@ class Console:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+
+
+class Line:
+    """One line below a notebook's cell, written over by each `write`."""
+
+    def __init__(self):
+        self._handle: Any = None
+
+    def write(self, text: str) -> None:
+        from IPython.display import display  # there, since this is a notebook
+
+        if self._handle is None:
+            self._handle = display({"text/plain": text}, raw=True, display_id=True)
+        else:
+            self._handle.update({"text/plain": text}, raw=True)
 
 
 def clock(seconds: float) -> str:

@@ -7,6 +7,7 @@ file, begun by an earlier version, goes on and gets one.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,17 @@ MARK = 4  # hex digits of each row's digest: they name the first row that differ
 Sets = dict[str, tuple[SetConfig, list[Any], list[Any]]]  # by name: where its rows are from, the rows, their tokens
 
 
-def check(folder: Path, parts: Parts, sets: Sets, going_on: bool) -> list[str]:
+def check(folder: Path, parts: Parts, sets: Sets, going_on: bool, rewards: Sequence[dict[str, Any]] = ()) -> list[str]:
     """Compare with the folder's record if the run goes on from a checkpoint, then write the record.
 
-    `sets` has what is trained on by the name `data`, evaluation sets by `eval.sets.<name>`. Returns the differences that were accepted;
-    raises `ConfigError`, in every process, for those that were not.
+    `sets` has what is trained on by the name `data`, evaluation sets by `eval.sets.<name>`; `rewards` are the callables that
+    pay, as `user.Rewards.record` has them. Returns the differences that were accepted; raises `ConfigError`, in every
+    process, for those that were not.
     """
     accept = parts.config.checkpoint.accept_changed_inputs
 
     def look() -> list[str]:
-        there, here = _read(folder) if going_on else {}, take(parts, sets)
+        there, here = _read(folder) if going_on else {}, take(parts, sets, rewards)
         changed = differences(there, here)
         if accept or not changed:
             files.write_json(folder / NAME, here | {"sets": there.get("sets", {}) | here["sets"]})
@@ -61,7 +63,7 @@ def check_replay(folder: Path, parts: Parts, sets: Sets) -> None:
     _refuse(folder, differences(_read(folder), take(parts, sets)), parts.config.checkpoint.accept_changed_inputs)
 
 
-def take(parts: Parts, sets: Sets) -> dict[str, Any]:
+def take(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """The record of what is there now."""
     return {
         "sets": {name: of_rows(*of) for name, of in sets.items()},
@@ -69,6 +71,7 @@ def take(parts: Parts, sets: Sets) -> dict[str, Any]:
         "model": _model(parts),
         "weights": _weights(parts),
         "reward.fn": user.source_digest(parts.config.reward.fn) if parts.config.reward.fn else None,
+        "rewards": list(rewards),
     }
 
 
@@ -113,7 +116,18 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     old, new = there.get("reward.fn"), here.get("reward.fn")
     if old and new and old["sha256"] != new["sha256"]:
         out.append(f"reward.fn: {new['file']} has other contents now")
+    if there and "rewards" in here:
+        old, new = there.get("rewards", []), here["rewards"]
+        if (before := _listed(old)) != (now := _listed(new)):
+            out.append(f"rewards: {before} there, {now} now")
+        else:
+            edited = [b["name"] for a, b in zip(old, new, strict=True) if a["sha256"] != b["sha256"]]
+            out += [f"rewards: {name} has another source text now" for name in edited]
     return out
+
+
+def _listed(rewards: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{reward['name']} × {reward['weight']:g}" for reward in rewards) or "no callable"
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,10 +62,12 @@ class Run:
         self._lock = open_folder(self.path, config, command) if jax.process_index() == 0 else None
         self._console = Console(steps)
         self._tracker: Tracker | None = None
-        self._signal, self._done = 0, 0
+        self._signal, self._asked, self._done = 0, False, 0
 
     def __enter__(self) -> "Run":
-        self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()  # Python's own rule
+        # None: a handler that was not set by Python, which Python cannot put back
+        self._handlers = {s: signal.signal(s, self._on_signal) or signal.SIG_DFL for s in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -76,7 +79,11 @@ class Run:
         if self._lock:
             self._lock.close()  # which gives the lock back
 
-    def _stop(self, number: int, _: Any) -> None:
+    def stop(self) -> None:
+        """As a signal would: `stopping` is set in all processes by the next `heed`."""
+        self._asked = True
+
+    def _on_signal(self, number: int, _: Any) -> None:
         self._signal = number
         for s, handler in self._handlers.items():
             signal.signal(s, handler)
@@ -115,8 +122,8 @@ class Run:
         self.heed()
 
     def heed(self) -> None:
-        """Set `stopping` in all processes alike, whichever of them a signal has reached."""
-        self.stopping = _any_process(self._signal)
+        """Set `stopping` in all processes alike, whichever of them a signal or `stop` has reached."""
+        self.stopping = _any_process(bool(self._signal) or self._asked)
 
     def notice(self, text: str) -> None:
         self._console.notice(text)
@@ -125,10 +132,12 @@ class Run:
         self._console.progress(what, done, total)
 
     def finish(self) -> dict[str, Any]:
-        """Write and return the summary; of a run that was stopped before its end, only the exit status that its signal asks for."""
+        """Write and return the summary; of a run that was stopped before its end, how far it is, and the exit status that its
+        signal asks for; 0 if `stop` was called."""
         if self.stopping and self._done < self._steps:
             self.notice("stopped; the same command goes on from here")
-            return {"exit_status": 128 + (self._signal or signal.SIGTERM)}
+            status = 0 if self._asked and not self._signal else 128 + (self._signal or signal.SIGTERM)
+            return {"name": self._config.name, "steps": self._steps, "done": self._done, "exit_status": status}
         if not self._lock:
             return {}
         records = files.read_jsonl(self.path / "metrics.jsonl")
@@ -142,9 +151,9 @@ def skipped(metrics: dict[str, Any]) -> bool:
     return any(value > 0 for name, value in metrics.items() if name.split("/")[-1] == "skipped")
 
 
-def _any_process(number: int) -> bool:
+def _any_process(asked: bool) -> bool:
     """All processes stop after the same step, whichever of them the signal has reached."""
-    return bool(number) if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(number)).any())
+    return asked if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(asked)).any())
 
 
 # --- the run's folder ------------------------------------------------------------------------------------------------

@@ -1,0 +1,229 @@
+"""What a notebook calls beside `train` and `sft`: a model in memory, its completions, and what an evaluation says of it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+import pydantic
+
+from medrlvr_jax import sharding
+from medrlvr_jax.build import Parts, Relay, build, check_positions, load_base, load_params, make_relay
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.schema import Config, EvalConfig, SampleConfig, SetConfig
+from medrlvr_jax.data import load as data
+from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.formats import Question
+from medrlvr_jax.evaluation import evaluate as evaluation
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model import lora
+from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.rl.experience import draw, encode, width
+from medrlvr_jax.types import Params
+
+T = TypeVar("T")
+BATCH = 32  # prompts, or questions of an evaluation, at a time unless the caller says otherwise
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A policy in memory: what `generate` and `evaluate` take."""
+
+    source: str  # what it was loaded from
+    step: int  # of the run's checkpoint; 0 where it is no run's
+    params: Params  # sharded over `mesh`; with a run's adapters beside the matrices that they belong to
+    parts: Parts = dataclasses.field(repr=False)
+
+    @property
+    def architecture(self) -> DecoderConfig:
+        """Sizes and kinds of the decoder's layers."""
+        return self.parts.cfg
+
+    @property
+    def tokenizer(self) -> text.Tokenizer:
+        return self.parts.tokenizer
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.parts.mesh
+
+    @property
+    def config(self) -> Config:
+        """The run's settings; of a model without a run, those it is asked with: `prompt`, `reward`, `model`."""
+        return self.parts.config
+
+    @cached_property
+    def relay(self) -> Relay:
+        """From `params` to what the sampler takes."""
+        return make_relay(self.parts, self.parts.cfg)
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """One response to a prompt, of T tokens."""
+
+    prompt: str  # as the model was given it
+    text: str  # of the tokens, without the stop token
+    tokens: np.ndarray  # int32 [T], with the stop token
+    logprobs: np.ndarray  # float32 [T], nats: of each token, by the model at the temperature asked for (1 where that is 0)
+    stopped: bool  # by a stop token; else it was cut at max_new_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What the rule says of a model's answers to a set of questions."""
+
+    counts: dict[str, Any]  # n, questions, correct, accuracy, accuracy_low, …, as summary.json and eval.json have them
+    answers: list[dict[str, Any]] = dataclasses.field(repr=False)  # a row of an evaluation's JSONL for each answer
+
+    @property
+    def accuracy(self) -> float:
+        return self.counts["accuracy"]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %, over questions."""
+        return self.counts["accuracy_low"], self.counts["accuracy_high"]
+
+
+def load_model(source: str | Path, step: int | Literal["best"] | None = None, settings: Mapping[str, Any] | None = None) -> LoadedModel:
+    """A run's policy, or a model that no run has trained, on this machine's devices.
+
+    `source`: a run's folder; or a Hugging Face directory, a hub name or "embedded". `step`: of a run, the checkpoint to take; the newest
+    whole one unless given. `settings`: replace the run's, as in `load_config`, such as {"mesh.fsdp": 4} or {"model.dtype": "bfloat16"};
+    a model without a run has the defaults of `Config`, and needs {"prompt.template": "none"} where questions are to be asked without
+    the instructions that Med-RLVR puts before them.
+
+    Raises `ConfigError` where there is no such model, or it does not fit this machine; `CheckpointError` where a run has no such
+    checkpoint.
+    """
+    folder, changes = Path(source), dict(settings or {})
+    if (folder / "config.yaml").is_file():
+        parts, params, step = evaluation.open_source(folder, changes, step)
+        return LoadedModel(str(source), step, params, parts)
+    if step is not None:
+        raise ConfigError(f"step: {step}: {source} is no run's folder, so there are no checkpoints; leave it out")
+    n = len(jax.devices())  # sizes that any mesh can split; nothing is trained
+    tree: dict[str, Any] = {"name": "loaded", "steps": 1, "model": {"path": str(source)}, "data": {"path": data.PYTHON}}
+    tree |= {"sample": {"questions": n}, "learn": {"minibatch": n, "policy": {"lr": 0.0}}, "eval": {"batch": n}}
+    parts = build(configs.load(tree, changes))
+    with jax.set_mesh(parts.mesh):
+        return LoadedModel(str(source), 0, lora.join(load_base(parts), load_params(parts, parts.cfg)), parts)
+
+
+def generate(
+    model: LoadedModel,
+    prompts: str | Question | Mapping[str, Any] | Sequence[str | Question | Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 256,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_new_tokens: int = 0,
+    seed: int = 0,
+    batch: int = BATCH,
+) -> list[Completion]:
+    """Completions of prompts by the training's own sampler: `samples` of each, prompt after prompt.
+
+    `prompts`: texts, which the model gets as they stand; or questions (`Question`, or dicts with the fields of formats.py), which are
+    worded as the model's `config.prompt` says. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution as it is.
+    Sample j of prompt i is a function of (`seed`, i, j): neither `batch`, the number of prompts at a time, nor the other prompts change it.
+
+    Raises `ConfigError` where a prompt and `max_new_tokens` together are more than the model's positions, or a prompt has no tokens.
+    """
+    parts = model.parts
+    rows = _encode(parts, [prompts] if isinstance(prompts, str | Question | Mapping) else list(prompts))
+    if not rows:
+        return []
+    check_positions(parts, max(map(len, rows)), max_new_tokens, "max_new_tokens")
+    size = _batch(parts.mesh, max(1, min(batch, len(rows))))
+    asked = {"top_k": top_k, "top_p": top_p, "min_new_tokens": min_new_tokens, "temperature": temperature}
+    sample = _settings(SampleConfig, questions=size, samples=samples, max_new_tokens=max_new_tokens, **asked)
+    columns, key = width(max(map(len, rows))), jax.random.key(seed)
+    completions = []
+    with jax.set_mesh(parts.mesh):
+        params = model.relay(model.params)
+        for start in range(0, len(rows), size):
+            index = np.arange(start, min(start + size, len(rows)))
+            filled = np.resize(index, size)  # the last batch is filled up with its first prompts
+            held, _ = sharding.own_rows(size, parts.mesh)
+            given = text.pad_prompts([rows[i] for i in filled[held]], filled[held].astype(np.uint32), columns, parts.tokenizer.pad_id)
+            rollout = draw(params, parts.cfg, parts, sharding.place_rows(given, size, parts.mesh), key, sample)
+            drawn = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
+            tokens, mask, logprobs = sharding.to_host((rollout.tokens, rollout.mask, drawn))
+            for row, i in enumerate(index):
+                prompt = parts.tokenizer.show(rows[i])
+                texts = text.decode(parts.tokenizer, tokens[row], mask[row])
+                for j, completion in enumerate(texts):
+                    ids = tokens[row, j][mask[row, j]]
+                    stopped = bool(len(ids)) and int(ids[-1]) in parts.tokenizer.stop_ids
+                    completions.append(Completion(prompt, completion, ids, logprobs[row, j][mask[row, j]], stopped))
+    return completions
+
+
+def evaluate(
+    model: LoadedModel | str | Path,
+    questions: data.Records | str | Path,
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    batch: int = BATCH,
+) -> Evaluation:
+    """Ask a model questions, and judge its answers by the rule of its `config.reward`, as `medrlvr eval` does.
+
+    `model`: a `LoadedModel`, or what `load_model` takes. `questions`: `Question`s or dicts, a `datasets.Dataset`, or a path such as
+    "dev.jsonl" or "embedded:in_distribution". `max_new_tokens`: the run's own, unless given.
+
+    Raises `ConfigError` for questions that cannot be used: see formats.py.
+    """
+    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    spec, records = data.given(SetConfig(path=data.PYTHON), questions)
+    asked = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
+    settings = _settings(EvalConfig, batch=_batch(loaded.mesh, batch), **asked)
+    parts = dataclasses.replace(loaded.parts, config=dataclasses.replace(loaded.config, eval=settings))
+    encoded = encode(parts.tokenizer, data.read(spec, records)[0], parts.config)
+    if not encoded.questions:
+        limit = f"prompt.max_tokens = {parts.config.prompt.max_tokens}"
+        raise ConfigError(f"questions: none fits {limit}; load the model with settings={{'prompt.max_tokens': …}}")
+    check_positions(parts, encoded.longest, evaluation.how(parts.config, encoded).max_new_tokens, "max_new_tokens")
+    with jax.set_mesh(parts.mesh):
+        return Evaluation(*evaluation.evaluate(parts, loaded.relay(loaded.params), encoded))
+
+
+def _encode(parts: Parts, prompts: list[Any]) -> list[list[int]]:
+    """Tokens of texts as they stand, or of questions as the config words them."""
+    texts = [isinstance(prompt, str) for prompt in prompts]
+    if all(texts):
+        rows = text.encode_texts(parts.tokenizer, prompts)
+    elif any(texts):
+        raise ConfigError("prompts: texts and questions together; give either, in two calls")
+    else:
+        rows = text.encode_questions(parts.tokenizer, [_question(prompt) for prompt in prompts], parts.config.prompt)
+    if empty := [i for i, row in enumerate(rows) if not row]:
+        raise ConfigError(f"prompts: number {empty[0] + 1} has no tokens; give a text that is not empty")
+    return rows
+
+
+def _question(prompt: Any) -> Question:
+    """By itself, for the same question may be asked more than once."""
+    return data.read(SetConfig(path=data.PYTHON), [prompt])[0][0]
+
+
+def _batch(mesh: jax.sharding.Mesh, size: int) -> int:
+    """The least number of rows from `size` on that the mesh can split."""
+    ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+    return -(-size // ways) * ways
+
+
+def _settings(section: type[T], **values: Any) -> T:
+    try:
+        return section(**values)
+    except pydantic.ValidationError as e:
+        raise ConfigError("\n".join(f"{error['loc'][0]}: {error['input']!r}: {error['msg']}" for error in e.errors())) from None
