@@ -1,4 +1,4 @@
-"""The reference pages, made from the code when the site is built: every setting, command and module. And equations.
+"""The reference pages, made from the code when the site is built: every setting, command, function and module. And equations.
 
 MkDocs calls `on_files` and `on_page_markdown` (hooks in mkdocs.yml). The pages are made from the dataclasses of the
 settings, whose explanation is the comment beside or above each field; from argparse's own help; and from the modules'
@@ -27,13 +27,14 @@ TITLES = {
     "learn.policy": "learn.policy and learn.critic",
 }
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+PREFIX = re.compile(r"\b[a-z_]+(?:\.[a-z_]+)*\.(?=[A-Z]|ndarray)")
 FENCE = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
 
 
 def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
-    pages = {"settings": settings(), "commands": commands(), "modules": modules()}
+    pages = {"settings": settings(), "commands": commands(), "api": api(), "modules": modules()}
     for name, text in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
@@ -179,6 +180,46 @@ def commands() -> str:
     for name, command in sub.choices.items():
         out.append(f"## medrlvr {name}\n\n```text\n{command.format_help()}```")
     return "\n\n".join(out) + "\n"
+
+
+def api() -> str:
+    """Signature and docstring of everything that `import medrlvr_jax` offers."""
+    out = ["# Python API", "`import medrlvr_jax as mr` offers these names. The command line calls the same functions."]
+    known = {section: path for path, section in sections(Config)}
+    things = {name: getattr(medrlvr_jax, name) for name in medrlvr_jax.__all__}
+    for name, thing in sorted(things.items(), key=lambda item: (inspect.isclass(item[1]), item[0])):
+        text = inspect.cleandoc(thing.__doc__ or "")
+        out.append(f"## {name}")
+        if thing in known:
+            out.append(f"{text.splitlines()[0]} Its fields are these [settings](settings.md#{anchor(known[thing])}).")
+        elif inspect.ismodule(thing):
+            out.append(f"{text.splitlines()[0]} All of it: [Modules](modules.md).")
+        elif inspect.isclass(thing) and issubclass(thing, Exception):
+            out.append(text)
+        else:
+            out.append(f"```python\n{signature(name, thing)}\n```\n\n{text}")
+        if dataclasses.is_dataclass(thing) and thing not in known:
+            notes = explanations(thing)
+            fields = [f"| `{name}` | {cell(note)} |" for name, note in notes.items() if note]
+            out.append("\n".join(["| field | meaning |", "|---|---|", *fields] if fields else []))
+    return "\n\n".join(out) + "\n"
+
+
+def signature(name: str, thing: Any) -> str:
+    """A call with its parameters, one a line where they are many; types without the modules that they come from."""
+    sig = inspect.signature(thing)
+    if inspect.isclass(thing):
+        sig = sig.replace(return_annotation=sig.empty)
+    line = PREFIX.sub("", f"{name}{sig}")
+    if len(line) <= 80:
+        return line
+    parts, star = [], False
+    for parameter in sig.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not star:
+            parts, star = [*parts, "*"], True
+        parts.append(re.sub(r"(= \w+)\(.+\)$", r"\1(…)", PREFIX.sub("", str(parameter))))
+    arrow = line.rpartition(")")[2]
+    return "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){arrow}"])
 
 
 def modules() -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
+import medrlvr_jax
 from medrlvr_jax.cli import parser
 from medrlvr_jax.config.schema import Config
 
@@ -27,7 +28,7 @@ def load_reference():
 
 
 reference = load_reference()
-GENERATED = {(PAGES / "reference" / f"{name}.md").resolve() for name in ("settings", "commands", "modules")}
+GENERATED = {(PAGES / "reference" / f"{name}.md").resolve() for name in ("settings", "commands", "api", "modules")}
 
 
 def test_readme_is_short():
@@ -88,6 +89,15 @@ def test_the_reference_has_every_command_and_option():
         assert section and not missing, (name, missing)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^\| `medrlvr (\w+)", readme, re.M)) == sorted(commands)
+
+
+def test_the_reference_has_every_name_of_the_api():
+    page = reference.api()
+    assert "train" in medrlvr_jax.__all__
+    for name in medrlvr_jax.__all__:
+        section = page.partition(f"\n## {name}\n\n")[2].partition("\n## ")[0]
+        assert section.strip(), name
+    assert "```python\ntrain(\n    config: Config,\n    rewards: " in page
 
 
 def test_the_reference_has_every_module():
