@@ -20,7 +20,7 @@ from medrlvr_jax.runs import checkpoint
 from medrlvr_jax.runs.checkpoint import CheckpointError, Checkpoints, restore_params
 from medrlvr_jax.types import Learner, TrainState
 
-META = {"config": {"name": "test", "lr": 1e-3, "absent": None}, "versions": {"git": None}}
+META = {"config": {"name": "test", "lr": 1e-3, "absent": None, "checkpoint": {"best": None}}, "versions": {"git": None}}
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16))
 
 
