@@ -18,6 +18,8 @@ whose functions work alone. Whatever cannot be used raises one of the errors her
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import medrlvr_jax.world  # noqa: F401  # registers itself as the source `embedded`
+
 if TYPE_CHECKING:
     from medrlvr_jax.api import Completion, Evaluation, LoadedModel, evaluate, generate, load_model
     from medrlvr_jax.config.load import load as load_config

@@ -23,7 +23,7 @@ from medrlvr_jax.evaluation import evaluate as evaluation
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
 from medrlvr_jax.model.decoder import DecoderConfig
-from medrlvr_jax.rl.experience import draw, encode, width
+from medrlvr_jax.rollout.rollout import draw, encode, width
 from medrlvr_jax.types import Params
 
 T = TypeVar("T")

@@ -18,7 +18,6 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import agree
 from medrlvr_jax.model import decoder, lora, weights
 from medrlvr_jax.model.decoder import DecoderConfig
-from medrlvr_jax.runs.log import flat
 from medrlvr_jax.types import Frozen, Learner, Params
 
 
@@ -49,7 +48,7 @@ def build(config: Config) -> Parts:
 
 def _settings(config: Config) -> dict[str, Any]:
     """By dotted name; but for paths, since it is what they hold that must be the same."""
-    return {name: v for name, v in flat(configs.to_tree(config)).items() if name.split(".")[-1] not in ("runs", "path", "file")}
+    return {name: v for name, v in configs.flat(configs.to_tree(config)).items() if name.split(".")[-1] not in ("runs", "path", "file")}
 
 
 def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | None = None) -> Parts:

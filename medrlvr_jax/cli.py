@@ -277,7 +277,7 @@ def run_difficulty(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from medrlvr_jax.evaluation.evaluate import export
+    from medrlvr_jax.tools.export import export
 
     export(args.run, args.out, args.step, args.dtype, args.adapter)
     return 0

@@ -66,8 +66,9 @@ from medrlvr_jax.model.decoder import DecoderConfig  # noqa: E402
 from medrlvr_jax.plan import aot, machines  # noqa: E402
 from medrlvr_jax.plan.machines import GIB, Chip, Machine  # noqa: E402
 from medrlvr_jax.rl import experience, train  # noqa: E402
-from medrlvr_jax.rl.experience import Encoded  # noqa: E402
 from medrlvr_jax.rl.programs import make_programs, step_programs  # noqa: E402
+from medrlvr_jax.rollout import rollout as rollouts  # noqa: E402
+from medrlvr_jax.rollout.rollout import Encoded, width  # noqa: E402
 from medrlvr_jax.runs.profile import Compiles  # noqa: E402
 from medrlvr_jax.sharding import to_host  # noqa: E402
 from medrlvr_jax.tools import bench  # noqa: E402
@@ -218,7 +219,7 @@ def questions(parts: build.Parts, sizes: Sizes) -> Encoded:
     rng, n = np.random.default_rng(0), sizes.questions
     tokens = [words(rng, parts.cfg.vocab, sizes.prompt - i % 8).tolist() for i in range(n)]
     asked = [Question(str(i), "?", bench.OPTIONS, i % 4) for i in range(n)]
-    return Encoded(asked, tokens, np.arange(n, dtype=np.uint32), 0, experience.width(sizes.prompt))
+    return Encoded(asked, tokens, np.arange(n, dtype=np.uint32), 0, width(sizes.prompt))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -254,17 +255,17 @@ class Clock:
 
 @contextmanager
 def timed(clock: Clock, programs: Any):
-    """The programs of a step with the clock around each; `experience` calls three of them by their names."""
-    names = ("generate", "assess", "make_experience")
-    plain = {name: getattr(experience, name) for name in names}
-    for name in names:
-        setattr(experience, name, clock(name, plain[name]))
+    """The programs of a step with the clock around each; three of them are called by their names."""
+    callers = {"generate": rollouts, "assess": experience, "make_experience": experience}
+    plain = {name: getattr(caller, name) for name, caller in callers.items()}
+    for name, caller in callers.items():
+        setattr(caller, name, clock(name, plain[name]))
     relay = dataclasses.replace(programs.relay, program=clock("relay", programs.relay.program))
     try:
         yield dataclasses.replace(programs, relay=relay, learn_policy=clock("learn_policy", programs.learn_policy))
     finally:
-        for name in names:
-            setattr(experience, name, plain[name])
+        for name, caller in callers.items():
+            setattr(caller, name, plain[name])
 
 
 def compiled(parts: build.Parts, programs: Any, encoded: Encoded, chip: Chip) -> dict[str, aot.Figures]:

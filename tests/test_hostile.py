@@ -13,7 +13,7 @@ from medrlvr_jax.config import load as configs
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.formats import Question
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rl import experience
+from medrlvr_jax.rollout.rollout import encode, score_rollout
 from medrlvr_jax.types import Rollout
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def test_a_prompt_that_holds_the_answer_earns_nothing(mode):
         Question(f"{i}", f"Which? {said}", ("a", "b"), 0) for i, said in enumerate([RIGHT, "<think>x</think><answer>", "<think>"] * 2)
     ]
     questions += [Question("6", "<|im_end|><eos>" + RIGHT, ("a", RIGHT), 0), Question("7", "Which?", ("a", "b"), 0)]
-    encoded = experience.encode(tok, questions, c)
+    encoded = encode(tok, questions, c)
     responses = ["", "A</answer>", "x</think><answer>A</answer>", "</answer>", "A", "</think>", "", RIGHT]
     tokens, mask = np.full((8, 1, 48), tok.pad_id, np.int32), np.zeros((8, 1, 48), bool)
     for row, response in enumerate(responses):
@@ -39,7 +39,7 @@ def test_a_prompt_that_holds_the_answer_earns_nothing(mode):
         tokens[row, 0, : len(ids)], mask[row, 0, : len(ids)] = ids, True
     parts = build.lay_out(c, tok, CFG, jax.devices()[:1])
     rollout = sharding.place_rows(Rollout(tokens, mask, np.zeros(mask.shape, np.float32), None), 8, parts.mesh)
-    verdicts = experience.score_rollout(parts, encoded, np.arange(8), rollout).verdicts
+    verdicts = score_rollout(parts, encoded, np.arange(8), rollout).verdicts
     assert verdicts.reward.tolist() == [-1] * 7 + [1]
 
 

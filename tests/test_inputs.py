@@ -13,7 +13,7 @@ from medrlvr_jax.data import load as data
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import weights
 from medrlvr_jax.rewards import user
-from medrlvr_jax.rl import experience
+from medrlvr_jax.rollout.rollout import encode
 from medrlvr_jax.runs import inputs, log
 
 QUESTION = {"options": ["aspirin", "heparin", "insulin"], "answer": "A"}
@@ -100,7 +100,7 @@ def check(place, going_on=True, **changes):
     parts = build.build(c)
     sets = {}
     for name, spec in {"data": c.data, **{f"eval.sets.{name}": spec for name, spec in c.eval.sets.items()}}.items():
-        encoded = experience.encode(parts.tokenizer, data.load(spec), c)
+        encoded = encode(parts.tokenizer, data.load(spec), c)
         sets[name] = spec, encoded.questions, encoded.tokens
     return parts, inputs.check(place, parts, sets, going_on)
 

@@ -19,6 +19,7 @@ from medrlvr_jax.model import decoder, lora, scoring
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.rl import experience, learn, programs
 from medrlvr_jax.rollout import generate
+from medrlvr_jax.rollout.assess import assess, assess_settings
 from medrlvr_jax.types import Experience, Learner, Prompts
 
 CFG = DecoderConfig(
@@ -83,8 +84,8 @@ class Loop:
         rollout = generate.generate(self.relay(whole), self.parts.sampler_cfg, prompts, self.key, c.sample, STOPS, PAD)
         critic = self.critic and self.critic.params
         frozen = sharding.to_memory(self.frozen, "device")
-        kinds = experience.assess_settings(self.parts) | {"slab": 64}
-        assessment = experience.assess(frozen, self.policy.params, critic, prompts, rollout, **kinds)
+        kinds = assess_settings(self.parts) | {"slab": 64}
+        assessment = assess(frozen, self.policy.params, critic, prompts, rollout, **kinds)
         self.rewards = sharding.place_rows(self.score(sharding.fetch_rows(rollout.tokens, mesh)).astype(np.float32), Q, mesh)
         coef, kinds = jnp.float32(c.kl.coef), experience.experience_settings(self.parts)
         made, stats = experience.make_experience(prompts, rollout, assessment, self.rewards, coef, **kinds)

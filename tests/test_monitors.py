@@ -15,7 +15,7 @@ from medrlvr_jax.rewards import stages
 from medrlvr_jax.rewards.rule import score
 from medrlvr_jax.rl import train
 from medrlvr_jax.rl.advantages import compute
-from medrlvr_jax.rl.experience import Scored
+from medrlvr_jax.rollout.rollout import Scored
 
 TREE = {
     "name": "run",

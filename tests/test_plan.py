@@ -20,8 +20,10 @@ from medrlvr_jax.model import decoder, families, scoring
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.plan import aot, flops, machines, plan
 from medrlvr_jax.rl import experience, train
-from medrlvr_jax.rl.programs import Program, array, compile_ahead, make_programs, step_programs
+from medrlvr_jax.rl.programs import compile_ahead, make_programs, step_programs
 from medrlvr_jax.rollout import generate as sample
+from medrlvr_jax.rollout import rollout
+from medrlvr_jax.rollout.program import Program, array
 from medrlvr_jax.types import Prompts
 
 GIB = 2**30
@@ -86,7 +88,7 @@ def test_flops_of_programs_are_the_formulas():
     key, cfg = jax.eval_shape(lambda: jax.random.key(0)), dataclasses.replace(CFG, narrow=False)
     for new in (R, 300):  # one loop, and two
         drawn = SampleConfig(questions=Q, samples=G, max_new_tokens=new)
-        jaxpr = experience.generate.trace(shapes(cfg), cfg, given, key, drawn, (1,), 0).jaxpr
+        jaxpr = sample.generate.trace(shapes(cfg), cfg, given, key, drawn, (1,), 0).jaxpr
         assert flops.traced_flops(jaxpr) == flops.generate_flops(cfg, Q, P, G, new)
     assert sample.loops(300) == [(1, 151), (151, 300)] and sample.loops(R) == [(1, R)]
 
@@ -106,12 +108,12 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
     four = jax.devices()[:4]
     monkeypatch.setattr(jax, "devices", lambda: four)
     parts = build.build(c)
-    encoded = experience.encode(parts.tokenizer, data.load(c.data), c)
-    encoded = dataclasses.replace(encoded, width=experience.width(c.prompt.max_tokens))  # planned for the longest prompt allowed
+    encoded = rollout.encode(parts.tokenizer, data.load(c.data), c)
+    encoded = dataclasses.replace(encoded, width=rollout.width(c.prompt.max_tokens))  # planned for the longest prompt allowed
     made = make_programs(parts, 2)
     with jax.set_mesh(parts.mesh):
-        for name in ("generate", "assess", "make_experience"):
-            monkeypatch.setattr(experience, name, recording(name, getattr(experience, name)))
+        for module, name in ((rollout, "generate"), (experience, "assess"), (experience, "make_experience")):
+            monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
         wrapped: dict = {n: recording(n, getattr(made, n)) for n in ("learn_policy", "learn_critic")}
         wrapped["relay"] = dataclasses.replace(made.relay, program=recording("relay", made.relay.program))
         recorded = dataclasses.replace(made, **wrapped)

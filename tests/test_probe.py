@@ -14,7 +14,7 @@ from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.evaluation import probe
 from medrlvr_jax.model import decoder
-from medrlvr_jax.rl import experience
+from medrlvr_jax.rollout.rollout import encode
 
 EMBEDDED = {
     "name": "probed",
@@ -69,7 +69,7 @@ def test_letters_are_those_tokens_in_which_the_texts_differ():
 
 def test_logprobs_of_letters_are_the_models():
     parts = build.build(configs.from_tree(EMBEDDED))
-    encoded = experience.encode(parts.tokenizer, data.load(parts.config.data), parts.config)
+    encoded = encode(parts.tokenizer, data.load(parts.config.data), parts.config)
     with jax.set_mesh(parts.mesh):
         params = build.load_params(parts, parts.cfg)
         cases = [(0, probe.forced("here", "")), (2, probe.forced(None, "")), (1, probe.forced("", "\n"))]
@@ -92,8 +92,8 @@ def test_logprobs_of_letters_are_the_models():
 def test_what_begins_a_response_is_not_given_twice():
     parts = build.build(configs.from_tree(EMBEDDED | {"prompt": {"template": "none", "prefill": "<think>"}}))
     questions = data.load(parts.config.data)
-    bare = experience.encode(parts.tokenizer, questions, configs.from_tree(EMBEDDED))
-    given = experience.encode(parts.tokenizer, questions, parts.config)
+    bare = encode(parts.tokenizer, questions, configs.from_tree(EMBEDDED))
+    given = encode(parts.tokenizer, questions, parts.config)
     assert given.tokens != bare.tokens == probe.before_response(parts, given).tokens
 
 

@@ -14,7 +14,7 @@ from medrlvr_jax.data import load as data
 from medrlvr_jax.data import options as shuffle
 from medrlvr_jax.data.formats import Question
 from medrlvr_jax.evaluation import stats
-from medrlvr_jax.rl import experience
+from medrlvr_jax.rollout.rollout import Encoded, encode
 
 EMBEDDED = {
     "name": "shuffled",
@@ -107,7 +107,7 @@ def test_prompts_follow_their_questions_and_keep_their_width():
 
     parts = build.build(configs.from_tree(EMBEDDED))
     questions = data.load(parts.config.data)
-    encoded = experience.encode(parts.tokenizer, questions, parts.config, shuffle=True)
+    encoded = encode(parts.tokenizer, questions, parts.config, shuffle=True)
     first, second = (train.at_epoch(parts, encoded, step) for step in (1, 3))
     index = data.batch_at(16, 1, 8, 0)
     assert first.width == encoded.width and [q.options for q in first.questions] != [q.options for q in second.questions]
@@ -115,7 +115,7 @@ def test_prompts_follow_their_questions_and_keep_their_width():
         assert row == text.encode_prompt(parts.tokenizer, q, parts.config.prompt)
         assert sorted(q.options) == sorted(old.options) and q.options[q.answer] == old.options[old.answer]
         assert bool(q.order) == (i in index)
-    tight = experience.Encoded(**vars(encoded) | {"width": 0})
+    tight = Encoded(**vars(encoded) | {"width": 0})
     assert train.at_epoch(parts, tight, 1).tokens == encoded.tokens and {q.order for q in train.at_epoch(parts, tight, 1).questions} <= {
         "",
         "ABCD",

@@ -12,7 +12,7 @@ from medrlvr_jax.config.schema import PromptConfig
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.formats import DataError, Question
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rewards.rule import judged_beginning
+from medrlvr_jax.rewards.rule import beginning_trap, judged_beginning
 
 transformers = pytest.importorskip("transformers")
 decoders, models, pre_tokenizers, processors = tokenizers.decoders, tokenizers.models, tokenizers.pre_tokenizers, tokenizers.processors
@@ -268,10 +268,10 @@ def test_a_thought_is_begun_once():
 
 
 def test_what_no_response_that_begins_so_can_earn():
-    assert text.beginning_trap("", "strict") is text.beginning_trap("<think>\n", "strict") is text.beginning_trap(EMPTY, "direct") is None
-    wrong, remedy = text.beginning_trap("<think>\n", "direct")
+    assert beginning_trap("", "strict") is beginning_trap("<think>\n", "strict") is beginning_trap(EMPTY, "direct") is None
+    wrong, remedy = beginning_trap("<think>\n", "direct")
     assert "every response begins with '<think>\\n'" in wrong and "enable_thinking: false" in remedy
-    assert "an empty thought" in text.beginning_trap(EMPTY, "strict")[0]
+    assert "an empty thought" in beginning_trap(EMPTY, "strict")[0]
     assert judged_beginning(EMPTY + "<answer>", "direct") == "<answer>" and judged_beginning(EMPTY, "strict") == EMPTY
     assert judged_beginning("<think>\n", "direct") == "<think>\n"
 

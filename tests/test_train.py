@@ -23,7 +23,7 @@ from medrlvr_jax.data import load as data
 from medrlvr_jax.evaluation import difficulty
 from medrlvr_jax.model import decoder, lora, weights
 from medrlvr_jax.rewards import rule
-from medrlvr_jax.rl import train
+from medrlvr_jax.rl import loop, train
 from medrlvr_jax.rl.sft import encode_pairs
 from medrlvr_jax.runs import checkpoint, profile
 
@@ -482,7 +482,7 @@ SMALLER += ["advantage.estimator=group", "kl.coef=0", "sample.top_k=5"]
 def test_every_program_is_compiled_once_and_before_the_first_step(folder, monkeypatch, command, settings, wanted):
     """However many steps. What is found wanting then is of one number or so; and Orbax cuts each array that several devices copy."""
     seconds = lambda made: sum(s for _, s in made)  # noqa: E731
-    honest, before = train.compile_ahead, []
+    honest, before = loop.compile_ahead, []
 
     def ahead(*args):
         heard.taken()
@@ -490,7 +490,7 @@ def test_every_program_is_compiled_once_and_before_the_first_step(folder, monkey
         before.extend(heard.taken())
         return said
 
-    monkeypatch.setattr(train, "compile_ahead", ahead)
+    monkeypatch.setattr(loop, "compile_ahead", ahead)
     jax.clear_caches()
     with profile.Compiles() as heard:
         assert main(command, folder / "config.yaml", f"name=counted{len(settings)}{command}", *settings) == 0
@@ -505,7 +505,7 @@ def test_a_signal_while_programs_are_compiled_stops_before_the_first_step(folder
         signal.raise_signal(signal.SIGTERM)
         return "compiled"
 
-    monkeypatch.setattr(train, "compile_ahead", ahead)
+    monkeypatch.setattr(loop, "compile_ahead", ahead)
     assert main("train", folder / "config.yaml", "name=early") == 128 + signal.SIGTERM
     assert not (folder / "runs/early/metrics.jsonl").exists() and "the same command goes on" in capsys.readouterr().err
 

@@ -21,6 +21,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rewards import user
 from medrlvr_jax.rewards.user import RewardError, UserReward
 from medrlvr_jax.rl import experience
+from medrlvr_jax.rollout.rollout import encode, score_rollout
 from medrlvr_jax.types import Assessment, Prompts, Rollout
 
 ROW = ("fine", "A", ("a", "b"), "?")
@@ -161,10 +162,10 @@ def test_evaluation_judges_by_the_rule_alone():
     c = configs.from_tree(tree | shape | {"prompt": {"template": "none"}, "reward": {"fn": "no_such_module:f"}})
     tok = text.byte_tokenizer()
     parts = build.lay_out(c, tok, CFG, jax.devices()[:1])
-    encoded = experience.encode(tok, [Question("0", "Which?", ("a", "b"), 0)], c)
+    encoded = encode(tok, [Question("0", "Which?", ("a", "b"), 0)], c)
     tokens = np.array([[text.encode_targets(tok, ["<think>x</think><answer>A</answer>"])[0]]], np.int32)
     rollout = sharding.place_rows(Rollout(tokens, tokens >= 0, np.zeros(tokens.shape, np.float32), None), 1, parts.mesh)
-    scored = experience.score_rollout(parts, encoded, np.arange(1), rollout)
+    scored = score_rollout(parts, encoded, np.arange(1), rollout)
     assert scored.verdicts.reward.tolist() == [1.0] and scored.failed == {}
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from medrlvr_jax.host.errors import ConfigError
 
 LETTERS = "ABCDEFGHIJ"
+EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")  # as a prompt may begin a response: Qwen3's way not to think
 LABEL = re.compile(  # "A. ", "(b) ", "C: ", "d - ", "4) "; not "10 - 20 mg"
     r"\(?([A-Ja-j]|\d{1,2})(?:\)|[.:](?=\s)|(?<=[A-Ja-j])\s+[-–](?=\s))\s*(?=\S)"
 )

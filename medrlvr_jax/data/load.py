@@ -14,7 +14,7 @@ import itertools
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -22,9 +22,9 @@ import numpy as np
 from pydantic_core import to_jsonable_python
 
 from medrlvr_jax.config.schema import Config, PassCountConfig, SetConfig
+from medrlvr_jax.config.sources import SOURCES, Source
 from medrlvr_jax.data.formats import FORMATS, LETTERS, DataError, Example, Question, brings_letters, checked, detect, unlabelled
 from medrlvr_jax.host import files
-from medrlvr_jax.world import world
 
 PYTHON = "python:data"  # SetConfig.path of rows that were given in Python
 Records = Iterable[Question | Example | Mapping[str, Any]]  # what may be given there; a datasets.Dataset is such
@@ -53,9 +53,8 @@ def read(config: SetConfig, rows: Records | None = None) -> tuple[list[Question]
 
     `rows` stand in place of what `config.path` names.
     """
-    if config.path.startswith("embedded:"):
-        name = _embedded(config.path, ("train", "in_distribution", "out_of_distribution", "leaking"))
-        questions, notes = world.leaking() if name == "leaking" else world.questions(name), []
+    if source := _source(config.path):
+        questions, notes = _packaged(config.path, source.questions), []
     else:
         questions, notes = _collect(config, ("plain", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa"), rows)
     questions = questions[: config.limit]
@@ -70,8 +69,8 @@ def load_text(config: SetConfig) -> list[Example]:
 
 def read_text(config: SetConfig, rows: Records | None = None) -> tuple[list[Example], str]:
     """The set's prompts and responses, and how they were read; `rows` as in `read`."""
-    if config.path.startswith("embedded:"):
-        examples, notes = {"corpus": world.corpus, "lists": world.lists}[_embedded(config.path, ("corpus", "lists"))](), []
+    if source := _source(config.path):
+        examples, notes = _packaged(config.path, source.texts), []
     else:
         examples, notes = _collect(config, ("text",), rows)
     examples = examples[: config.limit]
@@ -167,11 +166,17 @@ def _by_pass_count(questions: list[Question], config: PassCountConfig) -> list[Q
     return sorted(kept, key=lambda q: sign * score[q.id])[: config.top]
 
 
-def _embedded(path: str, names: tuple[str, ...]) -> str:
-    name = path.removeprefix("embedded:")
-    if name not in names:
-        raise DataError(f"path {path!r}: there is no such embedded set here; take {' or '.join('embedded:' + n for n in names)}")
-    return name
+def _source(path: str) -> Source | None:
+    """The source that is named before the colon of `path`, as in embedded:train."""
+    name, colon, _ = path.partition(":")
+    return SOURCES.get(name) if colon else None
+
+
+def _packaged(path: str, sets: Mapping[str, Callable[[], list[Any]]]) -> list[Any]:
+    source, _, name = path.partition(":")
+    if name not in sets:
+        raise DataError(f"path {path!r}: there is no such {source} set here; take {' or '.join(f'{source}:{n}' for n in sets)}")
+    return sets[name]()
 
 
 def _collect(config: SetConfig, allowed: tuple[str, ...], records: Records | None = None) -> tuple[list[Any], list[str]]:

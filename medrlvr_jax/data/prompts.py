@@ -16,11 +16,10 @@ import numpy as np
 import tokenizers
 
 from medrlvr_jax.config.schema import PromptConfig
-from medrlvr_jax.data.formats import LETTERS, DataError, Question
+from medrlvr_jax.data.formats import EMPTY_THOUGHT, LETTERS, DataError, Question
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model.weights import resolve
-from medrlvr_jax.rewards.rule import EMPTY_THOUGHT, judged_beginning
 from medrlvr_jax.types import Prompts
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -390,16 +389,3 @@ def _chat_traps(tok: Tokenizer, config: PromptConfig) -> list[str]:
     if f.head + spell(tok, [f.before + "Which?" + f.after])[0] + f.tail != usual:
         out.append("with prompt.chat, a prompt's tokens differ from apply_chat_template's at the seam between the template and the text")
     return out
-
-
-def beginning_trap(begun: str, mode: str) -> tuple[str, str] | None:
-    """(what is wrong, a remedy) where no response that begins so can be paid for by the rule `mode`."""
-    empty = EMPTY_THOUGHT.match(begun)
-    if mode == "direct" and TAGS[0] in judged_beginning(begun, mode):
-        return f"every response begins with {begun!r}, and reward.mode direct pays for none with a thought", (
-            "set reward.mode=strict, or, where the chat template knows it, prompt.template_args={enable_thinking: false}"
-        )
-    if mode != "direct" and empty:
-        wrong = f"every response begins with {begun!r}, an empty thought, and reward.mode {mode} pays for one that is not"
-        return wrong, "set reward.mode=direct, or, where the chat template wrote it, prompt.template_args={enable_thinking: true}"
-    return None

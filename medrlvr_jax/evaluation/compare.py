@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from medrlvr_jax.config import load as configs
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.evaluation.answers import Answers, describe, draw, pair, percent, read, remarks
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.runs import log
 
 ASKED = ("prompt.chat", "prompt.prefill", "reward.mode", "eval.samples", "eval.temperature")  # settings that two evaluations must share
 
@@ -34,7 +34,7 @@ def how_asked(folder: Path, name: str) -> dict[str, Any]:
     made = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     if "config" not in made:
         raise ConfigError(f"{folder}/eval.json does not say how it was made, as an older version wrote it; evaluate again")
-    config = log.flat(made["config"])
+    config = configs.flat(made["config"])
     length = config["eval.max_new_tokens"] or config["sample.max_new_tokens"]
     asked = {field: config[field] for field in ASKED} | {"max_new_tokens": length, "prompt.template": made["template"]}
     return asked | {"shuffle_options": config[f"eval.sets.{name}.shuffle_options"]}

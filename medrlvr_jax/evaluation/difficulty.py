@@ -30,7 +30,7 @@ from medrlvr_jax.evaluation.evaluate import ask, home, open_source
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import by_leader, gather
-from medrlvr_jax.rl.experience import encode
+from medrlvr_jax.rollout.rollout import encode
 from medrlvr_jax.runs.console import Console
 
 

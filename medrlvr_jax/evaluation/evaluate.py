@@ -22,9 +22,10 @@ from medrlvr_jax.evaluation import answers, monitors, stats
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather
-from medrlvr_jax.model import lora, weights
-from medrlvr_jax.rl.experience import Encoded, encode, reorder, sample_and_score
-from medrlvr_jax.rl.programs import Program, draw_program
+from medrlvr_jax.model import lora
+from medrlvr_jax.rewards import rule
+from medrlvr_jax.rollout.program import Program, draw_program
+from medrlvr_jax.rollout.rollout import Encoded, encode, reorder, sample_and_score
 from medrlvr_jax.runs import inputs, log
 from medrlvr_jax.runs.checkpoint import best_step, restore_params
 from medrlvr_jax.runs.console import Console
@@ -221,7 +222,7 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
         return 0
     chosen = chosen_on(source, step, parts.config.eval.sets)
     warnings = [f"{name}: checkpoint {step} was chosen as the best on these questions: its accuracy here is too high" for name in chosen]
-    if trap := text.beginning_trap(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode):
+    if trap := rule.beginning_trap(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode):
         warnings.append("; ".join(trap))
     about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings} | how_made(parts, sets)
     files.write_json(folder / "eval.json", about | {"eval": results, "statistics": found})
@@ -229,24 +230,3 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
     said = chain.from_iterable(answers.remarks(name, counts) for name, counts in results.items())
     print("\n".join([*said, *(f"warning: {w}" for w in warnings), f"answers: {folder}"]))
     return 0
-
-
-def export(run: Path, out: Path, step: int | Literal["best"] | None, dtype: str | None, adapter: bool = False) -> None:
-    """`medrlvr export`: a run's policy, adapters merged, as a Hugging Face directory; or the adapters alone, in PEFT's format."""
-    n = len(jax.devices())
-    batches = [f"{name}={n}" for name in ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")]  # of no use here
-    parts, params, _ = open_source(run, [f"mesh={{data: 1, fsdp: {n}}}", *batches], step)
-    m = parts.config.model
-    if adapter and m.init == "random":
-        raise ConfigError("--adapter: model.init random: no directory holds the weights that they belong to; leave --adapter out")
-    with jax.set_mesh(parts.mesh):
-        if adapter:
-            weights.save_adapter(params, parts.cfg, m.path, out, dtype)
-        else:
-            merged, cfg = lora.merge(params, parts.cfg, dtype), lora.off(parts.cfg)
-            weights.save_params(merged, cfg, m.path, out, dtype, parts.tokenizer.stop_ids)
-    if jax.process_index() == 0:
-        if m.lora and not adapter and (dtype or m.param_dtype) == "bfloat16":
-            print("the sums of matrices and adapters are rounded to bfloat16, which loses small adapters;")
-            print("--dtype float32 keeps them, as does --adapter, which writes the adapters alone")
-        print(out)

@@ -19,7 +19,7 @@ from medrlvr_jax.evaluation import stats
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.rewards import stages
 from medrlvr_jax.rewards.rule import leaks
-from medrlvr_jax.rl.experience import Scored
+from medrlvr_jax.rollout.rollout import Scored
 
 WINDOW, ENOUGH = 20, 5  # the last steps that a moving limit is the median of; fewer than so many say nothing
 AGAIN = 10  # steps after which an alarm that goes on is said again

@@ -36,7 +36,8 @@ from medrlvr_jax.evaluation.evaluate import evaluate, load_sets, new_folder, ope
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather
-from medrlvr_jax.rl.experience import Encoded, assess_alone, encode, width
+from medrlvr_jax.rollout.assess import assess_alone
+from medrlvr_jax.rollout.rollout import Encoded, encode, width
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.console import Console
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
+from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.model import weights
 from medrlvr_jax.model.decoder import DecoderConfig
@@ -34,7 +35,7 @@ def known(path: str) -> DecoderConfig:
     name = path.removesuffix("-Base").removesuffix("-Instruct")
     if name in KNOWN and not Path(path).is_dir():
         return KNOWN[name]
-    if path == "embedded" or Path(path).expanduser().is_dir() or path.count("/") != 1:
+    if path in SOURCES or Path(path).expanduser().is_dir() or path.count("/") != 1:
         return weights.read_config(path)
     with files.reading(f"model.path: {path}", f"it is no directory here, none of {', '.join(KNOWN)}, and the hub did not give it"):
         file = hf_hub_download(path, "config.json")

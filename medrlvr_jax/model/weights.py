@@ -30,6 +30,7 @@ from huggingface_hub import snapshot_download
 from jax.experimental.multihost_utils import process_allgather
 from safetensors import safe_open
 
+from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import agree
@@ -88,9 +89,9 @@ SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
 
 
 def resolve(path: str | Path) -> Path:
-    """The directory of "embedded", of a path, or of a hub name (downloaded, or found in the hub's cache)."""
-    if str(path) == "embedded":
-        return Path(__file__).parents[1] / "world" / "embedded"
+    """The directory of a source such as "embedded", of a path, or of a hub name (downloaded, or found in the hub's cache)."""
+    if source := SOURCES.get(str(path)):
+        return source.model
     local = Path(path).expanduser()
     if local.is_dir():
         return local
@@ -403,7 +404,7 @@ def save_adapter(params: Params, cfg: DecoderConfig, source_dir: str | Path, out
     if jax.process_index() == 0:
         with open(partial_dir / "adapter_model.safetensors", "wb") as f:
             _write(f, {name: tensor.shape for name, tensor in tensors.items()}, stored, iter(tensors.values()))
-        base = str(source_dir) if str(source_dir) != "embedded" and not Path(source_dir).expanduser().is_dir() else str(source.resolve())
+        base = str(source_dir) if str(source_dir) not in SOURCES and not Path(source_dir).expanduser().is_dir() else str(source.resolve())
         scale = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": False, "use_dora": False}
         usual = {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.0}
         about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "target_modules": targets}

@@ -17,8 +17,9 @@ from medrlvr_jax.config.schema import Config
 from medrlvr_jax.model import families
 from medrlvr_jax.plan import flops, hlo, machines
 from medrlvr_jax.plan.machines import Machine
-from medrlvr_jax.rl.experience import width
-from medrlvr_jax.rl.programs import Program, make_programs, step_programs
+from medrlvr_jax.rl.programs import make_programs, step_programs
+from medrlvr_jax.rollout.program import Program
+from medrlvr_jax.rollout.rollout import width
 
 
 class Stops(NamedTuple):
@@ -109,7 +110,7 @@ def compile_program(
         if lacked is None:
             raise
         empty = Figures(program.name, time.monotonic() - began, arguments, 0.0, lacked, others, chip.usable, done)
-        cache[text] = empty._replace(useful=program.useful / n, refused=True)
+        cache[text] = empty._replace(useful=flops.useful(program, parts) / n, refused=True)
         return cache[text]
     seconds, memory = time.monotonic() - began, compiled.memory_analysis()
     moved = hlo.read(compiled.as_text(), dict(mesh.shape))
@@ -122,7 +123,7 @@ def compile_program(
         others=others,
         usable=chip.usable,
         flops=done,
-        useful=program.useful / n,
+        useful=flops.useful(program, parts) / n,
         traffic=moved.bytes,
         collectives=tuple(moved.collectives),
         times={

@@ -12,8 +12,10 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from medrlvr_jax.build import Parts
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.rollout.generate import loops, segment_ends
+from medrlvr_jax.rollout.program import Program
 
 
 def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, visited: Mapping[str, float] = MappingProxyType({})) -> float:
@@ -62,6 +64,28 @@ def _is_jaxpr(x: Any) -> bool:
 def weights(cfg: DecoderConfig) -> int:
     """Numbers in one layer's matrices."""
     return cfg.embed * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads) + 3 * cfg.embed * cfg.ffn
+
+
+def useful(program: Program, parts: Parts) -> float:
+    """Of a rollout's or a step's program, without recomputation, over all devices; 0 for one that multiplies no matrices."""
+
+    def scoring(cfg: DecoderConfig, prompts: Any, responses: Any) -> float:
+        (questions, prompt), (_, samples, new) = prompts.shape, responses.shape
+        return forward_flops(cfg, questions, prompt, samples, new)
+
+    args, policy, critic = program.args, parts.cfg, parts.critic_cfg
+    if program.name == "generate":
+        cfg, prompts, sample = args[1], args[2], args[4]
+        questions, prompt = prompts.tokens.shape
+        return generate_flops(cfg, questions, prompt, sample.samples, sample.max_new_tokens)
+    if program.name == "assess":
+        frozen, _, values, prompts, rollout = args
+        passes = [policy] + [policy] * (frozen.reference is not None) + [critic] * (values is not None)
+        return sum(scoring(cfg, prompts.tokens, rollout.tokens) for cfg in passes)
+    if program.name in ("learn_policy", "learn_critic"):
+        learned = critic if program.name == "learn_critic" else policy
+        return 3 * parts.config.learn.epochs * scoring(learned, args[2].prompts, args[2].tokens)
+    return 0.0
 
 
 def forward_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:

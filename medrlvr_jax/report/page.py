@@ -23,7 +23,7 @@ from medrlvr_jax.host.files import read_json, read_jsonl, write_text
 from medrlvr_jax.report import pictures as report
 from medrlvr_jax.rewards.stages import STAGES
 from medrlvr_jax.runs.console import before_after, clock
-from medrlvr_jax.runs.log import Records, flat
+from medrlvr_jax.runs.log import Records
 
 ALIKE = ("name", "runs", "seed", "log", "checkpoint", "mesh")  # settings by which runs of one group may differ
 SAMPLES, LENGTH = 2000, 6000  # samples on a page, and characters of one
@@ -88,13 +88,13 @@ def read_run(folder: Path) -> Run:
         return Run(
             name,
             folder.resolve(),
-            flat(found.get("config", {})),
+            configs.flat(found.get("config", {})),
             [],
             [],
             found,
             {s: {"after": counts} for s, counts in found["eval"].items()},
         )
-    config = flat(read("config.yaml", {}))
+    config = configs.flat(read("config.yaml", {}))
     name = str(config.get("name", folder.resolve().name))
     return Run(name, folder.resolve(), config, records, read("samples.jsonl", []), read("summary.json", {}), before_after(records))
 

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.data.formats import LETTERS, DataError
+from medrlvr_jax.data.formats import EMPTY_THOUGHT, LETTERS, DataError
 
 WHITE = b" \t\n\v\f\r"
 DEFAULT = RewardConfig()
@@ -81,7 +81,6 @@ def _statement(look: bool) -> str:
 
 LEAK = re.compile(_statement(look=True), re.IGNORECASE | re.ASCII)
 BEFORE = r"^[ \t-\r]*(?:[^ \t-\r]+[ \t-\r]+){15}[^ \t-\r]"  # more than 15 words
-EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")  # as a prompt may begin a response: Qwen3's way not to think
 
 REASONS = {  # every value of `Verdicts.reason`; where several would fit, the first of a mode's own order is given
     "correct": "the key's letter",
@@ -164,6 +163,19 @@ def judged_beginning(begun: str, mode: str) -> str:
     """
     empty = EMPTY_THOUGHT.match(begun) if mode == "direct" else None
     return begun[empty.end() :] if empty else begun
+
+
+def beginning_trap(begun: str, mode: str) -> tuple[str, str] | None:
+    """(what is wrong, a remedy) where no response that begins so can be paid for by the rule `mode`."""
+    empty = EMPTY_THOUGHT.match(begun)
+    if mode == "direct" and "<think>" in judged_beginning(begun, mode):
+        return f"every response begins with {begun!r}, and reward.mode direct pays for none with a thought", (
+            "set reward.mode=strict, or, where the chat template knows it, prompt.template_args={enable_thinking: false}"
+        )
+    if mode != "direct" and empty:
+        wrong = f"every response begins with {begun!r}, an empty thought, and reward.mode {mode} pays for one that is not"
+        return wrong, "set reward.mode=direct, or, where the chat template wrote it, prompt.template_args={enable_thinking: true}"
+    return None
 
 
 def toss(key: Sequence[int] | np.ndarray, ids: np.ndarray, samples: int, config: RewardConfig) -> np.ndarray:

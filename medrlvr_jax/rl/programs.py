@@ -6,11 +6,10 @@ a machine that is not here would run. That both are what a step calls is held to
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +17,13 @@ import jax.numpy as jnp
 from medrlvr_jax import build, sharding
 from medrlvr_jax.build import Parts, Relay, make_relay
 from medrlvr_jax.config.load import check_rl
-from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import attention, lora
-from medrlvr_jax.model.decoder import DecoderConfig
-from medrlvr_jax.plan import flops
-from medrlvr_jax.rl.experience import assess, assess_settings, experience_settings, make_experience
+from medrlvr_jax.rl.experience import experience_settings, make_experience
 from medrlvr_jax.rl.learn import compile_learn, critic_objective, make_optimizer, policy_objective
-from medrlvr_jax.rollout.generate import generate
-from medrlvr_jax.types import Assessment, Experience, Frozen, Prompts, Rollout
+from medrlvr_jax.rollout.assess import assess, assess_settings
+from medrlvr_jax.rollout.program import Program, a_key, array, draw_program, relay_program
+from medrlvr_jax.types import Assessment, Experience, Frozen, Rollout
 
 
 @dataclass(frozen=True)
@@ -38,18 +35,6 @@ class Programs:
     learn_critic: Any  # None where there is no critic
     policy_tx: Any
     critic_tx: Any
-
-
-class Program(NamedTuple):
-    """A jitted function, its arguments as shapes, and what else is in memory meanwhile."""
-
-    name: str
-    function: Any
-    args: tuple
-    kwargs: dict[str, Any] = {}  # noqa: RUF012
-    others: tuple = ()  # trees of shapes that live on while it runs and are not among its arguments
-    useful: float = 0.0  # FLOPs without recomputation, over all devices
-    visited: Mapping[str, float] = MappingProxyType({})  # see `attention.visited`
 
 
 def make_programs(parts: Parts, steps: int) -> Programs:
@@ -65,30 +50,6 @@ def make_programs(parts: Parts, steps: int) -> Programs:
         placed = build.places(build.abstract_learner(parts, parts.critic_cfg, critic_tx))
         learn_critic = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
     return Programs(make_relay(parts, parts.sampler_cfg), learn_policy, learn_critic, policy_tx, critic_tx)
-
-
-def array(parts: Parts, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    """Of a batch: its leading axis over the mesh."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(parts.mesh))
-
-
-def a_key(parts: Parts) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=sharding.replicated(parts.mesh))
-
-
-def draw_program(parts: Parts, cfg: DecoderConfig, sample: SampleConfig, width: int, name: str = "generate", **kept: Any) -> Program:
-    """`generate` as `experience` calls it: prompts of `width` columns, a sampler `cfg`."""
-    q, g, r = sample.questions, sample.samples, sample.max_new_tokens
-    prompts = Prompts(array(parts, jnp.int32, q, width), array(parts, jnp.bool_, q, width), array(parts, jnp.uint32, q))
-    tokenizer = parts.tokenizer
-    args = build.abstract_decode(parts, cfg), cfg, prompts, a_key(parts), sample, tokenizer.stop_ids, tokenizer.pad_id
-    visited = attention.visited(width, 0, width) if cfg.splash else {}
-    return Program(name, generate, args, {"entropies": False}, useful=flops.generate_flops(cfg, q, width, g, r), visited=visited, **kept)
-
-
-def relay_program(relay: Relay, **kept: Any) -> list[Program]:
-    """The relay's, where it copies anything."""
-    return [Program("relay", relay.program, (relay.moved,), **kept)] if relay.moved else []
 
 
 def step_programs(parts: Parts, programs: Programs, width: int) -> list[Program]:
@@ -111,8 +72,6 @@ def step_programs(parts: Parts, programs: Programs, width: int) -> list[Program]
     assessment = Assessment(column(), column(), None if reference is None else column(), values)
     coef, key = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh)), a_key(parts)
     of_rows = attention.visited(p, g, r) if parts.cfg.splash else {}
-    one = flops.forward_flops(parts.cfg, q, p, g, r)
-    of_critic = flops.forward_flops(parts.critic_cfg, q, p, g, r) if critic else 0.0
     idle = (lambda *trees: ()) if c.learn.offload else (lambda *trees: trees)  # what waits in the host's memory meanwhile
     states = idle(policy.opt_state, critic and critic.opt_state)
     relay, values_net = programs.relay, critic and critic.params
@@ -140,7 +99,6 @@ def step_programs(parts: Parts, programs: Programs, width: int) -> list[Program]
             (frozen, policy.params, values_net, prompts, rollout),
             assess_settings(parts),
             (states,),
-            one * (1 if reference is None else 2) + of_critic,
             of_rows,
         ),
         Program(
@@ -156,13 +114,12 @@ def step_programs(parts: Parts, programs: Programs, width: int) -> list[Program]
             (policy, base, made, key, coef),
             {},
             (values_net, idle(reference, critic and critic.opt_state)),
-            3 * c.learn.epochs * one,
             of_rows,
         ),
     ]
     if critic:
         args, others = (critic, base, made, key, None), (policy.params, idle(reference, policy.opt_state))
-        out.append(Program("learn_critic", programs.learn_critic, args, {}, others, 3 * c.learn.epochs * of_critic, of_rows))
+        out.append(Program("learn_critic", programs.learn_critic, args, {}, others, of_rows))
     return out
 
 

@@ -33,10 +33,10 @@ from medrlvr_jax.evaluation import evaluate
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import agree
 from medrlvr_jax.model import lora
-from medrlvr_jax.rl.experience import width
 from medrlvr_jax.rl.learn import compile_learn, make_optimizer, nll_objective, offload
-from medrlvr_jax.rl.programs import Program, a_key, array, relay_program
-from medrlvr_jax.rl.train import Callback, drive
+from medrlvr_jax.rl.loop import Callback, drive
+from medrlvr_jax.rollout.program import Program, a_key, array, relay_program
+from medrlvr_jax.rollout.rollout import width
 from medrlvr_jax.types import Experience, TrainState
 
 

@@ -221,20 +221,12 @@ def lock_holder(path: Path) -> str | None:
 def check_same(path: Path, config: Config) -> None:
     """One folder holds one experiment: going on with other settings would make a curve of two."""
     remedy = "repair it, or give this run another name="
-    old, new = flat(configs.read_yaml(path, remedy) or {}), flat(configs.to_tree(config))
+    old, new = configs.flat(configs.read_yaml(path, remedy) or {}), configs.flat(configs.to_tree(config))
     names = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in MAY_CHANGE and old.get(k) != new.get(k)]
     if names:
         lines = [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in names]
         remedy = "give this run another name=, or the settings it was begun with"
         raise ConfigError("\n".join([f"name: {path.parent} was begun with other settings; {remedy}:", *lines]))
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of settings by their dotted names."""
-    out = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
 
 
 # --- what ran --------------------------------------------------------------------------------------------------------

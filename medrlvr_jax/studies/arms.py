@@ -19,12 +19,11 @@ from pydantic import Field
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config, section
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.runs import log
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
 NEEDED: dict[str, Any] = {"name": "x", "model": {"path": ""}, "data": {"path": ""}, "learn": {"policy": {"lr": 0}}}  # have no default
-DEFAULTS = log.flat(configs.to_tree(pydantic.TypeAdapter(Config).validate_python(NEEDED)))
+DEFAULTS = configs.flat(configs.to_tree(pydantic.TypeAdapter(Config).validate_python(NEEDED)))
 
 
 @section
@@ -92,7 +91,7 @@ class Cell:
         """Its command, and all settings of the run it starts from that are not the defaults: one that is added later changes nothing."""
         if self.parent is None:
             return f"# medrlvr {self.by}"
-        own = {k: v for k, v in log.flat(configs.to_tree(self.parent.config)).items() if v != DEFAULTS.get(k)}
+        own = {k: v for k, v in configs.flat(configs.to_tree(self.parent.config)).items() if v != DEFAULTS.get(k)}
         digest = hashlib.sha256(f"{self.parent.origin()} {sorted(own.items())}".encode()).hexdigest()[:16]
         return f"# medrlvr {self.by}, from {self.parent.path.name} {digest}"
 
@@ -185,7 +184,7 @@ def check_same(cells: list[Cell]) -> None:
             complaints.append(f"  {cell.path.name}: there is no {file.name} beside it to tell them")
         elif file.exists():
             text = file.read_text(encoding="utf-8")
-            there, here = (log.flat(configs.parse_yaml(t, str(file), "repair or remove it")) for t in (text, cell.record()))
+            there, here = (configs.flat(configs.parse_yaml(t, str(file), "repair or remove it")) for t in (text, cell.record()))
             pairs = {k: (there.get(k, DEFAULTS.get(k)), here.get(k)) for k in here | there}
             found = [f"{k}: {old!r} there, {new!r} now" for k, (old, new) in pairs.items() if old != new]
             if text.splitlines()[0] != cell.origin():

@@ -39,9 +39,9 @@ from medrlvr_jax.evaluation.evaluate import evaluate
 from medrlvr_jax.model import lora
 from medrlvr_jax.rewards.rule import score
 from medrlvr_jax.rl import train
-from medrlvr_jax.rl.experience import Encoded, draw, place_prompts, width
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rollout.generate import generate
+from medrlvr_jax.rollout.rollout import Encoded, draw, place_prompts, width
 from medrlvr_jax.sharding import place_rows
 from medrlvr_jax.types import Experience
 

@@ -117,6 +117,7 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
     from medrlvr_jax import build
     from medrlvr_jax.data import prompts as text
     from medrlvr_jax.model import lora, weights
+    from medrlvr_jax.rewards import rule
     from medrlvr_jax.rl.learn import make_optimizer
     from medrlvr_jax.runs import inputs
 
@@ -135,7 +136,7 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
             yield Finding("warning", f"weights: {', '.join(others)}: passed over, since there is a model.safetensors", remedy)
     for line in text.tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):
         yield Finding("note", f"tokenizer: {line}")
-    if trap := text.beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
+    if trap := rule.beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
         yield Finding("warning", *trap)
     learners = [(parts.cfg, config.learn.policy), (parts.critic_cfg, config.learn.critic)]
     states = [build.abstract_learner(parts, cfg, make_optimizer(optimiser, 1)) for cfg, optimiser in learners if optimiser]

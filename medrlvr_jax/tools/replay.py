@@ -19,8 +19,8 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
 from medrlvr_jax.rewards import user
 from medrlvr_jax.rl import train
-from medrlvr_jax.rl.experience import draw, encode, place_prompts, score_rollout
 from medrlvr_jax.rl.programs import make_programs
+from medrlvr_jax.rollout.rollout import draw, encode, place_prompts, score_rollout
 from medrlvr_jax.runs import inputs
 from medrlvr_jax.runs.checkpoint import restore_before
 from medrlvr_jax.runs.console import QUIET, Console, clock

@@ -18,12 +18,11 @@ not use the tags, some use them wrongly, some guess. Sampled, the base does like
 
 All draws come from `random.Random(str).random()`, which Python promises to keep the same in all versions: NumPy's Generator does not.
 
-    python -m medrlvr_jax.world.world show [train|in_distribution|out_of_distribution|corpus] [n]     read some
-    python -m medrlvr_jax.world.world tokenizer                                                      rewrite embedded/*.json (words.py)
+    python -m medrlvr_jax.world show [train|in_distribution|out_of_distribution|corpus] [n]     read some
+    python -m medrlvr_jax.world tokenizer                                                      rewrite embedded/*.json (words.py)
 """
 
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -340,26 +339,3 @@ def _weighted(rng: Random, shares: dict[str, float]) -> str:
         if u < 0:
             return name
     return name
-
-
-def main(arguments: list[str]) -> None:
-    """`show [split] [n]`, or `tokenizer`."""
-    if arguments[:1] == ["tokenizer"]:
-        from medrlvr_jax.world import words
-
-        words.write()
-    elif arguments[:1] == ["show"]:
-        name, n = (*arguments[1:], *("train", "8")[len(arguments) - 1 :])
-        if name == "corpus":
-            for e in corpus(int(n)):
-                print(f"{e.prompt}→ {e.response}\n")
-        else:
-            for q in questions(name)[: int(n)]:
-                listed = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, q.options, strict=False))
-                print(f"[{q.id} {q.subject}] {q.question}\n{listed}→ {q.rationale} ({LETTERS[q.answer]})\n")
-    else:
-        raise SystemExit(__doc__)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,0 +1,31 @@
+"""`medrlvr export`: a run's policy as other programs read it."""
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from medrlvr_jax.evaluation.evaluate import open_source
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model import lora, weights
+
+
+def export(run: Path, out: Path, step: int | Literal["best"] | None, dtype: str | None, adapter: bool = False) -> None:
+    """`medrlvr export`: a run's policy, adapters merged, as a Hugging Face directory; or the adapters alone, in PEFT's format."""
+    n = len(jax.devices())
+    batches = [f"{name}={n}" for name in ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")]  # of no use here
+    parts, params, _ = open_source(run, [f"mesh={{data: 1, fsdp: {n}}}", *batches], step)
+    m = parts.config.model
+    if adapter and m.init == "random":
+        raise ConfigError("--adapter: model.init random: no directory holds the weights that they belong to; leave --adapter out")
+    with jax.set_mesh(parts.mesh):
+        if adapter:
+            weights.save_adapter(params, parts.cfg, m.path, out, dtype)
+        else:
+            merged, cfg = lora.merge(params, parts.cfg, dtype), lora.off(parts.cfg)
+            weights.save_params(merged, cfg, m.path, out, dtype, parts.tokenizer.stop_ids)
+    if jax.process_index() == 0:
+        if m.lora and not adapter and (dtype or m.param_dtype) == "bfloat16":
+            print("the sums of matrices and adapters are rounded to bfloat16, which loses small adapters;")
+            print("--dtype float32 keeps them, as does --adapter, which writes the adapters alone")
+        print(out)

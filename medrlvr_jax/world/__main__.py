@@ -1,0 +1,27 @@
+"""`python -m medrlvr_jax.world`: the embedded world read, and its tokenizer made anew; world.py says how."""
+
+import sys
+
+from medrlvr_jax.data.formats import LETTERS
+from medrlvr_jax.world import words, world
+
+
+def main(arguments: list[str]) -> None:
+    """`show [split] [n]`, or `tokenizer`."""
+    if arguments[:1] == ["tokenizer"]:
+        words.write()
+    elif arguments[:1] == ["show"]:
+        name, n = (*arguments[1:], *("train", "8")[len(arguments) - 1 :])
+        if name == "corpus":
+            for e in world.corpus(int(n)):
+                print(f"{e.prompt}→ {e.response}\n")
+        else:
+            for q in world.questions(name)[: int(n)]:
+                listed = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, q.options, strict=False))
+                print(f"[{q.id} {q.subject}] {q.question}\n{listed}→ {q.rationale} ({LETTERS[q.answer]})\n")
+    else:
+        raise SystemExit(world.__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
