@@ -59,7 +59,7 @@ def test_nothing_read_is_run(tmp_path):
         found = [line for line in path.read_text().splitlines() if re.search(forbidden, line) and "no pickles" not in line]
         assert found == [] or (path.name == "weights.py" and all("pickle" in line for line in found)), (path.name, found)
     imports = {p.name for p in (ROOT / "medrlvr_jax").rglob("*.py") if "importlib.import_module" in p.read_text()}
-    assert imports == {"user.py"}
+    assert imports == {"__init__.py", "user.py"}  # the former brings its own modules alone
     (tmp_path / "bomb.yaml").write_text("name: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(ConfigError, match=r"bomb.yaml: cannot be read: ConstructorError"):
         configs.load(tmp_path / "bomb.yaml")
