@@ -161,7 +161,7 @@ def looked_up(dtype: str, small: bool) -> float:
     np.add.at(wanted, tokens, g64)
 
     def ours(table, g):
-        return jax.vjp(lambda table: decoder.embed_lookup(table, jnp.asarray(tokens), cfg), table)[1](g)[0]
+        return jax.vjp(lambda table: decoder.embed_lookup(table, jnp.asarray(tokens), cfg), table)[1](g.astype(jnp.float32))[0]
 
     return far(jax.jit(ours)(jnp.zeros((vocab, width)), g), wanted)
 

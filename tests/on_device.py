@@ -372,7 +372,7 @@ def embedding(report: Report, small: bool) -> None:
         g = jax.random.normal(jax.random.key(1), (1, n, width), cfg.dtype)
 
         def ours(table, tokens, g, cfg=cfg):
-            return jax.vjp(lambda table: decoder.embed_lookup(table, tokens, cfg), table)[1](g)[0]
+            return jax.vjp(lambda table: decoder.embed_lookup(table, tokens, cfg), table)[1](g.astype(jnp.float32))[0]
 
         def by_order(table, tokens, g):
             order = jnp.argsort(tokens[0])

@@ -203,7 +203,8 @@ def test_process_0_finds_the_checkpoints_for_all_and_each_digests_its_own(tmp_pa
     sealed = json.loads((tmp_path / "2.damaged" / "digests.json").read_text())
     assert sorted(zero["checked"] + one["checked"]) == sorted(sealed)
     shares = [sum(sealed[name][0] for name in view["checked"]) for view in (zero, one)]
-    assert max(shares) < 0.7 * sum(shares)
+    # Files are dealt out in turns, the largest first: the first share is the larger, by one file at most.
+    assert 0 <= shares[0] - shares[1] <= max(sealed[name][0] for name in sealed)
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == ["1", "2.damaged"]
 
 

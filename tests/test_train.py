@@ -315,7 +315,8 @@ def test_a_chat_template_that_opens_the_thought_is_as_a_prefill(folder, capsys):
         prompt, target = (parts.tokenizer.show(ids) for ids in rows[0])
         assert prompt.endswith("\n<think>") and "<think>" not in target and target.endswith("</answer><eos>")
     assert pairs[0] == pairs[1]
-    assert main("doctor", folder / "config.yaml", *ways["templated"], "prompt.template=direct", "reward.mode=direct") == 0
+    direct = ["name=asked", *ways["templated"], "prompt.template=direct", "reward.mode=direct"]
+    assert main("doctor", folder / "config.yaml", *direct) == 0
     told = capsys.readouterr().out
     assert "the chat template itself opens the thought" in told
     assert "warning  every response begins with '<think>', and reward.mode direct" in told
