@@ -306,7 +306,8 @@ def main() -> int:
             steady["sample"] = TREE["sample"] | {"questions": 8}
             want = alone(root, "ppo", name="ppo-one-mesh", **steady)
             command = config(root, "ppo-meshes", "ppo", **steady)
-            [status] = launch(command, root / "ppo-meshes", [("learning", int(signal.SIGKILL), 15, 0.0)])
+            midway = STEPS + STEPS // 4  # of 2 · STEPS passes, the critic's among them
+            [status] = launch(command, root / "ppo-meshes", [("learning", int(signal.SIGKILL), midway, 0.0)])
             assert status == -signal.SIGKILL, status
             tally["learning", "SIGKILL", 1] += 1
             run = alone(root, "ppo", name="ppo-meshes", devices=8, mesh={"data": 2, "fsdp": 2, "tensor": 2}, **steady)

@@ -145,9 +145,13 @@ def value_loss(values: Array, experience: Experience, loss: LossConfig) -> tuple
 
 
 def explained_variance(metrics: Metrics) -> Array:
-    """1 − E[(R − V)²] / Var[R] from `value_loss`'s metrics, summed: 1 is a perfect critic, 0 one that knows E[R]; 0 if R is constant."""
-    variance = metrics["return_square"].value() - metrics["return"].value() ** 2
-    return jnp.where(variance > 1e-6, 1 - metrics["value_error"].value() / jnp.maximum(variance, 1e-6), 0.0)
+    """1 − E[(R − V)²] / Var[R] from `value_loss`'s metrics, summed: 1 is a perfect critic, 0 one that knows E[R].
+
+    0 if R is constant up to the rounding of Var[R], which is a difference of two float32 numbers as large as E[R²].
+    """
+    square = metrics["return_square"].value()
+    variance, rounding = square - metrics["return"].value() ** 2, 1e-6 + 1e-5 * square
+    return jnp.where(variance > rounding, 1 - metrics["value_error"].value() / jnp.maximum(variance, rounding), 0.0)
 
 
 def nll_loss(logprobs: Array, mask: Array) -> tuple[Mean, Metrics]:
