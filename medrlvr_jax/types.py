@@ -2,12 +2,16 @@
 
 Q questions, P prompt columns (left-padded), G samples of each question, R response columns (right-padded).
 Absence is `None`: no reference model, no critic, nothing truncated.
+
+Shapes stand in the types, as in `Float32[Array, "Q G R"]` (jaxtyping). They are for readers and for the type checker; nothing is
+checked at run time.
 """
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
+from jaxtyping import Bool, Float32, Int32, UInt32
 
 Array = Any  # jax.Array on the device, numpy on the host
 Params = Any
@@ -34,42 +38,42 @@ class Mean(NamedTuple):
 
 @pytree
 class Prompts:
-    tokens: Array  # int32 [Q, P], left-padded
-    mask: Array  # bool [Q, P], False on padding
-    ids: Array  # uint32 [Q], the questions' own numbers: sampling noise is keyed by them
+    tokens: Int32[Array, "Q P"]  # left-padded
+    mask: Bool[Array, "Q P"]  # False on padding
+    ids: UInt32[Array, " Q"]  # the questions' own numbers: sampling noise is keyed by them
 
 
 @pytree
 class Rollout:
-    tokens: Array  # int32 [Q, G, R], pad after the end
-    mask: Array  # bool [Q, G, R], True up to and including the stop token
-    logprobs: Array  # float32 [Q, G, R], under the distribution each token was drawn from
-    policy_logprobs: Array | None  # float32 [Q, G, R], under the untruncated policy; None where that is the same
-    entropy: Array | None = None  # float32 [Q, G, R], nats, the untruncated policy's at each token; None where it was not asked for
+    tokens: Int32[Array, "Q G R"]  # pad after the end
+    mask: Bool[Array, "Q G R"]  # True up to and including the stop token
+    logprobs: Float32[Array, "Q G R"]  # under the distribution each token was drawn from
+    policy_logprobs: Float32[Array, "Q G R"] | None  # under the untruncated policy; None where that is the same
+    entropy: Float32[Array, "Q G R"] | None = None  # nats, the untruncated policy's at each token; None where it was not asked for
 
 
 @pytree
 class Assessment:
-    logprobs: Array  # float32 [Q, G, R], the policy before learning, as the trainer computes it
-    entropy: Array  # float32 [Q, G, R], nats
-    ref_logprobs: Array | None  # float32 [Q, G, R]
-    values: Array | None  # float32 [Q, G, R], of the state before token t
+    logprobs: Float32[Array, "Q G R"]  # the policy before learning, as the trainer computes it
+    entropy: Float32[Array, "Q G R"]  # nats
+    ref_logprobs: Float32[Array, "Q G R"] | None
+    values: Float32[Array, "Q G R"] | None  # of the state before token t
 
 
 @pytree
 class Experience:
     """All a learner needs; rows (the leading Q) are independent, so any split into minibatches is legal."""
 
-    prompts: Array  # int32 [Q, P]
-    prompt_mask: Array  # bool [Q, P]
-    tokens: Array  # int32 [Q, G, R]
-    mask: Array  # bool [Q, G, R], the tokens that are learned from
-    logprobs: Array  # float32 [Q, G, R], before learning
-    ref_logprobs: Array | None  # float32 [Q, G, R]
-    advantages: Array  # float32 [Q, G, R]
-    values: Array | None  # float32 [Q, G, R], before learning
-    returns: Array | None  # float32 [Q, G, R]
-    sampler_weights: Array | None = None  # float32 [Q, G, R], of truncated importance sampling: see losses.policy_loss
+    prompts: Int32[Array, "Q P"]
+    prompt_mask: Bool[Array, "Q P"]
+    tokens: Int32[Array, "Q G R"]
+    mask: Bool[Array, "Q G R"]  # the tokens that are learned from
+    logprobs: Float32[Array, "Q G R"]  # before learning
+    ref_logprobs: Float32[Array, "Q G R"] | None
+    advantages: Float32[Array, "Q G R"]
+    values: Float32[Array, "Q G R"] | None  # before learning
+    returns: Float32[Array, "Q G R"] | None
+    sampler_weights: Float32[Array, "Q G R"] | None = None  # of truncated importance sampling: see losses.policy_loss
 
 
 @pytree
@@ -90,4 +94,4 @@ class Frozen:
 class TrainState:
     policy: Learner
     critic: Learner | None
-    kl_coef: Array  # float32 []
+    kl_coef: Float32[Array, ""]

@@ -162,13 +162,14 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 def step_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     programs, state = train.start(parts, make_programs(parts, 1))
-    frozen, encoded, times = load_frozen(parts), encoded_questions(args, parts), []
+    frozen, encoded, times, tokens = load_frozen(parts), encoded_questions(args, parts), [], 0
     for step in range(args.runs + 1):
         start = time.perf_counter()
         state, stats, scored, _ = train.train_step(parts, programs, encoded, state, frozen, step)
         jax.block_until_ready((state, train.summarise(stats, scored)))
         times.append(time.perf_counter() - start)
-    tokens, prompts = int(scored.lengths.sum()), args.questions * args.prompt
+        tokens = int(scored.lengths.sum())
+    prompts = args.questions * args.prompt
     packed, reading = prompts + args.questions * args.samples * args.new, 1 + (frozen.reference is not None)
     work = sum(p.size for p in jax.tree.leaves(state.policy.params)) * (2 * (prompts + tokens) + (2 * reading + 6) * packed)
     out = {"tokens": tokens, "tokens_per_s": rate(tokens, times[1:]), "matmul_gflop": round(work / 1e9)}

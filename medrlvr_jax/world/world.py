@@ -338,4 +338,4 @@ def _weighted(rng: Random, shares: dict[str, float]) -> str:
         u -= share
         if u < 0:
             return name
-    return name
+    return list(shares)[-1]  # rounding left u at 0
