@@ -293,14 +293,15 @@ def run_replay(args: argparse.Namespace) -> int:
 
 def run_score(args: argparse.Namespace) -> int:
     from medrlvr_jax.config.schema import RewardConfig
+    from medrlvr_jax.host import tables
     from medrlvr_jax.rewards.rule import judged_beginning
     from medrlvr_jax.tools.score_file import score_file
 
     rule = RewardConfig(mode=args.mode, leak_penalty=args.leak_penalty, before_penalty=args.before_penalty)
     reasons = score_file(args.file, args.out, rule, prefill=judged_beginning(args.prefill, args.mode))
-    for reason, count in reasons.most_common():
-        print(f"{count:>9,}  {100 * count / reasons.total():5.1f} %  {reason}")
-    print(f"{reasons.total():>9,}  completions scored by the rule {args.mode}: {args.out}")
+    rows = [(reason, f"{n:,}", f"{100 * n / reasons.total():.1f} %") for reason, n in reasons.most_common()]
+    print(tables.plain(("reason", "completions", "share"), rows))
+    print(f"{reasons.total():,} completions scored by the rule {args.mode}: {args.out}")
     return 0
 
 

@@ -249,7 +249,7 @@ def test_the_table_of_a_sweep(tiny):
         mesh = {"slice": 1, "data": 4 // fsdp, "fsdp": fsdp, "tensor": 1}
         figures = aot.Figures("learn_policy", 1.0, needs * GIB, 0.0, 0.0, 0.0, 15.75 * GIB, 1.0, times={"compute": seconds})
         plans.append(plan.Plan(c, machine, mesh, [figures], [], 2))
-    head, first, second, _, best = plan.sweep_table(plans).splitlines()
+    head, _, first, second, _, best = plan.sweep_table(plans).splitlines()
     assert head.split()[:5] == ["slice", "data", "fsdp", "tensor", "microbatch"]
     assert first.split() == ["1", "1", "4", "1", "4", "full", "yes", "2.00", "learn_policy", "1.5", "171"]
     assert second.split()[:7] == ["1", "2", "2", "1", "4", "full", "NO"]

@@ -3,18 +3,15 @@
 The question is the unit. With several samples a question counts once, as the share of its samples that are right.
 """
 
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 
 from medrlvr_jax.data.formats import LETTERS
 from medrlvr_jax.evaluation import stats
+from medrlvr_jax.host import tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import read_jsonl
 
@@ -132,7 +129,7 @@ def show(found: dict[str, dict[str, Any]]) -> str:
         [name, f"{d['n']:,}", percent(d["accuracy"]), percent(d["format_ok"]), f"{d['token_entropy']:.3f}" if "token_entropy" in d else "–"]
         for name, d in sets.items()
     ]
-    out = [draw(("set", "questions", "accuracy", "format", "entropy"), rows)]
+    out = [tables.plain(("set", "questions", "accuracy", "format", "entropy"), rows)]
     sampled = {name: d for name, d in sets.items() if "pass_at_k" in d}
     if sampled:
         rows = []
@@ -143,24 +140,25 @@ def show(found: dict[str, dict[str, Any]]) -> str:
                 votes = [percent(d["majority"]), f"{d['answer_entropy']:.3f}"] if k == most else ["", ""]
                 rows.append([name, str(k), percent(d["pass_at_k"][k]), percent(beyond) if beyond else "–", *votes])
         columns = ("samples of", "k", "pass@k", "beyond chance", "maj@k", "answer entropy")
-        out.append(draw(columns, rows))
+        out.append(tables.plain(columns, rows))
         out.append(SAMPLED)
     shuffled = {name: d for name, d in sets.items() if "consistency" in d}
     if shuffled:
         columns = ("options shuffled", "orders", "same option in all", "same option in two")
         both = [(name, d, d["consistency"]) for name, d in shuffled.items()]
-        out.append(draw(columns, [[name, str(d["samples"]), percent(c["all"]), f"{100 * c['pairs']:.1f} %"] for name, d, c in both]))
+        rows = [[name, str(d["samples"]), percent(c["all"]), f"{100 * c['pairs']:.1f} %"] for name, d, c in both]
+        out.append(tables.plain(columns, rows))
     for name, d in sets.items():
         if "subjects" in d:
             rows = [[subject or "(none)", f"{s['n']:,}", percent(s["accuracy"])] for subject, s in d["subjects"].items()]
-            out.append(draw((name, "questions", "accuracy"), rows))
+            out.append(tables.plain((name, "questions", "accuracy"), rows))
     letters = sorted({letter for d in sets.values() for letter in d["letters"]["letters"]})
     rows = []
     for name, d in sets.items():
         shares = [d["letters"]["letters"].get(letter) for letter in letters]
         cells = ["" if s is None else f"{100 * s['answered']:.0f}/{100 * s['key']:.0f}" for s in shares]
         rows.append([name, *cells, f"{d['letters']['p']:.2g}"])
-    out.append(draw(("letters, % answered/key", *letters, "p (χ²)"), rows))
+    out.append(tables.plain(("letters, % answered/key", *letters, "p (χ²)"), rows))
     return "\n".join(out)
 
 
@@ -184,15 +182,3 @@ def percent(x: dict[str, float]) -> str:
     """A share, or a difference of two, with its interval."""
     value, low, high = (f"{100 * x[k]:.1f}" for k in ("value", "low", "high"))
     return f"{value} % ({low}{' to ' if x['low'] < 0 else '–'}{high})"
-
-
-def draw(columns: Iterable[str], rows: list[list[str]], width: int = 180) -> str:
-    """A table as text: the first column to the left, the others to the right."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    text = io.StringIO()
-    rich.console.Console(file=text, width=width).print(table)
-    return "\n".join(row.rstrip() for row in text.getvalue().strip("\n").split("\n"))

@@ -11,7 +11,8 @@ from typing import Any
 
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.evaluation import stats
-from medrlvr_jax.evaluation.answers import Answers, describe, draw, pair, percent, read, remarks
+from medrlvr_jax.evaluation.answers import Answers, describe, pair, percent, read, remarks
+from medrlvr_jax.host import tables
 from medrlvr_jax.host.errors import ConfigError
 
 ASKED = ("prompt.chat", "prompt.prefill", "reward.mode", "eval.samples", "eval.temperature")  # settings that two evaluations must share
@@ -132,4 +133,4 @@ def show(found: dict[str, Any]) -> str:
     notes += [f"{name}: not asked alike: {line}" for name, c in found.items() for line in c["differences"]]
     notes += [line for c in found.values() for line in c["remarks"]]
     columns = ("set", "n", "accuracy A", "accuracy B", "B − A", "p", "p (Holm)", "kept", "gained", "lost", "never")
-    return "\n".join([draw(columns, rows), *notes])
+    return "\n".join([tables.plain(columns, rows), *notes])

@@ -26,6 +26,7 @@ from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data.formats import Question
 from medrlvr_jax.evaluation import answers, stats
+from medrlvr_jax.host import tables
 from medrlvr_jax.host.errors import ConfigError
 
 GRAM = 8  # words
@@ -157,11 +158,11 @@ def show(found: dict[str, Any]) -> str:
         together = f"{len(s['found']):,} ({100 * len(s['found']) / s['n']:.1f} %)"
         rows.append([name, f"{s['n']:,}", f"{same:,}", f"{len(s['found']) - same:,}", together, f"{other:,}"])
     columns = ("set", "questions", "same stem", f"8-grams > {THRESHOLD:.0%}", "together", "of these no option in common")
-    out = [answers.draw(columns, rows)]
+    out = [tables.plain(columns, rows)]
     if "scores" in found:
         rows = []
         for name, s in found["scores"].items():
             clean = answers.percent(s["clean"]) if s["clean"] else "–"
             rows.append([name, f"{s['n']:,}", answers.percent(s["all"]), f"{s['n_clean']:,}", clean])
-        out.append(answers.draw(("answers", "questions", "accuracy", "clean", "accuracy"), rows))
+        out.append(tables.plain(("answers", "questions", "accuracy", "clean", "accuracy"), rows))
     return "\n".join(out)

@@ -25,9 +25,8 @@ import numpy as np
 from medrlvr_jax.build import check_positions, make_relay
 from medrlvr_jax.config.load import load
 from medrlvr_jax.data import load as data
-from medrlvr_jax.evaluation.answers import draw
 from medrlvr_jax.evaluation.evaluate import ask, home, open_source
-from medrlvr_jax.host import files
+from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import by_leader, gather
 from medrlvr_jax.rollout.rollout import encode
@@ -83,7 +82,8 @@ def from_history(run: Path, out: Path | None) -> int:
     files.write_text(path, "".join(json.dumps(row | {"model": model}, ensure_ascii=False) + "\n" for row in found + rest))
     ranked = sorted(found, key=lambda row: -row["variance"])
     shown = ((r["id"], r["passes"], f"{r['accuracy']:.3f}", f"{r['variance']:.4f}", f"{r['impact']:.3f}") for r in ranked[:10])
-    print(draw(("highest variance", "passes", "accuracy", "variance", "impact"), [list(map(str, row)) for row in shown]))
+    columns = ("highest variance", "passes", "accuracy", "variance", "impact")
+    print(tables.plain(columns, [list(map(str, row)) for row in shown]))
     use = f"{{file: {path}, order: variance, top: {min(16, len(found))}}}"
     never = f", and {len(rest):,} that never came" if rest else ""
     print(f"{len(found):,} questions{never}: {path}; train on the first of them with data.pass_count='{use}'")
@@ -135,5 +135,5 @@ def show(found: list[dict[str, Any]], samples: int, dropped: int) -> str:
     """How many questions have each count."""
     times = Counter(line["right"] for line in found)
     rows = [[f"{right} of {samples}", f"{times[right]:,}", f"{100 * times[right] / len(found):.1f} %"] for right in range(samples + 1)]
-    table = draw(("right samples", "questions", "share"), rows)
+    table = tables.plain(("right samples", "questions", "share"), rows)
     return table + (f"\n{dropped:,} questions were not asked: longer than prompt.max_tokens" if dropped else "")

@@ -31,9 +31,9 @@ from medrlvr_jax.build import Parts, make_relay
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.formats import LETTERS
 from medrlvr_jax.evaluation import stats
-from medrlvr_jax.evaluation.answers import draw, percent
+from medrlvr_jax.evaluation.answers import percent
 from medrlvr_jax.evaluation.evaluate import evaluate, load_sets, new_folder, open_source
-from medrlvr_jax.host import files
+from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.rollout.assess import assess_alone
@@ -220,7 +220,8 @@ def show(found: dict[str, dict[str, Any]]) -> str:
             p = "" if c["p_holm"] is None else f"{c['p_holm']:.2g}"
             change = "" if condition == WHOLE else percent(c["difference"])
             rows.append([condition, percent(c["accuracy"]), change, p, f"{100 * c['same_answer']:.1f} %"])
-        out.append(draw((f"{name}: thought given", "accuracy", f"against {WHOLE}", "p (Holm)", f"answer as at {WHOLE}"), rows))
+        head = (f"{name}: thought given", "accuracy", f"against {WHOLE}", "p (Holm)", f"answer as at {WHOLE}")
+        out.append(tables.plain(head, rows))
         if g := d.get("info_gain"):
             nats = "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**g["nats"])
             by = f"scored by {g['scorer']}" if g["scorer"] else "scored by the model itself (--scorer: by another, the same for all)"

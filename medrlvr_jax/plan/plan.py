@@ -17,7 +17,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice, product
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ import jax
 from medrlvr_jax.build import total_steps
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config, LoRAConfig
+from medrlvr_jax.host import tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.plan.aot import Figures, bytes_of, compile_program, planned, prepare
 from medrlvr_jax.plan.machines import GIB, QUICK, Machine, parse
@@ -217,15 +218,15 @@ def table(p: Plan) -> str:
     mesh = " × ".join(f"{k} {n}" for k, n in p.mesh.items())
     lines = [f"{p.config.name} on {p.machine.topology} ({p.machine.count} chips), mesh {mesh}", ""]
     head = ("program", "compile s", "arguments", "outputs", "temporaries", "others", "peak", "may use", "fits", "TFLOP", "HBM GB")
-    rows: list[tuple] = [(*head, "net GB", "seconds ≥", "bound by")]
+    rows = []
     for f in p.programs:
         memory = (f.arguments, f.outputs, f.temporaries, f.others, f.peak, f.usable)
         work = (f.flops / 1e12, f.traffic / 1e9, sum(c.bytes for c in f.collectives) / 1e9, f.seconds)
         sizes = (f"{x / GIB:.2f}" for x in memory)
         rows.append((f.name, f"{f.compile_s:.0f}", *sizes, "yes" if f.fits else "NO", *map(_figure, work), f.bound))
-    lines += _columns(rows)
+    lines.append(tables.plain((*head, "net GB", "seconds ≥", "bound by"), rows))
     lines += ["", "GiB, TFLOP and GB per chip and step. XLA's: compile s, arguments, outputs, temporaries, HBM, net. Ours: the rest.", ""]
-    lines += _columns([("collectives", "kind", "axis", "chips", "GB"), *_collectives(p)])
+    lines.append(tables.plain(("collectives", "kind", "axis", "chips", "GB"), _collectives(p)))
     return "\n".join([*lines, "", *verdict(p), *([LEAST] if p.quick else [])])
 
 
@@ -255,28 +256,22 @@ def verdict(p: Plan) -> list[str]:
 
 
 def sweep_table(plans: list[Plan]) -> str:
-    rows: list[tuple] = [("slice", "data", "fsdp", "tensor", "microbatch", "remat", "fits", "peak GiB", "in", "seconds ≥", "tokens/s ≤")]
+    head = ("slice", "data", "fsdp", "tensor", "microbatch", "remat", "fits", "peak GiB", "in", "seconds ≥", "tokens/s ≤")
+    rows = []
     for p in plans:
         c, worst = p.config, max(p.programs, key=lambda f: f.peak - f.usable)
         sizes = (*map(str, p.mesh.values()), str(c.learn.microbatch), c.model.remat, "yes" if p.fits else "NO")
         rows.append((*sizes, f"{worst.peak / GIB:.2f}", worst.name, _figure(p.seconds), _figure(p.tokens / p.seconds)))
-    if len(rows) == 1:
+    if not rows:
         return "no mesh of this machine holds the training states, or none divides the sizes of this config"
     c = plans[0].config
     mesh, learn = f"mesh={{data: -1, fsdp: {c.mesh.fsdp}, tensor: {c.mesh.tensor}}}", f"learn.microbatch={c.learn.microbatch}"
     best = f"cheapest that fits: {mesh} {learn} model.remat={c.model.remat}" if plans[0].fits else "none of these fits"
-    return "\n".join([*_columns(rows), "", best, *([LEAST] if plans[0].quick else [])])
+    return "\n".join([tables.plain(head, rows), "", best, *([LEAST] if plans[0].quick else [])])
 
 
 def _figure(x: float) -> str:
     return "–" if math.isnan(x) else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
-def _columns(rows: list[tuple]) -> list[str]:
-    """Left-aligned names, right-aligned figures."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align: Callable = lambda text, width: text.rjust(width) if any(x.isdigit() for x in text) else text.ljust(width)  # noqa: E731
-    return ["  ".join(align(text, width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def as_tree(p: Plan) -> dict[str, Any]:

@@ -9,9 +9,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from medrlvr_jax.evaluation.answers import remarks
 from medrlvr_jax.evaluation.stats import Interval, wilson
+from medrlvr_jax.host import tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import read_jsonl
 from medrlvr_jax.rewards.stages import STAGES
@@ -66,20 +64,16 @@ STYLE: Any = {
 
 def table(summary: dict[str, Any]) -> str:
     """Accuracy and format rate on each evaluation set, before and after training, with 95 % intervals over questions."""
-    out = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=summary.get("name"), title_justify="left", title_style="bold")
-    out.add_column("set")
-    for name in ("questions", "accuracy before", "after", "format before", "after"):
-        out.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for name, when in summary["eval"].items():
         before, after = when.get("before"), when.get("after")
         shares = [_share(counts, key) for key in ("accuracy", "format") for counts in (before, after)]
         asked = after or before or {}
-        out.add_row(name, f"{asked.get('questions', asked.get('n', 0)):,}", *shares)
-    text = io.StringIO()
-    rich.console.Console(file=text, width=120).print(out)
+        rows.append([name, f"{asked.get('questions', asked.get('n', 0)):,}", *shares])
+    head = ("set", "questions", "accuracy before", "after", "format before", "after")
     last = {name: when.get("after") or when.get("before") or {} for name, when in summary["eval"].items()}
     said = [line for name, counts in last.items() for line in remarks(name, counts)]
-    return "\n".join([*(row.rstrip() for row in text.getvalue().strip("\n").split("\n")), *said])
+    return "\n".join([tables.plain(head, rows, summary.get("name")), *said])
 
 
 def _share(counts: dict[str, Any] | None, key: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from medrlvr_jax.evaluation import answers, stats
-from medrlvr_jax.host import files
+from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.report import pictures
 from medrlvr_jax.rewards.stages import HACKS, STAGES
@@ -143,7 +143,7 @@ def markdown(name: str, found: dict[str, dict[str, Outcome]], tests: dict, said:
         "hacks",
         "tokens",
     ]
-    lines = [f"# {name}", "", state, "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    rows = []
     for arm, outcomes in found.items():
         row = [arm, str(len(next(iter(outcomes.values())).seeds))]
         for s in sets:
@@ -157,7 +157,7 @@ def markdown(name: str, found: dict[str, dict[str, Outcome]], tests: dict, said:
             row += [f"{100 * share(first, 'format_ok'):.1f} %", hacked, f"{share(first, 'length'):.1f}"]
         else:
             row += ["", "", ""]
-        lines.append(f"| {' | '.join(row)} |")
+        rows.append(row)
     note = """Accuracies are means over seeds. Intervals (95 %) and p are over questions and seeds, both random, of an arm with one run over
 questions; Holm's adjustment is over all arms and sets. Form, tokens, and hacks (answers handed over in the thought, or reasoned before
 it: stages.py; –: no thought is asked for)"""
@@ -166,7 +166,7 @@ it: stages.py; –: no thought is asked for)"""
         for (arm, s), t in tests.items()
         if t["n"] < len(found[arm][s].correct)
     ]
-    return "\n".join([*lines, "", f"{note} are of {sets[0]}.", *few, "", *said, ""])
+    return "\n".join([f"# {name}", "", state, "", tables.markdown(head, rows), "", f"{note} are of {sets[0]}.", *few, "", *said, ""])
 
 
 def claims(experiment: Experiment, arms: dict[str, list[Cell]], found: dict[str, dict[str, Outcome]], tests: dict) -> list[str]:

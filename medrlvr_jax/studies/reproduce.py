@@ -15,7 +15,7 @@ import time
 from statistics import mean, median
 from typing import Any
 
-from medrlvr_jax.host import files
+from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.console import clock
@@ -36,10 +36,12 @@ def reproduce(path: str, settings: list[str], only: list[str], jobs: int, dry_ru
         names |= {cell.parent.path} if cell.parent and cell.path in names else set()
     wanted = [cell for cell in cells if cell.path in names]
     if dry_run:
+        rows = []
         for cell in cells:
             begun = "begun" if cell.beside(".yaml").exists() else "to run"
             state = "finished" if cell.finished else begun if cell in wanted else "left out by --only"
-            print(f"{cell.path.name:24} {cell.by:6} {state}")
+            rows.append((cell.path.name, cell.by, state))
+        print(tables.plain(("cell", "by", "state"), rows))
         return 0
     runner = Runner([cell for cell in wanted if not cell.finished], wanted, jobs)
     status = runner.run()

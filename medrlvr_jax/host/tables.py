@@ -1,0 +1,29 @@
+"""Tables as text: for a terminal, and as Markdown for a file."""
+
+import io
+import re
+from collections.abc import Sequence
+
+import rich.box
+import rich.console
+import rich.table
+
+Rows = Sequence[Sequence[str]]
+
+
+def plain(head: Sequence[str], rows: Rows, title: str | None = None) -> str:
+    """For a terminal: the first column and columns of words to the left, columns of numbers to the right."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(head):
+        numbers = any(re.match(r"[-+−]?\d", row[i]) for row in rows)
+        table.add_column(name, justify="right" if i and numbers else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    text = io.StringIO()
+    rich.console.Console(file=text, width=10_000, markup=False).print(table)  # wider than any table: nothing is cut
+    return "\n".join(line.rstrip() for line in text.getvalue().split("\n")).strip("\n")
+
+
+def markdown(head: Sequence[str], rows: Rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
