@@ -80,6 +80,19 @@ def test_settings_in_python(folder, tmp_path):  # noqa: F811
         mr.load_config(folder / "config.yaml", {"steps.x": 1})
 
 
+def test_presets_are_in_the_package_and_found_by_name(tmp_path, monkeypatch):
+    """Where only the package is installed there is no folder `configs`."""
+    presets = pathlib.Path(mr.__file__).parent / "configs"
+    assert sorted(p.name for p in presets.iterdir()) == sorted(p.name for p in (presets.parents[1] / "configs").iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert mr.load_config("quickstart_grpo").name == "quickstart_grpo"
+    mine = (presets / "quickstart.yaml").read_text().replace("name: quickstart", "name: mine")
+    (tmp_path / "quickstart_grpo").write_text(mine)  # a file that is there comes first
+    assert mr.load_config("quickstart_grpo").name == "mine"
+    with pytest.raises(mr.ConfigError, match=r"presets that come with the package: .*quickstart,"):
+        mr.load_config("quickstrat")
+
+
 def test_closures_pay_callbacks_stop_and_the_same_call_goes_on(folder, capsys):  # noqa: F811
     """In one process, with what is given in Python; the folder is what the command line leaves, and tells what paid."""
     bonus, seen = 0.25, []

@@ -16,6 +16,8 @@ from medrlvr_jax.config.schema import COMPARING, EVAL_SHARES, STEP_SHARES, Confi
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 
+PRESETS = Path(__file__).parents[1] / "configs"
+
 
 def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
     """Read settings, replace some of them, and check everything that needs no device; `ConfigError` has every complaint.
@@ -25,7 +27,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
     A section that is given as a mapping replaces the fields that it names, and None takes an optional section out.
     """
     named = isinstance(source, str | Path)
-    tree = (read_yaml(source, "`configs/` holds the ready ones") or {}) if named else copy.deepcopy(dict(source))
+    presets = ", ".join(sorted(path.name.removesuffix(".yaml") for path in PRESETS.glob("*.yaml")))
+    tree = (read_yaml(source, f"presets that come with the package: {presets}") or {}) if named else copy.deepcopy(dict(source))
     name = str(source) if named else "config"
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: a mapping of settings is needed, got {type(tree).__name__}")
@@ -37,8 +40,15 @@ def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
     return from_tree(tree, name)
 
 
+def find_config(path: str | Path) -> Path:
+    """The file at `path`; or, where there is none, the preset of that bare name, such as `quickstart`."""
+    preset = PRESETS / (path if str(path).endswith(".yaml") else f"{path}.yaml")
+    return preset if not Path(path).exists() and Path(path).name == str(path) and preset.exists() else Path(path)
+
+
 def read_yaml(path: str | Path, remedy: str) -> Any:
-    """What a YAML file holds; `remedy` is for one that is not there or no YAML."""
+    """What a YAML file or a preset holds; `remedy` is for one that is not there or no YAML."""
+    path = find_config(path)
     with files.reading(path, remedy):
         text = Path(path).read_text(encoding="utf-8")
     return parse_yaml(text, str(path), remedy)
