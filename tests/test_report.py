@@ -10,13 +10,18 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.report import pictures
 
 
-def test_smooth_is_a_running_mean_that_ignores_what_is_missing():
+def test_smooth_is_a_running_mean_with_fewer_values_at_the_ends():
     assert pictures.smooth(np.array([1.0, 2.0, 6.0]), 3) == pytest.approx([1.5, 3.0, 4.0])
-    assert pictures.smooth(np.array([1.0, np.nan, 6.0]), 3) == pytest.approx([1.0, 3.5, 6.0])
-    assert pictures.smooth(np.array([1.0, 2.0]), 5) == pytest.approx([1.5, 1.5])
-    assert np.isnan(pictures.smooth(np.array([np.nan]), 1)).all()
+    assert pictures.smooth(np.array([3.0]), 1) == pytest.approx([3.0])
     values = np.arange(40.0)
     assert pictures.smooth(values, 5)[2:-2] == pytest.approx(values[2:-2])
+
+
+def test_steps_that_only_some_runs_recorded():
+    runs = [[{"step": 1, "kl": 0.5}, {"step": 2, "kl": None}], [{"step": 2, "kl": 1.5}, {"step": 3, "reward": 1.0}]]
+    steps, values = pictures.over_steps(runs, "kl")
+    assert steps == [1, 2] and np.array_equal(values, [[0.5, np.nan], [np.nan, 1.5]], equal_nan=True)
+    assert pictures.over_steps(runs, "entropy")[0] == []
 
 
 def test_table_has_before_and_after():

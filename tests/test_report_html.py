@@ -14,7 +14,7 @@ import yaml
 from medrlvr_jax import cli
 from medrlvr_jax.host import files
 from medrlvr_jax.report import page as report_html
-from medrlvr_jax.report import pictures as report
+from medrlvr_jax.report import pictures
 from medrlvr_jax.rewards import stages
 
 EVIL = (
@@ -113,7 +113,7 @@ def test_intervals_are_over_questions_and_say_of_how_many(tmp_path):
     files.write_json(tmp_path / "eval" / "eval.json", {"eval": {"dev": counts}, "versions": {}})
     report_html.write_page([tmp_path / "eval"], tmp_path / "page.html")
     assert "838 of 1,600 answers to 100 questions: 52.4 % (45.2–59.8)" in (tmp_path / "page.html").read_text()
-    assert "52.4 % (45.2–59.8)" in report.table({"eval": {"dev": {"after": counts}}})
+    assert "52.4 % (45.2–59.8)" in pictures.table({"eval": {"dev": {"after": counts}}})
 
 
 def test_experiments_of_one_name_stay_apart(tmp_path):
@@ -132,7 +132,7 @@ def test_experiments_of_one_name_stay_apart(tmp_path):
     data = json.loads(re.search(r'<script type="application/json" id="sample-data">(.*?)</script>', text, re.S)[1])
     assert {s["run"] for s in data} == {f"{folder}/ppo-seed{seed}" for folder in ("one", "two", "three") for seed in (0, 1)}
     assert len(data) == 6 * 12
-    runs = report_html.named_apart([report_html.read_run(f) for f in folders])
+    runs = report_html.with_unique_names([report_html.read_run(f) for f in folders])
     groups = [[run.name for run in g.runs] for g in report_html.group(runs)]
     assert sorted(groups) == sorted(
         [[f"{folder}/ppo-seed0", f"{folder}/ppo-seed1"] for folder in ("one", "two", "three")]
@@ -157,12 +157,12 @@ def test_a_long_answer_says_how_much_of_it_is_shown(tmp_path):
 
 
 def test_its_pictures_lie_beside_it_as_png(page):
-    pictures = page.with_name("report_pictures")
-    names = {p.stem for p in pictures.iterdir()}
+    folder = page.with_name("report_pictures")
+    names = {p.stem for p in folder.iterdir()}
     assert {"accuracy-dev", "stages-ppo", "stages-a-b", "curve-reward", "curve-response_length", "curve-clip_fraction"} <= names
     assert "curve-kl" not in names  # null everywhere
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures.iterdir())
-    assert page.read_text(encoding="utf-8").count("<figure>") == len(names)
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in folder.iterdir())
+    assert page.read_text(encoding="utf-8").count("<figure ") == len(names)
 
 
 def test_runs_that_differ_by_seed_alone_are_one_group(page):
@@ -172,12 +172,13 @@ def test_runs_that_differ_by_seed_alone_are_one_group(page):
     assert len({g.color for g in groups}) == 3
 
 
-def test_curves_have_the_styles_of_their_legend(page):
+def test_curves_have_the_styles_of_their_legend(page, tmp_path):
     """Also where a group before them has no curve: an evaluation, or a run without that number."""
-    runs = [report_html.read_run(page.parent / name) for name in ("sft", "a&b", "ppo-seed0")]
-    groups = report_html.group(runs)
-    text = report_html.curves(groups[1:], page.with_name("report_pictures"))
-    legend, curve = text.split('<div class="grid">')[0], re.search(r"<figure>.*?</figure>", text, re.S)[0]
+    folders = [page.parent / name for name in ("sft", "a&b", "ppo-seed0")]
+    groups = report_html.group([report_html.read_run(folder) for folder in folders])
+    report_html.write_page(folders, tmp_path / "page.html")
+    section = re.search(r'<h2 id="curves">.*?</section>', (tmp_path / "page.html").read_text(), re.S)[0]
+    legend, curve = section.split('<div class="grid">')[0], re.search(r"<figure.*?</figure>", section, re.S)[0]
     shown = re.findall(r'stroke="(#\w{6})"', legend)
     drawn = [c.upper() for c in re.findall(r'<g id="[\w-]+line2d_\d+">\s*<path d="[^"]{200,}"[^>]*stroke: (#\w{6})', curve)]
     assert shown == [g.color for g in groups[1:]] == drawn

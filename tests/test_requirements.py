@@ -9,7 +9,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = {"tensorboardX", "wandb", "IPython"}  # imported where a setting asks for them, or in a notebook, which has IPython
-INDIRECT = {"jinja2"}  # transformers renders chat templates with it, and does not require it
 MODULES = {"orbax-checkpoint": "orbax", "pyyaml": "yaml"}  # where a distribution's name is not its module's
 
 
@@ -27,10 +26,10 @@ def test_what_is_imported_is_what_is_required():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     required = {re.split(r"[\[<>=!~; ]", line)[0] for line in config["options"]["install_requires"].split("\n") if line}
-    modules = {MODULES.get(name, name.replace("-", "_")) for name in required} - INDIRECT
+    modules = {MODULES.get(name, name.replace("-", "_")) for name in required}
     missing, unused = sorted(imports - modules), sorted(modules - imports)
     assert not missing, f"imported, and not in setup.cfg's install_requires: add {missing} there (or to OPTIONAL, if an extra has it)"
-    assert not unused, f"in setup.cfg's install_requires, and imported nowhere: take {unused} out (or say why not, in INDIRECT)"
+    assert not unused, f"in setup.cfg's install_requires, and imported nowhere: take {unused} out"
     here = importlib.metadata.packages_distributions()
     for name in required:
         module = MODULES.get(name, name.replace("-", "_"))

@@ -26,11 +26,12 @@
   fill("stage", spaced);
   fill("reward");
 
-  const within = (value, low, high) => (low === "" || value >= Number(low)) && (high === "" || value <= Number(high));
+  const within = (x, low, high) => (low === "" || x >= Number(low)) && (high === "" || x <= Number(high));
   const fits = (s) => {
     const of = (name) => form.elements[name].value;
     return ["run", "stage", "reward"].every((field) => of(field) === "" || String(s[field]) === of(field))
-      && within(s.step, of("step_low"), of("step_high")) && within(s.length, of("length_low"), of("length_high"))
+      && within(s.step, of("step_low"), of("step_high"))
+      && within(s.length, of("length_low"), of("length_high"))
       && (s.prompt + "\n" + s.completion).toLowerCase().includes(of("text").toLowerCase());
   };
   const card = (s) => {
@@ -38,7 +39,8 @@
     const answer = s.answer === null ? "none" : s.answer;
     box.append(make("h3", `${s.run}, step ${s.step}: reward ${s.reward}, ${spaced(s.stage)}`));
     const cut = s.stopped ? "" : ", cut off";
-    box.append(make("div", `answer ${answer}, key ${s.key}, ${spaced(s.reason)}, ${s.length} tokens${cut}; question ${s.id}, row ${s.row}`, "soft"));
+    const scored = `answer ${answer}, key ${s.key}, ${spaced(s.reason)}, ${s.length} tokens${cut}`;
+    box.append(make("div", `${scored}; question ${s.id}, row ${s.row}`, "soft"));
     const question = make("details", "");
     question.append(make("summary", "prompt"), make("pre", s.prompt));
     box.append(question, make("pre", s.completion));
