@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from medrlvr_jax.api import Completion, Evaluation, LoadedModel, evaluate, generate, load_model
     from medrlvr_jax.config.load import load as load_config
     from medrlvr_jax.config.schema import Config, RewardConfig
-    from medrlvr_jax.data.formats import DataError, Example, Question
+    from medrlvr_jax.data.question import DataError, Example, Question
     from medrlvr_jax.host.errors import ConfigError, Diverged, Unwritable
     from medrlvr_jax.rewards.rule import score
     from medrlvr_jax.rewards.user import RewardError
@@ -65,12 +65,12 @@ _NAMES = {  # where each name is, as the imports above tell type checkers and ed
     "Completion": "api:Completion",
     "Config": "config.schema:Config",
     "ConfigError": "host.errors:ConfigError",
-    "DataError": "data.formats:DataError",
+    "DataError": "data.question:DataError",
     "Diverged": "host.errors:Diverged",
     "Evaluation": "api:Evaluation",
-    "Example": "data.formats:Example",
+    "Example": "data.question:Example",
     "LoadedModel": "api:LoadedModel",
-    "Question": "data.formats:Question",
+    "Question": "data.question:Question",
     "RewardConfig": "config.schema:RewardConfig",
     "RewardError": "rewards.user:RewardError",
     "Unwritable": "host.errors:Unwritable",

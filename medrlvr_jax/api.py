@@ -18,7 +18,9 @@ from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config, EvalConfig, SampleConfig, SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.formats import Question
+from medrlvr_jax.data.question import Question
+from medrlvr_jax.data.readers import PYTHON, Records
+from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.evaluation import evaluate as evaluation
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
@@ -45,7 +47,7 @@ class LoadedModel:
         return self.parts.cfg
 
     @property
-    def tokenizer(self) -> text.Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         return self.parts.tokenizer
 
     @property
@@ -109,7 +111,7 @@ def load_model(source: str | Path, step: int | Literal["best"] | None = None, se
     if step is not None:
         raise ConfigError(f"step: {step}: {source} is no run's folder, so there are no checkpoints; leave it out")
     n = len(jax.devices())  # sizes that any mesh can split; nothing is trained
-    tree: dict[str, Any] = {"name": "loaded", "steps": 1, "model": {"path": str(source)}, "data": {"path": data.PYTHON}}
+    tree: dict[str, Any] = {"name": "loaded", "steps": 1, "model": {"path": str(source)}, "data": {"path": PYTHON}}
     tree |= {"sample": {"questions": n}, "learn": {"minibatch": n, "policy": {"lr": 0.0}}, "eval": {"batch": n}}
     parts = build(configs.load(tree, changes))
     with jax.set_mesh(parts.mesh):
@@ -159,7 +161,7 @@ def generate(
             tokens, mask, logprobs = sharding.to_host((rollout.tokens, rollout.mask, drawn))
             for row, i in enumerate(index):
                 prompt = parts.tokenizer.show(rows[i])
-                texts = text.decode(parts.tokenizer, tokens[row], mask[row])
+                texts = parts.tokenizer.decode(tokens[row], mask[row])
                 for j, completion in enumerate(texts):
                     ids = tokens[row, j][mask[row, j]]
                     stopped = bool(len(ids)) and int(ids[-1]) in parts.tokenizer.stop_ids
@@ -169,7 +171,7 @@ def generate(
 
 def evaluate(
     model: LoadedModel | str | Path,
-    questions: data.Records | str | Path,
+    questions: Records | str | Path,
     *,
     samples: int = 1,
     temperature: float = 0.0,
@@ -184,7 +186,7 @@ def evaluate(
     Raises `ConfigError` for questions that cannot be used: see formats.py.
     """
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
-    spec, records = data.given(SetConfig(path=data.PYTHON), questions)
+    spec, records = data.given(SetConfig(path=PYTHON), questions)
     asked = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
     settings = _settings(EvalConfig, batch=_batch(loaded.mesh, batch), **asked)
     parts = dataclasses.replace(loaded.parts, config=dataclasses.replace(loaded.config, eval=settings))
@@ -201,7 +203,7 @@ def _encode(parts: Parts, prompts: list[Any]) -> list[list[int]]:
     """Tokens of texts as they stand, or of questions as the config words them."""
     texts = [isinstance(prompt, str) for prompt in prompts]
     if all(texts):
-        rows = text.encode_texts(parts.tokenizer, prompts)
+        rows = parts.tokenizer.encode_texts(prompts)
     elif any(texts):
         raise ConfigError("prompts: texts and questions together; give either, in two calls")
     else:
@@ -213,7 +215,7 @@ def _encode(parts: Parts, prompts: list[Any]) -> list[list[int]]:
 
 def _question(prompt: Any) -> Question:
     """By itself, for the same question may be asked more than once."""
-    return data.read(SetConfig(path=data.PYTHON), [prompt])[0][0]
+    return data.read(SetConfig(path=PYTHON), [prompt])[0][0]
 
 
 def _batch(mesh: jax.sharding.Mesh, size: int) -> int:

@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 from medrlvr_jax import sharding
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config
-from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import agree
 from medrlvr_jax.model import decoder, lora, weights
@@ -26,7 +26,7 @@ class Parts:
     """All that stays the same during a run."""
 
     config: Config
-    tokenizer: text.Tokenizer
+    tokenizer: Tokenizer
     cfg: DecoderConfig
     critic_cfg: DecoderConfig
     mesh: jax.sharding.Mesh
@@ -40,8 +40,8 @@ class Parts:
 def build(config: Config) -> Parts:
     """Read everything that can be refused before any device work, then lay out the mesh."""
     cfg = weights.read_config(config.model.path)
-    tokenizer = text.load_tokenizer(config.model.path)
-    text.check_fits(tokenizer, cfg.vocab, config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
+    tokenizer.check_fits(cfg.vocab, config.model.path)
     agree(lambda: _settings(config) | {"the model's config.json": repr(cfg)})
     return lay_out(config, tokenizer, cfg)
 

@@ -24,8 +24,8 @@ import test_text  # noqa: E402
 
 from medrlvr_jax.config.schema import PromptConfig, RewardConfig, SetConfig  # noqa: E402
 from medrlvr_jax.data import load as data  # noqa: E402
-from medrlvr_jax.data import prompts as text  # noqa: E402
-from medrlvr_jax.data.formats import DataError, Question  # noqa: E402
+from medrlvr_jax.data.question import DataError, Question  # noqa: E402
+from medrlvr_jax.data.tokenizer import MESSAGE, wrap  # noqa: E402
 from medrlvr_jax.rewards import rule  # noqa: E402
 from medrlvr_jax.tools.score_file import score_file  # noqa: E402
 
@@ -124,18 +124,18 @@ def prompts(folder: Path, dice: random.Random) -> str:
         "user",
         "\n",
         " ",
-        text.MESSAGE,
+        MESSAGE,
         "<answer>A</answer>",
         "\0",
         "é",
     ]
     content = "".join(dice.choices(pieces, k=dice.randint(1, 12))).strip() or "?"
     try:
-        ids = text.encode_prompt(tok, Question("x", content, ("a", content), 0), PromptConfig(template="none", chat=True))
+        ids = test_text.encode_prompt(tok, Question("x", content, ("a", content), 0), PromptConfig(template="none", chat=True))
     except DataError as e:
         assert "[/INST]" in content and "question x" in str(e), e
         return "refused"
-    plain = text.encode_prompt(tok, Question("x", "?", ("a", "b"), 0), PromptConfig(template="none", chat=True))
+    plain = test_text.encode_prompt(tok, Question("x", "?", ("a", "b"), 0), PromptConfig(template="none", chat=True))
     assert test_text.special_inside(tok, ids) == test_text.special_inside(tok, plain) and content in tok.show(ids)
     return "encoded"
 
@@ -155,7 +155,7 @@ def times(folder: Path, dice: random.Random) -> str:
     raise AssertionError((mode, bait))
 
 
-CHAT = [text.wrap(test_text.make(merges=test_text.SPACED)), text.wrap(test_text.make(test_text.INST, merges=test_text.SPACED))]
+CHAT = [wrap(test_text.make(merges=test_text.SPACED)), wrap(test_text.make(test_text.INST, merges=test_text.SPACED))]
 TARGETS = [(loaders, 40), (scorer, 40), (prompts, 40), (times, 1)]  # the number is how often in a round
 
 

@@ -15,12 +15,12 @@ import atheris
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-with atheris.instrument_imports(include=["medrlvr_jax.data.load", "medrlvr_jax.rewards.rule", "test_rewards"]):
+with atheris.instrument_imports(include=["medrlvr_jax.data", "medrlvr_jax.rewards.rule", "test_rewards"]):
     import test_rewards
 
     from medrlvr_jax.config.schema import SetConfig
     from medrlvr_jax.data import load as data
-    from medrlvr_jax.data.formats import DataError
+    from medrlvr_jax.data.question import DataError
 
 import test_data  # noqa: E402
 

@@ -58,8 +58,8 @@ from same_run import differences  # noqa: E402
 
 from medrlvr_jax import build, cli  # noqa: E402
 from medrlvr_jax.config import load as configs  # noqa: E402
-from medrlvr_jax.data import prompts as text  # noqa: E402
-from medrlvr_jax.data.formats import Question  # noqa: E402
+from medrlvr_jax.data.question import Question  # noqa: E402
+from medrlvr_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from medrlvr_jax.host import files  # noqa: E402
 from medrlvr_jax.model import decoder, families, lora  # noqa: E402
 from medrlvr_jax.model.decoder import DecoderConfig  # noqa: E402
@@ -205,7 +205,7 @@ def lay_out(size: str, sizes: Sizes, **changes: Any) -> build.Parts:
     for name, fields in changes.items():
         tree[name] = tree.get(name, {}) | fields
     config = configs.from_tree(tree, "on_device")
-    return build.lay_out(config, text.load_tokenizer("embedded"), SHAPES[size], jax.devices()[:1])
+    return build.lay_out(config, load_tokenizer("embedded"), SHAPES[size], jax.devices()[:1])
 
 
 def words(rng: np.random.Generator, vocab: int, *shape: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from test_train import NO_EVAL, folder, lines, main  # noqa: F401  (folder is a 
 import medrlvr_jax as mr
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import load
+from medrlvr_jax.data.question import fingerprint
 
 ROWS = [{"id": f"q{i}", "question": f"What helps sign {i}?", "options": ["aspirin", "heparin"], "answer": "AB"[i % 2]} for i in range(16)]
 QUESTIONS = [mr.Question(row["id"], row["question"], tuple(row["options"]), i % 2) for i, row in enumerate(ROWS)]
@@ -195,7 +196,7 @@ def test_rows_given_in_python_are_read_as_those_of_a_file(folder, tmp_path):  # 
     asked = []
     for rows in (ROWS, QUESTIONS, datasets.Dataset.from_list(ROWS), file, str(file)):
         spec, records = load.given(SetConfig(path="other.csv"), rows)
-        asked.append(load.fingerprint(load.read(spec, records)[0]))
+        asked.append(fingerprint(load.read(spec, records)[0]))
     assert asked == asked[:1] * 5
     mr.sft(settings(folder, "sft", steps=1), data=QUESTIONS)
     assert json.loads((folder / "runs/sft/inputs.json").read_text())["sets"]["data"]["n"] == 16
@@ -204,7 +205,7 @@ def test_rows_given_in_python_are_read_as_those_of_a_file(folder, tmp_path):  # 
     for data, message in (
         ([ROWS[0], ROWS[0]], "python:data, row 2: id 'q0' is already that of row 1"),
         ([3], "python:data, row 1: 3: a Question or a dict is needed"),
-        ([mr.Question("a", "b", ("c", "d"), 2)], "row 1: field answer: 2: give the place of the right one of its 2 options"),
+        ([mr.Question("a", "b", ("c", "d"), 2)], "row 1: field answer: 2: give the index of the right one of its 2 options"),
         ([], "python:data: there is not one record in it"),
         ([*QUESTIONS[:1], mr.Example("a", "b")], r"row 2: Example.*: the rows before it are of the kind Question"),
         ([mr.Example("a", "b")], "row 1: format text, where plain or .* is needed"),

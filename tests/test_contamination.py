@@ -8,7 +8,7 @@ import pytest
 from medrlvr_jax import cli
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import load as data
-from medrlvr_jax.data.formats import Question
+from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import contamination
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

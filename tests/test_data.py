@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from medrlvr_jax.config.schema import PassCountConfig, SetConfig
 from medrlvr_jax.data import load as data
-from medrlvr_jax.data.formats import DataError, Example, Question
-from medrlvr_jax.data.load import batch_at, load, load_text
+from medrlvr_jax.data import readers
+from medrlvr_jax.data.batches import batch_at
+from medrlvr_jax.data.formats import FORMATS
+from medrlvr_jax.data.load import load, read_text
+from medrlvr_jax.data.question import DataError, Example, Question, fingerprint, question_hash, repeats
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not in ../shared/data")
@@ -38,6 +41,10 @@ def file(tmp_path):
 
 def read(path, **fields):
     return load(SetConfig(path=path, **fields))
+
+
+def texts(config):
+    return read_text(config)[0]
 
 
 def complaint(path, **fields):
@@ -77,14 +84,15 @@ def test_medqa_of_four_and_five_options(file):
         Question("m-1", "Which nerve?", ("Ulnar", "Radial"), 1, "step1"),
         Question("q5", "Which nerve?", ("z", "y", "x", "w", "v"), 3, "step1"),
     ]
-    assert "field answer: 'Radial' is not option A, 'Ulnar'; mend either" in complaint(file("m.jsonl", [MEDQA | {"answer_idx": "A"}]))
+    wrong = file("m.jsonl", [MEDQA | {"answer_idx": "A"}])
+    assert "field answer: 'Radial' is not option A, 'Ulnar'; correct one of the two" in complaint(wrong)
 
 
 def test_mmlu_pro_keeps_health_of_several_categories(file):
     law = PRO | {"question_id": 71, "category": "law"}
     assert read(file("p.jsonl", [law, PRO])) == [Question("70", "Which?", ("x", "y", "z"), 2, "health")]
     assert len(read(file("p.jsonl", [law, law | {"question_id": 72}]))) == 2  # a set cut to one category on purpose
-    assert "answer_index: 1 is not 2, that of answer C" in complaint(file("p.jsonl", [PRO | {"answer_index": 1}]))
+    assert "answer_index: 1 is not 2, the index of answer C" in complaint(file("p.jsonl", [PRO | {"answer_index": 1}]))
 
 
 def test_mmlu_csv_without_header_and_the_hubs_form(file):
@@ -122,11 +130,11 @@ def test_pubmedqa_by_pmid_and_the_hubs_form(file):
 
 def test_text(file):
     path = file("t.jsonl", [{"prompt": "", "response": " Hello\n"}, {"text": "Bare."}, {"prompt": "Q ", "response": "A"}])
-    assert load_text(SetConfig(path=path)) == [Example("", " Hello\n"), Example("", "Bare."), Example("Q ", "A")]
-    assert load_text(SetConfig(path=path, format="text", limit=1)) == [Example("", " Hello\n")]
+    assert texts(SetConfig(path=path)) == [Example("", " Hello\n"), Example("", "Bare."), Example("Q ", "A")]
+    assert texts(SetConfig(path=path, format="text", limit=1)) == [Example("", " Hello\n")]
     assert "format text, where plain or medqa" in complaint(path)
     with pytest.raises(DataError, match="format plain, where text is needed"):
-        load_text(SetConfig(path=file("q.jsonl", [PLAIN])))
+        texts(SetConfig(path=file("q.jsonl", [PLAIN])))
 
 
 def test_limit_and_explicit_format(file):
@@ -137,7 +145,7 @@ def test_limit_and_explicit_format(file):
 
 def test_unknown_and_ambiguous_fields_list_the_formats(file):
     told = complaint(file("x.jsonl", [{"stem": "Which?", "key": "A"}]))
-    assert all(form in told for form in data.FORMATS) and "['stem', 'key'] fit no format" in told
+    assert all(form in told for form in FORMATS) and "['stem', 'key'] fit no format" in told
     assert "fit medqa and medmcqa alike; set format" in complaint(file("x.jsonl", [MEDQA | MCQA]))
 
 
@@ -184,7 +192,7 @@ def test_fields_that_a_format_does_not_read_are_told(file):
 def test_options_are_read_without_letters_of_their_own(file):
     for options in (["A. x", "B. y", "C. z"], ["(a) x", "(b) y", "c) z"], ["1. x", "2) y", "3: z"], ["A - x", "B - y", "C – z"]):
         path = file("own.jsonl", [PLAIN | {"options": options}])
-        assert read(path)[0].options == ("x", "y", "z") and 'bring letters ("A. …"): 1, taken off' in told(path)
+        assert read(path)[0].options == ("x", "y", "z") and 'bring letters ("A. …"): 1, removed' in told(path)
     given = MEDQA | {"options": {"A": "A. Ulnar", "B": "B. Radial"}}
     for answer in ("Radial", "B. Radial"):
         assert read(file("m.jsonl", [given | {"answer": answer}]))[0].options == ("Ulnar", "Radial")
@@ -241,7 +249,7 @@ def test_csv_by_commas_semicolons_or_tabs(file, mark):
         (PLAIN | {"options": ["x", "heparin"], "answer": "heparin"}, "it is the text of option B: give the letter"),
         (PLAIN | {"options": ["A. x", "A. x"]}, "field options: ('A. x', 'A. x') has one text twice"),
         (PLAIN | {"options": ["A. x", "B) x"]}, "has one text twice"),
-        (PLAIN | {"options": ["B. x", "C. y", "A. z"]}, "letters of their own, as B, C, A: which does the key mean?"),
+        (PLAIN | {"options": ["B. x", "C. y", "A. z"]}, "their own letters are B, C, A: which does the key mean?"),
         ({"question": "q", "choices": ["x", "y"], "answer": 0}, "needed, and not there; the record has ['question', 'choices', 'answer']"),
         ({"question": "q", "choices": ["x", "y"], "answer": 0}, "format plain was told by the first record alone"),
         (PLAIN | {"question": " "}, "field question: ' ' is blank"),
@@ -253,7 +261,7 @@ def test_csv_by_commas_semicolons_or_tabs(file, mark):
         (PLAIN | {"options": "A or B"}, "field options: 'A or B': a list of options is needed"),
         (PLAIN | {"options": ["x", 2]}, "field options 2: 2 is not a string"),
         (PLAIN | {"options": ["x", "x "]}, "field options: ('x', 'x') has one text twice"),
-        (PLAIN | {"id": [1]}, "field id: [1] is neither a string nor a whole number"),
+        (PLAIN | {"id": [1]}, "field id: [1] is neither a string nor an integer"),
         (PLAIN | {"rationale": 3}, "field rationale: 3 is not a string"),
         ('{"question": "a", "question": "b"}', "field 'question' is given twice"),
         ('{"question": ', "not JSON: Expecting value"),
@@ -281,7 +289,7 @@ def test_ids_must_differ(file):
 
 
 def test_an_absurd_line_is_refused_without_reading_it_whole(file, monkeypatch):
-    monkeypatch.setattr(data, "MAX_LINE", 2**20)
+    monkeypatch.setattr(readers, "MAX_LINE", 2**20)
     assert "line 2: longer than 1 MiB" in complaint(file("own.jsonl", [PLAIN, "x" * 2**21]))
 
 
@@ -326,7 +334,7 @@ def test_hub_sets_go_through_load_dataset_and_name_their_splits(monkeypatch):
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 VALUES = SCALARS | st.lists(SCALARS, max_size=4) | st.dictionaries(st.sampled_from("ABCDE") | st.text(max_size=3), SCALARS, max_size=4)
-FIELDS = sorted({field for form in data.FORMATS.values() for way in form.ways for field in way} | {"id", "subject", "rationale"})
+FIELDS = sorted({field for form in FORMATS.values() for variant in form.required for field in variant} | {"id", "subject", "rationale"})
 
 
 def only_data_errors(path, form):
@@ -340,7 +348,7 @@ def only_data_errors(path, form):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    form=st.sampled_from(["auto", *data.FORMATS]),
+    form=st.sampled_from(["auto", *FORMATS]),
     rows=st.lists(st.dictionaries(st.sampled_from(FIELDS), VALUES), max_size=3),
     damage=st.data(),
 )
@@ -365,7 +373,7 @@ def test_hostile_bytes_raise_nothing_but_data_errors(tmp_path_factory, form, suf
 def test_repeats_are_those_with_the_same_words_and_key():
     q = Question("1", "Which?", ("a", "b"), 0)
     others = [Question("2", "Which?", ("a", "b"), 1), Question("3", "Which?", ("b", "a"), 0), Question("4", "Which?", ("a", "b"), 0, "s")]
-    assert data.repeats([q, *others, Question("5", "Which?", ("a", "b"), 1)]) == {"4": "1", "5": "2"}
+    assert repeats([q, *others, Question("5", "Which?", ("a", "b"), 1)]) == {"4": "1", "5": "2"}
 
 
 def test_questions_by_their_pass_counts(file):
@@ -455,7 +463,7 @@ def test_real_counts(path, options):
 
 @real
 def test_real_keys_repeats_and_mmlu():
-    assert len(data.repeats(read(str(SHARED / "mmlu_pro/health_test.jsonl")))) == 818 - 723
+    assert len(repeats(read(str(SHARED / "mmlu_pro/health_test.jsonl")))) == 818 - 723
     assert Counter(q.answer for q in read(str(SHARED / "medmcqa/dev.jsonl"))) == {0: 1348, 1: 1085, 2: 925, 3: 825}
     files = sorted((SHARED / "mmlu").glob("*_test.csv"))
     assert len(files) == 6 and sum(len(read(str(path))) for path in files) == 1089
@@ -463,17 +471,17 @@ def test_real_keys_repeats_and_mmlu():
 
 def test_a_fingerprint_tells_rows_apart():
     one, other = Question("1", "?", ("a", "b"), 0), Question("1", "?", ("a", "b"), 1)
-    assert data.fingerprint([one, other]) == data.fingerprint([one, other]) != data.fingerprint([other, one])
-    assert data.fingerprint([([1, 2], [3])]) == {"n": 1, "sha256": "46d75cebab5a28687e02ac4f0090e7ea9c0f12b51e3a50dfa313390a21776049"}
+    assert fingerprint([one, other]) == fingerprint([one, other]) != fingerprint([other, one])
+    assert fingerprint([([1, 2], [3])]) == {"n": 1, "sha256": "46d75cebab5a28687e02ac4f0090e7ea9c0f12b51e3a50dfa313390a21776049"}
 
 
 def test_a_questions_hash_is_of_what_is_asked():
     question = Question("7", "Which?", ("x", "y", "z"), 2)
     shuffled = Question("other id", "Which?", ("z", "x", "y"), 0, subject="lung", order="CAB")
-    assert data.question_hash(question) == data.question_hash(shuffled) and re.fullmatch("[0-9a-f]{16}", data.question_hash(question))
+    assert question_hash(question) == question_hash(shuffled) and re.fullmatch("[0-9a-f]{16}", question_hash(question))
     others = [
         Question("7", "Who?", ("x", "y", "z"), 2),
         Question("7", "Which?", ("x", "z", "y"), 2),
         Question("7", "Which?", ("x", "y", "z"), 1),
     ]
-    assert len({data.question_hash(q) for q in [question, *others]}) == 4
+    assert len({question_hash(q) for q in [question, *others]}) == 4

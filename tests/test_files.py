@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from medrlvr_jax.config import load as configs
-from medrlvr_jax.data.formats import DataError
+from medrlvr_jax.data.question import DataError
 from medrlvr_jax.host import files, processes
 from medrlvr_jax.host.errors import ConfigError
 

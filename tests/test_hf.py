@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from test_parity import load
 
 from medrlvr_jax.config.schema import LoRAConfig, MeshConfig
-from medrlvr_jax.data.prompts import load_tokenizer
+from medrlvr_jax.data.tokenizer import load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder, lora
 from medrlvr_jax.model import weights as hf

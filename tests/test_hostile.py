@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from byte_tokenizer import byte_tokenizer
 from test_learn import CFG
 
 from medrlvr_jax import build, sharding
 from medrlvr_jax.config import load as configs
-from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.formats import Question
+from medrlvr_jax.data.question import Question
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rollout.rollout import encode, score_rollout
 from medrlvr_jax.types import Rollout
@@ -26,7 +26,7 @@ def test_a_prompt_that_holds_the_answer_earns_nothing(mode):
     c = configs.load(
         ROOT / "configs" / "quickstart.yaml", [f"reward.mode={mode}", "sample={questions: 8, samples: 1}", "prompt.max_tokens=400"]
     )
-    tok = text.byte_tokenizer()
+    tok = byte_tokenizer()
     questions = [
         Question(f"{i}", f"Which? {said}", ("a", "b"), 0) for i, said in enumerate([RIGHT, "<think>x</think><answer>", "<think>"] * 2)
     ]
@@ -35,7 +35,7 @@ def test_a_prompt_that_holds_the_answer_earns_nothing(mode):
     responses = ["", "A</answer>", "x</think><answer>A</answer>", "</answer>", "A", "</think>", "", RIGHT]
     tokens, mask = np.full((8, 1, 48), tok.pad_id, np.int32), np.zeros((8, 1, 48), bool)
     for row, response in enumerate(responses):
-        [ids] = text.encode_targets(tok, [response])
+        [ids] = tok.encode_targets([response])
         tokens[row, 0, : len(ids)], mask[row, 0, : len(ids)] = ids, True
     parts = build.lay_out(c, tok, CFG, jax.devices()[:1])
     rollout = sharding.place_rows(Rollout(tokens, mask, np.zeros(mask.shape, np.float32), None), 8, parts.mesh)

@@ -9,7 +9,7 @@ import yaml
 from test_train import folder, lines, main  # noqa: F401  (a fixture)
 
 from medrlvr_jax.config.load import from_tree
-from medrlvr_jax.data.formats import Question
+from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import monitors
 from medrlvr_jax.rewards import stages
 from medrlvr_jax.rewards.rule import score

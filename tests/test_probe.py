@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from byte_tokenizer import byte_tokenizer
 from test_text import make
 
 from medrlvr_jax import build
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.tokenizer import wrap
 from medrlvr_jax.evaluation import probe
 from medrlvr_jax.model import decoder
 from medrlvr_jax.rollout.rollout import encode
@@ -57,11 +59,11 @@ def test_cuts_and_sentences():
 
 
 def test_letters_are_those_tokens_in_which_the_texts_differ():
-    [(common, letters)] = probe.letter_tokens(text.byte_tokenizer(), ["<answer>"], [3])
+    [(common, letters)] = probe.letter_tokens(byte_tokenizer(), ["<answer>"], [3])
     assert bytes(common) == b"<answer>" and letters == [[65], [66], [67]]
     hf = make(merges=[(">", "A"), ("B", "<")])  # one letter is joined to what stands before it, one to what follows
     hf.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    joined = text.wrap(hf)
+    joined = wrap(hf)
     [(common, letters), (_, two)] = probe.letter_tokens(joined, ["<answer>", "<think>x</think><answer>"], [3, 2])
     assert bytes(common) == b"<answer" and [joined.show(ids) for ids in letters] == [">A<", ">B<", ">C<"] and len(letters[0]) == 2
     assert [joined.show(ids) for ids in two] == [">A<", ">B<"]

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from medrlvr_jax import build
 from medrlvr_jax.config import load as configs
-from medrlvr_jax.data import formats
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import options as shuffle
-from medrlvr_jax.data.formats import Question
+from medrlvr_jax.data.batches import batch_at
+from medrlvr_jax.data.question import LETTERS, Question
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.rollout.rollout import Encoded, encode
 
@@ -79,7 +79,7 @@ def test_an_order_loses_nothing_and_moves_no_anchor(options, draw):
         assert set(places[:wall]) == set(range(wall))
     moved = shuffle.shuffled(q, 1, draw)
     assert moved.options[moved.answer] == q.options[q.answer] and places[moved.answer] == q.answer
-    assert "".join(formats.LETTERS[i] for i in places) == moved.order
+    assert "".join(LETTERS[i] for i in places) == moved.order
 
 
 def test_orders_are_even_and_functions_of_seed_draw_and_id():
@@ -109,10 +109,10 @@ def test_prompts_follow_their_questions_and_keep_their_width():
     questions = data.load(parts.config.data)
     encoded = encode(parts.tokenizer, questions, parts.config, shuffle=True)
     first, second = (train.at_epoch(parts, encoded, step) for step in (1, 3))
-    index = data.batch_at(16, 1, 8, 0)
+    index = batch_at(16, 1, 8, 0)
     assert first.width == encoded.width and [q.options for q in first.questions] != [q.options for q in second.questions]
     for i, (old, q, row) in enumerate(zip(questions, first.questions, first.tokens, strict=True)):
-        assert row == text.encode_prompt(parts.tokenizer, q, parts.config.prompt)
+        assert [row] == text.encode_questions(parts.tokenizer, [q], parts.config.prompt)
         assert sorted(q.options) == sorted(old.options) and q.options[q.answer] == old.options[old.answer]
         assert bool(q.order) == (i in index)
     tight = Encoded(**vars(encoded) | {"width": 0})

@@ -18,8 +18,8 @@ from medrlvr_jax import build, cli, sharding
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config import schema
 from medrlvr_jax.config.schema import RewardConfig, SetConfig
-from medrlvr_jax.data import formats
 from medrlvr_jax.data import load as data
+from medrlvr_jax.data.question import LETTERS, fingerprint, question_hash
 from medrlvr_jax.evaluation import difficulty
 from medrlvr_jax.model import decoder, lora, weights
 from medrlvr_jax.rewards import rule
@@ -160,7 +160,7 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     assert counts["n"] == counts["questions"] == len(lines(folder / "answers" / "in_distribution.jsonl")) == 12
     assert (counts["accuracy_low"], counts["accuracy_high"]) == (found["accuracy"]["low"], found["accuracy"]["high"])
     spec = SetConfig(path="embedded:in_distribution", limit=12)
-    assert written["sets"]["in_distribution"]["data"] == data.fingerprint(data.load(spec)) and set(written["sets"]) == set(written["eval"])
+    assert written["sets"]["in_distribution"]["data"] == fingerprint(data.load(spec)) and set(written["sets"]) == set(written["eval"])
     assert written["config"]["eval"]["sets"]["other"]["limit"] == 8 and written["template"].startswith(
         "Question: {question}\nA. {option A}"
     )
@@ -172,8 +172,8 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     rows = lines(folder / "orders" / "in_distribution.jsonl")
     assert len(rows) == 24 and rows[0]["id"] == rows[1]["id"] and rows[0]["order"] != rows[1]["order"]
     asked = {q.id: q for q in data.load(SetConfig(path="embedded:in_distribution"))}
-    assert all(r["order"][formats.LETTERS.index(r["key"])] == formats.LETTERS[asked[r["id"]].answer] for r in rows)
-    assert all(r["question_hash"] == data.question_hash(asked[r["id"]]) for r in rows)
+    assert all(r["order"][LETTERS.index(r["key"])] == asked[r["id"]].reference for r in rows)
+    assert all(r["question_hash"] == question_hash(asked[r["id"]]) for r in rows)
     assert main("eval", run, "--out", folder / "direct", "reward.mode=direct") == 0  # no thought is asked for: it has no stage
     assert {r["stage"] for r in lines(folder / "direct" / "in_distribution.jsonl")} == {None} != {rows[0]["stage"]}
     assert main("probe", run, "--out", folder / "probed") == 0
@@ -263,7 +263,7 @@ def test_grpo_and_sft_run(folder, capsys, caplog):
     assert main("train", folder / "config.yaml", *grpo) == 0
     assert "critic/loss" not in lines(folder / "runs/grpo/metrics.jsonl")[-1]
     row = lines(folder / "runs/grpo/samples.jsonl")[0]
-    assert sorted(row["order"]) == list(formats.LETTERS[: row["options"]])
+    assert sorted(row["order"]) == list(LETTERS[: row["options"]])
     sft = ["name=sft", "steps=12", "sft.target=rationale", *NO_EVAL, "checkpoint.every=0", "learn.policy.lr=1e-2"]
     sft += ["learn.critic=null"]  # and so no estimator would do: fine-tuning has no advantages
     assert main("sft", folder / "config.yaml", *sft) == 0

@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from byte_tokenizer import byte_tokenizer
 from rewards_of_users import POISON
 from test_learn import CFG
 from test_train import NO_EVAL, folder, lines, main  # noqa: F401  (a fixture)
@@ -15,8 +16,7 @@ from test_train import NO_EVAL, folder, lines, main  # noqa: F401  (a fixture)
 from medrlvr_jax import build, sharding
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import AdvantageConfig, KLConfig, LossConfig, RewardConfig
-from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.formats import Question
+from medrlvr_jax.data.question import Question
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rewards import user
 from medrlvr_jax.rewards.user import RewardError, UserReward
@@ -160,10 +160,10 @@ def test_evaluation_judges_by_the_rule_alone():
     tree = {"name": "t", "steps": 1, "model": {"path": ""}, "data": {"path": ""}, "learn": {"policy": {"lr": 1e-3}}}
     shape = {"sample": {"questions": 1}, "learn": {"policy": {"lr": 1e-3}, "critic": {"lr": 1e-3}, "minibatch": 1}, "eval": {"batch": 1}}
     c = configs.from_tree(tree | shape | {"prompt": {"template": "none"}, "reward": {"fn": "no_such_module:f"}})
-    tok = text.byte_tokenizer()
+    tok = byte_tokenizer()
     parts = build.lay_out(c, tok, CFG, jax.devices()[:1])
     encoded = encode(tok, [Question("0", "Which?", ("a", "b"), 0)], c)
-    tokens = np.array([[text.encode_targets(tok, ["<think>x</think><answer>A</answer>"])[0]]], np.int32)
+    tokens = np.array([[tok.encode_targets(["<think>x</think><answer>A</answer>"])[0]]], np.int32)
     rollout = sharding.place_rows(Rollout(tokens, tokens >= 0, np.zeros(tokens.shape, np.float32), None), 1, parts.mesh)
     scored = score_rollout(parts, encoded, np.arange(1), rollout)
     assert scored.verdicts.reward.tolist() == [1.0] and scored.failed == {}

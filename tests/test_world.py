@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from medrlvr_jax.config.schema import PromptConfig, RewardConfig
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.formats import LETTERS, Question
+from medrlvr_jax.data.question import LETTERS, TAGS, Question
+from medrlvr_jax.data.tokenizer import load_tokenizer
 from medrlvr_jax.rewards.rule import LEAK, score
 from medrlvr_jax.rewards.stages import stage
 from medrlvr_jax.world import knowledge, words, world
@@ -236,7 +237,7 @@ def test_special_tokens_tags_and_letters():
     assert (t.eos_token, t.pad_token, t.bos_token) == ("<eos>", "<pad>", None)
     assert (config["eos_token_id"], config["pad_token_id"]) == (t.eos_token_id, t.pad_token_id)
     assert config["vocab_size"] >= len(t) and config["vocab_size"] % 64 == 0
-    assert not {*text.TAGS} & {*t.all_special_tokens}
+    assert not {*TAGS} & {*t.all_special_tokens}
     for letter in LETTERS:  # one token with its point, next to its name on either side
         rows = [f"<answer>{letter}</answer>", f"\n{letter}. aspirin", f" aspirin {letter}."]
         tokens = [t.convert_ids_to_tokens(t.encode(row)) for row in rows]
@@ -246,11 +247,11 @@ def test_special_tokens_tags_and_letters():
 
 
 def test_prompts_and_responses_are_short():
-    tok, plain = text.load_tokenizer("embedded"), PromptConfig(template="none")
+    tok, plain = load_tokenizer("embedded"), PromptConfig(template="none")
     for split in SPLITS:
         prompts, dropped = text.encode_prompts(tok, asked(split), replace(plain, max_tokens=96 if split == "out_of_distribution" else 64))
-        targets = text.encode_targets(tok, [f"<think>{q.rationale}</think><answer>A</answer>" for q in asked(split)])
+        targets = tok.encode_targets([f"<think>{q.rationale}</think><answer>A</answer>" for q in asked(split)])
         assert prompts and not dropped and max(map(len, targets)) <= 48
-    assert max(map(len, text.encode_targets(tok, [e.response for e in corpus()]))) <= 52
+    assert max(map(len, tok.encode_targets([e.response for e in corpus()]))) <= 52
     q = asked("train")[0]
-    assert text.encode_prompt(tok, q, plain) == text.encode_texts(tok, [text.render(q, "none") + "\n"])[0]  # the corpus's prompt is RL's
+    assert text.encode_questions(tok, [q], plain) == tok.encode_texts([text.render(q, "none") + "\n"])  # the corpus's prompt is RL's

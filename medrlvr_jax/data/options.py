@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from medrlvr_jax.data.formats import LETTERS, Question, brings_letters
+from medrlvr_jax.data.question import LETTERS, Question, brings_letters
 
 SOME = r"(?:all|none|any|both|neither|either|each|some|one|two|more than one)"
 ABOVE = re.compile(  # "all of the above", "Both", "none of these", "neither of the other options", "All above"; but not "above the knee"
@@ -54,10 +54,18 @@ def named(option: str, n: int) -> tuple[set[int], bool]:
     numbers = {word for word in words if re.fullmatch("[1-9]|10", word) and int(word) <= n}
     if len(words) > 1 and not re.search(r"\w['’-]\w|\d\.\d|\w[-+](?:,|$)", option):  # neither 2.5 nor A+
         if letters and content <= letters:
-            return {place for word in letters for letter in word if (place := LETTERS.index(letter.upper())) < n}, False
-        if content == numbers and (len(numbers) > 1 or not {"only", "alone", "except", "but"}.isdisjoint(words)):
+            return {
+                place for word in letters for letter in word if (place := LETTERS.index(letter.upper())) < n
+            }, False
+        if content == numbers and (
+            len(numbers) > 1 or not {"only", "alone", "except", "but"}.isdisjoint(words)
+        ):
             return {int(word) - 1 for word in numbers}, True
-    names = [name for match in NOUN.finditer(option) for name in re.findall(r"\b(?:[a-hj]|[1-9]|10)\b", match[1], re.I)]
+    names = [
+        name
+        for match in NOUN.finditer(option)
+        for name in re.findall(r"\b(?:[a-hj]|[1-9]|10)\b", match[1], re.I)
+    ]
     names += [match[1] for pattern in (FIRST, LAST) for match in pattern.finditer(option)]
     places = {int(name) - 1 if name.isdigit() else LETTERS.index(name.upper()) for name in names}
     return {place for place in places if place < n}, False
@@ -75,7 +83,9 @@ def anchored(options: tuple[str, ...]) -> tuple[set[int], set[int]]:
             walls.add(i)
             capitals = re.findall(r"(?<![\w'’-])(?:(?!^)A|[B-HJ])(?![\w'’-])", text)
             stay |= {i} | places | {place for letter in capitals if (place := LETTERS.index(letter)) < n}
-        elif places and not (by_number and any(names[place][1] for place in places)):  # those number what the stem lists
+        elif places and not (
+            by_number and any(names[place][1] for place in places)
+        ):  # those number what the stem lists
             stay |= {i} | places
     return stay, walls
 
@@ -98,4 +108,9 @@ def shuffled(question: Question, seed: int, draw: int) -> Question:
     """The question with its options in the order of `draw`, an epoch or a sample; `order` holds their letters in the file."""
     places = order(question, seed, draw)
     options = tuple(question.options[i] for i in places)
-    return dataclasses.replace(question, options=options, answer=places.index(question.answer), order="".join(LETTERS[i] for i in places))
+    return dataclasses.replace(
+        question,
+        options=options,
+        answer=places.index(question.answer),
+        order="".join(LETTERS[i] for i in places),
+    )

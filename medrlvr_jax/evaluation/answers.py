@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medrlvr_jax.data.formats import LETTERS
+from medrlvr_jax.data.question import LETTERS
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.host import tables
 from medrlvr_jax.host.errors import ConfigError
@@ -35,7 +35,7 @@ class Answers(NamedTuple):
     repeats: np.ndarray  # bool [n], the exact repeats of an earlier question
     entropy: np.ndarray  # float [n, k], nats per token of each response; NaN where it was not taken
     shuffled: np.ndarray  # bool [n]
-    hashes: np.ndarray  # str [n], `data.question_hash`; "" in answers of versions that wrote none
+    hashes: np.ndarray  # str [n], `question.question_hash`; "" in answers of versions that wrote none
 
     def only(self, use: np.ndarray) -> "Answers":
         return Answers(*(column[use] for column in self))

@@ -24,7 +24,7 @@ import numpy as np
 from medrlvr_jax.config.load import load
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import load as data
-from medrlvr_jax.data.formats import Question
+from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import answers, stats
 from medrlvr_jax.host import tables
 from medrlvr_jax.host.errors import ConfigError

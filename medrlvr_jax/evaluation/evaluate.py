@@ -17,7 +17,7 @@ from medrlvr_jax.config.load import load
 from medrlvr_jax.config.schema import Config, SampleConfig, SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.formats import Question
+from medrlvr_jax.data.question import Question, fingerprint, question_hash
 from medrlvr_jax.evaluation import answers, monitors, stats
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
@@ -88,7 +88,7 @@ def ask(
     for row in np.flatnonzero(scored.places < n * alone).tolist():
         question, which = divmod(int(scored.places[row]), alone)
         asked = scored.questions[row]
-        whose = {"subject": asked.subject, "sample": draw + which, "question_hash": data.question_hash(asked)}
+        whose = {"subject": asked.subject, "sample": draw + which, "question_hash": question_hash(asked)}
         if asked.id in encoded.repeats:
             whose |= {"repeats": encoded.repeats[asked.id]}
         rows.append((int(index[question]) * k + draw + which, scored.record(row) | whose))
@@ -192,9 +192,7 @@ def chosen_on(source: Path, step: int, sets: dict[str, SetConfig]) -> list[str]:
 def how_made(parts: Parts, sets: dict[str, Encoded]) -> dict[str, Any]:
     """What eval.json says so that the same could be asked again: the resolved settings, the prompt's wording, and of each set hashes of
     the questions and of the prompts' tokens as the model was given them (shuffled options: as the file has them)."""
-    asked = {
-        name: {"data": data.fingerprint(encoded.questions), "prompts": data.fingerprint(encoded.tokens)} for name, encoded in sets.items()
-    }
+    asked = {name: {"data": fingerprint(encoded.questions), "prompts": fingerprint(encoded.tokens)} for name, encoded in sets.items()}
     blank = Question("", "{question}", ("{option A}", "{option B}"), 0)
     template = text.render(blank, parts.config.prompt.template)
     return {"config": configs.to_tree(parts.config), "template": template, "sets": asked}

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from medrlvr_jax.config.schema import Config
-from medrlvr_jax.data.formats import LETTERS
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.rewards import stages
@@ -89,7 +88,7 @@ def watch(scored: Scored, samples: int) -> dict[str, float]:
     Of each question only the first sample counts, so that answers are independent of each other.
     """
     first = np.flatnonzero(scored.places % samples == 0).tolist()
-    told = gather([[str(scored.verdicts.answer[i]) for i in first], [LETTERS[scored.questions[i].answer] for i in first]])
+    told = gather([[str(scored.verdicts.answer[i]) for i in first], [scored.questions[i].reference for i in first]])
     answers, key = (np.array([x for part in told for x in part[i]], str) for i in (0, 1))
     bias = stats.letter_bias(answers, key)
     rare = [letter for letter in bias["letters"] if (key == letter).sum() < RARE]  # χ² needs some of each: these count as one letter,
@@ -191,7 +190,7 @@ def examples(alarm: Alarm, scored: Scored, metrics: dict[str, Any], samples: int
     elif name == "response_length":
         rows = np.argsort(-scored.lengths if alarm.high else scored.lengths, kind="stable")
     elif name == "letter_shift":
-        answers, key = scored.verdicts.answer, np.array([LETTERS[q.answer] for q in scored.questions])
+        answers, key = scored.verdicts.answer, np.array([q.reference for q in scored.questions])
         wrong, counts = np.unique(answers[(answers != key) & (answers != "")], return_counts=True)
         rows = np.flatnonzero((answers != key) & (answers == wrong[counts.argmax()])) if len(wrong) else np.zeros(0, int)
     elif name == "equal_groups":

@@ -29,7 +29,8 @@ import numpy as np
 
 from medrlvr_jax.build import Parts, make_relay
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.formats import LETTERS
+from medrlvr_jax.data.question import LETTERS
+from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.evaluation.answers import percent
 from medrlvr_jax.evaluation.evaluate import evaluate, load_sets, new_folder, open_source
@@ -76,13 +77,13 @@ def forced(context: str | None, seam: str) -> str:
     return "<answer>" if context is None else f"<think>{context}</think>{seam}<answer>"
 
 
-def letter_tokens(tok: text.Tokenizer, before: list[str], options: list[int]) -> list[tuple[list[int], list[list[int]]]]:
+def letter_tokens(tok: Tokenizer, before: list[str], options: list[int]) -> list[tuple[list[int], list[list[int]]]]:
     """For each text: the tokens that it and any of its letters have in common, and for each letter those in which it differs.
 
     Whole texts are encoded, up to `</answer>`: where a tokenizer joins a letter to what stands next to it, so does this.
     """
     texts = [f"{b}{letter}</answer>" for b, n in zip(before, options, strict=True) for letter in LETTERS[:n]]
-    rows, out, start = text.spell(tok, texts), [], 0
+    rows, out, start = tok.spell(texts), [], 0
     for n in options:
         mine, start = rows[start : start + n], start + n
         least = min(map(len, mine))

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.data.formats import EMPTY_THOUGHT, LETTERS, DataError
+from medrlvr_jax.data.question import EMPTY_THOUGHT, LETTERS, DataError
 
 WHITE = b" \t\n\v\f\r"
 DEFAULT = RewardConfig()

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from medrlvr_jax.build import Parts
-from medrlvr_jax.data.load import fingerprint
+from medrlvr_jax.data.question import fingerprint
 from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import Diverged

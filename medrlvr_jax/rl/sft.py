@@ -28,7 +28,10 @@ from medrlvr_jax.build import (
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.load import Records, fingerprint, given, read, read_text, step_batch
+from medrlvr_jax.data.batches import step_batch
+from medrlvr_jax.data.load import given, read, read_text
+from medrlvr_jax.data.question import fingerprint
+from medrlvr_jax.data.readers import Records
 from medrlvr_jax.evaluation import evaluate
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import agree
@@ -49,13 +52,13 @@ def encode_pairs(parts: Parts, records: Records | None = None) -> tuple[list[tup
         raise ConfigError("data.shuffle_options: fine-tuning encodes its rows once, and rationales may name letters; set it to false")
     if c.sft.target == "text":
         examples, told = read_text(c.data, records)
-        prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, [e.prompt for e in examples])]
+        prompts = [ids or [tok.stop_ids[0]] for ids in tok.encode_texts([e.prompt for e in examples])]
         targets = [e.response for e in examples]
     else:
         questions, told = read(c.data, records)
         prompts = text.encode_questions(tok, questions, c.prompt)
         targets = text.to_teach(tok, [text.sft_target(q, c.sft.target) for q in questions], c.prompt)
-    rows = list(zip(prompts, text.encode_targets(tok, targets), strict=True))
+    rows = list(zip(prompts, tok.encode_targets(targets), strict=True))
     kept = [r for r in rows if len(r[0]) <= c.prompt.max_tokens and len(r[1]) <= c.sft.max_new_tokens]
     if not kept:
         raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")

@@ -30,7 +30,9 @@ from medrlvr_jax.build import Parts, build, check_positions, init_learner, load_
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.load import Records, given, read, step_batch
+from medrlvr_jax.data.batches import step_batch
+from medrlvr_jax.data.load import given, read
+from medrlvr_jax.data.readers import Records
 from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather

@@ -14,9 +14,9 @@ import numpy as np
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import Config, SampleConfig
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.formats import LETTERS, Question
-from medrlvr_jax.data.load import fingerprint, repeats
 from medrlvr_jax.data.options import shuffled
+from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
+from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.processes import agree
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.rewards import stages
@@ -43,8 +43,8 @@ class Encoded:
     dropped: int
     width: int  # columns of a batch of prompts, whichever questions it holds and in whatever order their options stand
     shuffle: bool = False  # whether its options are to be shuffled: see `reorder`
-    repeats: dict[str, str] = dataclasses.field(default_factory=dict)  # see `data.repeats`
-    told: str = ""  # how the set was read, for the console: see `data.read`
+    repeats: dict[str, str] = dataclasses.field(default_factory=dict)  # see `question.repeats`
+    told: str = ""  # how the set was read, for the console: see `load.read`
 
     @property
     def longest(self) -> int:
@@ -76,7 +76,7 @@ class Scored:
         return {
             "id": question.id,
             "completion": self.completions[row],
-            "key": LETTERS[question.answer],
+            "key": question.reference,
             "options": len(question.options),
             "answer": str(v.answer[row]) or None,
             "reward": None if failed else float(v.reward[row]),
@@ -91,7 +91,7 @@ class Scored:
         } | failed
 
 
-def encode(tokenizer: text.Tokenizer, questions: list[Question], config: Config, shuffle: bool = False) -> Encoded:
+def encode(tokenizer: Tokenizer, questions: list[Question], config: Config, shuffle: bool = False) -> Encoded:
     tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt)
     gone = set(dropped)
     kept = [i for i in range(len(questions)) if i not in gone]
@@ -132,11 +132,11 @@ def score_rollout(
     groups, length = tokens.shape[1:]
     flat, flat_mask = tokens.reshape(-1, length), mask.reshape(-1, length)
     begun = judged_beginning(text.begins(tokenizer, parts.config.prompt), parts.config.reward.mode)
-    completions = [begun + c for c in text.decode(tokenizer, flat, flat_mask)]
+    completions = [begun + c for c in tokenizer.decode(flat, flat_mask)]
     lengths = flat_mask.sum(1)
     last = flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)]
     questions = [encoded.questions[i] for i in index[own] for _ in range(groups)]
-    keys, options, rule = [LETTERS[q.answer] for q in questions], [q.options for q in questions], parts.config.reward
+    keys, options, rule = [q.reference for q in questions], [q.options for q in questions], parts.config.reward
     verdicts = score(completions, keys, options, rule)
     shown: list[str | None] = [None] * len(completions)
     if rule.mode != "direct":

@@ -14,8 +14,7 @@ from typing import Any
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import SetConfig
-from medrlvr_jax.data import load as data
-from medrlvr_jax.data.formats import Question
+from medrlvr_jax.data.question import Question, fingerprint
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import by_leader
@@ -88,8 +87,8 @@ def _weights(parts: Parts) -> dict[str, str]:
 def of_rows(spec: SetConfig, rows: list[Any], tokens: list[Any]) -> dict[str, Any]:
     """Digests of a set's rows in their order, and of the tokens that tokenizer, chat template and wording make of them."""
     asked = [[q.id, q.question, q.options, q.answer] if isinstance(q, Question) else q for q in rows]
-    marks = "".join(data.fingerprint([row])["sha256"][:MARK] for row in asked)
-    return {"from": configs.to_tree(spec)} | data.fingerprint(asked) | {"marks": marks, "tokens": data.fingerprint(tokens)["sha256"]}
+    marks = "".join(fingerprint([row])["sha256"][:MARK] for row in asked)
+    return {"from": configs.to_tree(spec)} | fingerprint(asked) | {"marks": marks, "tokens": fingerprint(tokens)["sha256"]}
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -33,7 +33,7 @@ import numpy as np
 from medrlvr_jax.build import Parts, build, load_base, load_frozen, load_params, make_relay
 from medrlvr_jax.config.load import from_tree, override
 from medrlvr_jax.config.schema import Config, RewardConfig, SampleConfig
-from medrlvr_jax.data.formats import Question
+from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import answers
 from medrlvr_jax.evaluation.evaluate import evaluate
 from medrlvr_jax.model import lora

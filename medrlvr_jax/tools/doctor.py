@@ -115,7 +115,8 @@ def _run(config: Config) -> Iterator[Finding]:
 def _model(config: Config, run: Path) -> Iterator[Finding]:
     """Mesh, model and tokenizer, by the same code that begins a training."""
     from medrlvr_jax import build
-    from medrlvr_jax.data import prompts as text
+    from medrlvr_jax.data.prompts import begins
+    from medrlvr_jax.data.traps import tokenizer_traps
     from medrlvr_jax.model import lora, weights
     from medrlvr_jax.rewards import rule
     from medrlvr_jax.rl.learn import make_optimizer
@@ -134,9 +135,9 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
         if others := weights.passed_over(config.model.path):
             remedy = "if they are the weights that you mean, move model.safetensors away"
             yield Finding("warning", f"weights: {', '.join(others)}: passed over, since there is a model.safetensors", remedy)
-    for line in text.tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):
+    for line in tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):
         yield Finding("note", f"tokenizer: {line}")
-    if trap := rule.beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
+    if trap := rule.beginning_trap(begins(parts.tokenizer, config.prompt), config.reward.mode):
         yield Finding("warning", *trap)
     learners = [(parts.cfg, config.learn.policy), (parts.critic_cfg, config.learn.critic)]
     states = [build.abstract_learner(parts, cfg, make_optimizer(optimiser, 1)) for cfg, optimiser in learners if optimiser]

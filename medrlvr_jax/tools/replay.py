@@ -14,6 +14,7 @@ import jax
 from medrlvr_jax.build import build, load_frozen, total_steps
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.data import load as data
+from medrlvr_jax.data.batches import step_batch
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
@@ -55,7 +56,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
             if time.monotonic() - said > QUIET:
                 said = time.monotonic()
                 console.notice(f"step {k + 1}/{step - 1}")
-        encoded, index = train.at_epoch(parts, encoded, step - 1), data.step_batch(c, len(encoded.questions), step - 1)
+        encoded, index = train.at_epoch(parts, encoded, step - 1), step_batch(c, len(encoded.questions), step - 1)
         key = jax.random.fold_in(jax.random.key(c.seed), step - 1)
         decode_params = programs.relay(lora.join(frozen.base, state.policy.params))
         rollout = draw(decode_params, parts.sampler_cfg, parts, place_prompts(parts, encoded, index), key, c.sample)

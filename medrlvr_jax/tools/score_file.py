@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.data.formats import LETTERS, DataError, listed, options_and_key
-from medrlvr_jax.data.load import jsonl
+from medrlvr_jax.data.formats import options_and_key
+from medrlvr_jax.data.question import LETTERS, DataError, field_names
+from medrlvr_jax.data.readers import read_json
 from medrlvr_jax.rewards.rule import BLOCK, brief, score
 
 
@@ -17,7 +18,7 @@ def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, 
     """Score a JSONL file into another, line by line in the same order, and return how many lines had each reason.
 
     In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}`, 2 to 10 options, other fields ignored; read as
-    questions are (`data.jsonl`), so blank lines are passed over and have no line in the output.
+    questions are (`readers.read_json`), so blank lines are passed over and have no line in the output.
     Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of REASONS}`.
     `prefill` stood at the end of each prompt, and is judged as the beginning of each completion.
     A line that cannot be scored raises `DataError`, and then there is no output at all: the file gets its name when it is whole.
@@ -52,7 +53,7 @@ def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, 
 def _blocks(source: Path, most_rows: int = BLOCK, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, str, tuple[str, ...]]]]:
     """The file's records, as many at a time as are good for speed and kind to memory."""
     block, size = [], 0
-    for number, row in jsonl(source):
+    for number, row in read_json(source):
         try:
             block.append(_record(row))
         except DataError as e:
@@ -71,6 +72,6 @@ def _record(row: dict[str, Any] | DataError) -> tuple[str, str, tuple[str, ...]]
         raise row
     completion = row.get("completion")
     if not isinstance(completion, str):
-        raise DataError(f'field completion: {brief(completion)} is not a text; an empty completion is ""; the line has {listed(row)}')
+        raise DataError(f'field completion: {brief(completion)} is not a text; an empty completion is ""; the line has {field_names(row)}')
     options, key = options_and_key(row)
     return completion, LETTERS[key], options

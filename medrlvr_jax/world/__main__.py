@@ -2,7 +2,7 @@
 
 import sys
 
-from medrlvr_jax.data.formats import LETTERS
+from medrlvr_jax.data.question import LETTERS
 from medrlvr_jax.world import words, world
 
 

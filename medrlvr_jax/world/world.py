@@ -29,7 +29,7 @@ from functools import cache
 from random import Random
 from typing import Any, NamedTuple, TypeVar
 
-from medrlvr_jax.data.formats import LETTERS, Example, Question
+from medrlvr_jax.data.question import LETTERS, Example, Question
 from medrlvr_jax.world.knowledge import Condition, finding_sets, histories, table, wrong_options
 
 T = TypeVar("T")

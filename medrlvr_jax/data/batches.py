@@ -1,0 +1,76 @@
+"""Which questions a run trains on, and which of them each step takes: pure functions of the config and the step."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from medrlvr_jax.config.schema import Config, PassCountConfig
+from medrlvr_jax.data.question import DataError, Question
+from medrlvr_jax.data.readers import read_json
+
+
+def batch_at(n: int, step: int, size: int, seed: int, in_order: bool = False) -> Int64[np.ndarray, " size"]:
+    """The indices of the `size` questions, of `n`, that step `step` takes. A resumed run takes the same.
+
+    Each epoch has n // size steps and its own permutation, keyed by (seed, epoch). The rest that does not fill a batch is
+    left out; it differs between epochs. `in_order`: an epoch takes its questions in the order of the file. The permutation
+    sorts raw Philox words, because NumPy promises only that stream, not `Generator.permutation`, across versions.
+    """
+    if size > n:
+        remedy = f"set sample.questions to {n} or less"
+        raise DataError(f"a batch of {size} questions cannot be drawn from {n} without repeats; {remedy}")
+    epoch, i = divmod(step, n // size)
+    words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
+    taken = np.argsort(words, kind="stable")[: n // size * size]
+    return (np.sort(taken) if in_order else taken)[i * size : (i + 1) * size]
+
+
+def step_batch(config: Config, n: int, step: int) -> Int64[np.ndarray, " questions"]:
+    """`batch_at` for a run over n questions."""
+    in_order = config.data.pass_count is not None and config.data.pass_count.order is not None
+    return batch_at(n, step, config.sample.questions, config.seed, in_order)
+
+
+def select(questions: list[Question], config: PassCountConfig) -> list[Question]:
+    """The questions that `keep` and `top` select, in `order`. Questions too long to be sampled have no count: left out."""
+    low, high = config.keep or (0, float("inf"))
+    field = config.order if config.order in ("variance", "impact") else "right"
+    counts = _read_counts(config, field)
+    if missing := [q.id for q in questions if q.id not in counts]:
+        problem = (
+            f"{len(missing)} of {len(questions)} questions have no count there, the first is {missing[0]!r}"
+        )
+        raise DataError(
+            f"pass_count.file {config.file!r}: {problem}; run `medrlvr difficulty` on this set, to its end"
+        )
+    selected = [q for q in questions if (right := counts[q.id][0]) is not None and low <= right <= high]
+    if not selected:
+        raise DataError(
+            f"pass_count.keep: no question has {low} to {high} right samples by {config.file}; widen it"
+        )
+    sign = {None: 0, "hard_first": 1}.get(config.order, -1)  # every other order: the largest first
+    return sorted(selected, key=lambda q: sign * counts[q.id][1])[: config.top]
+
+
+def _read_counts(config: PassCountConfig, field: str) -> dict[str, tuple[int | None, float]]:
+    """By question id: right samples (None: not sampled), and the number in `field`, by which `order` sorts."""
+    path = Path(config.file).expanduser()
+    if not path.is_file():
+        raise DataError(f"pass_count.file {config.file!r}: no such file; `medrlvr difficulty` writes one")
+    counts = {}
+    for number, row in read_json(path):
+        where = f"{path}, line {number}"
+        if (
+            isinstance(row, DataError)
+            or type(row.get("id")) is not str
+            or type(row.get("right")) not in (int, type(None))
+        ):
+            example = '{"id": "train-1", "right": 3}'
+            raise DataError(f"{where}: a line such as {example} is needed, as `medrlvr difficulty` writes")
+        right, score = row.get("right"), row.get(field)
+        if right is not None and type(score) not in (int, float):
+            remedy = "`medrlvr difficulty --history` writes one"
+            raise DataError(f"{where}: no number {field!r} in it, by which pass_count.order goes; {remedy}")
+        counts[row["id"]] = right, score or 0.0
+    return counts

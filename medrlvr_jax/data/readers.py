@@ -1,0 +1,240 @@
+"""From files, the hub and Python to records: each reader yields (line or row number, the record's fields or a `DataError`).
+
+Errors are yielded, not raised, so that one pass over a file reports all its bad lines.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any, BinaryIO, TextIO
+
+from medrlvr_jax.config.schema import SetConfig
+from medrlvr_jax.data.question import LETTERS, DataError, Example, Question
+from medrlvr_jax.host import files
+
+Records = Iterable[
+    Question | Example | Mapping[str, Any]
+]  # what a caller may give in Python; a datasets.Dataset is one
+Rows = Iterator[tuple[int, dict[str, Any] | DataError]]
+PYTHON = "python:data"  # SetConfig.path of records that were given in Python
+MAX_LINE = 16 * 2**20  # bytes: longer than any question, so the file is of another kind
+BOM = b"\xef\xbb\xbf"  # the mark that Windows programs put before UTF-8
+
+
+def open_records(config: SetConfig) -> tuple[str, Rows]:
+    """(the unit that records are counted in, the records) of a local file or of a data set on the hub."""
+    if config.path == PYTHON:
+        remedy = "give them again, as train(config, data=rows), or set path to a file"
+        raise DataError(f"path {PYTHON!r}: these rows were given in Python, and no file holds them; {remedy}")
+    path = Path(config.path).expanduser()
+    if path.suffix in READERS and path.is_file():
+        unit, reader = READERS[path.suffix]
+        with files.reading(path, "make it readable for this user", DataError):
+            path.open("rb").close()
+        return unit, reader(path)
+    looks_local = (
+        path.suffix in READERS
+        or config.path.startswith(("/", "./", "../", "~"))
+        or config.path.count("/") > 1
+    )
+    if looks_local or path.exists():
+        problem = (
+            "no such file" if not path.exists() else "a folder" if path.is_dir() else "a file of another kind"
+        )
+        raise DataError(
+            f"path {config.path!r}: {problem}; give a {' '.join(READERS)} file, a hub name or embedded:train"
+        )
+    return "row", _hub(config)
+
+
+def given_records(records: Records) -> Iterator[tuple[int, dict[str, Any] | Question | Example | DataError]]:
+    """Records that were given in Python."""
+    if hasattr(records, "features"):
+        yield from _dataset(records)
+        return
+    for number, row in enumerate(records, 1):
+        if isinstance(row, Mapping):
+            row = dict(row)
+        elif not isinstance(row, Question | Example):
+            row = DataError(f"{short(row)}: a Question or a dict is needed")
+        yield number, row
+
+
+# ---- JSON ----
+
+
+def read_json(path: Path) -> Rows:
+    """A list of records, records by id (PubMedQA), or one record a line: what the file holds decides, not its suffix."""
+    with open(path, "rb") as file:
+        first = _decode(next((line for line in _lines(file) if line), b""))
+    if not isinstance(first, dict) or all(isinstance(value, dict) for value in first.values()):
+        tree = _decode(path.read_bytes())
+        if path.suffix == ".json" or not isinstance(tree, DataError):
+            if isinstance(tree, dict) and tree and all(isinstance(value, dict) for value in tree.values()):
+                tree = [{"id": key} | value for key, value in tree.items()]
+            yield from enumerate(map(_record, tree if isinstance(tree, list) else [tree]), 1)
+            return
+    with open(path, "rb") as file:
+        for number, line in enumerate(_lines(file), 1):
+            if len(line) > MAX_LINE:
+                remedy = "this is not a question; is the file JSONL, one record a line?"
+                yield number, DataError(f"longer than {MAX_LINE >> 20} MiB: {remedy}")
+                return
+            if line:
+                yield number, _record(_decode(line))
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines without white space around them; of a line longer than `MAX_LINE`, only as much as shows that it is."""
+    for line in iter(lambda: file.readline(MAX_LINE + 1), b""):
+        yield line.removeprefix(BOM).strip()
+
+
+def _decode(text: bytes) -> Any:
+    """The JSON value, or a `DataError` (returned, so that the reader goes on to the next line)."""
+    try:
+        return json.loads(text.removeprefix(BOM).decode("utf-8"), object_pairs_hook=_unique)
+    except DataError as e:
+        return e
+    except UnicodeDecodeError as e:
+        return DataError(f"byte {e.start + 1} is not UTF-8; save the file as UTF-8")
+    except ValueError as e:  # json.JSONDecodeError, and integers of more digits than Python reads
+        return DataError(f"not JSON: {e}")
+    except RecursionError:
+        return DataError("not JSON of a question: brackets nested too deep")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. A field given twice is refused: Python would silently use the last."""
+    if twice := [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
+        raise DataError(f"field {short(twice[0])} is given twice; take one out")
+    return dict(pairs)
+
+
+def _record(value: Any) -> dict[str, Any] | DataError:
+    return (
+        value
+        if isinstance(value, dict | DataError)
+        else DataError(f"{short(value)}: a record is an object with fields")
+    )
+
+
+# ---- CSV ----
+
+
+def _csv(path: Path) -> Rows:
+    """With a header (columns A, B, … are the options) or, as in MMLU, without: question, A, B, C, D, letter.
+
+    Cells are separated by commas, semicolons or tabs, whichever fits the first record. A column without a name is not
+    read: pandas writes the row's number there.
+    """
+    subject = path.stem.removesuffix("_test").removesuffix("_dev").removesuffix("_val").replace("_", " ")
+    header, start = None, 1
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            delimiter = _delimiter(file)
+            reader = csv.reader(file, strict=True, delimiter=delimiter)
+            for cells in reader:
+                number, start = (
+                    start,
+                    reader.line_num + 1,
+                )  # a quoted cell may span lines: a record has its first line's number
+                if number == 1 and _is_header(cells):
+                    header = [cell.strip() for cell in cells]
+                    if twice := [name for name, times in Counter(header).items() if name and times > 1]:
+                        yield number, DataError(f"column {twice[0]!r} is there twice; take one out")
+                        return
+                elif header and cells and len(cells) != len(header):
+                    problem = f"{len(cells)} cells under a header of {len(header)}"
+                    yield number, DataError(f"{problem}; quote cells that hold {delimiter!r}")
+                elif header and cells:
+                    yield (
+                        number,
+                        _with_options(
+                            {name: cell for name, cell in zip(header, cells, strict=True) if name and cell}
+                        ),
+                    )
+                elif len(cells) == 6:
+                    yield (
+                        number,
+                        {"question": cells[0], "choices": cells[1:5], "answer": cells[5], "subject": subject},
+                    )
+                elif cells:
+                    remedy = "without a header there are six: question, A, B, C, D, letter"
+                    yield number, DataError(f"{len(cells)} cells; {remedy}")
+        except (csv.Error, UnicodeDecodeError) as e:
+            yield start, DataError(f"not CSV in UTF-8: {e}; save the file again as CSV in UTF-8")
+
+
+def _is_header(cells: list[str]) -> bool:
+    names = {cell.strip() for cell in cells}
+    return not names.isdisjoint(("response", "text", "completion")) or "question" in {
+        name.lower() for name in names
+    }
+
+
+def _delimiter(file: TextIO) -> str:
+    """The delimiter that splits the first record into a header or six cells, else a comma. The file is rewound."""
+    for delimiter in ",;\t":
+        cells = next(csv.reader(file, strict=True, delimiter=delimiter), [])
+        file.seek(0)
+        if len(cells) > 1 and (_is_header(cells) or len(cells) == 6):
+            return delimiter
+    return ","
+
+
+def _with_options(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns A, B, … as the field `options`."""
+    options = {letter: row.pop(letter) for letter in LETTERS if letter in row}
+    return {"options": options} | row if options else row
+
+
+# ---- data sets ----
+
+
+def _parquet(path: Path) -> Rows:
+    import datasets  # imports take seconds: only where needed
+    import pyarrow.parquet
+    from datasets.table import InMemoryTable
+
+    with files.reading(path, "it may be no parquet file, or a broken one: write it again", DataError):
+        table = datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
+    yield from _dataset(table)
+
+
+def _hub(config: SetConfig) -> Rows:
+    import datasets
+
+    source = f"path {config.path!r}, subset {config.subset!r}, split {config.split!r}"
+    remedy = "neither a file here nor a data set that the hub gave: correct the name, or give a file"
+    with files.reading(source, remedy, DataError):
+        loaded = datasets.load_dataset(config.path, config.subset, split=config.split)
+    if not isinstance(loaded, datasets.Dataset):
+        raise DataError(f"{source}: set split to one of {', '.join(map(str, loaded))}")
+    yield from _dataset(loaded)
+
+
+def _dataset(rows: Any) -> Rows:
+    """A datasets.Dataset, class labels as their names, so that no parser must know from which number a set counts.
+
+    MedMCQA's cop is then `a`, not 0 (on the hub) or 1 (in the authors' files). A label of -1 means that there is none.
+    """
+    names = {
+        field: feature.names
+        for field, feature in rows.features.items()
+        if type(feature).__name__ == "ClassLabel"
+    }
+    for number, row in enumerate(rows, 1):
+        yield number, row | {f: dict(enumerate(labels)).get(row[f]) for f, labels in names.items()}
+
+
+READERS = {
+    ".jsonl": ("line", read_json),
+    ".json": ("record", read_json),
+    ".csv": ("line", _csv),
+    ".tsv": ("line", _csv),
+    ".parquet": ("row", _parquet),
+}
