@@ -1,32 +1,24 @@
-"""The reference pages, made from the code when the site is built: every setting, command, function and module. And equations.
+"""The reference pages, made from the code when the site is built: settings, commands, functions, modules.
 
-MkDocs calls `on_files` and `on_page_markdown` (hooks in mkdocs.yml). The pages are made from the dataclasses of the
-settings, whose explanation is the comment beside or above each field; from argparse's own help; and from the modules'
-docstrings. A fenced block marked `math` holds LaTeX and becomes MathML, which browsers draw without scripts or fonts.
+MkDocs calls `on_files` and `on_page_markdown` (hooks in mkdocs.yml). The pages are made from the settings'
+sections (config/describe.py), from the commands' help, and from docstrings. A fenced block marked `math`
+holds LaTeX and becomes MathML, which browsers draw without scripts or fonts.
 """
 
-import argparse
 import ast
 import dataclasses
 import inspect
 import io
-import os
 import re
-import textwrap
-import tokenize
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
+
+from rich.console import Console
 
 import medrlvr_jax
-from medrlvr_jax.cli import parser
-from medrlvr_jax.config.schema import Config
+from medrlvr_jax.cli import app
+from medrlvr_jax.config.describe import explanations, sections
 
-TITLES = {
-    "": "The run",
-    "data": "data, and each set of eval.sets",
-    "learn.policy": "learn.policy and learn.critic",
-}
-BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 PREFIX = re.compile(r"\b[a-z_]+(?:\.[a-z_]+)*\.(?=[A-Z]|ndarray)")
 FENCE = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
 
@@ -55,112 +47,25 @@ def settings() -> str:
     out = [
         "# Settings",
         "A config is a YAML file of these settings. `a.b=value` after it on the command line replaces one of"
-        " them; the value is YAML too. Unknown settings, settings of the wrong type and combinations that cannot"
-        " work are refused before any device work, with the field, the value and the remedy. `null` means that the"
-        " thing is absent. The files in `configs/` are complete examples.",
+        " them; the value is YAML too. Unknown settings, values of the wrong type and combinations that"
+        " cannot work are refused before any device work: the message names the field, the value and the"
+        " remedy. `null` means that the thing is absent. The files in `configs/` are complete examples.",
     ]
-    for path, section in sections(Config):
-        title = TITLES.get(path, path)
-        out.append(f"## {title} {{ #{anchor(path)} }}\n\n{inspect.cleandoc(section.__doc__ or '')}")
+    for section in sections():
+        out.append(f"## {section.title} {{ #{anchor(section.name)} }}\n\n{section.text}")
         rows = ["| setting | type | default | what it does |", "|---|---|---|---|"]
-        notes, kinds = explanations(section), get_type_hints(section, include_extras=True)
-        for field in dataclasses.fields(section):
-            name = f"{path}.{field.name}" if path else field.name
-            kind, note = kinds[field.name], notes[field.name]
-            if inner := inner_section(kind):
-                note = note or inspect.cleandoc(inner.__doc__ or "").split("\n")[0]
-                note = f"{note.rstrip('.')}; see [its settings](#{anchor(path_of(name, kind))})"
-            rows.append(f"| `{name}` | {cell(type_text(kind))} | {cell(default_text(field))} | {cell(note)} |")
+        for setting in section.settings:
+            note = setting.text
+            if setting.inner is not None:
+                note = f"{note.rstrip('.')}; see [its settings](#{anchor(setting.inner)})"
+            cells = map(cell, (f"`{setting.name}`", setting.kind, setting.default, note))
+            rows.append(f"| {' | '.join(cells)} |")
         out.append("\n".join(rows))
     return "\n\n".join(out) + "\n"
 
 
-def sections(section: type, path: str = "") -> list[tuple[str, type]]:
-    """The section and those inside it, each once, with the path that leads to it."""
-    out = [(path, section)]
-    for name, kind in get_type_hints(section, include_extras=True).items():
-        if inner := inner_section(kind):
-            found = sections(inner, path_of(f"{path}.{name}" if path else name, kind))
-            out += [(p, s) for p, s in found if s not in [s for _, s in out]]
-    return out
-
-
-def path_of(name: str, kind: Any) -> str:
-    """The path under which a section is shown: data for eval.sets.NAME too, learn.policy for learn.critic too."""
-    name = f"{name}.NAME" if get_origin(kind) is dict else name
-    return {"eval.sets.NAME": "data", "learn.critic": "learn.policy"}.get(name, name)
-
-
 def anchor(path: str) -> str:
     return path.replace(".", "-") or "run"
-
-
-def inner_section(kind: Any) -> type | None:
-    """The settings' section that a field holds, alone, optional, or by name."""
-    candidates = [kind, *get_args(kind)]
-    return next((k for k in candidates if dataclasses.is_dataclass(k) and isinstance(k, type)), None)
-
-
-def type_text(kind: Any) -> str:
-    """A type in words: whole numbers with their bounds, the values that a Literal allows, lists by their items."""
-    if get_origin(kind) is Annotated:
-        base, *meta = get_args(kind)
-        bounds = [f"{BOUNDS[key]} {value}" for part in meta for key, value in constraints(part) if key in BOUNDS]
-        return " ".join([type_text(base), *bounds])
-    if get_origin(kind) is Literal:
-        return " \\| ".join(f"`{value}`" for value in get_args(kind))
-    if get_origin(kind) is tuple:
-        items = get_args(kind)
-        if items[-1] is ...:
-            return f"list of {type_text(items[0])}"
-        return f"[{', '.join(type_text(item) for item in items)}]"
-    if get_origin(kind) is dict:
-        return "mapping"
-    if get_args(kind):  # X | None
-        return " \\| ".join("`null`" if k is type(None) else type_text(k) for k in get_args(kind))
-    if dataclasses.is_dataclass(kind):
-        return "section"
-    return {int: "whole number", float: "number", str: "text", bool: "`true` \\| `false`", Any: "any"}[kind]
-
-
-def constraints(part: Any) -> list[tuple[str, Any]]:
-    """The bounds in one piece of an Annotated's metadata, which is pydantic's Field or annotated_types' own."""
-    pieces = getattr(part, "metadata", [part])
-    return [(key, getattr(piece, key)) for piece in pieces for key in BOUNDS if hasattr(piece, key)]
-
-
-def default_text(field: Any) -> str:
-    default = field.default
-    if hasattr(default, "default_factory") and default.default_factory is not None:
-        return f"`{default.default_factory()}`"
-    if default is dataclasses.MISSING:
-        return "needed" if field.default_factory is dataclasses.MISSING else f"`{field.default_factory()}`"
-    if dataclasses.is_dataclass(default):
-        return ""
-    words = {None: "null", True: "true", False: "false"} if default is None or isinstance(default, bool) else {}
-    text = words.get(default, default if not isinstance(default, tuple) else f"[{', '.join(map(str, default))}]")
-    return '`""`' if text == "" else f"`{text}`"
-
-
-def explanations(section: type) -> dict[str, str]:
-    """Of each field of a section, the comment at the end of its line, or the comment lines right above it."""
-    source = textwrap.dedent(inspect.getsource(section))
-    comments: dict[int, tuple[str, bool]] = {}  # line: text, and whether it stands alone
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# "), token.line.lstrip().startswith("#")
-    tree = ast.parse(source).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    out = {}
-    for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            above, line = [], node.lineno - 1
-            while line in comments and comments[line][1]:
-                above.insert(0, comments[line][0])
-                line -= 1
-            beside = [comments[node.end_lineno][0]] if node.end_lineno in comments else []
-            out[node.target.id] = " ".join([*above, *beside])
-    return out
 
 
 def cell(text: str) -> str:
@@ -171,27 +76,32 @@ def cell(text: str) -> str:
 
 
 def commands() -> str:
-    """argparse's own help of every command, 88 columns wide."""
-    os.environ["COLUMNS"] = "88"
-    top = parser()
-    (sub,) = [action for action in top._actions if isinstance(action, argparse._SubParsersAction)]
+    """The help of every command, 88 columns wide."""
     same = "`medrlvr COMMAND …` and `python -m medrlvr_jax COMMAND …` are the same."
-    out = ["# Commands", same, f"```text\n{top.format_help()}```"]
-    for name, command in sub.choices.items():
-        out.append(f"## medrlvr {name}\n\n```text\n{command.format_help()}```")
+    listed = "`--help` of a command with settings lists them too, as [Settings](settings.md) does."
+    out = ["# Commands", f"{same} {listed}", help_of()]
+    out += [f"## medrlvr {name}\n\n{help_of(name)}" for name in app if not name.startswith("-")]
     return "\n\n".join(out) + "\n"
+
+
+def help_of(*command: str) -> str:
+    text = io.StringIO()
+    app.help_print(command, console=Console(file=text, width=88))
+    return f"```text\n{text.getvalue()}```"
 
 
 def api() -> str:
     """Signature and docstring of everything that `import medrlvr_jax` offers."""
-    out = ["# Python API", "`import medrlvr_jax as mr` offers these names. The command line calls the same functions."]
-    known = {section: path for path, section in sections(Config)}
+    lead = "`import medrlvr_jax as mr` offers these names. The command line calls the same functions."
+    out = ["# Python API", lead]
+    known = {section.cls: section.name for section in sections()}
     things = {name: getattr(medrlvr_jax, name) for name in medrlvr_jax.__all__}
     for name, thing in sorted(things.items(), key=lambda item: (inspect.isclass(item[1]), item[0])):
         text = inspect.cleandoc(thing.__doc__ or "")
         out.append(f"## {name}")
         if thing in known:
-            out.append(f"{text.splitlines()[0]} Its fields are these [settings](settings.md#{anchor(known[thing])}).")
+            link = f"settings.md#{anchor(known[thing])}"
+            out.append(f"{text.splitlines()[0]} Its fields are these [settings]({link}).")
         elif inspect.ismodule(thing):
             out.append(f"{text.splitlines()[0]} All of it: [Modules](modules.md).")
         elif inspect.isclass(thing) and issubclass(thing, Exception):
@@ -206,7 +116,7 @@ def api() -> str:
 
 
 def signature(name: str, thing: Any) -> str:
-    """A call with its parameters, one a line where they are many; types without the modules that they come from."""
+    """A call with its parameters, one a line if they are many; types without their modules."""
     sig = inspect.signature(thing)
     if inspect.isclass(thing):
         sig = sig.replace(return_annotation=sig.empty)
@@ -225,7 +135,7 @@ def signature(name: str, thing: Any) -> str:
 def modules() -> str:
     """The docstring of every module of the package, by folder."""
     root = Path(medrlvr_jax.__file__).parent
-    out = ["# Modules", "What each file holds, in its own words. The README has the order in which to read them."]
+    out = ["# Modules", "What each file holds. The README has the order in which to read them."]
     for start in [root / "__init__.py", *sorted(root.rglob("*/__init__.py"))]:
         out.append(f"## {'/'.join(start.parent.relative_to(root.parent).parts)}\n\n{docstring(start)}")
         for file in sorted(set(start.parent.glob("*.py")) - {start}):

@@ -1,226 +1,100 @@
-"""The command line: `medrlvr …`, and the same as `python -m medrlvr_jax …`."""
+"""The command line: `medrlvr COMMAND …`, the same as `python -m medrlvr_jax COMMAND …`.
 
-import argparse
-import io
-import json
-import os
-import sys
-from contextlib import nullcontext
-from pathlib import Path
-
-EPILOG = """\
-a first run:       medrlvr train configs/quickstart.yaml
-change a setting:  medrlvr train configs/quickstart.yaml sample.temperature=0.8 name=cooler
-go on with a run:  the same command again; it resumes from its newest checkpoint
+Each command is a typed function: cyclopts makes its parser and its help from the signature and the docstring.
+A command imports what it needs when it runs, so that `--help` starts without JAX. `main` runs one command,
+and is the one place where errors become exit statuses.
 """
 
-PLAN = """Compiles every program of the training step from shapes alone, with the machine's own compiler; no accelerator, weights or hub.
-Exit status: 0 it fits, 3 it does not, 2 unusable input."""
+import inspect
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-REPRODUCE = """\
-Runs every arm of the file with every seed, each as an ordinary run in runs/<name>/<arm>-<seed>/, evaluates them all the same way, and
-writes table.md, table.json and curves.png into runs/<name>/. The same command again goes on: finished cells are not run again, stopped
-ones resume, and a cell whose settings have changed is refused. Exit status: 0 done, 1 a cell failed, 2 unusable input, 130 stopped.
+from cyclopts import App, Group, Parameter
+from cyclopts.validators import Number
 
-  on two cores:     medrlvr reproduce configs/reproduce_tiny.yaml --jobs 2
-  some of it:       medrlvr reproduce configs/reproduce_tiny.yaml --only sft_answer grpo seeds=[0]
-  on another model: medrlvr reproduce configs/reproduce_tiny.yaml name=mine model.path=DIR"""
+import medrlvr_jax
+from medrlvr_jax.host.errors import ConfigError
 
-REPORT = """One self-contained HTML file, and its pictures as PNG in <name>_pictures beside it. Runs that differ in their seed alone are one
-curve with a band. It can be made while runs are going on."""
+TRAIN, EVALUATE, INSPECT, HELP = map(Group.create_ordered, ("Train", "Evaluate", "Check and inspect", "Help"))
+app = App(
+    name="medrlvr",
+    help="""Reinforcement learning from verifiable rewards on medical questions, in JAX.
 
+    First run:         medrlvr train configs/quickstart.yaml
+    Change a setting:  medrlvr train configs/quickstart.yaml seed=1 name=mine
+    List settings:     medrlvr train --help""",
+    help_format="plaintext",
+    version=medrlvr_jax.__version__,
+    group_commands=HELP,
+    group_parameters=Group("Options"),
+)
 
-REPLAY = """Seed, step, question and sample say what noise a completion was drawn with, so it can be drawn again from the policy
-before its step: checkpoint S-1, or the start for step 1. Where checkpoint S-1 is not kept (checkpoint.keep), the steps from the newest
-earlier checkpoint, or from the start, are trained again first, which takes as long as it took then. Nothing is written.
-Exit status: 0 it is what was logged, or was not logged; 1 it is not. Equal to the bit on the machine and mesh of the run; elsewhere
-rounding may choose another token now and then. Only mesh.* is meant to be set otherwise here."""
-
-EVAL = """Answers the config's eval.sets with a run's checkpoint, or with the config's own model. Prints accuracy and format with 95 %
-intervals over questions (several samples of one are not several questions), entropy per token, subjects, and how often each letter is
-answered and is the key; with eval.samples above 1 also pass@k, with chance taken out too, and maj@k. A set that holds
-exact repeats is also given without them. eval.json has all of it, for every k, and how it was made: settings, the prompt's
-wording, hashes of questions and prompts."""
-
-PROBE = """Lets the model answer the config's eval.sets greedily, then forces an answer (the most probable letter) at once, after the
-first 0, 25, 50, 75 and 100 % of its thought, and after another question's thought: if none of it changes the accuracy, the thought does
-no work. Also how much more probable each sentence makes the key (InfoGain, arXiv 2506.02126), as the model itself has it or, with
---scorer, a fixed other one: only then may two models be compared by it."""
-
-COMPARE = """Refused where questions, wording of the prompt, number of samples, decoding or the rule that judges are not the same in both:
-then it would not be the models alone that are compared. Each set's questions are paired by id and hash. p: McNemar's exact test of one
-answer a question, else a t test over the questions."""
-
-CONTAMINATION = """Compares the stems of each test set with those of the training set, and the training set with itself: the same words, or
-more than half of the shorter one's 8-grams in the other. 8-grams that over 1 % of the stems have do not count, and questions with short
-stems must also have an option in common. With one CONFIG.yaml: its data against its eval.sets."""
-
-DIFFICULTY = """Samples K answers to each question of the config's data, as a rollout would, and writes how many are right. Then
-data.pass_count={file: FILE, keep: [1, 7]} trains on those with 1 to 7 right answers; order: easy_first goes through them from easy to
-hard. The same command again goes on where it was cut off.
-
-With --history nothing is asked: a run's own questions.jsonl says how often each question was right in each pass, and so its variance and
-impact; data.pass_count={file: FILE, order: variance, top: 16} trains on the first by them."""
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="medrlvr",
-        description="Reinforcement learning from verifiable rewards on medical questions, in JAX.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, help: str, description: str = "") -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=description or help)
-
-    def distributed(c: argparse.ArgumentParser) -> None:
-        c.add_argument("--distributed", action="store_true", help="one of several processes that run this command as one program")
-
-    def settings(c: argparse.ArgumentParser) -> None:
-        c.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that replace those of the file; values are YAML")
-
-    def at_step(c: argparse.ArgumentParser) -> None:
-        c.add_argument("--step", type=step, metavar="N|best", help="the run's checkpoint to take; the newest unless given")
-
-    for name, help in (("train", "PPO, GRPO and kin on questions with keys"), ("sft", "supervised fine-tuning, or pretraining on text")):
-        c = command(name, help, f"{help}. Writes runs/<name>/; the same command again resumes it.")
-        c.add_argument("config", metavar="CONFIG.yaml")
-        settings(c)
-        distributed(c)
-    c = command("eval", "answer the config's eval.sets with a run's checkpoint, or with the config's own model", EVAL)
-    c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a run's folder, or a config: then its model.path is evaluated")
-    settings(c)
-    at_step(c)
-    c.add_argument("--out", type=Path, help="folder for one JSONL of answers per set and eval.json; default RUN/eval-<step>")
-    distributed(c)
-    c = command("reproduce", "a file of arms: base, SFT, PPO, GRPO and controls over seeds, and one table of them", REPRODUCE)
-    c.formatter_class = argparse.RawDescriptionHelpFormatter
-    c.add_argument("config", metavar="FILE.yaml", help="such as configs/reproduce_tiny.yaml")
-    c.add_argument("settings", nargs="*", metavar="a.b=value", help="settings of every cell, or fields of the file: seeds=[0] name=short")
-    c.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time, each on its share of the cores; default 1")
-    c.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms, and those that they start from")
-    c.add_argument("--dry-run", action="store_true", help="check every cell's settings, say where each stands, run nothing")
-    c = command("probe", "does the reasoning do any work: answers forced after parts of the model's own thoughts", PROBE)
-    c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a run's folder, or a config: then its model.path is probed")
-    settings(c)
-    at_step(c)
-    c.add_argument("--out", type=Path, help="folder for one JSONL per set and probe.json; default RUN/probe-<step>")
-    c.add_argument("--scorer", metavar="MODEL", help="a model directory or hub name by which InfoGain is scored; default: itself")
-    distributed(c)
-    c = command("compare", "two evaluations of the same questions: paired tests, what one solves and the other does not", COMPARE)
-    c.add_argument("a", type=Path, metavar="EVAL_A", help="a folder that `medrlvr eval` wrote, such as RUN/eval-32, or a run: its newest")
-    c.add_argument("b", type=Path, metavar="EVAL_B")
-    c.add_argument("--anyway", action="store_true", help="compare what was asked in both, although they differ in more than the model")
-    c.add_argument("--json", action="store_true", help="everything, as one JSON object: also pass@k, majority, letters")
-    c = command("contamination", "which test questions stand in the training set, nearly or wholly", CONTAMINATION)
-    c.add_argument("sets", nargs="+", metavar="TRAIN TEST …", help="files of questions, the training set first; or one CONFIG.yaml")
-    c.add_argument("--eval", type=Path, metavar="EVAL", help="a folder that `medrlvr eval` wrote: accuracies with and without them")
-    c.add_argument("--out", type=Path, metavar="OUT.json", help="every question that is found, and the training question it is like")
-    c = command("difficulty", "count how many of k samples are right, for each training question", DIFFICULTY)
-    c.add_argument("source", metavar="RUN|CONFIG.yaml", help="a run's folder, or a config: then its model.path is asked")
-    settings(c)
-    at_step(c)
-    c.add_argument("--samples", type=int, default=16, metavar="K", help="answers to each question; default 16")
-    c.add_argument("--history", action="store_true", help="variance and impact (1-shot RLVR, LIMR) from the run's own log")
-    c.add_argument("--out", type=Path, metavar="OUT.jsonl", help="default RUN/difficulty-<step>.jsonl, RUN/history.jsonl")
-    distributed(c)
-    c = command("export", "write a run's policy as a Hugging Face directory")
-    c.add_argument("run", type=Path, metavar="RUN")
-    c.add_argument("out", type=Path, metavar="OUT_DIR")
-    at_step(c)
-    c.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; the run's own unless given")
-    c.add_argument("--adapter", action="store_true", help="of a run with model.lora: the adapters alone, as PEFT reads them")
-    distributed(c)
-    c = command("replay", "draw a completion of a run again, exactly, and compare it with the log", REPLAY)
-    c.add_argument("run", type=Path, metavar="RUN")
-    settings(c)
-    c.add_argument("--step", type=int, required=True, metavar="S", help="the step, as in samples.jsonl: 1, 2, …")
-    c.add_argument("--row", type=int, required=True, metavar="I", help="the row, as in samples.jsonl; those not logged can be drawn too")
-    c = command("score", "dry-run of the reward on text", 'Lines {"completion", "answer": "C", "options": [...]} in, verdicts out.')
-    c.add_argument("file", type=Path, metavar="IN.jsonl")
-    c.add_argument("--mode", choices=("paper", "strict", "direct"), default="strict", help="the rule; default strict; direct: no thought")
-    c.add_argument("--prefill", default="", metavar="TEXT", help="what the prompts gave of each completion, such as '<think>'")
-    c.add_argument("--leak-penalty", type=weight, default=0.0, metavar="X", help="taken off where the thought states the answer; usual 0.5")
-    c.add_argument("--before-penalty", type=weight, default=0.0, metavar="X", help="… where over 15 words stand before <think>; usual 0.3")
-    c.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
-    c = command("doctor", "versions, devices, mesh, memory, tokenizer traps")
-    c.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="also check what this config needs")
-    settings(c)
-    c = command("plan", "would a config fit a machine, and how fast at best: compiled for it, without it", PLAN)
-    c.add_argument("config", metavar="CONFIG.yaml")
-    settings(c)
-    shapes = "v5e:4x4, v5p:4x4x4, v6e:8x8, l4:1, h200:8, h100:2x8 (nodes x GPUs)"
-    c.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=shapes)
-    c.add_argument("--sweep", type=int, nargs="?", const=8, default=0, metavar="N", help="try up to N (8) meshes x micro-batches x remat")
-    c.add_argument("--quick", action="store_true", help="with the compiler's least effort: minutes less, memory near, times too high")
-    c.add_argument("--questions", type=int, help="in the training set, where it is not known here: for the length of the training")
-    c.add_argument("--json", action="store_true", help="figures for machines")
-    c = command("report", "one or several runs as a page: accuracies, stages, curves, alarms, samples, run card", REPORT)
-    c.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one that `medrlvr eval` wrote: a bar beside the runs"
-    )
-    c.add_argument(
-        "--out", type=Path, default=Path("report.html"), metavar="OUT", help="report.html unless given; OUT.png: the curves alone"
-    )
-    return top
+CONFIG = "The config: a YAML file of settings, or the name of a preset, such as quickstart."
+SOURCE = "A run's folder; or a config, which stands for the model that it names."
+SETTINGS = "Replace settings of the file: a.b=value, such as sample.temperature=0.8. Values are YAML."
+DISTRIBUTED = "Run as one of several processes that run this same command together."
+STEP = "The run's checkpoint to take. Default: the newest."
+Config = Annotated[str, Parameter(help=CONFIG)]
+Source = Annotated[Path, Parameter(help=SOURCE)]
+Run = Annotated[Path, Parameter(help="A run's folder, such as runs/quickstart.")]
+Settings = Annotated[str, Parameter(help=SETTINGS)]
+Step = Annotated[int | Literal["best"] | None, Parameter(metavar="N|best", show_choices=False, help=STEP)]
+Flag = Annotated[bool, Parameter(negative="", show_default=False)]
+Distributed = Annotated[Flag, Parameter(help=DISTRIBUTED)]
+Whole = Annotated[int, Parameter(metavar="N")]
+Penalty = Annotated[float, Parameter(metavar="X", validator=Number(gte=0, lt=math.inf))]
+Paths = Annotated[Path, Parameter(required=True)]  # one or more
+# The words up to the next option, among which settings may stand: see `apart`.
+Words = Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)]
 
 
-def weight(text: str) -> float:
-    if not 0 <= (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be a number from 0")
-    return value
-
-
-def step(text: str) -> int | str:
-    return text if text == "best" else int(text)
-
-
-def main(argv: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):  # of a terminal without … or β, which then shows \\u2026: no command ends for that
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit status: 0 done, 1 failed, 2 unusable input; its help has others."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal whose encoding lacks … or β shows \\u2026 instead
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    args, rest = parser().parse_known_args(argv)
-    if any(item.startswith("-") or not hasattr(args, "settings") for item in rest):
-        parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # argparse leaves settings that stand after an option
-        args.settings += rest
+    argv = sys.argv[1:] if argv is None else argv
+    function, arguments, _ = app.parse_args(argv)  # unusable arguments end the process here, with status 2
+    if function.__module__ != __name__:  # --help, --version
+        function(*arguments.args, **arguments.kwargs)
+        names, _, _ = app.parse_commands(argv)
+        if names and takes_settings(app[names[0]]):
+            from medrlvr_jax.config.describe import show
+
+            show(app.console)
+        return 0 if argv else 2
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from medrlvr_jax.host.errors import ConfigError, Diverged, Unwritable
+    from medrlvr_jax.host import processes
+    from medrlvr_jax.host.errors import Diverged, Unwritable
     from medrlvr_jax.rewards.user import RewardError
     from medrlvr_jax.runs.checkpoint import CheckpointError
 
     expected = (ConfigError, CheckpointError, Diverged, RewardError, Unwritable)
-    together = nullcontext()
-    if getattr(args, "distributed", False):
-        from medrlvr_jax.host import processes
-
-        together = processes.together(expected)
     try:
-        with together:
-            return globals()[f"run_{args.command}"](args)
+        with processes.together(expected) if arguments.arguments.get("distributed") else nullcontext():
+            return function(*arguments.args, **arguments.kwargs)
     except expected as e:
-        print(f"medrlvr {args.command}: {e}", file=sys.stderr)
+        print(f"medrlvr {function.__name__.strip('_')}: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
 
 
-def run_train(args: argparse.Namespace) -> int:
-    from medrlvr_jax.config.load import load
-    from medrlvr_jax.rl.train import train
-
-    return finish(train(load(args.config, args.settings)))
+def takes_settings(sub: App) -> bool:
+    return sub.default_command is not None and "settings" in inspect.signature(sub.default_command).parameters
 
 
-def run_sft(args: argparse.Namespace) -> int:
-    from medrlvr_jax.config.load import load
-    from medrlvr_jax.rl.sft import sft
-
-    return finish(sft(load(args.config, args.settings)))
+def command(group: Group) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Register a function as a command. `--help` lists commands in the order of this file."""
+    return lambda function: app.command(function, group=group, sort_key=function.__code__.co_firstlineno)
 
 
-def finish(summary: dict) -> int:
-    """The table of a finished run; a run that was asked to stop says so with the signal's usual status."""
+def finish(summary: dict[str, Any]) -> int:
+    """Print the table of a finished run. A run that a signal stopped has that signal's exit status."""
     from medrlvr_jax.report.pictures import table
 
     if summary.get("eval"):
@@ -228,110 +102,380 @@ def finish(summary: dict) -> int:
     return int(summary.get("exit_status", 0))
 
 
-def run_eval(args: argparse.Namespace) -> int:
-    from medrlvr_jax.evaluation.evaluate import evaluate_source
+def apart(words: list[str] | None, settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of an option that takes several words, and all settings, also those among the words."""
+    words = words or []
+    return [word for word in words if "=" not in word], [*settings, *(word for word in words if "=" in word)]
 
-    return evaluate_source(Path(args.source), args.settings, args.step, args.out)
+
+@command(TRAIN)
+def train(config: Config, /, *settings: Settings, distributed: Distributed = False) -> int:
+    """Train a model by reinforcement learning: PPO, GRPO and relatives.
+
+    Each step samples answers to some questions, scores them by a rule, and
+    updates the model. The run writes metrics, samples and checkpoints into
+    runs/NAME/, where NAME is the setting `name`.
+
+    First run (5 minutes on two cores):
+        medrlvr train configs/quickstart.yaml
+    Change settings, under another name:
+        medrlvr train configs/quickstart.yaml sample.temperature=0.8 name=mine
+    Resume: give the same command again; it goes on from the newest checkpoint.
+    """
+    from medrlvr_jax.config.load import load
+    from medrlvr_jax.rl.train import train
+
+    return finish(train(load(config, settings)))
 
 
-def run_reproduce(args: argparse.Namespace) -> int:
+@command(TRAIN)
+def sft(config: Config, /, *settings: Settings, distributed: Distributed = False) -> int:
+    """Fine-tune a model on right answers, on rationales, or on text.
+
+    The setting sft.target chooses which. The run writes runs/NAME/, as
+    `medrlvr train` does; the same command again resumes it.
+
+        medrlvr sft configs/pretrain_lists.yaml
+    """
+    from medrlvr_jax.config.load import load
+    from medrlvr_jax.rl.sft import sft
+
+    return finish(sft(load(config, settings)))
+
+
+@command(TRAIN)
+def reproduce(
+    file: str,
+    /,
+    *settings: Settings,
+    jobs: Whole = 1,
+    only: Annotated[Words, Parameter(metavar="ARM")] = None,
+    dry_run: Flag = False,
+) -> int:
+    """Train and evaluate all arms of a comparison over several seeds.
+
+    Each arm with each seed is a cell: an ordinary run in runs/NAME/ARM-SEED/,
+    evaluated like all others. Results: table.md, table.json and curves.png in
+    runs/NAME/. The same command again skips finished cells, resumes stopped
+    ones, and refuses a cell whose settings have changed.
+
+        medrlvr reproduce configs/reproduce_tiny.yaml --jobs 2
+        medrlvr reproduce configs/reproduce_tiny.yaml seeds=[0] --only ppo grpo
+        medrlvr reproduce configs/reproduce_tiny.yaml name=mine model.path=DIR
+
+    Exit status: 0 done, 1 a cell failed, 2 unusable input, 130 stopped.
+
+    Args:
+        file: The file of arms, such as configs/reproduce_tiny.yaml.
+        settings: Settings of every cell, or fields of the file: a.b=value, such as seeds=[0].
+        jobs: Number of cells that run at a time, each on its share of the cores.
+        only: Run only these arms, and those that they start from.
+        dry_run: Check the settings of every cell and say how far it is. Run nothing.
+    """
     from medrlvr_jax.studies.reproduce import reproduce
 
-    only = [name for name in args.only if "=" not in name]  # argparse leaves settings that stand after them among them
-    return reproduce(args.config, args.settings + [item for item in args.only if "=" in item], only, args.jobs, args.dry_run)
+    arms, every = apart(only, settings)
+    return reproduce(file, every, arms, jobs, dry_run)
 
 
-def run_probe(args: argparse.Namespace) -> int:
+@command(EVALUATE)
+def eval_(
+    source: Source,
+    /,
+    *settings: Settings,
+    step: Step = None,
+    out: Path | None = None,
+    distributed: Distributed = False,
+) -> int:
+    """Answer the questions of eval.sets, and report accuracies.
+
+    Prints accuracy and format rate with 95 % intervals over questions, entropy
+    per token, accuracy by subject, and how often each letter is answered and
+    is right. With eval.samples above 1 also pass@k, pass@k beyond chance, and
+    maj@k. A set that holds exact repeats is also counted without them.
+
+    Writes one JSONL of answers for each set, and eval.json: all results, the
+    settings, the prompt's wording, and hashes of questions and prompts.
+
+        medrlvr eval runs/quickstart
+        medrlvr eval runs/quickstart eval.samples=16 eval.temperature=1
+
+    Args:
+        out: The folder to write. Default: RUN/eval-STEP.
+    """
+    from medrlvr_jax.evaluation.evaluate import evaluate_source
+
+    return evaluate_source(source, list(settings), step, out)
+
+
+@command(EVALUATE)
+def probe(
+    source: Source,
+    /,
+    *settings: Settings,
+    step: Step = None,
+    out: Path | None = None,
+    scorer: str | None = None,
+    distributed: Distributed = False,
+) -> int:
+    """Test whether the model's reasoning changes its answers.
+
+    The model answers the questions of eval.sets greedily. Then it must answer
+    at once (by its most probable letter) after the first 0, 25, 50, 75 and
+    100 % of its own thought, and after the thought on another question. If
+    that does not change the accuracy, the thought does no work. InfoGain
+    (arXiv 2506.02126) says how much each sentence raises the probability of
+    the right answer.
+
+    Args:
+        out: The folder to write: one JSONL for each set, and probe.json. Default: RUN/probe-STEP.
+        scorer: The model that computes InfoGain: a directory or hub name. Compare models by the same one.
+    """
     from medrlvr_jax.evaluation.probe import probe_source
 
-    return probe_source(Path(args.source), args.settings, args.step, args.out, args.scorer)
+    return probe_source(source, list(settings), step, out, scorer)
 
 
-def run_compare(args: argparse.Namespace) -> int:
-    from medrlvr_jax.evaluation.compare import compare, evaluation, show
+@command(EVALUATE)
+def compare(a: Path, b: Path, /, *, anyway: Flag = False, json: Flag = False) -> int:
+    """Compare two evaluations of the same questions by paired tests.
 
-    a, b = evaluation(args.a), evaluation(args.b)
-    found = compare(a, b, args.anyway)
-    print(json.dumps(found) if args.json else f"A: {a}\nB: {b}\n{show(found)}")
+    Questions are paired by id and content. p comes from McNemar's exact test
+    where each question has one answer, otherwise from a t test over questions.
+    Evaluations that differ in questions, prompt, number of samples, decoding
+    or rule are refused, since then more than the model differs.
+
+    Args:
+        a: A folder that `medrlvr eval` wrote, such as runs/quickstart/eval-32, or a run: its newest.
+        b: The evaluation of the other model.
+        anyway: Compare the questions that are in both, although more than the model differs.
+        json: Print everything as one JSON object, with pass@k, majority and letters.
+    """
+    from json import dumps
+
+    from medrlvr_jax.evaluation import compare as paired
+
+    first, second = paired.evaluation(a), paired.evaluation(b)
+    result = paired.compare(first, second, anyway)
+    print(dumps(result) if json else f"A: {first}\nB: {second}\n{paired.show(result)}")
     return 0
 
 
-def run_contamination(args: argparse.Namespace) -> int:
-    from medrlvr_jax.evaluation.contamination import contamination, show
-    from medrlvr_jax.host.files import write_json
+@command(EVALUATE)
+def difficulty(
+    source: Source,
+    /,
+    *settings: Settings,
+    step: Step = None,
+    samples: Whole = 16,
+    history: Flag = False,
+    out: Path | None = None,
+    distributed: Distributed = False,
+) -> int:
+    """Count how many samples are right for each training question.
 
-    found = contamination(args.sets, args.eval)
-    print(show(found))
-    if args.out:
-        write_json(args.out, found)
-        print(f"questions: {args.out}")
-    return 0
+    Samples the questions of `data` as in training. The file that it writes
+    chooses training questions, here those with 1 to 7 right samples, or orders
+    them (order: easy_first):
+        medrlvr train CONFIG.yaml 'data.pass_count={file: FILE, keep: [1, 7]}'
+    An interrupted count continues with the same command.
 
-
-def run_difficulty(args: argparse.Namespace) -> int:
+    Args:
+        samples: Number of samples for each question.
+        history: Sample nothing: compute each question's variance (1-shot RLVR) and impact (LIMR) from the
+            run's questions.jsonl, for data.pass_count={file: FILE, order: variance, top: 16}.
+        out: The JSONL to write. Default: RUN/difficulty-STEP.jsonl, with --history RUN/history.jsonl.
+    """
     from medrlvr_jax.evaluation.difficulty import difficulty_source, from_history
 
-    if args.history:
-        return from_history(Path(args.source), args.out)
-    return difficulty_source(Path(args.source), args.settings, args.step, args.samples, args.out)
+    if history:
+        return from_history(source, out)
+    return difficulty_source(source, list(settings), step, samples, out)
 
 
-def run_export(args: argparse.Namespace) -> int:
-    from medrlvr_jax.tools.export import export
+@command(EVALUATE)
+def contamination(*sets: Paths, eval: Path | None = None, out: Path | None = None) -> int:
+    """Find test questions that the training set holds too, exactly or nearly.
 
-    export(args.run, args.out, args.step, args.dtype, args.adapter)
+    Two questions match if their stems have the same words, or if the longer
+    stem holds more than half of the shorter one's 8-grams (those of over 1 %
+    of the stems do not count). Short stems must also share an option. The
+    training set is compared with itself as well.
+
+    Args:
+        sets: Files of questions: training set, then test sets. Or one config: its data against its eval.sets.
+        eval: A folder that `medrlvr eval` wrote: print its accuracies with and without matching questions.
+        out: The JSON file to write: every matching question, and the training question that it is like.
+    """
+    from medrlvr_jax.evaluation import contamination as overlap
+    from medrlvr_jax.host.files import write_json
+
+    result = overlap.contamination([str(path) for path in sets], eval)
+    print(overlap.show(result))
+    if out:
+        write_json(out, result)
+        print(f"questions: {out}")
     return 0
 
 
-def run_replay(args: argparse.Namespace) -> int:
-    from medrlvr_jax.tools.replay import replay, show
+@command(INSPECT)
+def doctor(config: str | None = None, /, *settings: Settings) -> int:
+    """Check packages, devices, memory and disk; with a config also its model and run.
 
-    found = replay(args.run, args.step, args.row, args.settings)
-    print(show(found))
-    return 1 if found["differ"] else 0
+    Exit status: 0 all is well, 1 there are problems, 2 unusable input.
+
+    Args:
+        config: Also check what this config needs.
+    """
+    from medrlvr_jax.config.load import load
+    from medrlvr_jax.tools.doctor import report
+
+    lines, ok = report(load(config, settings) if config else None)
+    print("\n".join(lines))
+    return 0 if ok else 1
 
 
-def run_score(args: argparse.Namespace) -> int:
+@command(INSPECT)
+def plan(
+    config: Config,
+    /,
+    *settings: Settings,
+    topology: Annotated[str, Parameter(metavar="CHIP:SHAPE")],
+    sweep: Annotated[Words, Parameter(metavar="N")] = None,
+    quick: Flag = False,
+    questions: Whole | None = None,
+    json: Flag = False,
+) -> int:
+    """Predict whether a training fits a machine, and how fast it can be.
+
+    Compiles every program of a training step with that machine's compiler,
+    from shapes alone: no accelerator, no weights and no network are needed.
+
+        medrlvr plan configs/medqa_ppo_qwen2.5_3b.yaml --topology v5e:4x4
+
+    Exit status: 0 it fits, 3 it does not fit, 2 unusable input.
+
+    Args:
+        topology: The machine: v5e:4x4, v5p:4x4x4, v6e:8x8, l4:1, h200:8; h100:2x8 is 2 nodes of 8 GPUs.
+        sweep: Try up to N (8) combinations of mesh, micro-batch and remat.
+        quick: Compile with least effort: minutes less; memory is near, times are too high.
+        questions: Size of the training set, if it is not on this machine: gives the length of the training.
+        json: Print everything as one JSON object.
+    """
+    from medrlvr_jax.config.load import load
+    from medrlvr_jax.plan.plan import run
+
+    sizes, every = apart(sweep, settings)
+    if len(sizes) > 1 or not all(size.isdecimal() for size in sizes):
+        raise ConfigError(f"--sweep: {' '.join(sizes)} must be one whole number, such as --sweep 8")
+    attempts = 0 if sweep is None else int((sizes or ["8"])[0])
+    return run(load(config, every), topology, attempts, json, questions, quick)
+
+
+@command(INSPECT)
+def report(*runs: Paths, out: Path = Path("report.html")) -> int:
+    """Show one or several runs as a page: accuracies, curves, alarms, samples.
+
+    The page is one self-contained HTML file. Its pictures are also written as
+    PNG, into NAME_pictures beside it. Runs that differ only in their seed are
+    one curve with a band. The runs need not be finished.
+
+    Args:
+        runs: Folders of runs, or of evaluations, which become bars beside the runs.
+        out: The page, such as report.html; or OUT.png, for the curves alone.
+    """
+    if out.suffix not in (".html", ".png"):
+        raise ConfigError(f"--out: {out} must end in .html, for the page, or in .png, for the curves alone")
+    if not out.resolve().parent.is_dir():
+        raise ConfigError(f"--out: the folder of {out} does not exist; make it first")
+    if out.suffix == ".png":
+        from medrlvr_jax.report.pictures import curves as write
+    else:
+        from medrlvr_jax.report.page import write_page as write
+    write(list(runs), out)
+    print(out)
+    return 0
+
+
+@command(INSPECT)
+def replay(run: Run, /, *settings: Settings, step: Whole, row: Whole) -> int:
+    """Draw a completion of a run again, and compare it with the log.
+
+    Seed, step, question and sample determine the noise of each completion, so
+    it can be drawn again from checkpoint STEP - 1 (for step 1: the start). If
+    that was not kept, the steps from the newest earlier checkpoint are trained
+    again first, which takes as long as it took then. Nothing is written.
+
+    On the machine and mesh of the run the result is equal to the bit; on
+    others, rounding may change a token now and then. Of the settings, change
+    only mesh.* here.
+
+    Exit status: 0 it is what was logged, or was not logged; 1 it is not.
+
+    Args:
+        step: The step, as in samples.jsonl: 1, 2, …
+        row: The row, as in samples.jsonl. Rows that were not logged can be drawn too.
+    """
+    from medrlvr_jax.tools import replay as again
+
+    result = again.replay(run, step, row, list(settings))
+    print(again.show(result))
+    return 1 if result["differ"] else 0
+
+
+@command(INSPECT)
+def score(
+    file: Path,
+    /,
+    *,
+    out: Path,
+    mode: Literal["paper", "strict", "direct"] = "strict",
+    prefill: str = "",
+    leak_penalty: Penalty = 0.0,
+    before_penalty: Penalty = 0.0,
+) -> int:
+    """Score completions in a file by the reward's rule, to test the rule.
+
+    Args:
+        file: JSONL of {"completion": …, "answer": "C", "options": […]}.
+        out: The JSONL of verdicts to write.
+        mode: The rule, as in reward.mode. `direct` expects an answer without a thought.
+        prefill: The beginning of each completion that the prompt gave, such as '<think>'.
+        leak_penalty: Subtracted where the thought states the answer; 0.5 is usual.
+        before_penalty: Subtracted where more than 15 words stand before <think>; 0.3 is usual.
+    """
     from medrlvr_jax.config.schema import RewardConfig
     from medrlvr_jax.host import tables
     from medrlvr_jax.rewards.rule import judged_beginning
     from medrlvr_jax.tools.score_file import score_file
 
-    rule = RewardConfig(mode=args.mode, leak_penalty=args.leak_penalty, before_penalty=args.before_penalty)
-    reasons = score_file(args.file, args.out, rule, prefill=judged_beginning(args.prefill, args.mode))
+    rule = RewardConfig(mode=mode, leak_penalty=leak_penalty, before_penalty=before_penalty)
+    reasons = score_file(file, out, rule, prefill=judged_beginning(prefill, mode))
     rows = [(reason, f"{n:,}", f"{100 * n / reasons.total():.1f} %") for reason, n in reasons.most_common()]
     print(tables.plain(("reason", "completions", "share"), rows))
-    print(f"{reasons.total():,} completions scored by the rule {args.mode}: {args.out}")
+    print(f"{reasons.total():,} completions scored by the rule {mode}: {out}")
     return 0
 
 
-def run_doctor(args: argparse.Namespace) -> int:
-    from medrlvr_jax.config.load import load
-    from medrlvr_jax.tools.doctor import report
+@command(INSPECT)
+def export(
+    run: Run,
+    out: Path,
+    /,
+    *,
+    step: Step = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    adapter: Flag = False,
+    distributed: Distributed = False,
+) -> int:
+    """Write a run's model as a Hugging Face directory.
 
-    lines, ok = report(load(args.config, args.settings) if args.config else None)
-    print("\n".join(lines))
-    return 0 if ok else 1
+    Args:
+        out: The directory to write.
+        dtype: The dtype of the weights. Default: that of the run.
+        adapter: Write only the LoRA adapters of a run with model.lora, in PEFT's format.
+    """
+    from medrlvr_jax.tools.export import export
 
-
-def run_plan(args: argparse.Namespace) -> int:
-    from medrlvr_jax.config.load import load
-    from medrlvr_jax.plan.plan import run
-
-    return run(load(args.config, args.settings), args.topology, args.sweep, args.json, args.questions, args.quick)
-
-
-def run_report(args: argparse.Namespace) -> int:
-    from medrlvr_jax.host.errors import ConfigError
-
-    if args.out.suffix not in (".html", ".png"):
-        raise ConfigError(f"--out: {args.out} must end in .html, a page with all, or in .png, the curves alone")
-    if not args.out.resolve().parent.is_dir():
-        raise ConfigError(f"--out: the folder of {args.out} does not exist; make it first")
-    if args.out.suffix == ".png":
-        from medrlvr_jax.report.pictures import curves as write
-    else:
-        from medrlvr_jax.report.page import write_page as write
-    write(args.runs, args.out)
-    print(args.out)
+    export(run, out, step, dtype, adapter)
     return 0

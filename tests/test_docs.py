@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 import medrlvr_jax
-from medrlvr_jax.cli import parser
+from medrlvr_jax.cli import app
 from medrlvr_jax.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
@@ -64,9 +64,8 @@ def test_commands_and_settings_in_the_pages_are_real():
     assert len(lines) > 30
     for line in lines:
         words = shlex.split(re.sub(r"\[.*\]|…", "", line).replace("--step S --row I", "--step 1 --row 0"))[1:]
-        args, rest = parser().parse_known_args(words)
-        assert not [word for word in rest if word.startswith("-")], line
-        for item in [word for word in [*getattr(args, "settings", []), *rest] if "=" in word]:
+        _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+        for item in bound.arguments.get("settings", ()):
             name = re.sub(r"^eval\.sets\.\w+", "data", item.partition("=")[0])
             assert name in settings, f"{line}: {name}"
 
@@ -79,13 +78,17 @@ def test_a_setting_is_shown_with_type_default_and_comment():
     assert "before &lt;think>" in page  # a tag in a comment is text
 
 
+def options(command: str) -> list[str]:
+    return [name for argument in app[command].assemble_argument_collection() for name in argument.names if name.startswith("--")]
+
+
 def test_the_reference_has_every_command_and_option():
     page = reference.commands()
-    (commands,) = [action.choices for action in parser()._actions if action.dest == "command"]
+    commands = [name for name in app if not name.startswith("-")]
     assert commands
-    for name, command in commands.items():
+    for name in commands:
         section = page.partition(f"## medrlvr {name}\n")[2].partition("\n## ")[0]
-        missing = [option for action in command._actions for option in action.option_strings if option not in section]
+        missing = [option for option in options(name) if option not in section]
         assert section and not missing, (name, missing)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^\| `medrlvr (\w+)", readme, re.M)) == sorted(commands)
