@@ -271,10 +271,11 @@ def test_the_table_by_hand(file):
     assert inside["p"] == inside["p_holm"] == 1 and inside["p_margin"] < 0.05 and inside["n"] == 100
     assert against["outside"]["difference"]["value"] == pytest.approx(0.45) and against["outside"]["p_holm"] < 0.01
     assert set(table["against_sft"]["base"]) == {"inside", "outside"} and table["against_sft"]["sft"] == {}
-    assert "p 1, by Holm's adjustment 1: the two are not told apart, and match: a difference of 5 points or more is ruled out" in text
+    match = "no significant difference; the two match: a difference of 5 points or more is ruled out"
+    assert f"p 1, with Holm's adjustment 1: {match}" in text
     assert "ppo − sft on outside: +45.0" in text and ": ppo is higher." in text
     assert "thoughts show inference in 100.0 % of answers on inside (100.0 % of base's)" in text
-    assert "2 of 6 reached 10% of a step's completions: format_failure (at most 75 %, step 1), direct_answer_hacker (at most 25 %" in text
+    assert "2 of 6 reached 10 % of a step's completions: format_failure (at most 75 %, step 1), direct_answer_hacker (at most 25 %" in text
     assert text.count("\ninside: 20 of 120 questions dropped") == 1 and "cut off" not in text
     assert "5 of 7 cells are finished" in text and "| ppo | 2 |" in text
     answered(wanted[1], "inside", n[:50] < 5)
@@ -293,7 +294,7 @@ def test_arms_may_have_other_sets_and_other_questions(file):
             answered(cell, name, n[: 40 if cell.arm == "sft" else 20] < 20, lambda i, arm=cell.arm: f"{arm}" if i < 5 else "same")
         (cell.path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
     text = claims.conclude(experiment, wanted, len(cells))
-    assert "extra: accuracy" in text and "100.0 (" in text and "ppo on inside: compared on the 15 of its 20 questions" in text
+    assert "extra: accuracy" in text and "100.0 % (" in text and "ppo on inside: compared on the 15 of its 20 questions" in text
     table = json.loads((experiment.folder / "table.json").read_text())
     assert table["against_sft"]["ppo"]["inside"]["n"] == 15 and set(table["against_sft"]["ppo"]) == {"inside", "outside"}
 
@@ -302,8 +303,8 @@ def test_arms_may_have_other_sets_and_other_questions(file):
     ("value", "p", "p_holm", "p_margin", "said"),
     [
         (0.2, 0.001, 0.01, 0.9, "ppo is higher"),
-        (-0.02, 0.02, 0.2, 0.03, "ppo is lower if this were the only comparison, but not among the 9 of the table, and match"),
-        (0.01, 0.5, 1.0, 0.2, "the two are not told apart, nor shown to match: a difference of 5 points is not ruled out (p 0.2)"),
+        (-0.02, 0.02, 0.2, 0.03, "ppo is lower if this is the only test, but not among the 9 of the table; the two match"),
+        (0.01, 0.5, 1.0, 0.2, "no significant difference, and no match shown: a difference of 5 points is not ruled out (p 0.2)"),
     ],
 )
 def test_a_sentence_says_what_interval_and_p_say(value, p, p_holm, p_margin, said):

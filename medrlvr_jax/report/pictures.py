@@ -206,9 +206,10 @@ def _evaluations(axis: Axes, runs: list[Records]) -> None:
         style: Any = {"marker": marker, "ms": 4.5, "mec": "white", "mew": 0.5, "lw": 0, "elinewidth": 0.9}
         for j, records in enumerate(runs):
             prefix = f"eval.{name}."
-            asked = [r for r in records if r.get(f"{prefix}n")]
+            if not (asked := [r for r in records if r.get(f"{prefix}n")]):
+                continue
             counts = [{k.removeprefix(prefix): r[k] for k in r if k.startswith(prefix)} for r in asked]
-            share, low, high = np.array([interval(c) for c in counts]).reshape(-1, 3).T
+            share, low, high = np.array([interval(c) for c in counts]).T
             steps = [r["step"] + shift for r in asked]
             color = set_color if single else COLORS[j % len(COLORS)]
             axis.errorbar(steps, share, [share - low, high - share], color=color, zorder=3, clip_on=False, **style)
