@@ -42,6 +42,16 @@ class Prompts:
     mask: Bool[Array, "Q P"]  # False on padding
     ids: UInt32[Array, " Q"]  # the questions' own numbers: sampling noise is keyed by them
 
+    @property
+    def positions(self) -> Int32[Array, "Q P"]:
+        """0, 1, … from the first token on; 0 on padding."""
+        return jax.numpy.maximum(jax.numpy.cumsum(self.mask, axis=1) - 1, 0)
+
+    @property
+    def next_position(self) -> Int32[Array, " Q"]:
+        """Of a response's first token."""
+        return self.mask.sum(1)
+
 
 @pytree
 class Rollout:
@@ -64,8 +74,7 @@ class Assessment:
 class Experience:
     """All a learner needs; rows (the leading Q) are independent, so any split into minibatches is legal."""
 
-    prompts: Int32[Array, "Q P"]
-    prompt_mask: Bool[Array, "Q P"]
+    prompts: Prompts
     tokens: Int32[Array, "Q G R"]
     mask: Bool[Array, "Q G R"]  # the tokens that are learned from
     logprobs: Float32[Array, "Q G R"]  # before learning

@@ -71,7 +71,7 @@ def gap(params, cfg: DecoderConfig, prompts: np.ndarray, lengths: np.ndarray, ca
 
     @partial(jax.jit, static_argnames="size")
     def score(rollout, size):
-        rows = scoring.Rows(batch.tokens, batch.mask, rollout.tokens, rollout.mask)
+        rows = scoring.Rows(batch, rollout.tokens, rollout.mask)
 
         def read(hidden, tokens):
             return scoring.token_logprobs(params, cfg, hidden, tokens, c["temperature"], c["slab"])

@@ -15,6 +15,7 @@ from medrlvr_jax.model import attention, decoder, scoring
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.plan import flops
 from medrlvr_jax.rollout import decode
+from medrlvr_jax.types import Prompts
 
 splash = partial(attention.splash, interpret=True)
 CFG = DecoderConfig(vocab=50, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4, norm_eps=1e-6, tied=True)
@@ -67,12 +68,12 @@ def test_a_decoder_with_it(monkeypatch):
     """Log-probs, and the state after a prompt that sampling starts from."""
     monkeypatch.setattr(attention, "splash", splash)
     params = nn.meta.unbox(decoder.init(CFG, jax.random.key(1)))
-    prompts = jax.random.randint(jax.random.key(2), (2, 20), 0, 50)
-    mask, tokens = jnp.arange(20) >= jnp.array([0, 9])[:, None], jax.random.randint(jax.random.key(3), (2, 3, 12), 0, 50)
+    words, tokens = (jax.random.randint(jax.random.key(i), shape, 0, 50) for i, shape in ((2, (2, 20)), (3, (2, 3, 12))))
+    prompts = Prompts(words, jnp.arange(20) >= jnp.array([0, 9])[:, None], jnp.arange(2, dtype=jnp.uint32))
 
     def read(cfg):
-        hidden = scoring.hidden_states(params, cfg, prompts, mask, tokens)
-        return scoring.token_logprobs(params, cfg, hidden, tokens, 1.0, 10_000)[0], decode.prefill(params, cfg, prompts, mask)[0]
+        hidden = scoring.hidden_states(params, cfg, prompts, tokens)
+        return scoring.token_logprobs(params, cfg, hidden, tokens, 1.0, 10_000)[0], decode.prefill(params, cfg, prompts)[0]
 
     for a, b in zip(read(CFG), read(replace(CFG, splash=True)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)

@@ -20,6 +20,7 @@ from medrlvr_jax.data.tokenizer import load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder, lora
 from medrlvr_jax.model import weights as hf
+from medrlvr_jax.types import Prompts
 
 QWEN, LLAMA3 = FAMILIES["qwen2_untied"], FAMILIES["llama3"]
 
@@ -390,7 +391,8 @@ def test_peft_loads_the_adapter(family, tmp_path):
     hf.save_adapter(params, cfg, source, tmp_path / "adapter")
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(source)
-    state, _ = decoder.Decoder(cfg).apply({"params": params}, tokens, tokens > 0, None)
+    prompts = Prompts(tokens, tokens > 0, np.zeros(1, np.uint32))
+    state, _ = decoder.Decoder(cfg).apply({"params": params}, prompts, None)
     ours = np.asarray(decoder.logits(params, cfg, state))
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():

@@ -201,7 +201,7 @@ def test_int8_rollouts_are_of_the_rounded_policy_and_weighed():
         w = np.asarray(params["layers"][name])
         scale = np.abs(w).max(tuple(range(1, 1 + inputs)), keepdims=True) / 127
         rounded[name] = np.round(w / scale) * scale
-    args = made.prompts, made.prompt_mask, rollout.tokens
+    args = made.prompts, rollout.tokens
     logprobs = [
         scoring.token_logprobs(p, CFG, scoring.hidden_states(p, CFG, *args), rollout.tokens, 1.0, 10_000)[0]
         for p in (params, params | {"layers": rounded})
@@ -282,7 +282,8 @@ def test_weights_in_bfloat16_move_as_float32_ones_do(kind):
     program = jax.jit(partial(learn.learn, objective=learn.nll_objective(c, CFG), tx=tx, epochs=20, minibatch=4, micro=2, row_shares=()))
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 64, shape).astype(np.int32) for shape in ((Q, P), (Q, 1, R))]
-    rows = Experience(rows[0], np.ones((Q, P), bool), rows[1], np.ones((Q, 1, R), bool), *[None] * 5)
+    prompts = Prompts(rows[0], np.ones((Q, P), bool), np.arange(Q, dtype=np.uint32))
+    rows = Experience(prompts, rows[1], np.ones((Q, 1, R), bool), *[None] * 5)
     start = jax.tree.map(lambda p: p.astype(jnp.bfloat16), nn.meta.unbox(decoder.init(CFG, jax.random.key(0))))
     ends = {}
     for dtype in (jnp.bfloat16, jnp.float32):
@@ -322,7 +323,8 @@ def fit(kind, mesh, devices):
     parts = Parts(c, None, cfg, cfg, sharding.make_mesh(c.mesh, jax.devices()[:devices]))
     rng = np.random.default_rng(0)
     prompts, targets = rng.integers(0, 64, (Q, P)), rng.integers(0, 64, (Q, 1, R))
-    rows = Experience(prompts, np.ones((Q, P), bool), targets, np.ones((Q, 1, R), bool), *[None] * 5)
+    given = Prompts(prompts, np.ones((Q, P), bool), np.arange(Q, dtype=np.uint32))
+    rows = Experience(given, targets, np.ones((Q, 1, R), bool), *[None] * 5)
     tx = learn.make_optimizer(c.learn.policy, 8)
     with jax.set_mesh(parts.mesh):
         learner, placed = build.init_learner(parts, cfg, tx)

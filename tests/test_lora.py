@@ -15,6 +15,7 @@ from test_learn import CFG, Loop, furthest, settings
 from medrlvr_jax.config.schema import LoRAConfig
 from medrlvr_jax.model import decoder, lora, scoring
 from medrlvr_jax.model.decoder import MATRICES
+from medrlvr_jax.types import Prompts
 
 ADAPTED = dataclasses.replace(CFG, lora=LoRAConfig(rank=3, alpha=5.0))
 SCALE = 5 / 3
@@ -41,7 +42,8 @@ def params(fresh):
 def logits(params, cfg):
     rng = np.random.default_rng(0)
     mask = np.arange(5)[None] >= np.array([0, 2, 4])[:, None]
-    hidden = scoring.hidden_states(params, cfg, rng.integers(0, 64, (3, 5)), mask, rng.integers(0, 64, (3, 2, 6)))
+    prompts = Prompts(rng.integers(0, 64, (3, 5)), mask, np.arange(3, dtype=np.uint32))
+    hidden = scoring.hidden_states(params, cfg, prompts, rng.integers(0, 64, (3, 2, 6)))
     return decoder.logits(params, cfg, hidden)
 
 

@@ -29,7 +29,6 @@ def experience(**fields):
     """The fixture, one advantage per response; what a policy loss never reads is None."""
     base = Experience(
         prompts=None,
-        prompt_mask=None,
         tokens=None,
         mask=MASK,
         logprobs=F["old"],

@@ -12,6 +12,7 @@ from flax import linen as nn
 from medrlvr_jax.model import decoder, scoring
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.rollout import decode
+from medrlvr_jax.types import Prompts
 
 CFG = DecoderConfig(
     vocab=97, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, rope_theta=1e4, norm_eps=1e-6, tied=True, qkv_bias=True
@@ -30,38 +31,39 @@ def params():
 def batch():
     rng = np.random.default_rng(0)
     mask = np.arange(P)[None] >= np.array([0, 2, 4])[:, None]
-    return rng.integers(0, 97, (Q, P)), mask, rng.integers(0, 97, (Q, G, R))
+    prompts = Prompts(rng.integers(0, 97, (Q, P)), mask, np.arange(Q, dtype=np.uint32))
+    return prompts, rng.integers(0, 97, (Q, G, R))
 
 
 def test_side_by_side_is_alone(params, batch):
-    prompts, mask, tokens = batch
-    hidden = scoring.hidden_states(params, CFG, prompts, mask, tokens)
+    prompts, tokens = batch
+    hidden = scoring.hidden_states(params, CFG, prompts, tokens)
     for q in range(Q):
         for g in range(G):
-            prompt = prompts[q][mask[q]]
+            prompt = prompts.tokens[q][prompts.mask[q]]
             row = np.concatenate([prompt, tokens[q, g]])[None]
-            alone, _ = decoder.Decoder(CFG).apply({"params": params}, row, np.ones_like(row, bool), None)
+            alone, _ = decoder.Decoder(CFG).apply({"params": params}, Prompts(row, row >= 0, np.zeros(1, np.uint32)), None)
             np.testing.assert_allclose(hidden[q, g], alone[0, len(prompt) - 1 : -1], atol=1e-5)
 
 
 @pytest.mark.parametrize("unroll", [True, False])
 def test_decoding_is_scoring(params, batch, unroll):
     cfg = dataclasses.replace(CFG, unroll=unroll)
-    prompts, mask, tokens = batch
-    hidden = scoring.hidden_states(params, CFG, prompts, mask, tokens)
-    state, cache = decode.prefill(params, cfg, prompts, mask)
+    prompts, tokens = batch
+    hidden = scoring.hidden_states(params, CFG, prompts, tokens)
+    state, cache = decode.prefill(params, cfg, prompts)
     np.testing.assert_allclose(state, hidden[:, 0, 0], atol=1e-5)
     caches, layers = decode.start_caches(cfg, cache, G, R), decode.split_layers(params, cfg)
-    rope = decoder.rope_tables(np.arange(prompts.shape[1] + R), cfg)
+    rope = decoder.rope_tables(np.arange(P + R), cfg)
     for t in range(R - 1):
-        state, caches = decode.decode_step(params, cfg, layers, rope, tokens[:, :, t], mask, caches, t)
+        state, caches = decode.decode_step(params, cfg, layers, rope, tokens[:, :, t], prompts, caches, t)
         np.testing.assert_allclose(state, hidden[:, :, t + 1], atol=1e-5)
 
 
 def test_the_future_is_not_seen(params, batch):
-    prompts, mask, tokens = batch
-    before = scoring.hidden_states(params, CFG, prompts, mask, tokens)
-    after = scoring.hidden_states(params, CFG, prompts, mask, np.where(np.arange(R) >= 3, 5, tokens))
+    prompts, tokens = batch
+    before = scoring.hidden_states(params, CFG, prompts, tokens)
+    after = scoring.hidden_states(params, CFG, prompts, np.where(np.arange(R) >= 3, 5, tokens))
     np.testing.assert_array_equal(before[:, :, :4], after[:, :, :4])  # column 3 is the state before token 3
     assert np.abs(before[:, :, 4:] - after[:, :, 4:]).max() > 1e-3
 
@@ -69,15 +71,15 @@ def test_the_future_is_not_seen(params, batch):
 @pytest.mark.parametrize("slab", [1, 7, 12, 10_000])
 def test_logprobs_in_slabs_are_whole_ones(params, batch, slab):
     """Values and gradients, against log_softmax over logits that exist whole."""
-    prompts, mask, tokens = batch
+    prompts, tokens = batch
     weight = np.random.default_rng(1).normal(size=(Q, G, R))
 
     def whole(params):
-        scores = jax.nn.log_softmax(decoder.logits(params, CFG, scoring.hidden_states(params, CFG, prompts, mask, tokens)) / 0.7)
+        scores = jax.nn.log_softmax(decoder.logits(params, CFG, scoring.hidden_states(params, CFG, prompts, tokens)) / 0.7)
         return jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0], -(jnp.exp(scores) * scores).sum(-1)
 
     def pieces(params):
-        hidden = scoring.hidden_states(params, CFG, prompts, mask, tokens)
+        hidden = scoring.hidden_states(params, CFG, prompts, tokens)
         return scoring.token_logprobs(params, CFG, hidden, tokens, 0.7, slab)
 
     for a, b in zip(whole(params), jax.jit(pieces)(params), strict=True):
@@ -94,8 +96,8 @@ def test_linear_has_autodiffs_gradient():
 
 
 def test_a_critic_starts_at_zero_and_reads_its_head(params, batch):
-    prompts, mask, tokens = batch
-    hidden = scoring.hidden_states(params, CFG, prompts, mask, tokens)
+    prompts, tokens = batch
+    hidden = scoring.hidden_states(params, CFG, prompts, tokens)
     head = jnp.zeros(CFG.embed + 1).at[3].set(2.0).at[-1].set(0.5)
     np.testing.assert_array_equal(scoring.values({"value": jnp.zeros(CFG.embed + 1)}, CFG, hidden), np.zeros((Q, G, R)))
     np.testing.assert_allclose(scoring.values({"value": head}, CFG, hidden), 2 * hidden[..., 3] + 0.5, rtol=1e-5, atol=1e-5)
@@ -116,9 +118,9 @@ def test_remat_changes_no_gradient(params, batch):
 @pytest.mark.parametrize("share", [0.5, 0.8])
 def test_rows_without_padding_are_the_same(params, batch, share):
     """Log-probs, entropies, values and all gradients, of responses of many lengths, none included."""
-    prompts, prompt_mask, tokens = batch
+    prompts, tokens = batch
     lengths = np.array([[5, 0], [1, 2], [4, 1]])
-    rows = scoring.Rows(prompts, prompt_mask, tokens, np.arange(R) < lengths[..., None])
+    rows = scoring.Rows(prompts, tokens, np.arange(R) < lengths[..., None])
     weights = np.random.default_rng(1).normal(size=(3, Q, G, R)) * rows.mask
     cfg = dataclasses.replace(CFG, value_head=True)
     grown = params | {"value": jnp.linspace(-1, 1, CFG.embed + 1)}

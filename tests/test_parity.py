@@ -18,6 +18,7 @@ from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.model import decoder, scoring
 from medrlvr_jax.model import weights as hf
 from medrlvr_jax.rollout import decode
+from medrlvr_jax.types import Prompts
 
 TOLERANCE = 3e-5  # logits reach 5; float32 sums in another order differ by 5e-6 to 8e-6
 ONE = MeshConfig()
@@ -50,13 +51,13 @@ def ours(directory):
     def compute(family):
         cfg = hf.read_config(directory(family))
         params, c = load(directory(family), cfg), case()
-        width, groups = c.prompts.shape[1], c.tokens.shape[1]
+        prompts, width, groups = batch(c), c.prompts.shape[1], c.tokens.shape[1]
 
         @jax.jit
         def score(params):
-            prompt, _ = decoder.Decoder(cfg).apply({"params": params}, c.prompts, c.mask, None)
+            prompt, _ = decoder.Decoder(cfg).apply({"params": params}, prompts, None)
             # One column more than there are tokens: its state is the one after the last token.
-            own = scoring.hidden_states(params, cfg, c.prompts, c.mask, jnp.pad(c.tokens, ((0, 0), (0, 0), (0, 1))))
+            own = scoring.hidden_states(params, cfg, prompts, jnp.pad(c.tokens, ((0, 0), (0, 0), (0, 1))))
             return decoder.logits(params, cfg, prompt), decoder.logits(params, cfg, own)
 
         prompt, own = score(params)
@@ -70,15 +71,19 @@ def ours(directory):
     return compute
 
 
+def batch(c):
+    return Prompts(c.prompts, c.mask, np.arange(len(c.prompts), dtype=np.uint32))
+
+
 def greedy(params, cfg, c):
     """`prefill`, then one `decode_step` a token, two samples of each question side by side."""
     groups, layers = 2, decode.split_layers(params, cfg)
-    hidden, prompt = jax.jit(partial(decode.prefill, cfg=cfg))(params, prompts=c.prompts, prompt_mask=c.mask)
+    hidden, prompt = jax.jit(partial(decode.prefill, cfg=cfg))(params, prompts=batch(c))
     caches, rope = decode.start_caches(cfg, prompt, groups, NEW), decoder.rope_tables(jnp.arange(c.prompts.shape[1] + NEW), cfg)
 
     @jax.jit
     def step(params, layers, tokens, caches, t):
-        hidden, grown = decode.decode_step(params, cfg, layers, rope, tokens, c.mask, caches, t)
+        hidden, grown = decode.decode_step(params, cfg, layers, rope, tokens, batch(c), caches, t)
         return jnp.argmax(decoder.logits(params, cfg, hidden), -1), grown
 
     tokens = jnp.repeat(jnp.argmax(decoder.logits(params, cfg, hidden), -1)[:, None], groups, 1)
@@ -112,7 +117,7 @@ def test_every_norm_and_bias_matters(directory):
     c = case()
     for family in ("qwen2_untied", "qwen3"):
         cfg = hf.read_config(directory(family))
-        score = jax.jit(lambda p, cfg=cfg: decoder.logits(p, cfg, decoder.Decoder(cfg).apply({"params": p}, c.prompts, c.mask, None)[0]))
+        score = jax.jit(lambda p, cfg=cfg: decoder.logits(p, cfg, decoder.Decoder(cfg).apply({"params": p}, batch(c), None)[0]))
         flat = flatten_dict(load(directory(family), cfg))
         whole = np.asarray(score(unflatten_dict(flat)))
         for key in [key for key in flat if key[-1].endswith(("norm", "bias"))]:

@@ -73,22 +73,22 @@ def test_flops_by_hand():
 def test_flops_of_programs_are_the_formulas():
     """The walk over what is traced finds the formula's number: scoring, its gradient with recomputation, and sampling."""
     i32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)  # noqa: E731
-    prompts, mask, tokens = i32(Q, P), jax.ShapeDtypeStruct((Q, P), jnp.bool_), i32(Q, G, R)
+    prompts = Prompts(i32(Q, P), jax.ShapeDtypeStruct((Q, P), jnp.bool_), jax.ShapeDtypeStruct((Q,), jnp.uint32))
+    tokens = i32(Q, G, R)
 
-    def score(params, prompts, mask, tokens):
-        hidden = scoring.hidden_states(params, CFG, prompts, mask, tokens)
+    def score(params, prompts, tokens):
+        hidden = scoring.hidden_states(params, CFG, prompts, tokens)
         return scoring.token_logprobs(params, CFG, hidden, tokens, 1.0, 10_000)[0].sum()
 
     forward = flops.forward_flops(CFG, Q, P, G, R)
-    args = shapes(CFG), prompts, mask, tokens
+    args = shapes(CFG), prompts, tokens
     assert traced(score, *args) == forward
     again = forward  # remat full computes layers and words once more
     assert traced(jax.grad(score), *args) == pytest.approx(3 * forward + again, rel=0.05)
-    given = Prompts(prompts, mask, jax.ShapeDtypeStruct((Q,), jnp.uint32))
     key, cfg = jax.eval_shape(lambda: jax.random.key(0)), dataclasses.replace(CFG, narrow=False)
     for new in (R, 300):  # one loop, and two
         drawn = SampleConfig(questions=Q, samples=G, max_new_tokens=new)
-        jaxpr = sample.generate.trace(shapes(cfg), cfg, given, key, drawn, (1,), 0).jaxpr
+        jaxpr = sample.generate.trace(shapes(cfg), cfg, prompts, key, drawn, (1,), 0).jaxpr
         assert flops.traced_flops(jaxpr) == flops.generate_flops(cfg, Q, P, G, new)
     assert sample.loops(300) == [(1, 151), (151, 300)] and sample.loops(R) == [(1, R)]
 

@@ -15,7 +15,7 @@ from medrlvr_jax.config.schema import LoRAConfig
 from medrlvr_jax.model import attention, decoder, lora, scoring
 from medrlvr_jax.model.decoder import NO_TOKEN, Block, DecoderConfig
 from medrlvr_jax.rl import learn
-from medrlvr_jax.types import Experience, Learner, Mean
+from medrlvr_jax.types import Experience, Learner, Mean, Prompts
 
 Q, P, G, R = 4, 16, 4, 64
 CFG = DecoderConfig(
@@ -43,8 +43,7 @@ def experience() -> Experience:
     tokens = rng.choice(CFG.vocab, (Q, P + G * R), p=share / share.sum()).astype(np.int32)
     noise = rng.normal(size=(2, Q, G, R)).astype(np.float32)
     return Experience(
-        prompts=tokens[:, :P],
-        prompt_mask=np.arange(P) >= rng.integers(0, P // 2, (Q, 1)),
+        prompts=Prompts(tokens[:, :P], np.arange(P) >= rng.integers(0, P // 2, (Q, 1)), np.arange(Q, dtype=np.uint32)),
         tokens=tokens[:, P:].reshape(Q, G, R),
         mask=np.arange(R) < rng.integers(R // 2, R + 1, (Q, G, 1)),
         logprobs=noise[0] * 0,
@@ -126,7 +125,7 @@ def test_a_bias_counts_all_its_tokens():
 
 def test_micro_batches_add_up_in_float32():
     """With bfloat16 masters too: 300 micro-batches with a gradient of 1, of which bfloat16 would add up 256."""
-    rows = Experience(*[np.zeros((300, 1, 1))] * 9)
+    rows = Experience(*[np.zeros((300, 1, 1))] * 8)
     start = Learner({"w": jnp.zeros(1, jnp.bfloat16)}, optax.EmptyState())
 
     def objective(params, rows, extra, size):
@@ -167,5 +166,6 @@ def test_what_small_layers_add_to_large_states_is_not_lost():
     params["layers"]["v_bias"] = params["layers"]["v_bias"].at[:, 0, 0].set(0.5)  # values, and so what attention returns
     params["layers"]["o"] = params["layers"]["o"].at[:, 0, 0, 0].set(1.0)
     tokens = jnp.ones((1, 1, 2), jnp.int32)
-    states = scoring.hidden_states(params, cfg, tokens[0], jnp.ones((1, 2), bool), tokens).astype(jnp.float32)
+    prompts = Prompts(tokens[0], jnp.ones((1, 2), bool), jnp.zeros(1, jnp.uint32))
+    states = scoring.hidden_states(params, cfg, prompts, tokens).astype(jnp.float32)
     np.testing.assert_allclose(states[..., 0] / states[..., 1], 260 / 256, rtol=2**-7)  # both are rounded at the end

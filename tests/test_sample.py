@@ -39,7 +39,7 @@ def run(params, prompts, step=0, entropies=False, **settings):
 )
 def test_recorded_logprobs_are_the_trainers(params, prompts, settings):
     rollout = run(params, prompts, entropies=True, **settings)
-    hidden = scoring.hidden_states(params, CFG, prompts.tokens, prompts.mask, rollout.tokens)
+    hidden = scoring.hidden_states(params, CFG, prompts, rollout.tokens)
     trainer, entropy = scoring.token_logprobs(params, CFG, hidden, rollout.tokens, settings.get("temperature") or 1.0, 10_000)
     recorded = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
     np.testing.assert_allclose(np.where(rollout.mask, trainer, 0), recorded, atol=1e-5)
@@ -52,7 +52,7 @@ def test_recorded_logprobs_are_the_trainers(params, prompts, settings):
 def test_drawn_logprob_is_of_the_truncated_distribution(params, prompts):
     """Recomputed with a sort, for the first column."""
     rollout = run(params, prompts, top_k=6, top_p=0.7)
-    hidden, _ = decode.prefill(params, CFG, prompts.tokens, prompts.mask)
+    hidden, _ = decode.prefill(params, CFG, prompts)
     probs = np.asarray(jax.nn.softmax(decoder.logits(params, CFG, hidden)), np.float64)
     for q in range(Q):
         order = np.argsort(-probs[q])[:6]

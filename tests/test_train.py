@@ -26,6 +26,7 @@ from medrlvr_jax.rewards import rule
 from medrlvr_jax.rl import loop, train
 from medrlvr_jax.rl.sft import encode_pairs
 from medrlvr_jax.runs import checkpoint, profile
+from medrlvr_jax.types import Prompts
 
 TREE = {
     "name": "run",
@@ -409,7 +410,8 @@ def test_a_run_with_adapters(folder):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     tokens = np.arange(3, 15)[None]
     with jax.set_mesh(parts.mesh):
-        state, _ = decoder.Decoder(parts.cfg).apply({"params": lora.join(build.load_base(parts), again[1])}, tokens, tokens > 0, None)
+        prompts = Prompts(tokens, tokens > 0, np.zeros(1, np.uint32))
+        state, _ = decoder.Decoder(parts.cfg).apply({"params": lora.join(build.load_base(parts), again[1])}, prompts, None)
         ours = decoder.logits(build.load_base(parts), parts.cfg, state)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")(torch.tensor(tokens)).logits.detach().numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-5)

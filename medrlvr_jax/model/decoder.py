@@ -17,7 +17,7 @@ from flax import linen as nn
 from medrlvr_jax.config.schema import LoRAConfig
 from medrlvr_jax.model import attention
 from medrlvr_jax.sharding import constrain, gather
-from medrlvr_jax.types import Array, Params
+from medrlvr_jax.types import Array, Params, Prompts
 
 
 class RopeScaling(NamedTuple):
@@ -259,10 +259,8 @@ class Decoder(nn.Module):
     keep_cache: bool = False
 
     @nn.compact
-    def __call__(
-        self, prompts: Array, prompt_mask: Array, tokens: Array | None, segments: Array | None = None, columns: Array | None = None
-    ):
-        """prompts [Q, P] left-padded, tokens [Q, G, R] (padding may be `NO_TOKEN`) or None; for the others see `Block` and `pack`."""
+    def __call__(self, prompts: Prompts, tokens: Array | None, segments: Array | None = None, columns: Array | None = None):
+        """tokens [Q, G, R] (padding may be `NO_TOKEN`) or None; for the others see `Block` and `pack`."""
         c = self.cfg
         normal = nn.initializers.normal(c.embed**-0.5)
         embed = self.param("embed", nn.with_logical_partitioning(normal, ("vocab", "embed")), (c.vocab, c.embed), jnp.float32)
@@ -271,7 +269,7 @@ class Decoder(nn.Module):
             self.param("value", zeros, (c.embed + 1,), jnp.float32)
         elif not c.tied:
             self.param("head", nn.with_logical_partitioning(normal, ("embed", "vocab")), (c.embed, c.vocab), jnp.float32)
-        packed, positions, groups = pack(jnp.where(prompt_mask, prompts, NO_TOKEN), prompt_mask, tokens, columns)
+        packed, positions, groups = pack(prompts, tokens, columns)
         x = constrain(embed_lookup(embed, packed, c), "batch", None, None)
         cos, sin = rope_tables(positions, c)
         block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False, static_argnums=(6,))
@@ -283,7 +281,7 @@ class Decoder(nn.Module):
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, cache = stack(c, self.keep_cache, name="layers")(x, cos, sin, prompt_mask, segments, groups)
+        x, cache = stack(c, self.keep_cache, name="layers")(x, cos, sin, prompts.mask, segments, groups)
         norm = self.param("norm", nn.with_logical_partitioning(nn.initializers.ones_init(), (None,)), (c.embed,), jnp.float32)
         return rms_norm(x, norm, c.norm_eps, c.dtype), cache
 
@@ -317,21 +315,25 @@ def _lookup_backward(_, saved, g):
 embed_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def pack(prompts: Array, prompt_mask: Array, tokens: Array | None, columns: Array | None) -> tuple[Array, Array, int]:
-    """`prompt | response 1 | … | response G`: tokens and positions [Q, P + G·R], and G; `columns` [Q, G, R] are 0 … R − 1 if not given."""
-    positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
+def pack(prompts: Prompts, tokens: Array | None, columns: Array | None) -> tuple[Array, Array, int]:
+    """`prompt | response 1 | … | response G`: tokens and positions [Q, P + G·R], and G. Padding of the prompt is `NO_TOKEN`.
+
+    `columns` [Q, G, R] are 0 … R − 1 if not given.
+    """
+    known = jnp.where(prompts.mask, prompts.tokens, NO_TOKEN)
     if tokens is None:
-        return prompts, positions, 0
+        return known, prompts.positions, 0
     rows, groups, length = tokens.shape
-    own = prompt_mask.sum(1)[:, None, None] + (jnp.arange(length) if columns is None else columns)
+    own = prompts.next_position[:, None, None] + (jnp.arange(length) if columns is None else columns)
     own = jnp.broadcast_to(own, tokens.shape).reshape(rows, -1)
-    return jnp.concatenate([prompts, tokens.reshape(rows, -1)], 1), jnp.concatenate([positions, own], 1), groups
+    return jnp.concatenate([known, tokens.reshape(rows, -1)], 1), jnp.concatenate([prompts.positions, own], 1), groups
 
 
 def init(cfg: DecoderConfig, key: Array) -> Params:
     """Random parameters with their logical axes (`nn.Partitioned`); `jax.eval_shape` it for shapes alone."""
-    prompts = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(cfg).init(key, prompts, jnp.ones((1, 1), bool), prompts[:, None])["params"]
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    prompts = Prompts(tokens, jnp.ones((1, 1), bool), jnp.zeros(1, jnp.uint32))
+    return Decoder(cfg).init(key, prompts, tokens[:, None])["params"]
 
 
 def logits(params: Params, cfg: DecoderConfig, hidden: Array) -> Array:

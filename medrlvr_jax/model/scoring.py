@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from medrlvr_jax.model import decoder
 from medrlvr_jax.model.decoder import NO_TOKEN, Decoder, DecoderConfig
 from medrlvr_jax.sharding import constrain, splits_words
-from medrlvr_jax.types import Array, Experience, Params
+from medrlvr_jax.types import Array, Experience, Params, Prompts
 
 T = TypeVar("T")
 
@@ -23,8 +23,7 @@ T = TypeVar("T")
 class Rows(NamedTuple):
     """Questions and their responses; an `Experience` has the same fields."""
 
-    prompts: Array  # int32 [Q, P]
-    prompt_mask: Array  # bool [Q, P]
+    prompts: Prompts
     tokens: Array  # int32 [Q, G, R]
     mask: Array  # bool [Q, G, R]
 
@@ -51,14 +50,14 @@ def at_responses(params: Params, cfg: DecoderConfig, rows: Rows | Experience, si
     n, groups, length = rows.tokens.shape
     if size == groups * length:
         known = jnp.where(rows.mask, rows.tokens, NO_TOKEN)
-        return read(hidden_states(params, cfg, rows.prompts, rows.prompt_mask, known), rows.tokens)
+        return read(hidden_states(params, cfg, rows.prompts, known), rows.tokens)
     mask = rows.mask.reshape(n, -1)
     place = jnp.argsort(~mask, axis=1, stable=True)[:, :size]  # tokens first, in their order
     keep = jnp.take_along_axis(mask, place, axis=1)
     tokens = jnp.take_along_axis(rows.tokens.reshape(n, -1), place, axis=1)[:, None]
     segments, columns = (place // length)[:, None], (place % length)[:, None]
     known = jnp.where(keep[:, None], tokens, NO_TOKEN)
-    found = read(hidden_states(params, cfg, rows.prompts, rows.prompt_mask, known, segments, columns), tokens)
+    found = read(hidden_states(params, cfg, rows.prompts, known, segments, columns), tokens)
 
     def put(x):
         blank = constrain(jnp.zeros(mask.shape, x.dtype), "batch", None)
@@ -70,8 +69,7 @@ def at_responses(params: Params, cfg: DecoderConfig, rows: Rows | Experience, si
 def hidden_states(
     params: Params,
     cfg: DecoderConfig,
-    prompts: Array,
-    prompt_mask: Array,
+    prompts: Prompts,
     tokens: Array,
     segments: Array | None = None,
     columns: Array | None = None,
@@ -80,9 +78,9 @@ def hidden_states(
 
     `segments` and `columns` [Q, G, R], where several responses stand in one: which of them a token is of, and its place there.
     """
-    packed, _ = Decoder(cfg).apply({"params": params}, prompts, prompt_mask, tokens, segments, columns)
+    packed, _ = Decoder(cfg).apply({"params": params}, prompts, tokens, segments, columns)
     rows, groups, length = tokens.shape
-    width = prompts.shape[1]
+    width = prompts.tokens.shape[1]
     last = jnp.broadcast_to(packed[:, None, None, width - 1], (rows, groups, 1, cfg.embed))
     own = packed[:, width:].reshape(rows, groups, length, cfg.embed)
     states = jnp.concatenate([last, own[:, :, :-1]], axis=2)

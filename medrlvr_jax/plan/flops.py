@@ -16,6 +16,7 @@ from medrlvr_jax.build import Parts
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.rollout.generate import loops, segment_ends
 from medrlvr_jax.rollout.program import Program
+from medrlvr_jax.types import Prompts
 
 
 def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, visited: Mapping[str, float] = MappingProxyType({})) -> float:
@@ -69,8 +70,8 @@ def weights(cfg: DecoderConfig) -> int:
 def useful(program: Program, parts: Parts) -> float:
     """Of a rollout's or a step's program, without recomputation, over all devices; 0 for one that multiplies no matrices."""
 
-    def scoring(cfg: DecoderConfig, prompts: Any, responses: Any) -> float:
-        (questions, prompt), (_, samples, new) = prompts.shape, responses.shape
+    def scoring(cfg: DecoderConfig, prompts: Prompts, responses: Any) -> float:
+        (questions, prompt), (_, samples, new) = prompts.tokens.shape, responses.shape
         return forward_flops(cfg, questions, prompt, samples, new)
 
     args, policy, critic = program.args, parts.cfg, parts.critic_cfg
@@ -81,7 +82,7 @@ def useful(program: Program, parts: Parts) -> float:
     if program.name == "assess":
         frozen, _, values, prompts, rollout = args
         passes = [policy] + [policy] * (frozen.reference is not None) + [critic] * (values is not None)
-        return sum(scoring(cfg, prompts.tokens, rollout.tokens) for cfg in passes)
+        return sum(scoring(cfg, prompts, rollout.tokens) for cfg in passes)
     if program.name in ("learn_policy", "learn_critic"):
         learned = critic if program.name == "learn_critic" else policy
         return 3 * parts.config.learn.epochs * scoring(learned, args[2].prompts, args[2].tokens)

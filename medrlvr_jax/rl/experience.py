@@ -72,8 +72,7 @@ def make_experience(
         stats["kl_response"] = to_ref.sum(-1).mean()
         stats["row/kl_high"] = to_ref.sum(-1).argmax()
     experience = Experience(
-        prompts=prompts.tokens,
-        prompt_mask=prompts.mask,
+        prompts=prompts,
         tokens=rollout.tokens,
         mask=learned,
         logprobs=a.logprobs,

@@ -127,11 +127,11 @@ def drive(
 
 
 def dump(folder: Path, step: int, rows: Experience) -> Path:
-    """The rows of a step, for inspection: one array of `skipped/<step>.npz` for each field of `Experience` that is there."""
+    """The rows of a step, for inspection: one array of `skipped/<step>.npz` for each array of `Experience`, as `prompts.tokens`."""
     path = folder / "skipped" / f"{step}.npz"
     whole = process_allgather(rows, tiled=True)
     if jax.process_index() == 0:
         with files.named_errors(path):
             path.parent.mkdir(exist_ok=True)
-            np.savez(path, **{name: array for name, array in vars(whole).items() if array is not None})
+            np.savez(path, **{jax.tree_util.keystr(name, simple=True, separator="."): x for name, x in jax.tree.leaves_with_path(whole)})
     return path

@@ -79,8 +79,7 @@ def step_programs(parts: Parts, programs: Programs, width: int) -> list[Program]
     draw = draw_program(parts, parts.sampler_cfg, c.sample, p, others=(relay.moved, values_net, idle(reference), states))
     prompts = draw.args[2]
     made = Experience(
-        prompts=prompts.tokens,
-        prompt_mask=prompts.mask,
+        prompts=prompts,
         tokens=rollout.tokens,
         mask=rollout.mask,
         logprobs=column(),

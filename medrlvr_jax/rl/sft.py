@@ -76,7 +76,7 @@ def batch(rows: list[tuple[list[int], list[int]]], index: np.ndarray, widths: tu
     for row, i in enumerate(index):
         target = rows[i][1]
         tokens[row, 0, : len(target)], mask[row, 0, : len(target)] = target, True
-    return Experience(prompts.tokens, prompts.mask, tokens, mask, None, None, None, None, None)
+    return Experience(prompts, tokens, mask, None, None, None, None, None)
 
 
 def sft(config: Config, data: Records | str | Path | None = None, callbacks: Callback | Sequence[Callback] = ()) -> dict[str, Any]:

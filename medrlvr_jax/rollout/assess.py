@@ -68,7 +68,7 @@ def assess(
     def part(rows: scoring.Rows) -> Assessment:
         return scoring.at_row_size(rows.mask, sizes, partial(at, rows))
 
-    rows = scoring.Rows(prompts.tokens, prompts.mask, rollout.tokens, rollout.mask)
+    rows = scoring.Rows(prompts, rollout.tokens, rollout.mask)
     if micro == len(rows.tokens):
         return by_rows(part(rows))
     return by_rows(join_rows(jax.lax.map(part, split_rows(rows, micro))))

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from medrlvr_jax.model.decoder import Block, Cache, Decoder, DecoderConfig, init, rms_norm
 from medrlvr_jax.sharding import DECODE, constrain
-from medrlvr_jax.types import Array, Params
+from medrlvr_jax.types import Array, Params, Prompts
 
 
-def prefill(params: Params, cfg: DecoderConfig, prompts: Array, prompt_mask: Array) -> tuple[Array, tuple[Array, Array]]:
+def prefill(params: Params, cfg: DecoderConfig, prompts: Prompts) -> tuple[Array, tuple[Array, Array]]:
     """The state after each prompt [Q, E], and the prompts' keys [L, Q, K, D, P] and values [L, Q, K, P, D]."""
-    packed, cache = cast(tuple, Decoder(cfg, keep_cache=True).apply({"params": params}, prompts, prompt_mask, None))
+    packed, cache = cast(tuple, Decoder(cfg, keep_cache=True).apply({"params": params}, prompts, None))
     return packed[:, -1], cache
 
 
@@ -39,7 +39,7 @@ def grow_caches(caches: Any, length: int) -> Any:
 
 
 def decode_step(
-    params: Params, cfg: DecoderConfig, layers: Any, rope: tuple[Array, Array], tokens: Array, prompt_mask: Array, caches: Any, t
+    params: Params, cfg: DecoderConfig, layers: Any, rope: tuple[Array, Array], tokens: Array, prompts: Prompts, caches: Any, t
 ) -> tuple[Array, Any]:
     """Tokens [Q, G] drawn at column t -> the state [Q, G, E] that predicts column t + 1, and the grown caches.
 
@@ -50,10 +50,10 @@ def decode_step(
     On TPU they are read where they lie, and a scan compiles in a fraction of the time.
     """
     x = constrain(params["embed"].astype(cfg.dtype)[tokens].astype(jnp.float32), "batch", None, None)
-    cos, sin = (table[prompt_mask.sum(1) + t][:, None] for table in rope)
+    cos, sin = (table[prompts.next_position + t][:, None] for table in rope)
 
     def step(x, layer, cache, place=None):
-        return Block(cfg).apply({"params": layer}, x, cos, sin, prompt_mask, cache, t, place, method="step")
+        return Block(cfg).apply({"params": layer}, x, cos, sin, prompts.mask, cache, t, place, method="step")
 
     if cfg.unroll:
         grown = []

@@ -41,7 +41,7 @@ class State(NamedTuple):
     running: Array  # bool [Q, G], no stop token yet
     uniforms: Array  # [Q, G, R], the noise behind each token
     limits: Array  # int32 [Q, G], tokens that a row may have
-    prompt_mask: Array  # bool [Q, P]
+    prompts: Prompts
     caches: list[Cache] | Cache  # see `decode.start_caches`
 
 
@@ -66,7 +66,7 @@ def generate(
     rows, groups, length = prompts.tokens.shape[0], sample.samples, sample.max_new_tokens
     truncated = bool(sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0)
     with jax.named_scope("prefill"):
-        last, prompt_cache = decode.prefill(params, cfg, prompts.tokens, prompts.mask)
+        last, prompt_cache = decode.prefill(params, cfg, prompts)
     layers, ends = decode.split_layers(params, cfg), segment_ends(length)
     rope = decoder.rope_tables(jnp.arange(prompts.tokens.shape[1] + length), cfg)
     zeros = jnp.zeros((rows, groups, length), jnp.float32)
@@ -77,7 +77,7 @@ def generate(
         running=jnp.ones((rows, groups), bool),
         uniforms=noise(key, prompts.ids, groups, length),
         limits=jnp.full((rows, groups), length) if limits is None else jnp.minimum(limits, length),
-        prompt_mask=prompts.mask,
+        prompts=prompts,
         caches=decode.start_caches(cfg, prompt_cache, groups, ends[0]),
     )
 
@@ -101,7 +101,7 @@ def generate(
 
     def body(state: State) -> State:
         token = jax.lax.dynamic_index_in_dim(state.drawn.tokens, state.t - 1, axis=2, keepdims=False)
-        hidden, caches = decode.decode_step(params, cfg, layers, rope, token, state.prompt_mask, state.caches, state.t - 1)
+        hidden, caches = decode.decode_step(params, cfg, layers, rope, token, state.prompts, state.caches, state.t - 1)
         return record(state._replace(caches=caches), hidden)
 
     shards = batch_ways(rows)
@@ -163,7 +163,7 @@ def take_rows(state: State, place: Array) -> State:
         running=of_row(state.running),
         uniforms=of_row(state.uniforms),
         limits=of_row(state.limits),
-        prompt_mask=of_question(state.prompt_mask),
+        prompts=jax.tree.map(of_question, state.prompts),
         caches=caches,
     )
 

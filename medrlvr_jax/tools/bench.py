@@ -43,7 +43,7 @@ from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rollout.generate import generate
 from medrlvr_jax.rollout.rollout import Encoded, draw, place_prompts, width
 from medrlvr_jax.sharding import place_rows
-from medrlvr_jax.types import Experience
+from medrlvr_jax.types import Experience, Prompts
 
 OPTIONS = ("Coronary angiography", "Chest X-ray", "Echocardiography", "Troponin measurement")
 
@@ -139,8 +139,11 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     width, most = args.prompt, lengths(args)
     mask = np.ones(shape, bool) if most is None else np.arange(args.new) < most[..., None]
     rows = Experience(
-        prompts=rng.integers(5, 200, (args.questions, width)).astype(np.int32),
-        prompt_mask=np.ones((args.questions, width), bool),
+        prompts=Prompts(
+            rng.integers(5, 200, (args.questions, width)).astype(np.int32),
+            np.ones((args.questions, width), bool),
+            np.arange(args.questions, dtype=np.uint32),
+        ),
         tokens=rng.integers(5, 200, shape).astype(np.int32),
         mask=mask,
         logprobs=normal(*shape) - 9,
