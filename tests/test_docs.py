@@ -1,15 +1,18 @@
 """README and pages: short, no dead links, commands that parse, a reference with every setting and command."""
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pydantic
 import pytest
 
 import medrlvr_jax
-from medrlvr_jax.cli import app
+from medrlvr_jax.cli import apart, app, main
 from medrlvr_jax.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
@@ -28,14 +31,15 @@ def load_reference():
 
 
 reference = load_reference()
-GENERATED = {(PAGES / "reference" / f"{name}.md").resolve() for name in ("settings", "commands", "api", "modules")}
+NAMES = ("settings", "commands", "api", "modules")
+GENERATED = {(PAGES / "reference" / f"{name}.md").resolve() for name in NAMES}
 
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(PAGES.rglob("*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(PAGES.rglob("*.md"))], ids=lambda p: p.name)
 def test_relative_links_lead_somewhere(page):
     links = LINK.findall(CODE.sub("", page.read_text(encoding="utf-8")))
     relative = [link.partition("#")[0] for link in links if not link.startswith(("https://", "#"))]
@@ -60,7 +64,8 @@ def test_commands_and_settings_in_the_pages_are_real():
     settings = set(re.findall(r"^\| `([\w.]+)`", reference.settings(), re.M))
     pages = [ROOT / "README.md", *PAGES.rglob("*.md")]
     blocks = [block for page in pages for block in SHELL.findall(page.read_text(encoding="utf-8"))]
-    lines = [line.partition(" #")[0] for line in "\n".join(blocks).splitlines() if line.startswith("medrlvr ")]
+    lines = "\n".join(blocks).splitlines()
+    lines = [line.partition(" #")[0] for line in lines if line.startswith("medrlvr ")]
     assert len(lines) > 30
     for line in lines:
         words = shlex.split(re.sub(r"\[.*\]|…", "", line).replace("--step S --row I", "--step 1 --row 0"))[1:]
@@ -72,14 +77,17 @@ def test_commands_and_settings_in_the_pages_are_real():
 
 def test_a_setting_is_shown_with_type_default_and_comment():
     page = reference.settings()
-    assert "| `kl.coef` | number ≥ 0 | `0.01` | β; 0: no reference model is loaded |" in page
-    assert "| `eval.max_new_tokens` | whole number ≥ 1 \\| `null` | `null` | null: sample.max_new_tokens |" in page
-    assert r"| `loss.surrogate` | `clip` \| `cispo` | `clip` | clip: PPO's; cispo: arXiv 2506.13585 |" in page
+    assert "| `kl.coef` | number ≥ 0 | `0.01` | Coefficient β. 0: no reference model is loaded. |" in page
+    note = "Tokens of an answer at most. null: sample.max_new_tokens."
+    assert f"| `eval.max_new_tokens` | whole number ≥ 1 \\| `null` | `null` | {note} |" in page
+    note = "clip: PPO's; cispo: arXiv 2506.13585."
+    assert rf"| `loss.surrogate` | `clip` \| `cispo` | `clip` | {note} |" in page
     assert "before &lt;think>" in page  # a tag in a comment is text
 
 
 def options(command: str) -> list[str]:
-    return [name for argument in app[command].assemble_argument_collection() for name in argument.names if name.startswith("--")]
+    arguments = app[command].assemble_argument_collection()
+    return [name for argument in arguments for name in argument.names if name.startswith("--")]
 
 
 def test_the_reference_has_every_command_and_option():
@@ -106,7 +114,8 @@ def test_the_reference_has_every_name_of_the_api():
 def test_the_reference_has_every_module():
     page = reference.modules()
     files = [p.relative_to(ROOT) for p in (ROOT / "medrlvr_jax").rglob("*.py")]
-    titles = {f"## {f.parent}\n" if f.name == "__init__.py" else f"### {f.relative_to('medrlvr_jax')}\n" for f in files}
+    titles = {f"## {f.parent}\n" for f in files if f.name == "__init__.py"}
+    titles |= {f"### {f.relative_to('medrlvr_jax')}\n" for f in files if f.name != "__init__.py"}
     assert len(titles) > 50 and [title for title in titles if title not in page] == []
     assert page.count("```text\n\n```") == 0  # each says what it holds
 
@@ -117,3 +126,52 @@ def test_equations_become_mathml():
     assert "<mfrac><mrow><msub><mi>x</mi><mi>t</mi></msub></mrow><mrow><mn>2</mn></mrow></mfrac>" in page
     assert "```" not in page
     assert page.startswith("before\n\n<div") and page.endswith("</div>\n\nafter")
+
+
+def run(*args: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"COLUMNS": str(columns)}
+    command = [sys.executable, "-m", "medrlvr_jax", *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "eval", "plan", "doctor"])
+def test_help_lists_every_setting_in_80_columns(command):
+    done = run(command, "--help")
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) == 80
+    names = re.findall(r"^\| `([\w.]+)` \| (?!section \|)", reference.settings(), re.M)
+    assert len(names) > 100
+    assert [name for name in names if not re.search(rf"^│ {re.escape(name)} ", done.stdout, re.M)] == []
+
+
+def test_help_needs_no_jax():
+    code = "import sys; from medrlvr_jax.cli import main; main(['train', '--help'])"
+    code += "; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian", "c.yaml"], 'Did you mean "train"?'),
+        (["train", "c.yaml", "--distribute"], "Did you mean --distributed?"),
+        (["train"], "requires an argument"),
+        (["plan", "c.yaml"], "--topology requires"),
+        (["score", "a.jsonl", "--out", "b.jsonl", "--leak-penalty", "-1"], "Must be >= 0"),
+        (["plan", "quickstart", "--topology", "v5e:1x1", "--sweep", "x"], "--sweep: x must be one whole"),
+        (["eval", "no.yaml", "--step", "bst"], "--step"),
+    ],
+)
+def test_unusable_arguments_are_refused_with_status_2(args, message, capfd):
+    try:
+        status = main(args)
+    except SystemExit as e:
+        status = e.code
+    assert status == 2 and message in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+def test_settings_stand_before_and_after_options():
+    d = "--distributed"
+    for words in (f"c.yaml a=1 {d} b=-2", f"{d} c.yaml a=1 b=-2", f"c.yaml a=1 b=-2 {d}"):
+        _, bound, _ = app.parse_args(["train", *words.split()])
+        assert bound.arguments == {"config": "c.yaml", "settings": ("a=1", "b=-2"), "distributed": True}
+    assert apart(["ppo", "seeds=[0]", "grpo"], ["name=x"]) == (["ppo", "grpo"], ["name=x", "seeds=[0]"])
