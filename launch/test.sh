@@ -7,4 +7,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 ensure_venv ".[test]"
-python -m pytest -n 2 --dist loadfile "$@"  # compiling is most of the time, and it keeps one core busy
+# Compiling is most of the time, and it keeps one core busy. Files are dealt out in the order of tests/conftest.py.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

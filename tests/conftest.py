@@ -27,3 +27,11 @@ import jax
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+# Longest first: launch/test.sh deals out whole files in this order, so that no worker is left with a long one at the end.
+LONGEST = ("plan", "train", "distributed", "on_device", "notebooks", "learn", "lora", "hf", "inputs", "bench", "reproduce", "faults")
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,12 @@ def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "tiny.yaml"
     path.write_text(yaml.safe_dump(TREE))
     return path
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A cache of programs that several tests plan."""
+    return {}
 
 
 def traced(f, *args):
@@ -177,8 +184,9 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(tiny, monkeypa
 
 
 @needs_libtpu
-def test_tiny_on_v5e_2x2(tiny, capsys):
+def test_tiny_on_v5e_2x2(tiny, compiled, monkeypatch, capsys):
     """All six programs through the command, as JSON."""
+    monkeypatch.setattr(plan, "plan", partial(plan.plan, cache=compiled))
     assert cli.main(["plan", str(tiny), "--topology", "v5e:2x2", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     programs = {p["name"]: p for p in made["programs"]}
@@ -196,12 +204,11 @@ def test_tiny_on_v5e_2x2(tiny, capsys):
 
 
 @needs_libtpu
-def test_a_sharded_sampler_holds_less_and_moves_more(tiny):
+def test_a_sharded_sampler_holds_less_and_moves_more(tiny, compiled):
     """No copy of the layers along fsdp: gathered in each of 16 tokens in place of once."""
     tpu, layers = machines.parse("v5e:2x2"), 4 * families.known("embedded").layers * flops.weights(families.known("embedded"))
-    made = [
-        plan.plan(configs.load(tiny, [f"sample.layout={x}"]), tpu, only=("relay", "generate")).programs for x in ("gathered", "sharded")
-    ]
+    both = [configs.load(tiny, [f"sample.layout={layout}"]) for layout in ("gathered", "sharded")]
+    made = [plan.plan(config, tpu, only=("relay", "generate"), cache=compiled).programs for config in both]
     (relay, whole), (_, shards) = made
     assert layers / 2 < whole.arguments - shards.arguments < layers * 3 / 4  # small shards are padded to the chip's tiles
     moved = [sum(c.bytes for c in p.collectives if c.kind == "all-gather") for p in (relay, shards)]
@@ -209,10 +216,10 @@ def test_a_sharded_sampler_holds_less_and_moves_more(tiny):
 
 
 @needs_libtpu
-def test_the_splash_kernel_compiles(tiny):
+def test_the_splash_kernel_compiles(tiny, compiled):
     """Forward and backward, on each device its own rows; its blocks of 128 take more FLOPs than rows so short have."""
     tpu = machines.parse("v5e:2x2")
-    [learn] = plan.plan(configs.load(tiny), tpu, only=("learn_policy",)).programs
+    [learn] = plan.plan(configs.load(tiny), tpu, only=("learn_policy",), steps=2, cache=compiled).programs
     assert learn.fits and learn.flops > 1.3 * learn.useful
     for settings, splash in (([], True), (["model.attention=xla"], False), (["learn.row_sizes=[0.5]"], False)):
         assert aot.prepare(configs.load(tiny, settings), tpu).cfg.splash == splash
@@ -277,9 +284,10 @@ def test_a_sweep_compiles_what_it_tells_of(tiny, capsys):
 
 
 @needs_libtpu
-def test_quick_is_another_compilation_of_the_same_program(tiny):
+def test_quick_is_another_compilation_of_the_same_program(tiny, compiled):
     """Same arguments and FLOPs; nothing is kept out of HBM, so traffic is higher."""
-    made = [plan.plan(configs.load(tiny), machines.parse("v5e:2x2"), only=("learn_policy",), quick=quick) for quick in (False, True)]
+    config, machine, only = configs.load(tiny), machines.parse("v5e:2x2"), ("learn_policy",)
+    made = [plan.plan(config, machine, only, 2, compiled), plan.plan(config, machine, only, 2, quick=True)]
     [whole], [least] = (p.programs for p in made)
     assert [p.quick for p in made] == [False, True]
     assert (least.arguments, least.flops) == (whole.arguments, whole.flops) and least.traffic > 1.5 * whole.traffic
@@ -287,12 +295,15 @@ def test_quick_is_another_compilation_of_the_same_program(tiny):
 
 @needs_libtpu
 def test_3b_ppo_on_v5e_4x4():
-    """The paper's job in 16 GB chips: learning and sampling, the two that need most."""
+    """The paper's job in 16 GB chips: learning and sampling, the two that need most.
+
+    With the compiler's least effort, a fifth of the time: temporaries are 2.99 GiB, where its full effort makes 3.38 of them.
+    """
     c = configs.load("configs/medqa_ppo_qwen2.5_3b.yaml")
-    made = plan.plan(c, machines.parse("v5e:4x4"), only=("generate", "learn_policy"))
+    made = plan.plan(c, machines.parse("v5e:4x4"), only=("generate", "learn_policy"), quick=True)
     generate, learn = made.programs
     assert made.fits
-    assert learn.temporaries <= 3.5 * GIB
+    assert learn.temporaries <= 3.1 * GIB
     assert generate.arguments == pytest.approx(3.086e9 * 2, rel=0.02)  # the bfloat16 copy, whole on each chip
     assert learn.arguments == pytest.approx(3.086e9 * 12 / 16, rel=0.02)
     assert np.isclose(learn.others, 3.086e9 * 16 / 16, rtol=0.02)  # critic with its moments, and the reference
