@@ -28,9 +28,9 @@ CLAIMS = (
     "3. Reasoning without its supervision",
     "4. Six stages",
 )
-NOTE = """Accuracies are means over seeds. Intervals (95 %) and p are over questions and seeds, both random; of
-an arm with one run, over questions. Holm's adjustment is over all arms and sets. Format, tokens, and hacks (the
-answer given away in the thought, or reasoning before it: stages.py; –: no thought is asked for) are of"""
+NOTE = """Accuracies are means over seeds. Intervals (95 %) and p are over questions and seeds, both random;
+of an arm with one run, over questions. Holm's adjustment is over all arms and sets. Format, tokens, and hacks
+(the answer given away in the thought, or reasoning before it: stages.py; –: no thought is asked for) are of"""
 
 
 @dataclass(frozen=True)
