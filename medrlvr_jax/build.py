@@ -15,7 +15,7 @@ from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.host.processes import agree
+from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model import decoder, lora, weights
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.types import Frozen, Learner, Params
@@ -42,7 +42,7 @@ def build(config: Config) -> Parts:
     cfg = weights.read_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     tokenizer.check_fits(cfg.vocab, config.model.path)
-    agree(lambda: _settings(config) | {"the model's config.json": repr(cfg)})
+    require_equal(lambda: _settings(config) | {"the model's config.json": repr(cfg)})
     return lay_out(config, tokenizer, cfg)
 
 

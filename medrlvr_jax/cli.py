@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     expected = (ConfigError, CheckpointError, Diverged, RewardError, Unwritable)
     try:
-        with processes.together(expected) if arguments.arguments.get("distributed") else nullcontext():
+        with processes.distributed_run(expected) if arguments.arguments.get("distributed") else nullcontext():
             return function(*arguments.args, **arguments.kwargs)
     except expected as e:
         print(f"medrlvr {function.__name__.strip('_')}: {e}", file=sys.stderr)

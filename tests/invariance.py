@@ -56,7 +56,7 @@ def run(folder: Path, meshes: list[str]) -> None:
 
     several = "JAX_NUM_PROCESSES" in os.environ
     if several:
-        processes.join()
+        processes.initialize()
     from test_learn import Loop, steady
 
     for mesh in meshes:

@@ -300,7 +300,7 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
         with timed(clock, programs) as watched, Compiles() as heard:
             for n in range(1 + sizes.runs):
                 state, stats, scored, _ = jax.block_until_ready(train.train_step(parts, watched, encoded, state, frozen, n))
-                report(step=n + 1, compiled_meanwhile=dict(heard.taken()))  # in the first, what `step_programs` does not name
+                report(step=n + 1, compiled_meanwhile=dict(heard.drain()))  # in the first, what `step_programs` does not name
         for n in range(sizes.runs):
             start = time.perf_counter()
             state, *_ = jax.block_until_ready(train.train_step(parts, programs, encoded, state, frozen, n))

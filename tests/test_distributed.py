@@ -157,7 +157,7 @@ import jax
 from medrlvr_jax.host import processes
 from medrlvr_jax.runs import checkpoint
 
-processes.join()
+processes.initialize()
 from test_checkpoint import META, CheckpointConfig, Checkpoints, abstract, flip, make_state, mesh_of
 
 def digests(path, names):

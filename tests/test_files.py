@@ -68,7 +68,7 @@ def test_a_terminal_that_cannot_show_a_sign_ends_no_command(tmp_path, encoding):
 def test_an_address_without_its_port(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host0")
     with pytest.raises(ConfigError, match=r"JAX_COORDINATOR_ADDRESS: host0: the port .* is missing; write it as host:port"):
-        processes.join()
+        processes.initialize()
 
 
 TWICE = """\

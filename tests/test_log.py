@@ -193,7 +193,7 @@ def test_console_prints_a_line_a_step_where_there_is_no_terminal():
     file = io.StringIO()
     console = Console(400, file)
     console.step(0, {"eval.dev.n": 4, "eval.dev.correct": 1, "eval.dev.format_ok": 2})
-    console.notice("7 questions dropped [too long]")
+    console.notify("7 questions dropped [too long]")
     for step in (1, 2, 3):
         console.step(
             step, {"seconds": 90.0 if step == 1 else 3.0, "tokens_per_second": 1834.2, "reward": math.nan, "accuracy": 0.481, "kl": None}

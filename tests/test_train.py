@@ -488,16 +488,16 @@ def test_every_program_is_compiled_once_and_before_the_first_step(folder, monkey
     honest, before = loop.compile_ahead, []
 
     def ahead(*args):
-        heard.taken()
+        heard.drain()
         said = honest(*args)
-        before.extend(heard.taken())
+        before.extend(heard.drain())
         return said
 
     monkeypatch.setattr(loop, "compile_ahead", ahead)
     jax.clear_caches()
     with profile.Compiles() as heard:
         assert main(command, folder / "config.yaml", f"name=counted{len(settings)}{command}", *settings) == 0
-        after = Counter(name.removeprefix("jit(").removesuffix(")") for name, _ in heard.taken())
+        after = Counter(name.removeprefix("jit(").removesuffix(")") for name, _ in heard.drain())
     made = Counter(name.removeprefix("jit(").removesuffix(")") for name, _ in before)
     assert made == Counter({name: n for name, n in wanted.items() if n}) and seconds(before) > 0
     assert not after.keys() & wanted.keys() and after.total() - after["slice"] <= 40
@@ -532,4 +532,4 @@ def test_what_is_compiled_late_is_named_and_explained(folder, capsys, caplog, mo
     triple(np.ones(4))
     with profile.Compiles() as heard:
         triple(np.ones(4))
-        assert heard.taken() == []
+        assert heard.drain() == []

@@ -28,7 +28,7 @@ from medrlvr_jax.data import load as data
 from medrlvr_jax.evaluation.evaluate import ask, home, open_source
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.host.processes import by_leader, gather
+from medrlvr_jax.host.processes import from_leader, gather
 from medrlvr_jax.rollout.rollout import encode
 from medrlvr_jax.runs.console import Console
 
@@ -44,7 +44,7 @@ def difficulty_source(source: Path, settings: list[str], step: int | Literal["be
     check_positions(parts, encoded.longest, c.sample.max_new_tokens, "sample.max_new_tokens")
     path, model = out or home(source, parts) / f"difficulty-{step}.jsonl", f"{c.model.path}, {source}, step {step}"
     ids, n, size = [q.id for q in encoded.questions], len(encoded.questions), c.eval.batch
-    found = by_leader(lambda: done_before(path, ids, samples, model))
+    found = from_leader(lambda: done_before(path, ids, samples, model))
     writes, console = jax.process_index() == 0, Console(1)
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -140,7 +140,7 @@ def evaluate_sets(parts: Parts, decode_params: Params, sets: dict[str, Encoded],
             counts, _ = evaluate(parts, decode_params, encoded, lambda done, n, name=name: run.progress(f"eval {name}", done, n))
         metrics |= {f"eval.{name}.{k}": v for k, v in counts.items()}
         if counts["truncated"] > monitors.HIGH["truncated"][0] * counts["n"]:
-            run.notice(answers.remarks(f"eval {name}", counts)[-1])
+            run.notify(answers.remarks(f"eval {name}", counts)[-1])
     return metrics
 
 
@@ -209,7 +209,7 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
     with jax.set_mesh(parts.mesh):
         decode_params = make_relay(parts, parts.cfg)(params)
         for name, encoded in sets.items():
-            console.notice(f"eval.sets.{name}: {encoded.told}")
+            console.notify(f"eval.sets.{name}: {encoded.told}")
             progress = partial(console.progress, f"eval {name}")
             results[name], rows = evaluate(parts, decode_params, encoded, progress, entropies=True)
             found[name] = answers.describe(answers.of_rows(rows, name))

@@ -2,7 +2,7 @@
 
 All run the same command; process 0 writes what is written once. Three ways to an end:
 - a process that fails says so to the others, which stop, naming it and its reason: at once for a refused setting, else after
-  `HEARTBEAT` + 10 seconds, since the error may come of the death of a third process, which is to be named instead (`leave`);
+  `HEARTBEAT` + 10 seconds, since the error may come of the death of a third process, which is to be named instead (`abort`);
 - a process that vanishes (killed, machine lost) is named by its number by JAX's coordination service once it has been silent for
   `HEARTBEAT` seconds, and the service then ends all others; if it was process 0, which is that service, they end at once;
 - a signal to any of them, once steps are made, stops all after the same one (`log.Run`).
@@ -33,7 +33,7 @@ GRACE = 3  # seconds that a failing process, and process 0, stay so that all can
 LEFT = "medrlvr/left"  # the key under which a failing process leaves its number, exit status and reason
 
 
-def join() -> None:
+def initialize() -> None:
     """Find the other processes; call it before anything else of JAX.
 
     By JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID where all three are set, else by what
@@ -65,13 +65,13 @@ def join() -> None:
 
 
 @contextmanager
-def together(expected: tuple[type[BaseException], ...]) -> Iterator[None]:
-    """`join`, and an end in common: in good order, where each waits for the others, or by `leave`."""
-    join()
+def distributed_run(expected: tuple[type[BaseException], ...]) -> Iterator[None]:
+    """`initialize`, and an end in common: in good order, where each waits for the others, or by `abort`."""
+    initialize()
     try:
         yield
     except BaseException as e:
-        leave(e, expected)
+        abort(e, expected)
     jax.distributed.shutdown()
 
 
@@ -86,7 +86,7 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(process_allgather(padded), sizes, strict=True)]
 
 
-def by_leader(look: Callable[[], Any]) -> Any:
+def from_leader(look: Callable[[], Any]) -> Any:
     """What process 0 finds, on every process: anything that JSON holds. All must call it at the same point.
 
     For all that is decided by the state of a disk: network file systems show a change to other machines only after a while.
@@ -94,7 +94,7 @@ def by_leader(look: Callable[[], Any]) -> Any:
     return gather(look() if jax.process_index() == 0 else None)[0]
 
 
-def agree(look: Callable[[], dict[str, Any]]) -> None:
+def require_equal(look: Callable[[], dict[str, Any]]) -> None:
     """Refuse what is not the same everywhere: `look` says, by name, what this process has read. All must call it at the same point.
 
     For settings, files and all else that each process reads for itself and that becomes part of arrays which several hold: JAX never
@@ -109,7 +109,7 @@ def agree(look: Callable[[], dict[str, Any]]) -> None:
             raise ConfigError(f"{other[0]}: {here}, {first}; give all processes the same command and the same files")
 
 
-def leave(error: BaseException, expected: tuple[type[BaseException], ...]) -> NoReturn:
+def abort(error: BaseException, expected: tuple[type[BaseException], ...]) -> NoReturn:
     """End this process because of `error`, and all others with it. The `expected` ones say enough without a traceback."""
     me = f"process {jax.process_index()} on {socket.gethostname()}"
     if isinstance(error, expected):

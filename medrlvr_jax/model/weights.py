@@ -33,7 +33,7 @@ from safetensors import safe_open
 from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.host.processes import agree
+from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model.decoder import DecoderConfig, RopeScaling, init
 from medrlvr_jax.types import Params
 
@@ -170,7 +170,7 @@ def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: 
     with ExitStack() as opened:
         tensors = _open(resolve(path), opened)
         _check(tensors, cfg, shapes)
-        agree(lambda: {f"weights of {Path(path).name}, {name}": digest for name, digest in _digests(tensors).items()})
+        require_equal(lambda: {f"weights of {Path(path).name}, {name}": digest for name, digest in _digests(tensors).items()})
         # The largest first: the host's copy of a parameter then never stands beside a full set of the device's.
         for key in sorted(shapes, key=lambda k: -prod(shapes[k])):
             read = partial(_read, tensors, key, shapes[key], jnp.dtype(dtype))

@@ -58,17 +58,17 @@ def drive(
         run,
         Compiles() as compiles,
         Profile(run.path / "profile", profiled) as profile,
-        Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notice) as checkpoints,
+        Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notify) as checkpoints,
     ):
         accepted = inputs.check(run.path, parts, looked_at, bool(checkpoints.steps()), rewards)
         notices += [f"going on with what is not as it was: {line}" for line in accepted]
         state, done = checkpoints.restore_newest(state)
         skips = run.resume(done)
         for text in [*notices, *(f"eval.sets.{name}: {encoded.told}" for name, encoded in sets.items())]:
-            run.notice(text)
+            run.notify(text)
         if done < steps:
-            run.notice(compile_ahead(ahead, parts, run.progress))
-            run.heed()
+            run.notify(compile_ahead(ahead, parts, run.progress))
+            run.check_signals()
         if run.stopping:  # before anything is done that is not saved
             checkpoints.close()
             return run.finish()
@@ -76,29 +76,29 @@ def drive(
         if done == 0 and sets:
             run.record(0, evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run))
         for step in range(done, steps):
-            compiles.taken()  # by a checkpoint or a dump
+            compiles.drain()  # by a checkpoint or a dump
             if step > done:
-                compiles.explain()
+                compiles.explain_cache_misses()
             profile.at(step + 1)
             began = time.monotonic()
             with jax.profiler.StepTraceAnnotation("step", step_num=step + 1):
                 state, metrics, logs, learned, said = one(state, step, history)
             history = [*history, metrics][-monitors.WINDOW :]
             for text in said:
-                run.notice(f"step {step + 1}: {text}")
+                run.notify(f"step {step + 1}: {text}")
             metrics |= {"seconds": time.monotonic() - began}
             n, last = step + 1, step + 1 == steps
             if sets and (last or (config.eval.every and n % config.eval.every == 0)):
                 metrics |= evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run)
-            if (made := compiles.taken()) and step > done:
+            if (made := compiles.drain()) and step > done:
                 names, lost = ", ".join(sorted({name for name, _ in made})), sum(seconds for _, seconds in made)
-                run.notice(f"step {n}: compiled {names} in mid-run, {lost:.1f} s lost; JAX's log above says what changed")
+                run.notify(f"step {n}: compiled {names} in mid-run, {lost:.1f} s lost; JAX's log above says what changed")
             if errors := [row["reward_error"] for row in logs.get("samples", []) if "reward_error" in row]:
                 share = f"{metrics['reward_failed']:.1%} of the completions, {metrics['unlearned']:.1%} are not learned from"
-                run.notice(f"step {n}: the reward failed on {share}; they are in samples.jsonl. The first: {errors[0]}")
+                run.notify(f"step {n}: the reward failed on {share}; they are in samples.jsonl. The first: {errors[0]}")
             if log.skipped(metrics):
                 skips += 1
-                run.notice(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
+                run.notify(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
             else:
                 skips = 0
             with jax.profiler.TraceAnnotation("log"):
@@ -106,7 +106,7 @@ def drive(
             if any([callback(n, metrics) is True for callback in callbacks]):
                 run.stop()
             if callbacks:
-                run.heed()
+                run.check_signals()
             checkpoints.check()
             stalled = not last and monitors.stalled(metrics, config)
             if last or stalled or skips >= SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):

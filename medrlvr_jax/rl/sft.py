@@ -34,7 +34,7 @@ from medrlvr_jax.data.question import fingerprint
 from medrlvr_jax.data.readers import Records
 from medrlvr_jax.evaluation import evaluate
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.host.processes import agree
+from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model import lora
 from medrlvr_jax.rl.learn import compile_learn, make_optimizer, nll_objective, offload
 from medrlvr_jax.rl.loop import Callback, drive
@@ -64,7 +64,7 @@ def encode_pairs(parts: Parts, records: Records | None = None) -> tuple[list[tup
         raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")
     prompt, target = map(len, max(kept, key=lambda r: len(r[0]) + len(r[1])))
     check_positions(parts, prompt, target, "sft.max_new_tokens")
-    agree(lambda: {"rows": fingerprint(kept)})
+    require_equal(lambda: {"rows": fingerprint(kept)})
     return kept, len(rows) - len(kept), told
 
 

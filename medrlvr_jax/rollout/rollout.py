@@ -17,7 +17,7 @@ from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.options import shuffled
 from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
 from medrlvr_jax.data.tokenizer import Tokenizer
-from medrlvr_jax.host.processes import agree
+from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.rewards import stages
 from medrlvr_jax.rewards.rule import Verdicts, judged_beginning, score, toss
@@ -96,7 +96,7 @@ def encode(tokenizer: Tokenizer, questions: list[Question], config: Config, shuf
     gone = set(dropped)
     kept = [i for i in range(len(questions)) if i not in gone]
     left, columns = [questions[i] for i in kept], width(max(map(len, tokens), default=0))
-    agree(lambda: {"questions": fingerprint(left), "tokens of their prompts": fingerprint(tokens)})
+    require_equal(lambda: {"questions": fingerprint(left), "tokens of their prompts": fingerprint(tokens)})
     return Encoded(left, tokens, np.array(kept, np.uint32), len(dropped), columns, shuffle, repeats(left))
 
 

@@ -33,7 +33,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from medrlvr_jax.config.schema import CheckpointConfig
 from medrlvr_jax.host.files import read_json, reading, write_json, write_text
-from medrlvr_jax.host.processes import by_leader, gather
+from medrlvr_jax.host.processes import from_leader, gather
 
 SEAL = "digests.json"
 SMALL = 1 << 16  # bytes
@@ -119,7 +119,7 @@ class Checkpoints:
         The records of `step` must be in the logs by now (see log.py). A step that is there already is left as it is.
         """
         self.wait()  # also because `_seal` runs in the background and must find `_saving` as it was
-        if step in by_leader(self.steps):
+        if step in from_leader(self.steps):
             return
         quality = (metrics or {}).get(self._best or "")
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(self._meta | {"step": step}))
@@ -147,7 +147,7 @@ class Checkpoints:
     def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, int] | None:
         """The newest state, or that of `step`, laid out as `abstract` says (ShapeDtypeStructs with shardings); None if none was saved."""
         self.wait()
-        steps, damaged, made = by_leader(self._look)
+        steps, damaged, made = from_leader(self._look)
         if step is None and not steps:
             if damaged or made:  # starting over in silence would throw away the logs of the steps so far
                 left = f"only {', '.join(damaged)}" if damaged else "though there were some"
@@ -163,7 +163,7 @@ class Checkpoints:
         """`(state, 0)` at a run's start, else the newest state and the steps done. `state` is then freed first: two might not fit."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         self.wait()
-        if not by_leader(self.steps):
+        if not from_leader(self.steps):
             return self.restore(abstract) or (state, 0)
         jax.tree.map(lambda x: x.delete(), state)
         return self.restore(abstract)  # type: ignore[return-value]  # there are steps
@@ -210,7 +210,7 @@ def restore_params(folder: Path, abstract: Any, which: int | Literal["best"] | N
 
 def restore_before(folder: Path, state: Any, step: int) -> tuple[Any, int]:
     """The newest whole state at or before `step`, and its step; `(state, 0)` if there is none. As `restore_newest`, but changes nothing."""
-    steps = by_leader(lambda: saved_steps(folder))
+    steps = from_leader(lambda: saved_steps(folder))
     found = next((s for s in reversed(steps) if s <= step and not damage(folder / str(s))), 0)
     if not found:
         return state, 0
@@ -255,7 +255,7 @@ def damage(path: Path, below: float = math.inf) -> str | None:
     All processes call it together and get the same answer: process 0 says which files there are, and each process reads its share.
     Raises `CheckpointError` where one does not see a file that process 0 sees.
     """
-    sealed, sizes = by_leader(lambda: (_sealed(path), {n: (path / n).stat().st_size for n in _names(path, path.glob("*/**/*"))}))
+    sealed, sizes = from_leader(lambda: (_sealed(path), {n: (path / n).stat().st_size for n in _names(path, path.glob("*/**/*"))}))
     if sealed is None:
         return f"{SEAL} is missing or damaged"
     for name, (size, _) in sealed.items():
@@ -284,7 +284,7 @@ def _sealed(path: Path) -> dict[str, list[int]] | None:
 def _set_damaged_aside(folder: Path, notice: Callable[[str], None]) -> None:
     """The newest whole checkpoint is read through; the older ones, which are not about to be restored, are only glanced at."""
     below = math.inf
-    for step in reversed(by_leader(lambda: saved_steps(folder))):
+    for step in reversed(from_leader(lambda: saved_steps(folder))):
         path, wrong = folder / str(step), damage(folder / str(step), below)
         if wrong:
             aside = path.with_name(f"{step}.damaged")
@@ -297,13 +297,13 @@ def _set_damaged_aside(folder: Path, notice: Callable[[str], None]) -> None:
 
 
 def _choose(folder: Path, which: int | Literal["best"] | None) -> int:
-    steps = by_leader(lambda: saved_steps(folder))
+    steps = from_leader(lambda: saved_steps(folder))
     if which is None:
         found = next((s for s in reversed(steps) if not damage(folder / str(s))), None)
         if found is None:
             raise CheckpointError(f"{folder}: no whole checkpoint; there are {steps}")
         return found
-    step = by_leader(lambda: best_step(folder)) if which == "best" else which
+    step = from_leader(lambda: best_step(folder)) if which == "best" else which
     if step is None:
         best = read_meta(folder, steps[-1])["config"]["checkpoint"]["best"] if steps else None
         why = f"the run had checkpoint.best {best or 'null'}" + (", which no checkpointed step recorded" if best else "")

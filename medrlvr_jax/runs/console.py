@@ -78,12 +78,12 @@ class Console:
         elif self._bar:
             self._bar.update(self._task, completed=step, description=text)
         elif text:
-            self.notice(f"step {step}/{self._total}  {text}")
+            self.notify(f"step {step}/{self._total}  {text}")
         for name, counts in before_after([{"step": step, **metrics}]).items():
             c = next(iter(counts.values()))
             shares = f"correct {c['correct']}/{c['n']}, format {c['format_ok']}/{c['n']}"
             cut = f", cut off {c['truncated']}/{c['n']}" if c.get("truncated") else ""
-            self.notice(f"step {step}/{self._total}  eval {name}: {shares}{cut}")
+            self.notify(f"step {step}/{self._total}  eval {name}: {shares}{cut}")
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Of something within a step: on the bar, or a line every `QUIET` seconds."""
@@ -92,9 +92,9 @@ class Console:
         elif self._bar:
             self._bar.update(self._task, description=f"{what}  {done}/{total}")
         elif time.monotonic() - self._said > QUIET and done < total:
-            self.notice(f"{what}  {done}/{total}")
+            self.notify(f"{what}  {done}/{total}")
 
-    def notice(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         self._said = time.monotonic()
         self._rich.print(text, markup=False)
 

@@ -17,7 +17,7 @@ from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data.question import Question, fingerprint
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.host.processes import by_leader
+from medrlvr_jax.host.processes import from_leader
 from medrlvr_jax.model import weights
 from medrlvr_jax.rewards import user
 
@@ -43,7 +43,7 @@ def check(folder: Path, parts: Parts, sets: Sets, going_on: bool, rewards: Seque
             files.write_json(folder / NAME, here | {"sets": there.get("sets", {}) | here["sets"]})
         return changed
 
-    return _refuse(folder, by_leader(look), accept)
+    return _refuse(folder, from_leader(look), accept)
 
 
 def check_model(folder: Path, parts: Parts) -> None:
@@ -54,7 +54,7 @@ def check_model(folder: Path, parts: Parts) -> None:
         same = there.get("model", {}).get("path") == here["model"]["path"]  # else another model was asked for
         return differences(there, here) if same else []
 
-    _refuse(folder, by_leader(look), parts.config.checkpoint.accept_changed_inputs)
+    _refuse(folder, from_leader(look), parts.config.checkpoint.accept_changed_inputs)
 
 
 def check_replay(folder: Path, parts: Parts, sets: Sets) -> None:

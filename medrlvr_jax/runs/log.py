@@ -80,14 +80,14 @@ class Run:
             self._lock.close()  # which gives the lock back
 
     def stop(self) -> None:
-        """As a signal would: `stopping` is set in all processes by the next `heed`."""
+        """As a signal would: `stopping` is set in all processes by the next `check_signals`."""
         self._asked = True
 
     def _on_signal(self, number: int, _: Any) -> None:
         self._signal = number
         for s, handler in self._handlers.items():
             signal.signal(s, handler)
-        self.notice(f"{signal.Signals(number).name}: stopping after this step; once more stops at once, without a checkpoint")
+        self.notify(f"{signal.Signals(number).name}: stopping after this step; once more stops at once, without a checkpoint")
 
     def resume(self, done: int) -> int:
         """Go back to where checkpoint `done` was made; 0 is a start with empty logs. Returns how many of the last steps were skipped."""
@@ -99,7 +99,7 @@ class Run:
                 skips = sum(1 for _ in itertools.takewhile(skipped, reversed(files.read_jsonl(self.path / "metrics.jsonl"))))
         self._done, self._tracker = done, Tracker(self.path, self._config, done)
         if done:
-            self.notice(f"{self.path}: going on after step {done}")
+            self.notify(f"{self.path}: going on after step {done}")
         return gather(skips)[0]
 
     def history(self, n: int) -> Records:
@@ -119,14 +119,14 @@ class Run:
             self._tracker.log(step, metrics)
         self._console.step(step, metrics)
         self._done = step
-        self.heed()
+        self.check_signals()
 
-    def heed(self) -> None:
+    def check_signals(self) -> None:
         """Set `stopping` in all processes alike, whichever of them a signal or `stop` has reached."""
         self.stopping = _any_process(bool(self._signal) or self._asked)
 
-    def notice(self, text: str) -> None:
-        self._console.notice(text)
+    def notify(self, text: str) -> None:
+        self._console.notify(text)
 
     def progress(self, what: str, done: int, total: int) -> None:
         self._console.progress(what, done, total)
@@ -135,7 +135,7 @@ class Run:
         """Write and return the summary; of a run that was stopped before its end, how far it is, and the exit status that its
         signal asks for; 0 if `stop` was called."""
         if self.stopping and self._done < self._steps:
-            self.notice("stopped; the same command goes on from here")
+            self.notify("stopped; the same command goes on from here")
             status = 0 if self._asked and not self._signal else 128 + (self._signal or signal.SIGTERM)
             return {"name": self._config.name, "steps": self._steps, "done": self._done, "exit_status": status}
         if not self._lock:

@@ -15,7 +15,7 @@ EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class Compiles:
-    """Listens from `with` on; `taken` says what was compiled since it was asked last."""
+    """Listens from `with` on; `drain` returns what was compiled since it was asked last."""
 
     def __enter__(self) -> "Compiles":
         self._made: list[tuple[str, float]] = []
@@ -30,12 +30,12 @@ class Compiles:
         if event == EVENT:
             self._made.append((str(about.get("fun_name", "a program")), duration_secs))
 
-    def taken(self) -> list[tuple[str, float]]:
+    def drain(self) -> list[tuple[str, float]]:
         """Their names and seconds."""
         made, self._made = self._made, []
         return made
 
-    def explain(self) -> None:
+    def explain_cache_misses(self) -> None:
         """From now on JAX itself logs why each further one is needed."""
         jax.config.update("jax_explain_cache_misses", True)
 

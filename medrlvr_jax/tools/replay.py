@@ -49,13 +49,13 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         state, done = restore_before(run / "checkpoints", state, step - 1)
         if done < step - 1:
             seconds = clock(sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step))
-            console.notice(f"checkpoint {step - 1} is not kept: training steps {done + 1} to {step - 1} again, which took {seconds} then")
+            console.notify(f"checkpoint {step - 1} is not kept: training steps {done + 1} to {step - 1} again, which took {seconds} then")
         said = time.monotonic()
         for k in range(done, step - 1):
             state, *_ = train.train_step(parts, programs, train.at_epoch(parts, encoded, k), state, frozen, k, judge)
             if time.monotonic() - said > QUIET:
                 said = time.monotonic()
-                console.notice(f"step {k + 1}/{step - 1}")
+                console.notify(f"step {k + 1}/{step - 1}")
         encoded, index = train.at_epoch(parts, encoded, step - 1), step_batch(c, len(encoded.questions), step - 1)
         key = jax.random.fold_in(jax.random.key(c.seed), step - 1)
         decode_params = programs.relay(lora.join(frozen.base, state.policy.params))
