@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from medrlvr_jax.config.schema import Config, RewardConfig
     from medrlvr_jax.data.question import DataError, Example, Question
     from medrlvr_jax.host.errors import ConfigError, Diverged, Unwritable
-    from medrlvr_jax.rewards.rule import score
+    from medrlvr_jax.rewards.base import score
     from medrlvr_jax.rewards.user import RewardError
     from medrlvr_jax.rl import advantages, losses
     from medrlvr_jax.rl.sft import sft
@@ -80,7 +80,7 @@ _NAMES = {  # where each name is, as the imports above tell type checkers and ed
     "load_config": "config.load:load",
     "load_model": "api:load_model",
     "losses": "rl.losses",
-    "score": "rewards.rule:score",
+    "score": "rewards.base:score",
     "sft": "rl.sft:sft",
     "train": "rl.train:train",
 }

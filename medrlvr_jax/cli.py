@@ -446,7 +446,7 @@ def score(
     """
     from medrlvr_jax.config.schema import RewardConfig
     from medrlvr_jax.host import tables
-    from medrlvr_jax.rewards.rule import judged_beginning
+    from medrlvr_jax.rewards.parse import judged_beginning
     from medrlvr_jax.tools.score_file import score_file
 
     rule = RewardConfig(mode=mode, leak_penalty=leak_penalty, before_penalty=before_penalty)

@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.rewards.rule import score
+from medrlvr_jax.rewards import score
 
 TERMS = """the patient presents with fever chest pain dyspnea on exertion an elevated troponin level suggests myocardial infarction
 warfarin inhibits vitamin K epoxide reductase INR < 2.0 and LDL >100 mg/dL so option B is less likely than C given a history of

@@ -26,7 +26,7 @@ from medrlvr_jax.config.schema import PromptConfig, RewardConfig, SetConfig  # n
 from medrlvr_jax.data import load as data  # noqa: E402
 from medrlvr_jax.data.question import DataError, Question  # noqa: E402
 from medrlvr_jax.data.tokenizer import MESSAGE, wrap  # noqa: E402
-from medrlvr_jax.rewards import rule  # noqa: E402
+from medrlvr_jax.rewards import score  # noqa: E402
 from medrlvr_jax.tools.score_file import score_file  # noqa: E402
 
 RECORDS = {"plain": test_data.PLAIN, "medqa": test_data.MEDQA, "mmlu_pro": test_data.PRO, "medmcqa": test_data.MCQA}
@@ -146,7 +146,7 @@ def times(folder: Path, dice: random.Random) -> str:
 
     def seconds(size: int) -> float:
         completion, began = bait * (size // len(bait)) + dice.choice(TAGS), time.perf_counter()
-        rule.score([completion], ["C"], [test_rewards.FOUR], RewardConfig(mode=mode))
+        score([completion], ["C"], [test_rewards.FOUR], RewardConfig(mode=mode))
         return time.perf_counter() - began
 
     for _ in range(5):  # another process may have had the processor

@@ -15,7 +15,8 @@ import atheris
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-with atheris.instrument_imports(include=["medrlvr_jax.data", "medrlvr_jax.rewards.rule", "test_rewards"]):
+RULE = ["medrlvr_jax.rewards.parse", "medrlvr_jax.rewards.graders"]
+with atheris.instrument_imports(include=["medrlvr_jax.data", *RULE, "test_rewards"]):
     import test_rewards
 
     from medrlvr_jax.config.schema import SetConfig

@@ -11,8 +11,7 @@ from test_train import folder, lines, main  # noqa: F401  (a fixture)
 from medrlvr_jax.config.load import from_tree
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import monitors
-from medrlvr_jax.rewards import stages
-from medrlvr_jax.rewards.rule import score
+from medrlvr_jax.rewards import score, stages
 from medrlvr_jax.rl import train
 from medrlvr_jax.rl.advantages import compute
 from medrlvr_jax.rollout.rollout import Scored

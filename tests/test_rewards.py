@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from medrlvr_jax import cli
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.rewards.rule import BLOCK, LEAK, REASONS, DataError, leaks, score, toss
-from medrlvr_jax.tools.score_file import score_file
+from medrlvr_jax.data.question import DataError
+from medrlvr_jax.rewards import REASONS, score
+from medrlvr_jax.rewards.base import toss
+from medrlvr_jax.rewards.penalties import LEAK, leaks
+from medrlvr_jax.tools.score_file import BLOCK, score_file
 
 WHITE = " \t\n\v\f\r"
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]

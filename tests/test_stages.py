@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.rewards import stages
-from medrlvr_jax.rewards.rule import score
+from medrlvr_jax.rewards import score, stages
 
 DATA = Path(__file__).parent / "data"
 MEASURED = {  # stage: hits, said, there; precision is hits / said, recall hits / there

@@ -15,7 +15,7 @@ from medrlvr_jax.data.question import DataError, Question
 from medrlvr_jax.data.tokenizer import load_tokenizer, wrap
 from medrlvr_jax.data.traps import tokenizer_traps
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rewards.rule import beginning_trap, judged_beginning
+from medrlvr_jax.rewards.parse import beginning_trap, judged_beginning
 
 transformers = pytest.importorskip("transformers")
 decoders, models, pre_tokenizers, processors = tokenizers.decoders, tokenizers.models, tokenizers.pre_tokenizers, tokenizers.processors

@@ -16,7 +16,8 @@ from medrlvr_jax.config.schema import PromptConfig, RewardConfig
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.question import LETTERS, TAGS, Question
 from medrlvr_jax.data.tokenizer import load_tokenizer
-from medrlvr_jax.rewards.rule import LEAK, score
+from medrlvr_jax.rewards import score
+from medrlvr_jax.rewards.penalties import LEAK
 from medrlvr_jax.rewards.stages import stage
 from medrlvr_jax.world import knowledge, words, world
 

@@ -122,7 +122,7 @@ class SampleConfig:
 
 @section
 class RewardConfig:
-    """Med-RLVR's rule: first the format, then the letter (rule.py)."""
+    """Med-RLVR's rule: first the format, then the letter (rewards/base.py)."""
 
     # strict: one thought and one answer; paper: the paper's lenient rule; direct: an answer, no thought.
     mode: Literal["strict", "paper", "direct"] = "strict"

@@ -23,7 +23,7 @@ from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.model import lora
-from medrlvr_jax.rewards import rule
+from medrlvr_jax.rewards.parse import beginning_trap
 from medrlvr_jax.rollout.program import Program, draw_program
 from medrlvr_jax.rollout.rollout import Encoded, encode, reorder, sample_and_score
 from medrlvr_jax.runs import inputs, log
@@ -220,7 +220,7 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
         return 0
     chosen = chosen_on(source, step, parts.config.eval.sets)
     warnings = [f"{name}: checkpoint {step} was chosen as the best on these questions: its accuracy here is too high" for name in chosen]
-    if trap := rule.beginning_trap(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode):
+    if trap := beginning_trap(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode):
         warnings.append("; ".join(trap))
     about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings} | how_made(parts, sets)
     files.write_json(folder / "eval.json", about | {"eval": results, "statistics": found})

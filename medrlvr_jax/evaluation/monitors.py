@@ -18,7 +18,7 @@ from medrlvr_jax.config.schema import Config
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.rewards import stages
-from medrlvr_jax.rewards.rule import leaks
+from medrlvr_jax.rewards.penalties import leaks
 from medrlvr_jax.rollout.rollout import Scored
 
 WINDOW, ENOUGH = 20, 5  # a moving limit follows the median of the last WINDOW steps; it needs ENOUGH
@@ -73,7 +73,7 @@ def flags(scored: Scored) -> dict[str, Bool[np.ndarray, " N"]]:
 
 
 def leak_early(completions: Sequence[str]) -> list[bool]:
-    """Whether each thought states the answer (`rewards.LEAK`) and goes on for `AFTER_LEAK` words or more."""
+    """Whether each thought states the answer (`penalties.LEAK`) and goes on for `AFTER_LEAK` words or more."""
     thoughts = [c.partition("<think>")[2].partition("</think>")[0] for c in completions]
     found = zip(thoughts, leaks(thoughts), strict=True)
     return [match is not None and stages.words(text[match.end() :]) >= AFTER_LEAK for text, match in found]

@@ -2,7 +2,7 @@
 
     for each step:
         sample G responses to each of Q questions            experience.collect
-        r ∈ {−1, 0, +1} by the rule                          rule.score
+        r ∈ {−1, 0, +1} by the rule                          rewards.grade
         advantages from rewards, KL, and values if any       advantages.compute
         policy ← clipped surrogate, epochs × minibatches     learn.learn
         critic ← clipped squared error, the same way         learn.learn
@@ -37,7 +37,8 @@ from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.model import lora
-from medrlvr_jax.rewards import rule, user
+from medrlvr_jax.rewards import user
+from medrlvr_jax.rewards.parse import beginning_trap
 from medrlvr_jax.rewards.stages import STAGES
 from medrlvr_jax.rl.experience import collect
 from medrlvr_jax.rl.learn import adapt_kl, offload
@@ -104,7 +105,7 @@ def train(
 
         notices = [f"data: {told}"]
         notices += [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
-        if trap := rule.beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
+        if trap := beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
             notices.append("; ".join(trap))
         relay = programs.relay if parts.sampler_cfg == parts.cfg else make_relay(parts, parts.cfg)  # evaluation is of the policy itself
         ahead = step_programs(parts, made, encoded.width) + evaluate.programs(parts, sets)

@@ -19,8 +19,9 @@ from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model.decoder import DecoderConfig
-from medrlvr_jax.rewards import stages
-from medrlvr_jax.rewards.rule import Verdicts, judged_beginning, score, toss
+from medrlvr_jax.rewards import Verdicts, grade, parse, stages
+from medrlvr_jax.rewards.base import toss
+from medrlvr_jax.rewards.parse import judged_beginning
 from medrlvr_jax.rewards.user import Judge
 from medrlvr_jax.rollout.generate import generate
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
@@ -137,10 +138,10 @@ def score_rollout(
     last = flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)]
     questions = [encoded.questions[i] for i in index[own] for _ in range(groups)]
     keys, options, rule = [q.reference for q in questions], [q.options for q in questions], parts.config.reward
-    verdicts = score(completions, keys, options, rule)
+    verdicts = grade(completions, questions, rule)
     shown: list[str | None] = [None] * len(completions)
     if rule.mode != "direct":
-        lenient = verdicts if rule.mode == "paper" else score(completions, keys, options, dataclasses.replace(rule, mode="paper"))
+        lenient = verdicts if rule.mode == "paper" else parse(completions, "paper", [LETTERS[: len(row)] for row in options])
         shown = [stages.stage(*row) for row in zip(completions, lenient.format_ok.tolist(), options, strict=True)]
     failed: dict[int, str] = {}
     if judge is not None:

@@ -37,7 +37,7 @@ from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import answers
 from medrlvr_jax.evaluation.evaluate import evaluate
 from medrlvr_jax.model import lora
-from medrlvr_jax.rewards.rule import score
+from medrlvr_jax.rewards import score
 from medrlvr_jax.rl import train
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rollout.generate import generate

@@ -118,7 +118,7 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
     from medrlvr_jax.data.prompts import begins
     from medrlvr_jax.data.traps import tokenizer_traps
     from medrlvr_jax.model import lora, weights
-    from medrlvr_jax.rewards import rule
+    from medrlvr_jax.rewards.parse import beginning_trap
     from medrlvr_jax.rl.learn import make_optimizer
     from medrlvr_jax.runs import inputs
 
@@ -137,7 +137,7 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
             yield Finding("warning", f"weights: {', '.join(others)}: passed over, since there is a model.safetensors", remedy)
     for line in tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):
         yield Finding("note", f"tokenizer: {line}")
-    if trap := rule.beginning_trap(begins(parts.tokenizer, config.prompt), config.reward.mode):
+    if trap := beginning_trap(begins(parts.tokenizer, config.prompt), config.reward.mode):
         yield Finding("warning", *trap)
     learners = [(parts.cfg, config.learn.policy), (parts.critic_cfg, config.learn.critic)]
     states = [build.abstract_learner(parts, cfg, make_optimizer(optimiser, 1)) for cfg, optimiser in learners if optimiser]

@@ -1,7 +1,8 @@
-"""The reward's dry run: a JSONL file of completions judged into another, as `medrlvr score` does."""
+"""`medrlvr score`: completions in a JSONL file, judged by the rule; to try the reward on text."""
 
 import json
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,17 +12,26 @@ from medrlvr_jax.config.schema import RewardConfig
 from medrlvr_jax.data.formats import options_and_key
 from medrlvr_jax.data.question import LETTERS, DataError, field_names
 from medrlvr_jax.data.readers import read_json
-from medrlvr_jax.rewards.rule import BLOCK, brief, score
+from medrlvr_jax.rewards import score
+
+BLOCK = 4096  # rows scored at a time, so that a file of any size fits the memory
 
 
-def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, overwrite: bool = False, prefill: str = "") -> Counter[str]:
-    """Score a JSONL file into another, line by line in the same order, and return how many lines had each reason.
+def score_file(
+    in_path: str | Path,
+    out_path: str | Path,
+    config: RewardConfig,
+    overwrite: bool = False,
+    prefill: str = "",
+) -> Counter[str]:
+    """Score a JSONL file into another, in the same order; returns how many lines had each reason.
 
-    In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}`, 2 to 10 options, other fields ignored; read as
-    questions are (`readers.read_json`), so blank lines are passed over and have no line in the output.
-    Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of REASONS}`.
-    `prefill` stood at the end of each prompt, and is judged as the beginning of each completion.
-    A line that cannot be scored raises `DataError`, and then there is no output at all: the file gets its name when it is whole.
+    In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}` with 2 to 10 options; other
+    fields are ignored. Read as questions are (`readers.read_json`): blank lines have no line in the output.
+    Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of rewards.REASONS}`.
+    `prefill`: the end of each prompt, judged as the beginning of each completion.
+    Raises `DataError` for a line that cannot be scored, and then leaves no output: the file gets its name
+    once it is complete.
     """
     source, target = Path(in_path), Path(out_path)
     if not source.exists():
@@ -29,19 +39,34 @@ def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, 
     if not target.parent.is_dir():
         raise DataError(f"{target}: its folder does not exist; make {target.parent} first")
     if target.exists() and (not overwrite or target.samefile(source)):
-        raise DataError(f"{target}: exists already, and is not overwritten; give another name or move it away")
+        raise DataError(
+            f"{target}: exists already, and is not overwritten; give another name or move it away"
+        )
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    worth = [config.unformatted, config.wrong, config.correct]  # the settings' own numbers, not float32's
+    worth = [
+        config.unformatted,
+        config.wrong,
+        config.correct,
+    ]  # the settings' numbers, not rounded to float32
     reasons: Counter[str] = Counter()
     try:
         with part.open("x", encoding="utf-8", newline="\n") as file:
             for block in _blocks(source):
                 completions, answers, options = zip(*block, strict=True)
-                verdicts = score([prefill + completion for completion in completions], answers, options, config)
+                verdicts = score(
+                    [prefill + completion for completion in completions], answers, options, config
+                )
                 rank = (verdicts.format_ok.astype(int) + verdicts.correct).tolist()
-                told = zip(rank, verdicts.penalty.tolist(), verdicts.answer.tolist(), verdicts.reason.tolist(), strict=True)
-                for r, penalty, answer, reason in told:
-                    line = {"reward": round(worth[r] - penalty, 9), "format_ok": r > 0, "answer": answer or None, "reason": reason}
+                rows = zip(
+                    rank,
+                    verdicts.penalty.tolist(),
+                    verdicts.answer.tolist(),
+                    verdicts.reason.tolist(),
+                    strict=True,
+                )
+                for i, penalty, answer, reason in rows:
+                    reward = round(worth[i] - penalty, 9)
+                    line = {"reward": reward, "format_ok": i > 0, "answer": answer or None, "reason": reason}
                     file.write(json.dumps(line) + "\n")
                 reasons.update(verdicts.reason.tolist())
         os.replace(part, target)
@@ -50,8 +75,8 @@ def score_file(in_path: str | Path, out_path: str | Path, config: RewardConfig, 
     return reasons
 
 
-def _blocks(source: Path, most_rows: int = BLOCK, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, str, tuple[str, ...]]]]:
-    """The file's records, as many at a time as are good for speed and kind to memory."""
+def _blocks(source: Path, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, str, tuple[str, ...]]]]:
+    """The file's records, in blocks of at most `BLOCK` rows and about `most_bytes` characters."""
     block, size = [], 0
     for number, row in read_json(source):
         try:
@@ -59,7 +84,7 @@ def _blocks(source: Path, most_rows: int = BLOCK, most_bytes: int = 1 << 25) -> 
         except DataError as e:
             raise DataError(f"{source}, line {number}: {e}") from None
         size += len(block[-1][0])
-        if len(block) >= most_rows or size >= most_bytes:
+        if len(block) >= BLOCK or size >= most_bytes:
             yield block
             block, size = [], 0
     if block:
@@ -67,11 +92,14 @@ def _blocks(source: Path, most_rows: int = BLOCK, most_bytes: int = 1 << 25) -> 
 
 
 def _record(row: dict[str, Any] | DataError) -> tuple[str, str, tuple[str, ...]]:
-    """Completion, key letter and options of one line, or a `DataError` that says what is wrong with it."""
+    """Completion, key letter and options of one line; raises `DataError` if one is missing or wrong."""
     if isinstance(row, DataError):
         raise row
     completion = row.get("completion")
     if not isinstance(completion, str):
-        raise DataError(f'field completion: {brief(completion)} is not a text; an empty completion is ""; the line has {field_names(row)}')
+        shown = reprlib.repr(completion)
+        raise DataError(
+            f'field completion: {shown} is not a text; an empty completion is ""; the line has {field_names(row)}'
+        )
     options, key = options_and_key(row)
     return completion, LETTERS[key], options

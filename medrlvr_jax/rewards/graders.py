@@ -1,0 +1,34 @@
+"""Whether an answer is right: one grader for each kind of reference. Today's one kind is a choice of options.
+
+A grader is a function of (answer, reference, options): the text that `parse` found in <answer>, what the
+question gives as right, and the options' texts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from medrlvr_jax.data.question import LETTERS
+from medrlvr_jax.rewards.parse import WHITE
+
+
+class Grade(NamedTuple):
+    answer: str  # as the grader reads it; "" where the text is no answer of its kind
+    correct: bool
+    reason: str  # a key of REASONS
+
+
+def choice(answer: str, reference: str, options: Sequence[str]) -> Grade:
+    """An option's letter, or its letter with `.`, `)` or `:` and its text, spelled the same.
+
+    `reference`: the letter of the right option.
+    """
+    if not answer:
+        return Grade("", False, "empty_answer")
+    letter, mark, text = answer[0], answer[1:2], answer[2:].strip(WHITE)
+    if not "A" <= letter <= "Z" or mark not in ("", ".", ")", ":"):
+        return Grade("", False, "not_one_letter")
+    if letter not in LETTERS[: len(options)]:
+        return Grade("", False, "letter_not_an_option")
+    if mark and (not text or text != options[LETTERS.index(letter)].strip(WHITE)):
+        return Grade("", False, "other_text")
+    return Grade(letter, letter == reference, "correct" if letter == reference else "wrong")
