@@ -153,8 +153,6 @@ def test_another_model_is_refused_by_the_first_leaf_that_differs(tmp_path):
     other = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding), abstract(make_state(mesh_of(2, 2, 2))))
     with pytest.raises(CheckpointError, match=r"b is bfloat16\[32\] there and float32\[32\] here"):
         checkpoints.restore(other)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 2; there are \[1\]"):
-        checkpoints.restore(abstract(wider), 2)
 
 
 def flip(path):
