@@ -1,8 +1,9 @@
 """Two evaluations of the same questions, side by side: `medrlvr compare EVAL_A EVAL_B`.
 
-Reads what `medrlvr eval` wrote (one JSONL of answers a set, eval.json), of a run its newest evaluation. Questions are paired by their id
-and must be the same by their hash; with several samples a question is the unit, not the sample. What differs in more than the model is
-refused unless it is meant (`--anyway`), and then questions that are not the same are left out.
+Reads what `medrlvr eval` wrote (a JSONL of answers for each set, and eval.json); of a run, its newest
+evaluation. Questions are paired by their id and must be the same by their hash. With several samples a
+question is the unit, not the sample. Two evaluations that differ in more than the model are refused, unless
+`--anyway` is given: then questions that are not the same are left out.
 """
 
 import json
@@ -15,55 +16,56 @@ from medrlvr_jax.evaluation.answers import Answers, describe, pair, percent, rea
 from medrlvr_jax.host import tables
 from medrlvr_jax.host.errors import ConfigError
 
-ASKED = ("prompt.chat", "prompt.prefill", "reward.mode", "eval.samples", "eval.temperature")  # settings that two evaluations must share
+SAME = ("prompt.chat", "prompt.prefill", "reward.mode", "eval.samples", "eval.temperature")  # in both
+EDGE = ("preserved", "gained", "lost", "never")  # columns of `stats.boundary`
 
 
 def evaluation(folder: Path) -> Path:
-    """The folder of an evaluation: the one that is given, or the newest in that of a run."""
+    """The folder of an evaluation: the given one, or the newest in that of a run."""
     if (folder / "eval.json").is_file():
         return folder
-    there = sorted(folder.glob("*/eval.json"), key=lambda path: path.stat().st_mtime_ns)
-    if there:
-        return there[-1].parent
+    if inside := sorted(folder.glob("*/eval.json"), key=lambda path: path.stat().st_mtime_ns):
+        return inside[-1].parent
     if (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder}: a run that was not evaluated by itself yet; first: medrlvr eval {folder}")
-    raise ConfigError(f"{folder}: no eval.json there; give a folder that `medrlvr eval` wrote to its end, or a run's that holds one")
+        raise ConfigError(f"{folder}: a run that was not evaluated yet; first: medrlvr eval {folder}")
+    remedy = "give a folder that `medrlvr eval` wrote to its end, or a run's that holds one"
+    raise ConfigError(f"{folder}: no eval.json there; {remedy}")
 
 
-def how_asked(folder: Path, name: str) -> dict[str, Any]:
-    """From eval.json what must be the same for two evaluations of a set to differ by their model alone."""
-    made = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    if "config" not in made:
-        raise ConfigError(f"{folder}/eval.json does not say how it was made, as an older version wrote it; evaluate again")
-    config = configs.flat(made["config"])
+def how_asked(log: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
+    """From eval.json, what must be the same for two evaluations of a set to differ by their model alone."""
+    if "config" not in log:
+        why = "does not say how it was made, as an older version wrote it; evaluate again"
+        raise ConfigError(f"{folder}/eval.json {why}")
+    config = configs.flat(log["config"])
     length = config["eval.max_new_tokens"] or config["sample.max_new_tokens"]
-    asked = {field: config[field] for field in ASKED} | {"max_new_tokens": length, "prompt.template": made["template"]}
+    asked = {field: config[field] for field in SAME}
+    asked |= {"max_new_tokens": length, "prompt.template": log["template"]}
     return asked | {"shuffle_options": config[f"eval.sets.{name}.shuffle_options"]}
-
-
-def aside(folder: Path, name: str, which: str) -> list[str]:
-    """Which questions an evaluation dropped, and how many of its answers were cut off."""
-    counts = json.loads((folder / "eval.json").read_text(encoding="utf-8")).get("eval", {}).get(name)
-    return remarks(f"{name}, {which}", counts) if counts else []
 
 
 def differences(a: Path, b: Path, name: str, one: Answers, other: Answers) -> list[str]:
     """In what, beside the model, the two evaluations of a set differ."""
     try:
-        first, second = how_asked(a, name), how_asked(b, name)
-        out = [f"{field}: {value!r} in A, {second[field]!r} in B" for field, value in first.items() if value != second[field]]
+        first, second = (how_asked(read_log(folder), folder, name) for folder in (a, b))
+        out = [f"{k}: {value!r} in A, {second[k]!r} in B" for k, value in first.items() if value != second[k]]
     except ConfigError as e:
         out = [str(e)]
     i, j, odd = pair(one, other)
     if odd:
-        out.append(f"{len(odd):,} ids, the first is {odd[0]!r}, are of other questions or keys in B; evaluate both on one file")
-    alone = [len(s.ids) - len(pairs) - len(odd) for s, pairs in ((one, i), (other, j))]
-    if any(alone):
+        what = f"{len(odd):,} ids, the first is {odd[0]!r}, are of other questions or keys in B"
+        out.append(f"{what}; evaluate both on one file")
+    only_a, only_b = len(one.ids) - len(i) - len(odd), len(other.ids) - len(j) - len(odd)
+    if only_a or only_b:
         remedy = "evaluate both on one file, with a prompt.max_tokens that drops none"
-        out.append(f"{alone[0]:,} questions were answered in A alone, {alone[1]:,} in B alone; {remedy}")
-    if not all(s.hashes.all() for s in (one, other)) and not out:
-        out.append("the answers have no hashes of their questions, as an older version wrote them; evaluate again")
+        out.append(f"{only_a:,} questions were answered in A alone, {only_b:,} in B alone; {remedy}")
+    if not out and not all(s.hashes.all() for s in (one, other)):
+        out.append("the answers have no hashes of their questions, as older versions wrote them; evaluate again")
     return out
+
+
+def read_log(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
 
 
 def compare_sets(a: Answers, b: Answers) -> dict[str, Any]:
@@ -73,8 +75,9 @@ def compare_sets(a: Answers, b: Answers) -> dict[str, Any]:
         raise ConfigError("the two evaluations share no question")
     one, other = a.correct[i], b.correct[j]
     difference, alike = stats.paired_difference(one, other), one.shape[1] == other.shape[1]
-    single = alike and one.shape[1] == 1
-    only_a, only_b, p = stats.mcnemar(one[:, 0], other[:, 0]) if single else (None, None, difference.p)
+    only_a, only_b, p = None, None, difference.p
+    if one.shape[1] == other.shape[1] == 1:
+        only_a, only_b, p = stats.mcnemar(one[:, 0], other[:, 0])
     return {
         "n": len(i),
         "a": stats.accuracy(one)._asdict(),
@@ -89,23 +92,29 @@ def compare_sets(a: Answers, b: Answers) -> dict[str, Any]:
 
 
 def compare(a: Path, b: Path, anyway: bool = False) -> dict[str, Any]:
-    """Every set that both folders hold; p-values adjusted by Holm over them, of the distinct questions where a set holds exact repeats.
+    """Every set that both folders hold; p-values are adjusted by Holm over them.
 
-    Refused where the two were not asked the same in the same way; `anyway`: what was asked in both is compared nevertheless.
+    Where a set holds exact repeats, those of the distinct questions are adjusted. Raises ConfigError where
+    the two were not asked the same in the same way; `anyway`: what was asked in both is compared
+    nevertheless.
     """
     a, b = evaluation(a), evaluation(b)
     names = sorted({p.stem for p in a.glob("*.jsonl")} & {p.stem for p in b.glob("*.jsonl")})
     if not names:
-        raise ConfigError(f"{a} and {b}: no set of answers in both; give two folders that `medrlvr eval` wrote")
+        raise ConfigError(f"{a} and {b}: no set of answers in both; give two folders of `medrlvr eval`")
     out = {}
     for name in names:
         one, other = (read(folder / f"{name}.jsonl") for folder in (a, b))
         if (odd := differences(a, b, name, one, other)) and not anyway:
             lines = "".join(f"\n  {line}" for line in odd)
-            raise ConfigError(f"{name}: the two differ in more than the model; if that is meant, give --anyway:{lines}")
+            why = "the two differ in more than the model; if that is meant, give --anyway"
+            raise ConfigError(f"{name}: {why}:{lines}")
+        logs = {"A": read_log(a), "B": read_log(b)}
+        counts = {f"{name}, {x}": log.get("eval", {}).get(name) for x, log in logs.items()}
+        notes = [line for which, c in counts.items() if c for line in remarks(which, c)]
         try:
-            out[name] = compare_sets(one, other) | {"each": {"a": describe(one), "b": describe(other)}, "differences": odd}
-            out[name]["remarks"] = [line for which, folder in (("A", a), ("B", b)) for line in aside(folder, name, which)]
+            out[name] = compare_sets(one, other) | {"each": {"a": describe(one), "b": describe(other)}}
+            out[name] |= {"differences": odd, "remarks": notes}
             if one.repeats.any():
                 out[name]["distinct"] = compare_sets(one.only(~one.repeats), other)
         except ConfigError as e:
@@ -116,21 +125,20 @@ def compare(a: Path, b: Path, anyway: bool = False) -> dict[str, Any]:
     return out
 
 
-def show(found: dict[str, Any]) -> str:
+def show(comparison: dict[str, Any]) -> str:
     """The comparison as a table, and what it could have shown."""
-    rows, sets = [], {}
-    for name, c in found.items():
+    sets, rows, notes = {}, [], []
+    for name, c in comparison.items():
         sets |= {name: c} | ({f"{name}, distinct": c["distinct"]} if "distinct" in c else {})
     for name, c in sets.items():
-        edge = [str(c["boundary"][k]) if c["boundary"] else "–" for k in ("preserved", "gained", "lost", "never")]
+        edge = c["boundary"] or dict.fromkeys(EDGE, "–")
         accuracies = [percent(c[k]) for k in ("a", "b", "difference")]
-        adjusted = f"{c['p_holm']:.2g}" if "p_holm" in c else "–"
-        rows.append([name, f"{c['n']:,}", *accuracies, f"{c['p']:.2g}", adjusted, *edge])
-    notes = [
-        f"{name}: {c['n']:,} questions show a difference of {100 * c['detectable']:.1f} points or more with 80 % power"
-        for name, c in sets.items()
-    ]
-    notes += [f"{name}: not asked alike: {line}" for name, c in found.items() for line in c["differences"]]
-    notes += [line for c in found.values() for line in c["remarks"]]
-    columns = ("set", "n", "accuracy A", "accuracy B", "B − A", "p", "p (Holm)", "kept", "gained", "lost", "never")
+        ps = [f"{c[p]:.2g}" if p in c else "–" for p in ("p", "p_holm")]
+        rows.append([name, f"{c['n']:,}", *accuracies, *ps, *(str(edge[k]) for k in EDGE)])
+        least = f"a difference of {100 * c['detectable']:.1f} points or more with 80 % power"
+        notes.append(f"{name}: {c['n']:,} questions show {least}")
+    for name, c in comparison.items():
+        notes += [f"{name}: not asked alike: {line}" for line in c["differences"]]
+    notes += [line for c in comparison.values() for line in c["remarks"]]
+    columns = ("set", "n", "accuracy A", "accuracy B", "B − A", "p", "p (Holm)", *EDGE)
     return "\n".join([tables.plain(columns, rows), *notes])
