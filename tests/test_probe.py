@@ -75,7 +75,8 @@ def test_logprobs_of_letters_are_the_models():
     with jax.set_mesh(parts.mesh):
         params = build.load_params(parts, parts.cfg)
         cases = [(0, probe.forced("here", "")), (2, probe.forced(None, "")), (1, probe.forced("", "\n"))]
-        found, sizes = probe.letter_logprobs(parts, params, encoded, cases, lambda done, n: None)
+        scored = probe.letter_logprobs(parts, params, encoded, cases, lambda done, n: None)
+        found, sizes = ([pair[i] for pair in scored] for i in (0, 1))
         assert [len(row) for row in found] == [len(encoded.questions[i].options) for i, _ in cases]
         assert sizes == [[1] * len(row) for row in found]
         split = probe.letter_tokens(parts.tokenizer, [before for _, before in cases], [len(row) for row in found])

@@ -60,7 +60,7 @@ def differences(a: Path, b: Path, name: str, one: Answers, other: Answers) -> li
         remedy = "evaluate both on one file, with a prompt.max_tokens that drops none"
         out.append(f"{only_a:,} questions were answered in A alone, {only_b:,} in B alone; {remedy}")
     if not out and not all(s.hashes.all() for s in (one, other)):
-        out.append("the answers have no hashes of their questions, as older versions wrote them; evaluate again")
+        out.append("the answers of an older version have no hashes of their questions; evaluate again")
     return out
 
 

@@ -1,17 +1,19 @@
-"""Does the reasoning do any work? `medrlvr probe RUN|CONFIG`: the answer forced after parts of the model's own greedy thoughts.
+"""Does the reasoning matter? `medrlvr probe RUN|CONFIG`: an answer forced after parts of its own thoughts.
 
-Forcing is `<think>…</think><answer>`, with the white space that the completion itself has between the two; the answer is the option whose
-letter is then most probable. Forced are (early answering: Lanham et al. 2023, arXiv 2307.13702)
+Forcing is `<think>…</think><answer>`, with the white space that the completion itself has between the two;
+the answer is the option whose letter is then most probable. Forced are (early answering: Lanham et al. 2023,
+arXiv 2307.13702)
 
     at once             <answer> with no thought tags at all
     0 % … 100 %         the first so many of the thought's words; at 0 % an empty thought
-    another's           the thought of the question half a set away, which is none of its near repeats
+    another's           the thought of the question half a set away, so of no near repeat
 
-and, for InfoGain (arXiv 2506.02126), the thought up to each of its sentences: how much more probable a sentence makes the key,
-log p(key | question, sentences ≤ i) − log p(key | question, sentences < i), in nats, mean over the key's tokens. The paper has the fall in
-perplexity, exp of minus that, whose mean a few improbable keys decide; its median is given. It has a fixed model score all models'
-thoughts: `--scorer` names one; without, the model scores its own, which rewards those that believe themselves. Log-probs are of the
-tokens in which the letters' texts differ, so the tags count for nothing. A completion without tags is a thought as a whole.
+and, for InfoGain (arXiv 2506.02126), the thought up to each of its sentences: how much more probable a
+sentence makes the key, log p(key | question, sentences ≤ i) − log p(key | question, sentences < i), in nats,
+mean over the key's tokens. The paper has the fall in perplexity, whose mean depends on a few improbable keys;
+its median is given. It has a fixed model score all models' thoughts: `--scorer` names one. Without, the model
+scores its own thoughts, which favours models that believe themselves. Log-probs are of the tokens in which
+the letters' texts differ, so the tags do not count. A completion without tags is taken as a thought.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -77,54 +79,66 @@ def forced(context: str | None, seam: str) -> str:
     return "<answer>" if context is None else f"<think>{context}</think>{seam}<answer>"
 
 
-def letter_tokens(tok: Tokenizer, before: list[str], options: list[int]) -> list[tuple[list[int], list[list[int]]]]:
-    """For each text: the tokens that it and any of its letters have in common, and for each letter those in which it differs.
+def letter_tokens(
+    tok: Tokenizer, before: list[str], options: list[int]
+) -> list[tuple[list[int], list[list[int]]]]:
+    """For each text: the tokens that are the same whichever letter follows, and those that differ, by letter.
 
-    Whole texts are encoded, up to `</answer>`: where a tokenizer joins a letter to what stands next to it, so does this.
+    Texts are encoded up to `</answer>`: where a tokenizer joins a letter to what stands next to it, so does
+    this.
     """
     texts = [f"{b}{letter}</answer>" for b, n in zip(before, options, strict=True) for letter in LETTERS[:n]]
-    rows, out, start = tok.spell(texts), [], 0
+    encoded, out = iter(tok.spell(texts)), []
     for n in options:
-        mine, start = rows[start : start + n], start + n
-        least = min(map(len, mine))
-        same = next((i for i in range(least) if len({row[i] for row in mine}) > 1), least)
-        tail = next((i for i in range(least - same) if len({row[-1 - i] for row in mine}) > 1), least - same)
-        out.append((mine[0][:same], [row[same : len(row) - tail] for row in mine]))
+        rows = list(islice(encoded, n))
+        least = min(map(len, rows))
+        same = next((i for i in range(least) if len({row[i] for row in rows}) > 1), least)
+        tail = next((i for i in range(least - same) if len({row[-1 - i] for row in rows}) > 1), least - same)
+        out.append((rows[0][:same], [row[same : len(row) - tail] for row in rows]))
     return out
 
 
 def before_response(parts: Parts, encoded: Encoded) -> Encoded:
-    """Prompts that give nothing of the response: a completion, and so what is forced of it, has that at its beginning."""
+    """Prompts without a prefill: a completion, and so what is forced of it, begins with that."""
     tokens = text.encode_questions(parts.tokenizer, encoded.questions, parts.config.prompt, begun=False)
     return dataclasses.replace(encoded, tokens=tokens)
 
 
 def letter_logprobs(
-    parts: Parts, params: Params, encoded: Encoded, cases: list[tuple[int, str]], progress: Callable[[int, int], None]
-) -> tuple[list[list[float]], list[list[int]]]:
-    """Of each case (place of the question, forced text): every letter's log-prob after it, and how many tokens each is."""
+    parts: Parts,
+    params: Params,
+    encoded: Encoded,
+    cases: list[tuple[int, str]],
+    progress: Callable[[int, int], None],
+) -> list[tuple[list[float], list[int]]]:
+    """For each case (index of the question, forced text): each letter's log-prob and number of tokens."""
     tok, size, mesh = parts.tokenizer, parts.config.eval.batch, parts.mesh
-    found = letter_tokens(tok, [before for _, before in cases], [len(encoded.questions[i].options) for i, _ in cases])
-    prompts = [encoded.tokens[i] + common for (i, _), (common, _) in zip(cases, found, strict=True)]
-    columns, groups = width(max(map(len, prompts))), max(len(letters) for _, letters in found)
-    length = max(len(ids) for _, letters in found for ids in letters)
-    out = []
+    options = [len(encoded.questions[i].options) for i, _ in cases]
+    split = letter_tokens(tok, [before for _, before in cases], options)
+    prompts = [encoded.tokens[i] + common for (i, _), (common, _) in zip(cases, split, strict=True)]
+    columns, groups = width(max(map(len, prompts))), max(options)
+    length = max(len(ids) for _, letters in split for ids in letters)
+    out: list[tuple[int, list[float]]] = []
     for start in range(0, len(cases), size):
-        index = np.resize(np.arange(start, min(start + size, len(cases))), size)
-        own, counted = own_rows(size, mesh)
-        tokens = np.full((len(own), groups, length), tok.pad_id, np.int32)
+        stop = min(start + size, len(cases))
+        batch = np.resize(np.arange(start, stop), size)
+        places, counted = own_rows(size, mesh)
+        mine = batch[places]
+        tokens = np.full((len(mine), groups, length), tok.pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
-        for row, case in enumerate(index[own]):
-            for letter, ids in enumerate(found[case][1]):
+        for row, case in enumerate(mine):
+            for letter, ids in enumerate(split[case][1]):
                 tokens[row, letter, : len(ids)], mask[row, letter, : len(ids)] = ids, True
-        rows = text.pad_prompts([prompts[i] for i in index[own]], encoded.ids[[cases[i][0] for i in index[own]]], columns, tok.pad_id)
-        placed, tokens_, mask_ = place_rows((rows, tokens, mask), size, mesh)
-        logprobs = fetch_rows(assess_alone(params, parts, placed, Rollout(tokens_, mask_, tokens_, None)).logprobs, mesh)
-        sums = np.where(mask, logprobs, 0).sum(2, dtype=np.float64)
-        new = {int(case): row for case, row, ours in zip(index[own], sums.tolist(), counted, strict=True) if ours}
-        out += [(case, row[: len(found[case][1])]) for case, row in new.items()]
-        progress(min(start + size, len(cases)), len(cases))
-    return [row for _, row in sorted(chain.from_iterable(gather(out)))], [[len(ids) for ids in letters] for _, letters in found]
+        ids = encoded.ids[[cases[i][0] for i in mine]]
+        padded = text.pad_prompts([prompts[i] for i in mine], ids, columns, tok.pad_id)
+        placed, tokens_, mask_ = place_rows((padded, tokens, mask), size, mesh)
+        scored = assess_alone(params, parts, placed, Rollout(tokens_, mask_, tokens_, None))
+        sums = np.where(mask, fetch_rows(scored.logprobs, mesh), 0).sum(2, dtype=np.float64)
+        new = {int(case): row for case, row, ours in zip(mine, sums.tolist(), counted, strict=True) if ours}
+        out += [(case, row[: options[case]]) for case, row in new.items()]
+        progress(stop, len(cases))
+    rows = [row for _, row in sorted(chain.from_iterable(gather(out)))]
+    return [(row, [len(ids) for ids in letters]) for row, (_, letters) in zip(rows, split, strict=True)]
 
 
 class Scorer(NamedTuple):
@@ -136,10 +150,21 @@ class Scorer(NamedTuple):
 
 
 def open_scorer(name: str, source: Path, settings: list[str]) -> Scorer:
-    """The model of the directory (or hub name) `name`, with the other settings of what is probed: the same prompts, the same mesh."""
+    """The model of the directory (or hub name) `name`; other settings are the probed model's."""
     model = [f"model.path={json.dumps(name)}", "model.init=pretrained", "model.lora=null"]
-    parts, params, _ = open_source(source / "config.yaml" if source.is_dir() else source, [*settings, *model], None)
+    config = source / "config.yaml" if source.is_dir() else source
+    parts, params, _ = open_source(config, [*settings, *model], None)
     return Scorer(name, parts, params)
+
+
+def contexts_of(thoughts: list[str]) -> dict[str, list[str | None]]:
+    """Each condition's thoughts, one a question; None where there are to be no tags."""
+    n, cuts = len(thoughts), [(f"{share} %", share / 100) for share in CUTS]
+    out: dict[str, list[str | None]] = {"at once": [None] * n}
+    out |= {name: [cut(t, share) if share < 1 else t for t in thoughts] for name, share in cuts}
+    if n > 1:
+        out["another's"] = [thoughts[(i + n // 2) % n] for i in range(n)]
+    return out
 
 
 def probe(
@@ -150,62 +175,73 @@ def probe(
     progress: Callable[[str, int, int], None],
     scorer: Scorer | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One set: (what `summarise` says, a row a question)."""
+    """One set: what `summarise` returns, and a row a question."""
     _, answered = evaluate(parts, decode_params, encoded, partial(progress, "answers"))
-    encoded, n = before_response(parts, encoded), len(answered)
-    thoughts = [thought(row["completion"]) for row in answered]
-    conditions: dict[str, list[str | None]] = {"at once": [None] * n}
-    conditions |= {f"{share} %": [cut(t, share / 100) for t, _ in thoughts] for share in CUTS[:-1]}
-    conditions |= {WHOLE: [t for t, _ in thoughts]}
-    if n > 1:
-        conditions["another's"] = [thoughts[(i + n // 2) % n][0] for i in range(n)]
-    steps = [["", *sentences(t)] for t, _ in thoughts]
-    wanted = [(i, forced(c, thoughts[i][1])) for contexts in conditions.values() for i, c in enumerate(contexts)]
-    sentenced = [(i, forced(c, thoughts[i][1])) for i, contexts in enumerate(steps) for c in contexts]
-    wanted = list(dict.fromkeys(wanted + ([] if scorer else sentenced)))  # many twice: all at 0 %, short thoughts at several cuts
-    found = dict(zip(wanted, zip(*letter_logprobs(parts, params, encoded, wanted, partial(progress, "forced")), strict=True), strict=True))
-    scored = found
+    encoded = before_response(parts, encoded)
+    thoughts, seams = zip(*(thought(row["completion"]) for row in answered), strict=True)
+    conditions = contexts_of(list(thoughts))
+    steps = [["", *sentences(t)] for t in thoughts]
+    cases = [(i, forced(c, seams[i])) for contexts in conditions.values() for i, c in enumerate(contexts)]
+    by_sentence = [(i, forced(c, seams[i])) for i, contexts in enumerate(steps) for c in contexts]
+    cases = list(dict.fromkeys(cases + ([] if scorer else by_sentence)))  # many are equal, such as all at 0 %
+    by_model = letter_logprobs(parts, params, encoded, cases, partial(progress, "forced"))
+    scores = scores_by_sentence = dict(zip(cases, by_model, strict=True))
     if scorer:
-        sentenced, whole = list(dict.fromkeys(sentenced)), scorer.parts.config
-        whole = dataclasses.replace(whole, prompt=dataclasses.replace(whole.prompt, max_tokens=sys.maxsize))  # its tokens may be more
-        asked = before_response(scorer.parts, encode(scorer.parts.tokenizer, encoded.questions, whole))
+        config = scorer.parts.config
+        prompt = dataclasses.replace(config.prompt, max_tokens=sys.maxsize)  # it may have more: drop none
+        config = dataclasses.replace(config, prompt=prompt)
+        asked = before_response(scorer.parts, encode(scorer.parts.tokenizer, encoded.questions, config))
+        cases, report = list(dict.fromkeys(by_sentence)), partial(progress, f"scored by {scorer.name}")
         with jax.set_mesh(scorer.parts.mesh):
-            told = letter_logprobs(scorer.parts, scorer.params, asked, sentenced, partial(progress, f"scored by {scorer.name}"))
-        scored = dict(zip(sentenced, zip(*told, strict=True), strict=True))
+            by_scorer = letter_logprobs(scorer.parts, scorer.params, asked, cases, report)
+        scores_by_sentence = dict(zip(cases, by_scorer, strict=True))
     rows = []
     for i, row in enumerate(answered):
-        key, seam = LETTERS.index(row["key"]), thoughts[i][1]
-        own = {"id": row["id"], "key": row["key"], "generated": row["answer"], "completion": row["completion"]}
-        letters = {name: int(np.argmax(found[i, forced(contexts[i], seam)][0])) for name, contexts in conditions.items()}
-        own |= {"answers": {name: LETTERS[letter] for name, letter in letters.items()}}
-        after = [scored[i, forced(context, seam)] for context in steps[i]]
-        rows.append(own | {"key_logprob": [logprobs[key] / sizes[key] for logprobs, sizes in after]})
+        key = LETTERS.index(row["key"])
+        best = {name: np.argmax(scores[i, forced(c[i], seams[i])][0]) for name, c in conditions.items()}
+        after = [scores_by_sentence[i, forced(context, seams[i])] for context in steps[i]]
+        rows.append(
+            {
+                "id": row["id"],
+                "key": row["key"],
+                "generated": row["answer"],
+                "completion": row["completion"],
+                "answers": {name: LETTERS[letter] for name, letter in best.items()},
+                "key_logprob": [logprobs[key] / sizes[key] for logprobs, sizes in after],
+            }
+        )
     return summarise(rows, scorer.name if scorer else None), rows
 
 
 def summarise(rows: list[dict[str, Any]], scorer: str | None = None) -> dict[str, Any]:
-    """Accuracy under each condition, against the whole thought on the same questions; and what sentences bring, by `scorer`."""
+    """Accuracy under each condition, against the full thought on the same questions; what sentences bring.
+
+    `scorer` names the model that scored the sentences; None: the model itself.
+    """
     right = {name: np.array([r["answers"][name] == r["key"] for r in rows]) for name in rows[0]["answers"]}
-    out: dict[str, Any] = {"n": len(rows), "generated": stats.accuracy(np.array([r["generated"] == r["key"] for r in rows]))._asdict()}
-    tests = {name: stats.mcnemar(right[WHOLE], r)[2] for name, r in right.items() if name != WHOLE}
+    generated = np.array([r["generated"] == r["key"] for r in rows])
+    tests = {name: stats.mcnemar(right[WHOLE], x)[2] for name, x in right.items() if name != WHOLE}
     adjusted = dict(zip(tests, stats.holm(list(tests.values())), strict=True))
-    out["conditions"] = {
+    conditions = {
         name: {
-            "accuracy": stats.accuracy(r)._asdict(),
-            "difference": stats.paired_difference(right[WHOLE], r)._asdict(),
+            "accuracy": stats.accuracy(x)._asdict(),
+            "difference": stats.paired_difference(right[WHOLE], x)._asdict(),
             "p_holm": adjusted.get(name),
             "same_answer": float(np.mean([row["answers"][name] == row["answers"][WHOLE] for row in rows])),
         }
-        for name, r in right.items()
+        for name, x in right.items()
     }
-    told = [np.array(r["key_logprob"]) for r in rows if len(r["key_logprob"]) > 1]
-    if told:
-        nats, falls = ([np.diff(f(x)) for x in told] for f in (np.asarray, lambda x: -np.exp(-x)))
+    out: dict[str, Any] = {"n": len(rows), "generated": stats.accuracy(generated)._asdict()}
+    out["conditions"] = conditions
+    logprobs = [np.array(r["key_logprob"]) for r in rows if len(r["key_logprob"]) > 1]
+    if logprobs:
+        nats, falls = [np.diff(x) for x in logprobs], [np.diff(-np.exp(-x)) for x in logprobs]
+        means = np.array([x.mean() for x in nats])  # a question's mean first: long thoughts weigh no more
         out["info_gain"] = {
             "scorer": scorer,
             "questions": len(nats),
             "sentences": sum(map(len, nats)),
-            "nats": stats.bootstrap(np.array([x.mean() for x in nats]))._asdict(),  # a question's mean first: long thoughts weigh no more
+            "nats": stats.bootstrap(means)._asdict(),
             "median_nats": float(np.median(np.concatenate(nats))),
             "median_perplexity": float(np.median(np.concatenate(falls))),
             "positive": float((np.concatenate(nats) > 0).mean()),
@@ -213,9 +249,10 @@ def summarise(rows: list[dict[str, Any]], scorer: str | None = None) -> dict[str
     return out
 
 
-def show(found: dict[str, dict[str, Any]]) -> str:
+def show(probed: dict[str, dict[str, Any]]) -> str:
+    """A table a set, and its InfoGain."""
     out = []
-    for name, d in found.items():
+    for name, d in probed.items():
         rows = [["(as generated)", percent(d["generated"]), "", "", ""]]
         for condition, c in d["conditions"].items():
             p = "" if c["p_holm"] is None else f"{c['p_holm']:.2g}"
@@ -225,14 +262,22 @@ def show(found: dict[str, dict[str, Any]]) -> str:
         out.append(tables.plain(head, rows))
         if g := d.get("info_gain"):
             nats = "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**g["nats"])
-            by = f"scored by {g['scorer']}" if g["scorer"] else "scored by the model itself (--scorer: by another, the same for all)"
-            out.append(f"{name}: InfoGain per sentence {nats} nats of the key's log-probability, {by};")
+            by = g["scorer"] or "the model itself (--scorer: by another, the same for all)"
+            gain = f"InfoGain per sentence {nats} nats of the key's log-probability"
+            out.append(f"{name}: {gain}, scored by {by};")
             medians = f"median {g['median_nats']:+.3g} nats, {g['median_perplexity']:+.3g} in perplexity"
-            out.append(f"  {medians}; {100 * g['positive']:.0f} % of {g['sentences']:,} sentences make the key more probable")
+            more = f"{100 * g['positive']:.0f} % of {g['sentences']:,} sentences make the key more probable"
+            out.append(f"  {medians}; {more}")
     return "\n".join(out)
 
 
-def probe_source(source: Path, settings: list[str], step: int | Literal["best"] | None, out: Path | None, scorer: str | None = None) -> int:
+def probe_source(
+    source: Path,
+    settings: list[str],
+    step: int | Literal["best"] | None,
+    out: Path | None,
+    scorer: str | None = None,
+) -> int:
     """`medrlvr probe`: one JSONL a set, probe.json, and tables."""
     parts, params, step = open_source(source, settings, step)
     c = parts.config
@@ -243,19 +288,22 @@ def probe_source(source: Path, settings: list[str], step: int | Literal["best"] 
     if not encoded:
         raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")
     folder = new_folder(source, parts, f"probe-{step}", out, "probe.json")
-    writes, console, found = jax.process_index() == 0, Console(len(encoded)), {}
+    leads, console, probed = jax.process_index() == 0, Console(len(encoded)), {}
     judge = open_scorer(scorer, source, settings) if scorer else None
     with jax.set_mesh(parts.mesh):
         decode_params = make_relay(parts, parts.cfg)(params)
         for name, questions in encoded.items():
-            said = lambda what, done, n, name=name: console.progress(f"probe {name}, {what}", done, n)  # noqa: E731
-            found[name], rows = probe(parts, params, decode_params, questions, said, judge)
-            if writes:
-                files.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+            def report(what: str, done: int, n: int, name: str = name) -> None:
+                console.progress(f"probe {name}, {what}", done, n)
+
+            probed[name], rows = probe(parts, params, decode_params, questions, report, judge)
+            if leads:
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+                files.write_text(folder / f"{name}.jsonl", "".join(lines))
     console.close()
-    if writes:
-        files.write_json(
-            folder / "probe.json", {"source": str(source), "step": step, "scorer": scorer, "probe": found, "versions": log.versions()}
-        )
-        print(f"{show(found)}\nanswers: {folder}")
+    if leads:
+        tree = {"source": str(source), "step": step, "scorer": scorer, "probe": probed}
+        files.write_json(folder / "probe.json", tree | {"versions": log.versions()})
+        print(f"{show(probed)}\nanswers: {folder}")
     return 0

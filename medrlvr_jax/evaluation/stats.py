@@ -65,7 +65,7 @@ def bootstrap(values: Num[np.ndarray, " n"], seed: int = 0, draws: int = DRAWS) 
     x = np.sort(np.asarray(values, np.float64))
     counts = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=draws)
     low, high = np.quantile(counts @ x / len(x), (0.025, 0.975))
-    return Interval(float(x.mean()), float(low), float(high))
+    return Interval(float(np.mean(values, dtype=np.float64)), float(low), float(high))
 
 
 def accuracy(correct: Values) -> Interval:
