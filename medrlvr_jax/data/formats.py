@@ -1,163 +1,197 @@
-"""The formats that records come in, and the Question that each makes of a record's fields.
+"""The formats that records come in, and the checked Question that each makes of a record's fields.
 
-| format     | fields                                                                                       |
-|------------|----------------------------------------------------------------------------------------------|
-| `plain`    | your own data: question, options (a list, or {"A": …}), answer (the letter);                  |
-|            | optional: id, subject, rationale                                                              |
-| `medqa`    | question, options {"A": …}, answer_idx (the letter), answer (that option's text, checked)     |
-| `mmlu_pro` | question, options (a list), answer (the letter), answer_index; of several categories only     |
-|            | `health` is used                                                                              |
-| `mmlu`     | question, choices, answer (counted from 0); or CSV without header: question, A, B, C, D, letter |
-| `medmcqa`  | question, opa … opd, cop, exp. cop counts from 1 in the authors' files; on the hub it is a    |
-|            | class label                                                                                   |
-| `pubmedqa` | QUESTION, CONTEXTS, final_decision (yes / no / maybe), by pmid; or the hub's question,        |
-|            | context, final_decision                                                                       |
-| `text`     | prompt (may be empty) and response, or only text: for `sft.target: text`                      |
+| format     | fields                                                                                             |
+|------------|----------------------------------------------------------------------------------------------------|
+| `plain`    | your own data: question, options (a list, or {"A": …}), answer (the letter);                       |
+|            | optional: id, subject, rationale                                                                   |
+| `medqa`    | question, options {"A": …}, answer_idx (the letter), answer (that option's text, checked)          |
+| `mmlu_pro` | question, options (a list), answer (the letter), answer_index; of several categories only `health` |
+| `mmlu`     | question, choices, answer (from 0); or CSV without header: question, A, B, C, D, letter            |
+| `medmcqa`  | question, opa … opd, cop, exp: cop counts from 1 in the authors' files, is a class label on the hub |
+| `pubmedqa` | QUESTION, CONTEXTS, final_decision (yes / no / maybe), by pmid;                                    |
+|            | or the hub's question, context, final_decision                                                     |
+| `text`     | prompt (may be empty) and response, or only text: for `sft.target: text`                           |
 
-Two options with the same text are accepted in the published sets (21 of MedMCQA's 4,183 dev questions have them) and
-refused in `plain`, where they can be corrected. If options bring their own letters ("A. aspirin", "B. heparin", …), these are
-removed: prompts write the letters.
+Two options with the same text are accepted in the published sets (21 of MedMCQA's 4,183 dev questions have
+them) and refused in `plain`, where they can be corrected. Letters that options bring ("A. aspirin", "B. heparin",
+…) are removed: prompts write the letters.
+
+A check that fails raises `DataError` with the field, the value and the remedy; load.py adds the file and the line.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-from medrlvr_jax.data.question import (
-    LETTERS,
-    DataError,
-    Example,
-    Question,
-    as_integer,
-    check_letter,
-    check_options,
-    check_text,
-    field_names,
-    make_question,
-    unlabelled,
-)
+from medrlvr_jax.data.question import LETTERS, DataError, Example, Question, unlabelled
 
 Row = dict[str, Any]
 Choice = tuple[tuple[str, ...], int]  # the options, the index of the right one
 
 
+# ---- checks of single fields ----
+
+
+def field_names(row: Row) -> str:
+    """The names of a record's fields for a message: all of them, since the one that matters may be the last."""
+    names = [short(name) for name in row]
+    return f"[{', '.join(names[:50])}{', …' if len(names) > 50 else ''}]"
+
+
+def _wrong(field: str, value: Any, problem: str) -> DataError:
+    return DataError(f"field {field}: {short(value)} {problem}")
+
+
+def _needed(row: Row, field: str) -> Any:
+    if row.get(field) is None:
+        raise DataError(f"field {field}: needed, and not there; the record has {field_names(row)}")
+    return row[field]
+
+
+def _text(row: Row, field: str, strip: bool = True, empty: bool = False) -> str:
+    value = _needed(row, field)
+    if not isinstance(value, str):
+        raise _wrong(field, value, "is not a string; put quotes around it")
+    if not value.strip() and not empty:
+        raise _wrong(field, value, "is blank; give a text, or take the record out")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise _wrong(field, value, "holds half a surrogate pair (a lone \\ud8…); write the character again")
+    return value.strip() if strip else value
+
+
+def _options(row: Row, field: str) -> tuple[str, ...]:
+    """2 to 10 options from a list or from {"A": …}. Records of one set may differ in number."""
+    value = _needed(row, field)
+    if isinstance(value, dict):
+        value = {k: v for k, v in value.items() if v is not None}  # parquet fills missing letters with null
+        if set(value) != set(LETTERS[: len(value)]):
+            problem = f"letters {short(list(value))} are not A, B, C … without a gap, up to {LETTERS[-1]}"
+            raise DataError(f"field {field}: {problem}; name each option by its letter")
+        value = [value[letter] for letter in LETTERS[: len(value)]]
+    if not isinstance(value, list | tuple):
+        remedy = "a list of options is needed, or an object by letter; in CSV, a column A, B, … for each"
+        raise DataError(f"field {field}: {short(value)}: {remedy}")
+    options = tuple(_text({(name := f"{field} {i}"): option}, name) for i, option in enumerate(value, 1))
+    if not 2 <= len(options) <= len(LETTERS):
+        raise DataError(f"field options: {len(options)} of them; a question has 2 to {len(LETTERS)}")
+    return options
+
+
+def _integer(value: Any) -> int | None:
+    """An integer, or digits as CSV brings them; None for everything else."""
+    if isinstance(value, str) and re.fullmatch(r" *-?[0-9]{1,9} *", value):
+        return int(value)
+    return value if type(value) is int else None
+
+
+def _letter(row: Row, field: str, options: tuple[str, ...]) -> int:
+    """The index of the option whose letter the field holds."""
+    value = _needed(row, field)
+    if _integer(value) is not None:
+        remedy = 'give the letter, such as "B", since a number may count from 0 or from 1'
+        raise _wrong(field, value, f"is a number where a letter is needed; {remedy}")
+    letter = _text(row, field).upper()
+    if len(letter) != 1 or letter not in LETTERS[: len(options)]:
+        problem = f"is not the letter of one of its {len(options)} options"
+        if value.strip() in options:
+            problem += f"; it is the text of option {LETTERS[options.index(value.strip())]}: give the letter"
+        raise _wrong(field, value, problem)
+    return LETTERS.index(letter)
+
+
+# ---- the formats ----
+
+
 def _plain(row: Row) -> Choice:
-    options = check_options(row, "options")
+    options = _options(row, "options")
     if len(set(unlabelled(options))) < len(options):
-        raise DataError(
-            f"field options: {short(options)} has one text twice: a right answer could count as wrong; change one"
-        )
-    return options, check_letter(row, "answer", options)
+        problem = "has one text twice: a right answer could count as wrong; change one"
+        raise _wrong("options", options, problem)
+    return options, _letter(row, "answer", options)
 
 
 def _medqa(row: Row) -> Choice:
-    options = check_options(row, "options")
-    key = check_letter(row, "answer_idx", options)
-    if "answer" in row and (answer := check_text(row, "answer")) not in (
-        options[key],
-        unlabelled(options)[key],
-    ):
-        raise DataError(
-            f"field answer: {short(answer)} is not option {LETTERS[key]}, {short(options[key])}; correct one of the two"
-        )
+    options = _options(row, "options")
+    key = _letter(row, "answer_idx", options)
+    if "answer" in row and _text(row, "answer") not in (options[key], unlabelled(options)[key]):
+        problem = f"is not option {LETTERS[key]}, {short(options[key])}; correct one of the two"
+        raise _wrong("answer", row["answer"], problem)
     return options, key
 
 
 def _mmlu_pro(row: Row) -> Choice:
-    options = check_options(row, "options")
-    key = check_letter(row, "answer", options)
-    if as_integer(index := row.get("answer_index")) != key:
-        wrong = f"{short(index)} is not {key}, the index of answer {LETTERS[key]}"
-        raise DataError(f"field answer_index: {wrong}; correct one of the two")
+    options = _options(row, "options")
+    key = _letter(row, "answer", options)
+    if _integer(index := row.get("answer_index")) != key:
+        problem = f"is not {key}, the index of answer {LETTERS[key]}; correct one of the two"
+        raise _wrong("answer_index", index, problem)
     return options, key
 
 
 def _mmlu(row: Row) -> Choice:
-    options, index = check_options(row, "choices"), row.get("answer")
+    options, index = _options(row, "choices"), row.get("answer")
     if type(index) is not int:
-        index = check_letter(row, "answer", options)
+        return options, _letter(row, "answer", options)
     if not 0 <= index < len(options):
-        raise DataError(
-            f"field answer: {index} is not the index of one of the {len(options)} choices, counted from 0"
-        )
+        problem = f"is not the index of one of the {len(options)} choices, counted from 0"
+        raise _wrong("answer", index, problem)
     return options, index
 
 
 def _medmcqa(row: Row) -> Choice:
-    options, cop = tuple(check_text(row, "op" + letter) for letter in "abcd"), row.get("cop")
+    options, cop = tuple(_text(row, "op" + letter) for letter in "abcd"), row.get("cop")
     if "cop" in row and cop in (None, -1):
         raise DataError(
             "field cop: no key, as in the published test split; take the train or validation split"
         )
-    index = as_integer(cop)
-    if index is None:
-        return options, check_letter(row, "cop", options)
+    if (index := _integer(cop)) is None:
+        return options, _letter(row, "cop", options)
     if not 1 <= index <= 4:  # a file that counts from 0 almost surely has a 0, so the whole file is refused
-        remedy = "files count from 1, so add 1 to all if yours counts from 0"
-        raise DataError(f"field cop: {short(cop)} is not 1 to 4; {remedy}")
+        raise _wrong("cop", cop, "is not 1 to 4; files count from 1, so add 1 to all if yours counts from 0")
     return options, index - 1
 
 
 def _pubmedqa(row: Row) -> Choice:
-    options, decision = ("yes", "no", "maybe"), check_text(row, "final_decision")
+    options, decision = ("yes", "no", "maybe"), _text(row, "final_decision")
     if decision not in options:
-        raise DataError(
-            f"field final_decision: {short(decision)} is none of yes, no, maybe; give one of these"
-        )
+        raise _wrong("final_decision", decision, "is none of yes, no, maybe; give one of these")
     return options, options.index(decision)
 
 
 def _with_abstract(row: Row) -> Row:
-    """PubMedQA's record with the abstract, without its conclusion, before the question; the conclusion is the rationale."""
+    """PubMedQA's question after its abstract without the conclusion; the conclusion is the rationale."""
     if "QUESTION" in row:
         context, conclusion = {"contexts": row.get("CONTEXTS")}, row.get("LONG_ANSWER")
         row = {"question": row["QUESTION"], "context": context, "long_answer": conclusion} | row
     paragraphs = row["context"].get("contexts") if isinstance(row.get("context"), dict) else None
     if not isinstance(paragraphs, list) or not all(isinstance(paragraph, str) for paragraph in paragraphs):
         raise DataError(f"field context: {short(paragraphs)}: a list of the abstract's paragraphs is needed")
-    return (
-        {"id": row.get("pubid")} | row | {"question": "\n".join([*paragraphs, check_text(row, "question")])}
-    )
+    return {"id": row.get("pubid")} | row | {"question": "\n".join([*paragraphs, _text(row, "question")])}
 
 
 class Format(NamedTuple):
     """How one format is recognised and read."""
 
-    required: tuple[set[str], ...]  # the fields of a record, in each of the format's variants
     choice: Callable[[Row], Choice] | None  # None: format `text`, whose records are no questions
+    required: list[str]  # the fields of a record, in each of the format's variants
     id: str = "id"
     subject: str = "subject"
-    rationale: str | None = None
-    optional: frozenset[str] = frozenset()  # further fields that are read
-    number: tuple[str, int] | None = (
-        None  # the field where the key may be a number, and the first option's number
-    )
+    rationale: str = ""  # "": records of this format have none
+    also: str = ""  # further fields that are read
+    number: tuple[str, int] | None = None  # the field where the key may be a number; the first's number
 
 
+MEDMCQA = "question opa opb opc opd cop"
+PUBMEDQA = ["QUESTION CONTEXTS final_decision", "question context final_decision"]
 FORMATS = {
-    "plain": Format(({"question", "options", "answer"},), _plain, rationale="rationale"),
-    "medqa": Format(
-        ({"question", "options", "answer_idx"},), _medqa, subject="meta_info", optional=frozenset({"answer"})
-    ),
-    "mmlu_pro": Format(
-        ({"question", "options", "answer", "answer_index"},), _mmlu_pro, "question_id", "category"
-    ),
-    "mmlu": Format(({"question", "choices", "answer"},), _mmlu, number=("answer", 0)),
-    "medmcqa": Format(
-        ({"question", "opa", "opb", "opc", "opd", "cop"},),
-        _medmcqa,
-        "id",
-        "subject_name",
-        "exp",
-        number=("cop", 1),
-    ),
-    "pubmedqa": Format(
-        ({"QUESTION", "CONTEXTS", "final_decision"}, {"question", "context", "final_decision"}),
-        _pubmedqa,
-        rationale="long_answer",
-        optional=frozenset({"pubid", "LONG_ANSWER"}),
-    ),
-    "text": Format(({"response"}, {"text"}), None, optional=frozenset({"prompt"})),
+    "plain": Format(_plain, ["question options answer"], rationale="rationale"),
+    "medqa": Format(_medqa, ["question options answer_idx"], subject="meta_info", also="answer"),
+    "mmlu_pro": Format(_mmlu_pro, ["question options answer answer_index"], "question_id", "category"),
+    "mmlu": Format(_mmlu, ["question choices answer"], number=("answer", 0)),
+    "medmcqa": Format(_medmcqa, [MEDMCQA], "id", "subject_name", "exp", number=("cop", 1)),
+    "pubmedqa": Format(_pubmedqa, PUBMEDQA, rationale="long_answer", also="pubid LONG_ANSWER"),
+    "text": Format(None, ["response", "text"], also="prompt"),
 }
 
 
@@ -165,27 +199,50 @@ def parse(row: Row, name: str, default_id: str) -> Question | Example:
     """The checked question, or in format `text` the example, of a record in format `name`."""
     form = FORMATS[name]
     if form.choice is None:
-        return make_example(row)
+        return parse_example(row)
     options, answer = form.choice(row)
-    row = _with_abstract(row) if name == "pubmedqa" else row
-    return make_question(row, default_id, options, answer, form.id, form.subject, form.rationale)
+    return _question(_with_abstract(row) if name == "pubmedqa" else row, default_id, options, answer, form)
 
 
-def make_example(row: Row) -> Example:
+def parse_example(row: Row) -> Example:
     if "text" in row and "response" not in row:
-        return Example("", check_text(row, "text", strip=False))
-    prompt = check_text(row, "prompt", strip=False, empty=True) if row.get("prompt") else ""
-    return Example(prompt, check_text(row, "response", strip=False))
+        return Example("", _text(row, "text", strip=False))
+    prompt = _text(row, "prompt", strip=False, empty=True) if row.get("prompt") else ""
+    return Example(prompt, _text(row, "response", strip=False))
+
+
+def check_question(question: Question, default_id: str) -> Question:
+    """A `Question` that was made in Python, by the rules for records."""
+    row, answer = vars(question), question.answer
+    options = _options(row, "options")
+    if type(answer) is not int or not 0 <= answer < len(options):
+        remedy = f"give the index of the right one of its {len(options)} options, counted from 0"
+        raise DataError(f"field answer: {short(answer)}: {remedy}")
+    return _question(row, default_id, options, answer, FORMATS["plain"])
+
+
+def _question(row: Row, default_id: str, options: tuple[str, ...], answer: int, form: Format) -> Question:
+    def optional(field: str) -> str:
+        return _text(row, field, empty=True) if field and row.get(field) is not None else ""
+
+    name = row.get(form.id)
+    if name is not None and (isinstance(name, bool) or not isinstance(name, int | str)):
+        raise _wrong(form.id, name, "is neither a string nor an integer; give one of these")
+    name, text = default_id if name in (None, "") else str(name), _text(row, "question")
+    return Question(name, text, options, answer, optional(form.subject), optional(form.rationale) or None)
+
+
+def options_and_key(row: Row) -> Choice:
+    """The options and the key of a record with `options` and the letter `answer`, by the rules of `plain`."""
+    options = unlabelled(_options(row, "options"))
+    return options, _letter(row, "answer", options)
+
+
+# ---- which format a record has ----
 
 
 def fits(row: Row, name: str) -> bool:
-    return any(fields <= row.keys() for fields in FORMATS[name].required)
-
-
-def unread_fields(fields: list[str], name: str) -> list[str]:
-    form = FORMATS[name]
-    read = {form.id, form.subject, form.rationale, *form.optional}.union(*form.required)
-    return [field for field in fields if field not in read]
+    return any(row.keys() >= set(fields.split()) for fields in FORMATS[name].required)
 
 
 def detect(row: Row, where: str) -> str:
@@ -194,21 +251,14 @@ def detect(row: Row, where: str) -> str:
     names = [name for name in names if name not in ("plain", "text")] or names[:1]
     if len(names) == 1:
         return names[0]
-    problem = (
-        f"fit {' and '.join(names)} alike; set format"
-        if names
-        else "fit no format; rename them, or set format"
-    )
-    table = [
-        f"{name}: {' or '.join(', '.join(sorted(v)) for v in form.required)}"
-        for name, form in FORMATS.items()
-    ]
-    raise DataError(
-        f"{where}: fields {field_names(row)} {problem}. The formats and their fields are {'; '.join(table)}"
-    )
+    problem = f"fit {' and '.join(names)} alike; " if names else "fit no format; rename them, or "
+    known = "; ".join(f"{name}: {' or '.join(form.required)}" for name, form in FORMATS.items())
+    problem = f"{where}: fields {field_names(row)} {problem}set format"
+    raise DataError(f"{problem}. The formats and their fields are {known}")
 
 
-def options_and_key(row: Row) -> tuple[tuple[str, ...], int]:
-    """The options, and the index of the right one, of a record with `options` and the letter `answer`, as in `plain`."""
-    options = unlabelled(check_options(row, "options"))
-    return options, check_letter(row, "answer", options)
+def unread(fields: Iterable[str], name: str) -> list[str]:
+    """Those of a set's fields that format `name` does not read."""
+    form = FORMATS[name]
+    read = {form.id, form.subject, form.rationale, *" ".join([form.also, *form.required]).split()}
+    return [field for field in fields if field not in read]

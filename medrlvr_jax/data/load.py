@@ -9,24 +9,14 @@ read in more than one way is reported: `read` returns a few lines for the consol
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.config.sources import SOURCES
-from medrlvr_jax.data import batches
-from medrlvr_jax.data.formats import FORMATS, detect, fits, make_example, parse, unread_fields
-from medrlvr_jax.data.question import (
-    LETTERS,
-    DataError,
-    Example,
-    Question,
-    brings_letters,
-    check_question,
-    unlabelled,
-)
+from medrlvr_jax.data import batches, formats
+from medrlvr_jax.data.question import LETTERS, DataError, Example, Question, brings_letters, unlabelled
 from medrlvr_jax.data.readers import PYTHON, Records, given_records, open_records
 from medrlvr_jax.host import files
 
@@ -53,7 +43,7 @@ def read(config: SetConfig, records: Records | None = None) -> tuple[list[Questi
 
     `records` replace what `config.path` names.
     """
-    questions, notes = _read(config, [name for name in FORMATS if name != "text"], records)
+    questions, notes = _read(config, [name for name in formats.FORMATS if name != "text"], records)
     if config.pass_count:
         questions = batches.select(questions, config.pass_count)
     return questions, _report(questions, notes)
@@ -63,7 +53,7 @@ def read_text(config: SetConfig, records: Records | None = None) -> tuple[list[E
     """The set's prompts and responses (format `text`), and the report; `records` as in `read`."""
     examples, notes = _read(config, ["text"], records)
     first = [f"prompt: {examples[0].prompt}", f"response: {examples[0].response}"]
-    return examples, "\n  ".join([f"texts: {len(examples):,}", *notes, *map(_one_line, first)])
+    return examples, "\n  ".join([f"texts: {len(examples):,}", *notes, *map(_shorten, first)])
 
 
 def _read(config: SetConfig, allowed: list[str], records: Records | None) -> tuple[list[Any], list[str]]:
@@ -71,9 +61,7 @@ def _read(config: SetConfig, allowed: list[str], records: Records | None) -> tup
     if not colon or source not in SOURCES:
         items, notes = _collect(config, allowed, records)
         return items[: config.limit], notes
-    sets: Mapping[str, Callable[[], list[Any]]] = (
-        SOURCES[source].texts if allowed == ["text"] else SOURCES[source].questions
-    )
+    sets = SOURCES[source].texts if allowed == ["text"] else SOURCES[source].questions
     if name not in sets:
         names = " or ".join(f"{source}:{known}" for known in sets)
         raise DataError(f"path {config.path!r}: there is no such {source} set here; take {names}")
@@ -81,7 +69,7 @@ def _read(config: SetConfig, allowed: list[str], records: Records | None) -> tup
 
 
 def _collect(config: SetConfig, allowed: list[str], records: Records | None) -> tuple[list[Any], list[str]]:
-    """Read and check every record; raise the first ten errors together. Also returns notes on how they were read."""
+    """Read and check every record; raise the first ten errors together. Also notes on how they were read."""
     if records is None:
         unit, rows = open_records(config)
         stem = "-".join(filter(None, (Path(config.path).stem, config.subset, config.split)))
@@ -90,50 +78,32 @@ def _collect(config: SetConfig, allowed: list[str], records: Records | None) -> 
     name, items, errors, lines, fields, tally = config.format, [], [], {}, {}, Counter()
     for number, row in rows:
         where = f"{config.path}, {unit} {number}"
-        if name == "auto" and not isinstance(row, DataError):
-            name = (
-                detect(row, where)
-                if isinstance(row, dict)
-                else "text"
-                if isinstance(row, Example)
-                else "plain"
-            )
-        if name not in (*allowed, "auto"):
-            use = (
-                "it is for fine-tuning with sft.target text"
-                if name == "text"
-                else "give prompt and response, or text"
-            )
-            raise DataError(f"{where}: format {name}, where {' or '.join(allowed)} is needed: {use}")
+        name = _format(name, row, where, allowed)
         try:
             item = _item(row, name, f"{stem}-{number}")
             if isinstance(item, Question):
                 if lines.setdefault(item.id, number) != number:
-                    raise DataError(
-                        f"id {item.id!r} is already that of {unit} {lines[item.id]}; give each its own, or none"
-                    )
-                options = unlabelled(item.options)
-                tally["removed" if options != item.options else "kept"] += (
-                    brings_letters(item.options) or options != item.options
-                )
-                item = dataclasses.replace(item, options=options)
-            if isinstance(row, dict):
-                fields |= dict.fromkeys(row)
-                number_field = FORMATS[name].number
-                tally["numbers"] += bool(number_field) and not str(row[number_field[0]]).strip().isalpha()
+                    problem = f"id {item.id!r} is already that of {unit} {lines[item.id]}"
+                    raise DataError(f"{problem}; give each its own, or none")
+                item = _without_letters(item, tally)
             items.append(item)
         except DataError as e:
-            unlike = config.format == "auto" and isinstance(row, dict) and not fits(row, name)
+            unlike = config.format == "auto" and isinstance(row, dict) and not formats.fits(row, name)
             errors.append(f"{where}: {e}" + f"; format {name} was told by the first record alone" * unlike)
             if len(errors) == MAX_ERRORS:
                 errors.append("(there may be more: reading stopped here)")
                 break
+            continue
+        if isinstance(row, dict):
+            fields |= dict.fromkeys(row)
+            number_field = formats.FORMATS[name].number
+            tally["numbers"] += bool(number_field) and not str(row[number_field[0]]).strip().isalpha()
     if not items and errors and (damage := files.what_else(Path(config.path).expanduser())):
         raise DataError(f"{config.path}: {damage}")
     if errors or not items:
         raise DataError("\n".join(errors) or f"{config.path}: there is not one record in it")
-    notes = _notes(name, list(fields), tally)
-    # On the hub MMLU-Pro is one set of 14 categories, of which the paper uses Health. A file without Health is used whole.
+    notes = _notes(name, formats.unread(fields, name), tally)
+    # On the hub MMLU-Pro is one set of 14 categories, of which the paper uses Health.
     categories = {q.subject for q in items} if name == "mmlu_pro" else set()
     if len(categories) > 1 and "health" in categories:
         items = [q for q in items if q.subject == "health"]
@@ -141,25 +111,46 @@ def _collect(config: SetConfig, allowed: list[str], records: Records | None) -> 
     return items, notes
 
 
+def _format(name: str, row: Any, where: str, allowed: list[str]) -> str:
+    """The set's format, which `auto` takes from the first row; checked against those that are allowed."""
+    if name == "auto" and isinstance(row, dict):
+        name = formats.detect(row, where)
+    elif name == "auto" and isinstance(row, Question | Example):
+        name = "plain" if isinstance(row, Question) else "text"
+    if name not in (*allowed, "auto"):
+        remedy = "give prompt and response, or text"
+        if name == "text":
+            remedy = "it is for fine-tuning with sft.target text"
+        raise DataError(f"{where}: format {name}, where {' or '.join(allowed)} is needed: {remedy}")
+    return name
+
+
 def _item(row: Any, name: str, default_id: str) -> Question | Example:
     """The checked item of one row; `name` is the format."""
     if isinstance(row, DataError):
         raise row
     if isinstance(row, dict):
-        return parse(row, name, default_id)
-    kind = Example if name == "text" else Question
-    if not isinstance(row, kind):
-        raise DataError(
-            f"{short(row)}: the rows before it are of the kind {kind.__name__}; give only one kind"
-        )
-    return make_example(vars(row)) if isinstance(row, Example) else check_question(row, default_id)
+        return formats.parse(row, name, default_id)
+    if isinstance(row, Question) and name != "text":
+        return formats.check_question(row, default_id)
+    if isinstance(row, Example) and name == "text":
+        return formats.parse_example(vars(row))
+    kind = "Example" if name == "text" else "Question"
+    raise DataError(f"{short(row)}: the rows before it are of the kind {kind}; give only one kind")
 
 
-def _notes(name: str, fields: list[Any], tally: Counter[str]) -> list[str]:
-    unread = unread_fields(fields, name)
+def _without_letters(question: Question, tally: Counter[str]) -> Question:
+    """The question without letters that its options bring; `tally` counts where they were removed and kept."""
+    options = unlabelled(question.options)
+    tally["removed"] += options != question.options
+    tally["kept"] += options == question.options and brings_letters(options)
+    return dataclasses.replace(question, options=options)
+
+
+def _notes(name: str, unread: list[str], tally: Counter[str]) -> list[str]:
     notes = [f"format {name}" + (f"; not read: {', '.join(map(str, unread))}" if unread else "")]
     if tally["numbers"]:
-        field, first = FORMATS[name].number or ("", 0)
+        field, first = formats.FORMATS[name].number or ("", 0)
         notes.append(f"keys that are numbers in {field}: {tally['numbers']:,}, taken as counted from {first}")
     if tally["removed"]:
         notes.append(f'questions whose options bring letters ("A. …"): {tally["removed"]:,}, removed')
@@ -171,6 +162,7 @@ def _notes(name: str, fields: list[Any], tally: Counter[str]) -> list[str]:
 def _report(questions: list[Question], notes: list[str]) -> str:
     """How a set was read, in a few lines of at most `WIDTH` columns, however long its texts are."""
     n, sizes, first = len(questions), sorted({len(q.options) for q in questions}), questions[0]
+    size = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else sizes[0]
     keys = Counter(q.reference for q in questions)
     lines = ["keys " + ", ".join(f"{key} {100 * keys[key] / n:.0f} %" for key in LETTERS[: sizes[-1]])]
     right_texts: dict[tuple, set[str]] = {}  # by question and options in any order
@@ -181,24 +173,21 @@ def _report(questions: list[Question], notes: list[str]) -> str:
         lines.append(
             f"repeats of an earlier question: {again:,}; questions with more than one key: {differ:,}"
         )
-    if both := sum(
-        q.reference in (o.upper() for i, o in enumerate(q.options) if i != q.answer) for q in questions
-    ):
+    others = ((q, q.options[: q.answer] + q.options[q.answer + 1 :]) for q in questions)
+    if both := sum(q.reference in [option.upper() for option in options] for q, options in others):
         lines.append(f"keys that are also the text of another option: {both:,}, taken as letters")
     options = [" ".join(option.split()) for option in first.lettered]
     if len("  ".join(options)) > WIDTH - 4:
         share = (WIDTH - 2) // len(options) - 2
         options = [option if len(option) <= share else f"{option[: share - 1]}…" for option in options]
+    lines = [*map(_shorten, [*lines, *notes, f"first: {first.question}"]), "  " + "  ".join(options)]
     reasons = [q.rationale for q in questions if q.rationale is not None]
-    lines += [*notes, f"first: {first.question}", "  " + "  ".join(options), f"  its key: {first.reference}"]
-    lines.append(f"rationales: {len(reasons):,}" + (f", the first: {reasons[0]}" if reasons else ""))
-    size = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else sizes[0]
-    return "\n  ".join([f"questions: {n:,}, of {size} options", *map(_one_line, lines)])
+    reason = _shorten(f"rationales: {len(reasons):,}" + (f", the first: {reasons[0]}" if reasons else ""))
+    lines = [f"questions: {n:,}, of {size} options", *lines, f"  its key: {first.reference}", reason]
+    return "\n  ".join(lines)
 
 
-def _one_line(text: str) -> str:
+def _shorten(text: str) -> str:
     """One line of the console, indented by 2; a longer text keeps its beginning and its end."""
-    line = text[: len(text) - len(text.lstrip())] + "  ".join(
-        " ".join(part.split()) for part in text.split("  ") if part
-    )
+    line = " ".join(text.split())
     return line if len(line) <= WIDTH - 2 else f"{line[: WIDTH - 35]} … {line[-30:]}"

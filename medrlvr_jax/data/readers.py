@@ -1,6 +1,6 @@
-"""From files, the hub and Python to records: each reader yields (line or row number, the record's fields or a `DataError`).
+"""From files, the hub and Python to records: each reader yields (line or row number, a record's fields or an error).
 
-Errors are yielded, not raised, so that one pass over a file reports all its bad lines.
+Errors (`DataError`) are yielded, not raised, so that one pass over a file reports all its bad lines.
 """
 
 import csv
@@ -15,10 +15,9 @@ from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data.question import LETTERS, DataError, Example, Question
 from medrlvr_jax.host import files
 
-Records = Iterable[
-    Question | Example | Mapping[str, Any]
-]  # what a caller may give in Python; a datasets.Dataset is one
-Rows = Iterator[tuple[int, dict[str, Any] | DataError]]
+Records = Iterable[Question | Example | Mapping[str, Any]]  # given in Python; a datasets.Dataset is one
+Row = dict[str, Any] | DataError
+Rows = Iterator[tuple[int, Row]]
 PYTHON = "python:data"  # SetConfig.path of records that were given in Python
 MAX_LINE = 16 * 2**20  # bytes: longer than any question, so the file is of another kind
 BOM = b"\xef\xbb\xbf"  # the mark that Windows programs put before UTF-8
@@ -35,22 +34,15 @@ def open_records(config: SetConfig) -> tuple[str, Rows]:
         with files.reading(path, "make it readable for this user", DataError):
             path.open("rb").close()
         return unit, reader(path)
-    looks_local = (
-        path.suffix in READERS
-        or config.path.startswith(("/", "./", "../", "~"))
-        or config.path.count("/") > 1
-    )
-    if looks_local or path.exists():
-        problem = (
-            "no such file" if not path.exists() else "a folder" if path.is_dir() else "a file of another kind"
-        )
-        raise DataError(
-            f"path {config.path!r}: {problem}; give a {' '.join(READERS)} file, a hub name or embedded:train"
-        )
-    return "row", _hub(config)
+    hub_name = config.path.count("/") < 2 and not config.path.startswith(("/", "./", "../", "~"))
+    if hub_name and path.suffix not in READERS and not path.exists():
+        return "row", _hub(config)
+    problem = "a folder" if path.is_dir() else "a file of another kind" if path.exists() else "no such file"
+    remedy = f"give a {' '.join(READERS)} file, a hub name or embedded:train"
+    raise DataError(f"path {config.path!r}: {problem}; {remedy}")
 
 
-def given_records(records: Records) -> Iterator[tuple[int, dict[str, Any] | Question | Example | DataError]]:
+def given_records(records: Records) -> Iterator[tuple[int, Row | Question | Example]]:
     """Records that were given in Python."""
     if hasattr(records, "features"):
         yield from _dataset(records)
@@ -67,7 +59,7 @@ def given_records(records: Records) -> Iterator[tuple[int, dict[str, Any] | Ques
 
 
 def read_json(path: Path) -> Rows:
-    """A list of records, records by id (PubMedQA), or one record a line: what the file holds decides, not its suffix."""
+    """A list of records, records by id (PubMedQA), or one record a line: the content decides, not the suffix."""
     with open(path, "rb") as file:
         first = _decode(next((line for line in _lines(file) if line), b""))
     if not isinstance(first, dict) or all(isinstance(value, dict) for value in first.values()):
@@ -88,7 +80,7 @@ def read_json(path: Path) -> Rows:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines without white space around them; of a line longer than `MAX_LINE`, only as much as shows that it is."""
+    """The lines without white space around them; a line longer than `MAX_LINE` comes in pieces."""
     for line in iter(lambda: file.readline(MAX_LINE + 1), b""):
         yield line.removeprefix(BOM).strip()
 
@@ -109,17 +101,16 @@ def _decode(text: bytes) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. A field given twice is refused: Python would silently use the last."""
-    if twice := [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
-        raise DataError(f"field {short(twice[0])} is given twice; take one out")
-    return dict(pairs)
+    if len(row := dict(pairs)) < len(pairs):
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise DataError(f"field {short(twice)} is given twice; take one out")
+    return row
 
 
-def _record(value: Any) -> dict[str, Any] | DataError:
-    return (
-        value
-        if isinstance(value, dict | DataError)
-        else DataError(f"{short(value)}: a record is an object with fields")
-    )
+def _record(value: Any) -> Row:
+    if isinstance(value, dict | DataError):
+        return value
+    return DataError(f"{short(value)}: a record is an object with fields")
 
 
 # ---- CSV ----
@@ -128,20 +119,15 @@ def _record(value: Any) -> dict[str, Any] | DataError:
 def _csv(path: Path) -> Rows:
     """With a header (columns A, B, … are the options) or, as in MMLU, without: question, A, B, C, D, letter.
 
-    Cells are separated by commas, semicolons or tabs, whichever fits the first record. A column without a name is not
-    read: pandas writes the row's number there.
+    Cells are separated by commas, semicolons or tabs, whichever fits the first record.
     """
-    subject = path.stem.removesuffix("_test").removesuffix("_dev").removesuffix("_val").replace("_", " ")
     header, start = None, 1
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
             delimiter = _delimiter(file)
             reader = csv.reader(file, strict=True, delimiter=delimiter)
             for cells in reader:
-                number, start = (
-                    start,
-                    reader.line_num + 1,
-                )  # a quoted cell may span lines: a record has its first line's number
+                number, start = start, reader.line_num + 1  # its first line: a quoted cell may span lines
                 if number == 1 and _is_header(cells):
                     header = [cell.strip() for cell in cells]
                     if twice := [name for name, times in Counter(header).items() if name and times > 1]:
@@ -150,30 +136,18 @@ def _csv(path: Path) -> Rows:
                 elif header and cells and len(cells) != len(header):
                     problem = f"{len(cells)} cells under a header of {len(header)}"
                     yield number, DataError(f"{problem}; quote cells that hold {delimiter!r}")
-                elif header and cells:
-                    yield (
-                        number,
-                        _with_options(
-                            {name: cell for name, cell in zip(header, cells, strict=True) if name and cell}
-                        ),
-                    )
-                elif len(cells) == 6:
-                    yield (
-                        number,
-                        {"question": cells[0], "choices": cells[1:5], "answer": cells[5], "subject": subject},
-                    )
                 elif cells:
-                    remedy = "without a header there are six: question, A, B, C, D, letter"
-                    yield number, DataError(f"{len(cells)} cells; {remedy}")
+                    yield (
+                        number,
+                        _under_header(header, cells) if header else _without_header(cells, path.stem),
+                    )
         except (csv.Error, UnicodeDecodeError) as e:
             yield start, DataError(f"not CSV in UTF-8: {e}; save the file again as CSV in UTF-8")
 
 
 def _is_header(cells: list[str]) -> bool:
     names = {cell.strip() for cell in cells}
-    return not names.isdisjoint(("response", "text", "completion")) or "question" in {
-        name.lower() for name in names
-    }
+    return bool(names & {"response", "text", "completion"}) or "question" in map(str.lower, names)
 
 
 def _delimiter(file: TextIO) -> str:
@@ -186,10 +160,18 @@ def _delimiter(file: TextIO) -> str:
     return ","
 
 
-def _with_options(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns A, B, … as the field `options`."""
+def _under_header(header: list[str], cells: list[str]) -> Row:
+    """A record without its empty cells; a column without a name is not read: pandas writes row numbers there."""
+    row: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if name and cell}
     options = {letter: row.pop(letter) for letter in LETTERS if letter in row}
     return {"options": options} | row if options else row
+
+
+def _without_header(cells: list[str], stem: str) -> Row:
+    if len(cells) != 6:
+        return DataError(f"{len(cells)} cells; without a header there are six: question, A, B, C, D, letter")
+    subject = stem.removesuffix("_test").removesuffix("_dev").removesuffix("_val").replace("_", " ")
+    return {"question": cells[0], "choices": cells[1:5], "answer": cells[5], "subject": subject}
 
 
 # ---- data sets ----
@@ -218,23 +200,17 @@ def _hub(config: SetConfig) -> Rows:
 
 
 def _dataset(rows: Any) -> Rows:
-    """A datasets.Dataset, class labels as their names, so that no parser must know from which number a set counts.
+    """A datasets.Dataset, class labels as their names, so that no parser must know where a set starts to count.
 
-    MedMCQA's cop is then `a`, not 0 (on the hub) or 1 (in the authors' files). A label of -1 means that there is none.
+    MedMCQA's cop is then `a`, not 0 (on the hub) or 1 (in the authors' files). A label of -1 means: no label.
     """
-    names = {
-        field: feature.names
-        for field, feature in rows.features.items()
-        if type(feature).__name__ == "ClassLabel"
+    labels = {
+        f: dict(enumerate(t.names)) for f, t in rows.features.items() if type(t).__name__ == "ClassLabel"
     }
     for number, row in enumerate(rows, 1):
-        yield number, row | {f: dict(enumerate(labels)).get(row[f]) for f, labels in names.items()}
+        yield number, row | {field: names.get(row[field]) for field, names in labels.items()}
 
 
-READERS = {
-    ".jsonl": ("line", read_json),
-    ".json": ("record", read_json),
-    ".csv": ("line", _csv),
-    ".tsv": ("line", _csv),
-    ".parquet": ("row", _parquet),
-}
+# By suffix: the unit that records are counted in, and the reader.
+READERS = {suffix: ("line", _csv) for suffix in (".csv", ".tsv")}
+READERS |= {".jsonl": ("line", read_json), ".json": ("record", read_json), ".parquet": ("row", _parquet)}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.data.formats import options_and_key
-from medrlvr_jax.data.question import LETTERS, DataError, field_names
+from medrlvr_jax.data.formats import field_names, options_and_key
+from medrlvr_jax.data.question import LETTERS, DataError
 from medrlvr_jax.data.readers import read_json
 from medrlvr_jax.rewards import score
 
