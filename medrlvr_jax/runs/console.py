@@ -1,4 +1,4 @@
-"""What a run says while it goes on: lines or a bar on the terminal, and the trackers that the config names."""
+"""What a run shows in progress: lines or a bar on the terminal, and the trackers that the config names."""
 
 import statistics
 import sys
@@ -18,7 +18,7 @@ from medrlvr_jax.config.schema import Config
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 
-QUIET = 30  # seconds without a line, after which long work says how far it is
+QUIET = 30  # seconds without a line, after which long work prints its progress
 FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("seconds", lambda v: f"{v:.2f} s"),
     ("tokens_per_second", lambda v: f"{v:,.0f} tok/s"),
@@ -32,35 +32,43 @@ FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
 
 
 def line(metrics: dict[str, float]) -> str:
-    """The few numbers to watch, of those that are there."""
+    """The metrics of `FIELDS` that a step has, as one line."""
     return "  ".join(show(metrics[key]) for key, show in FIELDS if metrics.get(key) is not None)
 
 
 def before_after(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """`{set: {"before", "after": {"n", "correct", …}}}` from the `eval.<set>.<count>` of step 0 and of the last evaluation."""
+    """`{set: {"before", "after": {"n", "correct", …}}}` from the `eval.<set>.<count>` of step 0 and of the
+    last evaluation."""
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
         for key, value in record.items():
             if key.startswith("eval."):
                 name, count = key.removeprefix("eval.").rsplit(".", 1)
-                out.setdefault(name, {}).setdefault("after" if record["step"] else "before", {})[count] = value
+                out.setdefault(name, {}).setdefault("after" if record["step"] else "before", {})[count] = (
+                    value
+                )
     return out
 
 
 class Console:
     """Progress on stderr: a bar on a terminal, else one line a step. Silent on processes other than 0.
 
-    In a notebook: notices on stdout, for stderr is red there, and one line that is written over again and again.
+    In a notebook, where stderr is red: messages on stdout, and progress on one line that is overwritten.
     """
 
     def __init__(self, total: int, file: TextIO | None = None):
         quiet, notebook = jax.process_index() > 0, file is None and rich.console.Console().is_jupyter
-        file = file or (sys.stdout if notebook else sys.stderr)
-        self._rich = rich.console.Console(file=file, quiet=quiet, highlight=False, soft_wrap=True, force_jupyter=False)
+        self._rich = rich.console.Console(
+            file=file or (sys.stdout if notebook else sys.stderr),
+            quiet=quiet,
+            highlight=False,
+            soft_wrap=True,
+            force_jupyter=False,
+        )
         self._line = Line() if notebook and not quiet else None
         self._total = total
-        self._said = time.monotonic()
-        self._seconds: deque[float] = deque(maxlen=21)
+        self._last_message = time.monotonic()
+        self._step_seconds: deque[float] = deque(maxlen=21)
         self._bar = None
         if self._rich.is_terminal and not self._rich.quiet:
             columns = (MofNCompleteColumn(), BarColumn(24), TextColumn("{task.description}", markup=False))
@@ -69,33 +77,35 @@ class Console:
             self._bar.start()
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        text = line(metrics)
+        """Show a step's metrics and, if it was evaluated, a line for each evaluation set."""
+        text, place = line(metrics), f"step {step}/{self._total}"
         if "seconds" in metrics:
-            self._seconds.append(metrics["seconds"])
-            text += f"  {clock(statistics.median_low(self._seconds) * (self._total - step))} left"
+            self._step_seconds.append(metrics["seconds"])
+            text += f"  {clock(statistics.median_low(self._step_seconds) * (self._total - step))} left"
         if self._line:
-            self._line.write(f"step {step}/{self._total}  {text}")
+            self._line.write(f"{place}  {text}")
         elif self._bar:
             self._bar.update(self._task, completed=step, description=text)
         elif text:
-            self.notify(f"step {step}/{self._total}  {text}")
+            self.notify(f"{place}  {text}")
         for name, counts in before_after([{"step": step, **metrics}]).items():
             c = next(iter(counts.values()))
             shares = f"correct {c['correct']}/{c['n']}, format {c['format_ok']}/{c['n']}"
             cut = f", cut off {c['truncated']}/{c['n']}" if c.get("truncated") else ""
-            self.notify(f"step {step}/{self._total}  eval {name}: {shares}{cut}")
+            self.notify(f"{place}  eval {name}: {shares}{cut}")
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Of something within a step: on the bar, or a line every `QUIET` seconds."""
+        """Show the progress of work within a step: on the bar, or as a line every `QUIET` seconds."""
         if self._line:
             self._line.write(f"{what}  {done}/{total}")
         elif self._bar:
             self._bar.update(self._task, description=f"{what}  {done}/{total}")
-        elif time.monotonic() - self._said > QUIET and done < total:
+        elif time.monotonic() - self._last_message > QUIET and done < total:
             self.notify(f"{what}  {done}/{total}")
 
     def notify(self, text: str) -> None:
-        self._said = time.monotonic()
+        """Print a message."""
+        self._last_message = time.monotonic()
         self._rich.print(text, markup=False)
 
     def close(self) -> None:
@@ -104,13 +114,13 @@ class Console:
 
 
 class Line:
-    """One line below a notebook's cell, written over by each `write`."""
+    """One line below a notebook's cell, which each `write` overwrites."""
 
     def __init__(self):
         self._handle: Any = None
 
     def write(self, text: str) -> None:
-        from IPython.display import display  # there, since this is a notebook
+        from IPython.display import display  # installed wherever a notebook runs
 
         if self._handle is None:
             self._handle = display({"text/plain": text}, raw=True, display_id=True)
@@ -119,23 +129,25 @@ class Line:
 
 
 def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 3725 → `1:02:05`."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}"
 
 
-# --- trackers --------------------------------------------------------------------------------------------------------
+# --- trackers ---------------------------------------------------------------------------------------------
 
 
 class Tracker:
-    """The same numbers to TensorBoard and Weights & Biases, where `log` names them; process 0 only."""
+    """The metrics to TensorBoard and Weights & Biases, if `log` names them; process 0 only."""
 
     def __init__(self, path: Path, config: Config, done: int):
-        on = jax.process_index() == 0
-        self._board = _tensorboard(path / "tensorboard", done) if on and config.log.tensorboard else None
-        self._wandb = _wandb(path, config) if on and config.log.wandb else None
+        leader = jax.process_index() == 0
+        self._board = _tensorboard(path / "tensorboard", done) if leader and config.log.tensorboard else None
+        self._wandb = _wandb(path, config) if leader and config.log.wandb else None
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Send the step's metrics that have a value."""
         numbers = {k: float(v) for k, v in metrics.items() if v is not None}
         if self._board:
             for name, value in numbers.items():
@@ -154,17 +166,28 @@ def _tensorboard(path: Path, done: int) -> Any:
     try:
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ConfigError("log.tensorboard: true needs tensorboardX: pip install 'medrlvr-jax[tensorboard]', or set it to false") from None
-    return SummaryWriter(str(path), purge_step=done + 1)  # a resumed run replaces the points after its checkpoint
+        remedy = "pip install 'medrlvr-jax[tensorboard]', or set it to false"
+        raise ConfigError(f"log.tensorboard: true needs tensorboardX: {remedy}") from None
+    return SummaryWriter(
+        str(path), purge_step=done + 1
+    )  # a resumed run replaces what came after its checkpoint
 
 
 def _wandb(path: Path, config: Config) -> Any:
+    project = config.log.wandb
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ConfigError(f"log.wandb: {config.log.wandb} needs wandb: pip install 'medrlvr-jax[wandb]', or set it to null") from None
-    file = path / "wandb_id"  # of this folder alone: another run of this name, elsewhere or after this one, is another run there too
+        remedy = "pip install 'medrlvr-jax[wandb]', or set it to null"
+        raise ConfigError(f"log.wandb: {project} needs wandb: {remedy}") from None
+    file = path / "wandb_id"  # one per folder: a run of the same name in another folder is another run
     if not file.exists():
         files.write_text(file, uuid.uuid4().hex)
-    run_id, tree = file.read_text(encoding="utf-8"), configs.to_tree(config)
-    return wandb.init(project=config.log.wandb, name=config.name, id=run_id, resume="allow", dir=str(path), config=tree)
+    return wandb.init(
+        project=project,
+        name=config.name,
+        id=file.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=str(path),
+        config=configs.to_tree(config),
+    )

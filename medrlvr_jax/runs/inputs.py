@@ -1,9 +1,10 @@
-"""What a run's settings point to, in `runs/<name>/inputs.json`: questions, prompts, weights, a user's reward. Settings name files and
-folders; what is in those may change between two starts of one run, and a curve of two would come of it without a word.
+"""Digests of what a run's settings point to (questions, prompts, weights, a user's reward), in `inputs.json`.
 
-A run that goes on from a checkpoint compares all of it with what is there now, and is refused, by name, where anything differs, unless
-`checkpoint.accept_changed_inputs` says that it is meant. Several processes: the first one looks, and decides for all. A folder without the
-file, begun by an earlier version, goes on and gets one.
+Settings name files and folders, whose contents may change between two starts of one run. Without a check the
+run would silently continue on other data. A run that resumes compares the record with what is there now and
+is refused, by name, if anything differs, unless `checkpoint.accept_changed_inputs` is set. With several
+processes, process 0 looks and decides for all. A folder of an earlier version, without the file, resumes and
+gets one.
 """
 
 import dataclasses
@@ -22,61 +23,67 @@ from medrlvr_jax.model import weights
 from medrlvr_jax.rewards import user
 
 NAME = "inputs.json"
-MARK = 4  # hex digits of each row's digest: they name the first row that differs; whether any does, the whole digest tells
+MARK = 4  # hex digits kept of each row's digest, to name the first row that differs
 
-Sets = dict[str, tuple[SetConfig, list[Any], list[Any]]]  # by name: where its rows are from, the rows, their tokens
+Sets = dict[str, tuple[SetConfig, list[Any], list[Any]]]  # by name: source of the rows, rows, their tokens
 
 
-def check(folder: Path, parts: Parts, sets: Sets, going_on: bool, rewards: Sequence[dict[str, Any]] = ()) -> list[str]:
-    """Compare with the folder's record if the run goes on from a checkpoint, then write the record.
+def check(
+    folder: Path, parts: Parts, sets: Sets, resumed: bool, rewards: Sequence[dict[str, Any]] = ()
+) -> list[str]:
+    """Compare with the folder's record if the run resumes from a checkpoint, then write the record.
 
-    `sets` has what is trained on by the name `data`, evaluation sets by `eval.sets.<name>`; `rewards` are the callables that
-    pay, as `user.Rewards.record` has them. Returns the differences that were accepted; raises `ConfigError`, in every
-    process, for those that were not.
+    `sets` holds the training set as `data` and evaluation sets as `eval.sets.<name>`; `rewards` are the
+    reward functions, as `user.Rewards.record` lists them. Returns the differences that were accepted. Raises
+    `ConfigError`, in every process, for those that were not.
     """
     accept = parts.config.checkpoint.accept_changed_inputs
 
-    def look() -> list[str]:
-        there, here = _read(folder) if going_on else {}, take(parts, sets, rewards)
-        changed = differences(there, here)
+    def compare() -> list[str]:
+        old, new = _read(folder) if resumed else {}, describe(parts, sets, rewards)
+        changed = differences(old, new)
         if accept or not changed:
-            files.write_json(folder / NAME, here | {"sets": there.get("sets", {}) | here["sets"]})
+            files.write_json(folder / NAME, new | {"sets": old.get("sets", {}) | new["sets"]})
         return changed
 
-    return _refuse(folder, from_leader(look), accept)
+    return _refuse(folder, from_leader(compare), accept)
 
 
 def check_model(folder: Path, parts: Parts) -> None:
-    """Whether the model under a run's checkpoints is the one it was trained on: its settings and, beneath adapters, its weights."""
+    """Refuse another model than the run was trained on: by its settings and, under adapters, its weights."""
 
-    def look() -> list[str]:
-        there, here = _read(folder), {"model": _model(parts)} | ({"weights": _weights(parts)} if parts.cfg.lora else {})
-        same = there.get("model", {}).get("path") == here["model"]["path"]  # else another model was asked for
-        return differences(there, here) if same else []
+    def compare() -> list[str]:
+        old, new = _read(folder), {"model": _model(parts)}
+        if old.get("model", {}).get("path") != new["model"]["path"]:
+            return []  # the settings ask for another model
+        return differences(old, new | ({"weights": _weights(parts)} if parts.cfg.lora else {}))
 
-    _refuse(folder, from_leader(look), parts.config.checkpoint.accept_changed_inputs)
+    _refuse(folder, from_leader(compare), parts.config.checkpoint.accept_changed_inputs)
 
 
 def check_replay(folder: Path, parts: Parts, sets: Sets) -> None:
-    """As `check` where a run goes on, but nothing is written."""
-    _refuse(folder, differences(_read(folder), take(parts, sets)), parts.config.checkpoint.accept_changed_inputs)
+    """Compare as `check` does for a run that resumes, but write nothing."""
+    changed = differences(_read(folder), describe(parts, sets))
+    _refuse(folder, changed, parts.config.checkpoint.accept_changed_inputs)
 
 
-def take(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """The record of what is there now."""
+def describe(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """The record of what the settings point to now."""
+    fn = parts.config.reward.fn
     return {
-        "sets": {name: of_rows(*of) for name, of in sets.items()},
+        "sets": {name: describe_set(*rows) for name, rows in sets.items()},
         "stop_ids": list(parts.tokenizer.stop_ids),
         "model": _model(parts),
         "weights": _weights(parts),
-        "reward.fn": user.source_digest(parts.config.reward.fn) if parts.config.reward.fn else None,
+        "reward.fn": user.source_digest(fn) if fn else None,
         "rewards": list(rewards),
     }
 
 
 def _model(parts: Parts) -> dict[str, Any]:
     path = parts.config.model.path
-    return {"path": path, "settings": {k: str(v) for k, v in dataclasses.asdict(weights.read_config(path)).items()}}
+    settings = dataclasses.asdict(weights.read_config(path))
+    return {"path": path, "settings": {k: str(v) for k, v in settings.items()}}
 
 
 def _weights(parts: Parts) -> dict[str, str]:
@@ -84,45 +91,64 @@ def _weights(parts: Parts) -> dict[str, str]:
     return weights.weight_digests(model.path) if model.init == "pretrained" else {}
 
 
-def of_rows(spec: SetConfig, rows: list[Any], tokens: list[Any]) -> dict[str, Any]:
-    """Digests of a set's rows in their order, and of the tokens that tokenizer, chat template and wording make of them."""
+def describe_set(spec: SetConfig, rows: list[Any], tokens: list[Any]) -> dict[str, Any]:
+    """Digests of a set's rows, in order, and of their tokens, which tokenizer, template and wording
+    determine."""
     asked = [[q.id, q.question, q.options, q.answer] if isinstance(q, Question) else q for q in rows]
     marks = "".join(fingerprint([row])["sha256"][:MARK] for row in asked)
-    return {"from": configs.to_tree(spec)} | fingerprint(asked) | {"marks": marks, "tokens": fingerprint(tokens)["sha256"]}
+    digest = fingerprint(asked) | {"marks": marks, "tokens": fingerprint(tokens)["sha256"]}
+    return {"from": configs.to_tree(spec)} | digest
 
 
-def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """A line for each thing that both records have and that is another now."""
-    out = []
-    for name, new in here.get("sets", {}).items():
-        old = there.get("sets", {}).get(name)
-        if old is None or (name != "data" and old["from"] != new["from"]):  # a resumed run may have other evaluation sets
-            continue
-        where = f"{name}.path: {new['from']['path']}"
-        if old["sha256"] != new["sha256"]:
-            pairs = zip(*([d["marks"][i : i + MARK] for i in range(0, len(d["marks"]), MARK)] for d in (old, new)), strict=False)
-            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(old["n"], new["n"]))
-            out.append(f"{where}: {old['n']:,} rows there, {new['n']:,} now; the first that differs is number {first + 1:,}")
-        elif old["tokens"] != new["tokens"]:
-            out.append(f"{where}: the same questions are other tokens now: tokenizer or chat template of the model have changed")
-    if "stop_ids" in here and there.get("stop_ids", here["stop_ids"]) != here["stop_ids"]:
-        out.append(f"model.path: the tokens that end a response: {there['stop_ids']} there, {here['stop_ids']} now")
-    path, old, new = here["model"]["path"], there.get("model", {}).get("settings", {}), here["model"]["settings"]
-    out += [f"model.path: {path}/config.json: {k}: {old[k]} there, {new[k]} now" for k in old.keys() & new.keys() if old[k] != new[k]]
-    old, new = there.get("weights"), here.get("weights")
-    if old is not None and new is not None and (others := sorted(k for k in old | new if old.get(k) != new.get(k))):
-        out.append(f"model.path: {path}: {len(others)} of {len(new)} tensors have other values now, such as {others[0]}")
-    old, new = there.get("reward.fn"), here.get("reward.fn")
-    if old and new and old["sha256"] != new["sha256"]:
-        out.append(f"reward.fn: {new['file']} has other contents now")
-    if there and "rewards" in here:
-        old, new = there.get("rewards", []), here["rewards"]
-        if (before := _listed(old)) != (now := _listed(new)):
-            out.append(f"rewards: {before} there, {now} now")
-        else:
-            edited = [b["name"] for a, b in zip(old, new, strict=True) if a["sha256"] != b["sha256"]]
-            out += [f"rewards: {name} has another source text now" for name in edited]
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each thing that both records have and that differs."""
+    out = [line for name in new.get("sets", {}) for line in _set_differences(name, old, new)]
+    if "stop_ids" in new and (before := old.get("stop_ids", new["stop_ids"])) != (now := new["stop_ids"]):
+        out.append(f"model.path: the tokens that end a response: {before} there, {now} now")
+    path, now = new["model"]["path"], new["model"]["settings"]
+    before = old.get("model", {}).get("settings", {})
+    for k in before.keys() & now.keys():
+        if before[k] != now[k]:
+            out.append(f"model.path: {path}/config.json: {k}: {before[k]} there, {now[k]} now")
+    before, now = old.get("weights"), new.get("weights")
+    if before is not None and now is not None:
+        if changed := sorted(k for k in before | now if before.get(k) != now.get(k)):
+            count = f"{len(changed)} of {len(now)} tensors"
+            out.append(f"model.path: {path}: {count} have other values now, such as {changed[0]}")
+    before, now = old.get("reward.fn"), new.get("reward.fn")
+    if before and now and before["sha256"] != now["sha256"]:
+        out.append(f"reward.fn: {now['file']} has other contents now")
+    if old and "rewards" in new:
+        out += _reward_differences(old.get("rewards", []), new["rewards"])
     return out
+
+
+def _set_differences(name: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    before, now = old.get("sets", {}).get(name), new["sets"][name]
+    if before is None or (
+        name != "data" and before["from"] != now["from"]
+    ):  # a resume may evaluate other sets
+        return []
+    place = f"{name}.path: {now['from']['path']}"
+    if before["sha256"] != now["sha256"]:
+        marks = ([d["marks"][i : i + MARK] for i in range(0, len(d["marks"]), MARK)] for d in (before, now))
+        pairs = enumerate(zip(*marks, strict=False))
+        first = next((i for i, (a, b) in pairs if a != b), min(before["n"], now["n"]))
+        rows = f"{before['n']:,} rows there, {now['n']:,} now"
+        return [f"{place}: {rows}; the first that differs is number {first + 1:,}"]
+    if before["tokens"] != now["tokens"]:
+        cause = "tokenizer or chat template of the model have changed"
+        return [f"{place}: the same questions are other tokens now: {cause}"]
+    return []
+
+
+def _reward_differences(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
+    if (before := _listed(old)) != (now := _listed(new)):
+        return [f"rewards: {before} there, {now} now"]
+    pairs = zip(old, new, strict=True)
+    return [
+        f"rewards: {b['name']} has another source text now" for a, b in pairs if a["sha256"] != b["sha256"]
+    ]
 
 
 def _listed(rewards: list[dict[str, Any]]) -> str:
@@ -130,12 +156,14 @@ def _listed(rewards: list[dict[str, Any]]) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    file = folder / NAME
-    return files.read_json(file, "remove it, and the run goes on with what is there now") if file.exists() else {}
+    file, remedy = folder / NAME, "remove it, and the run goes on with what is there now"
+    return files.read_json(file, remedy) if file.exists() else {}
 
 
 def _refuse(folder: Path, changed: list[str], accept: bool) -> list[str]:
     if changed and not accept:
-        remedy = "put back what it was begun with, give this run another name=, or set checkpoint.accept_changed_inputs=true if it is meant"
-        raise ConfigError("\n".join([f"{folder}: what its settings point to has changed; {remedy}:", *(f"  {line}" for line in changed)]))
+        remedy = "put back what it was begun with, give this run another name=,"
+        remedy += " or set checkpoint.accept_changed_inputs=true if it is meant"
+        head = f"{folder}: what its settings point to has changed; {remedy}:"
+        raise ConfigError("\n".join([head, *(f"  {line}" for line in changed)]))
     return changed

@@ -1,15 +1,16 @@
-"""What a run writes beside its checkpoints: its folder and lock, JSON lines, progress, trackers, the summary.
+"""What a run writes beside its checkpoints: folder and lock, JSON lines, progress, trackers, summary.
 
     runs/<name>/config.yaml     the resolved settings, after a line that names the command
-                inputs.json     digests of what the settings point to (inputs.py)
+                inputs.json     digests of the files that the settings name (inputs.py)
                 metrics.jsonl   one object a step; step 0 is the evaluation before training
                 samples.jsonl   some completions, every few steps
                 summary.json    at the end
                 checkpoints/    checkpoint.py
 
-Process 0 alone writes these. Each step stands exactly once in the two logs, whatever kills the run, because of one order:
-the records of step k are on the disk before checkpoint k is begun (`Run.record`, then `Checkpoints.save`), and a run that goes on
-from checkpoint k first drops the records after k (`Run.resume`). Record k and checkpoint k both belong to the k-th step: 1, 2, ….
+Only process 0 writes these. Each step is in the logs exactly once, whenever the run is killed, because of the
+order: the records of step k are on the disk before checkpoint k is begun (`Run.record`, then
+`Checkpoints.save`), and a run that resumes from checkpoint k first drops the records after k (`Run.resume`).
+Record k and checkpoint k both belong to the k-th step: 1, 2, ….
 """
 
 import fcntl
@@ -28,8 +29,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 import medrlvr_jax
 from medrlvr_jax.config import load as configs
@@ -40,21 +39,31 @@ from medrlvr_jax.host.processes import gather
 from medrlvr_jax.runs.console import Console, Tracker, before_after
 
 Records = list[dict[str, Any]]
-COMMAND = "# medrlvr "  # begins a run's config.yaml, and the name of the command that made it follows
+COMMAND = "# medrlvr "  # begins the first line of config.yaml; the command's name follows
 LOGS = ("metrics", "samples", "questions")
-MAY_CHANGE = ("runs", "steps", "passes", "checkpoint", "log", "eval", "mesh")  # settings that a resumed run may have new
+MAY_CHANGE = (
+    "runs",
+    "steps",
+    "passes",
+    "checkpoint",
+    "log",
+    "eval",
+    "mesh",
+)  # settings that a resume may change
 
 
 class Run:
-    """One training's records, from `with` to `finish`: what the training loop says here goes to files, console and trackers.
+    """The records of one training, written to files, the console and trackers.
 
-    Entering makes `runs/<name>` or reopens it; refused while another process has it, or if it was begun with other settings,
-    or by another command (train or sft): the one's checkpoint is no start of the other.
-    The first SIGINT or SIGTERM sets `stopping` once the step is recorded (or the programs are compiled), so that the loop can save and
-    leave; the second kills.
+    Creates or reopens `runs/<name>`. Raises `ConfigError` if another process uses it, or if other settings or
+    the other command (train or sft) began it: neither can continue from the other's checkpoint. The first
+    SIGINT or SIGTERM sets `stopping` once the step is recorded, or once the programs are compiled, so that
+    the loop can save and end. The second kills.
     """
 
-    def __init__(self, config: Config, steps: int, data: dict[str, Any] | None = None, command: str = "train"):
+    def __init__(
+        self, config: Config, steps: int, data: dict[str, Any] | None = None, command: str = "train"
+    ):
         self.path = Path(config.runs) / config.name
         self.meta = {"config": configs.to_tree(config), "versions": versions(), "data": data or {}}
         self.stopping = False
@@ -62,54 +71,59 @@ class Run:
         self._lock = open_folder(self.path, config, command) if jax.process_index() == 0 else None
         self._console = Console(steps)
         self._tracker: Tracker | None = None
-        self._signal, self._asked, self._done = 0, False, 0
+        self._signal, self._stop_called, self._done = 0, False, 0
 
     def __enter__(self) -> "Run":
-        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()  # Python's own rule
-        # None: a handler that was not set by Python, which Python cannot put back
-        self._handlers = {s: signal.signal(s, self._on_signal) or signal.SIG_DFL for s in numbers}
+        in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
+        signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        # None: a handler that Python did not set and cannot restore
+        self._handlers = {s: signal.signal(s, self._on_signal) or signal.SIG_DFL for s in signals}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._restore_handlers()
         if self._tracker:
             self._tracker.close()
         self._console.close()
         if self._lock:
-            self._lock.close()  # which gives the lock back
+            self._lock.close()  # releases the lock
 
     def stop(self) -> None:
-        """As a signal would: `stopping` is set in all processes by the next `check_signals`."""
-        self._asked = True
+        """Stop as a signal would: the next `check_signals` sets `stopping` in all processes."""
+        self._stop_called = True
 
     def _on_signal(self, number: int, _: Any) -> None:
         self._signal = number
-        for s, handler in self._handlers.items():
-            signal.signal(s, handler)
-        self.notify(f"{signal.Signals(number).name}: stopping after this step; once more stops at once, without a checkpoint")
+        self._restore_handlers()
+        name = signal.Signals(number).name
+        self.notify(f"{name}: stopping after this step; once more stops at once, without a checkpoint")
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def resume(self, done: int) -> int:
-        """Go back to where checkpoint `done` was made; 0 is a start with empty logs. Returns how many of the last steps were skipped."""
+        """Drop all records after step `done`; 0 empties the logs. Returns how many of the last steps were
+        skipped."""
         skips = 0
         if self._lock:
             for name in LOGS:
                 files.rewind(self.path / f"{name}.jsonl", done)
             if done:
-                skips = sum(1 for _ in itertools.takewhile(skipped, reversed(files.read_jsonl(self.path / "metrics.jsonl"))))
+                records = files.read_jsonl(self.path / "metrics.jsonl")
+                skips = sum(1 for _ in itertools.takewhile(skipped, reversed(records)))
         self._done, self._tracker = done, Tracker(self.path, self._config, done)
         if done:
             self.notify(f"{self.path}: going on after step {done}")
         return gather(skips)[0]
 
     def history(self, n: int) -> Records:
-        """The last `n` records of the steps that are done, the same in every process; after `resume`."""
-        path = self.path / "metrics.jsonl"
-        records = [r for r in files.read_jsonl(path) if r["step"]] if self._lock and path.exists() else []
-        return gather(records[-n:])[0]
+        """The records of the last `n` steps, the same in every process. Call it after `resume`."""
+        return gather(_step_records(self.path)[-n:] if self._lock else [])[0]
 
     def record(self, step: int, metrics: dict[str, Any], **logs: Iterable[dict[str, Any]]) -> None:
-        """A step is done. On the disk when this returns; each of `logs` in a file of its name, one of `LOGS`."""
+        """Write a step's records to the disk before returning; `logs` are rows for the files of those names
+        (`LOGS`)."""
         if metrics.get("seconds") and "tokens" in metrics:
             metrics = metrics | {"tokens_per_second": metrics["tokens"] / metrics["seconds"]}
         if self._lock:
@@ -122,8 +136,8 @@ class Run:
         self.check_signals()
 
     def check_signals(self) -> None:
-        """Set `stopping` in all processes alike, whichever of them a signal or `stop` has reached."""
-        self.stopping = _any_process(bool(self._signal) or self._asked)
+        """Set `stopping` in all processes if a signal or `stop` has reached any of them."""
+        self.stopping = any(gather(bool(self._signal) or self._stop_called))
 
     def notify(self, text: str) -> None:
         self._console.notify(text)
@@ -132,43 +146,51 @@ class Run:
         self._console.progress(what, done, total)
 
     def finish(self) -> dict[str, Any]:
-        """Write and return the summary; of a run that was stopped before its end, how far it is, and the exit status that its
-        signal asks for; 0 if `stop` was called."""
+        """Write and return the summary.
+
+        If the run was stopped early: only its progress, and the exit status of its signal, or 0 after `stop`.
+        """
+        name = self._config.name
         if self.stopping and self._done < self._steps:
             self.notify("stopped; the same command goes on from here")
-            status = 0 if self._asked and not self._signal else 128 + (self._signal or signal.SIGTERM)
-            return {"name": self._config.name, "steps": self._steps, "done": self._done, "exit_status": status}
+            status = 0 if self._stop_called and not self._signal else 128 + (self._signal or signal.SIGTERM)
+            return {"name": name, "steps": self._steps, "done": self._done, "exit_status": status}
         if not self._lock:
             return {}
         records = files.read_jsonl(self.path / "metrics.jsonl")
-        summary = {"name": self._config.name, "steps": self._steps, "seconds": time.time() - self._began, "eval": before_after(records)}
-        files.write_json(self.path / "summary.json", summary | {"last": records[-1] if records else {}} | self.meta)
+        seconds = time.time() - self._began
+        summary = {"name": name, "steps": self._steps, "seconds": seconds, "eval": before_after(records)}
+        last = {"last": records[-1] if records else {}}
+        files.write_json(self.path / "summary.json", summary | last | self.meta)
         return summary
 
 
 def skipped(metrics: dict[str, Any]) -> bool:
-    """Whether one of the step's updates was not finite, and so not taken."""
+    """Whether the step skipped an update because it was not finite."""
     return any(value > 0 for name, value in metrics.items() if name.split("/")[-1] == "skipped")
 
 
-def _any_process(asked: bool) -> bool:
-    """All processes stop after the same step, whichever of them the signal has reached."""
-    return asked if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(asked)).any())
+def _step_records(path: Path) -> Records:
+    """The metrics of a run's steps, without step 0, which is an evaluation."""
+    file = path / "metrics.jsonl"
+    return [r for r in files.read_jsonl(file) if r["step"]] if file.exists() else []
 
 
-# --- the run's folder ------------------------------------------------------------------------------------------------
+# --- the run's folder -------------------------------------------------------------------------------------
 
 
 def open_folder(path: Path, config: Config, command: str) -> TextIO:
-    """Make or reopen a run's folder. Returns its lock, held until that is closed."""
+    """Create or reopen a run's folder and return its lock, which is held until it is closed."""
     with files.named_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)
     try:
         if (path / "config.yaml").exists():
             if (by := begun_by(path)) not in (None, command):
-                other = "which would go on from the other's checkpoint; give this run another name="
-                raise ConfigError(f"name: {path} was begun by `medrlvr {by}`, and this is `medrlvr {command}`, {other}")
+                remedy = "which would go on from the other's checkpoint; give this run another name="
+                raise ConfigError(
+                    f"name: {path} was begun by `medrlvr {by}`, and this is `medrlvr {command}`, {remedy}"
+                )
             check_same(path / "config.yaml", config)
         files.write_text(path / "config.yaml", f"{COMMAND}{command}\n{configs.dump(config)}")
     except BaseException:
@@ -178,23 +200,25 @@ def open_folder(path: Path, config: Config, command: str) -> TextIO:
 
 
 def begun_by(path: Path) -> str | None:
-    """`train` or `sft`, by the first line of a run's config.yaml; of a folder from before there was one, by what its steps recorded."""
+    """`train` or `sft`, from the first line of config.yaml; where an older version wrote none, from the
+    metrics."""
     first = (path / "config.yaml").read_text(encoding="utf-8").partition("\n")[0]
     if first.startswith(COMMAND):
         return first.removeprefix(COMMAND).strip()
-    steps = [r for r in files.read_jsonl(path / "metrics.jsonl") if r["step"]] if (path / "metrics.jsonl").exists() else []
+    steps = _step_records(path)
     return ("train" if "reward" in steps[-1] else "sft") if steps else None
 
 
 def _take_lock(path: Path) -> TextIO:
-    """The kernel gives a flock back when its process ends, however it ends: there are no stale locks to clear."""
-    lock = open(path / ".lock", "a+", encoding="utf-8")  # open for as long as the run is
+    """The kernel releases a flock when its process ends, however it ends: there are no stale locks."""
+    lock = open(path / ".lock", "a+", encoding="utf-8")  # stays open as long as the run
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = _holder(lock)
         lock.close()
-        raise ConfigError(f"name: {path} is in use by {holder}; wait for it, stop it, or give this run another name=") from None
+        remedy = "wait for it, stop it, or give this run another name="
+        raise ConfigError(f"name: {path} is in use by {holder}; {remedy}") from None
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {socket.gethostname()}")
     lock.flush()
@@ -219,21 +243,24 @@ def lock_holder(path: Path) -> str | None:
 
 
 def check_same(path: Path, config: Config) -> None:
-    """One folder holds one experiment: going on with other settings would make a curve of two."""
-    remedy = "repair it, or give this run another name="
-    old, new = configs.flat(configs.read_yaml(path, remedy) or {}), configs.flat(configs.to_tree(config))
-    names = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in MAY_CHANGE and old.get(k) != new.get(k)]
-    if names:
-        lines = [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in names]
+    """Refuse to resume with other settings than those in the file `path`, apart from those in
+    `MAY_CHANGE`."""
+    old = configs.flat(configs.read_yaml(path, "repair it, or give this run another name=") or {})
+    new = configs.flat(configs.to_tree(config))
+    fixed = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in MAY_CHANGE]
+    changed = [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in fixed if old.get(k) != new.get(k)]
+    if changed:
         remedy = "give this run another name=, or the settings it was begun with"
-        raise ConfigError("\n".join([f"name: {path.parent} was begun with other settings; {remedy}:", *lines]))
+        raise ConfigError(
+            "\n".join([f"name: {path.parent} was begun with other settings; {remedy}:", *changed])
+        )
 
 
-# --- what ran --------------------------------------------------------------------------------------------------------
+# --- versions ---------------------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, Any]:
-    """What would be needed to run the same thing again: packages, devices, revision."""
+    """Packages, devices and git revision: what is needed to run the same thing again."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     devices = jax.devices()
     return {
@@ -249,12 +276,15 @@ def versions() -> dict[str, Any]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """`{"revision", "dirty"}` of the checkout that this package runs from; None when it is installed from elsewhere."""
+    """`{"revision", "dirty"}` of the git checkout that this package runs from; None if it is installed
+    elsewhere."""
     root = Path(medrlvr_jax.__file__).resolve().parent.parent
     if not (root / ".git").exists() or not shutil.which("git"):
         return None
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    return {"revision": git("rev-parse", "HEAD"), "dirty": dirty}

@@ -1,9 +1,10 @@
-"""Where a run's time goes: programs that XLA makes while it goes on, and a trace of chosen steps.
+"""Where a run's time goes: programs that XLA compiles during the run, and a trace of chosen steps.
 
-All programs are made before the first step (`programs.compile_ahead`), but for some of one number: a later one is time lost that no
-metric shows. The trace (`log.profile: [first, last]`) is
-jax.profiler's; XProf, TensorBoard and Perfetto read it. In it, beside XLA's own rows: `step`, on the host `score`, `log` and `evaluate`,
-on the device the scopes `prefill`, `decode`, `assess_policy`, `assess_reference`, `assess_critic`, `gradients`, `optimizer`.
+A run compiles its programs before the first step (`programs.compile_ahead`). A later compilation costs time
+that no metric shows, so `Compiles` counts them. `log.profile: [first, last]` traces steps with jax.profiler;
+XProf, TensorBoard and Perfetto read the trace. Beside XLA's own rows it has, on the host, `step`, `score`,
+`log` and `evaluate`, and on the device the scopes `prefill`, `decode`, `assess_policy`, `assess_reference`,
+`assess_critic`, `gradients` and `optimizer`.
 """
 
 from pathlib import Path
@@ -15,33 +16,34 @@ EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class Compiles:
-    """Listens from `with` on; `drain` returns what was compiled since it was asked last."""
+    """Records each compilation, its name and seconds, while the context is open."""
 
     def __enter__(self) -> "Compiles":
-        self._made: list[tuple[str, float]] = []
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        self._compiled: list[tuple[str, float]] = []
+        jax.monitoring.register_event_duration_secs_listener(self._record)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._hear)
+        jax.monitoring.unregister_event_duration_listener(self._record)
         jax.config.update("jax_explain_cache_misses", False)
 
-    def _hear(self, event: str, duration_secs: float, **about: Any) -> None:
+    def _record(self, event: str, duration_secs: float, **attributes: Any) -> None:
         if event == EVENT:
-            self._made.append((str(about.get("fun_name", "a program")), duration_secs))
+            self._compiled.append((str(attributes.get("fun_name", "a program")), duration_secs))
 
     def drain(self) -> list[tuple[str, float]]:
-        """Their names and seconds."""
-        made, self._made = self._made, []
-        return made
+        """(program, seconds) of each compilation since the last call."""
+        compiled, self._compiled = self._compiled, []
+        return compiled
 
     def explain_cache_misses(self) -> None:
-        """From now on JAX itself logs why each further one is needed."""
+        """From now on JAX logs why it compiles."""
         jax.config.update("jax_explain_cache_misses", True)
 
 
 class Profile:
-    """`at(n)` before step n: traces the steps from `first` to `last` into a folder. A run that goes on inside them traces the rest."""
+    """Traces steps `first` to `last` into a folder; call `at(n)` before step n. A resumed run traces the
+    rest."""
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self._folder, (self._first, self._last), self._on = folder, steps or (0, 0), False
@@ -53,6 +55,7 @@ class Profile:
         self._stop()
 
     def at(self, n: int) -> None:
+        """Start or stop the trace, if step `n` is the first of it or comes after the last."""
         if self._on and n > self._last:
             self._stop()
         elif not self._on and self._first <= n <= self._last:
