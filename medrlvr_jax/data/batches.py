@@ -1,4 +1,4 @@
-"""Which questions a run trains on, and which of them each step takes: pure functions of the config and the step."""
+"""Which questions a run trains on, and which of them each step takes: functions of config and step."""
 
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from medrlvr_jax.data.readers import read_json
 def batch_at(n: int, step: int, size: int, seed: int, in_order: bool = False) -> Int64[np.ndarray, " size"]:
     """The indices of the `size` questions, of `n`, that step `step` takes. A resumed run takes the same.
 
-    Each epoch has n // size steps and its own permutation, keyed by (seed, epoch). The rest that does not fill a batch is
-    left out; it differs between epochs. `in_order`: an epoch takes its questions in the order of the file. The permutation
-    sorts raw Philox words, because NumPy promises only that stream, not `Generator.permutation`, across versions.
+    Each epoch has n // size steps and its own permutation, keyed by (seed, epoch). The rest that does not
+    fill a batch is left out; it differs between epochs. `in_order`: an epoch takes its questions in the
+    set's order. The permutation sorts raw Philox words: NumPy keeps that stream across versions, not
+    `Generator.permutation`.
     """
     if size > n:
         remedy = f"set sample.questions to {n} or less"
@@ -33,7 +34,7 @@ def step_batch(config: Config, n: int, step: int) -> Int64[np.ndarray, " questio
 
 
 def select(questions: list[Question], config: PassCountConfig) -> list[Question]:
-    """The questions that `keep` and `top` select, in `order`. Questions too long to be sampled have no count: left out."""
+    """The questions that `keep` and `top` select, in `order`; none that was too long to be sampled."""
     low, high = config.keep or (0, float("inf"))
     field = config.order if config.order in ("variance", "impact") else "right"
     counts = _read_counts(config, field)
@@ -54,7 +55,7 @@ def select(questions: list[Question], config: PassCountConfig) -> list[Question]
 
 
 def _read_counts(config: PassCountConfig, field: str) -> dict[str, tuple[int | None, float]]:
-    """By question id: right samples (None: not sampled), and the number in `field`, by which `order` sorts."""
+    """By question id: right samples (None: not sampled), and the number in `field`, by which to sort."""
     path = Path(config.file).expanduser()
     if not path.is_file():
         raise DataError(f"pass_count.file {config.file!r}: no such file; `medrlvr difficulty` writes one")

@@ -1,22 +1,23 @@
 """The formats that records come in, and the checked Question that each makes of a record's fields.
 
-| format     | fields                                                                                             |
-|------------|----------------------------------------------------------------------------------------------------|
-| `plain`    | your own data: question, options (a list, or {"A": …}), answer (the letter);                       |
-|            | optional: id, subject, rationale                                                                   |
-| `medqa`    | question, options {"A": …}, answer_idx (the letter), answer (that option's text, checked)          |
-| `mmlu_pro` | question, options (a list), answer (the letter), answer_index; of several categories only `health` |
-| `mmlu`     | question, choices, answer (from 0); or CSV without header: question, A, B, C, D, letter            |
-| `medmcqa`  | question, opa … opd, cop, exp: cop counts from 1 in the authors' files, is a class label on the hub |
-| `pubmedqa` | QUESTION, CONTEXTS, final_decision (yes / no / maybe), by pmid;                                    |
-|            | or the hub's question, context, final_decision                                                     |
-| `text`     | prompt (may be empty) and response, or only text: for `sft.target: text`                           |
+| format     | fields                                                                                       |
+|------------|----------------------------------------------------------------------------------------------|
+| `plain`    | your own data: question, options (a list, or {"A": …}), answer (the letter);                 |
+|            | optional: id, subject, rationale                                                             |
+| `medqa`    | question, options {"A": …}, answer_idx (the letter), answer (that option's text, checked)    |
+| `mmlu_pro` | question, options (a list), answer (the letter), answer_index;                               |
+|            | of several categories only `health` is used                                                  |
+| `mmlu`     | question, choices, answer (from 0); or CSV without header: question, A, B, C, D, letter      |
+| `medmcqa`  | question, opa … opd, exp, cop (from 1 in the authors' files, a class label on the hub)       |
+| `pubmedqa` | QUESTION, CONTEXTS, final_decision (yes / no / maybe), by pmid;                              |
+|            | or the hub's question, context, final_decision                                               |
+| `text`     | prompt (may be empty) and response, or only text: for `sft.target: text`                     |
 
 Two options with the same text are accepted in the published sets (21 of MedMCQA's 4,183 dev questions have
-them) and refused in `plain`, where they can be corrected. Letters that options bring ("A. aspirin", "B. heparin",
-…) are removed: prompts write the letters.
+them) and refused in `plain`, where they can be corrected. Letters that options bring ("A. aspirin",
+"B. heparin", …) are removed, because prompts write the letters.
 
-A check that fails raises `DataError` with the field, the value and the remedy; load.py adds the file and the line.
+A check that fails raises `DataError` with the field, the value and the remedy; load.py adds file and line.
 """
 
 import re
@@ -34,7 +35,7 @@ Choice = tuple[tuple[str, ...], int]  # the options, the index of the right one
 
 
 def field_names(row: Row) -> str:
-    """The names of a record's fields for a message: all of them, since the one that matters may be the last."""
+    """The names of a record's fields, for messages: all, since the one that matters may be the last."""
     names = [short(name) for name in row]
     return f"[{', '.join(names[:50])}{', …' if len(names) > 50 else ''}]"
 

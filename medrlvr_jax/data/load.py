@@ -1,10 +1,11 @@
 """A set of questions (or of texts): every record read and checked, and a report of how it was read.
 
-`SetConfig.path` is a local file (.jsonl .json .csv .tsv .parquet), `embedded:NAME`, or the name of a data set on the hub.
-The first record's fields tell the format, or `format` sets it; formats.py has the formats.
+`SetConfig.path` is a local file (.jsonl .json .csv .tsv .parquet), `embedded:NAME`, or the name of a data
+set on the hub. The first record's fields tell the format, or `format` sets it; formats.py has the
+formats.
 
-The whole set is checked before any of it is used, and up to ten errors are raised at once, each with its line. What could be
-read in more than one way is reported: `read` returns a few lines for the console.
+The whole set is checked before any of it is used, and up to ten errors are raised at once, each with its
+line. What could be read in more than one way is reported: `read` returns a few lines for the console.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ WIDTH = 80  # columns of a console
 
 
 def given(spec: SetConfig, data: Records | str | Path | None) -> tuple[SetConfig, Records | None]:
-    """`spec` for `data` that a caller gave in Python, and the records if it is no path. None: `spec` as it is."""
+    """`spec` for what a caller gave in Python: None, a path, or records, which are returned beside it."""
     if data is None:
         return spec, None
     if isinstance(data, str | Path):
@@ -140,7 +141,7 @@ def _item(row: Any, name: str, default_id: str) -> Question | Example:
 
 
 def _without_letters(question: Question, tally: Counter[str]) -> Question:
-    """The question without letters that its options bring; `tally` counts where they were removed and kept."""
+    """The question without letters that its options bring; `tally` counts what was removed and what kept."""
     options = unlabelled(question.options)
     tally["removed"] += options != question.options
     tally["kept"] += options == question.options and brings_letters(options)

@@ -1,21 +1,25 @@
-"""Options in another order, where their places mean nothing: what a model knows does not depend on the letter it stands under.
+"""Shuffled options: what a model knows should not depend on the letter that an option stands under.
 
-Some options do mean places, and stay where they are (`anchored`): "none of the above", "all of these", and "both A and C", together with
-the options A and C that it names, by letter or by number. An option that says "above" also bars the others from changing sides; one that
-says "the first two options", or several that bring their own letters, keep the whole question as it is. To leave too much in its place
-costs a little variety, to move a named option makes the key wrong, so doubt is for staying. An order is a function of (seed, which draw,
-the question's id) alone: the same in every batch, on every mesh, after every resumption.
+Options whose meaning depends on places stay where they are (`anchored`): "none of the above", "all of
+these", and "both A and C" together with the options A and C that it names, by letter or by number. No
+option crosses one that says "above". An option that says "the first two options", or several that bring
+their own letters, fix the whole question. In doubt an option stays: that costs a little variety, while
+moving a named option makes the key wrong.
+
+An order depends only on (seed, draw, the question's id): it is the same in every batch, on every mesh and
+after every resumption.
 """
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
 from medrlvr_jax.data.question import LETTERS, Question, brings_letters
 
 SOME = r"(?:all|none|any|both|neither|either|each|some|one|two|more than one)"
-ABOVE = re.compile(  # "all of the above", "Both", "none of these", "neither of the other options", "All above"; but not "above the knee"
+ABOVE = re.compile(  # "all of the above", "Both", "none of the others", "All above"; not "above the knee"
     r"\bof (?:the )?(?:above|preceding|foregoing|below)\b(?![-\w]| \d)"
     rf"|\b{SOME}(?: the)? (?:above|preceding|foregoing)\b"
     r"|\b(?:options?|choices?|answers?) (?:above|below)\b"
@@ -39,36 +43,35 @@ FIRST = re.compile(  # "B plus warfarin"; not "A swollen leg"
 LAST = re.compile(  # "Everything except C"
     rf"\b(?:except|but|not|same as|as in|other than|excluding|without) {CAPITAL}\.?$"
 )
-GLUE = frozenset(  # between letters where an option says nothing else: "Both (a) & (c)", "Neither B nor D", "B is right, D is not"
-    """all any both each either neither none of the above below these those except excepting excluding but not and or nor
-    only alone together with without then than before after followed by plus same as like other is are true false correct
-    incorrect right wrong possible option options answer answers choice choices""".split()
+GLUE = frozenset(  # words of an option that only names others: "Both (a) & (c)", "B is right, D is not"
+    """all any both each either neither none of the above below these those except excepting excluding but
+    """not and or nor only alone together with without then than before after followed by plus same as
+    """like other is are true false correct incorrect right wrong possible option options answer answers
+    """choice choices""".split()
 )
 
 
 def named(option: str, n: int) -> tuple[set[int], bool]:
-    """(places of the options that this one, of n, names; whether by bare numbers, which may number something else)."""
+    """(places of the options that this one, of n, names; whether by numbers, which may mean something else)."""
     words = re.findall(r"[^\W_]+", option.lower())
     content = {word for word in words if word not in GLUE}
     letters = {word for word in words if re.fullmatch("[a-hj]|[a-h]{2}", word)}
     numbers = {word for word in words if re.fullmatch("[1-9]|10", word) and int(word) <= n}
     if len(words) > 1 and not re.search(r"\w['’-]\w|\d\.\d|\w[-+](?:,|$)", option):  # neither 2.5 nor A+
         if letters and content <= letters:
-            return {
-                place for word in letters for letter in word if (place := LETTERS.index(letter.upper())) < n
-            }, False
-        if content == numbers and (
-            len(numbers) > 1 or not {"only", "alone", "except", "but"}.isdisjoint(words)
-        ):
+            return _places("".join(letters), n), False
+        if content == numbers and (len(numbers) > 1 or {"only", "alone", "except", "but"} & {*words}):
             return {int(word) - 1 for word in numbers}, True
-    names = [
-        name
-        for match in NOUN.finditer(option)
-        for name in re.findall(r"\b(?:[a-hj]|[1-9]|10)\b", match[1], re.I)
-    ]
+    lists = " ".join(match[1] for match in NOUN.finditer(option))
+    names = re.findall(r"\b(?:[a-hj]|[1-9]|10)\b", lists, re.I)
     names += [match[1] for pattern in (FIRST, LAST) for match in pattern.finditer(option)]
+    return _places(names, n), False
+
+
+def _places(names: Iterable[str], n: int) -> set[int]:
+    """The places, of n, that letters or numbers name."""
     places = {int(name) - 1 if name.isdigit() else LETTERS.index(name.upper()) for name in names}
-    return {place for place in places if place < n}, False
+    return {place for place in places if place < n}
 
 
 def anchored(options: tuple[str, ...]) -> tuple[set[int], set[int]]:
@@ -82,11 +85,11 @@ def anchored(options: tuple[str, ...]) -> tuple[set[int], set[int]]:
         if ABOVE.search(text):
             walls.add(i)
             capitals = re.findall(r"(?<![\w'’-])(?:(?!^)A|[B-HJ])(?![\w'’-])", text)
-            stay |= {i} | places | {place for letter in capitals if (place := LETTERS.index(letter)) < n}
-        elif places and not (
-            by_number and any(names[place][1] for place in places)
-        ):  # those number what the stem lists
-            stay |= {i} | places
+            stay |= {i} | places | _places(capitals, n)
+        elif places and not (by_number and any(names[place][1] for place in places)):
+            stay |= {
+                i
+            } | places  # several options of bare numbers are left out: they number what the stem lists
     return stay, walls
 
 
@@ -105,12 +108,7 @@ def order(question: Question, seed: int, draw: int) -> list[int]:
 
 
 def shuffled(question: Question, seed: int, draw: int) -> Question:
-    """The question with its options in the order of `draw`, an epoch or a sample; `order` holds their letters in the file."""
+    """The question with its options in the order of `draw` (an epoch or a sample)."""
     places = order(question, seed, draw)
-    options = tuple(question.options[i] for i in places)
-    return dataclasses.replace(
-        question,
-        options=options,
-        answer=places.index(question.answer),
-        order="".join(LETTERS[i] for i in places),
-    )
+    options, letters = tuple(question.options[i] for i in places), "".join(LETTERS[i] for i in places)
+    return dataclasses.replace(question, options=options, answer=places.index(question.answer), order=letters)

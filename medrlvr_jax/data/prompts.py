@@ -1,7 +1,7 @@
 """A question as a prompt: the wording, what the chat template writes around it, its tokens, and padding.
 
-In a prompt only the chat template's own special tokens are special, never what data says. Prompts are never truncated:
-those that are too long are dropped and counted.
+In a prompt only the chat template's own special tokens are special, never what data says. Prompts are never
+truncated: those that are too long are dropped and counted.
 """
 
 import re
@@ -25,7 +25,10 @@ THINK = (
     "Reason step by step inside <think> </think> tags, then give the letter of the one best option inside "
     "<answer> </answer> tags, in this form: <think>reasoning</think><answer>letter</answer>"
 )
-DIRECT = "Give the letter of the one best option inside <answer> </answer> tags, and nothing else, in this form: <answer>letter</answer>"
+DIRECT = (
+    "Give the letter of the one best option inside <answer> </answer> tags, and nothing else, "
+    "in this form: <answer>letter</answer>"
+)
 
 
 def render(question: Question, template: str) -> str:
@@ -35,7 +38,7 @@ def render(question: Question, template: str) -> str:
 
 
 def sft_target(question: Question, target: str) -> str:
-    """What fine-tuning teaches, by `SFTConfig.target`: only the answer, or the rationale as the thought before it."""
+    """What fine-tuning teaches, by `SFTConfig.target`: the answer, or the rationale as a thought before it."""
     answer = f"<answer>{question.reference}</answer>"
     if target == "answer":
         return answer
@@ -54,7 +57,8 @@ def sft_target(question: Question, target: str) -> str:
 class Frame(NamedTuple):
     """A prompt without its question: ids, plain text before the user's text, plain text after it, ids.
 
-    The plain text is encoded together with the question, because a token may span the seam; no special token does.
+    The plain text is encoded together with the question, since a token may span the seam; no special
+    token does.
     """
 
     head: list[int]
@@ -65,7 +69,7 @@ class Frame(NamedTuple):
 
 
 def frame(tok: Tokenizer, config: PromptConfig, begun: bool = True) -> Frame:
-    """What the chat template writes around a user's message, or what replaces it. `begun` False: without `given`."""
+    """What stands around a user's message, with or without a template. `begun` False: without `given`."""
     if not config.chat:
         return Frame(tok.prefix, "", "\n", [], "")
     _check_template(tok, config)
@@ -91,7 +95,7 @@ def frame(tok: Tokenizer, config: PromptConfig, begun: bool = True) -> Frame:
 
 
 def begins(tok: Tokenizer, config: PromptConfig) -> str:
-    """How every response begins: by the template, then by `prefill`. Part of the prompt's tokens; graded with the response."""
+    """How every response begins, by the template and then by `prefill`: in the prompt, and graded."""
     return frame(tok, config).given + config.prefill
 
 
@@ -109,7 +113,7 @@ def _check_template(tok: Tokenizer, config: PromptConfig) -> None:
 
 
 def converse(tok: Tokenizer, config: PromptConfig, *roles: str) -> str:
-    """A rendered conversation in which each of `roles` says MESSAGE. A single turn is followed by the generation prompt."""
+    """A rendered conversation in which each role says MESSAGE; a single turn has the generation prompt."""
     turns = [{"role": role, "content": MESSAGE} for role in roles]
     source, remedy = f"{tok.hf.name_or_path}: chat_template", "set prompt.chat to false"
     if config.system is not None:
@@ -126,8 +130,8 @@ def converse(tok: Tokenizer, config: PromptConfig, *roles: str) -> str:
 def _given(tok: Tokenizer, config: PromptConfig, after: str) -> str:
     """The end of `after`, the prompt from the user's message on, that lies in the assistant's turn.
 
-    It begins where the generation prompt departs from what stands before a past answer, but not within a role's name, and
-    at the latest where a thought is opened, or opened and closed, at the very end.
+    It begins where the generation prompt departs from what stands before a past answer, but not within a
+    role's name, and at the latest where a thought is opened, or opened and closed, at the very end.
     """
     try:
         past = converse(tok, config, "user", "assistant", "user").split(MESSAGE)
@@ -143,7 +147,7 @@ def _given(tok: Tokenizer, config: PromptConfig, after: str) -> str:
 
 
 def to_teach(tok: Tokenizer, targets: list[str], config: PromptConfig) -> list[str]:
-    """The targets without `begins`, which their prompts hold already; they need not repeat the white space after it.
+    """The targets without `begins`, which their prompts hold; they need not repeat the white space after it.
 
     After an empty thought in the prompt, targets without a thought are learned.
     """
@@ -166,7 +170,7 @@ def to_teach(tok: Tokenizer, targets: list[str], config: PromptConfig) -> list[s
 def encode_questions(
     tok: Tokenizer, questions: list[Question], config: PromptConfig, begun: bool = True
 ) -> list[list[int]]:
-    """The prompts' tokens. Without a chat template a prompt ends with a line break: the response begins on its own line.
+    """The prompts' tokens. Without a chat template a prompt ends with a line break.
 
     `begun` False: without what is already given of the response, by the template or by `prefill`.
     """

@@ -1,4 +1,4 @@
-"""The Question type, options that bring their own letters, and the identity of questions (hashes, repeats)."""
+"""The Question type, options that bring their own letters, and hashes of questions."""
 
 import hashlib
 import json
@@ -58,20 +58,20 @@ class Example:
 
 
 def _labels(options: tuple[str, ...]) -> tuple[list[str], list[bool]]:
-    """The label that each option begins with ("" for none), and whether it is the label of the option's place."""
+    """The label that each option begins with ("" for none), and whether it is that of the option's place."""
     labels = [match[1].upper() if (match := LABEL.match(option)) else "" for option in options]
     places = zip(LETTERS, map(str, range(1, len(LETTERS) + 1)), strict=True)
     return labels, [label in place for label, place in zip(labels, places, strict=False)]
 
 
 def brings_letters(options: tuple[str, ...]) -> bool:
-    """Whether at least two options begin with the letter of their own place, as "B. heparin" in place B does."""
+    """Whether two or more options begin with the letter of their own place, as "B. heparin" in place B."""
     labels, in_place = _labels(options)
     return sum(ok and label.isalpha() for ok, label in zip(in_place, labels, strict=False)) > 1
 
 
 def unlabelled(options: tuple[str, ...]) -> tuple[str, ...]:
-    """The options without their own labels where every option has the label of its place: prompts write letters.
+    """The options without labels where every option brings the label of its place: prompts write the letters.
 
     `DataError` where the options bring all the letters in another order: the key could then mean either.
     """
@@ -88,7 +88,7 @@ def unlabelled(options: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def question_hash(question: Question) -> str:
-    """16 hexadecimal digits of the stem, the options in the file's order and the key; id and shuffling do not count."""
+    """16 hexadecimal digits of the stem, the options in the file's order and the key; not of the id."""
     options, answer = list(question.options), question.answer
     if question.order:
         options = [options[question.order.index(letter)] for letter in LETTERS[: len(options)]]
@@ -108,7 +108,7 @@ def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
 
 
 def repeats(questions: list[Question]) -> dict[str, str]:
-    """{id of a question that exactly repeats an earlier one: that one's id}. MMLU-Pro Health's 818 hold 95 repeats."""
+    """{id of a question that exactly repeats an earlier one: its id}. MMLU-Pro Health has 95."""
     first: dict[tuple, str] = {}
     firsts = [first.setdefault((q.question, q.options, q.answer), q.id) for q in questions]
     return {q.id: earlier for q, earlier in zip(questions, firsts, strict=True) if earlier != q.id}

@@ -1,4 +1,4 @@
-"""From files, the hub and Python to records: each reader yields (line or row number, a record's fields or an error).
+"""From files, the hub and Python to records: each reader yields (line or row number, fields or an error).
 
 Errors (`DataError`) are yielded, not raised, so that one pass over a file reports all its bad lines.
 """
@@ -59,7 +59,7 @@ def given_records(records: Records) -> Iterator[tuple[int, Row | Question | Exam
 
 
 def read_json(path: Path) -> Rows:
-    """A list of records, records by id (PubMedQA), or one record a line: the content decides, not the suffix."""
+    """A list of records, records by id (PubMedQA), or one record a line: by the content, not the suffix."""
     with open(path, "rb") as file:
         first = _decode(next((line for line in _lines(file) if line), b""))
     if not isinstance(first, dict) or all(isinstance(value, dict) for value in first.values()):
@@ -151,7 +151,7 @@ def _is_header(cells: list[str]) -> bool:
 
 
 def _delimiter(file: TextIO) -> str:
-    """The delimiter that splits the first record into a header or six cells, else a comma. The file is rewound."""
+    """The delimiter that splits the first record into a header or six cells, else a comma."""
     for delimiter in ",;\t":
         cells = next(csv.reader(file, strict=True, delimiter=delimiter), [])
         file.seek(0)
@@ -161,7 +161,7 @@ def _delimiter(file: TextIO) -> str:
 
 
 def _under_header(header: list[str], cells: list[str]) -> Row:
-    """A record without its empty cells; a column without a name is not read: pandas writes row numbers there."""
+    """A record without its empty cells, and without a nameless column, where pandas writes row numbers."""
     row: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if name and cell}
     options = {letter: row.pop(letter) for letter in LETTERS if letter in row}
     return {"options": options} | row if options else row
@@ -200,7 +200,7 @@ def _hub(config: SetConfig) -> Rows:
 
 
 def _dataset(rows: Any) -> Rows:
-    """A datasets.Dataset, class labels as their names, so that no parser must know where a set starts to count.
+    """A datasets.Dataset, class labels as their names: no parser must know where a set starts to count.
 
     MedMCQA's cop is then `a`, not 0 (on the hub) or 1 (in the authors' files). A label of -1 means: no label.
     """

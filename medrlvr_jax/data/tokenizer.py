@@ -25,7 +25,7 @@ MESSAGE = (
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A transformers tokenizer and two encoders made of it, which never truncate or pad, whatever its files say."""
+    """A transformers tokenizer and two encoders made of it, which never truncate or pad."""
 
     hf: Any  # transformers' own: the chat template, the names of the special tokens, `save_pretrained`
     trusted: tokenizers.Tokenizer  # special tokens in a text become special tokens: for chat templates
@@ -51,7 +51,7 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")  # (?!) never matches
 
     def spell(self, texts: list[str]) -> list[list[int]]:
-        """Untrusted texts as tokens, none of them special; `DataError` where the tokenizer cannot promise that."""
+        """Untrusted texts as tokens, none of them special; `DataError` where that cannot be."""
         rows = [encoding.ids for encoding in self.plain.encode_batch(texts, add_special_tokens=False)]
         for text, ids in zip(texts, rows, strict=True):
             if bad := self.special_ids.intersection(
@@ -75,13 +75,14 @@ class Tokenizer:
         return self.trusted.encode(text, add_special_tokens=False).ids
 
     def show(self, ids: Sequence[int]) -> str:
-        """All tokens as text, special ones by their names. Ids that the tokenizer does not know give no text."""
+        """All tokens as text, special ones by their names; unknown ids give no text."""
         return self.trusted.decode(list(ids), skip_special_tokens=False)
 
     def decode(self, tokens: Int32[np.ndarray, "N R"], mask: Bool[np.ndarray, "N R"]) -> list[str]:
         """Responses as text, without the stop token at the end.
 
-        Other special tokens appear by their names, so that the reward sees them. Bytes that are not UTF-8 become U+FFFD.
+        Other special tokens appear by their names, so that the reward sees them; what is not UTF-8, as
+        U+FFFD.
         """
         rows = [row[keep].tolist() for row, keep in zip(np.asarray(tokens), np.asarray(mask), strict=True)]
         rows = [row[:-1] if row and row[-1] in self.stop_ids else row for row in rows]
@@ -90,13 +91,14 @@ class Tokenizer:
     def check_fits(self, vocab_size: int, path: str) -> None:
         """Ids beyond the embedding table would silently read its last row."""
         if self.vocab_size > vocab_size:
-            problem = f"the tokenizer has ids up to {self.vocab_size - 1}, the model's vocabulary ends at {vocab_size - 1}"
+            ends = f"the model's vocabulary ends at {vocab_size - 1}"
+            problem = f"the tokenizer has ids up to {self.vocab_size - 1}, {ends}"
             remedy = "take the tokenizer that came with the model, or enlarge the model's embedding"
             raise ConfigError(f"model.path: {path}: {problem}; {remedy}")
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """From a Hugging Face directory, a hub name, or `embedded` (in the package). Never runs code from a repository."""
+    """From a Hugging Face directory, a hub name, or `embedded`. Code from a repository is never run."""
     from transformers import AutoTokenizer
 
     folder = resolve(path)
@@ -111,7 +113,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def wrap(hf: Any, stops: Sequence[int] = (), path: str = "tokenizer") -> Tokenizer:
-    """A `Tokenizer` of transformers' own. It stops at its end token, at `stops`, and where its template ends a turn."""
+    """The `Tokenizer` of `hf`. It stops at its end token, at `stops`, and where its template ends a turn."""
     if not getattr(hf, "is_fast", False):
         remedy = "convert it with transformers and save it again"
         raise ConfigError(f"model.path: {path}: {type(hf).__name__} has no tokenizer.json; {remedy}")
@@ -129,7 +131,7 @@ def wrap(hf: Any, stops: Sequence[int] = (), path: str = "tokenizer") -> Tokeniz
 
 
 def _turn_end(hf: Any, trusted: tokenizers.Tokenizer) -> int | None:
-    """The special token right after an assistant's message. Qwen2.5's base tokenizer, for one, has another end token."""
+    """The special token right after an assistant's message: not Qwen2.5's end token, for one."""
     if not hf.chat_template:
         return None
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": MESSAGE}]

@@ -1,4 +1,4 @@
-"""What is unusual about a tokenizer and its chat template, and what is done about it: for `medrlvr doctor`."""
+"""What is unusual about a tokenizer and its chat template, and what is done about it: for the doctor."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,7 @@ STEM = "A 62-year-old man's BP is 136/86 mm Hg.\n\nA. 2.3 mg/dL\n  B. β-Blocker
 
 
 def tokenizer_traps(tok: Tokenizer, vocab_size: int, config: PromptConfig | None = None) -> list[str]:
-    """A line for each trap. `config`: the system prompt and template variables, whether prompts use the template or not."""
+    """A line for each trap; `config` has the chat template's system prompt and variables."""
     chat = dataclasses.replace(config or PromptConfig(), chat=True)
     return [*_ids(tok, vocab_size), *_texts(tok), *_chat_template(tok, chat)]
 
@@ -52,10 +52,9 @@ def _texts(tok: Tokenizer) -> list[str]:
     lines = []
     if tok.hf.backend_tokenizer.truncation or tok.hf.backend_tokenizer.padding:
         lines.append("tokenizer.json asks for truncation or padding; ignored, prompts are never truncated")
-    tag_ids = [tok.plain.encode(tag, add_special_tokens=False).ids for tag in TAGS]
-    lines.append(
-        f"tokens of each tag: {', '.join(f'{tag} {len(ids)}' for tag, ids in zip(TAGS, tag_ids, strict=True))}"
-    )
+    sizes = [len(tok.plain.encode(tag, add_special_tokens=False).ids) for tag in TAGS]
+    counts = ", ".join(f"{tag} {size}" for tag, size in zip(TAGS, sizes, strict=True))
+    lines.append(f"tokens of each tag: {counts}")
     if special := [tag for tag in TAGS if tok.trusted.token_to_id(tag) in tok.special_ids]:
         spelled = "special tokens here, but spelled out in prompts and targets, as all text from data is"
         lines.append(f"{', '.join(special)}: {spelled}")
@@ -64,9 +63,8 @@ def _texts(tok: Tokenizer) -> list[str]:
         names = ", ".join(loose[:8]) + " …" * (len(loose) > 8)
         lines.append(f"added tokens not marked special, so that a question can spell them: {names}")
     if (back := tok.show(tok.plain.encode(REPLY, add_special_tokens=False).ids)) != REPLY:
-        lines.append(
-            f"text does not survive: {REPLY!r} comes back as {back!r}, so a right answer may not be recognised"
-        )
+        effect = "so a right answer may not be recognised"
+        lines.append(f"text does not survive: {REPLY!r} comes back as {back!r}, {effect}")
     if (file := Path(tok.hf.name_or_path) / "tokenizer.json").is_file():
         original = tokenizers.Tokenizer.from_file(str(file))
         if original.encode(STEM, add_special_tokens=False).ids != tok.encode_trusted(STEM):
