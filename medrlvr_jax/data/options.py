@@ -44,15 +44,14 @@ LAST = re.compile(  # "Everything except C"
     rf"\b(?:except|but|not|same as|as in|other than|excluding|without) {CAPITAL}\.?$"
 )
 GLUE = frozenset(  # words of an option that only names others: "Both (a) & (c)", "B is right, D is not"
-    """all any both each either neither none of the above below these those except excepting excluding but
-    """not and or nor only alone together with without then than before after followed by plus same as
-    """like other is are true false correct incorrect right wrong possible option options answer answers
-    """choice choices""".split()
+    """all any both each either neither none of the above below these those except excepting excluding but not
+    and or nor only alone together with without then than before after followed by plus same as like other is are
+    true false correct incorrect right wrong possible option options answer answers choice choices""".split()
 )
 
 
 def named(option: str, n: int) -> tuple[set[int], bool]:
-    """(places of the options that this one, of n, names; whether by numbers, which may mean something else)."""
+    """(places of the options that this one, of n, names; whether by numbers, which may be the stem's)."""
     words = re.findall(r"[^\W_]+", option.lower())
     content = {word for word in words if word not in GLUE}
     letters = {word for word in words if re.fullmatch("[a-hj]|[a-h]{2}", word)}

@@ -38,7 +38,7 @@ def render(question: Question, template: str) -> str:
 
 
 def sft_target(question: Question, target: str) -> str:
-    """What fine-tuning teaches, by `SFTConfig.target`: the answer, or the rationale as a thought before it."""
+    """What fine-tuning teaches, by `SFTConfig.target`: the answer, or also the rationale as a thought."""
     answer = f"<answer>{question.reference}</answer>"
     if target == "answer":
         return answer
