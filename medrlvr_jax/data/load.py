@@ -99,7 +99,7 @@ def _collect(config: SetConfig, allowed: list[str], records: Records | None) -> 
             fields |= dict.fromkeys(row)
             number_field = formats.FORMATS[name].number
             tally["numbers"] += bool(number_field) and not str(row[number_field[0]]).strip().isalpha()
-    if not items and errors and (damage := files.what_else(Path(config.path).expanduser())):
+    if not items and errors and (damage := files.diagnose(Path(config.path).expanduser())):
         raise DataError(f"{config.path}: {damage}")
     if errors or not items:
         raise DataError("\n".join(errors) or f"{config.path}: there is not one record in it")

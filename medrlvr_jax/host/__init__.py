@@ -1,1 +1,1 @@
-"""What the machine gives: errors in words, files that a crash cannot break, several processes as one program."""
+"""Errors with a remedy, files that survive a crash, and several processes that run as one program."""

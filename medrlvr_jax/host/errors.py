@@ -1,13 +1,13 @@
-"""Errors that end a command with a sentence and no traceback."""
+"""Errors that end a command with a message and no traceback."""
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used: the message names the field, the value and the remedy."""
+    """An unusable setting; the message names the field, the value and the remedy."""
 
 
 class Diverged(RuntimeError):
-    """A run that cannot go on: its updates are not finite, or its rewards teach nothing."""
+    """A run that cannot continue: its updates are not finite, or its rewards are constant."""
 
 
 class Unwritable(RuntimeError):
-    """A run's folder on a disk that is full, read-only or gone."""
+    """A run's folder cannot be written: the disk is full, read-only or gone."""

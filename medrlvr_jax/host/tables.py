@@ -20,7 +20,9 @@ def plain(head: Sequence[str], rows: Rows, title: str | None = None) -> str:
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
-    rich.console.Console(file=text, width=10_000, markup=False).print(table)  # wider than any table: nothing is cut
+    rich.console.Console(file=text, width=10_000, markup=False).print(
+        table
+    )  # wider than any table: nothing is cut
     return "\n".join(line.rstrip() for line in text.getvalue().split("\n")).strip("\n")
 
 
