@@ -1,13 +1,15 @@
 """The file of `medrlvr reproduce`: arms that differ in settings, and their cells, one for each seed.
 
-`common` holds the settings of any config; an arm changes some of them. It is `by` train, sft or eval (of a model as it is), may be
-`like` an arm above it, and may start `after` one: from its policy, seed by seed. What a cell leaves in runs/<name>/:
+`common` holds the settings of any config; an arm changes some of them. It is made `by` train, sft or eval (of
+a model as it is), may be `like` an arm above it, and may start `after` one: from its policy, seed by seed. A
+cell writes into runs/<name>/:
 
-    <arm>-<seed>.yaml     its settings; a cell whose settings have changed since is refused, never taken for the same
-    <arm>-<seed>.log      what its commands said
-    <arm>-<seed>/         the run, with eval/ (every answer to every set) and, where another arm starts from it, hf/
+    <arm>-<seed>.yaml     its settings; a cell whose settings have changed since is refused
+    <arm>-<seed>.log      the output of its commands
+    <arm>-<seed>/         the run, with eval/ (every answer to every set); hf/ if another arm starts from it
 """
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,13 @@ from medrlvr_jax.host.errors import ConfigError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
-NEEDED: dict[str, Any] = {"name": "x", "model": {"path": ""}, "data": {"path": ""}, "learn": {"policy": {"lr": 0}}}  # have no default
-DEFAULTS = configs.flat(configs.to_tree(pydantic.TypeAdapter(Config).validate_python(NEEDED)))
+NO_DEFAULT: dict[str, Any] = {
+    "name": "x",
+    "model": {"path": ""},
+    "data": {"path": ""},
+    "learn": {"policy": {"lr": 0}},
+}
+DEFAULTS = configs.flat(configs.to_tree(pydantic.TypeAdapter(Config).validate_python(NO_DEFAULT)))
 
 
 @section
@@ -33,7 +40,7 @@ class Arm:
     by: Literal["train", "sft", "eval"] | None = None
     like: str | None = None
     after: str | None = None  # an arm by train or sft
-    seeds: Seeds | None = None  # null: the file's. A greedy evaluation of one model needs but one
+    seeds: Seeds | None = None  # null: the file's. A greedy evaluation of one model needs only one
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -45,14 +52,12 @@ class Claims:
     rl: Annotated[tuple[str, ...], Field(min_length=1)]
     base: str | None = None  # the model before any training
     no_think: str | None = None  # RL whose responses are the answer alone
-    margin: Annotated[float, Field(gt=0, lt=1)] = (
-        0.05  # two arms match if they are shown to differ by less than this share of the questions
-    )
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.05  # arms match if they differ by less of the questions
 
 
 @section
 class Experiment:
-    """A whole file. The first of `common.eval.sets` is in distribution, the others are out of it."""
+    """A file. The first of `common.eval.sets` is in distribution, the others are out of it."""
 
     name: Name
     runs: str = "runs"
@@ -88,22 +93,28 @@ class Cell:
         return f"{self.origin()}\n{configs.dump(self.config)}"
 
     def origin(self) -> str:
-        """Its command, and all settings of the run it starts from that are not the defaults: one that is added later changes nothing."""
+        """Its command, with a digest of the run it starts from.
+
+        The digest is of that run's settings which are not the defaults: a setting that is added later does
+        not change it.
+        """
         if self.parent is None:
             return f"# medrlvr {self.by}"
-        own = {k: v for k, v in configs.flat(configs.to_tree(self.parent.config)).items() if v != DEFAULTS.get(k)}
-        digest = hashlib.sha256(f"{self.parent.origin()} {sorted(own.items())}".encode()).hexdigest()[:16]
+        settings = configs.flat(configs.to_tree(self.parent.config))
+        changed = sorted((k, v) for k, v in settings.items() if v != DEFAULTS.get(k))
+        digest = hashlib.sha256(f"{self.parent.origin()} {changed}".encode()).hexdigest()[:16]
         return f"# medrlvr {self.by}, from {self.parent.path.name} {digest}"
 
     def commands(self) -> list[list[str]]:
-        """Those still to run: each is done once its last file is there."""
+        """Those still to run: each is done once the last file that it writes exists."""
         run, file = str(self.path), str(self.beside(".yaml"))
-        steps = [(["eval", file if self.by == "eval" else run, "--out", f"{run}/eval"], self.path / "eval" / "eval.json")]
+        evaluated = ["eval", file if self.by == "eval" else run, "--out", f"{run}/eval"]
+        steps = [(evaluated, self.path / "eval" / "eval.json")]
         if self.by != "eval":
             steps.insert(0, ([self.by, file], self.path / "summary.json"))
         if self.exported:
             steps.append((["export", run, f"{run}/hf"], self.path / "hf" / "config.json"))
-        return [command for command, made in steps if not made.exists()]
+        return [command for command, last_file in steps if not last_file.exists()]
 
     @property
     def finished(self) -> bool:
@@ -111,37 +122,40 @@ class Cell:
 
 
 def read(path: str | Path, settings: list[str]) -> tuple[Experiment, list[Cell]]:
-    """The file and its cells. `a.b=value` replaces a field of the file or, of any other name, that setting in every cell."""
-    tree = configs.read_yaml(path, "configs/reproduce_tiny.yaml is one that can be")
+    """The file and its cells. `a.b=value` replaces a field of the file, or else a setting of every cell."""
+    tree = configs.read_yaml(path, "see configs/reproduce_tiny.yaml for an example")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: name, common, arms and claims are needed; configs/reproduce_tiny.yaml shows how")
-    everywhere = [item for item in settings if item.split("=")[0].split(".")[0] not in Experiment.__dataclass_fields__]
+        example = "configs/reproduce_tiny.yaml shows how"
+        raise ConfigError(f"{path}: name, common, arms and claims are needed; {example}")
+    of_cells = [s for s in settings if s.split("=")[0].split(".")[0] not in Experiment.__dataclass_fields__]
     for item in settings:
-        if item not in everywhere:
+        if item not in of_cells:
             configs.override(tree, item)
     try:
         experiment = pydantic.TypeAdapter(Experiment).validate_python(tree)
     except pydantic.ValidationError as e:
-        said = [f"{path}: {'.'.join(map(str, error['loc']))}: {error['input']!r:.80}: {error['msg']}" for error in e.errors()]
-        raise ConfigError("\n".join(said)) from None
-    claims = experiment.claims
-    for field, names in {"sft": [claims.sft], "rl": claims.rl, "base": [claims.base], "no_think": [claims.no_think]}.items():
+        lines = [f"{'.'.join(map(str, x['loc']))}: {x['input']!r:.80}: {x['msg']}" for x in e.errors()]
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
+    c = experiment.claims
+    for field, names in {"sft": [c.sft], "rl": c.rl, "base": [c.base], "no_think": [c.no_think]}.items():
         if lost := [name for name in names if name is not None and name not in experiment.arms]:
-            raise ConfigError(f"{path}: claims.{field}: {lost[0]}: no such arm; there are {', '.join(experiment.arms)}")
-    return experiment, _cells(experiment, everywhere, str(path))
+            have = ", ".join(experiment.arms)
+            raise ConfigError(f"{path}: claims.{field}: {lost[0]}: no such arm; there are {have}")
+    return experiment, _cells(experiment, of_cells, str(path))
 
 
-def _cells(experiment: Experiment, everywhere: list[str], source: str) -> list[Cell]:
-    """Every arm with each of its seeds, in the file's order, which has an arm after what it starts from; each config checked."""
-    whole: dict[str, Arm] = {}  # with what they have of others
-    made: dict[tuple[str, int], Cell] = {}
+def _cells(experiment: Experiment, of_cells: list[str], source: str) -> list[Cell]:
+    """Every arm with each of its seeds, in the file's order. Raises ConfigError where one cannot run."""
+    merged: dict[str, Arm] = {}  # with what they take from `like`
+    cells: dict[tuple[str, int], Cell] = {}
     for name, arm in experiment.arms.items():
         where = f"{source}: arms.{name}"
         for field, other in (("like", arm.like), ("after", arm.after)):
-            if other is not None and other not in whole:
-                raise ConfigError(f"{where}.{field}: {other}: no arm above this one; above are {', '.join(whole) or 'none'}")
-        like = whole[arm.like] if arm.like else Arm(settings=experiment.common)
-        whole[name] = arm = Arm(
+            if other is not None and other not in merged:
+                above = ", ".join(merged) or "none"
+                raise ConfigError(f"{where}.{field}: {other}: no arm above this one; above are {above}")
+        like = merged[arm.like] if arm.like else Arm(settings=experiment.common)
+        merged[name] = arm = Arm(
             by=arm.by or like.by,
             after=arm.after or like.after,
             seeds=arm.seeds or like.seeds,
@@ -150,10 +164,11 @@ def _cells(experiment: Experiment, everywhere: list[str], source: str) -> list[C
         if arm.by is None:
             raise ConfigError(f"{where}.by: needed, and not given: train, sft or eval")
         for seed in arm.seeds or experiment.seeds:
-            tree = merge(arm.settings, {"name": f"{name}-{seed}", "runs": str(experiment.folder), "seed": seed})
-            for item in everywhere:
+            place = {"name": f"{name}-{seed}", "runs": str(experiment.folder), "seed": seed}
+            tree = merge(arm.settings, place)
+            for item in of_cells:
                 configs.override(tree, item)
-            parent = made.get((arm.after or "", seed))
+            parent = cells.get((arm.after or "", seed))
             if arm.after and (parent is None or parent.by == "eval"):
                 why = f"has no seed {seed}" if parent is None else "is by eval, which trains nothing"
                 raise ConfigError(f"{where}.after: {arm.after} {why}")
@@ -164,33 +179,39 @@ def _cells(experiment: Experiment, everywhere: list[str], source: str) -> list[C
             if arm.by == "train":
                 configs.check_rl(config)
             if not config.eval.sets:
-                raise ConfigError(f"{where}: eval.sets: none; the first is to be in distribution, the others out of it")
-            made[name, seed] = Cell(name, arm.by, config, parent)
-    return list(made.values())
+                raise ConfigError(f"{where}: eval.sets: none; the first is in distribution, others out of it")
+            cells[name, seed] = Cell(name, arm.by, config, parent)
+    return list(cells.values())
 
 
 def merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """b over a, section by section; a new tree."""
-    both = {k: merge(a[k] if isinstance(a.get(k), dict) else {}, v) if isinstance(v, dict) else v for k, v in b.items()}
-    return {k: merge(v, {}) if isinstance(v, dict) else v for k, v in a.items()} | both
+    out = copy.deepcopy(a)
+    for key, value in b.items():
+        if isinstance(value, dict):
+            value = merge(out[key] if isinstance(out.get(key), dict) else {}, value)
+        out[key] = value
+    return out
 
 
 def check_same(cells: list[Cell]) -> None:
-    """Refuse, by name, all cells that were begun with other settings; one that was not yet there then had its default."""
+    """Refuse all cells that were begun with other settings. A setting that a file lacks had its default."""
     complaints = []
     for cell in cells:
         file = cell.beside(".yaml")
         if cell.path.exists() and not file.exists():
-            complaints.append(f"  {cell.path.name}: there is no {file.name} beside it to tell them")
+            complaints.append(f"  {cell.path.name}: there is no {file.name} beside it with its settings")
         elif file.exists():
             text = file.read_text(encoding="utf-8")
-            there, here = (configs.flat(configs.parse_yaml(t, str(file), "repair or remove it")) for t in (text, cell.record()))
-            pairs = {k: (there.get(k, DEFAULTS.get(k)), here.get(k)) for k in here | there}
-            found = [f"{k}: {old!r} there, {new!r} now" for k, (old, new) in pairs.items() if old != new]
+            trees = [configs.parse_yaml(x, str(file), "repair or remove it") for x in (text, cell.record())]
+            then, now = map(configs.flat, trees)
+            pairs = {k: (then.get(k, DEFAULTS.get(k)), now.get(k)) for k in now | then}
+            changes = [f"{k}: {old!r} there, {new!r} now" for k, (old, new) in pairs.items() if old != new]
             if text.splitlines()[0] != cell.origin():
-                found.append("its command, or the run it starts from, is another")
-            if found:
-                complaints.append(f"  {cell.path.name}: {'; '.join(found)}")
+                changes.append("its command, or the run it starts from, is another")
+            if changes:
+                complaints.append(f"  {cell.path.name}: {'; '.join(changes)}")
     if complaints:
-        remedy = "give another name=, the settings they were begun with, or delete each one's folder and .yaml to run it anew"
-        raise ConfigError("\n".join([f"{cells[0].path.parent}: cells were begun with other settings; {remedy}:", *complaints]))
+        remedy = "give another name= or the same settings, or delete each's folder and .yaml to run it anew"
+        head = f"{cells[0].path.parent}: cells were begun with other settings; {remedy}:"
+        raise ConfigError("\n".join([head, *complaints]))

@@ -30,7 +30,7 @@ CLAIMS = (
 )
 NOTE = """Accuracies are means over seeds. Intervals (95 %) and p are over questions and seeds, both random;
 of an arm with one run, over questions. Holm's adjustment is over all arms and sets. Format, tokens, and hacks
-(the answer given away in the thought, or reasoning before it: stages.py; –: no thought is asked for) are of"""
+(the answer given away in the thought, or reasoning before it: stages.py; –: no thought is asked) are of"""
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
-"""`medrlvr reproduce FILE.yaml`: the cells of a file of arms (arms.py) as processes of their own, then the table of them (claims.py).
+"""`medrlvr reproduce FILE.yaml`: the cells of a file of arms (arms.py) as processes, then their table.
 
-`--jobs N` at a time, each on its share of the processor's cores: small models run best one to a core. A finished cell is not run again,
-one that was stopped goes on. SIGINT and SIGTERM are passed on: each run saves and stops after its step. If this process is killed, its
-children go on to the end of their command, and the same command again waits for them.
+`--jobs N` run at a time, each on its share of the processor's cores: small models run best on one core each.
+A finished cell is not run again, a stopped one resumes. SIGINT and SIGTERM are passed on: each run saves and
+stops after its step. If this process is killed, its children finish their command, and the same command again
+waits for them.
 """
 
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from medrlvr_jax.host import files, tables
@@ -22,7 +22,7 @@ from medrlvr_jax.runs.console import clock
 from medrlvr_jax.studies import arms, claims
 from medrlvr_jax.studies.arms import Cell
 
-HEARTBEAT = 60  # seconds between lines that say how far the cells are
+HEARTBEAT = 60  # seconds between lines of progress
 
 
 def reproduce(path: str, settings: list[str], only: list[str], jobs: int, dry_run: bool) -> int:
@@ -31,16 +31,13 @@ def reproduce(path: str, settings: list[str], only: list[str], jobs: int, dry_ru
     if lost := [name for name in only if name not in experiment.arms]:
         raise ConfigError(f"--only: {lost[0]}: no such arm; there are {', '.join(experiment.arms)}")
     arms.check_same(cells)
-    names = {cell.path for cell in cells if not only or cell.arm in only}
-    for cell in reversed(cells):  # what they start from stands before them
-        names |= {cell.parent.path} if cell.parent and cell.path in names else set()
-    wanted = [cell for cell in cells if cell.path in names]
+    chosen = {cell.path for cell in cells if not only or cell.arm in only}
+    for cell in reversed(cells):  # a cell comes after the one it starts from
+        if cell.parent and cell.path in chosen:
+            chosen.add(cell.parent.path)
+    wanted = [cell for cell in cells if cell.path in chosen]
     if dry_run:
-        rows = []
-        for cell in cells:
-            begun = "begun" if cell.beside(".yaml").exists() else "to run"
-            state = "finished" if cell.finished else begun if cell in wanted else "left out by --only"
-            rows.append((cell.path.name, cell.by, state))
+        rows = [(cell.path.name, cell.by, _state(cell, cell in wanted)) for cell in cells]
         print(tables.plain(("cell", "by", "state"), rows))
         return 0
     runner = Runner([cell for cell in wanted if not cell.finished], wanted, jobs)
@@ -51,22 +48,33 @@ def reproduce(path: str, settings: list[str], only: list[str], jobs: int, dry_ru
     return status or int(bool(runner.failed))
 
 
+def _state(cell: Cell, wanted: bool) -> str:
+    if cell.finished:
+        return "finished"
+    if cell.beside(".yaml").exists():
+        return "begun"
+    return "to run" if wanted else "left out by --only"
+
+
 class Runner:
-    """The processes: at most one to each share of the cores."""
+    """The processes: at most one on each share of the cores."""
 
     def __init__(self, todo: list[Cell], every: list[Cell], jobs: int):
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        every_core = range(os.cpu_count() or 1)
+        cores = sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every_core)
         if not 1 <= jobs <= len(cores):
-            raise ConfigError(f"--jobs: {jobs} at a time, with {len(cores)} cores here; give 1 to {len(cores)}")
+            remedy = f"give 1 to {len(cores)}"
+            raise ConfigError(f"--jobs: {jobs} at a time, with {len(cores)} cores here; {remedy}")
         self.shares = [set(cores[i::jobs]) for i in range(jobs)]
         self.todo, self.every, self.failed = list(todo), every, set()
-        self.running: dict[int, tuple[Cell, subprocess.Popen, float]] = {}  # by share
+        self.running: dict[int, tuple[Cell, subprocess.Popen, float]] = {}  # by share; with when it began
+        self.seconds: list[float] = []  # that finished cells took
         self.signal = 0
 
     def run(self) -> int:
         """0 when nothing is left to do, or 128 + the signal that stopped it."""
         handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        said = -math.inf  # at once, for what is held by processes left from before
+        reported = -math.inf  # the first report comes at once, on cells that older processes still hold
         try:
             while self.running or (self.todo and not self.signal):
                 for share in range(len(self.shares)):
@@ -74,10 +82,12 @@ class Runner:
                         self._look(share)
                     elif not self.signal:
                         self._start(share)
-                if time.monotonic() - said > HEARTBEAT:
-                    said = time.monotonic()
-                    held = [f"{c.path.name} waits for {holder}" for c in self.todo if (holder := log.lock_holder(c.path))]
-                    self._say("; ".join([*(f"{c.path.name} {_steps(c)}" for c, _, _ in self.running.values()), *held]))
+                if time.monotonic() - reported > HEARTBEAT:
+                    reported = time.monotonic()
+                    holders = {cell.path.name: log.lock_holder(cell.path) for cell in self.todo}
+                    held = [f"{name} waits for {holder}" for name, holder in holders.items() if holder]
+                    progress = [f"{cell.path.name} {_progress(cell)}" for cell, _, _ in self.running.values()]
+                    self._report("; ".join(progress + held))
                 time.sleep(0.2)
         finally:
             for s, handler in handlers.items():
@@ -87,45 +97,52 @@ class Runner:
         return 128 + self.signal if self.signal else 0
 
     def _start(self, share: int) -> None:
-        """The first cell whose start is there, and which no process left from before is still at."""
+        """Start the first cell whose parent is finished and which no older process holds."""
         for cell in list(self.todo):
             if cell.parent and cell.parent.path in self.failed:
                 self.todo.remove(cell)
                 self.failed.add(cell.path)
-                self._say(f"{cell.path.name} is left out, since {cell.parent.path.name} failed")
+                self._report(f"{cell.path.name} is left out, since {cell.parent.path.name} failed")
             elif not (cell.parent and cell.parent.commands()) and not log.lock_holder(cell.path):
                 self.todo.remove(cell)
                 cell.path.parent.mkdir(parents=True, exist_ok=True)
                 files.write_text(cell.beside(".yaml"), cell.record())
                 self._spawn(share, cell, time.monotonic())
-                return self._say(f"{cell.path.name} begins")
+                return self._report(f"{cell.path.name} begins")
 
     def _spawn(self, share: int, cell: Cell, began: float) -> None:
+        """Run the cell's next command on the share's cores."""
         command = [sys.executable, "-m", "medrlvr_jax", *cell.commands()[0]]
-        env = {"JAX_COMPILATION_CACHE_DIR": str((cell.path.parent / ".programs").absolute())} | os.environ  # cells share most programs
+        cache = str((cell.path.parent / ".programs").absolute())  # cells share most programs
+        env = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
         pins = hasattr(os, "sched_setaffinity")
         mine = os.sched_getaffinity(0) if pins else set()
         with open(cell.beside(".log"), "ab") as out:
             if pins:
-                os.sched_setaffinity(0, self.shares[share])  # a process is born onto its parent's cores
-            # A session of its own: the terminal's Ctrl-C is for this process, which passes it on.
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True)
+                os.sched_setaffinity(0, self.shares[share])  # a child inherits its parent's cores
+            # In a session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on.
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
+            )
             if pins:
                 os.sched_setaffinity(0, mine)
         self.running[share] = cell, process, began
 
     def _look(self, share: int) -> None:
+        """Has the share's process ended? Then report its cell, or run the cell's next command."""
         cell, process, began = self.running[share]
         if process.poll() is None:
             return
         del self.running[share]
         if process.returncode and not self.signal:
             self.failed.add(cell.path)
-            tail = cell.beside(".log").read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-            ends = f"{cell.path.name} failed with exit status {process.returncode}; {cell.beside('.log')} ends:"
-            self._say("\n    ".join([ends, *tail]))
+            file = cell.beside(".log")
+            tail = file.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+            head = f"{cell.path.name} failed with exit status {process.returncode}; {file} ends:"
+            self._report("\n    ".join([head, *tail]))
         elif cell.finished:
-            self._say(f"{cell.path.name} is finished after {clock(time.monotonic() - began)}")
+            self.seconds.append(time.monotonic() - began)
+            self._report(f"{cell.path.name} is finished after {clock(self.seconds[-1])}")
         elif not self.signal:
             self._spawn(share, cell, began)
 
@@ -133,38 +150,19 @@ class Runner:
         self.signal = number
         for cell, process, _ in self.running.values():
             process.send_signal(signal.SIGINT)
-            print(f"{signal.Signals(number).name}: {cell.path.name} stops after its step; once more stops it at once", file=sys.stderr)
+            name = f"{signal.Signals(number).name}: {cell.path.name}"
+            print(f"{name} stops after its step; once more stops it at once", file=sys.stderr)
 
-    def _say(self, text: str) -> None:
-        done, left = sum(c.finished for c in self.every), self._left()
-        more = f"; about {clock(left)} left" if left else ""
+    def _report(self, text: str) -> None:
+        done, waiting = sum(c.finished for c in self.every), len(self.todo) + len(self.running)
+        left = clock(mean(self.seconds) * waiting / len(self.shares)) if self.seconds else None
+        more = f"; about {left} left" if waiting and left else ""
         print(f"{done}/{len(self.every)} cells: {text}{more}", file=sys.stderr, flush=True)
 
-    def _left(self) -> float | None:
-        """Seconds. A cell takes what others of its arm take, or else of its kind; None while nothing is known of one."""
-        known: dict[str, list[float]] = {}
-        for cell in self.every:
-            for kind in (cell.arm, cell.by):
-                known.setdefault(kind, []).extend(_seconds(cell))
-        waiting = [c for c in (*self.todo, *(c for c, _, _ in self.running.values())) if c.by != "eval"]  # those take next to nothing
-        times = [known[c.arm] or known[c.by] for c in waiting]
-        if not all(times):
-            return None
-        spent = sum(time.monotonic() - began for _, _, began in self.running.values())
-        return max(sum(map(mean, times)) - spent, 0.0) / len(self.shares)
 
-
-def _seconds(cell: Cell) -> list[float]:
-    """What its run took; or, by its first steps, will take."""
-    summary, metrics = cell.path / "summary.json", cell.path / "metrics.jsonl"
-    if summary.exists():
-        return [json.loads(summary.read_text(encoding="utf-8"))["seconds"]]
-    steps = [r["seconds"] for r in files.read_jsonl(metrics) if "seconds" in r] if metrics.exists() else []
-    return [sum(steps) + median(steps) * (cell.config.steps - len(steps))] if len(steps) > 1 and cell.config.steps else []
-
-
-def _steps(cell: Cell) -> str:
+def _progress(cell: Cell) -> str:
     """How far its run is."""
     file = cell.path / "metrics.jsonl"
     records = files.read_jsonl(file) if file.exists() else []
-    return f"step {records[-1]['step']}" + (f"/{cell.config.steps}" if cell.config.steps else "") if records else "starts"
+    total = f"/{cell.config.steps}" if cell.config.steps else ""
+    return f"step {records[-1]['step']}{total}" if records else "starts"
