@@ -145,6 +145,14 @@ def load_frozen(parts: Parts) -> Frozen:
     return Frozen(load_base(parts), reference)
 
 
+def abstract_frozen(parts: Parts) -> Frozen:
+    """What `load_frozen` returns, as shapes."""
+    reference = None
+    if parts.config.kl.coef > 0:
+        reference = {} if parts.cfg.lora else abstract_params(parts, parts.cfg)
+    return Frozen(abstract_base(parts), reference)
+
+
 def init_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformation) -> tuple[Learner, Learner]:
     """A learner at its start, and its shardings."""
     params = load_params(parts, cfg)

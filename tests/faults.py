@@ -42,8 +42,7 @@ from transformers import AutoTokenizer  # noqa: E402, F401  (seconds to import, 
 
 from medrlvr_jax import cli  # noqa: E402
 from medrlvr_jax.host import files, processes  # noqa: E402
-from medrlvr_jax.rl import experience, sft, train  # noqa: E402
-from medrlvr_jax.rollout import rollout  # noqa: E402
+from medrlvr_jax.rl import sft, train  # noqa: E402
 from medrlvr_jax.runs import checkpoint, log  # noqa: E402
 
 STEPS = 12
@@ -68,8 +67,8 @@ QUICK = f" {quick_flags}"  # where no cache saves compiling: see invariance.py
 
 # A point is (what is called, the most milliseconds that may pass after it before the signal falls).
 POINTS = {
-    "generation": ([(rollout, "generate")], 60),
-    "scoring": ([(experience, "score_rollout")], 30),
+    "generation": ([(train, "draw")], 60),
+    "scoring": ([(train, "score_rollout")], 30),
     "learning": ([(train, "offload"), (sft, "offload")], 60),
     "evaluation (PPO)": ([(train.evaluate, "evaluate_sets")], 60),
     "checkpoint being written": ([(checkpoint.Checkpoints, "save")], 120),

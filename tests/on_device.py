@@ -36,7 +36,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,9 +64,9 @@ from medrlvr_jax.model import decoder, families, lora  # noqa: E402
 from medrlvr_jax.model.decoder import DecoderConfig  # noqa: E402
 from medrlvr_jax.plan import aot, machines  # noqa: E402
 from medrlvr_jax.plan.machines import GIB, Chip, Machine  # noqa: E402
-from medrlvr_jax.rl import experience, train  # noqa: E402
-from medrlvr_jax.rl.programs import make_programs, step_programs  # noqa: E402
-from medrlvr_jax.rollout import rollout as rollouts  # noqa: E402
+from medrlvr_jax.rl import train  # noqa: E402
+from medrlvr_jax.rl.programs import make_programs  # noqa: E402
+from medrlvr_jax.rl.train import step_programs  # noqa: E402
 from medrlvr_jax.rollout.rollout import Encoded, width  # noqa: E402
 from medrlvr_jax.runs.profile import Compiles  # noqa: E402
 from medrlvr_jax.sharding import to_host  # noqa: E402
@@ -253,19 +252,9 @@ class Clock:
         return call
 
 
-@contextmanager
-def timed(clock: Clock, programs: Any):
-    """The programs of a step with the clock around each; three of them are called by their names."""
-    callers = {"generate": rollouts, "assess": experience, "make_experience": experience}
-    plain = {name: getattr(caller, name) for name, caller in callers.items()}
-    for name, caller in callers.items():
-        setattr(caller, name, clock(name, plain[name]))
-    relay = dataclasses.replace(programs.relay, program=clock("relay", programs.relay.program))
-    try:
-        yield dataclasses.replace(programs, relay=relay, learn_policy=clock("learn_policy", programs.learn_policy))
-    finally:
-        for name, caller in callers.items():
-            setattr(caller, name, plain[name])
+def timed(clock: Clock, training: train.Training) -> train.Training:
+    """The training with the clock around each of its programs."""
+    return dataclasses.replace(training, programs=training.programs.wrapped(clock))
 
 
 def compiled(parts: build.Parts, programs: Any, encoded: Encoded, chip: Chip) -> dict[str, aot.Figures]:
@@ -293,19 +282,20 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
         made = make_programs(parts, 1000)
         figures = compiled(parts, made, encoded, chip)
         report(compile_s={name: f.compile_s for name, f in figures.items()}, all_s=time.monotonic() - began)
-        programs, state = train.start(parts, made)
-        frozen, clock = build.load_frozen(parts), Clock()
+        training, state = train.start(parts, made)
+        clock = Clock()
         report(memory_gib_before_the_first_step=memory("bytes_in_use"))
         whole = []
-        with timed(clock, programs) as watched, Compiles() as heard:
+        watched = timed(clock, training)
+        with Compiles() as heard:
             for n in range(1 + sizes.runs):
-                state, stats, scored, _ = jax.block_until_ready(train.train_step(parts, watched, encoded, state, frozen, n))
+                state, stats, scored, _ = jax.block_until_ready(train.train_step(watched, encoded, state, n))
                 report(step=n + 1, compiled_meanwhile=dict(heard.drain()))  # in the first, what `step_programs` does not name
         for n in range(sizes.runs):
             start = time.perf_counter()
-            state, *_ = jax.block_until_ready(train.train_step(parts, programs, encoded, state, frozen, n))
+            state, *_ = jax.block_until_ready(train.train_step(training, encoded, state, n))
             whole.append(time.perf_counter() - start)
-        sampler = lora.join(frozen.base, state.policy.params)
+        sampler = lora.join(training.frozen.base, state.policy.params)
         weights = sum(p.size for p in jax.tree.leaves(sampler)) * jnp.dtype(parts.cfg.dtype).itemsize
     seconds = {name: statistics.median(times[1:]) for name, times in clock.times.items()}
     tokens, columns = int(scored.lengths.sum()), int(scored.lengths.max())
@@ -328,7 +318,7 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
     if traced:
         with tempfile.TemporaryDirectory() as folder, jax.set_mesh(parts.mesh):
             with jax.profiler.trace(str(Path(folder, "profile"))):
-                jax.block_until_ready(train.train_step(parts, programs, encoded, state, frozen, 1))
+                jax.block_until_ready(train.train_step(training, encoded, state, 1))
             for row in show_profile.summary(folder):
                 report(**row)
 
@@ -340,10 +330,10 @@ def gap(size: str, report: Report, small: bool) -> None:
     def one(dtype: str, precision: str, weights: str, bound: float) -> None:
         parts = lay_out(size, sizes, model={"dtype": dtype}, sample={"weights": weights}, loss={"sampler_cap": 2.0})
         with jax.set_mesh(parts.mesh), jax.default_matmul_precision(precision):
-            programs, state = train.start(parts, make_programs(parts, 1000))
+            training, state = train.start(parts, make_programs(parts, 1000))
             policy = dataclasses.replace(state.policy, params=lively(state.policy.params))
             state = dataclasses.replace(state, policy=policy)
-            _, stats, scored, _ = train.train_step(parts, programs, questions(parts, sizes), state, build.load_frozen(parts), 0)
+            _, stats, scored, _ = train.train_step(training, questions(parts, sizes), state, 0)
             stats = {k: float(np.asarray(stats[k])) for k in ("sampler_gap", "sampler_ratio_far", "entropy")}
         report(arithmetic=dtype, precision=precision, weights=weights, **stats, bound=bound, tokens=int(scored.lengths.sum()))
         if not stats["sampler_gap"] <= bound:
@@ -475,14 +465,14 @@ def determinism(size: str, report: Report, small: bool) -> None:
     def twice(name: str) -> None:
         parts = lay_out(size, sizes)
         with jax.set_mesh(parts.mesh):
-            programs, state = train.start(parts, make_programs(parts, 1000))
-            frozen, clock, ends = build.load_frozen(parts), Clock(), []
+            training, state = train.start(parts, make_programs(parts, 1000))
+            clock, ends = Clock(), []
+            watched = timed(clock, training)
             encoded, fresh = questions(parts, sizes), jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-            with timed(clock, programs) as watched:
-                for _ in range(3):
-                    start = dataclasses.replace(state, policy=fresh(state.policy))  # learning takes its state's memory over
-                    after, _, _, rows = train.train_step(parts, watched, encoded, start, frozen, 0)
-                    ends.append(to_host({"experience": rows, "policy": after.policy.params}))
+            for _ in range(3):
+                start = dataclasses.replace(state, policy=fresh(state.policy))  # learning takes its state's memory over
+                after, _, _, rows = train.train_step(watched, encoded, start, 0)
+                ends.append(to_host({"experience": rows, "policy": after.policy.params}))
         leaves = [jax.tree_util.tree_flatten_with_path(end)[0] for end in ends]
         pairs = zip(*leaves[1:], strict=True)
         differ = [jax.tree_util.keystr(path) for (path, a), (_, b) in pairs if np.asarray(a).tobytes() != np.asarray(b).tobytes()]

@@ -12,7 +12,7 @@ from medrlvr_jax.config.load import from_tree
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import monitors
 from medrlvr_jax.rewards import score, stages
-from medrlvr_jax.rl import train
+from medrlvr_jax.rl import records
 from medrlvr_jax.rl.advantages import compute
 from medrlvr_jax.rollout.rollout import Scored
 
@@ -184,5 +184,5 @@ def test_a_control_run_of_constant_rewards_goes_on():
 
 def test_where_no_thought_is_asked_for_there_are_no_stages():
     rows = scored([WELL, HACK], ["A", "A"], 1)
-    assert train.summarise({}, rows)["stage/reintegrated_reasoning"] == 0.5
-    assert not any(k.startswith("stage/") for k in train.summarise({}, dataclasses.replace(rows, stages=[None, None])))
+    assert records.summarise({}, rows)["stage/reintegrated_reasoning"] == 0.5
+    assert not any(k.startswith("stage/") for k in records.summarise({}, dataclasses.replace(rows, stages=[None, None])))

@@ -20,8 +20,9 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder, families, scoring
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.plan import aot, flops, machines, plan
-from medrlvr_jax.rl import experience, train
-from medrlvr_jax.rl.programs import compile_ahead, make_programs, step_programs
+from medrlvr_jax.rl import train
+from medrlvr_jax.rl.programs import compile_ahead, make_programs
+from medrlvr_jax.rl.train import step_programs
 from medrlvr_jax.rollout import generate as sample
 from medrlvr_jax.rollout import rollout
 from medrlvr_jax.rollout.program import Program, array
@@ -119,13 +120,9 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
     encoded = dataclasses.replace(encoded, width=rollout.width(c.prompt.max_tokens))  # planned for the longest prompt allowed
     made = make_programs(parts, 2)
     with jax.set_mesh(parts.mesh):
-        for module, name in ((rollout, "generate"), (experience, "assess"), (experience, "make_experience")):
-            monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
-        wrapped: dict = {n: recording(n, getattr(made, n)) for n in ("learn_policy", "learn_critic")}
-        wrapped["relay"] = dataclasses.replace(made.relay, program=recording("relay", made.relay.program))
-        recorded = dataclasses.replace(made, **wrapped)
-        _, state = train.start(parts, made)
-        train.train_step(parts, recorded, encoded, state, build.load_frozen(parts), 0)
+        training, state = train.start(parts, made)
+        recorded = dataclasses.replace(training, programs=training.programs.wrapped(recording))
+        train.train_step(recorded, encoded, state, 0)
         monkeypatch.undo()
         planned = {p.name: p.function.lower(*p.args, **p.kwargs).as_text() for p in step_programs(parts, made, encoded.width)}
     assert planned.keys() == seen.keys()

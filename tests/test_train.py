@@ -445,13 +445,15 @@ def test_weights_in_bfloat16_resume_bit_for_bit_and_move(folder):
 
 def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys, monkeypatch):
     """Advantages of NaN in steps 2 and on: nothing moves, each batch is kept, and the third in a row ends the run with a checkpoint."""
-    honest, factors = train.collect, iter([1.0, np.nan, np.nan, np.nan])
+    honest, factors = train.advantages, iter([1.0, np.nan, np.nan, np.nan])
 
     def spoiled(*args):
-        experience, stats, scored = honest(*args)
-        return dataclasses.replace(experience, advantages=experience.advantages * next(factors)), stats, scored
+        experience, stats = honest(*args)
+        if isinstance(experience.mask, jax.ShapeDtypeStruct):  # of the step that is taken with shapes
+            return experience, stats
+        return dataclasses.replace(experience, advantages=experience.advantages * next(factors)), stats
 
-    monkeypatch.setattr(train, "collect", spoiled)
+    monkeypatch.setattr(train, "advantages", spoiled)
     assert main("train", folder / "config.yaml", "name=spoiled", "steps=4", *NO_EVAL, "checkpoint={every: 1, keep: 9}") == 1
     said = capsys.readouterr().err
     assert "3 steps in a row had updates that were not finite" in said and "Step 4 is saved" in said
@@ -514,7 +516,7 @@ def test_a_signal_while_programs_are_compiled_stops_before_the_first_step(folder
 
 
 def test_what_is_compiled_late_is_named_and_explained(folder, capsys, caplog, monkeypatch):
-    honest, sizes = train.collect, iter([3, 4])
+    honest, sizes = train.train_step, iter([3, 4])
 
     @jax.jit
     def triple(x):
@@ -524,7 +526,7 @@ def test_what_is_compiled_late_is_named_and_explained(folder, capsys, caplog, mo
         triple(np.ones(next(sizes)))
         return honest(*args)
 
-    monkeypatch.setattr(train, "collect", grown)
+    monkeypatch.setattr(train, "train_step", grown)
     assert main("train", folder / "config.yaml", "name=grown", *NO_EVAL) == 0
     said = capsys.readouterr().err
     assert "step 2: compiled jit(triple) in mid-run" in said and "step 1: compiled" not in said

@@ -104,7 +104,7 @@ def how(c: Config, encoded: Encoded) -> SampleConfig:
 def programs(parts: Parts, sets: dict[str, Encoded]) -> list[Program]:
     """What `evaluate_sets` will call; sets of one shape share one."""
     shapes = {(how(parts.config, encoded), encoded.width): name for name, encoded in sets.items()}
-    return [draw_program(parts, parts.cfg, sample, width, f"eval {name}") for (sample, width), name in shapes.items()]
+    return [draw_program(parts, sample, width, f"eval {name}") for (sample, width), name in shapes.items()]
 
 
 def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:

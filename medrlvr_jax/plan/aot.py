@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +15,14 @@ import numpy as np
 
 from medrlvr_jax.build import Parts, lay_out
 from medrlvr_jax.config.schema import Config
-from medrlvr_jax.model import families
+from medrlvr_jax.model import attention, families
 from medrlvr_jax.plan import flops, hlo, machines
 from medrlvr_jax.plan.machines import Machine
-from medrlvr_jax.rl.programs import make_programs, step_programs
+from medrlvr_jax.rl.programs import make_programs
+from medrlvr_jax.rl.train import step_programs
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import width
+from medrlvr_jax.types import Prompts
 
 
 class Stops(NamedTuple):
@@ -94,7 +97,7 @@ def compile_program(
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.args, **program.kwargs)
         lowered = traced.lower()
-    done = flops.traced_flops(traced.jaxpr, program.visited) / n
+    done = flops.traced_flops(traced.jaxpr, visited(program, parts)) / n
     arguments, others = bytes_of((program.args, program.kwargs)), bytes_of(program.others)
     text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     if text in cache:
@@ -133,6 +136,24 @@ def compile_program(
         },
     )
     return cache[text]
+
+
+def visited(program: Program, parts: Parts) -> Mapping[str, float]:
+    """The share of its blocks that the TPU's attention kernel visits, by a part of its name; see `attention.visited`."""
+    if not parts.cfg.splash:
+        return {}
+    sample = parts.config.sample
+    if program.name == "generate":
+        width = program.args[2].tokens.shape[1]
+        return attention.visited(width, 0, width)
+    if program.name.startswith(("assess", "learn")):
+        prompts = next(arg for arg in jax.tree.leaves(program.args, is_leaf=_is_prompts) if _is_prompts(arg))
+        return attention.visited(prompts.tokens.shape[1], sample.samples, sample.max_new_tokens)
+    return {}
+
+
+def _is_prompts(x: Any) -> bool:
+    return isinstance(x, Prompts)
 
 
 def refusal(message: str, arguments: float) -> float | None:

@@ -1,10 +1,5 @@
-"""From questions to experience: the only place where host and device alternate.
+"""From rewards to experience: one reward for each row in all processes, then advantages, and the step's scalars."""
 
-generate → (assess on the device ‖ decode and score on the host) → experience. A row that several processes hold is scored by one of
-them, which tells the others its reward.
-"""
-
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,13 +10,10 @@ import numpy as np
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import COMPARING
 from medrlvr_jax.host.processes import gather
-from medrlvr_jax.model import lora
-from medrlvr_jax.rewards.user import Judge
 from medrlvr_jax.rl import advantages
-from medrlvr_jax.rollout.assess import assess, assess_settings
-from medrlvr_jax.rollout.rollout import Encoded, Scored, draw, place_prompts, score_rollout
-from medrlvr_jax.sharding import by_rows, own_rows, place_rows, to_memory
-from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Params, Prompts, Rollout
+from medrlvr_jax.rollout.rollout import Scored
+from medrlvr_jax.sharding import by_rows, own_rows
+from medrlvr_jax.types import Array, Assessment, Experience, Prompts, Rollout
 
 
 def rewards_of_all(scored: Scored, n: int, parts: Parts) -> np.ndarray:
@@ -88,31 +80,3 @@ def make_experience(
 def experience_settings(parts: Parts) -> dict[str, Any]:
     """The static arguments of `make_experience`."""
     return {"config": (parts.config.advantage, parts.config.kl, parts.config.loss)}
-
-
-def collect(
-    relay: Callable[[Params], Params],
-    frozen: Frozen,
-    policy: Params,
-    critic: Params | None,
-    parts: Parts,
-    encoded: Encoded,
-    index: np.ndarray,
-    key: Array,
-    kl_coef: Array,
-    judge: Judge | None = None,
-) -> tuple[Experience, dict[str, Array], Scored]:
-    """One step's rollout of the questions at `index`, made into experience. Assessing runs while the host scores.
-
-    The sampler's copy of the policy (`relay`, see build.py) lives no longer than `generate`.
-    """
-    sample, prompts = parts.config.sample, place_prompts(parts, encoded, index)
-    rollout = draw(relay(lora.join(frozen.base, policy)), parts.sampler_cfg, parts, prompts, key, sample)
-    here = to_memory(frozen, "device") if parts.config.learn.offload else frozen
-    assessment = assess(here, policy, critic, prompts, rollout, **assess_settings(parts))
-    with jax.profiler.TraceAnnotation("score"):
-        scored = score_rollout(parts, encoded, index, rollout, coin=key, judge=judge)
-    rewards = place_rows(rewards_of_all(scored, len(index), parts), len(index), parts.mesh)
-    kinds = experience_settings(parts)
-    experience, stats = make_experience(prompts, rollout, assessment, rewards, kl_coef, **kinds)
-    return experience, stats, scored

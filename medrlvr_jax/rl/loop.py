@@ -1,9 +1,14 @@
-"""The loop around any step: resume, compile, evaluate, record, checkpoint, stop when asked. Training and fine-tuning are two of it."""
+"""The loop around any kind of training: resume, compile, evaluate; then step, evaluate, record, save, stop.
+
+A `Job` says what a step is, what it logs and what evaluation reads. Reinforcement learning (train.py) and fine-tuning
+(sft.py) each make one; everything that a run writes is written from here.
+"""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,118 +25,176 @@ from medrlvr_jax.rollout.rollout import Encoded
 from medrlvr_jax.runs import inputs, log
 from medrlvr_jax.runs.checkpoint import Checkpoints
 from medrlvr_jax.runs.profile import Compiles, Profile
-from medrlvr_jax.types import Experience, TrainState
+from medrlvr_jax.types import Experience, Params, TrainState
 
 Callback = Callable[[int, dict[str, Any]], Any]
 
+MAX_SKIPS = 3  # steps in a row with an update that was not finite, after which a run stops
 
-SKIPS = 3  # steps in a row with an update that was not finite, after which a run stops
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives to the loop."""
+
+    state: TrainState
+    metrics: dict[str, Any]  # of this step: its line of metrics.jsonl
+    learned: Experience  # the rows learned from: dumped where an update was not finite
+    logs: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows for other files, named in `log.LOGS`
+    notices: Sequence[str] = ()
 
 
-def drive(
-    command: str,
-    parts: Parts,
-    rows: tuple[list[Any], list[Any]],
-    sets: dict[str, Encoded],
-    steps: int,
-    state: TrainState,
-    one: Any,
-    relay: Any,
-    ahead: list[Program],
-    notices: list[str],
-    callbacks: Callback | Sequence[Callback] = (),
-    rewards: Sequence[dict[str, Any]] = (),
-) -> dict[str, Any]:
-    """The loop around any step: resume, compile, evaluate, record, checkpoint, stop when asked.
+@dataclass(frozen=True)
+class Job:
+    """One kind of training, as the loop needs it."""
 
-    `rows` is what is trained on, and its tokens. `one`:
-    (state, step, the last records) → (state, metrics, logs, the rows learned from, notices).
-    `ahead` are the programs that `one` and the evaluations will call. `rewards` says which callables pay, for inputs.json.
+    command: str  # "train" or "sft": the command line that goes on with the run
+    parts: Parts
+    steps: int
+    rows: tuple[list[Any], list[Any]]  # what is trained on, and its tokens: compared with inputs.json on resuming
+    sets: dict[str, Encoded]  # what is evaluated, by name
+    state: TrainState  # at the start
+    step: Callable[[TrainState, int, log.Records], StepResult]  # (state, 0-based step, the last records) → result
+    policy: Callable[[TrainState], Params]  # what evaluation reads: the sampler's parameters
+    programs: Sequence[Program]  # what steps and evaluations call: compiled before the first step
+    notices: Sequence[str] = ()  # about the data, for the console
+    rewards: Sequence[dict[str, Any]] = ()  # the callables that pay, for inputs.json
+
+
+class Session(NamedTuple):
+    """What is open while a run goes on."""
+
+    run: log.Run
+    compiles: Compiles
+    profile: Profile
+    checkpoints: Checkpoints
+
+
+def run_job(job: Job, callbacks: Callback | Sequence[Callback] = ()) -> dict[str, Any]:
+    """Run or resume a job to its last step, or until a callback or a signal stops it.
+
+    Returns the summary (`log.Run.finish`). Raises `Diverged` where updates are not finite in `MAX_SKIPS` steps in a row or
+    nothing is learned from the rewards any more, after saving a checkpoint.
     """
-    config, callbacks = parts.config, [callbacks] if callable(callbacks) else callbacks
-    used = {"train": rows[0]} | {f"eval.{name}": encoded.questions for name, encoded in sets.items()}
-    prints = {name: fingerprint(of) for name, of in used.items()}
-    looked_at: inputs.Sets = {"data": (config.data, *rows)}
-    looked_at |= {f"eval.sets.{name}": (config.eval.sets[name], encoded.questions, encoded.tokens) for name, encoded in sets.items()}
-    run, profiled = log.Run(config, steps, prints, command), config.log.profile
+    config = job.parts.config
     with (
-        run,
+        log.Run(config, job.steps, fingerprints(job), job.command) as run,
         Compiles() as compiles,
-        Profile(run.path / "profile", profiled) as profile,
+        Profile(run.path / "profile", config.log.profile) as profile,
         Checkpoints(run.path / "checkpoints", config.checkpoint, run.meta, run.notify) as checkpoints,
     ):
-        accepted = inputs.check(run.path, parts, looked_at, bool(checkpoints.steps()), rewards)
-        notices += [f"going on with what is not as it was: {line}" for line in accepted]
-        state, done = checkpoints.restore_newest(state)
-        skips = run.resume(done)
-        for text in [*notices, *(f"eval.sets.{name}: {encoded.told}" for name, encoded in sets.items())]:
-            run.notify(text)
-        if done < steps:
-            run.notify(compile_ahead(ahead, parts, run.progress))
+        state, done, skips = resume(job, run, checkpoints)
+        if done < job.steps:
+            run.notify(compile_ahead(job.programs, job.parts, run.progress))
             run.check_signals()
-        if run.stopping:  # before anything is done that is not saved
-            checkpoints.close()
-            return run.finish()
-        history = run.history(monitors.WINDOW)
-        if done == 0 and sets:
-            run.record(0, evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run))
-        for step in range(done, steps):
-            compiles.drain()  # by a checkpoint or a dump
-            if step > done:
-                compiles.explain_cache_misses()
-            profile.at(step + 1)
-            began = time.monotonic()
-            with jax.profiler.StepTraceAnnotation("step", step_num=step + 1):
-                state, metrics, logs, learned, said = one(state, step, history)
-            history = [*history, metrics][-monitors.WINDOW :]
-            for text in said:
-                run.notify(f"step {step + 1}: {text}")
-            metrics |= {"seconds": time.monotonic() - began}
-            n, last = step + 1, step + 1 == steps
-            if sets and (last or (config.eval.every and n % config.eval.every == 0)):
-                metrics |= evaluate.evaluate_sets(parts, relay(state.policy.params), sets, run)
-            if (made := compiles.drain()) and step > done:
-                names, lost = ", ".join(sorted({name for name, _ in made})), sum(seconds for _, seconds in made)
-                run.notify(f"step {n}: compiled {names} in mid-run, {lost:.1f} s lost; JAX's log above says what changed")
-            if errors := [row["reward_error"] for row in logs.get("samples", []) if "reward_error" in row]:
-                share = f"{metrics['reward_failed']:.1%} of the completions, {metrics['unlearned']:.1%} are not learned from"
-                run.notify(f"step {n}: the reward failed on {share}; they are in samples.jsonl. The first: {errors[0]}")
-            if log.skipped(metrics):
-                skips += 1
-                run.notify(f"step {n}: an update was not finite, and skipped; its rows are in {dump(run.path, n, learned)}")
-            else:
-                skips = 0
-            with jax.profiler.TraceAnnotation("log"):
-                run.record(n, metrics, **logs)
-            if any([callback(n, metrics) is True for callback in callbacks]):
-                run.stop()
-            if callbacks:
-                run.check_signals()
-            checkpoints.check()
-            stalled = not last and monitors.stalled(metrics, config)
-            if last or stalled or skips >= SKIPS or run.stopping or (config.checkpoint.every and n % config.checkpoint.every == 0):
-                checkpoints.save(n, state, metrics)
-            if skips >= SKIPS:
-                checkpoints.close()
-                remedy = "lower the rates or learn.*.clip_norm, look into the rows, and start again under another name="
-                raise Diverged(f"{run.path}: {SKIPS} steps in a row had updates that were not finite; {remedy}. Step {n} is saved")
-            if stalled:
-                checkpoints.close()
-                remedy = "look at samples.jsonl, and mend prompt, format, rewards or rates; log.stop_constant=0 goes on regardless"
-                idle = f"nothing was learned from the rewards in {metrics['monitor/constant_reward']} steps in a row"
-                raise Diverged(f"{run.path}: {idle}; {monitors.why_idle(metrics, config)}: {remedy}. Step {n} is saved")
-            if run.stopping:
-                break
+        if not run.stopping:  # else nothing would be saved of what is done from here on
+            session = Session(run, compiles, profile, checkpoints)
+            take_steps(job, session, state, done, skips, [callbacks] if callable(callbacks) else callbacks)
         checkpoints.close()
         return run.finish()
 
 
+def fingerprints(job: Job) -> dict[str, Any]:
+    """Hashes of all questions or rows that the run reads, for its logs."""
+    sets = {f"eval.{name}": encoded.questions for name, encoded in job.sets.items()}
+    return {name: fingerprint(rows) for name, rows in ({"train": job.rows[0]} | sets).items()}
+
+
+def resume(job: Job, run: log.Run, checkpoints: Checkpoints) -> tuple[TrainState, int, int]:
+    """The state of the newest checkpoint, its step, and how many of the last steps were skipped; the job's start and zeros
+    where there is none. Refuses inputs that have changed since (`inputs.check`)."""
+    config = job.parts.config
+    sets: inputs.Sets = {"data": (config.data, *job.rows)}
+    for name, encoded in job.sets.items():
+        sets[f"eval.sets.{name}"] = (config.eval.sets[name], encoded.questions, encoded.tokens)
+    accepted = inputs.check(run.path, job.parts, sets, bool(checkpoints.steps()), job.rewards)
+    state, done = checkpoints.restore_newest(job.state)
+    skips = run.resume(done)
+    changed = [f"going on with what is not as it was: {line}" for line in accepted]
+    for text in [*job.notices, *changed, *(f"eval.sets.{name}: {encoded.told}" for name, encoded in job.sets.items())]:
+        run.notify(text)
+    return state, done, skips
+
+
+def take_steps(job: Job, session: Session, state: TrainState, done: int, skips: int, callbacks: Sequence[Callback]) -> None:
+    """The steps after `done`, each recorded and, where it is due, evaluated and saved."""
+    run, checkpoints, every = session.run, session.checkpoints, job.parts.config.checkpoint.every
+    history = run.history(monitors.WINDOW)
+    if done == 0 and job.sets:
+        run.record(0, evaluate.evaluate_sets(job.parts, job.policy(state), job.sets, run))
+    for n in range(done + 1, job.steps + 1):
+        result = take_step(job, session, state, n, history, first=n == done + 1)
+        state, metrics = result.state, result.metrics
+        history = [*history, metrics][-monitors.WINDOW :]
+        skips = skips + 1 if log.skipped(metrics) else 0
+        record(run, n, result)
+        if any([callback(n, metrics) is True for callback in callbacks]):
+            run.stop()
+        if callbacks:
+            run.check_signals()
+        checkpoints.check()
+        failure = why_diverged(job, n, metrics, skips)
+        if n == job.steps or failure or run.stopping or (every and n % every == 0):
+            checkpoints.save(n, state, metrics)
+        if failure:
+            checkpoints.close()
+            raise Diverged(f"{run.path}: {failure}. Step {n} is saved")
+        if run.stopping:
+            break
+
+
+def take_step(job: Job, session: Session, state: TrainState, n: int, history: log.Records, first: bool) -> StepResult:
+    """Step n, timed and, where it is due, evaluated. Reports what was compiled in it: after the first, nothing should be."""
+    run, compiles = session.run, session.compiles
+    compiles.drain()  # what a checkpoint or a dump compiled is not the step's
+    if not first:
+        compiles.explain_cache_misses()
+    session.profile.at(n)
+    began = time.monotonic()
+    with jax.profiler.StepTraceAnnotation("step", step_num=n):
+        result = job.step(state, n - 1, history)
+    for text in result.notices:
+        run.notify(f"step {n}: {text}")
+    result.metrics["seconds"] = time.monotonic() - began
+    every = job.parts.config.eval.every
+    if job.sets and (n == job.steps or (every and n % every == 0)):
+        result.metrics.update(evaluate.evaluate_sets(job.parts, job.policy(result.state), job.sets, run))
+    if (compiled := compiles.drain()) and not first:
+        names, seconds = ", ".join(sorted({name for name, _ in compiled})), sum(s for _, s in compiled)
+        run.notify(f"step {n}: compiled {names} in mid-run, {seconds:.1f} s lost; JAX's log above says what changed")
+    return result
+
+
+def record(run: log.Run, n: int, result: StepResult) -> None:
+    """Write the step's logs; report a reward that failed; dump the rows of an update that was not finite."""
+    metrics, logs = result.metrics, result.logs
+    if errors := [row["reward_error"] for row in logs.get("samples", []) if "reward_error" in row]:
+        share = f"{metrics['reward_failed']:.1%} of the completions, {metrics['unlearned']:.1%} are not learned from"
+        run.notify(f"step {n}: the reward failed on {share}; they are in samples.jsonl. The first: {errors[0]}")
+    if log.skipped(metrics):
+        path = dump(run.path, n, result.learned)
+        run.notify(f"step {n}: an update was not finite, and skipped; its rows are in {path}")
+    with jax.profiler.TraceAnnotation("log"):
+        run.record(n, metrics, **logs)
+
+
+def why_diverged(job: Job, n: int, metrics: dict[str, Any], skips: int) -> str | None:
+    """Why a run must not go on after step n, and the remedy; None where it may."""
+    if skips >= MAX_SKIPS:
+        remedy = "lower the rates or learn.*.clip_norm, look into the rows, and start again under another name="
+        return f"{MAX_SKIPS} steps in a row had updates that were not finite; {remedy}"
+    if n < job.steps and monitors.stalled(metrics, job.parts.config):
+        remedy = "look at samples.jsonl, and mend prompt, format, rewards or rates; log.stop_constant=0 goes on regardless"
+        idle = f"nothing was learned from the rewards in {metrics['monitor/constant_reward']} steps in a row"
+        return f"{idle}; {monitors.why_idle(metrics, job.parts.config)}: {remedy}"
+    return None
+
+
 def dump(folder: Path, step: int, rows: Experience) -> Path:
-    """The rows of a step, for inspection: one array of `skipped/<step>.npz` for each array of `Experience`, as `prompts.tokens`."""
+    """Write all rows of a step, one array of `skipped/<step>.npz` for each of `Experience`, such as `prompts.tokens`."""
     path = folder / "skipped" / f"{step}.npz"
-    whole = process_allgather(rows, tiled=True)
+    arrays = jax.tree.leaves_with_path(process_allgather(rows, tiled=True))
     if jax.process_index() == 0:
         with files.named_errors(path):
             path.parent.mkdir(exist_ok=True)
-            np.savez(path, **{jax.tree_util.keystr(name, simple=True, separator="."): x for name, x in jax.tree.leaves_with_path(whole)})
+            np.savez(path, **{jax.tree_util.keystr(at, simple=True, separator="."): x for at, x in arrays})
     return path

@@ -37,9 +37,10 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model import lora
 from medrlvr_jax.rl.learn import compile_learn, make_optimizer, nll_objective, offload
-from medrlvr_jax.rl.loop import Callback, drive
+from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
 from medrlvr_jax.rollout.program import Program, a_key, array, relay_program
-from medrlvr_jax.rollout.rollout import width
+from medrlvr_jax.rollout.rollout import Encoded, width
+from medrlvr_jax.runs import log
 from medrlvr_jax.types import Experience, TrainState
 
 
@@ -88,34 +89,48 @@ def sft(config: Config, data: Records | str | Path | None = None, callbacks: Cal
     spec, records = given(config.data, data)
     config = dataclasses.replace(config, data=spec)
     parts = build(config)
-    rows, dropped, told = encode_pairs(parts, records)
-    steps = total_steps(config, len(rows))
+    rows, dropped, how_read = encode_pairs(parts, records)
+    notices = [f"data: {how_read}"]
+    if dropped:
+        notices.append(f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens")
     sets = evaluate.load_sets(parts)
-    widths = width(max(len(r[0]) for r in rows)), width(max(len(r[1]) for r in rows))
     with jax.set_mesh(parts.mesh):
-        tx = make_optimizer(config.learn.policy, updates_in(config, steps))
-        learner, placed = init_learner(parts, parts.cfg, tx)
-        program = compile_learn(config, nll_objective(config, parts.cfg), tx, placed)
-        learner, learn = offload(config, learner, program)
-        base, relay = load_base(parts), make_relay(parts, parts.cfg)
-        no_kl = jax.device_put(np.float32(0), sharding.replicated(parts.mesh))
+        return run_job(dataclasses.replace(make_job(parts, rows, sets), notices=notices), callbacks)
 
-        def one(state: TrainState, step: int, _: Any):
-            index = step_batch(config, len(rows), step)
-            key = jax.random.fold_in(jax.random.key(config.seed), step)
-            own, _ = sharding.own_rows(len(index), parts.mesh)
-            targets = sharding.place_rows(batch(rows, index[own], widths, parts.tokenizer.pad_id), len(index), parts.mesh)
-            learner, means = learn(state.policy, base, targets, key, None)
-            means = sharding.to_host(means)
-            metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}
-            return TrainState(learner, None, state.kl_coef), metrics, {}, targets, []
 
-        notices = [f"data: {told}"]
-        notices += [f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens"] if dropped else []
-        state, n = TrainState(learner, None, no_kl), config.sample.questions
-        shapes = batch(rows, np.zeros(n, int), widths, parts.tokenizer.pad_id)
-        shapes = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), shapes)
-        ahead = [Program("learn", program, (abstract_learner(parts, parts.cfg, tx), abstract_base(parts), shapes, a_key(parts), None))]
-        ahead += relay_program(relay) + evaluate.programs(parts, sets) if sets else []
-        ended = lambda params: relay(lora.join(base, params))  # noqa: E731
-        return drive("sft", parts, (rows, rows), sets, steps, state, one, ended, ahead, notices, callbacks)
+def make_job(parts: Parts, rows: list[tuple[list[int], list[int]]], sets: dict[str, Encoded]) -> Job:
+    """The fine-tuning as the loop runs it."""
+    config, pad_id = parts.config, parts.tokenizer.pad_id
+    steps, n = total_steps(config, len(rows)), config.sample.questions
+    widths = width(max(len(prompt) for prompt, _ in rows)), width(max(len(target) for _, target in rows))
+    tx = make_optimizer(config.learn.policy, updates_in(config, steps))
+    learner, placed = init_learner(parts, parts.cfg, tx)
+    program = compile_learn(config, nll_objective(config, parts.cfg), tx, placed)
+    learner, learn = offload(config, learner, program)
+    base, relay = load_base(parts), make_relay(parts, parts.cfg)
+
+    def step(state: TrainState, step: int, history: log.Records) -> StepResult:
+        index = step_batch(config, len(rows), step)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        own, _ = sharding.own_rows(n, parts.mesh)
+        targets = sharding.place_rows(batch(rows, index[own], widths, pad_id), n, parts.mesh)
+        learner, means = learn(state.policy, base, targets, key, None)
+        means = sharding.to_host(means)
+        metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}
+        return StepResult(TrainState(learner, None, state.kl_coef), metrics, targets)
+
+    shapes = batch(rows, np.zeros(n, int), widths, pad_id)
+    shapes = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), shapes)
+    args = abstract_learner(parts, parts.cfg, tx), abstract_base(parts), shapes, a_key(parts), None
+    ahead = [Program("learn", program, args)]
+    return Job(
+        command="sft",
+        parts=parts,
+        steps=steps,
+        rows=(rows, rows),
+        sets=sets,
+        state=TrainState(learner, None, jax.device_put(np.float32(0), sharding.replicated(parts.mesh))),
+        step=step,
+        policy=lambda state: relay(lora.join(base, state.policy.params)),
+        programs=ahead + (relay_program(relay) + evaluate.programs(parts, sets) if sets else []),
+    )

@@ -1,7 +1,8 @@
 """Med-RLVR (arXiv 2502.19655): reinforcement learning from verifiable rewards, PPO or GRPO by what the config holds.
 
     for each step:
-        sample G responses to each of Q questions            experience.collect
+        sample G responses to each of Q questions            generate.generate
+        log-probs by policy and reference, values by critic  assess.assess
         r ∈ {−1, 0, +1} by the rule                          rewards.grade
         advantages from rewards, KL, and values if any       advantages.compute
         policy ← clipped surrogate, epochs × minibatches     learn.learn
@@ -15,18 +16,17 @@ Departures from the paper as it is known, in one place:
 """
 
 import dataclasses
-import textwrap
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from medrlvr_jax import sharding
-from medrlvr_jax.build import Parts, build, check_positions, init_learner, load_frozen, make_relay, total_steps
+from medrlvr_jax import build, sharding
+from medrlvr_jax.build import Parts, check_positions, make_relay, total_steps
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
@@ -35,22 +35,18 @@ from medrlvr_jax.data.load import given, read
 from medrlvr_jax.data.readers import Records
 from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.host.processes import gather
 from medrlvr_jax.model import lora
 from medrlvr_jax.rewards import user
 from medrlvr_jax.rewards.parse import beginning_trap
-from medrlvr_jax.rewards.stages import STAGES
-from medrlvr_jax.rl.experience import collect
+from medrlvr_jax.rl import records
+from medrlvr_jax.rl.experience import experience_settings, rewards_of_all
 from medrlvr_jax.rl.learn import adapt_kl, offload
-from medrlvr_jax.rl.loop import Callback, drive
-from medrlvr_jax.rl.losses import explained_variance
-from medrlvr_jax.rl.programs import Programs, make_programs, step_programs
-from medrlvr_jax.rollout.program import relay_program
-from medrlvr_jax.rollout.rollout import Encoded, Scored, encode, reorder
-from medrlvr_jax.runs import log
-from medrlvr_jax.types import Experience, Frozen, Mean, TrainState
-
-SHOWN = 16  # completions of a process and step on which the user's reward failed that are logged
+from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
+from medrlvr_jax.rl.programs import Programs, make_programs
+from medrlvr_jax.rollout.assess import assess_settings
+from medrlvr_jax.rollout.program import Program, Recorder, a_key, abstract_prompts, array, relay_program
+from medrlvr_jax.rollout.rollout import Encoded, Scored, encode, place_prompts, reorder, score_rollout
+from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Learner, Prompts, Rollout, TrainState
 
 
 def train(
@@ -76,56 +72,104 @@ def train(
     """
     configs.check_best(config)
     judges = None if rewards is None else user.Rewards(rewards)
-    spec, records = given(config.data, data)
+    spec, given_rows = given(config.data, data)
     config = dataclasses.replace(config, data=spec)
-    parts = build(config)
-    questions, told = read(config.data, records)
+    parts = build.build(config)
+    questions, how_read = read(config.data, given_rows)
     encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options)
+    check_lengths(parts, encoded)
+    sets = evaluate.load_sets(parts)
+    notices = [f"data: {how_read}"]
+    if encoded.dropped:
+        notices.append(f"{encoded.dropped} questions dropped: longer than prompt.max_tokens")
+    if trap := beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
+        notices.append("; ".join(trap))
+    with user.started(config.reward, judges) as judge, jax.set_mesh(parts.mesh):
+        job = make_job(parts, encoded, sets, judge)
+        job = dataclasses.replace(job, notices=notices, rewards=judges.record if judges else ())
+        return run_job(job, callbacks)
+
+
+def check_lengths(parts: Parts, encoded: Encoded) -> None:
+    """Refuse data without a usable question, rows beyond the model's positions, and a critic's warm-up without end."""
+    config = parts.config
     if not encoded.questions:
-        raise ConfigError(f"data.path: no question of {config.data.path} fits prompt.max_tokens = {config.prompt.max_tokens}; raise it")
+        limit = f"prompt.max_tokens = {config.prompt.max_tokens}"
+        raise ConfigError(f"data.path: no question of {config.data.path} fits {limit}; raise it")
     check_positions(parts, encoded.longest, config.sample.max_new_tokens, "sample.max_new_tokens")
     steps, warmup = total_steps(config, len(encoded.questions)), config.learn.critic_warmup
     if warmup >= steps:
-        raise ConfigError(f"learn.critic_warmup: {warmup} of {steps} steps leave none in which the policy learns; lower it")
-    sets = evaluate.load_sets(parts)
-    with user.started(config.reward, judges) as judge, jax.set_mesh(parts.mesh):
-        made = make_programs(parts, steps)
-        programs, state = start(parts, made)
-        frozen = load_frozen(parts)
-
-        def one(state: TrainState, step: int, history: log.Records):
-            now = at_epoch(parts, encoded, step)
-            state, stats, scored, experience = train_step(parts, programs, now, state, frozen, step, judge)
-            metrics = summarise(stats, scored) | monitors.watch(scored, config.sample.samples)
-            metrics |= monitors.count_idle(metrics, history)
-            found = monitors.alarms(metrics, history, config)
-            lasted, said = monitors.mark(found, history)
-            logs = {"samples": samples(parts, now, scored, step), "questions": [passes(scored, config.sample.samples)]}
-            return state, metrics | lasted, logs, experience, tell(said, scored, metrics, config)
-
-        notices = [f"data: {told}"]
-        notices += [f"{encoded.dropped} questions dropped: longer than prompt.max_tokens"] if encoded.dropped else []
-        if trap := beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
-            notices.append("; ".join(trap))
-        relay = programs.relay if parts.sampler_cfg == parts.cfg else make_relay(parts, parts.cfg)  # evaluation is of the policy itself
-        ahead = step_programs(parts, made, encoded.width) + evaluate.programs(parts, sets)
-        ahead += relay_program(relay) if sets and relay is not programs.relay else []
-        ended = lambda params: relay(lora.join(frozen.base, params))  # noqa: E731
-        rows = encoded.questions, encoded.tokens
-        named = judges.record if judges else []
-        return drive("train", parts, rows, sets, steps, state, one, ended, ahead, notices, callbacks, named)
+        remedy = "leave none in which the policy learns; lower it"
+        raise ConfigError(f"learn.critic_warmup: {warmup} of {steps} steps {remedy}")
 
 
-def start(parts: Parts, programs: Programs) -> tuple[Programs, TrainState]:
-    """The learners at their start, and the programs as a step calls them."""
+def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], judge: user.Judge | None) -> Job:
+    """The training as the loop runs it."""
+    steps = total_steps(parts.config, len(encoded.questions))
+    programs = make_programs(parts, steps)
+    training, state = start(parts, programs)
+    # Evaluation is of the policy itself: where rollouts are drawn from int8 weights, it has a relay of its own.
+    relay = programs.relay if parts.sampler_cfg == parts.cfg else make_relay(parts, parts.cfg)
+    ahead = step_programs(parts, programs, encoded.width) + evaluate.programs(parts, sets)
+    if sets and relay is not programs.relay:
+        ahead += relay_program(relay)
+    return Job(
+        command="train",
+        parts=parts,
+        steps=steps,
+        rows=(encoded.questions, encoded.tokens),
+        sets=sets,
+        state=state,
+        step=partial(logged_step, training, encoded, judge),
+        policy=lambda state: relay(lora.join(training.frozen.base, state.policy.params)),
+        programs=ahead,
+    )
+
+
+def logged_step(
+    training: "Training",
+    encoded: Encoded,
+    judge: user.Judge | None,
+    state: TrainState,
+    step: int,
+    history: Sequence[dict[str, Any]],
+) -> StepResult:
+    """A step, with its metrics, samples and alarms."""
+    parts = training.parts
+    config, batch = parts.config, at_epoch(parts, encoded, step)
+    state, stats, scored, experience = train_step(training, batch, state, step, judge)
+    metrics = records.summarise(stats, scored) | monitors.watch(scored, config.sample.samples)
+    metrics |= monitors.count_idle(metrics, history)
+    lasting, alarms = monitors.mark(monitors.alarms(metrics, history, config), history)
+    notices = records.tell(alarms, scored, metrics, config)
+    logs = {
+        "samples": records.samples(parts, batch, scored, step),
+        "questions": [records.passes(scored, config.sample.samples)],
+    }
+    return StepResult(state, metrics | lasting, experience, logs, notices)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the steps of a training read and never change."""
+
+    parts: Parts
+    programs: Programs
+    frozen: Frozen
+
+
+def start(parts: Parts, programs: Programs) -> tuple[Training, TrainState]:
+    """The learners at their start, and their programs as a step calls them."""
     config = parts.config
-    policy, learn_policy = offload(config, init_learner(parts, parts.cfg, programs.policy_tx)[0], programs.learn_policy)
+    policy, _ = build.init_learner(parts, parts.cfg, programs.policy_tx)
+    policy, learn_policy = offload(config, policy, programs.learn_policy)
     critic, learn_critic = None, None
     if programs.critic_tx:
-        critic, learn_critic = offload(config, init_learner(parts, parts.critic_cfg, programs.critic_tx)[0], programs.learn_critic)
+        critic, _ = build.init_learner(parts, parts.critic_cfg, programs.critic_tx)
+        critic, learn_critic = offload(config, critic, programs.learn_critic)
     programs = dataclasses.replace(programs, learn_policy=learn_policy, learn_critic=learn_critic)
-    kl_coef = jax.device_put(jnp.float32(parts.config.kl.coef), sharding.replicated(parts.mesh))
-    return programs, TrainState(policy, critic, kl_coef)
+    kl_coef = jax.device_put(jnp.float32(config.kl.coef), sharding.replicated(parts.mesh))
+    return Training(parts, programs, build.load_frozen(parts)), TrainState(policy, critic, kl_coef)
 
 
 def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
@@ -136,108 +180,123 @@ def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
     return reorder(parts, encoded, step_batch(parts.config, n, step), step // (n // parts.config.sample.questions))
 
 
+# --- a step: what the host does of it, then its five parts ---------------------------------------------------------------
+
+
+class Keys(NamedTuple):
+    """The randomness of a step: functions of (seed, step), so that a resumed run is the same run."""
+
+    sample: Array
+    shuffle: Array  # of the rows, and of rounding
+
+
+def step_keys(seed: int, step: int) -> Keys:
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return Keys(key, jax.random.fold_in(key, 2**31))  # beyond every question's number: the two never share a key
+
+
 def train_step(
-    parts: Parts,
-    programs: Programs,
-    encoded: Encoded,
-    state: TrainState,
-    frozen: Frozen,
-    step: int,
-    judge: user.Judge | None = None,
+    training: Training, encoded: Encoded, state: TrainState, step: int, judge: user.Judge | None = None
 ) -> tuple[TrainState, dict[str, Any], Scored, Experience]:
-    """Step `step` of the method box above; batch and noise are functions of (seed, step), so a resumed run is the same run."""
-    c = parts.config
-    index = step_batch(c, len(encoded.questions), step)
-    key = jax.random.fold_in(jax.random.key(c.seed), step)
-    critic = None if state.critic is None else state.critic.params
-    policy = state.policy.params
-    experience, stats, scored = collect(programs.relay, frozen, policy, critic, parts, encoded, index, key, state.kl_coef, judge)
-    shuffle = jax.random.fold_in(key, 2**31)  # beyond every question's number: sampling and shuffling never share a key
-    policy, learned = state.policy, {}
-    if step >= c.learn.critic_warmup:
-        policy, learned["policy"] = programs.learn_policy(state.policy, frozen.base, experience, shuffle, state.kl_coef)
-    critic = state.critic
-    if critic is not None:
-        critic, learned["critic"] = programs.learn_critic(state.critic, frozen.base, experience, shuffle, None)
-    kl_coef = state.kl_coef
-    if c.kl.target is not None:
-        kl_coef = adapt_kl(kl_coef, stats["kl_response"], c.sample.questions * c.sample.samples, c.kl)
-    stats |= {"kl_coef": state.kl_coef} | learned
-    return TrainState(policy, critic, kl_coef), stats, scored, experience
+    """Step `step` of the method above: the new state, scalars on the device, what the host scored, the rows learned from."""
+    parts, config = training.parts, training.parts.config
+    index, keys = step_batch(config, len(encoded.questions), step), step_keys(config.seed, step)
+
+    def grade(rollout: Rollout) -> tuple[Array, Scored]:
+        with jax.profiler.TraceAnnotation("score"):
+            scored = score_rollout(parts, encoded, index, rollout, coin=keys.sample, judge=judge)
+        return sharding.place_rows(rewards_of_all(scored, len(index), parts), len(index), parts.mesh), scored
+
+    if step < config.learn.critic_warmup:
+        waiting = dataclasses.replace(training.programs, learn_policy=None)
+        training = dataclasses.replace(training, programs=waiting)
+    prompts = place_prompts(parts, encoded, index)
+    after, stats, scored, experience = five_parts(training, state, prompts, keys, grade)
+    if config.kl.target is not None:
+        responses = config.sample.questions * config.sample.samples
+        after = dataclasses.replace(after, kl_coef=adapt_kl(state.kl_coef, stats["kl_response"], responses, config.kl))
+    return after, stats | {"kl_coef": state.kl_coef}, scored, experience
 
 
-def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
-    """One flat record of a step: the rollout's shares and means, then `policy/…` and `critic/…`."""
-    v = scored.verdicts
-    failed = np.isnan(v.reward)
-    rows = {
-        "reward": np.where(failed, 0, v.reward),
-        "reward_failed": failed,
-        "accuracy": v.correct,
-        "format_ok": v.format_ok,
-        "response_length": scored.lengths,
-    }
-    rows |= {"truncated": ~scored.stopped, "completions": np.ones(len(scored.places))}
-    rows |= {f"monitor/{name}": column for name, column in monitors.flags(scored).items()}
-    if None not in scored.stages:
-        rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
-    totals = gather({name: float(column.sum()) for name, column in rows.items()})  # one set from each process
-    shared = [name for name in rows if all(name in total for total in totals)]  # a process without rows cannot say that stages are none
-    sums = {name: sum(total[name] for total in totals) for name in shared}
-    n = int(sums.pop("completions"))
-    out = {name: total / n for name, total in sums.items()} | {"completions": n, "tokens": int(sums["response_length"])}
-    out["reward"] = sums["reward"] / max(n - sums["reward_failed"], 1)
-    stats = sharding.to_host(stats)
-    critic = stats.get("critic")
-    if critic is not None:
-        out["critic/explained_variance"] = float(explained_variance({k: Mean(*v) for k, v in critic.items()}))
-    for name, value in stats.items():
-        if isinstance(value, dict):
-            out |= {f"{name}/{k}": float(mean.total / max(mean.count, 1e-9)) for k, mean in value.items()}
-        elif name != "reward":
-            out[name] = float(value)
-    return out
+def five_parts(
+    training: Training,
+    state: TrainState,
+    prompts: Prompts,
+    keys: Keys,
+    grade: Callable[[Rollout], tuple[Array, Any]],
+) -> tuple[TrainState, dict[str, Any], Any, Experience]:
+    """Draw, assess, grade, advantages, learn. `grade` takes a rollout to rewards [Q, G] and what else it found, on the host.
+
+    `step_programs` calls it with shapes in place of arrays: so nothing here computes but by a program of `training`.
+    """
+    rollout = draw(training, state, prompts, keys.sample)
+    assessment = assess(training, state, prompts, rollout)  # only dispatched: it runs while the host grades
+    rewards, scored = grade(rollout)
+    experience, stats = advantages(training, state, prompts, rollout, assessment, rewards)
+    state, learned = learn(training, state, experience, keys.shuffle)
+    return state, stats | learned, scored, experience
 
 
-def tell(said: list[monitors.Alarm], scored: Scored, metrics: dict[str, float], config: Config) -> list[str]:
-    """Each alarm in words, with the rows that show it best, from whichever processes have them."""
-    found = [
-        [[int(scored.places[i]), scored.completions[i]] for i in monitors.examples(alarm, scored, metrics, config.sample.samples)]
-        for alarm in said
-    ]
-    told = gather(found) if said else []
-    texts = []
-    for i, alarm in enumerate(said):
-        rows = sorted(chain.from_iterable(part[i] for part in told))[: monitors.EXAMPLES]
-        shown = [f"\n    row {place}: {textwrap.shorten(completion, 160)!r}" for place, completion in rows]
-        texts.append(f"ALARM: {alarm.text}" + "".join(shown))
-    return texts
+def draw(training: Training, state: TrainState, prompts: Prompts, key: Array) -> Rollout:
+    """Responses by the policy. The sampler's copy of it (`build.Relay`) lives no longer than this call."""
+    parts, programs = training.parts, training.programs
+    params = programs.relay(lora.join(training.frozen.base, state.policy.params))
+    stop_ids, pad_id = parts.tokenizer.stop_ids, parts.tokenizer.pad_id
+    sample = parts.config.sample
+    return programs.generate(params, parts.sampler_cfg, prompts, key, sample, stop_ids, pad_id, entropies=False)
 
 
-def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[dict[str, Any]]:
-    """Records for samples.jsonl: the first sample of questions spread over the step's batch, from whichever process has each; and, at
-    any step, completions on which the user's reward failed."""
-    c = parts.config
-    index = step_batch(c, len(encoded.questions), step)
-    wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
-    wanted = [] if not c.log.samples_every or step % c.log.samples_every else wanted
-    shown = np.isin(scored.places, wanted)
-    shown[list(scored.failed)[:SHOWN]] = True
-    rows = [sample_record(parts, encoded, index, scored, row) for row in np.flatnonzero(shown).tolist()]
-    return sorted(chain.from_iterable(gather(rows)), key=lambda r: r["row"])
+def assess(training: Training, state: TrainState, prompts: Prompts, rollout: Rollout) -> Assessment:
+    """Log-probs by the policy and the reference, and the critic's values, before learning."""
+    parts, frozen = training.parts, training.frozen
+    if parts.config.learn.offload:
+        frozen = sharding.to_memory(frozen, "device")
+    critic = state.critic and state.critic.params
+    settings = assess_settings(parts)
+    return training.programs.assess(frozen, state.policy.params, critic, prompts, rollout, **settings)
 
 
-def passes(scored: Scored, samples: int) -> dict[str, Any]:
-    """The step's record for questions.jsonl: how many of each question's samples were right (`medrlvr difficulty --history`)."""
-    own = zip((scored.places // samples).tolist(), scored.questions, scored.verdicts.correct.tolist(), strict=True)
-    right: dict[tuple[int, str], int] = {}
-    for place, question, correct in chain.from_iterable(gather([(place, q.id, correct) for place, q, correct in own])):
-        right[place, question] = right.get((place, question), 0) + correct
-    return {"samples": samples, "right": {name: n for (_, name), n in sorted(right.items())}}
+def advantages(
+    training: Training, state: TrainState, prompts: Prompts, rollout: Rollout, assessment: Assessment, rewards: Array
+) -> tuple[Experience, dict[str, Array]]:
+    """Rewards [Q, G] and the assessment as rows to learn from; and the step's scalars."""
+    settings = experience_settings(training.parts)
+    return training.programs.make_experience(prompts, rollout, assessment, rewards, state.kl_coef, **settings)
 
 
-def sample_record(parts: Parts, encoded: Encoded, index: np.ndarray, scored: Scored, row: int) -> dict[str, Any]:
-    """One completion of the questions at `index`, by its place among this process's; `row` is then its place in the whole batch."""
-    place = int(scored.places[row])
-    tokens = encoded.tokens[index[place // parts.config.sample.samples]]
-    return {"row": place, "prompt": parts.tokenizer.show(tokens), "prompt_length": len(tokens)} | scored.record(row)
+def learn(training: Training, state: TrainState, experience: Experience, key: Array) -> tuple[TrainState, dict[str, Any]]:
+    """Policy and critic after their epochs over the rows, with their metrics. A program that is None leaves its learner."""
+    programs, base = training.programs, training.frozen.base
+    policy, critic, metrics = state.policy, state.critic, {}
+    if programs.learn_policy:
+        policy, metrics["policy"] = programs.learn_policy(policy, base, experience, key, state.kl_coef)
+    if programs.learn_critic:
+        critic, metrics["critic"] = programs.learn_critic(critic, base, experience, key, None)
+    return TrainState(policy, critic, state.kl_coef), metrics
+
+
+def step_programs(parts: Parts, programs: Programs, width: int) -> list[Program]:
+    """All programs of a training step in their order, by taking one with shapes for arrays; prompts have `width` columns."""
+    config, mesh = parts.config, parts.mesh
+
+    def learner(cfg: Any, tx: Any) -> Learner:
+        return build.abstract_learner(parts, cfg, tx)
+
+    policy = learner(parts.cfg, programs.policy_tx)
+    critic = learner(parts.critic_cfg, programs.critic_tx) if programs.critic_tx else None
+    frozen = build.abstract_frozen(parts)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    on_device: Any = policy.params, critic and critic.params, frozen.base
+    if not config.learn.offload:
+        on_device += policy.opt_state, critic and critic.opt_state, frozen.reference
+    recorder = Recorder(mesh, on_device)
+    # What is offloaded comes to the device before a program is called: to the programs nothing is.
+    here = dataclasses.replace(config, learn=dataclasses.replace(config.learn, offload=False))
+    training = Training(dataclasses.replace(parts, config=here), programs.wrapped(recorder.of), frozen)
+    questions, samples = config.sample.questions, config.sample.samples
+    rewards = array(parts, jnp.float32, questions, samples)
+    keys = Keys(a_key(parts), a_key(parts))
+    prompts = abstract_prompts(parts, questions, width)
+    with jax.set_mesh(mesh):
+        five_parts(training, TrainState(policy, critic, scalar), prompts, keys, lambda _: (rewards, None))
+    return recorder.programs

@@ -1,7 +1,6 @@
-"""A compiled program before it is compiled: a jitted function and the shapes that it is called with. Those of a rollout."""
+"""Programs before they are compiled: jitted functions with the shapes that they are called with."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +9,6 @@ import jax.numpy as jnp
 from medrlvr_jax import build, sharding
 from medrlvr_jax.build import Parts, Relay
 from medrlvr_jax.config.schema import SampleConfig
-from medrlvr_jax.model import attention
-from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.rollout.generate import generate
 from medrlvr_jax.types import Prompts
 
@@ -23,8 +20,35 @@ class Program(NamedTuple):
     function: Any
     args: tuple
     kwargs: dict[str, Any] = {}  # noqa: RUF012
-    others: tuple = ()  # trees of shapes that live on while it runs and are not among its arguments
-    visited: Mapping[str, float] = MappingProxyType({})  # see `attention.visited`
+    others: tuple = ()  # shapes that stay in memory while it runs and are not among its arguments
+
+
+class Recorder:
+    """Stands in for jitted functions that are called with shapes (ShapeDtypeStructs with shardings) in place of arrays.
+
+    Each call is kept as a `Program` and returns its results as shapes: traced, never compiled. They lie as the function's
+    `out_shardings` say or, where it has none, by rows, as every result of a rollout does (`sharding.by_rows`).
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh, on_device: Any = ()):
+        """`on_device`: trees of shapes that are in memory during every call."""
+        self.programs: list[Program] = []
+        self._mesh, self._on_device = mesh, jax.tree.leaves(on_device)
+
+    def of(self, name: str, function: Any) -> Callable[..., Any]:
+        """The stand-in for one function."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            arguments = {id(leaf) for leaf in jax.tree.leaves((args, kwargs))}
+            others = tuple(leaf for leaf in self._on_device if id(leaf) not in arguments)
+            self.programs.append(Program(name, function, args, kwargs, others))
+            return jax.tree.map(self._placed, function.trace(*args, **kwargs).out_info)
+
+        return call
+
+    def _placed(self, out: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        default = sharding.rows(self._mesh) if out.ndim else sharding.replicated(self._mesh)
+        return jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=out.sharding or default)
 
 
 def array(parts: Parts, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -33,19 +57,24 @@ def array(parts: Parts, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def a_key(parts: Parts) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=sharding.replicated(parts.mesh))
+    dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
+    return jax.ShapeDtypeStruct((), dtype, sharding=sharding.replicated(parts.mesh))
 
 
-def draw_program(parts: Parts, cfg: DecoderConfig, sample: SampleConfig, width: int, name: str = "generate", **kept: Any) -> Program:
-    """`generate` as `experience` calls it: prompts of `width` columns, a sampler `cfg`."""
-    q = sample.questions
-    prompts = Prompts(array(parts, jnp.int32, q, width), array(parts, jnp.bool_, q, width), array(parts, jnp.uint32, q))
-    tokenizer = parts.tokenizer
-    args = build.abstract_decode(parts, cfg), cfg, prompts, a_key(parts), sample, tokenizer.stop_ids, tokenizer.pad_id
-    visited = attention.visited(width, 0, width) if cfg.splash else {}
-    return Program(name, generate, args, {"entropies": False}, visited=visited, **kept)
+def abstract_prompts(parts: Parts, questions: int, width: int) -> Prompts:
+    """Prompts of `width` columns, as shapes."""
+    tokens, mask = (array(parts, dtype, questions, width) for dtype in (jnp.int32, jnp.bool_))
+    return Prompts(tokens, mask, array(parts, jnp.uint32, questions))
 
 
-def relay_program(relay: Relay, **kept: Any) -> list[Program]:
+def draw_program(parts: Parts, sample: SampleConfig, width: int, name: str) -> Program:
+    """`generate` as an evaluation calls it, by `rollout.draw`."""
+    params, prompts = build.abstract_decode(parts, parts.cfg), abstract_prompts(parts, sample.questions, width)
+    stop_ids, pad_id = parts.tokenizer.stop_ids, parts.tokenizer.pad_id
+    args = params, parts.cfg, prompts, a_key(parts), sample, stop_ids, pad_id
+    return Program(name, generate, args, {"entropies": False})
+
+
+def relay_program(relay: Relay) -> list[Program]:
     """The relay's, where it copies anything."""
-    return [Program("relay", relay.program, (relay.moved,), **kept)] if relay.moved else []
+    return [Program("relay", relay.program, (relay.moved,))] if relay.moved else []

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax.build import Parts, build, load_base, load_frozen, load_params, make_relay
+from medrlvr_jax.build import Parts, build, load_base, load_params, make_relay
 from medrlvr_jax.config.load import from_tree, override
 from medrlvr_jax.config.schema import Config, RewardConfig, SampleConfig
 from medrlvr_jax.data.question import Question
@@ -38,7 +38,7 @@ from medrlvr_jax.evaluation import answers
 from medrlvr_jax.evaluation.evaluate import evaluate
 from medrlvr_jax.model import lora
 from medrlvr_jax.rewards import score
-from medrlvr_jax.rl import train
+from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rollout.generate import generate
 from medrlvr_jax.rollout.rollout import Encoded, draw, place_prompts, width
@@ -132,7 +132,7 @@ def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 
 def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    programs, state = train.start(parts, make_programs(parts, 1))
+    training, state = train.start(parts, make_programs(parts, 1))
     shape = (args.questions, args.samples, args.new)
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
@@ -152,10 +152,10 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         values=None,
         returns=None,
     )
-    rows, times, learner, base = place_rows(rows, args.questions, parts.mesh), [], state.policy, load_base(parts)
+    rows, times, learner, base = place_rows(rows, args.questions, parts.mesh), [], state.policy, training.frozen.base
     for _ in range(args.runs + 1):
         start = time.perf_counter()
-        learner, _ = jax.block_until_ready(programs.learn_policy(learner, base, rows, jax.random.key(0), jnp.float32(0.01)))
+        learner, _ = jax.block_until_ready(training.programs.learn_policy(learner, base, rows, jax.random.key(0), jnp.float32(0.01)))
         times.append(time.perf_counter() - start)
     packed, padded = args.questions * (width + args.samples * args.new), args.questions * args.samples * (width + args.new)
     work = 6 * sum(p.size for p in jax.tree.leaves(learner.params)) * packed
@@ -164,16 +164,16 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 
 def step_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    programs, state = train.start(parts, make_programs(parts, 1))
-    frozen, encoded, times, tokens = load_frozen(parts), encoded_questions(args, parts), [], 0
+    training, state = train.start(parts, make_programs(parts, 1))
+    encoded, times, tokens = encoded_questions(args, parts), [], 0
     for step in range(args.runs + 1):
         start = time.perf_counter()
-        state, stats, scored, _ = train.train_step(parts, programs, encoded, state, frozen, step)
-        jax.block_until_ready((state, train.summarise(stats, scored)))
+        state, stats, scored, _ = train.train_step(training, encoded, state, step)
+        jax.block_until_ready((state, records.summarise(stats, scored)))
         times.append(time.perf_counter() - start)
         tokens = int(scored.lengths.sum())
     prompts = args.questions * args.prompt
-    packed, reading = prompts + args.questions * args.samples * args.new, 1 + (frozen.reference is not None)
+    packed, reading = prompts + args.questions * args.samples * args.new, 1 + (training.frozen.reference is not None)
     work = sum(p.size for p in jax.tree.leaves(state.policy.params)) * (2 * (prompts + tokens) + (2 * reading + 6) * packed)
     out = {"tokens": tokens, "tokens_per_s": rate(tokens, times[1:]), "matmul_gflop": round(work / 1e9)}
     return timing(times[1:]) | out | {"first_s": round(times[0], 2)}

@@ -11,17 +11,16 @@ from typing import Any
 
 import jax
 
-from medrlvr_jax.build import build, load_frozen, total_steps
+from medrlvr_jax.build import build, total_steps
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data.batches import step_batch
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.model import lora
 from medrlvr_jax.rewards import user
-from medrlvr_jax.rl import train
+from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.programs import make_programs
-from medrlvr_jax.rollout.rollout import draw, encode, place_prompts, score_rollout
+from medrlvr_jax.rollout.rollout import encode, place_prompts, score_rollout
 from medrlvr_jax.runs import inputs
 from medrlvr_jax.runs.checkpoint import restore_before
 from medrlvr_jax.runs.console import QUIET, Console, clock
@@ -44,24 +43,22 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options)
     inputs.check_replay(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)})
     with user.started(c.reward) as judge, jax.set_mesh(parts.mesh):
-        programs, state = train.start(parts, make_programs(parts, total_steps(c, len(encoded.questions))))
-        frozen = load_frozen(parts)
+        training, state = train.start(parts, make_programs(parts, total_steps(c, len(encoded.questions))))
         state, done = restore_before(run / "checkpoints", state, step - 1)
         if done < step - 1:
             seconds = clock(sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step))
             console.notify(f"checkpoint {step - 1} is not kept: training steps {done + 1} to {step - 1} again, which took {seconds} then")
         said = time.monotonic()
         for k in range(done, step - 1):
-            state, *_ = train.train_step(parts, programs, train.at_epoch(parts, encoded, k), state, frozen, k, judge)
+            state, *_ = train.train_step(training, train.at_epoch(parts, encoded, k), state, k, judge)
             if time.monotonic() - said > QUIET:
                 said = time.monotonic()
                 console.notify(f"step {k + 1}/{step - 1}")
         encoded, index = train.at_epoch(parts, encoded, step - 1), step_batch(c, len(encoded.questions), step - 1)
-        key = jax.random.fold_in(jax.random.key(c.seed), step - 1)
-        decode_params = programs.relay(lora.join(frozen.base, state.policy.params))
-        rollout = draw(decode_params, parts.sampler_cfg, parts, place_prompts(parts, encoded, index), key, c.sample)
+        key = train.step_keys(c.seed, step - 1).sample
+        rollout = train.draw(training, state, place_prompts(parts, encoded, index), key)
         scored = score_rollout(parts, encoded, index, rollout, coin=key, judge=judge)
-    drawn = json.loads(json.dumps(train.sample_record(parts, encoded, index, scored, row)))  # as a log gives it back
+    drawn = json.loads(json.dumps(records.sample_record(parts, encoded, index, scored, row)))  # as a log gives it back
     logged = next((s for s in samples if s["step"] == step and s["row"] == row), None)
     differ = [k for k, v in (logged or {}).items() if k != "step" and drawn.get(k) != v]
     return {"drawn": drawn, "logged": logged, "differ": differ}

@@ -1,0 +1,97 @@
+"""What a training step leaves on record: metrics, samples, pass counts and alarms, gathered from all processes."""
+
+import textwrap
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from medrlvr_jax import sharding
+from medrlvr_jax.build import Parts
+from medrlvr_jax.config.schema import Config
+from medrlvr_jax.data.batches import step_batch
+from medrlvr_jax.evaluation import monitors
+from medrlvr_jax.host.processes import gather
+from medrlvr_jax.rewards.stages import STAGES
+from medrlvr_jax.rl.losses import explained_variance
+from medrlvr_jax.rollout.rollout import Encoded, Scored
+from medrlvr_jax.types import Mean
+
+MAX_FAILED = 16  # completions of a process and step on which the user's reward failed that are logged
+
+
+def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
+    """One flat record of a step: the rollout's shares and means, then `policy/…` and `critic/…`."""
+    v = scored.verdicts
+    failed = np.isnan(v.reward)
+    rows = {
+        "reward": np.where(failed, 0, v.reward),
+        "reward_failed": failed,
+        "accuracy": v.correct,
+        "format_ok": v.format_ok,
+        "response_length": scored.lengths,
+    }
+    rows |= {"truncated": ~scored.stopped, "completions": np.ones(len(scored.places))}
+    rows |= {f"monitor/{name}": column for name, column in monitors.flags(scored).items()}
+    if None not in scored.stages:
+        rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
+    totals = gather({name: float(column.sum()) for name, column in rows.items()})  # one set from each process
+    shared = [name for name in rows if all(name in total for total in totals)]  # a process without rows cannot say that stages are none
+    sums = {name: sum(total[name] for total in totals) for name in shared}
+    n = int(sums.pop("completions"))
+    out = {name: total / n for name, total in sums.items()} | {"completions": n, "tokens": int(sums["response_length"])}
+    out["reward"] = sums["reward"] / max(n - sums["reward_failed"], 1)
+    stats = sharding.to_host(stats)
+    critic = stats.get("critic")
+    if critic is not None:
+        out["critic/explained_variance"] = float(explained_variance({k: Mean(*v) for k, v in critic.items()}))
+    for name, value in stats.items():
+        if isinstance(value, dict):
+            out |= {f"{name}/{k}": float(mean.total / max(mean.count, 1e-9)) for k, mean in value.items()}
+        elif name != "reward":
+            out[name] = float(value)
+    return out
+
+
+def tell(said: list[monitors.Alarm], scored: Scored, metrics: dict[str, float], config: Config) -> list[str]:
+    """Each alarm in words, with the rows that show it best, from whichever processes have them."""
+    found = [
+        [[int(scored.places[i]), scored.completions[i]] for i in monitors.examples(alarm, scored, metrics, config.sample.samples)]
+        for alarm in said
+    ]
+    told = gather(found) if said else []
+    texts = []
+    for i, alarm in enumerate(said):
+        rows = sorted(chain.from_iterable(part[i] for part in told))[: monitors.EXAMPLES]
+        shown = [f"\n    row {place}: {textwrap.shorten(completion, 160)!r}" for place, completion in rows]
+        texts.append(f"ALARM: {alarm.text}" + "".join(shown))
+    return texts
+
+
+def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[dict[str, Any]]:
+    """Records for samples.jsonl: the first sample of questions spread over the step's batch, from whichever process has each; and, at
+    any step, completions on which the user's reward failed."""
+    c = parts.config
+    index = step_batch(c, len(encoded.questions), step)
+    wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
+    wanted = [] if not c.log.samples_every or step % c.log.samples_every else wanted
+    shown = np.isin(scored.places, wanted)
+    shown[list(scored.failed)[:MAX_FAILED]] = True
+    rows = [sample_record(parts, encoded, index, scored, row) for row in np.flatnonzero(shown).tolist()]
+    return sorted(chain.from_iterable(gather(rows)), key=lambda r: r["row"])
+
+
+def passes(scored: Scored, samples: int) -> dict[str, Any]:
+    """The step's record for questions.jsonl: how many of each question's samples were right (`medrlvr difficulty --history`)."""
+    own = zip((scored.places // samples).tolist(), scored.questions, scored.verdicts.correct.tolist(), strict=True)
+    right: dict[tuple[int, str], int] = {}
+    for place, question, correct in chain.from_iterable(gather([(place, q.id, correct) for place, q, correct in own])):
+        right[place, question] = right.get((place, question), 0) + correct
+    return {"samples": samples, "right": {name: n for (_, name), n in sorted(right.items())}}
+
+
+def sample_record(parts: Parts, encoded: Encoded, index: np.ndarray, scored: Scored, row: int) -> dict[str, Any]:
+    """One completion of the questions at `index`, by its place among this process's; `row` is then its place in the whole batch."""
+    place = int(scored.places[row])
+    tokens = encoded.tokens[index[place // parts.config.sample.samples]]
+    return {"row": place, "prompt": parts.tokenizer.show(tokens), "prompt_length": len(tokens)} | scored.record(row)
