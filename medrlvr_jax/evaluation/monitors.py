@@ -75,8 +75,8 @@ def flags(scored: Scored) -> dict[str, Bool[np.ndarray, " N"]]:
 def leak_early(completions: Sequence[str]) -> list[bool]:
     """Whether each thought states the answer (`penalties.LEAK`) and goes on for `AFTER_LEAK` words or more."""
     thoughts = [c.partition("<think>")[2].partition("</think>")[0] for c in completions]
-    found = zip(thoughts, leaks(thoughts), strict=True)
-    return [match is not None and stages.words(text[match.end() :]) >= AFTER_LEAK for text, match in found]
+    pairs = zip(thoughts, leaks(thoughts), strict=True)
+    return [match is not None and stages.words(text[match.end() :]) >= AFTER_LEAK for text, match in pairs]
 
 
 def hedges(completion: str) -> bool:
