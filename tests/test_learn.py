@@ -279,7 +279,8 @@ def test_weights_in_bfloat16_move_as_float32_ones_do(kind):
     tree = {"lr": 1e-6, "kind": kind, "warmup": 0.0}
     c = settings("group", learn__policy=tree, learn__epochs=20, model__param_dtype="bfloat16")
     tx = learn.make_optimizer(c.learn.policy, 40)
-    program = jax.jit(partial(learn.learn, objective=learn.nll_objective(c, CFG), tx=tx, epochs=20, minibatch=4, micro=2, row_shares=()))
+    how = learn.LearnSettings(learn.nll_objective(c, CFG), tx, epochs=20, minibatch=4, micro=2, row_shares=())
+    program = jax.jit(partial(learn.learn, how=how))
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 64, shape).astype(np.int32) for shape in ((Q, P), (Q, 1, R))]
     prompts = Prompts(rows[0], np.ones((Q, P), bool), np.arange(Q, dtype=np.uint32))

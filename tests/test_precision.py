@@ -131,7 +131,8 @@ def test_micro_batches_add_up_in_float32():
     def objective(params, rows, extra, size):
         return Mean(params["w"].sum() * len(rows.tokens), jnp.float32(1 / 300)), {}
 
-    after, _ = learn.update(start, {}, rows, jax.random.key(0), None, objective, optax.identity(), 1, ())
+    how = learn.LearnSettings(objective, optax.identity(), epochs=1, minibatch=300, micro=1, row_shares=())
+    after, _ = learn.update(start, {}, rows, jax.random.key(0), None, how)
     assert float(after.params["w"][0]) == 300
 
 

@@ -10,6 +10,7 @@ and at the rates of RL nearly all of them are. No float32 copy of the parameters
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,18 @@ from medrlvr_jax.types import Array, Experience, Learner, Mean, Params
 
 Metrics = dict[str, Mean]
 Objective = Callable[[Params, Experience, Any, int], tuple[Mean, Metrics]]
+
+
+@dataclass(frozen=True)
+class LearnSettings:
+    """How a learner learns: constants of its compiled program."""
+
+    objective: Objective
+    tx: optax.GradientTransformation
+    epochs: int
+    minibatch: int  # questions of an optimiser step
+    micro: int  # questions whose gradient is computed at a time
+    row_shares: tuple[float, ...]  # see `scoring.row_sizes`
 
 
 def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
@@ -178,21 +191,18 @@ def update(
     rows: Experience,
     key: Array,
     extra: Any,
-    objective: Objective,
-    tx: optax.GradientTransformation,
-    micro: int,
-    row_shares: tuple[float, ...],
+    how: LearnSettings,
 ) -> tuple[Learner, Metrics]:
-    """One optimiser step on `rows`, `micro` at a time. One whose loss or gradient is not finite is not taken: `skipped` counts it.
+    """One optimiser step on `rows`, `how.micro` at a time. One whose loss or gradient is not finite is not taken: `skipped` counts it.
 
     `key`: this step's own, for the rounding of parameters in bfloat16; float32 ones have no use for it.
     """
     n, samples, length = rows.tokens.shape
-    sizes = scoring.row_sizes(row_shares, samples, length)
+    micro, sizes = how.micro, scoring.row_sizes(how.row_shares, samples, length)
 
     def gradients(part: Experience):
         def total(params, size):
-            mean, metrics = objective(lora.join(base, params), part, extra, size)
+            mean, metrics = how.objective(lora.join(base, params), part, extra, size)
             return mean.total, (mean, metrics)
 
         # The choice of a size is outside of the gradient: inside, what the backward pass keeps would be kept for every size.
@@ -209,7 +219,7 @@ def update(
     count = jnp.maximum(metrics["loss"].count, 1)
     grads = jax.tree.map(lambda g: g / count, grads)
     with jax.named_scope("optimizer"):
-        updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
+        updates, opt_state = how.tx.update(grads, learner.opt_state, learner.params)
         after = Learner(moved(learner.params, updates, key), opt_state)
     norm = optax.tree.norm(grads)
     sound = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
@@ -226,25 +236,20 @@ def learn(
     key: Array,
     extra: Any,
     *,
-    objective: Objective,
-    tx: optax.GradientTransformation,
-    epochs: int,
-    minibatch: int,
-    micro: int,
-    row_shares: tuple[float, ...],
+    how: LearnSettings,
 ) -> tuple[Learner, Metrics]:
     """Several epochs over shuffled minibatches of questions; metrics are summed over all optimiser steps.
 
     Shuffles and the rounding's noise are functions of `key` and of the place in here, not of what was learned or skipped before.
     """
-    n = experience.tokens.shape[0]
+    n, epochs, minibatch = experience.tokens.shape[0], how.epochs, how.minibatch
     shuffles = [jax.random.permutation(jax.random.fold_in(key, epoch), n) for epoch in range(epochs)]
     order = jnp.stack(shuffles).reshape(epochs * (n // minibatch), minibatch)
 
     def one(learner, step):
         index, key = step
         rows = experience if minibatch == n else jax.tree.map(lambda x: x[index], experience)
-        return update(learner, base, rows, key, extra, objective, tx, micro, row_shares)
+        return update(learner, base, rows, key, extra, how)
 
     keys = jax.random.split(jax.random.fold_in(key, epochs), len(order))
     learner, metrics = jax.lax.scan(one, learner, (order, keys))
@@ -254,9 +259,8 @@ def learn(
 def compile_learn(config: Config, objective: Objective, tx: optax.GradientTransformation, learner_shardings: Learner):
     """`learn` jitted for one learner: state donated, its shardings pinned (else the second step compiles again)."""
     c = config.learn
-    split = {"epochs": c.epochs, "minibatch": c.minibatch, "micro": c.microbatch or c.minibatch, "row_shares": c.row_sizes}
-    body = partial(learn, objective=objective, tx=tx, **split)
-    return jax.jit(body, donate_argnums=0, out_shardings=(learner_shardings, None))
+    how = LearnSettings(objective, tx, c.epochs, c.minibatch, c.microbatch or c.minibatch, c.row_sizes)
+    return jax.jit(partial(learn, how=how), donate_argnums=0, out_shardings=(learner_shardings, None))
 
 
 def offload(config: Config, learner: Learner, program: Any) -> tuple[Learner, Any]:
