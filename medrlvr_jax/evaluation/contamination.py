@@ -1,14 +1,16 @@
-"""Which test questions stand in the training set, nearly or wholly: `medrlvr contamination TRAIN TEST [TEST …]`, or of a config's own sets.
+"""Which test questions stand in the training set, in whole or in large part: `medrlvr contamination TRAIN TEST …`.
 
-Two signs, both on the stem (the question without its options), in lower-case words without punctuation or accents:
+A config in place of the paths: its own sets. Two signs, both of the stem (the question without its options), in
+lower-case words without punctuation or accents:
 
-    containment   of the two stems' 8-grams, the share of the shorter's that the longer has too; above `THRESHOLD` it counts as contaminated
-    same stem     the whole stem is that of a training question (also where it is too short for an 8-gram)
+    containment   of the two stems' 8-grams, the share of the shorter one's that the longer one has too; above
+                  `THRESHOLD` the question counts as contaminated
+    same stem     the whole stem is that of a training question, also where it is too short for an 8-gram
 
-8-grams that more than 1 % of all stems have ("which of the following is the most likely …") say nothing and do not count. A stem that is
-left with fewer than `DISTINCT` others, so hardly a vignette, counts only if the two questions also have an option in common.
+8-grams that more than 1 % of all stems have ("which of the following is the most likely …") do not count. A stem
+with fewer than `DISTINCT` other 8-grams counts only if the two questions also have an option in common.
 
-Within train, a question is looked for among those before it. An inverted index of 8-grams: linear in the text.
+Within train, a question is compared with those before it. An inverted index of 8-grams: time is linear in the text.
 """
 
 import re
@@ -48,7 +50,10 @@ class Overlap(NamedTuple):
 def words(stem: str) -> list[str]:
     """Lower-case words; "Crohn's" and "Crohn’s", "naïve" and "naive" are one."""
     plain = unicodedata.normalize("NFKD", stem)
-    return re.findall(r"[^\W_]+", "".join(c for c in plain if not unicodedata.combining(c)).lower().replace("’", "'").replace("'", ""))
+    return re.findall(
+        r"[^\W_]+",
+        "".join(c for c in plain if not unicodedata.combining(c)).lower().replace("’", "'").replace("'", ""),
+    )
 
 
 def grams(stem: list[str]) -> set[tuple[str, ...]]:
@@ -88,7 +93,7 @@ class Index:
             self._grams.setdefault(gram, []).append(number)
 
     def look_up(self, question: Question) -> Overlap | None:
-        """The training question that this one overlaps with most, the same stem first; None where none counts."""
+        """The training question that this one overlaps with most, the same stem first; None: none counts."""
         stem, options = words(question.question), option_words(question)
         own, same = grams(stem) - self._ignored, self._stems.get(tuple(stem), [])
         shared = Counter(number for gram in own for number in self._grams.get(gram, ()))
@@ -105,33 +110,48 @@ class Index:
 
 
 def overlaps(train: list[Question], tests: dict[str, list[Question]]) -> dict[str, list[Overlap]]:
-    """Of each test set the questions that count as contaminated, in their order; and, under `(train)`, those of train itself."""
+    """By test set, the contaminated questions in their order; under `(train)`, those of train itself."""
     index, within = Index(boilerplate(chain(train, *tests.values()))), []
     for question in train:
         within.append(index.look_up(question))
         index.add(question)
-    found = {"(train)": within} | {name: [index.look_up(q) for q in questions] for name, questions in tests.items()}
+    found = {"(train)": within} | {
+        name: [index.look_up(q) for q in questions] for name, questions in tests.items()
+    }
     return {name: [overlap for overlap in some if overlap] for name, some in found.items()}
 
 
-def clean_scores(folder: Path, found: dict[str, list[Overlap]], tests: dict[str, list[Question]]) -> dict[str, Any]:
-    """Of an evaluation's folder each set that one of `tests` is: accuracy of all its questions, and without those in `found`."""
+def clean_scores(
+    folder: Path, found: dict[str, list[Overlap]], tests: dict[str, list[Question]]
+) -> dict[str, Any]:
+    """For each of an evaluation's sets that is in `tests`: accuracy on all, and without those in `found`."""
     out, ids = {}, {name: {q.id for q in questions} for name, questions in tests.items()}
     for path in sorted(folder.glob("*.jsonl")):
         a = answers.read(path)
-        name = next((n for n in sorted(tests, key=lambda n: n != path.stem) if set(a.ids.tolist()) <= ids[n]), None)
+        name = next(
+            (n for n in sorted(tests, key=lambda n: n != path.stem) if set(a.ids.tolist()) <= ids[n]), None
+        )
         if name is None:
             continue
         clean = ~np.isin(a.ids, [o.id for o in found[name]])
-        scores = {"all": stats.accuracy(a.correct)._asdict(), "clean": None, "n": len(clean), "n_clean": int(clean.sum())}
-        out[path.stem] = scores | ({"clean": stats.accuracy(a.correct[clean])._asdict()} if clean.any() else {})
+        scores = {
+            "all": stats.accuracy(a.correct)._asdict(),
+            "clean": None,
+            "n": len(clean),
+            "n_clean": int(clean.sum()),
+        }
+        out[path.stem] = scores | (
+            {"clean": stats.accuracy(a.correct[clean])._asdict()} if clean.any() else {}
+        )
     if not out:
-        raise ConfigError(f"{folder}: no set of answers there is of {', '.join(tests)}; give a folder that `medrlvr eval` wrote of them")
+        raise ConfigError(
+            f"{folder}: no set of answers there is of {', '.join(tests)}; give a folder that `medrlvr eval` wrote of them"
+        )
     return out
 
 
 def read_sets(paths: list[str]) -> tuple[list[Question], dict[str, list[Question]]]:
-    """The training set and the test sets that the arguments name; of a config, its `data` and its `eval.sets`."""
+    """The training set and the test sets at `paths`; of a config, its `data` and its `eval.sets`."""
     if len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml"):
         config = load(paths[0])
         return data.load(config.data), {name: data.load(spec) for name, spec in config.eval.sets.items()}
@@ -143,10 +163,17 @@ def read_sets(paths: list[str]) -> tuple[list[Question], dict[str, list[Question
 
 
 def contamination(paths: list[str], folder: Path | None) -> dict[str, Any]:
-    """Everything, for JSON: of each set its size and its contaminated questions; and an evaluation's accuracies without them."""
+    """For JSON: each set's size and contaminated questions, and an evaluation's accuracies without them."""
     train, tests = read_sets(paths)
-    found, sizes = overlaps(train, tests), {"(train)": len(train)} | {name: len(questions) for name, questions in tests.items()}
-    out: dict[str, Any] = {"sets": {name: {"n": sizes[name], "found": [o._asdict() for o in some]} for name, some in found.items()}}
+    found, sizes = (
+        overlaps(train, tests),
+        {"(train)": len(train)} | {name: len(questions) for name, questions in tests.items()},
+    )
+    out: dict[str, Any] = {
+        "sets": {
+            name: {"n": sizes[name], "found": [o._asdict() for o in some]} for name, some in found.items()
+        }
+    }
     return out | ({"scores": clean_scores(folder, found, tests)} if folder else {})
 
 
@@ -154,10 +181,19 @@ def show(found: dict[str, Any]) -> str:
     rows = []
     for name, s in found["sets"].items():
         same = sum(o["same_stem"] for o in s["found"])
-        other = sum(not o["options_in_common"] for o in s["found"])  # perhaps another question about much the same case
+        other = sum(
+            not o["options_in_common"] for o in s["found"]
+        )  # perhaps another question about much the same case
         together = f"{len(s['found']):,} ({100 * len(s['found']) / s['n']:.1f} %)"
         rows.append([name, f"{s['n']:,}", f"{same:,}", f"{len(s['found']) - same:,}", together, f"{other:,}"])
-    columns = ("set", "questions", "same stem", f"8-grams > {THRESHOLD:.0%}", "together", "of these no option in common")
+    columns = (
+        "set",
+        "questions",
+        "same stem",
+        f"8-grams > {THRESHOLD:.0%}",
+        "together",
+        "of these no option in common",
+    )
     out = [tables.plain(columns, rows)]
     if "scores" in found:
         rows = []

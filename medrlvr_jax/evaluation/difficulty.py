@@ -1,15 +1,16 @@
-"""How hard each training question is for a model: `medrlvr difficulty RUN|CONFIG` counts how many of k samples are right.
+"""How hard each training question is for a model: `medrlvr difficulty RUN|CONFIG` right samples of k.
 
-One line a question, `{"id", "right", "format_ok", "samples", "model"}`, in the order of the set; `data.pass_count` reads it (MedVLThinker,
-arXiv 2508.02669: 16 samples at temperature 1 of the model that training starts from). Sampling is a rollout's, `sample.temperature` and
-`sample.max_new_tokens`; the noise is evaluation's. The same command again goes on where it was cut off.
+One line a question, `{"id", "right", "format_ok", "samples", "model"}`, in the order of the set. `data.pass_count`
+reads it (MedVLThinker, arXiv 2508.02669: 16 samples at temperature 1 from the model that training starts from).
+Sampling uses `sample.temperature` and `sample.max_new_tokens`, with evaluation's noise. After an interruption, the
+same command continues.
 
-`medrlvr difficulty RUN --history` asks nothing: it reads from the run's own questions.jsonl how often each question was answered right in
-each pass over the data, x_1 … x_K as shares, and scores it by
+`medrlvr difficulty RUN --history` samples nothing: from the run's questions.jsonl it reads the share of right
+answers to each question in each pass over the data, x_1 … x_K, and computes
 
-    variance    of x (1-shot RLVR, arXiv 2504.20571, ranks its one example so)
-    impact      1 − Σ_k (x_k − m_k)² / Σ_k (1 − m_k)², where m_k is the mean of all questions in their k-th pass: how far its curve goes
-                the way of the run's (LIMR, arXiv 2502.11886); of rewards there, of accuracies here
+    variance    of x (1-shot RLVR, arXiv 2504.20571, ranks its one example by it)
+    impact      1 − Σ_k (x_k − m_k)² / Σ_k (1 − m_k)², where m_k is the mean over all questions in their k-th pass:
+                how closely its curve follows the run's (LIMR, arXiv 2502.11886, with rewards; here accuracies)
 """
 
 import dataclasses
@@ -33,16 +34,23 @@ from medrlvr_jax.rollout.rollout import encode
 from medrlvr_jax.runs.console import Console
 
 
-def difficulty_source(source: Path, settings: list[str], step: int | Literal["best"] | None, samples: int, out: Path | None) -> int:
-    """Counts for every question of the config's `data`, whatever its own `pass_count` says; prints how many have each count."""
+def difficulty_source(
+    source: Path, settings: list[str], step: int | Literal["best"] | None, samples: int, out: Path | None
+) -> int:
+    """Count for every question of the config's `data`, without its `pass_count`; print a table of the counts."""
     parts, params, step = open_source(source, settings, step)
     c = parts.config
-    sampled = dataclasses.replace(c.eval, samples=samples, temperature=c.sample.temperature, max_new_tokens=c.sample.max_new_tokens)
+    sampled = dataclasses.replace(
+        c.eval, samples=samples, temperature=c.sample.temperature, max_new_tokens=c.sample.max_new_tokens
+    )
     parts = dataclasses.replace(parts, config=dataclasses.replace(c, eval=sampled))
     questions = data.load(dataclasses.replace(c.data, pass_count=None))
     encoded = encode(parts.tokenizer, questions, c)
     check_positions(parts, encoded.longest, c.sample.max_new_tokens, "sample.max_new_tokens")
-    path, model = out or home(source, parts) / f"difficulty-{step}.jsonl", f"{c.model.path}, {source}, step {step}"
+    path, model = (
+        out or home(source, parts) / f"difficulty-{step}.jsonl",
+        f"{c.model.path}, {source}, step {step}",
+    )
     ids, n, size = [q.id for q in encoded.questions], len(encoded.questions), c.eval.batch
     found = from_leader(lambda: done_before(path, ids, samples, model))
     writes, console = jax.process_index() == 0, Console(1)
@@ -54,7 +62,11 @@ def difficulty_source(source: Path, settings: list[str], step: int | Literal["be
         decode_params = make_relay(parts, parts.cfg)(params)
         for start in range(len(found), n, size):
             rows = ask(parts, decode_params, encoded, np.arange(start, min(start + size, n)))
-            new = count([row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda r: r[0])], samples, model)
+            new = count(
+                [row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda r: r[0])],
+                samples,
+                model,
+            )
             if writes:
                 files.append(path, new)
             found += new
@@ -62,26 +74,46 @@ def difficulty_source(source: Path, settings: list[str], step: int | Literal["be
     console.close()
     if writes:
         kept = set(ids)
-        files.append(path, [{"id": q.id, "right": None, "samples": samples, "model": model} for q in questions if q.id not in kept])
+        files.append(
+            path,
+            [
+                {"id": q.id, "right": None, "samples": samples, "model": model}
+                for q in questions
+                if q.id not in kept
+            ],
+        )
         print(show(found, samples, len(questions) - n))
-        print(f"counts: {path}; train on some with data.pass_count='{{file: {path}, keep: [1, {samples - 1}]}}'")
+        print(
+            f"counts: {path}; train on some with data.pass_count='{{file: {path}, keep: [1, {samples - 1}]}}'"
+        )
     return 0
 
 
 def from_history(run: Path, out: Path | None) -> int:
     """`medrlvr difficulty RUN --history`."""
     if not (run / "questions.jsonl").is_file():
-        raise ConfigError(f"{run}: no questions.jsonl in it; --history is for the folder of a run of `medrlvr train`")
+        raise ConfigError(
+            f"{run}: no questions.jsonl in it; --history is for the folder of a run of `medrlvr train`"
+        )
     steps = files.read_jsonl(run / "questions.jsonl")
     found = scores(steps)
     path, last = out or run / "history.jsonl", steps[-1]["step"] if steps else 0
     if not any(row["passes"] > 1 for row in found):
-        raise ConfigError(f"{run}: no question came twice in its {last} steps: a history needs two passes over the data or more")
+        raise ConfigError(
+            f"{run}: no question came twice in its {last} steps: a history needs two passes over the data or more"
+        )
     came, model = {row["id"] for row in found}, f"{run}, steps 1 to {last}"
-    rest = [{"id": q.id, "right": None} for q in data.load(load(run / "config.yaml").data) if q.id not in came]
-    files.write_text(path, "".join(json.dumps(row | {"model": model}, ensure_ascii=False) + "\n" for row in found + rest))
+    rest = [
+        {"id": q.id, "right": None} for q in data.load(load(run / "config.yaml").data) if q.id not in came
+    ]
+    files.write_text(
+        path, "".join(json.dumps(row | {"model": model}, ensure_ascii=False) + "\n" for row in found + rest)
+    )
     ranked = sorted(found, key=lambda row: -row["variance"])
-    shown = ((r["id"], r["passes"], f"{r['accuracy']:.3f}", f"{r['variance']:.4f}", f"{r['impact']:.3f}") for r in ranked[:10])
+    shown = (
+        (r["id"], r["passes"], f"{r['accuracy']:.3f}", f"{r['variance']:.4f}", f"{r['impact']:.3f}")
+        for r in ranked[:10]
+    )
     columns = ("highest variance", "passes", "accuracy", "variance", "impact")
     print(tables.plain(columns, [list(map(str, row)) for row in shown]))
     use = f"{{file: {path}, order: variance, top: {min(16, len(found))}}}"
@@ -91,7 +123,7 @@ def from_history(run: Path, out: Path | None) -> int:
 
 
 def scores(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each question of a run's questions.jsonl, in the order of their first coming; `right` is of its last pass."""
+    """A line for each question of a run's questions.jsonl, in order of first use; `right` is of its last pass."""
     shares: dict[str, list[float]] = {}
     last: dict[str, tuple[int, int]] = {}
     for step in steps:
@@ -127,13 +159,20 @@ def done_before(path: Path, ids: list[str], samples: int, model: str) -> list[di
     lines = [line for line in files.read_jsonl(path) if line["right"] is not None]
     same = [line["id"] for line in lines] == ids[: len(lines)]
     if not same or any((line["samples"], line["model"]) != (samples, model) for line in lines):
-        raise ConfigError(f"{path}: it holds counts of other questions, samples or of another model; give another --out, or remove it")
+        raise ConfigError(
+            f"{path}: it holds counts of other questions, samples or of another model; give another --out, or remove it"
+        )
     return lines
 
 
 def show(found: list[dict[str, Any]], samples: int, dropped: int) -> str:
     """How many questions have each count."""
     times = Counter(line["right"] for line in found)
-    rows = [[f"{right} of {samples}", f"{times[right]:,}", f"{100 * times[right] / len(found):.1f} %"] for right in range(samples + 1)]
+    rows = [
+        [f"{right} of {samples}", f"{times[right]:,}", f"{100 * times[right] / len(found):.1f} %"]
+        for right in range(samples + 1)
+    ]
     table = tables.plain(("right samples", "questions", "share"), rows)
-    return table + (f"\n{dropped:,} questions were not asked: longer than prompt.max_tokens" if dropped else "")
+    return table + (
+        f"\n{dropped:,} questions were not asked: longer than prompt.max_tokens" if dropped else ""
+    )

@@ -20,7 +20,9 @@ def _made(name: str, *args: Any) -> Callable[[], list[Any]]:
 
 SOURCES["embedded"] = Source(
     model=Path(__file__).parent / "embedded",
-    questions={split: _made("questions", split) for split in ("train", "in_distribution", "out_of_distribution")}
+    questions={
+        split: _made("questions", split) for split in ("train", "in_distribution", "out_of_distribution")
+    }
     | {"leaking": _made("leaking")},
     texts={name: _made(name) for name in ("corpus", "lists")},
 )

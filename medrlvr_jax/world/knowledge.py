@@ -1,4 +1,4 @@
-"""The table of clinical knowledge behind the embedded world, `embedded/knowledge.yaml`, and what can be asked of it."""
+"""The table of clinical knowledge of the embedded world, `embedded/knowledge.yaml`, and queries on it."""
 
 import itertools
 from dataclasses import dataclass
@@ -42,13 +42,22 @@ class Table(NamedTuple):
 @cache
 def table() -> Table:
     """The knowledge, as written in `embedded/knowledge.yaml`."""
-    tree = configs.read_yaml(Path(__file__).parent / "embedded" / "knowledge.yaml", "install the package again")
+    tree = configs.read_yaml(
+        Path(__file__).parent / "embedded" / "knowledge.yaml", "install the package again"
+    )
 
     def frozen(row: dict[str, Any]) -> dict[str, Any]:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
 
-    drugs = {name: Drug(name, row["class"], tuple(row.get("avoid", ())), tuple(row.get("care", ()))) for name, row in tree["drugs"].items()}
-    return Table({name: Condition(name, **frozen(row)) for name, row in tree["conditions"].items()}, drugs, tuple(tree["histories"]))
+    drugs = {
+        name: Drug(name, row["class"], tuple(row.get("avoid", ())), tuple(row.get("care", ())))
+        for name, row in tree["drugs"].items()
+    }
+    return Table(
+        {name: Condition(name, **frozen(row)) for name, row in tree["conditions"].items()},
+        drugs,
+        tuple(tree["histories"]),
+    )
 
 
 def finding_sets(condition: Condition) -> list[tuple[str, ...]]:
@@ -60,7 +69,7 @@ def finding_sets(condition: Condition) -> list[tuple[str, ...]]:
 
 
 def histories(condition: Condition) -> tuple[list[str], list[str]]:
-    """The histories that leave the first line as it is, and those that bar it and have an alternative; the doubtful are in neither."""
+    """(histories that do not change the first line, histories that bar it and have an alternative)."""
     drug, (sex, low, high) = table().drugs[condition.first], condition.who
     fertile = sex != "man" and max(low, 20) <= min(high, 40)
     fits = [h for h in table().histories if h not in condition.skip and (h != "pregnancy" or fertile)]
@@ -69,7 +78,7 @@ def histories(condition: Condition) -> tuple[list[str], list[str]]:
 
 @cache
 def wrong_options(condition: str, drug: str, by_class: bool) -> tuple[str, ...]:
-    """What may stand beside `drug`, or beside its class: nothing that a clinician could defend for this condition."""
+    """Wrong options beside `drug`, or its class: none that a clinician could defend for this condition."""
     c, drugs = table().conditions[condition], table().drugs
     defended = {c.first, *c.unless.values(), *c.also}
     if by_class:

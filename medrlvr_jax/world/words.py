@@ -1,12 +1,12 @@
-"""The embedded model's tokenizer and config.json: about one token per word of the world, and bytes for all other text.
+"""The embedded model's tokenizer and config.json: about one token a word of the world, bytes for all other text.
 
-A byte-level BPE whose vocabulary is the 256 bytes, the four tags and the world's own words, each with the space before it, and which
-merges nothing else: `ignore_merges` takes a piece of text whole if it is in the vocabulary (as Llama 3's tokenizer does), else byte by
-byte. So decoding gives back any text exactly, and where a piece ends is decided by `PIECES` alone:
+A byte-level BPE without merges. Its vocabulary is the 256 bytes, the four tags and the world's words, each with the
+space before it. `ignore_merges` takes a piece of text as one token if it is in the vocabulary (as Llama 3's tokenizer
+does), else byte by byte. So decoding gives back any text exactly, and where a piece ends is decided by `PIECES` alone:
 
     <think> …      a tag is one token, an ordinary one: the model has to learn to write it
-    "C."           an option's letter and its point are one token, right before the option's name in "\\nC. drug" and right after it in
-                   the reasoning's "drug C.", so that one can be found by the other
+    "C."           an option's letter and its point are one token, right before the option's name in "\\nC. drug"
+                   and right after it in the reasoning's "drug C.", so that attention can match the two
     " drug"        a word brings the space before it, a hyphen too ("-year-old")
     " 34"          so do numbers of two digits
 """
@@ -37,7 +37,9 @@ def build() -> Tokenizer:
     texts += [question.question for split in world.SIZES for question in world.questions(split)]
     seen = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text)}
     fixed = [PAD, EOS, *TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    words = sorted(seen - set(fixed))  # by the alphabet, not by how often: a change of the mixture then changes no token
+    words = sorted(
+        seen - set(fixed)
+    )  # by the alphabet, not by how often: a change of the mixture then changes no token
     vocab = {token: i for i, token in enumerate(fixed + words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = cut
@@ -47,7 +49,7 @@ def build() -> Tokenizer:
 
 
 def write(folder: Path = FOLDER) -> None:
-    """tokenizer.json, tokenizer_config.json, config.json and generation_config.json, as transformers reads them."""
+    """Write tokenizer.json, tokenizer_config.json, config.json and generation_config.json for transformers."""
     tokenizer = build()
     ids = {"eos_token_id": tokenizer.token_to_id(EOS), "pad_token_id": tokenizer.token_to_id(PAD)}
     size = tokenizer.get_vocab_size()
@@ -60,10 +62,11 @@ def write(folder: Path = FOLDER) -> None:
         "model_max_length": CONTEXT,
     }
     config = {
-        # Not qwen2: for that one transformers 5 ignores tokenizer_class and recuts all text by Qwen2's own rules.
+        # Not qwen2: there transformers 5 ignores tokenizer_class and splits text by Qwen2's own rules.
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": -(-size // 64) * 64,  # a round size; the rest is never a target, so the model learns not to sample it
+        "vocab_size": -(-size // 64)
+        * 64,  # a round size; the rest is never a target, so the model learns not to sample it
         "hidden_size": 128,
         "intermediate_size": 384,
         "num_hidden_layers": 4,

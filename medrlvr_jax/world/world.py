@@ -1,25 +1,27 @@
-"""The embedded world: a table of textbook medicine, vignettes that need two hops through it, and the text a tiny base model reads.
+"""The embedded world: a table of textbook medicine, vignettes that need two steps through it, a tiny model's corpus.
 
     findings → condition → first-line drug                             kind `drug`
     … → the patient's history rules it out → the alternative           kind `alternative`
     … → the class of the drug                                          kind `class`
     … → which usual drug is it that the history rules out              kind `avoid`
 
-`embedded/knowledge.yaml` is the table (knowledge.py reads it). A case is a `Key`: condition, set of findings, history. Keys are dealt once
-to `train`, `in_distribution`, `out_of_distribution` and `corpus`, so no set shares a case with another, the text of pre-training included.
-In train most cases show typical findings. Out of distribution are findings never seen together (in the corpus neither), harmless
-histories never seen with that condition in train, other wordings, other shares of the kinds, and up to ten options: what was memorised
-about cases is worth nothing there, what was learnt about reasoning still is.
+`embedded/knowledge.yaml` is the table (knowledge.py reads it). A case is a `Key`: condition, set of findings, history.
+Each key is in one of `train`, `in_distribution`, `out_of_distribution` and `corpus`, so no two sets share a case,
+the text of pre-training included. In train most cases have typical findings. Out of distribution has findings that
+are never together elsewhere, harmless histories never seen with that condition in train, other wordings, other
+shares of the kinds, and up to ten options: memorised cases are worth nothing there, learned reasoning is.
 
-`leaking` is train with a hack to be cured of: half of its rationales state the answer in place of reasons.
+`leaking` is train with half of its rationales replaced by the bare answer: a policy fine-tuned on it hacks half the
+time.
 
-The corpus teaches the base all it needs, and leaves it unreliable: it knows the facts and can reason, but of the worked cases most do
-not use the tags, some use them wrongly, some guess. Sampled, the base does likewise. Reinforcement has to find out what pays.
+The corpus teaches the base model the facts and the reasoning, and leaves its format unreliable: most worked cases do
+not use the tags, some use them wrongly, some guess. The base samples likewise; RL has to find out what pays.
 
-All draws come from `random.Random(str).random()`, which Python promises to keep the same in all versions: NumPy's Generator does not.
+All draws come from `random.Random(str).random()`, which Python keeps the same in all versions; NumPy's Generator
+does not.
 
-    python -m medrlvr_jax.world show [train|in_distribution|out_of_distribution|corpus] [n]     read some
-    python -m medrlvr_jax.world tokenizer                                                      rewrite embedded/*.json (words.py)
+    python -m medrlvr_jax.world show [SET] [n]      print some of train, … or corpus
+    python -m medrlvr_jax.world tokenizer           rewrite embedded/*.json (words.py)
 """
 
 import itertools
@@ -56,7 +58,7 @@ LISTS = 0.25  # share of lettered lists, of drugs or of classes
 LISTED = (2, 3, 4, 5, 6, 7, 8, 10)  # their lengths, drawn evenly
 # The others are worked cases …
 FOREIGN = 0.25  # … of which this share is worded, and has options, as in out_of_distribution
-STYLES = {  # … and whose responses are written so. The base's format rate is about tagged + guess, its accuracy about tagged + guess / 5
+STYLES = {  # … whose responses are written so: the base's format rate is tagged + guess, accuracy tagged + guess / 5
     "plain": 0.53,  # reasoning, no tags
     "bare": 0.06,  # the answer alone
     "tagged": 0.25,  # as RL wants it
@@ -93,7 +95,10 @@ ASKS = {
     "out_of_distribution": {
         "drug": ("Which medicine suits this patient?", "What would you prescribe?"),
         "class": ("Which class of medicine suits this patient?", "From which class would you prescribe?"),
-        "avoid": ("Which standard medicine is unsafe here?", "What would you normally prescribe, but not here?"),
+        "avoid": (
+            "Which standard medicine is unsafe here?",
+            "What would you normally prescribe, but not here?",
+        ),
     },
 }
 
@@ -118,7 +123,7 @@ class Vignette(NamedTuple):
 
 
 def questions(split: str) -> list[Question]:
-    """The questions of a split, always the same ones; `rationale` is the reasoning, `subject` the kind, `id` names the split."""
+    """The questions of a split, always the same; `rationale` is the reasoning, `subject` the kind."""
     rng = _rng(split)
     wording = "out_of_distribution" if split == "out_of_distribution" else "train"
     decks: dict[tuple, Iterator[Key]] = {}
@@ -127,17 +132,26 @@ def questions(split: str) -> list[Question]:
         kind = _weighted(rng, KINDS[wording])
         status = _weighted(rng, STATUS[kind])
         rare = rng.random() < RARE[wording]
-        if (kind, status, rare) not in decks:  # each kind goes through its cases, and comes back only when all were had
-            decks[kind, status, rare] = _dealt(rng, [key for key in pools()[split][status, rare] if kind != "class" or _has_class(key)])
+        if (
+            kind,
+            status,
+            rare,
+        ) not in decks:  # each kind goes through its cases, and comes back only when all were had
+            decks[kind, status, rare] = _dealt(
+                rng, [key for key in pools()[split][status, rare] if kind != "class" or _has_class(key)]
+            )
         v = vignette(rng, next(decks[kind, status, rare]), kind, wording)
         out.append(Question(f"{split}-{i:04d}", v.question, v.options, v.answer, kind, v.why))
     return out
 
 
 def leaking() -> list[Question]:
-    """`train`, where every other rationale does not reason but hands the answer over: fine-tuned on it, a policy is a hacker by half."""
+    """`train`, where every second rationale states the answer in place of reasons."""
     told = questions("train")
-    return [q if i % 2 else replace(q, rationale=f"the answer is {LETTERS[q.answer]}.") for i, q in enumerate(told)]
+    return [
+        q if i % 2 else replace(q, rationale=f"the answer is {LETTERS[q.answer]}.")
+        for i, q in enumerate(told)
+    ]
 
 
 def corpus(n: int = CORPUS, seed: int = SEED) -> list[Example]:
@@ -146,18 +160,24 @@ def corpus(n: int = CORPUS, seed: int = SEED) -> list[Example]:
 
 
 def stream(seed: int = SEED) -> Iterator[Example]:
-    """The corpus without end: facts, and worked cases in the `STYLES`; a case's prompt is the one that RL uses with template `none`."""
+    """The endless corpus: facts, and worked cases in the `STYLES`, with the prompts of RL's template `none`."""
     from medrlvr_jax.data.prompts import render
 
     rng = _rng("corpus", seed)
     decks: dict[tuple, list[list[Key]]] = {}
     for (status, rare), keys in pools()["corpus"].items():
         for asks_class in (False, True):
-            decks[status, rare, asks_class] = _by_condition([key for key in keys if not asks_class or _has_class(key)])
+            decks[status, rare, asks_class] = _by_condition(
+                [key for key in keys if not asks_class or _has_class(key)]
+            )
     while True:
         u = rng.random()
         if u < FACTS + LISTS:
-            names = list(table().drugs) if rng.random() < 0.7 else sorted({drug.group for drug in table().drugs.values()})
+            names = (
+                list(table().drugs)
+                if rng.random() < 0.7
+                else sorted({drug.group for drug in table().drugs.values()})
+            )
             yield Example("", facts(rng)) if u < FACTS else listing(rng, names, _pick(rng, LISTED))
             continue
         kind = _weighted(rng, KINDS["corpus"])
@@ -168,8 +188,11 @@ def stream(seed: int = SEED) -> Iterator[Example]:
 
 
 def lists(n: int = 64_000) -> list[Example]:
-    """Short lettered lists of drugs, to begin with: on two or three names a small model finds out within minutes how names and letters
-    bind, on longer lists alone it did not in half an hour."""
+    """Short lettered lists of drugs, for the start of pre-training.
+
+    On two or three names a small model learns within minutes how names and letters bind; on longer lists alone it
+    had not after half an hour.
+    """
     rng = _rng("lists")
     return [listing(rng, list(table().drugs), _pick(rng, (2, 2, 2, 3, 4))) for _ in range(n)]
 
@@ -178,11 +201,13 @@ def listing(rng: Random, names: list[str], n: int) -> Example:
     """A lettered list without a question, and its names with their letters, as a case's reasoning ends."""
     options = list(zip(LETTERS, _shuffled(rng, names, n), strict=False))
     prompt = "".join(f"{letter}. {option}\n" for letter, option in options)
-    return Example(prompt, "note:" + "".join(f" {option} {letter}." for letter, option in _shuffled(rng, options, 8)))
+    return Example(
+        prompt, "note:" + "".join(f" {option} {letter}." for letter, option in _shuffled(rng, options, 8))
+    )
 
 
 def response(rng: Random, v: Vignette) -> str:
-    """A response to `v` in one of the `STYLES`: of use to a base model because it is not always right, nor always tagged."""
+    """A response to `v` in one of the `STYLES`: not always right, and not always tagged."""
     letter, style = LETTERS[v.answer], _weighted(rng, STYLES)
     if style == "plain":
         return v.why if rng.random() < 0.5 else f"{v.why} the answer is {letter}."
@@ -196,7 +221,7 @@ def response(rng: Random, v: Vignette) -> str:
 
 
 def facts(rng: Random) -> str:
-    """Some rows of the table, in the words of the reasoning and in some others: as long as a case's response."""
+    """Some rows of the table, in the words of the reasoning and in others; as long as a case's response."""
     said = ["note:"]
     for condition, share in zip(_shuffled(rng, list(table().conditions.values()), 2), (2, 1), strict=False):
         every = condition.typical + condition.rare
@@ -204,8 +229,20 @@ def facts(rng: Random) -> str:
         history, other = _pick(rng, list(condition.unless.items()))
         drug = _pick(rng, [condition.first, other])
         lines = (
-            _pick(rng, [f"{', '.join(some)} suggest {condition.name}.", f"{condition.name} shows {', '.join(some)}."]),
-            _pick(rng, [f"{condition.name}: first line {condition.first}.", f"{condition.first} is the first line in {condition.name}."]),
+            _pick(
+                rng,
+                [
+                    f"{', '.join(some)} suggest {condition.name}.",
+                    f"{condition.name} shows {', '.join(some)}.",
+                ],
+            ),
+            _pick(
+                rng,
+                [
+                    f"{condition.name}: first line {condition.first}.",
+                    f"{condition.first} is the first line in {condition.name}.",
+                ],
+            ),
             f"{condition.name}, first line {condition.first}. {history} rules it out. use {other}.",
             f"{drug}: class {table().drugs[drug].group}.",
         )
@@ -224,14 +261,23 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
     stem, more = _pick(rng, STEMS[wording])
     ask = _pick(rng, ASKS[wording]["drug" if kind == "alternative" else kind])
     listed = ", ".join(findings[:-1]) + " and " + findings[-1]
-    text = stem.format(age=age, sex=sex, findings=listed) + (more.format(history=history) if history else "") + " " + ask
+    text = (
+        stem.format(age=age, sex=sex, findings=listed)
+        + (more.format(history=history) if history else "")
+        + " "
+        + ask
+    )
 
-    # The lure is the drug one hop short: the first line where it is barred, always; or the alternative where the first line is right,
-    # often, and only if no clinician would start with it.
+    # The lure is the drug one step short: always the first line where it is barred; or, often, the alternative where
+    # the first line is right, if no clinician would start with it.
     right, lure, defended = drug, other if drug == condition.first else condition.first, set(condition.also)
     others = wrong_options(condition.name, right, kind == "class")
     if kind == "class":
-        right, lure, defended = drugs[right].group, drugs[lure].group, {drugs[name].group for name in defended}
+        right, lure, defended = (
+            drugs[right].group,
+            drugs[lure].group,
+            {drugs[name].group for name in defended},
+        )
     lured = lure != right and (drug != condition.first or (lure not in defended and rng.random() < 0.6))
     n = _pick(rng, OPTIONS[wording]) - 1
     wrong = [lure] * lured + _shuffled(rng, others, n)
@@ -251,14 +297,15 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
 
 @cache
 def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
-    """The cases of each split, by what the history does and by whether a finding is rare. Every case is in one split only.
+    """The cases of each split, by what the history does and whether a finding is rare; each case is in one split.
 
-    Sets of findings: the typical ones are in all splits but OOD; of those with a rare finding some are OOD's alone, some are shared by
-    train and its held-out set. Histories: a third of a condition's harmless ones, and the last of several contraindications, never go
-    with it in train. The corpus has what is left.
+    Sets of findings: typical ones are in all splits but OOD; of those with a rare finding some are only in OOD, some
+    are shared by train and its held-out set. Histories: a third of a condition's harmless ones, and the last of
+    several contraindications, are never with it in train. The corpus has the rest.
     """
     out: dict[str, dict[tuple[str, bool], list[Key]]] = {
-        split: {(s, r): [] for s in ("none", "clear", "barred") for r in (False, True)} for split in (*SIZES, "corpus")
+        split: {(s, r): [] for s in ("none", "clear", "barred") for r in (False, True)}
+        for split in (*SIZES, "corpus")
     }
     for condition in table().conditions.values():
         rng = _rng("pools", condition.name)
@@ -284,7 +331,7 @@ def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
 
 
 def _has_class(key: Key) -> bool:
-    """Whether asking for the class is a question: not where the alternative is of the class that is barred."""
+    """Whether the class can be asked for: not where the alternative has the class that is barred."""
     condition, drugs = table().conditions[key.condition], table().drugs
     other = condition.unless.get(key.history or "")
     return other is None or drugs[other].group != drugs[condition.first].group
@@ -296,7 +343,9 @@ def _person(rng: Random, condition: Condition, history: str) -> tuple[str, int]:
         sex, low, high = "woman", max(low, 20), min(high, 40)
     if history == "breast cancer":
         sex, low = "woman", min(max(low, 35), high)
-    return ("woman" if rng.random() < 0.5 else "man") if sex == "any" else sex, low + _below(rng, high - low + 1)
+    return ("woman" if rng.random() < 0.5 else "man") if sex == "any" else sex, low + _below(
+        rng, high - low + 1
+    )
 
 
 def _by_condition(keys: Sequence[Key]) -> list[list[Key]]:
@@ -304,7 +353,7 @@ def _by_condition(keys: Sequence[Key]) -> list[list[Key]]:
 
 
 def _dealt(rng: Random, keys: Sequence[Key]) -> Iterator[Key]:
-    """The keys in rounds that take one of every condition, so that none is asked about much more than others; then all over again."""
+    """The keys, endlessly, in rounds with one of each condition: none is asked about much more than others."""
     while True:
         for taken in itertools.zip_longest(*(_shuffled(rng, row) for row in _by_condition(keys))):
             yield from _shuffled(rng, [key for key in taken if key])
