@@ -50,6 +50,9 @@ def settings() -> str:
         " them; the value is YAML too. Unknown settings, values of the wrong type and combinations that"
         " cannot work are refused before any device work: the message names the field, the value and the"
         " remedy. `null` means that the thing is absent. The files in `configs/` are complete examples.",
+        "One file serves several commands. Each needs and checks only the settings that it reads, and its"
+        " `--help` lists those: `medrlvr eval` needs no `learn`, `medrlvr sft` checks no `advantage`. Settings on"
+        " the command line that it does not read are named, and change nothing.",
     ]
     for section in sections():
         out.append(f"## {section.title} {{ #{anchor(section.name)} }}\n\n{section.text}")

@@ -67,20 +67,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if names and takes_settings(app[names[0]]):
             from medrlvr_jax.config.describe import show
 
-            show(app.console)
+            show(app.console, names[0])
         return 0 if argv else 2
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from medrlvr_jax.config import check
     from medrlvr_jax.host import processes
     from medrlvr_jax.host.errors import Diverged, Unwritable
     from medrlvr_jax.rewards.user import RewardError
     from medrlvr_jax.runs.checkpoint import CheckpointError
 
     expected = (ConfigError, CheckpointError, Diverged, RewardError, Unwritable)
+    name, settings = function.__name__.strip("_"), arguments.arguments.get("settings", ())
+    for setting in settings:
+        if not check.reads(name, setting.partition("=")[0]):
+            print(f"medrlvr {name}: {setting}: this command does not read it", file=sys.stderr)
     try:
         with processes.distributed_run(expected) if arguments.arguments.get("distributed") else nullcontext():
             return function(*arguments.args, **arguments.kwargs)
     except expected as e:
-        print(f"medrlvr {function.__name__.strip('_')}: {e}", file=sys.stderr)
+        print(f"medrlvr {name}: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
 
 
@@ -125,7 +130,7 @@ def train(config: Config, /, *settings: Settings, distributed: Distributed = Fal
     from medrlvr_jax.config.load import load
     from medrlvr_jax.rl.train import train
 
-    return finish(train(load(config, settings)))
+    return finish(train(load(config, settings, "train")))
 
 
 @command(TRAIN)
@@ -140,7 +145,7 @@ def sft(config: Config, /, *settings: Settings, distributed: Distributed = False
     from medrlvr_jax.config.load import load
     from medrlvr_jax.rl.sft import sft
 
-    return finish(sft(load(config, settings)))
+    return finish(sft(load(config, settings, "sft")))
 
 
 @command(TRAIN)
@@ -369,7 +374,7 @@ def plan(
     if len(sizes) > 1 or not all(size.isdecimal() for size in sizes):
         raise ConfigError(f"--sweep: {' '.join(sizes)} must be one whole number, such as --sweep 8")
     attempts = 0 if sweep is None else int((sizes or ["8"])[0])
-    return run(load(config, every), topology, attempts, json, questions, quick)
+    return run(load(config, every, "plan"), topology, attempts, json, questions, quick)
 
 
 @command(INSPECT)

@@ -20,7 +20,7 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from medrlvr_jax.config.load import nearest_divisors
+from medrlvr_jax.config.check import nearest_divisors
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.host.errors import ConfigError
 

@@ -18,6 +18,8 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
+from medrlvr_jax.config.check import reads
+from medrlvr_jax.config.load import section_class
 from medrlvr_jax.config.schema import Config
 
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -73,12 +75,6 @@ def sections(cls: type = Config, name: str = "") -> list[Section]:
     for section in [Section(name, cls, inspect.cleandoc(cls.__doc__ or ""), settings), *inner]:
         once.setdefault(section.cls, section)
     return list(once.values())
-
-
-def section_class(kind: Any) -> type | None:
-    """The dataclass that a field holds: as it is, optional, or as the values of a mapping."""
-    kinds = (kind, *get_args(kind))
-    return next((k for k in kinds if dataclasses.is_dataclass(k) and isinstance(k, type)), None)
 
 
 def kind_text(kind: Any) -> str:
@@ -140,15 +136,16 @@ def explanations(cls: type) -> dict[str, str]:
     return out
 
 
-def show(console: Console) -> None:
-    """Print every setting, one panel a section, as wide as the terminal."""
+def show(console: Console, command: str) -> None:
+    """Print every setting that a command reads, one panel a section, as wide as the terminal."""
     console.print("Settings stand in the config or, as a.b=value, on the command line.", highlight=False)
     for section in sections():
         names = Column(style="cyan", overflow="fold", max_width=console.width * 2 // 5)
         table = Table.grid(names, Column(), padding=(0, 2, 0, 0))
         for setting in section.settings:
-            if setting.kind != "section":  # one that is always there has a panel of its own
+            if setting.kind != "section" and reads(command, setting.name):  # such a section has its own panel
                 default = setting.default.replace("needed", "") and f", default {setting.default}"
                 note = f"[{setting.kind}{default or ', needed'}]".replace("`", "")
                 table.add_row(setting.name, Text.assemble(setting.text.replace("`", ""), " ", (note, "dim")))
-        console.print(Panel(table, title=Text(section.title), title_align="left"))
+        if table.row_count:
+            console.print(Panel(table, title=Text(section.title), title_align="left"))

@@ -1,6 +1,7 @@
-"""What comes with the package under a name in place of a path: `embedded:train` names a set, `model.path: embedded` a model.
+"""What the package brings under a name in place of a path: the set `embedded:train`, the model `embedded`.
 
-A source registers itself in SOURCES when its package is imported. Those who read paths look here, and import no source.
+A source registers itself in SOURCES when its package is imported. Readers of paths look here; they import no
+source.
 """
 
 from collections.abc import Callable, Mapping

@@ -38,7 +38,7 @@ def difficulty_source(
     source: Path, settings: list[str], step: int | Literal["best"] | None, samples: int, out: Path | None
 ) -> int:
     """Count for every question of the config's `data`, without its `pass_count`; print a table of the counts."""
-    parts, params, step = open_source(source, settings, step)
+    parts, params, step = open_source(source, settings, step, "difficulty")
     c = parts.config
     sampled = dataclasses.replace(
         c.eval, samples=samples, temperature=c.sample.temperature, max_new_tokens=c.sample.max_new_tokens

@@ -144,12 +144,20 @@ def evaluate_sets(parts: Parts, decode_params: Params, sets: dict[str, Encoded],
     return metrics
 
 
-def open_source(source: Path, settings: Mapping[str, Any] | Sequence[str], step: int | Literal["best"] | None) -> tuple[Parts, Params, int]:
-    """A run's policy (by default its newest) and its step, or the model that a config names and 0; the parameters are whole."""
+def open_source(
+    source: Path,
+    settings: Mapping[str, Any] | Sequence[str],
+    step: int | Literal["best"] | None,
+    command: str | None = None,
+) -> tuple[Parts, Params, int]:
+    """A run's policy (by default its newest) and its step, or the model that a config names and 0.
+
+    The parameters are whole. `command`: which settings are needed and checked, see `config.load.load`.
+    """
     if source.is_dir():
         if not (source / "config.yaml").is_file():
             raise ConfigError(f"{source}: no config.yaml in it; give a run's folder, such as runs/quickstart, or a config file")
-        parts = build(load(source / "config.yaml", settings))
+        parts = build(load(source / "config.yaml", settings, command))
         inputs.check_model(source, parts)
         with jax.set_mesh(parts.mesh):
             abstract = lora.trained(abstract_params(parts, parts.cfg), parts.cfg)
@@ -157,7 +165,7 @@ def open_source(source: Path, settings: Mapping[str, Any] | Sequence[str], step:
             return parts, lora.join(load_base(parts), params), step
     if step is not None:
         raise ConfigError(f"--step {step}: {source} is no run's folder, so there are no checkpoints; leave it out")
-    parts = build(load(source, settings))
+    parts = build(load(source, settings, command))
     with jax.set_mesh(parts.mesh):
         return parts, lora.join(load_base(parts), load_params(parts, parts.cfg)), 0
 
@@ -200,7 +208,7 @@ def how_made(parts: Parts, sets: dict[str, Encoded]) -> dict[str, Any]:
 
 def evaluate_source(source: Path, settings: list[str], step: int | Literal["best"] | None, out: Path | None) -> int:
     """`medrlvr eval`: one JSONL of answers a set, eval.json with how they were made, counts and what they show, and tables."""
-    parts, params, step = open_source(source, settings, step)
+    parts, params, step = open_source(source, settings, step, "eval")
     sets = load_sets(parts)
     if not sets:
         raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")

@@ -153,7 +153,7 @@ def open_scorer(name: str, source: Path, settings: list[str]) -> Scorer:
     """The model of the directory (or hub name) `name`; other settings are the probed model's."""
     model = [f"model.path={json.dumps(name)}", "model.init=pretrained", "model.lora=null"]
     config = source / "config.yaml" if source.is_dir() else source
-    parts, params, _ = open_source(config, [*settings, *model], None)
+    parts, params, _ = open_source(config, [*settings, *model], None, "probe")
     return Scorer(name, parts, params)
 
 
@@ -279,7 +279,7 @@ def probe_source(
     scorer: str | None = None,
 ) -> int:
     """`medrlvr probe`: one JSONL a set, probe.json, and tables."""
-    parts, params, step = open_source(source, settings, step)
+    parts, params, step = open_source(source, settings, step, "probe")
     c = parts.config
     sets = {name: dataclasses.replace(spec, shuffle_options=False) for name, spec in c.eval.sets.items()}
     greedy = dataclasses.replace(c.eval, samples=1, temperature=0.0, sets=sets)

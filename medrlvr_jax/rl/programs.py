@@ -15,7 +15,7 @@ import jax
 
 from medrlvr_jax import build
 from medrlvr_jax.build import Parts, Relay, make_relay
-from medrlvr_jax.config.load import check_rl
+from medrlvr_jax.config.check import check_rl
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rl.experience import make_experience
 from medrlvr_jax.rl.learn import compile_learn, critic_objective, make_optimizer, policy_objective

@@ -25,7 +25,7 @@ from medrlvr_jax.build import (
     total_steps,
     updates_in,
 )
-from medrlvr_jax.config import load as configs
+from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.batches import step_batch
@@ -85,7 +85,7 @@ def sft(config: Config, data: Records | str | Path | None = None, callbacks: Cal
 
     With `sft.target: text`, rows of `data` are dicts with the fields `prompt` and `response`.
     """
-    configs.check_best(config, of_steps=())  # they draw no responses
+    check.check_best(config, of_steps=())  # they draw no responses
     spec, records = given(config.data, data)
     config = dataclasses.replace(config, data=spec)
     parts = build(config)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from medrlvr_jax import build, sharding
 from medrlvr_jax.build import Parts, check_positions, make_relay, total_steps
-from medrlvr_jax.config import load as configs
+from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.batches import step_batch
@@ -70,7 +70,7 @@ def train(
     `done` and `exit_status`: the same call goes on from there. Raises `ConfigError` for settings, data and rewards that cannot be
     used, `RewardError`, `Diverged`, `CheckpointError` and `Unwritable`.
     """
-    configs.check_best(config)
+    check.check_best(config)
     judges = None if rewards is None else user.Rewards(rewards)
     spec, given_rows = given(config.data, data)
     config = dataclasses.replace(config, data=spec)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from medrlvr_jax.config import check
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config, section
 from medrlvr_jax.host.errors import ConfigError
@@ -177,7 +178,7 @@ def _cells(experiment: Experiment, of_cells: list[str], source: str) -> list[Cel
                 tree = merge(tree, {"model": {"path": str(parent.path / "hf"), "init": "pretrained"}})
             config = configs.from_tree(tree, where)
             if arm.by == "train":
-                configs.check_rl(config)
+                check.check_rl(config)
             if not config.eval.sets:
                 raise ConfigError(f"{where}: eval.sets: none; the first is in distribution, others out of it")
             cells[name, seed] = Cell(name, arm.by, config, parent)

@@ -15,7 +15,7 @@ import jax
 from packaging.requirements import Requirement
 
 import medrlvr_jax
-from medrlvr_jax.config import load as configs
+from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.runs import checkpoint, log
@@ -122,7 +122,7 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
     from medrlvr_jax.rl.learn import make_optimizer
     from medrlvr_jax.runs import inputs
 
-    configs.check_best(config)
+    check.check_best(config)
     parts = build.build(config)
     inputs.check_model(run, parts)
     yield Finding("ok", f"mesh: {' × '.join(f'{axis} {size}' for axis, size in parts.mesh.shape.items())}")
