@@ -1,7 +1,7 @@
-"""Floating-point operations: of a traced program, by walking its jaxpr; and of a model, by formula.
+"""Floating-point operations, counted two ways: from a program's jaxpr, and from a model's formula.
 
-Matrix products alone are counted, 2·M·N·K each, as peaks are quoted. XLA's own count has the body of a loop once: for 36 layers under
-`scan` it is off by twenty times.
+Matrix products alone are counted, 2·M·N·K each, as peaks are quoted. XLA's own count has the body of a loop
+once: for 36 layers under `scan` it is off by twenty times.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,14 @@ from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.types import Prompts
 
 
-def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, visited: Mapping[str, float] = MappingProxyType({})) -> float:
-    """Over all devices, recomputation included. Loops whose end depends on data count as all rounds that their condition allows.
+def traced_flops(
+    jaxpr: core.ClosedJaxpr | core.Jaxpr, visited: Mapping[str, float] = MappingProxyType({})
+) -> float:
+    """Over all devices, recomputation included. Loops whose end depends on data count as all rounds that
+    their condition allows.
 
-    A Pallas kernel counts as its body in each block of its grid; where it skips some, `visited` has the share of the others, by a part
-    of the kernel's name (`attention.visited`).
+    A Pallas kernel counts as its body in each block of its grid; where it skips some, `visited` has the share
+    of the others, by a part of the kernel's name (`attention.visited`).
     """
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -42,13 +45,20 @@ def traced_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, visited: Mapping[str, flo
             share = next((share for part, share in visited.items() if part in p["name"]), 1.0)
             total += sum(inner) * prod(p["grid_mapping"].grid) * share
         else:
-            total += sum(inner) * {"scan": p.get("length", 1), "shard_map": getattr(p.get("mesh"), "size", 1)}.get(name, 1)
+            total += sum(inner) * {
+                "scan": p.get("length", 1),
+                "shard_map": getattr(p.get("mesh"), "size", 1),
+            }.get(name, 1)
     return total
 
 
 def _rounds(condition: core.ClosedJaxpr) -> int:
-    """The bound in a condition such as `t - 129 < 128 and …`."""
-    bounds = [e.invars[1].val for e in condition.jaxpr.eqns if e.primitive.name == "lt" and isinstance(e.invars[1], core.Literal)]
+    """The bound in a loop condition such as `t - 129 < 128 and …`."""
+    bounds = [
+        e.invars[1].val
+        for e in condition.jaxpr.eqns
+        if e.primitive.name == "lt" and isinstance(e.invars[1], core.Literal)
+    ]
     if len(bounds) != 1:
         raise ValueError(f"a loop whose condition has {len(bounds)} bounds, and not one: {condition}")
     return int(bounds[0])
@@ -63,12 +73,13 @@ def _is_jaxpr(x: Any) -> bool:
 
 
 def weights(cfg: DecoderConfig) -> int:
-    """Numbers in one layer's matrices."""
+    """Parameters in one layer's matrices."""
     return cfg.embed * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads) + 3 * cfg.embed * cfg.ffn
 
 
 def useful(program: Program, parts: Parts) -> float:
-    """Of a rollout's or a step's program, without recomputation, over all devices; 0 for one that multiplies no matrices."""
+    """Of a rollout's or a step's program, without recomputation, over all devices; 0 for one that multiplies
+    no matrices."""
 
     def scoring(cfg: DecoderConfig, prompts: Prompts, responses: Any) -> float:
         (questions, prompt), (_, samples, new) = prompts.tokens.shape, responses.shape
@@ -90,8 +101,9 @@ def useful(program: Program, parts: Parts) -> float:
 
 
 def forward_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:
-    """One scoring pass over `prompt | response 1 | … `: matrices, attention as it is computed (squares, not triangles), and the words'
-    scores of each response token (a critic has none but its head's dot product)."""
+    """One scoring pass over `prompt | response 1 | … `: matrices, attention as it is computed (squares, not
+    triangles), and the words' scores of each response token (a critic has none but its head's dot
+    product)."""
     tokens = questions * (prompt + samples * new)
     pairs = questions * (prompt * prompt + samples * new * (prompt + new))
     words = cfg.embed * (1 if cfg.value_head else cfg.vocab) * questions * samples * new
@@ -99,9 +111,15 @@ def forward_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int,
 
 
 def generate_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:
-    """Prefill, then each column attends to the prompt and to the room that its row's own cache has then, as it is computed."""
+    """Prefill, then each column attends to the prompt and to the room that its row's own cache has then, as
+    it is computed."""
     rows = questions * samples
-    prefill = cfg.layers * (weights(cfg) * questions * prompt + 2 * cfg.heads * cfg.head_dim * questions * prompt * prompt)
-    seen = sum((until - begin) * (prompt + room) for room, (begin, until) in zip(segment_ends(new), loops(new), strict=True))
+    prefill = cfg.layers * (
+        weights(cfg) * questions * prompt + 2 * cfg.heads * cfg.head_dim * questions * prompt * prompt
+    )
+    seen = sum(
+        (until - begin) * (prompt + room)
+        for room, (begin, until) in zip(segment_ends(new), loops(new), strict=True)
+    )
     steps = cfg.layers * rows * ((new - 1) * weights(cfg) + 2 * cfg.heads * cfg.head_dim * seen)
     return 2.0 * (prefill + cfg.embed * cfg.vocab * rows * new + steps)

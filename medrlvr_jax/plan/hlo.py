@@ -1,7 +1,8 @@
-"""What a compiled program moves, read from its HLO text: bytes to and from device memory, and collectives by kind and mesh axis.
+"""Data movement of a compiled program, read from its HLO text: memory traffic, and collectives by mesh axis.
 
-XLA's own cost analysis counts the body of a loop once; here every loop multiplies what is inside it by its trip count, the constant
-that its counter is compared with. A loop that may end earlier (sampling, when every row has stopped) counts at that bound.
+XLA's own cost analysis counts the body of a loop once; here every loop multiplies what is inside it by its
+trip count, the constant that its counter is compared with. A loop that may end earlier (sampling, when every
+row has stopped) counts at that bound.
 """
 
 import re
@@ -12,14 +13,44 @@ from typing import NamedTuple
 
 import numpy as np
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
+BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+}
 BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "token": 0}
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?")
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Names for bytes that are already there, and control flow, whose bodies are counted themselves.
-FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all", "iota"}
+# Operations that move no bytes, and control flow, whose bodies are counted instead.
+FREE = {
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "iota",
+}
 FREE |= {"partition-id", "replica-id", "optimization-barrier", "add-dependency"}
-PLACEHOLDERS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone")
+PLACEHOLDERS = (
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+    "AsyncCollectiveStart",
+    "AsyncCollectiveDone",
+)
 
 
 class Instruction(NamedTuple):
@@ -35,7 +66,8 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """Bytes that each device receives over a whole run of the program (rings: (n − 1)/n of the whole; an all-reduce twice that)."""
+    """Bytes that each device receives over a whole run of the program (rings: (n − 1)/n of the whole; an
+    all-reduce twice that)."""
 
     kind: str
     axis: str  # mesh axes it crosses, joined by +
@@ -49,9 +81,10 @@ class Moved(NamedTuple):
 
 
 def read(text: str, mesh: dict[str, int]) -> Moved:
-    """`text` is `compiled.as_text()` of one device's program; `mesh` the sizes of the mesh's axes, in order."""
+    """The traffic of one device's program: `text` is `compiled.as_text()`, `mesh` the axes' sizes, in
+    order."""
     computations, entry = parse(text)
-    found: dict[str, Collective] = {}
+    collectives: dict[str, Collective] = {}
     total = 0.0
 
     def visit(name: str, times: float, memory: bool) -> None:
@@ -62,28 +95,34 @@ def read(text: str, mesh: dict[str, int]) -> Moved:
             if kind:
                 c = _collective(kind, i, name, computation, mesh, times)
                 channel = re.search(r"channel_id=(\d+)", i.rest)
-                # An asynchronous collective is written once in each of the fusions (and loops) that hide it, under one channel.
+                # An asynchronous collective occurs, under one channel, in each fusion or loop that hides it.
                 key = channel[0] if channel else i.name
-                if key not in found or c.bytes < found[key].bytes:
-                    found[key] = c
+                if key not in collectives or c.bytes < collectives[key].bytes:
+                    collectives[key] = c
             if memory and i.op not in FREE and not i.op.endswith("-done"):
                 total += times * _traffic(i, computation, computations)
             if i.op == "while":
                 body, condition = _called(i, "body"), _called(i, "condition")
                 visit(body, times * trips(computations, condition, body, i.rest), memory)
             elif i.op in ("conditional", "call"):
-                for inner in re.findall(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", i.rest) + [
-                    c.strip(" %") for group in re.findall(r"branch_computations=\{([^}]*)\}", i.rest) for c in group.split(",")
-                ]:
+                for inner in _branches(i):
                     visit(inner, times, memory)
-            elif "calls=" in i.rest:  # fusions and asynchronous wrappers: their bytes are those of the instruction itself
+            elif "calls=" in i.rest:  # fusions and asynchronous wrappers: the instruction's own bytes count
                 visit(_called(i, "calls"), times, False)
 
     visit(entry, 1.0, True)
     sums: dict[tuple[str, str, int], float] = defaultdict(float)
-    for c in found.values():
+    for c in collectives.values():
         sums[c[:3]] += c.bytes
-    return Moved(total, sorted((Collective(*key, size) for key, size in sums.items() if size), key=lambda c: -c.bytes))
+    per_kind = [Collective(*key, size) for key, size in sums.items() if size]
+    return Moved(total, sorted(per_kind, key=lambda c: -c.bytes))
+
+
+def _branches(i: Instruction) -> list[str]:
+    """The computations that a call or a conditional runs."""
+    names = re.findall(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", i.rest)
+    groups = re.findall(r"branch_computations=\{([^}]*)\}", i.rest)
+    return names + [name.strip(" %") for group in groups for name in group.split(",")]
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -91,7 +130,9 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
-        if re.match(r"\}(,|$)", line):  # and not `}}, …`: the attributes of a Pallas kernel take several lines
+        if re.match(
+            r"\}(,|$)", line
+        ):  # and not `}}, …`: the attributes of a Pallas kernel take several lines
             current = None
         elif current is None:
             if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
@@ -112,7 +153,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """The place after the bracket that closes the one at the start."""
+    """The index after the bracket that closes the first one."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -122,7 +163,8 @@ def _closing(text: str) -> int:
 
 
 def size(kind: str, memory_only: bool = False) -> float:
-    """Bytes of a type such as `(bf16[2,8]{1,0:T(8,128)}, s32[])`; `memory_only` leaves out what lives on the chip's core (S(1) and up)."""
+    """Bytes of a type such as `(bf16[2,8]{1,0:T(8,128)}, s32[])`; `memory_only` leaves out what lives on the
+    chip's core (S(1) and up)."""
     total = 0.0
     for dtype, dims, layout in ARRAY.findall(kind):
         if not (memory_only and re.search(r"S\([1-9]", layout)):
@@ -131,7 +173,8 @@ def size(kind: str, memory_only: bool = False) -> float:
 
 
 def trips(computations: dict, condition: str, body: str, attributes: str = "") -> int:
-    """How often a loop runs at most: what XLA noted, or the bound of the counter's `<` in the condition over the counter's step."""
+    """How often a loop runs at most: what XLA noted, or the bound of the counter's `<` in the condition over
+    the counter's step."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes):
         return int(known[1])
     found = set()
@@ -149,7 +192,9 @@ def trips(computations: dict, condition: str, body: str, attributes: str = "") -
     return found.pop()
 
 
-def _origin(name: str, inner: dict[str, Instruction], outer: dict[str, Instruction], call: Instruction) -> Instruction:
+def _origin(
+    name: str, inner: dict[str, Instruction], outer: dict[str, Instruction], call: Instruction
+) -> Instruction:
     """What an operand is, looking through copies and the parameters of a fusion."""
     i = inner[name] if name in inner else outer[name]
     if i.op == "parameter" and name in inner:
@@ -161,7 +206,7 @@ def _step(body: dict[str, Instruction], counters: list[Instruction]) -> int:
     """By how much a round moves the counter: 2 where XLA has unrolled once; 1 where it cannot be seen."""
     root = list(body.values())[-1]
     for counter in counters:
-        place = int(re.search(r"index=(\d+)", counter.rest)[1])  # type: ignore[index]  # a get-tuple-element has one
+        place = int(re.search(r"index=(\d+)", counter.rest)[1])  # type: ignore[index]
         added = body.get(root.operands[place]) if root.op == "tuple" and place < len(root.operands) else None
         if added is not None and added.op == "add":
             for o in added.operands:
@@ -182,7 +227,8 @@ def _called(i: Instruction, what: str) -> str:
 
 
 def _traffic(i: Instruction, computation: dict[str, Instruction], computations: dict) -> float:
-    """Device memory read and written by one instruction; slices of a large array count as what they take or replace."""
+    """Device memory read and written by one instruction; slices of a large array count as what they take or
+    replace."""
     if i.op in ("dynamic-slice", "slice", "gather"):
         return 2 * size(i.type, True)
     if i.op == "dynamic-update-slice":
@@ -212,11 +258,14 @@ def _fusion_traffic(i: Instruction, outer: dict[str, Instruction], computations:
 
 
 def _taken(name: str, whole: float, inner: dict[str, Instruction], computations: dict) -> float:
-    """Bytes of a fusion's parameter that it reads: slices of it alone, also those taken in a fusion within the fusion."""
+    """Bytes of a fusion's parameter that it reads: slices of it alone, also those taken in a fusion within
+    the fusion."""
     readers = [u for u in inner.values() if name in u.operands]
     total = 0.0 if readers else whole  # passed on as it is
     for u in readers:
-        if u.op in ("bitcast", "convert") or "output_to_operand_aliasing={{}:" in u.rest:  # the last: other tiles of what lies there
+        if (
+            u.op in ("bitcast", "convert") or "output_to_operand_aliasing={{}:" in u.rest
+        ):  # the last: other tiles of what lies there
             wide = size(u.type)  # a slice of what is converted is read as narrow as it lies
             total += _taken(u.name, wide, inner, computations) * whole / wide
         elif u.op in ("dynamic-slice", "slice", "gather") and u.operands[0] == name:
@@ -231,14 +280,21 @@ def _taken(name: str, whole: float, inner: dict[str, Instruction], computations:
     return total
 
 
-def _collective(kind: str, i: Instruction, where: str, computation: dict, mesh: dict[str, int], times: float) -> Collective:
+def _collective(
+    kind: str, i: Instruction, where: str, computation: dict, mesh: dict[str, int], times: float
+) -> Collective:
     operands = i.operands[:1] if kind == "collective-permute" else i.operands
     whole = sum(size(computation[o].type) for o in operands)
     groups = list(groups_of(i.rest, prod(mesh.values())))
     n = max(map(len, groups))
     if kind == "all-reduce" and "all-reduce-scatter" in where:  # how XLA:TPU writes a reduce-scatter
         kind = "reduce-scatter"
-    share = {"all-gather": n - 1, "reduce-scatter": (n - 1) / n, "all-reduce": 2 * (n - 1) / n, "all-to-all": (n - 1) / n}
+    share = {
+        "all-gather": n - 1,
+        "reduce-scatter": (n - 1) / n,
+        "all-reduce": 2 * (n - 1) / n,
+        "all-to-all": (n - 1) / n,
+    }
     return Collective(kind, axes_of(groups, mesh), n, times * whole * share.get(kind, 1))
 
 
@@ -254,13 +310,19 @@ def groups_of(attributes: str, devices: int) -> Iterator[list[int]]:
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
         yield from (list(map(int, p.split(","))) for p in re.findall(r"\{(\d+,\d+)\}", pairs[1]))
     elif listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes):
-        yield from [list(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", listed[1])] or [list(range(devices))]
+        yield from [list(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", listed[1])] or [
+            list(range(devices))
+        ]
     elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
         yield from _iota(iota[2]).reshape([int(n) for n in iota[1].split(",")]).tolist()
-    elif named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes):
+    elif named := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes
+    ):
         sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
         over = re.findall(r"'(\w+)'", named[3])
-        grid = (_iota(named[2]) if named[2] else np.arange(prod(sizes.values()))).reshape(tuple(sizes.values()))
+        grid = (_iota(named[2]) if named[2] else np.arange(prod(sizes.values()))).reshape(
+            tuple(sizes.values())
+        )
         kept = [a for a, name in enumerate(sizes) if name not in over]
         moved = [a for a, name in enumerate(sizes) if name in over]
         yield from grid.transpose(kept + moved).reshape(-1, prod(sizes[name] for name in over)).tolist()

@@ -1,14 +1,16 @@
-"""Machines that a plan can be made for: their published speeds, and compile-only devices of them.
+"""Machines to plan for: their published speeds, and compile-only devices.
 
-Peak, memory and link speeds are per chip, from the makers' pages:
-v5e, v5p, v6e: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}; "inter-chip interconnect bandwidth" there is both directions of all ports.
-H100 and H200 SXM: NVIDIA's data sheets (dense bfloat16; NVLink 900 GB/s both ways); between nodes one 400 Gb/s NIC a GPU, as DGX H100.
-L4, the cloud's 24 GB GPU: NVIDIA L4 data sheet (dense bfloat16; PCIe 4 × 16, 64 GB/s both ways); 100 Gb/s for eight, as Google's G2.
-`usable` is what XLA lets a program have: on TPU the limit in the compiler's own refusal; on GPU 90 % of the card, which needs
+Peak, memory and link speeds are per chip, from the makers' pages: v5e, v5p, v6e:
+docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}; "inter-chip interconnect bandwidth" there is both directions of
+all ports. H100 and H200 SXM: NVIDIA's data sheets (dense bfloat16; NVLink 900 GB/s both ways); between nodes
+one 400 Gb/s NIC a GPU, as DGX H100. L4, the cloud's 24 GB GPU: NVIDIA L4 data sheet (dense bfloat16; PCIe 4 ×
+16, 64 GB/s both ways); 100 Gb/s for eight, as Google's G2. `usable` is what XLA lets a program have: on TPU
+the limit in the compiler's own refusal; on GPU 90 % of the card, which needs
 XLA_PYTHON_CLIENT_MEM_FRACTION=.9 (the default is .75).
 """
 
 import importlib.util
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -25,8 +27,8 @@ class Chip:
     flops: float  # bfloat16 a second, peak
     usable: float  # bytes of its memory that programs may use
     hbm_speed: float  # bytes a second
-    link: float  # bytes a second into one chip, over the ports that one ring uses (two of a TPU's; all of a GPU's NVLink)
-    outer: float = 0.0  # bytes a second into one chip from other nodes; 0: there is only one fabric
+    link: float  # bytes a second into one chip, over one ring's ports (two of a TPU's; all of a GPU's NVLink)
+    outer: float = 0.0  # bytes a second into one chip from other nodes; 0: one fabric only
     kind: str = ""  # what JAX calls such a device (`device_kind`)
 
 
@@ -39,7 +41,7 @@ CHIPS = {
     "l4": Chip("cuda", 121e12, 0.9 * 24_152_899_584, 300e9, 32e9, 1.5e9, kind="NVIDIA L4"),
 }
 
-# What XLA:GPU asks a card about itself: what all of them say, and each its own.
+# The device description that XLA:GPU compiles for: what all cards share (GPU), and what differs (CARDS).
 GPU = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 fpus_per_core: 128
@@ -49,25 +51,34 @@ gpu_device_info {
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "%s"
 """
-HOPPER = """core_count: 132 threads_per_core_limit: 2048 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-        clock_rate_ghz: 1.98 cuda_compute_capability { major: 9 minor: 0 } """
+HOPPER = """core_count: 132 threads_per_core_limit: 2048 shared_memory_per_core: 233472
+        shared_memory_per_block_optin: 232448 clock_rate_ghz: 1.98
+        cuda_compute_capability { major: 9 minor: 0 } """
 CARDS = {
-    "h100": f"{HOPPER} memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84978432000",
-    "h200": f"{HOPPER} memory_bandwidth: 4800000000000 l2_cache_size: 62914560 device_memory_size: 150109000000",
-    "l4": """core_count: 58 threads_per_core_limit: 1536 shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376
-        memory_bandwidth: 300096000000 l2_cache_size: 50331648 clock_rate_ghz: 2.04 device_memory_size: 24152899584
-        cuda_compute_capability { major: 8 minor: 9 }""",
+    "h100": f"""{HOPPER}
+        memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84978432000""",
+    "h200": f"""{HOPPER}
+        memory_bandwidth: 4800000000000 l2_cache_size: 62914560 device_memory_size: 150109000000""",
+    "l4": """core_count: 58 threads_per_core_limit: 1536 shared_memory_per_core: 102400
+        shared_memory_per_block_optin: 101376 memory_bandwidth: 300096000000 l2_cache_size: 50331648
+        clock_rate_ghz: 2.04 device_memory_size: 24152899584 cuda_compute_capability { major: 8 minor: 9 }""",
 }
 
 
-# The second as launch/gpu_1x.sh and slurm_gpu.sbatch set it: merging the matrices that one state meets (q, k, v; gate, up; adapters)
-# copies all of them side by side at each token that is sampled.
-COMPILE: dict[str, dict[str, Any]] = {"tpu": {}, "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0}}
-QUICK = {"tpu": {"exec_time_optimization_effort": -1.0}, "cuda": {}}  # from -1 to 1; a GPU's compiler does the same at each
+# The dot-merger threshold is that of launch/gpu_1x.sh and slurm_gpu.sbatch: merging matrices with a common
+# input (q, k, v; gate, up; adapters) would copy all of them side by side for each sampled token.
+COMPILE: dict[str, dict[str, Any]] = {
+    "tpu": {},
+    "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0},
+}
+QUICK = {
+    "tpu": {"exec_time_optimization_effort": -1.0},
+    "cuda": {},
+}  # from -1 to 1; a GPU's compiler does the same at each
 
-CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # either has the compiler
+CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # either contains the compiler
 
-# libtpu would look for a TPU VM's metadata, and let no second process load it.
+# Without these, libtpu looks for the metadata of a TPU VM and allows one process only.
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
@@ -79,9 +90,11 @@ class Machine:
     nodes: int  # islands of fast links: 1 for a TPU slice
 
     def seconds(self, received: float, group: int, crosses: bool) -> float:
-        """Time for a collective that brings `received` bytes to each of `group` chips; `crosses`: the group spans nodes.
+        """Time for a collective that brings `received` bytes to each of `group` chips; `crosses`: the group
+        spans nodes.
 
-        Across nodes, the members inside each node share its NICs: each brings in its part, and NVLink spreads it.
+        Across nodes, the members inside each node share its NICs: each brings in its part, and NVLink spreads
+        it.
         """
         inside = received / self.chip.link
         if not crosses:
@@ -94,35 +107,52 @@ def parse(topology: str) -> Machine:
     """`v5e:4x4`, `v5p:4x4x4`, `h100:8`, `h100:2x8` (nodes × GPUs)."""
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ConfigError(f"--topology: {topology!r}: write CHIP:SHAPE, such as v5e:4x4 or h100:2x8; the chips are {', '.join(CHIPS)}")
+        raise ConfigError(
+            f"--topology: {topology!r}: write CHIP:SHAPE, such as v5e:4x4 or h100:2x8;"
+            f" the chips are {', '.join(CHIPS)}"
+        )
     sizes, chip = [int(n) for n in shape.split("x")], CHIPS[kind]
-    count = 1
-    for n in sizes:
-        count *= n
+    count = math.prod(sizes)
     if chip.platform == "cuda" and len(sizes) > 2:
-        raise ConfigError(f"--topology: {topology!r}: GPUs are written GPUS or NODESxGPUS, such as {kind}:8 or {kind}:2x8")
+        raise ConfigError(
+            f"--topology: {topology!r}: GPUs are written GPUS or NODESxGPUS, such as {kind}:8 or {kind}:2x8"
+        )
     return Machine(topology, chip, count, sizes[0] if chip.platform == "cuda" and len(sizes) == 2 else 1)
 
 
 def devices(machine: Machine) -> list[Any]:
-    """Compile-only devices: the real compiler's targets, with no such machine here. Needs the extra `plan` (or `plan-cuda`)."""
+    """Compile-only devices: the real compiler's targets, with no such machine here. Needs the extra `plan`
+    (or `plan-cuda`)."""
     packages, extra = (("libtpu",), "plan") if machine.chip.platform == "tpu" else (CUDA, "plan-cuda")
     if not any(map(importlib.util.find_spec, packages)):
-        raise ConfigError(f"--topology: {machine.topology}: its compiler is not installed; pip install 'medrlvr-jax[{extra}]'")
+        raise ConfigError(
+            f"--topology: {machine.topology}: no compiler for it here; pip install 'medrlvr-jax[{extra}]'"
+        )
     import jax
     from jax.experimental import topologies
 
     if machine.chip.platform == "cuda":
         jax.devices("cpu")  # starts the backends, which loads the plug-in
-        shape, kind = f"1x{machine.nodes}x{machine.count // machine.nodes}", machine.topology.partition(":")[0]
+        shape, kind = (
+            f"1x{machine.nodes}x{machine.count // machine.nodes}",
+            machine.topology.partition(":")[0],
+        )
         card = GPU % (CARDS[kind], machine.chip.kind)
-        found = topologies.get_topology_desc(platform="cuda", topology_name=kind, target_config=card, topology=shape)
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name=kind, target_config=card, topology=shape
+        )
         return list(found.devices)
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     try:
         sizes = [int(n) for n in machine.topology.partition(":")[2].split("x")]
-        host = {"chips_per_host_bounds": [*sizes, 1, 1][:3]} if machine.count < 4 else {}  # else libtpu takes a host of four chips
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **host).devices)
+        host = (
+            {"chips_per_host_bounds": [*sizes, 1, 1][:3]} if machine.count < 4 else {}
+        )  # else libtpu takes a host of four chips
+        return list(
+            topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **host).devices
+        )
     except jax.errors.JaxRuntimeError as e:
-        raise ConfigError(f"--topology: {machine.topology}: the TPU compiler knows no such slice: {str(e)[:200]}") from None
+        raise ConfigError(
+            f"--topology: {machine.topology}: the TPU compiler knows no such slice: {str(e)[:200]}"
+        ) from None

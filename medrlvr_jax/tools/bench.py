@@ -1,18 +1,19 @@
-"""What a part of the step costs on this machine: one JSON line a case.
+"""Benchmarks of the parts of a step on this machine: one JSON line a case.
 
-    python -m medrlvr_jax.tools.bench sample MODEL --questions 8 --samples 8 --prompt 256 --new 128 [--lengths lognormal]
-    python -m medrlvr_jax.tools.bench learn MODEL --questions 2 --samples 8 --prompt 384 --new 128 [--lengths lognormal]
+    python -m medrlvr_jax.tools.bench sample MODEL --questions 8 --samples 8 --prompt 256 --new 128
+    python -m medrlvr_jax.tools.bench learn MODEL --questions 2 --samples 8 --prompt 384 --new 128
     python -m medrlvr_jax.tools.bench step MODEL --questions 4 --samples 8 --prompt 64 --new 128
     python -m medrlvr_jax.tools.bench eval MODEL --questions 25 --samples 1 --prompt 256 --new 64
     python -m medrlvr_jax.tools.bench reward
     python -m medrlvr_jax.tools.bench compile MODEL --questions 4 --samples 8 --prompt 64 --new 128
 
-MODEL is a Hugging Face directory or "embedded". `step` is the whole step of training: sample, assess, decode, score, learn. Settings of the
-run may follow, such as model.remat=none learn.microbatch=1. Seconds are the median of `--runs` after one that compiles.
-`tokens_per_s` counts response tokens up to their stop token; `padded_tokens` is what a system that repeats the prompt for each
-sample and pads every row would have to compute. `eval` is four batches of an evaluation, and its `overhead` what it takes beyond
-generating. `copy_share` is of reading the weights once a column, all else left out. Shares are of what a float32 matmul of 2,048² and a
-copy of 256 MB reach in this very run.
+MODEL is a Hugging Face directory or "embedded". `step` is the whole step of training: sample, assess, decode,
+score, learn. Settings of the run may follow, such as model.remat=none learn.microbatch=1. Seconds are the
+median of `--runs` after one that compiles. `tokens_per_s` counts response tokens up to their stop token;
+`padded_tokens` is what a system that repeats the prompt for each sample and pads every row would have to
+compute. `eval` is four batches of an evaluation, and its `overhead` what it takes beyond generating.
+`copy_share` is of reading the weights once a column, all else left out. Shares are of what a float32 matmul
+of 2,048² and a copy of 256 MB reach in this very run.
 """
 
 import argparse
@@ -68,8 +69,9 @@ def settings(args: argparse.Namespace) -> Config:
 
 
 def machine(size: int = 2048, dtype: str = "float32", copied: int = 2**28) -> dict[str, float]:
-    """What this machine reaches: a matmul of `size`² in GFLOP/s; a copy's reading and writing of `copied` bytes in GB/s, in place, as new
-    pages would cost more. Of random numbers: on zeros and ones a GPU draws less power, and is faster than it ever will be."""
+    """What this machine reaches: a matmul of `size`² in GFLOP/s; a copy's reading and writing of `copied`
+    bytes in GB/s, in place, as new pages would cost more. Of random numbers: on zeros and ones a GPU draws
+    less power, and is faster than it ever will be."""
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     y = jax.random.normal(jax.random.key(1), (copied // 4,))
     times, copies, count = clock(jax.jit(jnp.matmul), 5, x, x), [], jax.jit(lambda y: y + 1, donate_argnums=0)
@@ -77,7 +79,10 @@ def machine(size: int = 2048, dtype: str = "float32", copied: int = 2**28) -> di
         start = time.perf_counter()
         y = jax.block_until_ready(count(y))
         copies.append(time.perf_counter() - start)
-    return {"matmul_gflops": round(2 * size**3 / min(times) / 1e9, 1), "copy_gbs": round(2 * y.nbytes / min(copies) / 1e9, 1)}
+    return {
+        "matmul_gflops": round(2 * size**3 / min(times) / 1e9, 1),
+        "copy_gbs": round(2 * y.nbytes / min(copies) / 1e9, 1),
+    }
 
 
 def clock(function: Callable, runs: int, *args: Any) -> list[float]:
@@ -102,7 +107,9 @@ def encoded_questions(args: argparse.Namespace, parts: Parts) -> Encoded:
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, min(200, parts.cfg.vocab), (args.questions, args.prompt)).tolist()
     questions = [Question(str(i), "?", OPTIONS, i % 4) for i in range(args.questions)]
-    return Encoded(questions, tokens, np.arange(args.questions, dtype=np.uint32), 0, width(max(map(len, tokens))))
+    return Encoded(
+        questions, tokens, np.arange(args.questions, dtype=np.uint32), 0, width(max(map(len, tokens)))
+    )
 
 
 def lengths(args: argparse.Namespace) -> np.ndarray | None:
@@ -120,14 +127,28 @@ def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     stops = (parts.cfg.vocab,)  # none that can be drawn: how long a row gets is the case's to say
 
     def run():
-        return generate(params, parts.sampler_cfg, prompts, jax.random.key(0), parts.config.sample, stops, parts.tokenizer.pad_id, limits)
+        return generate(
+            params,
+            parts.sampler_cfg,
+            prompts,
+            jax.random.key(0),
+            parts.config.sample,
+            stops,
+            parts.tokenizer.pad_id,
+            limits,
+        )
 
     times = clock(run, args.runs)
     mask, weights = run().mask, sum(p.size for p in jax.tree.leaves(params))
     tokens, columns = int(mask.sum()), int(mask.any((0, 1)).sum())
     work = 2 * weights * (tokens + args.questions * args.prompt)
     read = sum(p.nbytes for p in jax.tree.leaves(params)) * columns
-    out = {"tokens": tokens, "tokens_per_s": rate(tokens, times), "matmul_gflop": round(work / 1e9), "read_gb": round(read / 1e9)}
+    out = {
+        "tokens": tokens,
+        "tokens_per_s": rate(tokens, times),
+        "matmul_gflop": round(work / 1e9),
+        "read_gb": round(read / 1e9),
+    }
     return timing(times) | out
 
 
@@ -152,14 +173,29 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         values=None,
         returns=None,
     )
-    rows, times, learner, base = place_rows(rows, args.questions, parts.mesh), [], state.policy, training.frozen.base
+    rows, times, learner, base = (
+        place_rows(rows, args.questions, parts.mesh),
+        [],
+        state.policy,
+        training.frozen.base,
+    )
     for _ in range(args.runs + 1):
         start = time.perf_counter()
-        learner, _ = jax.block_until_ready(training.programs.learn_policy(learner, base, rows, jax.random.key(0), jnp.float32(0.01)))
+        learner, _ = jax.block_until_ready(
+            training.programs.learn_policy(learner, base, rows, jax.random.key(0), jnp.float32(0.01))
+        )
         times.append(time.perf_counter() - start)
-    packed, padded = args.questions * (width + args.samples * args.new), args.questions * args.samples * (width + args.new)
+    packed, padded = (
+        args.questions * (width + args.samples * args.new),
+        args.questions * args.samples * (width + args.new),
+    )
     work = 6 * sum(p.size for p in jax.tree.leaves(learner.params)) * packed
-    out = {"tokens": int(mask.sum()), "packed_tokens": packed, "padded_tokens": padded, "padded_tokens_per_s": rate(padded, times[1:])}
+    out = {
+        "tokens": int(mask.sum()),
+        "packed_tokens": packed,
+        "padded_tokens": padded,
+        "padded_tokens_per_s": rate(padded, times[1:]),
+    }
     return timing(times[1:]) | out | {"matmul_gflop": round(work / 1e9), "first_s": round(times[0], 2)}
 
 
@@ -173,8 +209,13 @@ def step_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
         tokens = int(scored.lengths.sum())
     prompts = args.questions * args.prompt
-    packed, reading = prompts + args.questions * args.samples * args.new, 1 + (training.frozen.reference is not None)
-    work = sum(p.size for p in jax.tree.leaves(state.policy.params)) * (2 * (prompts + tokens) + (2 * reading + 6) * packed)
+    packed, reading = (
+        prompts + args.questions * args.samples * args.new,
+        1 + (training.frozen.reference is not None),
+    )
+    work = sum(p.size for p in jax.tree.leaves(state.policy.params)) * (
+        2 * (prompts + tokens) + (2 * reading + 6) * packed
+    )
     out = {"tokens": tokens, "tokens_per_s": rate(tokens, times[1:]), "matmul_gflop": round(work / 1e9)}
     return timing(times[1:]) | out | {"first_s": round(times[0], 2)}
 
@@ -185,7 +226,9 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     encoded = encoded_questions(argparse.Namespace(**vars(args) | {"questions": 4 * size}), parts)
     params = make_relay(parts, parts.cfg)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
     e = parts.config.eval
-    sample = SampleConfig(questions=size, samples=args.samples, max_new_tokens=args.new, temperature=e.temperature)
+    sample = SampleConfig(
+        questions=size, samples=args.samples, max_new_tokens=args.new, temperature=e.temperature
+    )
 
     def whole():
         return answers.describe(answers.of_rows(evaluate(parts, params, encoded)[1], "set"))
@@ -196,7 +239,10 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
     pairs = list(zip(*by_turns([whole, alone], args.runs), strict=True))
     overhead = statistics.median(a / b - 1 for a, b in pairs)
-    return timing([a for a, _ in pairs]) | {"generate_s": [round(b, 3) for _, b in pairs], "overhead": round(overhead, 4)}
+    return timing([a for a, _ in pairs]) | {
+        "generate_s": [round(b, 3) for _, b in pairs],
+        "overhead": round(overhead, 4),
+    }
 
 
 def compile_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
@@ -207,7 +253,8 @@ def compile_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 
 def reward_case(rows: int = 100_000) -> dict[str, Any]:
-    """`strict` and `paper` on completions of 200 to 2,000 characters; tests/bench_reward.py has the pairs with a loop."""
+    """`strict` and `paper` on completions of 200 to 2,000 characters; tests/bench_reward.py has the pairs
+    with a loop."""
     rng = random.Random(0)
     words = "fever chest pain dyspnea troponin INR < 2.0 warfarin β-blocker hypertension option".split()
     think = lambda: " ".join(rng.choices(words, k=rng.randint(30, 250)))  # noqa: E731
@@ -228,12 +275,20 @@ def rate(count: int, times: list[float]) -> float:
     return round(count / statistics.median(times), 1)
 
 
-CASES = {"sample": sample_case, "learn": learn_case, "step": step_case, "eval": eval_case, "compile": compile_case}
+CASES = {
+    "sample": sample_case,
+    "learn": learn_case,
+    "step": step_case,
+    "eval": eval_case,
+    "compile": compile_case,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     top = argparse.ArgumentParser(
-        prog="python -m medrlvr_jax.tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m medrlvr_jax.tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cases = top.add_subparsers(dest="case", required=True, metavar="CASE")
     cases.add_parser("reward", help="100,000 completions scored in one call")
@@ -243,7 +298,12 @@ def main(argv: list[str] | None = None) -> int:
         c.add_argument("settings", nargs="*", metavar="a.b=value")
         for size, default in (("questions", 4), ("samples", 8), ("prompt", 64), ("new", 128), ("runs", 3)):
             c.add_argument(f"--{size}", type=int, default=default)
-        c.add_argument("--lengths", choices=("full", "lognormal"), default="full", help="sample, learn: how long the responses are")
+        c.add_argument(
+            "--lengths",
+            choices=("full", "lognormal"),
+            default="full",
+            help="sample, learn: how long the responses are",
+        )
     args, rest = top.parse_known_args(argv)
     if args.case == "reward":
         print(json.dumps({"case": "reward"} | reward_case()))
@@ -252,14 +312,21 @@ def main(argv: list[str] | None = None) -> int:
     parts = build(settings(args))
     with jax.set_mesh(parts.mesh):
         out = CASES[args.case](args, parts)
-    peak, reached = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, machine()  # in this order: the copy's 256 MB are not the case's
+    peak, reached = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        machine(),
+    )  # in this order: the copy's 256 MB are not the case's
     if "matmul_gflop" in out:
         out["matmul_share"] = round(out["matmul_gflop"] / out["seconds"] / reached["matmul_gflops"], 3)
     if "read_gb" in out:
         out["copy_share"] = round(out["read_gb"] / out["seconds"] / reached["copy_gbs"], 3)
     shapes = {k: getattr(args, k) for k in ("questions", "samples", "prompt", "new", "lengths")}
     out |= {"peak_gib": round(peak / 2**20, 2)}
-    print(json.dumps({"case": args.case, "model": args.model, "settings": args.settings} | shapes | out | reached))
+    print(
+        json.dumps(
+            {"case": args.case, "model": args.model, "settings": args.settings} | shapes | out | reached
+        )
+    )
     return 0
 
 

@@ -1,6 +1,7 @@
-"""`medrlvr doctor [CONFIG]`: what is here, and what would stand in a run's way, before any of its time is spent.
+"""`medrlvr doctor [CONFIG]`: check the machine, and what would stop a run, before it starts.
 
-Each line is ok, a note, a warning (it will run, perhaps not as you wish) or a problem (it will not run), the last two with a remedy.
+Each line is ok, a note, a warning (it will run, perhaps not as you wish) or a problem (it will not run), the
+last two with a remedy.
 """
 
 import importlib.metadata
@@ -21,7 +22,11 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.runs import checkpoint, log
 
 GIB = 2**30
-ACCELERATORS = (("/dev/nvidia0", "an NVIDIA GPU", "cuda"), ("/dev/accel0", "a TPU", "tpu"), ("/dev/vfio/0", "a TPU", "tpu"))
+ACCELERATORS = (
+    ("/dev/nvidia0", "an NVIDIA GPU", "cuda"),
+    ("/dev/accel0", "a TPU", "tpu"),
+    ("/dev/vfio/0", "a TPU", "tpu"),
+)
 
 
 class Finding(NamedTuple):
@@ -44,7 +49,11 @@ def _packages() -> Iterator[Finding]:
     """The package's own requirements, as they were installed."""
     git = log.git_revision()
     revision = f", revision {git['revision'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
-    yield Finding("ok", f"medrlvr_jax {medrlvr_jax.__version__}{revision}, python {platform.python_version()}, {platform.platform()}")
+    yield Finding(
+        "ok",
+        f"medrlvr_jax {medrlvr_jax.__version__}{revision}, python {platform.python_version()},"
+        f" {platform.platform()}",
+    )
     found = []
     for text in importlib.metadata.requires("medrlvr-jax") or ():
         need = Requirement(text)
@@ -56,20 +65,36 @@ def _packages() -> Iterator[Finding]:
             yield Finding("problem", f"{need.name} is not installed", f"pip install '{text}'")
             continue
         if version not in need.specifier:
-            yield Finding("problem", f"{need.name} {version} is here, {need.specifier} is needed", f"pip install '{text}'")
+            yield Finding(
+                "problem",
+                f"{need.name} {version} is here, {need.specifier} is needed",
+                f"pip install '{text}'",
+            )
         found.append(f"{need.name} {version}")
     yield Finding("ok", ", ".join(found))
 
 
 def _devices() -> Iterator[Finding]:
     devices = jax.devices()
-    yield Finding("ok", f"{len(devices)} × {devices[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es)")
+    yield Finding(
+        "ok",
+        f"{len(devices)} × {devices[0].device_kind} ({jax.default_backend()}),"
+        f" {jax.process_count()} process(es)",
+    )
     if jax.default_backend() == "cpu":
         for path, name, extra in ACCELERATORS:
             if Path(path).exists():
-                yield Finding("warning", f"{path} says there is {name}, but JAX sees only the CPU", f"pip install 'medrlvr-jax[{extra}]'")
+                yield Finding(
+                    "warning",
+                    f"{path} says there is {name}, but JAX sees only the CPU",
+                    f"pip install 'medrlvr-jax[{extra}]'",
+                )
     if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        yield Finding("warning", "64-bit mode is on: slower, and other numbers than those published here", "unset JAX_ENABLE_X64")
+        yield Finding(
+            "warning",
+            "64-bit mode is on: slower, and other numbers than those published here",
+            "unset JAX_ENABLE_X64",
+        )
 
 
 def _memory() -> Iterator[Finding]:
@@ -78,7 +103,10 @@ def _memory() -> Iterator[Finding]:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-        yield Finding("ok", f"device memory: {stats['bytes_limit'] / GIB:.1f} GiB each, {free / GIB:.1f} GiB of it unused")
+        yield Finding(
+            "ok",
+            f"device memory: {stats['bytes_limit'] / GIB:.1f} GiB each, {free / GIB:.1f} GiB of it unused",
+        )
 
 
 def _runs(folder: Path) -> Iterator[Finding]:
@@ -87,18 +115,24 @@ def _runs(folder: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(exists).free / GIB
     if not os.access(exists, os.W_OK):
         yield Finding("problem", f"{exists} cannot be written", "set runs= to a folder that can")
-    yield Finding("ok" if free > 5 else "warning", f"{folder}: {free:.1f} GiB free", "" if free > 5 else "set runs= to a roomier disk")
+    yield Finding(
+        "ok" if free > 5 else "warning",
+        f"{folder}: {free:.1f} GiB free",
+        "" if free > 5 else "set runs= to a roomier disk",
+    )
     for run in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else ():
         if holder := log.lock_holder(run):
             yield Finding("note", f"{run} is in use by {holder}")
 
 
 def _run(config: Config) -> Iterator[Finding]:
-    """What a training with this config would check itself, and the checkpoints it would go on from; nothing is written."""
+    """The checks of a training with this config, and the checkpoints it would resume from; writes nothing."""
     yield from _runs(Path(config.runs))
     path = Path(config.runs) / config.name
     if holder := log.lock_holder(path):
-        yield Finding("problem", f"{path} is in use by {holder}", "wait for it, stop it, or give this run another name=")
+        yield Finding(
+            "problem", f"{path} is in use by {holder}", "wait for it, stop it, or give this run another name="
+        )
     try:
         if (path / "config.yaml").exists():
             log.check_same(path / "config.yaml", config)
@@ -113,7 +147,7 @@ def _run(config: Config) -> Iterator[Finding]:
 
 
 def _model(config: Config, run: Path) -> Iterator[Finding]:
-    """Mesh, model and tokenizer, by the same code that begins a training."""
+    """Mesh, model and tokenizer, by the code that starts a training."""
     from medrlvr_jax import build
     from medrlvr_jax.data.prompts import begins
     from medrlvr_jax.data.traps import tokenizer_traps
@@ -127,28 +161,44 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
     inputs.check_model(run, parts)
     yield Finding("ok", f"mesh: {' × '.join(f'{axis} {size}' for axis, size in parts.mesh.shape.items())}")
     whole = build.abstract_params(parts, parts.cfg)
-    n, trained = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (whole, lora.trained(whole, parts.cfg)))
+    n, trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (whole, lora.trained(whole, parts.cfg))
+    )
     frozen = f", of which {trained / 1e6:,.1f} million are trained" if trained < n else ""
     yield Finding("ok", f"model {config.model.path}: {n / 1e6:,.1f} million parameters{frozen}")
     if config.model.init == "pretrained":
         weights.check_weights(config.model.path, lora.off(parts.cfg))
         if others := weights.passed_over(config.model.path):
             remedy = "if they are the weights that you mean, move model.safetensors away"
-            yield Finding("warning", f"weights: {', '.join(others)}: passed over, since there is a model.safetensors", remedy)
+            yield Finding(
+                "warning",
+                f"weights: {', '.join(others)}: passed over, since there is a model.safetensors",
+                remedy,
+            )
     for line in tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):
         yield Finding("note", f"tokenizer: {line}")
     if trap := beginning_trap(begins(parts.tokenizer, config.prompt), config.reward.mode):
         yield Finding("warning", *trap)
     learners = [(parts.cfg, config.learn.policy), (parts.critic_cfg, config.learn.critic)]
-    states = [build.abstract_learner(parts, cfg, make_optimizer(optimiser, 1)) for cfg, optimiser in learners if optimiser]
+    states = [
+        build.abstract_learner(parts, cfg, make_optimizer(optimiser, 1))
+        for cfg, optimiser in learners
+        if optimiser
+    ]
     yield from _room(config, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states)))
 
 
 def _room(config: Config, size: int) -> Iterator[Finding]:
-    """Disk for the checkpoints kept, of `size` bytes each, and for the one that is being written before an old one may go."""
+    """Disk for the checkpoints kept, of `size` bytes each, and for one more while it is written."""
     count = config.checkpoint.keep + 1 + (config.checkpoint.best is not None)
-    folder = next(p for p in (Path(config.runs).absolute(), *Path(config.runs).absolute().parents) if p.is_dir())
+    folder = next(
+        p for p in (Path(config.runs).absolute(), *Path(config.runs).absolute().parents) if p.is_dir()
+    )
     free = shutil.disk_usage(folder).free
     text = f"checkpoints: up to {count} × {size / GIB:.2f} GiB, {free / GIB:.1f} GiB free"
     short = free < count * size
-    yield Finding("problem" if short else "ok", text, "lower checkpoint.keep, or set runs= to a roomier disk" if short else "")
+    yield Finding(
+        "problem" if short else "ok",
+        text,
+        "lower checkpoint.keep, or set runs= to a roomier disk" if short else "",
+    )

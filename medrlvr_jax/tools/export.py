@@ -1,4 +1,4 @@
-"""`medrlvr export`: a run's policy as other programs read it."""
+"""`medrlvr export`: write a run's policy in the formats of Hugging Face transformers and PEFT."""
 
 from pathlib import Path
 from typing import Literal
@@ -10,14 +10,21 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora, weights
 
 
-def export(run: Path, out: Path, step: int | Literal["best"] | None, dtype: str | None, adapter: bool = False) -> None:
-    """`medrlvr export`: a run's policy, adapters merged, as a Hugging Face directory; or the adapters alone, in PEFT's format."""
+def export(
+    run: Path, out: Path, step: int | Literal["best"] | None, dtype: str | None, adapter: bool = False
+) -> None:
+    """Write a run's policy, adapters merged, as a Hugging Face directory; or its adapters alone, as PEFT
+    does."""
     n = len(jax.devices())
-    batches = [f"{name}={n}" for name in ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")]  # of no use here
+    batches = [
+        f"{name}={n}" for name in ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")
+    ]  # of no use here
     parts, params, _ = open_source(run, [f"mesh={{data: 1, fsdp: {n}}}", *batches], step)
     m = parts.config.model
     if adapter and m.init == "random":
-        raise ConfigError("--adapter: model.init random: no directory holds the weights that they belong to; leave --adapter out")
+        raise ConfigError(
+            "--adapter: model.init random: no directory holds its base weights; leave --adapter out"
+        )
     with jax.set_mesh(parts.mesh):
         if adapter:
             weights.save_adapter(params, parts.cfg, m.path, out, dtype)

@@ -1,7 +1,8 @@
 """`medrlvr replay RUN --step s --row i`: a logged completion, drawn again.
 
-Batch and noise are functions of (seed, step, question, sample), so all that is needed is the policy before step s: checkpoint s − 1, or
-the start. Where it is not kept, the steps from the newest earlier checkpoint on are trained again, which gives it bit for bit.
+Batch and noise are functions of (seed, step, question, sample), so all that is needed is the policy before
+step s: checkpoint s − 1, or the start. Where it is not kept, the steps from the newest earlier checkpoint on
+are trained again, which gives it bit for bit.
 """
 
 import json
@@ -27,18 +28,24 @@ from medrlvr_jax.runs.console import QUIET, Console, clock
 
 
 def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any]:
-    """`{"drawn": the record, "logged": that of samples.jsonl or None, "differ": the logged fields that came out otherwise}`."""
+    """`{"drawn": the record, "logged": that of samples.jsonl or None, "differ": the logged fields that came
+    out otherwise}`."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: no config.yaml in it; give a run's folder, such as runs/quickstart")
     c = configs.load(run / "config.yaml", settings)
     metrics, samples = (_records(run / f"{name}.jsonl") for name in ("metrics", "samples"))
     if not any("completions" in m for m in metrics):
-        raise ConfigError(f"{run}: no completion was drawn in it; replay is for runs of `medrlvr train` that have made a step")
+        raise ConfigError(
+            f"{run}: no completion was drawn in it; give a run of `medrlvr train` that has made a step"
+        )
     last, n = metrics[-1]["step"], c.sample.questions * c.sample.samples
     if not 1 <= step <= last:
         raise ConfigError(f"--step {step}: {run} has steps 1 to {last}")
     if not 0 <= row < n:
-        raise ConfigError(f"--row {row}: a step of {run} has rows 0 to {n - 1}, sample.samples = {c.sample.samples} to a question")
+        raise ConfigError(
+            f"--row {row}: a step of {run} has rows 0 to {n - 1},"
+            f" sample.samples = {c.sample.samples} to a question"
+        )
     parts, console = build(c), Console(step)
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options)
     inputs.check_replay(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)})
@@ -47,18 +54,25 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         state, done = restore_before(run / "checkpoints", state, step - 1)
         if done < step - 1:
             seconds = clock(sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step))
-            console.notify(f"checkpoint {step - 1} is not kept: training steps {done + 1} to {step - 1} again, which took {seconds} then")
+            console.notify(
+                f"checkpoint {step - 1} is not kept: training steps {done + 1} to {step - 1} again, which took {seconds} then"
+            )
         said = time.monotonic()
         for k in range(done, step - 1):
             state, *_ = train.train_step(training, train.at_epoch(parts, encoded, k), state, k, judge)
             if time.monotonic() - said > QUIET:
                 said = time.monotonic()
                 console.notify(f"step {k + 1}/{step - 1}")
-        encoded, index = train.at_epoch(parts, encoded, step - 1), step_batch(c, len(encoded.questions), step - 1)
+        encoded, index = (
+            train.at_epoch(parts, encoded, step - 1),
+            step_batch(c, len(encoded.questions), step - 1),
+        )
         key = train.step_keys(c.seed, step - 1).sample
         rollout = train.draw(training, state, place_prompts(parts, encoded, index), key)
         scored = score_rollout(parts, encoded, index, rollout, coin=key, judge=judge)
-    drawn = json.loads(json.dumps(records.sample_record(parts, encoded, index, scored, row)))  # as a log gives it back
+    drawn = json.loads(
+        json.dumps(records.sample_record(parts, encoded, index, scored, row))
+    )  # as a log gives it back
     logged = next((s for s in samples if s["step"] == step and s["row"] == row), None)
     differ = [k for k, v in (logged or {}).items() if k != "step" and drawn.get(k) != v]
     return {"drawn": drawn, "logged": logged, "differ": differ}
@@ -71,7 +85,11 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def show(found: dict[str, Any]) -> str:
     """For reading: prompt, completion, what the reward says of it, and whether it is what was logged."""
     drawn, logged = found["drawn"], found["logged"]
-    rest = "\n".join(f"{k:>14}: {json.dumps(v, ensure_ascii=False)}" for k, v in drawn.items() if k not in ("prompt", "completion"))
+    rest = "\n".join(
+        f"{k:>14}: {json.dumps(v, ensure_ascii=False)}"
+        for k, v in drawn.items()
+        if k not in ("prompt", "completion")
+    )
     if logged is None:
         verdict = "not in samples.jsonl, so there is nothing to compare it with"
     elif found["differ"]:
