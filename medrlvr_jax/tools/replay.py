@@ -55,7 +55,8 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         if done < step - 1:
             seconds = clock(sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step))
             console.notify(
-                f"checkpoint {step - 1} is not kept: training steps {done + 1} to {step - 1} again, which took {seconds} then"
+                f"checkpoint {step - 1} is not kept: training steps {done + 1} to {step - 1} again,"
+                f" which took {seconds} then"
             )
         said = time.monotonic()
         for k in range(done, step - 1):
@@ -98,4 +99,5 @@ def show(found: dict[str, Any]) -> str:
         )
     else:
         verdict = "exactly what was logged"
-    return f"{drawn['prompt']}\n---- completion ----\n{drawn['completion']}\n---- reward ----\n{rest}\n---- {verdict}"
+    text = f"{drawn['prompt']}\n---- completion ----\n{drawn['completion']}"
+    return f"{text}\n---- reward ----\n{rest}\n---- {verdict}"
