@@ -442,7 +442,8 @@ def score(
     """Score completions in a file by the reward's rule, to test the rule.
 
     Args:
-        file: JSONL of {"completion": …, "answer": "C", "options": […]}.
+        file: JSONL of {"completion": …, "answer": "C", "options": […]}, or of {"completion": …, "kind":
+            "number", "answer": 5.2, …} as in the data format `open`.
         out: The JSONL of verdicts to write.
         mode: The rule, as in reward.mode. `direct` expects an answer without a thought.
         prefill: The beginning of each completion that the prompt gave, such as '<think>'.

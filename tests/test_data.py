@@ -132,7 +132,7 @@ def test_text(file):
     path = file("t.jsonl", [{"prompt": "", "response": " Hello\n"}, {"text": "Bare."}, {"prompt": "Q ", "response": "A"}])
     assert texts(SetConfig(path=path)) == [Example("", " Hello\n"), Example("", "Bare."), Example("Q ", "A")]
     assert texts(SetConfig(path=path, format="text", limit=1)) == [Example("", " Hello\n")]
-    assert "format text, where plain or medqa" in complaint(path)
+    assert "format text, where plain or open" in complaint(path)
     with pytest.raises(DataError, match="format plain, where text is needed"):
         texts(SetConfig(path=file("q.jsonl", [PLAIN])))
 

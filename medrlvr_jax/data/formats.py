@@ -4,6 +4,8 @@
 |------------|----------------------------------------------------------------------------------------------|
 | `plain`    | your own data: question, options (a list, or {"A": …}), answer (the letter);                 |
 |            | optional: id, subject, rationale                                                             |
+| `open`     | your own data without options: question, kind, answer; optional: lower, upper, tolerance,    |
+|            | unit, labels, aliases, order (values.py), id, subject, rationale                             |
 | `medqa`    | question, options {"A": …}, answer_idx (the letter), answer (that option's text, checked)    |
 | `mmlu_pro` | question, options (a list), answer (the letter), answer_index;                               |
 |            | of several categories only `health` is used                                                  |
@@ -11,6 +13,8 @@
 | `medmcqa`  | question, opa … opd, exp, cop (from 1 in the authors' files, a class label on the hub)       |
 | `pubmedqa` | QUESTION, CONTEXTS, final_decision (yes / no / maybe), by pmid;                              |
 |            | or the hub's question, context, final_decision                                               |
+| `medcalc`  | MedCalc-Bench: Patient Note, Question, Ground Truth Answer, Output Type,                     |
+|            | Lower Limit, Upper Limit                                                                     |
 | `text`     | prompt (may be empty) and response, or only text: for `sft.target: text`                     |
 
 Two options with the same text are accepted in the published sets (21 of MedMCQA's 4,183 dev questions have
@@ -25,10 +29,10 @@ from collections.abc import Callable, Iterable
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-from medrlvr_jax.data.question import LETTERS, DataError, Example, Question, unlabelled
+from medrlvr_jax.data.question import LETTERS, Choice, DataError, Example, Question, unlabelled
+from medrlvr_jax.data.values import Reference, Unreadable, read_reference
 
 Row = dict[str, Any]
-Choice = tuple[tuple[str, ...], int]  # the options, the index of the right one
 
 
 # ---- checks of single fields ----
@@ -101,6 +105,15 @@ def _letter(row: Row, field: str, options: tuple[str, ...]) -> int:
     return LETTERS.index(letter)
 
 
+def check_value(row: Row) -> Reference:
+    """The value that the fields `kind`, `answer` and those beside them hold."""
+    _needed(row, "answer")
+    try:
+        return read_reference(row)
+    except Unreadable as e:
+        raise DataError(str(e)) from None
+
+
 # ---- the formats ----
 
 
@@ -160,6 +173,24 @@ def _pubmedqa(row: Row) -> Choice:
     return options, options.index(decision)
 
 
+def _medcalc(row: Row) -> Reference:
+    """Weeks and days are of the output type `integer` there, and dates are written month first."""
+    output, truth = _text(row, "Output Type"), _text(row, "Ground Truth Answer")
+    kinds = {"decimal": "number", "integer": "integer", "date": "date"}
+    if output not in kinds:
+        raise DataError(f"field Output Type: {short(output)} is none of {', '.join(kinds)}; give one of these")
+    kind = "duration" if "week" in truth else kinds[output]
+    limits = {}
+    if kind == "number":
+        limits = {"lower": _text(row, "Lower Limit"), "upper": _text(row, "Upper Limit")}
+    return check_value({"kind": kind, "answer": truth, "order": "month_first"} | limits)
+
+
+def _with_note(row: Row) -> Row:
+    """MedCalc-Bench's record with the patient's note before the question."""
+    return row | {"question": f"{_text(row, 'Patient Note')}\n\n{_text(row, 'Question')}"}
+
+
 def _with_abstract(row: Row) -> Row:
     """PubMedQA's question after its abstract without the conclusion; the conclusion is the rationale."""
     if "QUESTION" in row:
@@ -174,7 +205,7 @@ def _with_abstract(row: Row) -> Row:
 class Format(NamedTuple):
     """How one format is recognised and read."""
 
-    choice: Callable[[Row], Choice] | None  # None: format `text`, whose records are no questions
+    key: Callable[[Row], Choice | Reference] | None  # None: format `text`, whose records are no questions
     required: list[str]  # the fields of a record, in each of the format's variants
     id: str = "id"
     subject: str = "subject"
@@ -183,15 +214,24 @@ class Format(NamedTuple):
     number: tuple[str, int] | None = None  # the field where the key may be a number; the first's number
 
 
-MEDMCQA = "question opa opb opc opd cop"
-PUBMEDQA = ["QUESTION CONTEXTS final_decision", "question context final_decision"]
+PUBMEDQA = ["QUESTION, CONTEXTS, final_decision", "question, context, final_decision"]
+MEDCALC = "Patient Note, Question, Ground Truth Answer, Output Type, Lower Limit, Upper Limit"
 FORMATS = {
-    "plain": Format(_plain, ["question options answer"], rationale="rationale"),
-    "medqa": Format(_medqa, ["question options answer_idx"], subject="meta_info", also="answer"),
-    "mmlu_pro": Format(_mmlu_pro, ["question options answer answer_index"], "question_id", "category"),
-    "mmlu": Format(_mmlu, ["question choices answer"], number=("answer", 0)),
-    "medmcqa": Format(_medmcqa, [MEDMCQA], "id", "subject_name", "exp", number=("cop", 1)),
-    "pubmedqa": Format(_pubmedqa, PUBMEDQA, rationale="long_answer", also="pubid LONG_ANSWER"),
+    "plain": Format(_plain, ["question, options, answer"], rationale="rationale"),
+    "open": Format(
+        check_value,
+        ["question, kind, answer"],
+        rationale="rationale",
+        also="lower, upper, tolerance, unit, labels, aliases, order",
+    ),
+    "medqa": Format(_medqa, ["question, options, answer_idx"], subject="meta_info", also="answer"),
+    "mmlu_pro": Format(_mmlu_pro, ["question, options, answer, answer_index"], "question_id", "category"),
+    "mmlu": Format(_mmlu, ["question, choices, answer"], number=("answer", 0)),
+    "medmcqa": Format(
+        _medmcqa, ["question, opa, opb, opc, opd, cop"], "id", "subject_name", "exp", number=("cop", 1)
+    ),
+    "pubmedqa": Format(_pubmedqa, PUBMEDQA, rationale="long_answer", also="pubid, LONG_ANSWER"),
+    "medcalc": Format(_medcalc, [MEDCALC], "Row Number", "Calculator Name", "Ground Truth Explanation"),
     "text": Format(None, ["response", "text"], also="prompt"),
 }
 
@@ -199,10 +239,11 @@ FORMATS = {
 def parse(row: Row, name: str, default_id: str) -> Question | Example:
     """The checked question, or in format `text` the example, of a record in format `name`."""
     form = FORMATS[name]
-    if form.choice is None:
+    if form.key is None:
         return parse_example(row)
-    options, answer = form.choice(row)
-    return _question(_with_abstract(row) if name == "pubmedqa" else row, default_id, options, answer, form)
+    key = form.key(row)
+    row = _with_abstract(row) if name == "pubmedqa" else _with_note(row) if name == "medcalc" else row
+    return _question(row, default_id, key, form)
 
 
 def parse_example(row: Row) -> Example:
@@ -215,14 +256,18 @@ def parse_example(row: Row) -> Example:
 def check_question(question: Question, default_id: str) -> Question:
     """A `Question` that was made in Python, by the rules for records."""
     row, answer = vars(question), question.answer
+    if question.value is not None:
+        if question.options or answer != -1:
+            raise DataError("field value: given beside options or answer; take one of the two out")
+        return _question(row, default_id, question.value, FORMATS["open"])
     options = _options(row, "options")
     if type(answer) is not int or not 0 <= answer < len(options):
         remedy = f"give the index of the right one of its {len(options)} options, counted from 0"
         raise DataError(f"field answer: {short(answer)}: {remedy}")
-    return _question(row, default_id, options, answer, FORMATS["plain"])
+    return _question(row, default_id, (options, answer), FORMATS["plain"])
 
 
-def _question(row: Row, default_id: str, options: tuple[str, ...], answer: int, form: Format) -> Question:
+def _question(row: Row, default_id: str, key: Choice | Reference, form: Format) -> Question:
     def optional(field: str) -> str:
         return _text(row, field, empty=True) if field and row.get(field) is not None else ""
 
@@ -230,7 +275,10 @@ def _question(row: Row, default_id: str, options: tuple[str, ...], answer: int, 
     if name is not None and (isinstance(name, bool) or not isinstance(name, int | str)):
         raise _wrong(form.id, name, "is neither a string nor an integer; give one of these")
     name, text = default_id if name in (None, "") else str(name), _text(row, "question")
-    return Question(name, text, options, answer, optional(form.subject), optional(form.rationale) or None)
+    subject, rationale = optional(form.subject), optional(form.rationale) or None
+    if isinstance(key, Reference):
+        return Question(name, text, subject=subject, rationale=rationale, value=key)
+    return Question(name, text, *key, subject, rationale)
 
 
 def options_and_key(row: Row) -> Choice:
@@ -243,13 +291,13 @@ def options_and_key(row: Row) -> Choice:
 
 
 def fits(row: Row, name: str) -> bool:
-    return any(row.keys() >= set(fields.split()) for fields in FORMATS[name].required)
+    return any(row.keys() >= set(fields.split(", ")) for fields in FORMATS[name].required)
 
 
 def detect(row: Row, where: str) -> str:
-    """The format whose fields the record has; `plain` or `text` only where no published format fits."""
+    """The format whose fields the record has; `plain`, `open` or `text` only where no published format fits."""
     names = [name for name in FORMATS if fits(row, name)]
-    names = [name for name in names if name not in ("plain", "text")] or names[:1]
+    names = [name for name in names if name not in ("plain", "open", "text")] or names[:1]
     if len(names) == 1:
         return names[0]
     problem = f"fit {' and '.join(names)} alike; " if names else "fit no format; rename them, or "
@@ -261,5 +309,5 @@ def detect(row: Row, where: str) -> str:
 def unread(fields: Iterable[str], name: str) -> list[str]:
     """Those of a set's fields that format `name` does not read."""
     form = FORMATS[name]
-    read = {form.id, form.subject, form.rationale, *" ".join([form.also, *form.required]).split()}
+    read = {form.id, form.subject, form.rationale, *", ".join([form.also, *form.required]).split(", ")}
     return [field for field in fields if field not in read]

@@ -19,6 +19,7 @@ from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.data import batches, formats
 from medrlvr_jax.data.question import LETTERS, DataError, Example, Question, brings_letters, unlabelled
 from medrlvr_jax.data.readers import PYTHON, Records, given_records, open_records
+from medrlvr_jax.data.values import KINDS
 from medrlvr_jax.host import files
 
 MAX_ERRORS = 10
@@ -163,12 +164,14 @@ def _notes(name: str, unread: list[str], tally: Counter[str]) -> list[str]:
 def _report(questions: list[Question], notes: list[str]) -> str:
     """How a set was read, in a few lines of at most `WIDTH` columns, however long its texts are."""
     n, sizes, first = len(questions), sorted({len(q.options) for q in questions}), questions[0]
-    size = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else sizes[0]
-    keys = Counter(q.reference for q in questions)
-    lines = ["keys " + ", ".join(f"{key} {100 * keys[key] / n:.0f} %" for key in LETTERS[: sizes[-1]])]
+    size = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+    size = f"of {size} options" if sizes[-1] else "open"
+    shares = Counter(q.reference if q.value is None else q.value.kind for q in questions)
+    names = [name for name in (*LETTERS[: sizes[-1]], *KINDS) if name in LETTERS or name in shares]
+    lines = ["keys " + ", ".join(f"{name} {100 * shares[name] / n:.0f} %" for name in names)]
     right_texts: dict[tuple, set[str]] = {}  # by question and options in any order
     for q in questions:
-        right_texts.setdefault((q.question, *sorted(q.options)), set()).add(q.options[q.answer])
+        right_texts.setdefault((q.question, *sorted(q.options)), set()).add(q.right_text)
     if again := n - len(right_texts):
         differ = sum(len(texts) > 1 for texts in right_texts.values())
         lines.append(
@@ -181,10 +184,11 @@ def _report(questions: list[Question], notes: list[str]) -> str:
     if len("  ".join(options)) > WIDTH - 4:
         share = (WIDTH - 2) // len(options) - 2
         options = [option if len(option) <= share else f"{option[: share - 1]}…" for option in options]
-    lines = [*map(_shorten, [*lines, *notes, f"first: {first.question}"]), "  " + "  ".join(options)]
+    lines = [*map(_shorten, [*lines, *notes, f"first: {first.question}"])]
+    lines += ["  " + "  ".join(options)] if options else []
     reasons = [q.rationale for q in questions if q.rationale is not None]
     reason = _shorten(f"rationales: {len(reasons):,}" + (f", the first: {reasons[0]}" if reasons else ""))
-    lines = [f"questions: {n:,}, of {size} options", *lines, f"  its key: {first.reference}", reason]
+    lines = [f"questions: {n:,}, {size}", *lines, f"  its key: {first.reference}", reason]
     return "\n  ".join(lines)
 
 

@@ -108,6 +108,8 @@ def order(question: Question, seed: int, draw: int) -> list[int]:
 
 def shuffled(question: Question, seed: int, draw: int) -> Question:
     """The question with its options in the order of `draw` (an epoch or a sample)."""
+    if question.value is not None:  # an open question has no options
+        return question
     places = order(question, seed, draw)
     options, letters = tuple(question.options[i] for i in places), "".join(LETTERS[i] for i in places)
     return dataclasses.replace(question, options=options, answer=places.index(question.answer), order=letters)

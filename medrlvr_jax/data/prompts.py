@@ -14,6 +14,7 @@ from jaxtyping import UInt32
 from medrlvr_jax.config.schema import PromptConfig
 from medrlvr_jax.data.question import EMPTY_THOUGHT, TAGS, DataError, Question
 from medrlvr_jax.data.tokenizer import MESSAGE, Tokenizer
+from medrlvr_jax.data.values import Reference
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.types import Prompts
@@ -22,19 +23,38 @@ from medrlvr_jax.types import Prompts
 
 ROLE = "You are a medical expert taking the United States Medical Licensing Examination (USMLE)."
 THINK = (
-    "Reason step by step inside <think> </think> tags, then give the letter of the one best option inside "
-    "<answer> </answer> tags, in this form: <think>reasoning</think><answer>letter</answer>"
+    "Reason step by step inside <think> </think> tags, then give {answer} inside <answer> </answer> tags, in this "
+    "form: <think>reasoning</think><answer>{form}</answer>"
 )
-DIRECT = (
-    "Give the letter of the one best option inside <answer> </answer> tags, and nothing else, "
-    "in this form: <answer>letter</answer>"
-)
+DIRECT = "Give {answer} inside <answer> </answer> tags, and nothing else, in this form: <answer>{form}</answer>"
+DATES = {None: "2024-03-31", "month_first": "MM/DD/YYYY", "day_first": "DD/MM/YYYY"}
 
 
 def render(question: Question, template: str) -> str:
     """The user's text, by `PromptConfig.template`; `none` is only the question and its lettered options."""
     asked = "\n".join([f"Question: {question.question}", *question.lettered])
-    return asked if template == "none" else f"{ROLE}\n\n{asked}\n\n{THINK if template == 'think' else DIRECT}"
+    if template == "none":
+        return asked
+    answer, form = answer_form(question.value)
+    return f"{ROLE}\n\n{asked}\n\n{(THINK if template == 'think' else DIRECT).format(answer=answer, form=form)}"
+
+
+def answer_form(value: Reference | None) -> tuple[str, str]:
+    """(what the prompt asks for, the word that stands for it) where the right answer is a `value`; None: a letter."""
+    if value is None:
+        return "the letter of the one best option", "letter"
+    match value.kind:
+        case "number" | "integer":
+            kind = "number" if value.kind == "number" else "whole number"
+            return f"the {kind}" + (f" in {value.unit}" if value.unit else ""), "number"
+        case "date":
+            return f"the date, in the form {DATES[value.order]},", "date"
+        case "duration":
+            return "the time in weeks and days, in the form 3 weeks 2 days,", "time"
+        case "labels":
+            return f"one or more of these labels, separated by commas: {', '.join(value.allowed)},", "labels"
+        case "text":
+            return "the answer in a few words", "answer"
 
 
 def sft_target(question: Question, target: str) -> str:

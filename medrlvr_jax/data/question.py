@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from medrlvr_jax.data.values import Reference
 from medrlvr_jax.host.errors import ConfigError
 
 LETTERS = "ABCDEFGHIJ"
@@ -19,26 +20,35 @@ LABEL = re.compile(  # the label in "A. aspirin", "(b) x", "C: x", "d - x", "4) 
 )
 
 
+Choice = tuple[tuple[str, ...], int]  # the options, the index of the right one
+
+
 class DataError(ConfigError):
     """Data that cannot be used. The message names the file, the line, the field, the value and the remedy."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question with 2 to 10 options; `answer` is the index of the right option."""
+    """A multiple-choice question with 2 to 10 options, or an open one, whose right answer is a value."""
 
     id: str
     question: str
-    options: tuple[str, ...]
-    answer: int
+    options: tuple[str, ...] = ()  # none: the question is open
+    answer: int = -1  # the index of the right option; -1: the question is open
     subject: str = ""
     rationale: str | None = None
     order: str = ""  # after shuffling: the letter that each option has in the file
+    value: Reference | None = None  # the right answer of an open question
 
     @property
     def reference(self) -> str:
-        """What an answer is graded against: the letter of the right option."""
-        return LETTERS[self.answer]
+        """The right answer as a response gives it: the letter of the right option, or the value."""
+        return LETTERS[self.answer] if self.value is None else self.value.text
+
+    @property
+    def right_text(self) -> str:
+        """The right answer in words: the right option's text, or the value."""
+        return self.options[self.answer] if self.value is None else self.value.text
 
     @property
     def lettered(self) -> list[str]:
@@ -89,6 +99,8 @@ def unlabelled(options: tuple[str, ...]) -> tuple[str, ...]:
 
 def question_hash(question: Question) -> str:
     """16 hexadecimal digits of the stem, the options in the file's order and the key; not of the id."""
+    if question.value is not None:
+        return fingerprint([[question.question, question.value]])["sha256"][:16]
     options, answer = list(question.options), question.answer
     if question.order:
         options = [options[question.order.index(letter)] for letter in LETTERS[: len(options)]]
@@ -101,7 +113,10 @@ def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
     """`{"n", "sha256"}` of rows in their order, which may be questions or anything that JSON can hold."""
     digest, n = hashlib.sha256(), 0
     for row in rows:
-        text = json.dumps(to_jsonable_python(row), ensure_ascii=False, sort_keys=True)
+        tree = to_jsonable_python(row, fallback=str)
+        if isinstance(row, Question) and row.value is None:
+            del tree["value"]  # so that runs of before open questions have the same fingerprint
+        text = json.dumps(tree, ensure_ascii=False, sort_keys=True)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
         n += 1
     return {"n": n, "sha256": digest.hexdigest()}
@@ -110,5 +125,5 @@ def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
 def repeats(questions: list[Question]) -> dict[str, str]:
     """{id of a question that exactly repeats an earlier one: its id}. MMLU-Pro Health has 95."""
     first: dict[tuple, str] = {}
-    firsts = [first.setdefault((q.question, q.options, q.answer), q.id) for q in questions]
+    firsts = [first.setdefault((q.question, q.options, q.answer, q.value), q.id) for q in questions]
     return {q.id: earlier for q, earlier in zip(questions, firsts, strict=True) if earlier != q.id}

@@ -100,7 +100,9 @@ def describe(a: Answers) -> dict[str, Any]:
     k = a.correct.shape[1]
     out: dict[str, Any] = {"n": len(a.ids), "samples": k, "accuracy": stats.accuracy(a.correct)._asdict()}
     out["format_ok"] = stats.accuracy(a.format_ok)._asdict()
-    out["letters"] = stats.letter_bias(a.shown, a.shown_key)
+    choice = a.options > 0
+    if choice.any():
+        out["letters"] = stats.letter_bias(a.shown[choice], a.shown_key[choice])
     if np.isfinite(a.entropy).any():
         out["token_entropy"] = float(np.nanmean(a.entropy))
     names = sorted(set(a.subjects.tolist()))
@@ -152,13 +154,15 @@ def show(found: dict[str, dict[str, Any]]) -> str:
         if "subjects" in d:
             rows = [[subject or "(none)", f"{s['n']:,}", percent(s["accuracy"])] for subject, s in d["subjects"].items()]
             out.append(tables.plain((name, "questions", "accuracy"), rows))
-    letters = sorted({letter for d in sets.values() for letter in d["letters"]["letters"]})
+    lettered = {name: d for name, d in sets.items() if "letters" in d}
+    letters = sorted({letter for d in lettered.values() for letter in d["letters"]["letters"]})
     rows = []
-    for name, d in sets.items():
+    for name, d in lettered.items():
         shares = [d["letters"]["letters"].get(letter) for letter in letters]
         cells = ["" if s is None else f"{100 * s['answered']:.0f}/{100 * s['key']:.0f}" for s in shares]
         rows.append([name, *cells, f"{d['letters']['p']:.2g}"])
-    out.append(tables.plain(("letters, % answered/key", *letters, "p (χ²)"), rows))
+    if rows:
+        out.append(tables.plain(("letters, % answered/key", *letters, "p (χ²)"), rows))
     return "\n".join(out)
 
 

@@ -176,6 +176,9 @@ def probe(
     scorer: Scorer | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One set: what `summarise` returns, and a row a question."""
+    if open_one := next((q for q in encoded.questions if q.value is not None), None):
+        problem = "probe forces letters, and this question has no options"
+        raise ConfigError(f"question {open_one.id}: {problem}; take its set out of eval.sets")
     _, answered = evaluate(parts, decode_params, encoded, partial(progress, "answers"))
     encoded = before_response(parts, encoded)
     thoughts, seams = zip(*(thought(row["completion"]) for row in answered), strict=True)

@@ -9,15 +9,17 @@ the mean of each is a metric of its own.
 """
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, UInt
 
 from medrlvr_jax.config.schema import RewardConfig
 from medrlvr_jax.data.question import LETTERS, DataError, Question
-from medrlvr_jax.rewards.graders import Grade, choice
+from medrlvr_jax.rewards.graders import Grade, choice, value
 from medrlvr_jax.rewards.parse import parse
 from medrlvr_jax.rewards.penalties import penalised
 
@@ -32,8 +34,8 @@ class Verdicts:
     penalty: Float64[np.ndarray, " N"]  # what `reward` lacks for a leak or for words before <think>
     format_ok: Bool[np.ndarray, " N"]
     correct: Bool[np.ndarray, " N"]
-    answer: np.ndarray  # str [N], the letter; "" where the format failed
-    reason: np.ndarray  # str [N], a key of parse.REASONS
+    answer: np.ndarray  # str [N], the letter or the value; "" where the format failed
+    reason: np.ndarray  # str [N], a key of parse.REASONS or of values.REASONS
     components: Mapping[str, np.ndarray] = field(
         default_factory=dict
     )  # [N] each, unweighted; none if there is only one
@@ -42,8 +44,18 @@ class Verdicts:
 def grade(
     completions: Sequence[str], questions: Sequence[Question], config: RewardConfig = DEFAULT
 ) -> Verdicts:
-    """Judge completion i as a response to question i, by the rule `config`."""
-    return score(completions, [q.reference for q in questions], [q.options for q in questions], config)
+    """Judge completion i as a response to question i, by the rule `config`. Each row is judged by itself.
+
+    Raises `DataError` if the two differ in length, or if a completion is no text.
+    """
+    _check(completions, questions=questions)
+    graders = [
+        partial(value, reference=q.value)
+        if q.value is not None
+        else partial(choice, reference=q.reference, options=q.options)
+        for q in questions
+    ]
+    return _judge(completions, graders, [q.options for q in questions], config)
 
 
 def score(
@@ -52,15 +64,30 @@ def score(
     options: Sequence[Sequence[str]],
     config: RewardConfig = DEFAULT,
 ) -> Verdicts:
-    """`grade` for rows that are a completion, a key letter and 2 to 10 options. Each row is judged by itself.
+    """`grade` for rows that are a completion, a key letter and 2 to 10 options.
 
-    Raises `DataError` if the three differ in length, or if a row has too few or too many options, a key that
-    is none of them, or a completion that is no text.
+    Raises `DataError` also if a row has too few or too many options, or a key that is none of them.
     """
-    _check(completions, answers, options)
+    _check(completions, answers=answers, options=options)
+    for i, (key, row) in enumerate(zip(answers, options, strict=True)):
+        if not 2 <= len(row) <= len(LETTERS) or key not in list(LETTERS[: len(row)]):
+            remedy = "2 to 10 options and the letter of one are needed"
+            raise DataError(f"row {i}: answer {reprlib.repr(key)} with {len(row)} options: {remedy}")
+    rows = zip(answers, options, strict=True)
+    return _judge(
+        completions, [partial(choice, reference=key, options=row) for key, row in rows], options, config
+    )
+
+
+def _judge(
+    completions: Sequence[str],
+    graders: Sequence[Callable[[str], Grade]],
+    options: Sequence[Sequence[str]],
+    config: RewardConfig,
+) -> Verdicts:
     parsed = parse(completions, config.mode, [LETTERS[: len(row)] for row in options])
-    rows = zip(parsed.format_ok, parsed.answer, parsed.reason, answers, options, strict=True)
-    grades = [choice(answer, key, row) if ok else Grade("", False, why) for ok, answer, why, key, row in rows]
+    rows = zip(parsed.format_ok, parsed.answer, parsed.reason, graders, strict=True)
+    grades = [grader(answer) if ok else Grade("", False, why) for ok, answer, why, grader in rows]
     format_ok, correct = (
         np.array([g.answer != "" for g in grades], bool),
         np.array([g.correct for g in grades], bool),
@@ -84,18 +111,14 @@ def score(
     )
 
 
-def _check(completions: Sequence[str], answers: Sequence[str], options: Sequence[Sequence[str]]) -> None:
-    if not len(completions) == len(answers) == len(options):
-        counts = f"{len(completions)} completions, {len(answers)} answers, {len(options)} lists of options"
-        raise DataError(f"{counts}: give one of each for every row")
-    for i, (completion, key, row) in enumerate(zip(completions, answers, options, strict=True)):
+def _check(completions: Sequence[str], **columns: Sequence[Any]) -> None:
+    if any(len(column) != len(completions) for column in columns.values()):
+        counts = ", ".join(f"{len(column)} {name}" for name, column in columns.items())
+        raise DataError(f"{len(completions)} completions, {counts}: give one of each for every row")
+    for i, completion in enumerate(completions):
         if not isinstance(completion, str):
-            raise DataError(
-                f"row {i}: its completion is {reprlib.repr(completion)}: an empty completion is an empty text"
-            )
-        if not 2 <= len(row) <= len(LETTERS) or key not in list(LETTERS[: len(row)]):
-            remedy = "2 to 10 options and the letter of one are needed"
-            raise DataError(f"row {i}: answer {reprlib.repr(key)} with {len(row)} options: {remedy}")
+            remedy = "an empty completion is an empty text"
+            raise DataError(f"row {i}: its completion is {reprlib.repr(completion)}: {remedy}")
 
 
 def toss(

@@ -1,13 +1,14 @@
-"""Whether an answer is right: one grader for each kind of reference. Today's one kind is a choice of options.
+"""Whether an answer is right: one grader for each kind of reference: `choice` among options, and `value`.
 
-A grader is a function of (answer, reference, options): the text that `parse` found in <answer>, what the
-question gives as right, and the options' texts.
+A grader reads the text that `parse` found in <answer>, and compares it with what the question gives as right. A text
+that is no answer of the question's kind (two letters, a number in words) counts as wrong in its format.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from medrlvr_jax.data.question import LETTERS
+from medrlvr_jax.data.values import Reference, Unreadable, matches
 from medrlvr_jax.rewards.parse import WHITE
 
 
@@ -32,3 +33,14 @@ def choice(answer: str, reference: str, options: Sequence[str]) -> Grade:
     if mark and (not text or text != options[LETTERS.index(letter)].strip(WHITE)):
         return Grade("", False, "other_text")
     return Grade(letter, letter == reference, "correct" if letter == reference else "wrong")
+
+
+def value(answer: str, reference: Reference) -> Grade:
+    """A number, date, duration, set of labels or text, as data/values.py reads it."""
+    if not answer:
+        return Grade("", False, "empty_answer")
+    try:
+        right = matches(answer, reference)
+    except Unreadable as e:
+        return Grade("", False, str(e))
+    return Grade(answer, right, "correct" if right else "wrong")

@@ -17,6 +17,7 @@ from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.options import shuffled
 from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
 from medrlvr_jax.data.tokenizer import Tokenizer
+from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, grade, parse, stages
@@ -66,7 +67,7 @@ class Scored:
     verdicts: Verdicts  # of the same rows
     lengths: np.ndarray  # int [N], tokens up to and including the stop token
     stopped: np.ndarray  # bool [N], False where the budget cut the response
-    stages: list[str | None]  # [N], which of the paper's six stages each completion shows; None under `direct`, which asks for no thought
+    stages: list[str | None]  # [N], which of the paper's six stages each completion shows; None of open questions, and under `direct`
     failed: dict[int, str]  # rows on which the user's own reward failed, and why; their reward is NaN
     entropy: np.ndarray | None = None  # float [N], the policy's, in nats, mean over the response's tokens; None where it was not taken
 
@@ -93,6 +94,9 @@ class Scored:
 
 
 def encode(tokenizer: Tokenizer, questions: list[Question], config: Config, shuffle: bool = False) -> Encoded:
+    if config.reward.mode == "paper" and (open_one := next((q for q in questions if q.value is not None), None)):
+        problem = f"it pays for letters alone, and question {open_one.id} is open"
+        raise ConfigError(f"reward.mode: paper: {problem}; set reward.mode=strict or direct")
     tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt)
     gone = set(dropped)
     kept = [i for i in range(len(questions)) if i not in gone]
@@ -142,7 +146,8 @@ def score_rollout(
     shown: list[str | None] = [None] * len(completions)
     if rule.mode != "direct":
         lenient = verdicts if rule.mode == "paper" else parse(completions, "paper", [LETTERS[: len(row)] for row in options])
-        shown = [stages.stage(*row) for row in zip(completions, lenient.format_ok.tolist(), options, strict=True)]
+        rows = zip(completions, lenient.format_ok.tolist(), options, strict=True)
+        shown = [stages.stage(*row) if row[-1] else None for row in rows]
     failed: dict[int, str] = {}
     if judge is not None:
         values, failed = judge.score(list(zip(completions, keys, options, (q.question for q in questions), strict=True)))

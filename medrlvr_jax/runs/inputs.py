@@ -94,7 +94,12 @@ def _weights(parts: Parts) -> dict[str, str]:
 def describe_set(spec: SetConfig, rows: list[Any], tokens: list[Any]) -> dict[str, Any]:
     """Digests of a set's rows, in order, and of their tokens, which tokenizer, template and wording
     determine."""
-    asked = [[q.id, q.question, q.options, q.answer] if isinstance(q, Question) else q for q in rows]
+    asked = [
+        [q.id, q.question, *((q.options, q.answer) if q.value is None else (q.value,))]
+        if isinstance(q, Question)
+        else q
+        for q in rows
+    ]
     marks = "".join(fingerprint([row])["sha256"][:MARK] for row in asked)
     digest = fingerprint(asked) | {"marks": marks, "tokens": fingerprint(tokens)["sha256"]}
     return {"from": configs.to_tree(spec)} | digest

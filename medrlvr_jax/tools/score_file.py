@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.data.formats import field_names, options_and_key
-from medrlvr_jax.data.question import LETTERS, DataError
+from medrlvr_jax.data.formats import check_value, field_names, options_and_key
+from medrlvr_jax.data.question import DataError, Question
 from medrlvr_jax.data.readers import read_json
-from medrlvr_jax.rewards import score
+from medrlvr_jax.rewards import grade
 
 BLOCK = 4096  # rows scored at a time, so that a file of any size fits the memory
 
@@ -26,8 +26,9 @@ def score_file(
 ) -> Counter[str]:
     """Score a JSONL file into another, in the same order; returns how many lines had each reason.
 
-    In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}` with 2 to 10 options; other
-    fields are ignored. Read as questions are (`readers.read_json`): blank lines have no line in the output.
+    In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}` with 2 to 10 options, or
+    `{"completion": str, "kind": "number", "answer": 5.2, …}` as in the format `open`; other fields are
+    ignored. Read as questions are (`readers.read_json`): blank lines have no line in the output.
     Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of rewards.REASONS}`.
     `prefill`: the end of each prompt, judged as the beginning of each completion.
     Raises `DataError` for a line that cannot be scored, and then leaves no output: the file gets its name
@@ -52,10 +53,8 @@ def score_file(
     try:
         with part.open("x", encoding="utf-8", newline="\n") as file:
             for block in _blocks(source):
-                completions, answers, options = zip(*block, strict=True)
-                verdicts = score(
-                    [prefill + completion for completion in completions], answers, options, config
-                )
+                completions, questions = zip(*block, strict=True)
+                verdicts = grade([prefill + completion for completion in completions], questions, config)
                 rank = (verdicts.format_ok.astype(int) + verdicts.correct).tolist()
                 rows = zip(
                     rank,
@@ -75,7 +74,7 @@ def score_file(
     return reasons
 
 
-def _blocks(source: Path, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, str, tuple[str, ...]]]]:
+def _blocks(source: Path, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, Question]]]:
     """The file's records, in blocks of at most `BLOCK` rows and about `most_bytes` characters."""
     block, size = [], 0
     for number, row in read_json(source):
@@ -91,8 +90,8 @@ def _blocks(source: Path, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str,
         yield block
 
 
-def _record(row: dict[str, Any] | DataError) -> tuple[str, str, tuple[str, ...]]:
-    """Completion, key letter and options of one line; raises `DataError` if one is missing or wrong."""
+def _record(row: dict[str, Any] | DataError) -> tuple[str, Question]:
+    """The completion and the question of one line; raises `DataError` if one is missing or wrong."""
     if isinstance(row, DataError):
         raise row
     completion = row.get("completion")
@@ -101,5 +100,6 @@ def _record(row: dict[str, Any] | DataError) -> tuple[str, str, tuple[str, ...]]
         raise DataError(
             f'field completion: {shown} is not a text; an empty completion is ""; the line has {field_names(row)}'
         )
-    options, key = options_and_key(row)
-    return completion, LETTERS[key], options
+    if "kind" in row and "options" not in row:
+        return completion, Question("", "", value=check_value(row))
+    return completion, Question("", "", *options_and_key(row))

@@ -1,0 +1,323 @@
+"""Values in questions and answers: numbers with units, dates, durations, labels and texts.
+
+`read_reference` reads what a data file holds as right, `matches` compares an answer with it. The grammar is
+strict. Nothing is evaluated, so `140/3.5` is not a number, and what can be read in two ways is refused: `1,234`
+(thousands or a decimal comma) and `03/04/2024` (day or month first). Texts longer than `LONGEST` are refused
+unread, and every pattern is linear in the length of a text.
+"""
+
+import datetime
+import math
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+LONGEST = 200  # characters of an answer that is read as a value
+
+Kind = Literal["number", "integer", "date", "duration", "labels", "text"]
+DateOrder = Literal["month_first", "day_first"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a right answer to an open question is. `kind` says which of the other fields count."""
+
+    kind: Kind
+    text: str  # the right answer as the data writes it
+    value: Fraction | datetime.date | int | tuple[str, ...] | None = None  # duration: days; text: None
+    lower: Fraction | None = None  # number: the least that is right; None: no limit
+    upper: Fraction | None = None
+    unit: str | None = None  # number, integer: the unit of `value`
+    allowed: tuple[str, ...] = ()  # labels: all that there are
+    aliases: tuple[str, ...] = ()  # text: other right answers
+    order: DateOrder | None = None  # date: how the question asks for slashes; None: they are ambiguous
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number as written, with the unit that follows it, if any."""
+
+    value: Fraction  # exact, so that a limit with as many digits is met exactly
+    unit: str | None = None
+
+
+class Unreadable(ValueError):
+    """A text that is not a value of the kind asked for. Its message is a key of `REASONS`."""
+
+
+REASONS = {  # why a text is not a value
+    "too_long": f"more than {LONGEST} characters",
+    "not_a_number": "not one number, with or without a unit",
+    "ambiguous_number": "a single comma before three digits: thousands or a decimal comma",
+    "unknown_unit": "the unit is not in the table",
+    "unit_not_asked": "a unit where the reference has none",
+    "other_dimension": "a unit of another quantity than the reference's",
+    "not_an_integer": "a number with a fraction where a whole one is asked for",
+    "not_a_date": "not a date in one of the forms 2024-03-04, 4 March 2024, March 4, 2024",
+    "ambiguous_date": "a date with slashes: day or month first",
+    "not_a_duration": "not weeks, days or both, such as 14 weeks 2 days",
+    "unknown_label": "not one of the labels of the question",
+    "repeated_label": "a label twice",
+}
+
+# ---- numbers ----
+
+_NUMBER = re.compile(
+    r"(?P<sign>[+\-−])?\s?"
+    r"(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?P<fraction>\.\d+)?"
+    r"(?:[eE](?P<exponent>[+\-−]?\d{1,2})|\s?[×x]\s?10\^(?P<power>[+\-−]?\d{1,2}))?"
+    r"\s?(?P<unit>(?:/ ?)?[^\s\d.,+\-−/][^\s,]*(?: [^\s\d,]+){0,2}(?: ?/ ?1\.73 ?m[²2])?)?\.?",
+    re.ASCII,
+)
+_MILLI, _MICRO, _NANO, _PICO = (Fraction(1, 1000**i) for i in range(1, 5))
+_DIMENSIONS = {  # of each unit, its amount in the dimension's first; a compound (mg/dL) is read part by part
+    "mass": {"g": 1, "kg": 1000, "mg": _MILLI, "µg": _MICRO, "ng": _NANO, "pg": _PICO},
+    "volume": {"l": 1, "dl": Fraction(1, 10), "ml": _MILLI, "µl": _MICRO, "fl": Fraction(1, 1000**5)},
+    "amount": {"mol": 1, "mmol": _MILLI, "µmol": _MICRO, "nmol": _NANO, "pmol": _PICO},
+    "charge": {"eq": 1, "meq": _MILLI},
+    "osmoles": {"osm": 1, "mosm": _MILLI},
+    "activity": {"u": 1, "iu": 1, "mu": _MILLI, "miu": _MILLI},
+    "length": {"m": 1, "cm": Fraction(1, 100), "mm": _MILLI, "in": Fraction(254, 10**4)},
+    "area": {"m²": 1, "cm²": Fraction(1, 10**4)},
+    "time": {"s": 1, "ms": _MILLI, "min": 60, "h": 3600, "d": 86400, "wk": 604800, "y": 31557600},
+    "pressure": {"mmhg": 1, "kpa": Fraction(750062, 10**5)},
+    "beats": {"beat": 1},
+    "share": {"%": Fraction(1, 100)},
+    "points": {"point": 1},
+    "temperature": {"°c": 1},
+}
+_SPELLED = {
+    "g": "gram grams",
+    "kg": "kilogram kilograms",
+    "mg": "milligram milligrams",
+    "µg": "mcg ug microgram micrograms",
+    "l": "liter liters litre litres",
+    "ml": "cc milliliter milliliters millilitre millilitres",
+    "µl": "ul",
+    "µmol": "umol",
+    "in": "inch inches",
+    "s": "sec second seconds",
+    "ms": "msec millisecond milliseconds",
+    "min": "minute minutes",
+    "h": "hr hrs hour hours",
+    "d": "day days",
+    "wk": "week weeks",
+    "y": "year years yr yrs",
+    "%": "percent",
+    "m²": "m2 m^2",
+    "cm²": "cm2 cm^2",
+    "point": "points pt pts",
+    "beat": "beats",
+    "beat/min": "bpm",
+    "°c": "c",
+    "u": "units unit",
+}
+_SPELLINGS = {spelling: unit for unit, spellings in _SPELLED.items() for spelling in spellings.split()}
+_SIMPLE = {unit: (name, Fraction(size)) for name, row in _DIMENSIONS.items() for unit, size in row.items()}
+
+
+def unit_size(text: str) -> tuple[str, Fraction]:
+    """(dimension, how many of its first unit one of these is), as `mass/volume` and 0.01 for mg/dL.
+
+    Raises `Unreadable` for units that are not in the table.
+    """
+    text = text.strip().rstrip(".").lower().replace("μ", "µ")
+    text = _SPELLINGS.get(text, text).replace(" per ", "/").replace("mm hg", "mmhg")
+    dimensions, size = [], Fraction(1)
+    for i, part in enumerate(part.strip() for part in text.split("/")):
+        if not part and not i and "/" in text:  # as in 10^9 /L: things that are counted
+            dimensions.append("count")
+            continue
+        if i and part in ("1.73 m²", "1.73m²", "1.73 m2", "1.73m2"):
+            dimensions.append("1.73 m²")
+            continue
+        part = _SPELLINGS.get(part, part)
+        if part not in _SIMPLE:
+            raise Unreadable("unknown_unit")
+        dimension, amount = _SIMPLE[part]
+        dimensions.append(dimension)
+        size = size / amount if i else size * amount
+    return "/".join(dimensions), size
+
+
+def read_number(text: str) -> Number:
+    """Sign, digits, thousands, decimal point, exponent, unit: `−1,234.5 mg/dL`, `2.5e-3`, `3 × 10^4 /µL`."""
+    match = _NUMBER.fullmatch(text)
+    if not match or (match["whole"] is None and match["fraction"] is None):
+        raise Unreadable("not_a_number")
+    whole = match["whole"] or "0"
+    if whole.count(",") == 1 and match["fraction"] is None:
+        raise Unreadable("ambiguous_number")
+    value = Fraction(whole.replace(",", "") + (match["fraction"] or ""))
+    value *= Fraction(10) ** int((match["exponent"] or match["power"] or "0").replace("−", "-"))
+    unit = match["unit"]
+    if unit is not None:
+        unit_size(unit)
+    return Number(-value if match["sign"] in ("-", "−") else value, unit)
+
+
+# ---- dates and durations ----
+
+_MONTHS = "january february march april may june july august september october november december".split()
+_MONTH = {name: i for i, full in enumerate(_MONTHS, 1) for name in (full, full[:3])} | {"sept": 9}
+_ISO = re.compile(r"(\d{4})-(\d{2})-(\d{2})")
+_DAY_FIRST = re.compile(r"(\d{1,2})(?:st|nd|rd|th)? ([a-z]{3,9})\.?,? (\d{4})")
+_MONTH_FIRST = re.compile(r"([a-z]{3,9})\.? (\d{1,2})(?:st|nd|rd|th)?,? (\d{4})")
+_SLASHES = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
+_DURATION = re.compile(r"(?:(\d{1,4}) ?(?:weeks?|wks?|w))?(?:,? ?(?:and )?(\d{1,5}) ?(?:days?|d))?")
+
+
+def read_date(text: str, order: DateOrder | None = None) -> datetime.date:
+    """2024-03-04, 4 March 2024, March 4, 2024; and 03/04/2024 where `order` or a number above 12 tells the month."""
+    text = " ".join(text.lower().split())
+    if match := _ISO.fullmatch(text):
+        year, month, day = map(int, match.groups())
+    elif match := _DAY_FIRST.fullmatch(text):
+        day, month, year = int(match[1]), _MONTH.get(match[2], 0), int(match[3])
+    elif match := _MONTH_FIRST.fullmatch(text):
+        month, day, year = _MONTH.get(match[1], 0), int(match[2]), int(match[3])
+    elif match := _SLASHES.fullmatch(text):
+        first, second, year = map(int, match.groups())
+        if order is None and first <= 12 and second <= 12 and first != second:
+            raise Unreadable("ambiguous_date")
+        day_first = order == "day_first" or (order is None and first > 12)
+        day, month = (first, second) if day_first else (second, first)
+    else:
+        raise Unreadable("not_a_date")
+    try:
+        return datetime.date(year, month, day)
+    except ValueError:
+        raise Unreadable("not_a_date") from None
+
+
+def read_duration(text: str) -> int:
+    """Days in `14 weeks 2 days`, `14 weeks`, `100 days`, or MedCalc-Bench's `('14 weeks', '2 days')`."""
+    text = re.sub(r"[()'\"]", "", " ".join(text.lower().split())).strip()
+    match = _DURATION.fullmatch(text)
+    if not match or not any(match.groups()):
+        raise Unreadable("not_a_duration")
+    return 7 * int(match[1] or 0) + int(match[2] or 0)
+
+
+# ---- labels and texts ----
+
+
+def normal(text: str) -> str:
+    """Compatibility forms, case and runs of white space made one; punctuation around the text dropped."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .,;:!?\"'()[]{}")
+
+
+def read_labels(text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """Labels of `allowed`, sorted, from a text with commas or semicolons between them; in any case, none twice."""
+    known = {normal(label): label for label in allowed}
+    names = [normal(text)] if normal(text) in known else [normal(part) for part in re.split(r"[,;]", text)]
+    if any(name not in known for name in names):
+        raise Unreadable("unknown_label")
+    if len(set(names)) < len(names):
+        raise Unreadable("repeated_label")
+    return tuple(sorted(known[name] for name in names))
+
+
+# ---- references and answers ----
+
+
+def read_reference(row: Mapping[str, Any]) -> Reference:
+    """The reference of a record, from its fields `kind` and `answer`.
+
+    Numbers may have `unit` and `lower`, `upper` or `tolerance` (a share of the answer); without limits they are
+    exact. Labels need `labels`, all that there are. Texts may have `aliases`, dates `order`.
+
+    Raises `Unreadable` with a message that names the field, the value and the remedy.
+    """
+    kind, answer = row.get("kind"), row.get("answer", "")
+    if kind not in KINDS:
+        raise Unreadable(f"field kind: {kind!r} is none of {', '.join(KINDS)}; give one of these")
+    text = ", ".join(map(str, answer)) if isinstance(answer, list | tuple) else str(answer).strip()
+    unit, order, allowed = row.get("unit") or None, row.get("order"), tuple(map(str, row.get("labels") or ()))
+    if order not in (None, *get_args(DateOrder)):
+        raise Unreadable(f"field order: {order!r} is neither month_first nor day_first; give one of these")
+    if not text or len(text) > LONGEST:
+        raise Unreadable(f"field answer: {text[:40]!r} has {len(text)} characters; give 1 to {LONGEST}")
+    try:
+        if unit is not None:
+            unit_size(str(unit))
+        reference = Reference(KINDS[KINDS.index(kind)], text, unit=unit, allowed=allowed, order=order)
+        match kind:
+            case "number":
+                value = amount(read_number(text), unit)
+                return replace(reference, value=value, **_limits(row, value))
+            case "integer":
+                return replace(reference, value=_whole(amount(read_number(text), unit)))
+            case "date":
+                return replace(reference, value=read_date(text, order))
+            case "duration":
+                return replace(reference, value=read_duration(text))
+            case "labels":
+                return replace(reference, value=read_labels(text, allowed))
+            case _:
+                return replace(reference, aliases=tuple(map(str, row.get("aliases") or ())))
+    except Unreadable as e:
+        if str(e) not in REASONS:
+            raise
+        problem = f"{text!r} cannot be read as a value of kind {kind}: {REASONS[str(e)]}"
+        raise Unreadable(f"field answer: {problem}; write it otherwise") from None
+
+
+def _limits(row: Mapping[str, Any], value: Fraction) -> dict[str, Fraction]:
+    limits = {}
+    for name in ("lower", "upper"):
+        if row.get(name) not in (None, ""):
+            limits[name] = read_number(str(row[name]).strip()).value
+    if "tolerance" in row and row["tolerance"] is not None:
+        if limits:
+            raise Unreadable("field tolerance: given beside lower or upper; take one of the two out")
+        tolerance = read_number(str(row["tolerance"])).value
+        limits = {"lower": value - abs(value) * tolerance, "upper": value + abs(value) * tolerance}
+    limits = limits or {"lower": value, "upper": value}
+    if not limits.get("lower", value) <= value <= limits.get("upper", value):
+        told = ", ".join(f"{name} {float(limit):g}" for name, limit in limits.items())
+        raise Unreadable(f"field answer: {float(value):g} is not within {told}; put the limits in order")
+    return limits
+
+
+def amount(number: Number, unit: str | None) -> Fraction:
+    """The number in `unit`. A number without a unit is taken to be in the reference's."""
+    if number.unit is None:
+        return number.value
+    if unit is None:
+        raise Unreadable("unit_not_asked")
+    (dimension, size), (wanted, wanted_size) = unit_size(number.unit), unit_size(unit)
+    if dimension != wanted:
+        raise Unreadable("other_dimension")
+    return number.value * size / wanted_size
+
+
+def _whole(value: Fraction) -> Fraction:
+    if value.denominator != 1:
+        raise Unreadable("not_an_integer")
+    return value
+
+
+def matches(answer: str, reference: Reference) -> bool:
+    """Whether an answer, without white space around it, is right. Raises `Unreadable` where it has no such value."""
+    if len(answer) > LONGEST:
+        raise Unreadable("too_long")
+    match reference.kind:
+        case "number":
+            low = -math.inf if reference.lower is None else reference.lower
+            high = math.inf if reference.upper is None else reference.upper
+            return low <= amount(read_number(answer), reference.unit) <= high
+        case "integer":
+            return _whole(amount(read_number(answer), reference.unit)) == reference.value
+        case "date":
+            return read_date(answer, reference.order) == reference.value
+        case "duration":
+            return read_duration(answer) == reference.value
+        case "labels":
+            return read_labels(answer, reference.allowed) == reference.value
+        case "text":
+            return normal(answer) in map(normal, (reference.text, *reference.aliases))

@@ -1,0 +1,91 @@
+"""Open questions through the whole: read, asked, paid, trained on, evaluated, scored from a file; and refused where a letter is needed."""
+
+import json
+
+import pytest
+from test_train import folder, lines, main  # noqa: F401  (folder is a fixture)
+
+from medrlvr_jax import rewards
+from medrlvr_jax.config.schema import SetConfig
+from medrlvr_jax.data import prompts
+from medrlvr_jax.data.load import load, read
+from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash
+from medrlvr_jax.data.values import read_reference
+
+ROWS = [
+    {"question": "Sodium?", "kind": "number", "answer": 140, "tolerance": 0.05, "unit": "mmol/L", "subject": "lab"},
+    {"question": "Apgar?", "kind": "integer", "answer": 7},
+    {"question": "Due?", "kind": "date", "answer": "2024-03-04"},
+    {"question": "How long?", "kind": "duration", "answer": "2 weeks 1 day"},
+    {"question": "Trial?", "kind": "labels", "answer": ["eligible"], "labels": ["eligible", "excluded"]},
+    {"question": "Which drug?", "kind": "text", "answer": "aspirin", "aliases": ["ASA"]},
+]
+RIGHT = ["141 mmol/L", "7", "4 March 2024", "15 days", "Eligible", "asa"]
+WRONG = ["0.2 mol/L", "8", "5 March 2024", "14 days", "excluded", "heparin"]
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "open.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+def test_they_are_read_asked_and_paid(path):
+    questions, report = read(SetConfig(path=str(path)))
+    assert report.startswith("questions: 6, open\n  keys number 17 %, integer 17 %")
+    asked = [prompts.render(q, "think").splitlines()[-1] for q in questions]
+    assert "then give the number in mmol/L inside <answer>" in asked[0] and "<answer>number</answer>" in asked[0]
+    assert "labels, separated by commas: eligible, excluded," in asked[4]
+    for answers, correct in ((RIGHT, True), (WRONG, False)):
+        completions = [f"<think>x</think><answer> {answer} </answer>" for answer in answers]
+        verdicts = rewards.grade(completions, questions)
+        assert verdicts.format_ok.all() and (verdicts.correct == correct).all() and (verdicts.reward == correct).all()
+    verdicts = rewards.grade([f"<think>x</think><answer>{text}</answer>" for text in ("140/1", "140 bananas")], questions[:1] * 2)
+    assert verdicts.reward.tolist() == [-1, -1] and verdicts.reason.tolist() == ["not_a_number", "unknown_unit"]
+    assert prompts.sft_target(questions[3], "answer") == "<answer>2 weeks 1 day</answer>"
+
+
+def test_hashes_of_open_questions_differ_by_their_value_and_those_of_choices_stay():
+    choice = Question("a", "Which?", ("x", "y"), 1, "s")
+    assert question_hash(choice) == "05b8343af59de167"  # as recorded by runs of before
+    assert fingerprint([choice])["sha256"][:16] == "e2221dab9fcc84ed"
+    values = [q.value for q in map(open_question, (140, 141, 140.0))]
+    first, other, same = (Question("a", "Sodium?", value=value) for value in values)
+    assert question_hash(first) != question_hash(other) and fingerprint([first]) != fingerprint([other])
+    assert first.value.value == same.value.value
+
+
+def open_question(answer):
+    return Question("a", "Sodium?", value=read_reference(ROWS[0] | {"answer": answer}))
+
+
+def test_bad_references_name_file_line_field_and_remedy(path):
+    path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | {"answer": "1,234"}) + "\n")
+    with pytest.raises(DataError, match=r"open.jsonl, line 2: field answer: '1,234' cannot .*comma; write it otherwise"):
+        load(SetConfig(path=str(path)))
+
+
+def test_a_file_of_completions_is_scored(path, tmp_path, capsys):
+    rows = [row | {"completion": f"<think>x</think><answer>{answer}</answer>"} for row, answer in zip(ROWS, RIGHT, strict=True)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main("score", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl") == 0
+    assert [row["reward"] for row in lines(tmp_path / "out.jsonl")] == [1.0] * 6
+
+
+def test_training_and_evaluation(folder, capsys):  # noqa: F811
+    path = folder / "open.jsonl"
+    path.write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i, row in enumerate(ROWS * 3)))
+    config = ["train", folder / "config.yaml", "name=open", "steps=1", "checkpoint.every=0", "prompt.max_tokens=256"]
+    config += [f"data={{path: {path}}}", f"eval.sets={{in_distribution: {{path: {path}}}}}"]
+    assert main(*config) == 0
+    [*_, metrics] = lines(folder / "runs/open/metrics.jsonl")
+    assert "monitor/letter_p" not in metrics and "stage/format_failure" not in metrics
+    assert metrics["format_ok"] < 1 and "eval.in_distribution.accuracy" in metrics
+    capsys.readouterr()
+    assert main("eval", folder / "runs/open") == 0
+    assert "letters" not in capsys.readouterr().out
+    answers = lines(folder / "runs/open/eval-1/in_distribution.jsonl")
+    assert [row["key"] for row in answers] == [q.reference for q in load(SetConfig(path=str(path)))]
+    assert main(*config, "name=paper", "reward.mode=paper") == 2
+    assert "question 0 is open; set reward.mode=strict or direct" in capsys.readouterr().err
