@@ -119,6 +119,7 @@ def test_closures_pay_callbacks_stop_and_the_same_call_goes_on(folder, capsys): 
     assert len(samples) == 8 and all(s["reward"] == len(s["completion"]) / 2 + bonus * (s["key"] == "B") for s in samples)
     [metrics] = lines(run / "metrics.jsonl")
     assert seen == [(1, metrics["reward"])]
+    assert 2 * metrics["reward/length"] + metrics["reward/keyed"] == pytest.approx(metrics["reward"]) and metrics["reward/keyed"] > 0
     told = json.loads((run / "inputs.json").read_text())
     assert [(r["name"].split(".")[-1], r["weight"], len(r["sha256"])) for r in told["rewards"]] == [("length", 2.0, 64), ("keyed", 1.0, 64)]
     with pytest.raises(mr.ConfigError, match=r"rewards: length × 2, .*keyed × 1 there, length × 1 now"):
@@ -172,7 +173,7 @@ def test_rewards_that_fail_cost_rows_or_the_run_and_leave_no_lock(folder):  # no
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [
-        (lambda texts: [], "needs an argument 'texts', which it is not called with; there are completions, keys, options, questions"),
+        (lambda texts: [], "needs an argument 'texts', which it never gets; there are completions, keys, options, questions"),
         ([], r"rewards: \[\] pays nothing"),
         (["length"], "rewards: 'length': give a callable, or a pair of a callable and its weight"),
         ([(length, "much")], r"rewards: \(<function .*, 'much'\): give a callable"),

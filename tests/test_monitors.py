@@ -164,7 +164,7 @@ def test_rewards_that_clipping_makes_equal_are_an_alarm_in_the_first_step_and_a_
         ({"policy/grad_norm": 0.0}, 4, "the policy's gradient was exactly 0"),
         ({"no_contrast": 1.0}, 4, "never between samples of one"),
         ({"no_contrast": 1.0, "reward_std": 0.0}, 4, "all rewards were 0.5"),
-        ({"no_contrast": 1.0, "unlearned": 1.0}, 4, "reward.fn failed on samples of each"),
+        ({"no_contrast": 1.0, "unlearned": 1.0}, 4, "the user's reward failed on samples of each"),
     ],
 )
 def test_steps_from_which_nothing_is_learned_are_counted(changes, steps, reason):

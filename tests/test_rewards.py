@@ -374,6 +374,8 @@ def test_the_composite_reward(completion, reward):
     rows = ["<think>x</think>", completion, "<think>I choose A"]  # neighbours must not leak into it
     verdicts = score(rows, ["A"] * 3, [["heparin", "aspirin"]] * 3, COMPOSITE)
     assert verdicts.reward == pytest.approx([-1.0, reward, -1.5], abs=1e-6)
+    parts = verdicts.components
+    assert verdicts.reward == pytest.approx(parts["rule"] - 0.5 * parts["leak"] - 0.3 * parts["before"], abs=1e-6)
     assert verdicts.reason[1] == score([completion], ["A"], [["heparin", "aspirin"]], RewardConfig(mode="paper")).reason[0]
 
 

@@ -108,8 +108,8 @@ def test_an_edited_module_is_read_anew(tmp_path, monkeypatch):
     for value in (0.25, 0.125):
         (tmp_path / "edited_reward.py").write_text(f"def f(completions, *_):\n    return [{value}] * len(completions)\n")
         with user.started(RewardConfig(fn="edited_reward:f")) as judge:
-            assert judge.score(rows(2)) == ([value] * 2, {})
-        assert not judge._process.is_alive()
+            assert judge.score(rows(2)) == ([value] * 2, {}, {})
+        assert not judge.scorers[0][0]._process.is_alive()
 
 
 def test_a_completion_that_hangs_it_costs_its_row_within_the_stated_time(worker):
@@ -119,6 +119,19 @@ def test_a_completion_that_hangs_it_costs_its_row_within_the_stated_time(worker)
     assert time.monotonic() - began < user.PATIENCE * 2.0 + 60  # and workers that start on a busy machine
     before = worker._process.pid
     assert worker.score(rows(2)) == ([0.25] * 2, {}) and worker._process.pid == before  # the worker of the last good part goes on
+
+
+def test_several_are_weighted_and_each_has_a_name_of_its_own():
+    def f(completions):
+        return [1.0 if c == "fine" else math.nan for c in completions]
+
+    def f_2(keys):
+        return [2.0] * len(keys)
+
+    got = user.from_callables([f, (f, 0.5), (f_2, -1)]).score(rows(2, 1))
+    assert list(got.components) == ["f", "f_2", "f_2_2"] and got.reward[0] == -0.5 and math.isnan(got.reward[1])
+    assert got.components["f_2_2"] == [2.0, 2.0] and got.failed == {1: "f: it returned nan"}
+    assert user.from_callables((f,)).score(rows(1)) == ([1.0], {}, {})
 
 
 def test_one_that_fails_on_all_ends_the_run(worker):

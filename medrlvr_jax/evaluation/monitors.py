@@ -73,7 +73,7 @@ def flags(scored: Scored) -> dict[str, Bool[np.ndarray, " N"]]:
 
 
 def leak_early(completions: Sequence[str]) -> list[bool]:
-    """Whether each thought states the answer (`penalties.LEAK`) and goes on for `AFTER_LEAK` words or more."""
+    """Whether each thought states the answer (`penalties.LEAK`) and goes on for `AFTER_LEAK` words."""
     thoughts = [c.partition("<think>")[2].partition("</think>")[0] for c in completions]
     pairs = zip(thoughts, leaks(thoughts), strict=True)
     return [match is not None and stages.words(text[match.end() :]) >= AFTER_LEAK for text, match in pairs]
@@ -123,7 +123,7 @@ def count_idle(metrics: dict[str, Any], history: Sequence[dict[str, Any]]) -> di
 def why_idle(metrics: dict[str, Any], config: Config) -> str:
     """Why a step taught nothing, from its metrics."""
     if metrics.get("unlearned") == 1:
-        return "no question is left that can be learned from: reward.fn failed on samples of each"
+        return "no question is left that can be learned from: the user's reward failed on samples of each"
     if share := metrics.get("reward_clipped"):
         clipped = f"were cut to ±{config.advantage.reward_clip:g} (advantage.reward_clip)"
         return f"{100 * share:.0f} % of the rewards, {metrics['reward']:g} on average, {clipped}"

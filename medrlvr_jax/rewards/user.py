@@ -1,36 +1,35 @@
-"""A user's own reward: `reward.fn: package.module:function`, called in a worker process, with a deadline.
+"""A user's rewards in place of the rule: `train(config, rewards=…)`, or `reward.fn: package.module:function`.
 
     def reward(completions, keys, options, questions):
-        \"\"\"N texts, N letters of the right options, N lists of options, N questions' texts → N finite floats.\"\"\"
+        \"\"\"N texts, N right letters, N lists of options, N questions' texts → N finite floats.\"\"\"
 
-Training alone calls it: evaluations report the rule's verdicts. Each completion is scored by one process.
+Training alone calls it; evaluations report the rule's verdicts. The values may be any ordered iterable: a
+list, an array [N], a generator; True is 1, False 0. Each completion is scored by one process.
 
-The N values may be in any iterable that has an order: a list, an array of shape [N], a generator. True is 1 and False is 0. The worker
-is spawned, not forked (JAX has threads); it sees JAX on the CPU alone. Each training starts its own, which imports the module anew.
-What goes wrong with a completion costs its row, not the run:
+- `rewards=…`: callables of this process, closures too, without a deadline. Each is called by keyword with the
+  arguments that its signature names. The reward is the sum of their values, each times its weight.
+- `reward.fn`: a function in a worker process with a deadline. The worker is spawned, not forked, because JAX
+  has threads; it sees JAX on the CPU alone. Each training starts its own, which imports the module anew.
 
-- A value is no number (a text, None, a list) or no finite float32: its row fails.
-- It raises; returns another number of values, or something without an order (a dict, a set, a text); ends its process; takes longer
-  than `reward.deadline`: the batch is halved, again and again, until what fails is alone. Those rows fail, all others are scored. A part
-  of n of N rows has n / N of the deadline, at least 1/16; when it has had three deadlines in all, what is not yet scored fails.
+What fails on a completion costs its row, not the run:
 
-What is wrong with the function itself ends the run (`RewardError`):
+- A value is not a number (a text, None, a list), or not a finite float32: its row fails.
+- The function raises; returns another number of values, or something unordered (a dict, a set) or a text;
+  ends its process; takes longer than `reward.deadline`: the batch is halved until what fails is alone. A
+  part of n of N rows has n / N of the deadline, at least 1/16; after three deadlines, unscored rows fail.
 
-- It returns another number of values for several completions, and each of these alone is well: `[mean]` whatever the batch, or a dict's
-  values where two completions are equal. Then no value can be said to be a row's.
-- It fails on every row of a step's batch, in all processes.
-- It cannot be imported: refused before any device work (`ConfigError`).
+A failed row is not learned from. A reward of 0 instead would be a target: completions that break the function
+would pay more than unformatted ones. If samples of a question are compared (config.schema.COMPARING), the
+whole question is left out: a mean over the samples that did not fail is a biased baseline.
 
-A failed row is not learned from. A reward of 0 instead would be one to strive for, or to avoid: completions that break the function
-would pay more than unformatted ones. Where samples of one question are compared (`group`, `group_mean`, `rloo`,
-`reinforce_pp_baseline`) the whole question is left out, since a mean over the samples that did not fail is a biased baseline.
-Metrics: `reward_failed` and `unlearned`, the shares of completions that failed and that were left out; samples.jsonl has the former,
-each with its `reward_error`. A minibatch in which nothing is left moves by its optimiser's momentum alone.
+What is wrong with the function itself ends the run:
 
-A resumed or replayed run is the same run only if the function is one: no clock, no randomness of its own, no service that changes.
+- `RewardError`: it returns another number of values for several completions, but the right number for each
+  alone (`[mean]`, or a dict's values where completions are equal), so that no value belongs to a row; or it
+  fails on every row of a step's batch, in all processes.
+- `ConfigError`, before any device work: it cannot be imported, or needs another argument.
 
-`train(config, rewards=…)` takes callables instead, closures too (`Rewards`). They run in this process, without a deadline, and are called
-by keyword with those of the four arguments that their signatures name. All other rules above hold for them.
+A resumed or replayed run is the same run only if the functions depend on their arguments alone.
 """
 
 import functools
@@ -38,6 +37,7 @@ import hashlib
 import importlib
 import importlib.machinery
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -48,9 +48,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 from medrlvr_jax.config.schema import RewardConfig
 from medrlvr_jax.host.errors import ConfigError
@@ -63,49 +63,47 @@ LARGEST = float.fromhex("0x1.fffffep127")  # of a float32
 Row = tuple[str, str, Sequence[str], str]  # completion, key, options, question
 ARGUMENTS = ("completions", "keys", "options", "questions")  # of every reward function, in this order
 Function = Callable[..., Iterable[float]]
+Given = Function | Sequence[Function | tuple[Function, float]]  # callables, each with a weight or not
 
 
 class RewardError(RuntimeError):
     """A user's function that failed on every row, or that does not return one value for each."""
 
 
-def started(config: RewardConfig, rewards: "Rewards | None" = None) -> AbstractContextManager["Judge | None"]:
-    """`rewards`, or the function of `reward.fn` in a worker that lives as long as the context; None where the rule pays."""
-    if rewards is None:
-        return UserReward(config) if config.fn else nullcontext()
-    if other := [name for name in ("fn", "random", "leak_penalty", "before_penalty") if getattr(config, name)]:
-        raise ConfigError(f"reward.{other[0]}: {getattr(config, other[0])}: rewards=[…] alone say what is paid; take one of the two out")
-    return nullcontext(rewards)
+class Paid(NamedTuple):
+    """What a user's rewards say of N completions."""
 
-
-class Judge(Protocol):
-    """What pays in place of the rule."""
-
-    def score(self, rows: Sequence[Row]) -> tuple[list[float], dict[int, str]]:
-        """See `Scorer.score`."""
-        ...
+    reward: list[float]  # [N]; NaN where one of them failed
+    failed: dict[int, str]  # the rows that failed, and why
+    components: dict[str, list[float]]  # each reward's values [N], unweighted; none if there is only one
 
 
 class Scorer:
-    """A function of a user that scores completions, called in whatever way `_call` does."""
+    """A user's function; `_call` is how it is called."""
 
     name: str
-    field = "rewards"  # what named the function
+    field = "rewards"  # the setting or argument that named the function
     _deadline = math.inf  # seconds
 
     def score(self, rows: Sequence[Row]) -> tuple[list[float], dict[int, str]]:
-        """Rewards of all rows, NaN where one failed; and the reasons of those, by row. All processes call it together, each with its own
-        rows of a batch, which may be none."""
-        from medrlvr_jax.host.processes import gather  # the worker imports this module too, and must not wait for JAX
+        """Rewards of N rows, NaN where one failed; and why, by row.
+
+        All processes call it together, each with its own rows of a batch, which may be none.
+        """
+        from medrlvr_jax.host.processes import (
+            gather,
+        )  # the worker imports this module too; JAX would slow its start
 
         rewards, failed, miscounts = [math.nan] * len(rows), {}, []
         left = PATIENCE * self._deadline
 
         def take(part: range) -> None:
             nonlocal left
-            share = min(max(len(part) / len(rows), 1 / LEAST) * self._deadline, left)
-            answer, took = self._call([rows[i] for i in part], share) if left > 0 else ({"error": "there was no time left"}, 0.0)
-            left -= took
+            answer, seconds = {"error": "there was no time left"}, 0.0
+            if left > 0:
+                share = max(len(part) / len(rows), 1 / LEAST) * self._deadline
+                answer, seconds = self._call([rows[i] for i in part], min(share, left))
+            left -= seconds
             if "values" in answer:
                 for i, value in zip(part, answer["values"], strict=True):
                     if isinstance(value, str):
@@ -118,8 +116,9 @@ class Scorer:
                 take(part[:half])
                 take(part[half:])
                 if miscounted and not any(i in failed for i in part):
-                    alone = f"though it scores {len(part)} of them one by one: it must return one number for each, in their order"
-                    raise RewardError(f"{self.field}: {self.name}: {miscounts[0]}, {alone}")
+                    singly = f"though it scores {len(part)} of them one by one"
+                    remedy = "it must return one number for each, in their order"
+                    raise RewardError(f"{self.field}: {self.name}: {miscounts[0]}, {singly}: {remedy}")
             else:
                 failed.update(dict.fromkeys(part, answer["error"]))
 
@@ -128,11 +127,13 @@ class Scorer:
         total, broken = map(sum, zip(*gather([len(rows), len(failed)]), strict=True))
         if total and broken == total:
             first = f": {failed[0]}; the first completion is {rows[0][0][:200]!r}" if rows else ""
-            raise RewardError(f"{self.field}: {self.name} failed on all {total} completions of a batch{first}")
+            raise RewardError(
+                f"{self.field}: {self.name} failed on all {total} completions of a batch{first}"
+            )
         return rewards, failed
 
     def _call(self, rows: list[Row], seconds: float) -> tuple[dict[str, Any], float]:
-        """What `_values` makes of the function's result, or `error`; and the seconds that the function took."""
+        """What `_values` makes of the function's result, or `error`; and the seconds it took."""
         raise NotImplementedError
 
 
@@ -144,44 +145,75 @@ class InProcess(Scorer):
         self._parameters = _parameters(function)
 
     def _call(self, rows: list[Row], seconds: float) -> tuple[dict[str, Any], float]:
-        columns = dict(zip(ARGUMENTS, zip(*rows, strict=True), strict=True)) | {"options": [list(row[2]) for row in rows]}
+        columns: dict[str, list[Any]] = dict(zip(ARGUMENTS, map(list, zip(*rows, strict=True)), strict=True))
+        columns["options"] = list(map(list, columns["options"]))
         try:
-            return _values(self._function(**{name: list(columns[name]) for name in self._parameters}), len(rows)), 0.0
+            result = self._function(**{name: list(columns[name]) for name in self._parameters})
+            return _values(result, len(rows)), 0.0
         except Exception as e:
             return {"error": _reason(e)}, 0.0
 
 
 class Rewards:
-    """Callables of this process: the reward of a completion is the sum of what they return, each times its weight.
+    """What pays in place of the rule: scorers, whose values are added, each times its weight."""
 
-    `rewards`: one callable, or a sequence of callables and of pairs (callable, weight). Raises `ConfigError` for anything else, and for a
-    callable that needs an argument which is none of `ARGUMENTS`.
+    def __init__(self, scorers: Sequence[tuple[Scorer, float]], record: list[dict[str, Any]] | None = None):
+        self.scorers = scorers
+        self.record = record or []  # of callables, for inputs.json: name, weight, digest of the source text
+        self.names: list[str] = []  # of the metrics `reward/…`; the second `f` is `f_2`
+        for scorer, _ in scorers:
+            short = scorer.name.rpartition(".")[2]
+            names = (short if n == 1 else f"{short}_{n}" for n in itertools.count(1))
+            self.names.append(next(name for name in names if name not in self.names))
+
+    def score(self, rows: Sequence[Row]) -> Paid:
+        """Rewards of N rows: a row fails if a scorer fails on it. All processes call it together."""
+        total, failed, components = [0.0] * len(rows), {}, {}
+        several = len(self.scorers) > 1
+        for name, (scorer, weight) in zip(self.names, self.scorers, strict=True):
+            components[name], reasons = scorer.score(rows)
+            total = [so_far + weight * value for so_far, value in zip(total, components[name], strict=True)]
+            failed = {
+                row: f"{name}: {reason}" if several else reason for row, reason in reasons.items()
+            } | failed
+        return Paid(total, failed, components if several else {})
+
+
+def from_callables(rewards: Given) -> Rewards:
+    """`Rewards` of one callable, or of a sequence of callables and of pairs (callable, weight).
+
+    Raises `ConfigError` for anything else, and for a callable that needs an argument not among `ARGUMENTS`.
     """
+    items = [rewards] if callable(rewards) else list(rewards)
+    if not items:
+        remedy = "give a callable, or leave rewards out: then the rule of `reward` pays"
+        raise ConfigError(f"rewards: [] pays nothing; {remedy}")
+    scorers, record = [], []
+    for item in items:
+        function, weight, *more = item if isinstance(item, tuple) and len(item) > 1 else (item, 1.0)
+        if more or not callable(function) or not isinstance(_number(weight), float):
+            remedy = "give a callable, or a pair of a callable and its weight, such as (reward, 0.5)"
+            raise ConfigError(f"rewards: {reprlib.repr(item)}: {remedy}")
+        function = cast(Function, function)
+        scorers.append((InProcess(function), float(weight)))
+        record.append({"name": name_of(function), "weight": float(weight), "sha256": _source(function)})
+    return Rewards(scorers, record)
 
-    def __init__(self, rewards: Function | Sequence[Function | tuple[Function, float]]):
-        items = [rewards] if callable(rewards) else list(rewards)
-        pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in items]
-        for pair in pairs:
-            if len(pair) != 2 or not callable(pair[0]) or not isinstance(_number(pair[1]), float):
-                remedy = "give a callable, or a pair of a callable and its weight, such as (reward, 0.5)"
-                raise ConfigError(f"rewards: {reprlib.repr(pair[0] if len(pair) == 2 and pair[1] == 1.0 else pair)}: {remedy}")
-        if not pairs:
-            raise ConfigError("rewards: [] pays nothing; give a callable, or leave rewards out: then the rule of `reward` pays")
-        self._weighted = [(InProcess(function), float(weight)) for function, weight in pairs]
-        digests = [_source(function) for function, _ in pairs]
-        self.record = [  # for inputs.json
-            {"name": judge.name, "weight": weight, "sha256": digest}
-            for (judge, weight), digest in zip(self._weighted, digests, strict=True)
-        ]
 
-    def score(self, rows: Sequence[Row]) -> tuple[list[float], dict[int, str]]:
-        """As `Scorer.score`: a row fails where one of the callables fails on it."""
-        total, failed = [0.0] * len(rows), {}
-        for judge, weight in self._weighted:
-            values, reasons = judge.score(rows)
-            total = [sum_so_far + weight * value for sum_so_far, value in zip(total, values, strict=True)]
-            failed = {row: f"{judge.name}: {reason}" for row, reason in reasons.items()} | failed
-        return total, failed
+@contextmanager
+def started(config: RewardConfig, rewards: Rewards | None = None) -> Iterator[Rewards | None]:
+    """`rewards`, or `reward.fn` in a worker that lives as long as the context; None if the rule pays."""
+    if rewards is not None:
+        for name in ("fn", "random", "leak_penalty", "before_penalty"):
+            if value := getattr(config, name):
+                remedy = "rewards=[…] alone say what is paid; take one of the two out"
+                raise ConfigError(f"reward.{name}: {value}: {remedy}")
+        yield rewards
+    elif config.fn:
+        with UserReward(config) as worker:
+            yield Rewards([(worker, 1.0)])
+    else:
+        yield None
 
 
 def name_of(function: Function) -> str:
@@ -198,29 +230,35 @@ def _parameters(function: Function) -> list[str]:
         known = set(ARGUMENTS)
     else:
         known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = [
+        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     if unknown := [name for name in needed if name not in ARGUMENTS]:
         remedy = f"there are {', '.join(ARGUMENTS)}; rename it, or give it a default"
-        raise ConfigError(f"rewards: {name_of(function)} needs an argument {unknown[0]!r}, which it is not called with; {remedy}")
+        raise ConfigError(
+            f"rewards: {name_of(function)} needs an argument {unknown[0]!r}, which it never gets; {remedy}"
+        )
     return [name for name in ARGUMENTS if name in known]
 
 
 def _source(function: Any) -> str | None:
-    """SHA-256 of a callable's source text, without what a closure holds; None where Python has no text of it."""
+    """SHA-256 of a callable's source text, without what a closure holds; None if Python has no text of it."""
     if isinstance(function, functools.partial):
         return _source(function.func)
     try:
-        text = inspect.getsource(function if inspect.isroutine(function) or inspect.isclass(function) else type(function))
+        text = inspect.getsource(
+            function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+        )
     except (OSError, TypeError):  # built in, or typed into a plain interpreter
         return None
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class UserReward(Scorer):
-    """The function of `reward.fn` in its worker, which is started here, and again whenever it had to be ended.
+    """The function of `reward.fn` in its worker, which is started here, and again after it had to be ended.
 
-    Python would wait for it at its own end: use it as a context manager, or `close` it. Raises `ConfigError` if the function cannot be
-    imported.
+    Python would wait for it at its exit: use it as a context manager, or `close` it. Raises `ConfigError` if
+    the function cannot be imported.
     """
 
     field = "reward.fn"
@@ -248,7 +286,9 @@ class UserReward(Scorer):
         theirs.close()
         if reason := self._answer(START).get("error"):
             self.close()
-            raise ConfigError(f"reward.fn: {self.name}: {reason}; it is looked for where Python looks, and in the current folder")
+            raise ConfigError(
+                f"reward.fn: {self.name}: {reason}; it is searched on Python's path and in the current folder"
+            )
 
     def _call(self, rows: list[Row], seconds: float) -> tuple[dict[str, Any], float]:
         """What `_answer` says; and the seconds that it took, those of starting a worker not among them."""
@@ -276,7 +316,7 @@ class UserReward(Scorer):
 
 
 def source_digest(name: str) -> dict[str, str] | None:
-    """`{"file", "sha256"}` of the file that holds the function's module, found as Python would and not run; None if no file does."""
+    """`{"file", "sha256"}` of the function's module, found as Python would, not run; None without a file."""
     folders: Any = [os.getcwd(), *sys.path]
     spec, module = None, ""
     for part in name.partition(":")[0].split("."):
@@ -320,13 +360,17 @@ def _reason(error: BaseException) -> str:
 
 
 def _values(result: Any, n: int) -> dict[str, Any]:
-    """`values`: a float for each of the n completions, or in words what is wrong with its value; or `error`: why there are none.
-    `miscounted` goes with an error of their number."""
+    """`values`: for each of n completions a float, or a str that says what is wrong with its value. Or
+    `error`: why there are none, with `miscounted` if their number is wrong."""
     if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping | Set):
-        return {"error": f"it returned {reprlib.repr(result)}, which is not one number for each completion, in their order"}
+        shown = reprlib.repr(result)
+        return {"error": f"it returned {shown}, which is not one number for each completion, in their order"}
     values = list(result)
     if len(values) != n:
-        return {"error": f"it returned {len(values)} value{'s' * (len(values) != 1)} for {n} completions", "miscounted": True}
+        return {
+            "error": f"it returned {len(values)} value{'s' * (len(values) != 1)} for {n} completions",
+            "miscounted": True,
+        }
     return {"values": [_number(value) for value in values]}
 
 

@@ -35,12 +35,14 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     rows |= {f"monitor/{name}": column for name, column in monitors.flags(scored).items()}
     if None not in scored.stages:
         rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
+    rows |= {f"reward/{name}": np.where(failed, 0, column) for name, column in v.components.items()}
     totals = gather({name: float(column.sum()) for name, column in rows.items()})  # one set from each process
     shared = [name for name in rows if all(name in total for total in totals)]  # a process without rows cannot say that stages are none
     sums = {name: sum(total[name] for total in totals) for name in shared}
     n = int(sums.pop("completions"))
     out = {name: total / n for name, total in sums.items()} | {"completions": n, "tokens": int(sums["response_length"])}
-    out["reward"] = sums["reward"] / max(n - sums["reward_failed"], 1)
+    paid = ("reward", *(f"reward/{name}" for name in v.components))  # over completions on which no reward failed
+    out |= {name: sums[name] / max(n - sums["reward_failed"], 1) for name in paid}
     stats = sharding.to_host(stats)
     critic = stats.get("critic")
     if critic is not None:

@@ -51,16 +51,17 @@ from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Learner, Pr
 
 def train(
     config: Config,
-    rewards: user.Function | Sequence[user.Function | tuple[user.Function, float]] | None = None,
+    rewards: user.Given | None = None,
     data: Records | str | Path | None = None,
     callbacks: Callback | Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Run or resume a training by PPO, GRPO or their kin, as `config` says; writes `runs/<name>/` as `medrlvr train` does.
 
-    `rewards`: what pays in place of `config.reward`'s rule: a callable, or a list of callables and of pairs (callable, weight), whose
-    weighted values are added. Each is called with lists of N texts by keyword, those of `completions`, `keys` (letters of the right
-    options), `options` and `questions` that its signature names, and returns N finite numbers. user.py says what follows
-    where it does not. Accuracies and evaluations stay the rule's.
+    `rewards`: what pays in place of `config.reward`'s rule: a callable, or a list of callables and of pairs
+    (callable, weight), whose weighted values are added; of several, each has a metric `reward/<name>` (`f`, then
+    `f_2`), its mean before the weight. Each is called with lists of N texts by keyword, those of `completions`,
+    `keys` (letters of the right options), `options` and `questions` that its signature names, and returns N
+    finite numbers. user.py says what follows where it does not. Accuracies and evaluations stay the rule's.
     `data`: what to train on in place of `config.data.path`: `Question`s, or dicts with the fields of one of the formats in formats.py,
     in a list or a `datasets.Dataset`; or a path as in `config.data.path`. The other settings of `config.data` hold for it too.
     `callbacks`: called as f(step, metrics) after each step, which is 1, 2, …, with the step's line of metrics.jsonl; where one
@@ -71,7 +72,7 @@ def train(
     used, `RewardError`, `Diverged`, `CheckpointError` and `Unwritable`.
     """
     check.check_best(config)
-    judges = None if rewards is None else user.Rewards(rewards)
+    judges = None if rewards is None else user.from_callables(rewards)
     spec, given_rows = given(config.data, data)
     config = dataclasses.replace(config, data=spec)
     parts = build.build(config)
@@ -103,7 +104,7 @@ def check_lengths(parts: Parts, encoded: Encoded) -> None:
         raise ConfigError(f"learn.critic_warmup: {warmup} of {steps} steps {remedy}")
 
 
-def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], judge: user.Judge | None) -> Job:
+def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], judge: user.Rewards | None) -> Job:
     """The training as the loop runs it."""
     steps = total_steps(parts.config, len(encoded.questions))
     programs = make_programs(parts, steps)
@@ -129,7 +130,7 @@ def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], judge: us
 def logged_step(
     training: "Training",
     encoded: Encoded,
-    judge: user.Judge | None,
+    judge: user.Rewards | None,
     state: TrainState,
     step: int,
     history: Sequence[dict[str, Any]],
@@ -196,7 +197,7 @@ def step_keys(seed: int, step: int) -> Keys:
 
 
 def train_step(
-    training: Training, encoded: Encoded, state: TrainState, step: int, judge: user.Judge | None = None
+    training: Training, encoded: Encoded, state: TrainState, step: int, judge: user.Rewards | None = None
 ) -> tuple[TrainState, dict[str, Any], Scored, Experience]:
     """Step `step` of the method above: the new state, scalars on the device, what the host scored, the rows learned from."""
     parts, config = training.parts, training.parts.config

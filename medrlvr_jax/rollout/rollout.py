@@ -23,7 +23,7 @@ from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, grade, parse, stages
 from medrlvr_jax.rewards.base import toss
 from medrlvr_jax.rewards.parse import judged_beginning
-from medrlvr_jax.rewards.user import Judge
+from medrlvr_jax.rewards.user import Rewards
 from medrlvr_jax.rollout.generate import generate
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
@@ -123,7 +123,7 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
 
 
 def score_rollout(
-    parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array | None = None, judge: Judge | None = None
+    parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array | None = None, judge: Rewards | None = None
 ) -> Scored:
     """Host work: bring this process's tokens over, decode, score. `index` names the questions of the whole rollout.
 
@@ -150,11 +150,12 @@ def score_rollout(
         shown = [stages.stage(*row) if row[-1] else None for row in rows]
     failed: dict[int, str] = {}
     if judge is not None:
-        values, failed = judge.score(list(zip(completions, keys, options, (q.question for q in questions), strict=True)))
-        verdicts = dataclasses.replace(verdicts, reward=np.array(values, np.float32))
+        paid = judge.score(list(zip(completions, keys, options, (q.question for q in questions), strict=True)))
+        failed, components = paid.failed, {name: np.array(column) for name, column in paid.components.items()}
+        verdicts = dataclasses.replace(verdicts, reward=np.array(paid.reward, np.float32), components=components)
     elif rule.random is not None and coin is not None:
         paid = toss(np.asarray(jax.random.key_data(coin)), encoded.ids[index[own]], groups, rule)
-        verdicts = dataclasses.replace(verdicts, reward=paid.ravel())
+        verdicts = dataclasses.replace(verdicts, reward=paid.ravel(), components={})
     places = (own[:, None] * groups + np.arange(groups)).ravel()
     stopped = np.isin(last, tokenizer.stop_ids)
     return Scored(questions, places, completions, verdicts, lengths, stopped, shown, failed)
