@@ -13,7 +13,7 @@ import numpy as np
 import pydantic
 
 from medrlvr_jax import sharding
-from medrlvr_jax.build import Parts, Relay, build, check_positions, load_base, load_params, make_relay
+from medrlvr_jax.build import Parts, build, check_positions, load_base, load_params
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config, EvalConfig, SampleConfig, SetConfig
 from medrlvr_jax.data import load as data
@@ -24,8 +24,9 @@ from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.evaluation import evaluate as evaluation
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rollout.rollout import draw, encode, width
+from medrlvr_jax.rollout.sync import WeightSync, make_weight_sync
 from medrlvr_jax.types import Params
 
 T = TypeVar("T")
@@ -60,9 +61,9 @@ class LoadedModel:
         return self.parts.config
 
     @cached_property
-    def relay(self) -> Relay:
+    def sync_weights(self) -> WeightSync:
         """From `params` to what the sampler takes."""
-        return make_relay(self.parts, self.parts.cfg)
+        return make_weight_sync(self.parts, self.parts.cfg)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ def generate(
     columns, key = width(max(map(len, rows))), jax.random.key(seed)
     completions = []
     with jax.set_mesh(parts.mesh):
-        params = model.relay(model.params)
+        params = model.sync_weights(model.params)
         for start in range(0, len(rows), size):
             index = np.arange(start, min(start + size, len(rows)))
             filled = np.resize(index, size)  # the last batch is filled up with its first prompts
@@ -196,7 +197,7 @@ def evaluate(
         raise ConfigError(f"questions: none fits {limit}; load the model with settings={{'prompt.max_tokens': …}}")
     check_positions(parts, encoded.longest, evaluation.how(parts.config, encoded).max_new_tokens, "max_new_tokens")
     with jax.set_mesh(parts.mesh):
-        return Evaluation(*evaluation.evaluate(parts, loaded.relay(loaded.params), encoded))
+        return Evaluation(*evaluation.evaluate(parts, loaded.sync_weights(loaded.params), encoded))
 
 
 def _encode(parts: Parts, prompts: list[Any]) -> list[list[int]]:

@@ -15,8 +15,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from medrlvr_jax.model.decoder import DecoderConfig
 from medrlvr_jax.model.scoring import token_logprobs
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.tools.bench import by_turns
 
 

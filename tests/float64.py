@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 
 from medrlvr_jax.config.schema import LoRAConfig, OptimConfig, SampleConfig
-from medrlvr_jax.model import attention, decoder, scoring
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model import attention, decoder, scoring, spec
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import learn
 from medrlvr_jax.rollout import generate
 
@@ -42,7 +41,7 @@ def cases(backend: str, small: bool) -> list[Case]:
         "attention.decode": decoded,
         "scoring.token_logprobs": scored,
         "model.embed_lookup": looked_up,
-        "Block.times, int8 and LoRA": multiplied,
+        "project, int8 and LoRA": multiplied,
     }
     if backend == "tpu":
         kernels["attention.splash"] = partial(attended, attention.splash)
@@ -125,7 +124,7 @@ def scored(dtype: str, small: bool) -> float:
     """Log-probs, entropies and the gradients of both, by states and by the table, in two slabs and by a temperature."""
     rng, temperature = np.random.default_rng(2), 0.7
     vocab, width, shape = (1009, 32, (2, 2, 6)) if small else (151_936, 256, (2, 2, 24))
-    cfg = replace(CFG, vocab=vocab, embed=width, dtype=jnp.dtype(dtype).type)
+    cfg = replace(CFG, vocab=vocab, embed=width).run_with(dtype=jnp.dtype(dtype).type)
     hidden, hidden64 = normal(rng, dtype, *shape, width)
     table, table64 = normal(rng, dtype, vocab, width, scale=3 * width**-0.5)
     tokens = rng.integers(0, vocab, shape)
@@ -153,7 +152,7 @@ def looked_up(dtype: str, small: bool) -> float:
     """The embedding's gradient; half of all tokens are one word."""
     rng = np.random.default_rng(3)
     vocab, width, n = (500, 16, 256) if small else (151_936, 128, 8192)
-    cfg = replace(CFG, vocab=vocab, embed=width, dtype=jnp.dtype(dtype).type)
+    cfg = replace(CFG, vocab=vocab, embed=width).run_with(dtype=jnp.dtype(dtype).type)
     tokens = rng.integers(0, vocab, (2, n // 2))
     tokens[0] = 7
     g, g64 = normal(rng, dtype, 2, n // 2, width)
@@ -175,7 +174,7 @@ def rotated(dtype: str, small: bool) -> float:
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     a, b = np.split(x64, 2, -1)
     wanted = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-    return far(jax.jit(lambda x: decoder.rotate(x, *decoder.rope_tables(jnp.arange(n)[None], cfg)))(x), wanted)
+    return far(jax.jit(lambda x: decoder.rotate(x, decoder.rope_tables(jnp.arange(n)[None], cfg)))(x), wanted)
 
 
 def multiplied(dtype: str, small: bool) -> float:
@@ -183,7 +182,7 @@ def multiplied(dtype: str, small: bool) -> float:
     rng = np.random.default_rng(5)
     width, ffn = (32, 48) if small else (2048, 1024)
     adapters = LoRAConfig(rank=4, targets=("gate",))
-    cfg = replace(CFG, embed=width, ffn=ffn, dtype=jnp.dtype(dtype).type, int8=True, lora=adapters)
+    cfg = replace(CFG, embed=width, ffn=ffn).run_with(dtype=jnp.dtype(dtype).type, int8=True, lora=adapters)
     x, x64 = normal(rng, dtype, 2, 64, width)
     w, w64 = normal(rng, "float32", width, ffn, scale=width**-0.5)
     a, a64 = normal(rng, dtype, width, 4, scale=width**-0.5)
@@ -191,9 +190,9 @@ def multiplied(dtype: str, small: bool) -> float:
     q, scale = jax.jit(partial(decoder.quantize, inputs=1))(w)
     wanted_scale = np.abs(w64).max(0) / 127
     off = np.abs(np.asarray(q, np.float64) - w64 / wanted_scale).max() - 0.5  # half a step is what rounding may leave
-    shapes = jax.eval_shape(lambda: nn.meta.unbox(decoder.init(cfg, jax.random.key(0))))["layers"]
+    shapes = jax.eval_shape(lambda: spec.init(cfg, jax.random.key(0)))["layers"]
     layer = jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), shapes) | {"gate": q, "gate_scale": scale, "gate_a": a, "gate_b": b}
-    found = jax.jit(lambda layer, x: decoder.Block(cfg).apply({"params": layer}, x, "gate", method="times"))(layer, x)
+    found = jax.jit(lambda layer, x: decoder.project(decoder.for_products(layer, cfg), cfg, x, "gate"))(layer, x)
     wanted = x64 @ (np.asarray(q, np.float64) * wanted_scale) + x64 @ a64 @ b64 * (adapters.alpha / adapters.rank)
     return max(far(found, wanted), far(scale, wanted_scale), off / 100)
 

@@ -6,7 +6,6 @@ python tests/gap.py                              # a two-layer model of random w
 python tests/gap.py MODEL_DIR                    # a real model, float32 and bfloat16, a few tokens
 """
 
-import dataclasses
 import math
 import os
 import sys
@@ -20,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig, SampleConfig
-from medrlvr_jax.model import decoder, scoring, weights
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model import scoring, spec, weights
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rollout import generate
 from medrlvr_jax.types import Prompts
 
@@ -62,7 +60,7 @@ CASES = [
 def gap(params, cfg: DecoderConfig, prompts: np.ndarray, lengths: np.ndarray, case: dict) -> tuple[float, float, int]:
     """(max |Δ|, share of tokens with a ratio outside 0.9–1.1, tokens) of one rollout."""
     c = BASE | case
-    cfg = dataclasses.replace(cfg, narrow=c["narrow"], unroll=c["unroll"])
+    cfg = cfg.run_with(narrow=c["narrow"], unroll=c["unroll"])
     mask = np.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None]
     tokens, mask = (np.pad(x, ((0, 0), (c["pad"], 0))) for x in (prompts, mask))
     batch = Prompts(tokens, mask, np.arange(len(tokens), dtype=np.uint32))
@@ -92,7 +90,7 @@ def gap(params, cfg: DecoderConfig, prompts: np.ndarray, lengths: np.ndarray, ca
 def two_layers():
     """The model and its prompts."""
     rng = np.random.default_rng(0)
-    return nn.meta.unbox(decoder.init(CFG, jax.random.key(0))), rng.integers(3, CFG.vocab, (8, 24)), rng.integers(4, 25, 8)
+    return spec.init(CFG, jax.random.key(0)), rng.integers(3, CFG.vocab, (8, 24)), rng.integers(4, 25, 8)
 
 
 def main() -> None:
@@ -101,9 +99,9 @@ def main() -> None:
         path = sys.argv[1]
         rng = np.random.default_rng(0)
         for dtype in (jnp.float32, jnp.bfloat16):
-            cfg = dataclasses.replace(weights.read_config(path), dtype=dtype, remat="none")
+            cfg = weights.read_config(path).run_with(dtype=dtype, remat="none")
             mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-            shapes = jax.eval_shape(lambda cfg=cfg: decoder.init(cfg, jax.random.key(0)))
+            shapes = spec.abstract(cfg)
             params = weights.load_params(path, cfg, sharding.shardings(shapes, mesh, sharding.TRAIN), jnp.dtype("float32"))
             furthest, far, n = gap(
                 params, cfg, rng.integers(300, 20_000, (2, 16)), np.array([16, 9]), {"samples": 8, "length": 32, "unroll": False}

@@ -61,7 +61,7 @@ from medrlvr_jax.data.question import Question  # noqa: E402
 from medrlvr_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from medrlvr_jax.host import files  # noqa: E402
 from medrlvr_jax.model import decoder, families, lora  # noqa: E402
-from medrlvr_jax.model.decoder import DecoderConfig  # noqa: E402
+from medrlvr_jax.model.spec import DecoderConfig  # noqa: E402
 from medrlvr_jax.plan import aot, machines  # noqa: E402
 from medrlvr_jax.plan.machines import GIB, Chip, Machine  # noqa: E402
 from medrlvr_jax.rl import train  # noqa: E402
@@ -267,7 +267,7 @@ def compiled(parts: build.Parts, programs: Any, encoded: Encoded, chip: Chip) ->
 
 def decode_bytes(cfg: DecoderConfig, weights: float, sizes: Sizes, columns: int) -> float:
     """What sampling must read at least: at each column all weights once, each question's prompt once, and each row's own tokens."""
-    token = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
+    token = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * jnp.dtype(cfg.execution.dtype).itemsize
     own = sizes.questions * sizes.samples * columns * (columns - 1) / 2
     return columns * (weights + sizes.questions * sizes.prompt * token) + own * token
 
@@ -296,7 +296,7 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
             state, *_ = jax.block_until_ready(train.train_step(training, encoded, state, n))
             whole.append(time.perf_counter() - start)
         sampler = lora.join(training.frozen.base, state.policy.params)
-        weights = sum(p.size for p in jax.tree.leaves(sampler)) * jnp.dtype(parts.cfg.dtype).itemsize
+        weights = sum(p.size for p in jax.tree.leaves(sampler)) * jnp.dtype(parts.cfg.execution.dtype).itemsize
     seconds = {name: statistics.median(times[1:]) for name, times in clock.times.items()}
     tokens, columns = int(scored.lengths.sum()), int(scored.lengths.max())
     least = decode_bytes(parts.cfg, weights, sizes, columns)
@@ -359,7 +359,7 @@ def embedding(report: Report, small: bool) -> None:
     for dtype in ("float32", "bfloat16"):
         cfg = dataclasses.replace(SHAPES["tiny"], vocab=vocab, embed=width, dtype=jnp.dtype(dtype).type)
         table = jax.random.normal(jax.random.key(0), (vocab, width))
-        g = jax.random.normal(jax.random.key(1), (1, n, width), cfg.dtype)
+        g = jax.random.normal(jax.random.key(1), (1, n, width), cfg.execution.dtype)
 
         def ours(table, tokens, g, cfg=cfg):
             return jax.vjp(lambda table: decoder.embed_lookup(table, tokens, cfg), table)[1](g.astype(jnp.float32))[0]

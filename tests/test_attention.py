@@ -1,18 +1,16 @@
 """The TPU's block-sparse kernel, interpreted, against the attention that is written out: values, gradients, meshes, whole decoders."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
-from medrlvr_jax.model import attention, decoder, scoring
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model import attention, scoring, spec
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.plan import flops
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
@@ -67,7 +65,7 @@ def test_each_device_has_its_own_heads(tensor):
 def test_a_decoder_with_it(monkeypatch):
     """Log-probs, and the state after a prompt that sampling starts from."""
     monkeypatch.setattr(attention, "splash", splash)
-    params = nn.meta.unbox(decoder.init(CFG, jax.random.key(1)))
+    params = spec.init(CFG, jax.random.key(1))
     words, tokens = (jax.random.randint(jax.random.key(i), shape, 0, 50) for i, shape in ((2, (2, 20)), (3, (2, 3, 12))))
     prompts = Prompts(words, jnp.arange(20) >= jnp.array([0, 9])[:, None], jnp.arange(2, dtype=jnp.uint32))
 
@@ -75,7 +73,7 @@ def test_a_decoder_with_it(monkeypatch):
         hidden = scoring.hidden_states(params, cfg, prompts, tokens)
         return scoring.token_logprobs(params, cfg, hidden, tokens, 1.0, 10_000)[0], decode.prefill(params, cfg, prompts)[0]
 
-    for a, b in zip(read(CFG), read(replace(CFG, splash=True)), strict=True):
+    for a, b in zip(read(CFG), read(CFG.run_with(splash=True)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 

@@ -18,7 +18,7 @@ from test_parity import load
 from medrlvr_jax.config.schema import LoRAConfig, MeshConfig
 from medrlvr_jax.data.tokenizer import load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.model import decoder, lora
+from medrlvr_jax.model import decoder, lora, spec
 from medrlvr_jax.model import weights as hf
 from medrlvr_jax.types import Prompts
 
@@ -151,7 +151,7 @@ def test_dtypes(tmp_path, stored, wanted):
 def test_critic(tmp_path):
     """The body of the policy, no output matrix, a value head that starts at zero; and it is not exported."""
     write(tmp_path / "policy", QWEN, weights(QWEN))
-    cfg = dataclasses.replace(hf.read_config(tmp_path / "policy"), value_head=True)
+    cfg = hf.read_config(tmp_path / "policy").run_with(value_head=True)
     critic = load(tmp_path / "policy", cfg)
     policy = load(tmp_path / "policy", hf.read_config(tmp_path / "policy"))
     assert "head" not in critic and critic["value"].shape == (49,) and not critic["value"].any()
@@ -276,7 +276,7 @@ def test_tied_checkpoint_with_a_head(refused, tmp_path):
     load(write(tmp_path, tied, tensors), hf.read_config(tmp_path))
     tensors["lm_head.weight"][60, 47] += 1
     refused(tied, tensors, "lm_head.weight: of shape (61, 48); tie_word_embeddings is true, and it is not the embedding")
-    load(tmp_path, dataclasses.replace(hf.read_config(tmp_path), value_head=True))
+    load(tmp_path, hf.read_config(tmp_path).run_with(value_head=True))
 
 
 def test_rotary_buffers_are_passed_over(refused, tmp_path):
@@ -383,8 +383,8 @@ def test_peft_loads_the_adapter(family, tmp_path):
 
     source = write(tmp_path / "source", FAMILIES[family], weights(FAMILIES[family]))
     base_cfg, tokens = hf.read_config(source), np.arange(1, 20)[None]
-    cfg = dataclasses.replace(base_cfg, lora=LoRAConfig(rank=3, alpha=5.0, targets=("q", "v", "o", "gate", "down")))
-    fresh = lora.trained(decoder.nn.meta.unbox(jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))), cfg)
+    cfg = base_cfg.run_with(lora=LoRAConfig(rank=3, alpha=5.0, targets=("q", "v", "o", "gate", "down")))
+    fresh = lora.trained(jax.eval_shape(lambda: spec.init(cfg, jax.random.key(0))), cfg)
     draw = np.random.default_rng(0)
     adapters = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 5, fresh)
     params = lora.join(load(source, base_cfg), adapters)
@@ -392,7 +392,7 @@ def test_peft_loads_the_adapter(family, tmp_path):
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(source)
     prompts = Prompts(tokens, tokens > 0, np.zeros(1, np.uint32))
-    state, _ = decoder.Decoder(cfg).apply({"params": params}, prompts, None)
+    state, _ = decoder.forward(params, cfg, prompts)
     ours = np.asarray(decoder.logits(params, cfg, state))
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():

@@ -166,7 +166,7 @@ def test_a_model_under_adapters_is_not_swapped_when_a_run_is_evaluated(place):
     other_weights(place)
     with pytest.raises(ConfigError, match="tensors have other values now"):
         inputs.check_model(place, parts)
-    whole = dataclasses.replace(parts, cfg=dataclasses.replace(parts.cfg, lora=None))
+    whole = dataclasses.replace(parts, cfg=parts.cfg.run_with(lora=None))
     inputs.check_model(place, whole)  # a checkpoint has all of its weights
     shutil.copytree(place / "model", place / "asked_for")
     c = dataclasses.replace(parts.config, model=dataclasses.replace(parts.config.model, path=str(place / "asked_for")))

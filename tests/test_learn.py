@@ -8,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from jax.experimental.multihost_utils import process_allgather
 
 from medrlvr_jax import build, sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config import schema
-from medrlvr_jax.model import decoder, lora, scoring
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model import lora, scoring, spec
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import experience, learn, programs
-from medrlvr_jax.rollout import generate
+from medrlvr_jax.rollout import generate, sync
 from medrlvr_jax.rollout.assess import assess, assess_settings
 from medrlvr_jax.types import Experience, Learner, Prompts
 
@@ -56,8 +55,8 @@ class Loop:
     def __init__(self, c, devices=1, score=lambda tokens: (tokens == GOOD).sum(-1), cfg=CFG):
         self.c, self.score, self.step = c, score, 0
         mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
-        self.cfg = cfg = dataclasses.replace(cfg, lora=c.model.lora)
-        self.parts = p = Parts(c, None, cfg, dataclasses.replace(cfg, value_head=True), mesh)
+        self.cfg = cfg = cfg.run_with(lora=c.model.lora)
+        self.parts = p = Parts(c, None, cfg, cfg.run_with(value_head=True), mesh)
         with jax.set_mesh(mesh):
             tx = learn.make_optimizer(c.learn.policy, 40)
             policy, placed = build.init_learner(p, cfg, tx)
@@ -70,7 +69,7 @@ class Loop:
                 critic, placed = build.init_learner(p, p.critic_cfg, tx)
                 program = learn.compile_learn(c, learn.critic_objective(c, p.critic_cfg), tx, placed)
                 self.critic, self.learn_critic = learn.offload(c, critic, program)
-            self.relay = build.make_relay(p, p.sampler_cfg)
+            self.sync_weights = sync.make_weight_sync(p, p.sampler_cfg)
 
     def rollout(self):
         c, mesh = self.c, self.parts.mesh
@@ -81,7 +80,7 @@ class Loop:
         prompts = sharding.place_rows(jax.tree.map(lambda x: x[own], prompts), Q, mesh)
         self.key = jax.random.fold_in(jax.random.key(0), self.step)
         whole = lora.join(self.frozen.base, self.policy.params)
-        rollout = generate.generate(self.relay(whole), self.parts.sampler_cfg, prompts, self.key, c.sample, STOPS, PAD)
+        rollout = generate.generate(self.sync_weights(whole), self.parts.sampler_cfg, prompts, self.key, c.sample, STOPS, PAD)
         critic = self.critic and self.critic.params
         frozen = sharding.to_memory(self.frozen, "device")
         kinds = assess_settings(self.parts) | {"slab": 64}
@@ -197,7 +196,7 @@ def test_int8_rollouts_are_of_the_rounded_policy_and_weighed():
     with jax.set_mesh(loop.parts.mesh):
         rollout, made, stats = loop.rollout()
     rounded = dict(params["layers"])
-    for name, inputs in decoder.MATRICES.items():
+    for name, inputs in spec.MATRICES.items():
         w = np.asarray(params["layers"][name])
         scale = np.abs(w).max(tuple(range(1, 1 + inputs)), keepdims=True) / 127
         rounded[name] = np.round(w / scale) * scale
@@ -285,7 +284,7 @@ def test_weights_in_bfloat16_move_as_float32_ones_do(kind):
     rows = [rng.integers(0, 64, shape).astype(np.int32) for shape in ((Q, P), (Q, 1, R))]
     prompts = Prompts(rows[0], np.ones((Q, P), bool), np.arange(Q, dtype=np.uint32))
     rows = Experience(prompts, rows[1], np.ones((Q, 1, R), bool), *[None] * 5)
-    start = jax.tree.map(lambda p: p.astype(jnp.bfloat16), nn.meta.unbox(decoder.init(CFG, jax.random.key(0))))
+    start = jax.tree.map(lambda p: p.astype(jnp.bfloat16), spec.init(CFG, jax.random.key(0)))
     ends = {}
     for dtype in (jnp.bfloat16, jnp.float32):
         params = jax.tree.map(lambda p: p.astype(dtype), start)  # noqa: B023
@@ -354,13 +353,13 @@ def test_optimisers_learn_and_shard(kind):
 
 
 def test_weight_decay_leaves_norms_biases_and_the_value_head_alone():
-    kinds = dataclasses.replace(CFG, tied=False), dataclasses.replace(CFG, value_head=True)
-    head, params = (nn.meta.unbox(decoder.init(cfg, jax.random.key(0))) for cfg in kinds)
+    kinds = dataclasses.replace(CFG, tied=False), CFG.run_with(value_head=True)
+    head, params = (spec.init(cfg, jax.random.key(0)) for cfg in kinds)
     params = jax.tree.map(jnp.ones_like, params | {"head": head["head"]})
     for kind in ("adamw", "adafactor", "muon"):
         tx = learn.make_optimizer(schema.OptimConfig(kind=kind, lr=0.1, warmup=0.0, weight_decay=0.5), 4)
         step, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
         decayed = {"/".join(key) for key, leaf in lora.flat(step).items() if (leaf != 0).any()}
-        matrices = {f"layers/{name}" for name in decoder.MATRICES}
+        matrices = {f"layers/{name}" for name in spec.MATRICES}
         assert decayed == matrices | {"embed", "head"}
         np.testing.assert_allclose(step["layers"]["q"], -0.05, rtol=1e-6)

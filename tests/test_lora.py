@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_learn import CFG, Loop, furthest, settings
 
 from medrlvr_jax.config.schema import LoRAConfig
-from medrlvr_jax.model import decoder, lora, scoring
-from medrlvr_jax.model.decoder import MATRICES
+from medrlvr_jax.model import decoder, lora, scoring, spec
+from medrlvr_jax.model.spec import MATRICES
 from medrlvr_jax.types import Prompts
 
-ADAPTED = dataclasses.replace(CFG, lora=LoRAConfig(rank=3, alpha=5.0))
+ADAPTED = CFG.run_with(lora=LoRAConfig(rank=3, alpha=5.0))
 SCALE = 5 / 3
 
 
@@ -29,7 +28,7 @@ def split(params):
 
 @pytest.fixture(scope="module")
 def fresh():
-    return nn.meta.unbox(jax.jit(partial(decoder.init, ADAPTED))(jax.random.key(0)))
+    return jax.jit(partial(spec.init, ADAPTED))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def test_the_merged_matrix_is_the_adapted_one(params):
 
 def test_a_small_adapter_survives_the_merge_in_float32():
     """Beside 1.0 in bfloat16, whose next number is 1.0078125, 2·0.5·0.0009765625 is nothing; in float32 it is all there."""
-    cfg = dataclasses.replace(CFG, lora=LoRAConfig(rank=1, alpha=2.0, targets=("up",)))
+    cfg = CFG.run_with(lora=LoRAConfig(rank=1, alpha=2.0, targets=("up",)))
     layers = {"up": jnp.ones((1, 1, 1), "bfloat16"), "up_a": jnp.full((1, 1, 1), 0.5), "up_b": jnp.full((1, 1, 1), 2.0**-10)}
     for dtype, value in ((None, 1.0), ("bfloat16", 1.0), ("float32", 1.0009765625)):
         up = lora.merge({"layers": layers}, cfg, dtype)["layers"]["up"]
@@ -97,8 +96,8 @@ def test_gradients_are_the_whole_matrix_s_projected(params):
 
 
 def test_only_the_targets_are_adapted():
-    cfg = dataclasses.replace(CFG, value_head=True, lora=LoRAConfig(rank=2, targets=("v", "down")))
-    tree = jax.eval_shape(lambda: nn.meta.unbox(decoder.init(cfg, jax.random.key(0))))
+    cfg = CFG.run_with(value_head=True, lora=LoRAConfig(rank=2, targets=("v", "down")))
+    tree = jax.eval_shape(lambda: spec.init(cfg, jax.random.key(0)))
     trained = {"/".join(k): leaf.shape for k, leaf in flatten_dict(lora.trained(tree, cfg)).items()}
     assert trained == {
         "value": (33,),
@@ -155,7 +154,7 @@ def test_a_bfloat16_base_has_float32_adapters_and_is_not_copied_to_sample():
     assert {x.dtype.name for x in jax.tree.leaves(loop.frozen.base)} == {"bfloat16"}
     assert {x.dtype.name for x in jax.tree.leaves(loop.policy.params)} == {"float32"}
     with jax.set_mesh(loop.parts.mesh):
-        decode = loop.relay(lora.join(loop.frozen.base, loop.policy.params))
+        decode = loop.sync_weights(lora.join(loop.frozen.base, loop.policy.params))
     assert decode["layers"]["q"] is loop.frozen.base["layers"]["q"]
     assert {x.dtype.name for x in jax.tree.leaves(lora.merge(decode, loop.cfg))} == {"bfloat16"}
 

@@ -1,16 +1,14 @@
 """The decoder's one layout: a prompt and its responses side by side must be what each response is alone, and what decoding computes."""
 
-import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from medrlvr_jax.model import decoder, scoring
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model import cpu, decoder, scoring, spec
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
 
@@ -23,7 +21,7 @@ Q, P, G, R = 3, 7, 2, 5
 @pytest.fixture(scope="module")
 def params():
     """Weights large enough that every part of the model is seen in the result."""
-    fresh = nn.meta.unbox(decoder.init(CFG, jax.random.key(0)))
+    fresh = spec.init(CFG, jax.random.key(0))
     return jax.tree.map(lambda p: p + 0.2 * jax.random.normal(jax.random.key(1), p.shape), fresh)
 
 
@@ -42,13 +40,13 @@ def test_side_by_side_is_alone(params, batch):
         for g in range(G):
             prompt = prompts.tokens[q][prompts.mask[q]]
             row = np.concatenate([prompt, tokens[q, g]])[None]
-            alone, _ = decoder.Decoder(CFG).apply({"params": params}, Prompts(row, row >= 0, np.zeros(1, np.uint32)), None)
+            alone, _ = decoder.forward(params, CFG, Prompts(row, row >= 0, np.zeros(1, np.uint32)))
             np.testing.assert_allclose(hidden[q, g], alone[0, len(prompt) - 1 : -1], atol=1e-5)
 
 
 @pytest.mark.parametrize("unroll", [True, False])
 def test_decoding_is_scoring(params, batch, unroll):
-    cfg = dataclasses.replace(CFG, unroll=unroll)
+    cfg = CFG.run_with(unroll=unroll)
     prompts, tokens = batch
     hidden = scoring.hidden_states(params, CFG, prompts, tokens)
     state, cache = decode.prefill(params, cfg, prompts)
@@ -91,7 +89,7 @@ def test_logprobs_in_slabs_are_whole_ones(params, batch, slab):
 
 def test_linear_has_autodiffs_gradient():
     x, w = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.normal(jax.random.key(1), (4, 5))
-    got, want = (jax.grad(lambda x, w, f=f: jnp.sin(f(x, w)).sum(), (0, 1))(x, w) for f in (decoder.linear, jnp.matmul))
+    got, want = (jax.grad(lambda x, w, f=f: jnp.sin(f(x, w)).sum(), (0, 1))(x, w) for f in (cpu.linear, jnp.matmul))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
@@ -107,7 +105,7 @@ def test_remat_changes_no_gradient(params, batch):
     """The policies by name keep different things; `linear`'s own backward pass is among what is recomputed."""
 
     def gradient(remat):
-        cfg = dataclasses.replace(CFG, remat=remat)
+        cfg = CFG.run_with(remat=remat)
         return jax.jit(jax.grad(lambda p: jnp.sin(scoring.hidden_states(p, cfg, *batch)).sum()))(params)
 
     none, dots, full = map(gradient, decoder.REMAT)
@@ -122,7 +120,7 @@ def test_rows_without_padding_are_the_same(params, batch, share):
     lengths = np.array([[5, 0], [1, 2], [4, 1]])
     rows = scoring.Rows(prompts, tokens, np.arange(R) < lengths[..., None])
     weights = np.random.default_rng(1).normal(size=(3, Q, G, R)) * rows.mask
-    cfg = dataclasses.replace(CFG, value_head=True)
+    cfg = CFG.run_with(value_head=True)
     grown = params | {"value": jnp.linspace(-1, 1, CFG.embed + 1)}
 
     def total(params, size):

@@ -15,7 +15,7 @@ from make_parity import FAMILIES, GOLDEN, NEW, case, reference, weights, write
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
-from medrlvr_jax.model import decoder, scoring
+from medrlvr_jax.model import decoder, scoring, spec
 from medrlvr_jax.model import weights as hf
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
@@ -31,7 +31,7 @@ def load(path, cfg, dtype="float32", mesh=ONE, devices=1):
 
 @cache
 def abstract(cfg):
-    return jax.eval_shape(partial(decoder.init, cfg), jax.random.key(0))
+    return spec.abstract(cfg)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def ours(directory):
 
         @jax.jit
         def score(params):
-            prompt, _ = decoder.Decoder(cfg).apply({"params": params}, prompts, None)
+            prompt, _ = decoder.forward(params, cfg, prompts)
             # One column more than there are tokens: its state is the one after the last token.
             own = scoring.hidden_states(params, cfg, prompts, jnp.pad(c.tokens, ((0, 0), (0, 0), (0, 1))))
             return decoder.logits(params, cfg, prompt), decoder.logits(params, cfg, own)
@@ -117,7 +117,7 @@ def test_every_norm_and_bias_matters(directory):
     c = case()
     for family in ("qwen2_untied", "qwen3"):
         cfg = hf.read_config(directory(family))
-        score = jax.jit(lambda p, cfg=cfg: decoder.logits(p, cfg, decoder.Decoder(cfg).apply({"params": p}, batch(c), None)[0]))
+        score = jax.jit(lambda p, cfg=cfg: decoder.logits(p, cfg, decoder.forward(p, cfg, batch(c))[0]))
         flat = flatten_dict(load(directory(family), cfg))
         whole = np.asarray(score(unflatten_dict(flat)))
         for key in [key for key in flat if key[-1].endswith(("norm", "bias"))]:
@@ -132,7 +132,7 @@ def test_llama3_frequencies():
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    scaling = decoder.RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
+    scaling = spec.RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](
         LlamaConfig(
             hidden_size=2048,
@@ -149,6 +149,6 @@ def test_llama3_frequencies():
         ),
         "cpu",
     )
-    cfg = decoder.DecoderConfig(8, 2048, 1, 32, 8, 64, 8, 5e5, 1e-5, True, rope_scaling=scaling)
+    cfg = spec.DecoderConfig(8, 2048, 1, 32, 8, 64, 8, 5e5, 1e-5, True, rope_scaling=scaling)
     cos, sin = decoder.rope_tables(jnp.ones(()), cfg)
     np.testing.assert_allclose(np.arctan2(sin, cos), theirs.numpy(), rtol=2e-6)

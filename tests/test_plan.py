@@ -17,8 +17,8 @@ from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.model import decoder, families, scoring
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model import families, scoring, spec
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.plan import aot, flops, machines, plan
 from medrlvr_jax.rl import train
 from medrlvr_jax.rl.programs import compile_ahead, make_programs
@@ -65,9 +65,8 @@ def traced(f, *args):
 
 
 def shapes(cfg):
-    from flax import linen as nn
 
-    return nn.meta.unbox(jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0))))
+    return jax.eval_shape(lambda: spec.init(cfg, jax.random.key(0)))
 
 
 def test_flops_by_hand():
@@ -93,7 +92,7 @@ def test_flops_of_programs_are_the_formulas():
     assert traced(score, *args) == forward
     again = forward  # remat full computes layers and words once more
     assert traced(jax.grad(score), *args) == pytest.approx(3 * forward + again, rel=0.05)
-    key, cfg = jax.eval_shape(lambda: jax.random.key(0)), dataclasses.replace(CFG, narrow=False)
+    key, cfg = jax.eval_shape(lambda: jax.random.key(0)), CFG.run_with(narrow=False)
     for new in (R, 300):  # one loop, and two
         drawn = SampleConfig(questions=Q, samples=G, max_new_tokens=new)
         jaxpr = sample.generate.trace(shapes(cfg), cfg, prompts, key, drawn, (1,), 0).jaxpr
@@ -187,7 +186,7 @@ def test_tiny_on_v5e_2x2(tiny, compiled, monkeypatch, capsys):
     assert cli.main(["plan", str(tiny), "--topology", "v5e:2x2", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     programs = {p["name"]: p for p in made["programs"]}
-    assert list(programs) == ["relay", "generate", "assess", "make_experience", "learn_policy", "learn_critic"]
+    assert list(programs) == ["sync_weights", "generate", "assess", "make_experience", "learn_policy", "learn_critic"]
     assert made["fits"] and made["steps"] == 2 and 0 < made["mfu"] < 1
     for name, p in programs.items():
         assert p["peak"] < 0.1 * GIB and (p["seconds"] > 0) and p["fits"], name
@@ -205,10 +204,10 @@ def test_a_sharded_sampler_holds_less_and_moves_more(tiny, compiled):
     """No copy of the layers along fsdp: gathered in each of 16 tokens in place of once."""
     tpu, layers = machines.parse("v5e:2x2"), 4 * families.known("embedded").layers * flops.weights(families.known("embedded"))
     both = [configs.load(tiny, [f"sample.layout={layout}"]) for layout in ("gathered", "sharded")]
-    made = [plan.plan(config, tpu, only=("relay", "generate"), cache=compiled).programs for config in both]
-    (relay, whole), (_, shards) = made
+    made = [plan.plan(config, tpu, only=("sync_weights", "generate"), cache=compiled).programs for config in both]
+    (sync_weights, whole), (_, shards) = made
     assert layers / 2 < whole.arguments - shards.arguments < layers * 3 / 4  # small shards are padded to the chip's tiles
-    moved = [sum(c.bytes for c in p.collectives if c.kind == "all-gather") for p in (relay, shards)]
+    moved = [sum(c.bytes for c in p.collectives if c.kind == "all-gather") for p in (sync_weights, shards)]
     assert moved[1] > 6 * moved[0]  # 16 times, in half the bytes: the compiler gathers what its products read, bfloat16
 
 
@@ -219,7 +218,7 @@ def test_the_splash_kernel_compiles(tiny, compiled):
     [learn] = plan.plan(configs.load(tiny), tpu, only=("learn_policy",), steps=2, cache=compiled).programs
     assert learn.fits and learn.flops > 1.3 * learn.useful
     for settings, splash in (([], True), (["model.attention=xla"], False), (["learn.row_sizes=[0.5]"], False)):
-        assert aot.prepare(configs.load(tiny, settings), tpu).cfg.splash == splash
+        assert aot.prepare(configs.load(tiny, settings), tpu).cfg.execution.splash == splash
 
 
 def test_what_does_not_fit_says_what_would_help(tiny):

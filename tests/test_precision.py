@@ -1,19 +1,18 @@
 """bfloat16 against float32: sums over tokens are float32's, and no parameter's gradient is over 2 % from it."""
 
 import dataclasses
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import LoRAConfig
-from medrlvr_jax.model import attention, decoder, lora, scoring
-from medrlvr_jax.model.decoder import NO_TOKEN, Block, DecoderConfig
+from medrlvr_jax.model import attention, decoder, lora, scoring, spec
+from medrlvr_jax.model.decoder import NO_TOKEN
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import learn
 from medrlvr_jax.types import Experience, Learner, Mean, Prompts
 
@@ -30,10 +29,10 @@ def params_of(cfg: DecoderConfig):
         name, key = path[-1].key, jax.random.fold_in(jax.random.key(0), sum(map(ord, path[-1].key)))
         if name.endswith(("norm", "bias", "value")):
             return 0.5 + 0.2 * jax.random.normal(key, p.shape)
-        fan_in = cfg.embed if path[0].key != "layers" else np.prod(p.shape[1 : 1 + decoder.MATRICES.get(name, 1)])
+        fan_in = cfg.embed if path[0].key != "layers" else np.prod(p.shape[1 : 1 + spec.MATRICES.get(name, 1)])
         return (0.5 if lora.adapted(name) else 1.5) * fan_in**-0.5 * jax.random.normal(key, p.shape)
 
-    return jax.tree_util.tree_map_with_path(fill, nn.meta.unbox(jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))))
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(lambda: spec.init(cfg, jax.random.key(0))))
 
 
 def experience() -> Experience:
@@ -57,7 +56,7 @@ def experience() -> Experience:
 def gradients(cfg: DecoderConfig, learner: str, slab: int, dtype):
     """Of the policy's loss at a ratio of 1, as in a run's first update, or of the critic's; of what is trained."""
     critic = learner == "critic"
-    cfg = dataclasses.replace(cfg, dtype=dtype, value_head=critic)
+    cfg = cfg.run_with(dtype=dtype, value_head=critic)
     tree = {"name": "t", "steps": 1, "model": {"path": "unused", "logit_slab": slab}, "data": {"path": "unused"}}
     tree |= {"sample": {"questions": Q, "samples": G, "max_new_tokens": R}, "kl": {"coef": 0.1, "into": "loss", "estimator": "k3"}}
     tree |= {"advantage": {"estimator": "group"}, "learn": {"minibatch": Q, "policy": {"lr": 1.0}, "critic": None}}
@@ -79,8 +78,12 @@ def gradients(cfg: DecoderConfig, learner: str, slab: int, dtype):
 
 CASES: dict[str, tuple[DecoderConfig, str, int]] = {
     "biases, tied, slabs": (CFG, "policy", Q * G),
-    "norms of q and k, untied": (dataclasses.replace(CFG, qkv_bias=False, qk_norm=True, tied=False, remat="none"), "policy", 10**6),
-    "adapters": (dataclasses.replace(CFG, lora=LoRAConfig(rank=4, alpha=4.0)), "policy", 10**6),
+    "norms of q and k, untied": (
+        dataclasses.replace(CFG, qkv_bias=False, qk_norm=True, tied=False).run_with(remat="none"),
+        "policy",
+        10**6,
+    ),
+    "adapters": (CFG.run_with(lora=LoRAConfig(rank=4, alpha=4.0)), "policy", 10**6),
     "critic": (CFG, "critic", 10**6),
 }
 
@@ -98,7 +101,7 @@ def test_every_gradient_in_bfloat16_is_float32s(case):
 @pytest.mark.parametrize("masters", [jnp.float32, jnp.bfloat16])
 def test_a_frequent_tokens_row_counts_all_its_tokens(masters):
     """4,096 times a gradient of 1 is 4,096 (added up in bfloat16 it was 256), and padding has none and looks up nothing."""
-    cfg = dataclasses.replace(CFG, dtype=jnp.bfloat16)
+    cfg = CFG.run_with(dtype=jnp.bfloat16)
     tokens = jnp.array([[5] * 4096 + [7] + [NO_TOKEN] * 3])
     table = jnp.ones((CFG.vocab, CFG.embed), masters)
     total, gradient = jax.value_and_grad(lambda table: jnp.asarray(decoder.embed_lookup(table, tokens, cfg)).astype(jnp.float32).sum())(
@@ -112,12 +115,12 @@ def test_a_frequent_tokens_row_counts_all_its_tokens(masters):
 
 def test_a_bias_counts_all_its_tokens():
     """20,000 tokens with a gradient of 1 at v: added up in bfloat16, 32 at a time, the sum stood still at 8,192."""
-    cfg = dataclasses.replace(CFG, embed=4, ffn=4, heads=1, kv_heads=1, head_dim=2, dtype=jnp.bfloat16)
+    cfg = dataclasses.replace(CFG, embed=4, ffn=4, heads=1, kv_heads=1, head_dim=2).run_with(dtype=jnp.bfloat16)
     layer = jax.tree.map(lambda p: p[0], params_of(cfg)["layers"])
     x, cos, sin = jnp.ones((1, 20_000, 4), jnp.bfloat16), jnp.ones((1, 20_000, 1)), jnp.zeros((1, 20_000, 1))
 
     def total(layer):
-        _, _, v = cast(tuple, Block(cfg).apply({"params": layer}, x, cos, sin, method="project"))
+        _, _, v = decoder.queries_keys_values(layer, cfg, x, (cos, sin))
         return v.astype(jnp.float32).sum()
 
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(layer)["v_bias"], [[20_000, 20_000]])
@@ -160,7 +163,7 @@ def test_scores_and_weighted_sums_are_float32s():
 
 def test_what_small_layers_add_to_large_states_is_not_lost():
     """Eight layers add 0.5 each to a state of 256, where bfloat16 has steps of 2: beside another of 256, 260 must come out."""
-    cfg = dataclasses.replace(CFG, layers=8, dtype=jnp.bfloat16)
+    cfg = dataclasses.replace(CFG, layers=8).run_with(dtype=jnp.bfloat16)
     params = jax.tree.map(jnp.zeros_like, params_of(cfg))
     params["embed"] = params["embed"].at[1, :2].set(256.0)
     params["norm"] = jnp.ones_like(params["norm"])

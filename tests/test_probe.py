@@ -85,7 +85,7 @@ def test_logprobs_of_letters_are_the_models():
 
         @jax.jit
         def last(params):
-            states, _ = decoder.Decoder(parts.cfg).apply({"params": params}, whole, None)
+            states, _ = decoder.forward(params, parts.cfg, whole)
             return jax.nn.log_softmax(decoder.logits(params, parts.cfg, states[:, -1]))
 
         for row, scores, (_, letters) in zip(found, last(params), split, strict=True):

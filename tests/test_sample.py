@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from medrlvr_jax.config.schema import SampleConfig
-from medrlvr_jax.model import decoder, scoring
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model import decoder, scoring, spec
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rollout import decode, generate
 from medrlvr_jax.types import Prompts
 
@@ -19,7 +18,7 @@ STOPS = (1, 2)
 
 @pytest.fixture(scope="module")
 def params():
-    return nn.meta.unbox(decoder.init(CFG, jax.random.key(0)))
+    return spec.init(CFG, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")

@@ -411,7 +411,7 @@ def test_a_run_with_adapters(folder):
     tokens = np.arange(3, 15)[None]
     with jax.set_mesh(parts.mesh):
         prompts = Prompts(tokens, tokens > 0, np.zeros(1, np.uint32))
-        state, _ = decoder.Decoder(parts.cfg).apply({"params": lora.join(build.load_base(parts), again[1])}, prompts, None)
+        state, _ = decoder.forward(lora.join(build.load_base(parts), again[1]), parts.cfg, prompts)
         ours = decoder.logits(build.load_base(parts), parts.cfg, state)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")(torch.tensor(tokens)).logits.detach().numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -466,7 +466,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys,
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(first), sharding.to_host(last))
 
 
-ONCE = {"relay": 1, "generate": 2, "assess": 1, "make_experience": 1, "learn": 2}  # two samplers, of rollouts and of the evaluation
+ONCE = {"sync_weights": 1, "generate": 2, "assess": 1, "make_experience": 1, "learn": 2}  # two samplers, of rollouts and of the evaluation
 MESHED = ["mesh={data: 2, fsdp: 2, tensor: 2}"]
 ADAPTED = ["model.lora={rank: 4}", "learn.offload=true"]
 SMALLER = ["sample.weights=int8", "loss.sampler_cap=2", "learn={row_sizes: [0.5], microbatch: 8, minibatch: 8, policy: {lr: 1e-3}}"]
@@ -476,11 +476,11 @@ SMALLER += ["advantage.estimator=group", "kl.coef=0", "sample.top_k=5"]
 @pytest.mark.parametrize(
     ("command", "settings", "wanted"),
     [
-        ("train", [], ONCE | {"relay": 0}),  # the sampler's weights are the policy's own
+        ("train", [], ONCE | {"sync_weights": 0}),  # the sampler's weights are the policy's own
         ("train", MESHED, ONCE),
         ("train", [*MESHED, *ADAPTED], ONCE),
         ("train", SMALLER, ONCE | {"learn": 1}),
-        ("sft", ["mesh={data: 1, fsdp: 8}"], {"relay": 1, "generate": 1, "learn": 1}),
+        ("sft", ["mesh={data: 1, fsdp: 8}"], {"sync_weights": 1, "generate": 1, "learn": 1}),
     ],
     ids=["plain", "meshed", "adapted", "int8", "sft"],
 )

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from medrlvr_jax.build import check_positions, make_relay
+from medrlvr_jax.build import check_positions
 from medrlvr_jax.config.load import load
 from medrlvr_jax.data import load as data
 from medrlvr_jax.evaluation.evaluate import ask, home, open_source
@@ -31,6 +31,7 @@ from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import from_leader, gather
 from medrlvr_jax.rollout.rollout import encode
+from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs.console import Console
 
 
@@ -59,7 +60,7 @@ def difficulty_source(
         path.unlink(missing_ok=True)
         files.append(path, found)  # without a last line that was torn
     with jax.set_mesh(parts.mesh):
-        decode_params = make_relay(parts, parts.cfg)(params)
+        decode_params = make_weight_sync(parts, parts.cfg)(params)
         for start in range(len(found), n, size):
             rows = ask(parts, decode_params, encoded, np.arange(start, min(start + size, n)))
             new = count(

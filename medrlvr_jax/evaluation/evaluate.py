@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from medrlvr_jax.build import Parts, abstract_params, build, check_positions, load_base, load_params, make_relay
+from medrlvr_jax.build import Parts, abstract_params, build, check_positions, load_base, load_params
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.load import load
 from medrlvr_jax.config.schema import Config, SampleConfig, SetConfig
@@ -26,6 +26,7 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.rewards.parse import beginning_trap
 from medrlvr_jax.rollout.program import Program, draw_program
 from medrlvr_jax.rollout.rollout import Encoded, encode, reorder, sample_and_score
+from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import inputs, log
 from medrlvr_jax.runs.checkpoint import best_step, restore_params
 from medrlvr_jax.runs.console import Console
@@ -215,7 +216,7 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
     folder = new_folder(source, parts, f"eval-{step}", out, "eval.json")
     writes, console, results, found = jax.process_index() == 0, Console(len(sets)), {}, {}
     with jax.set_mesh(parts.mesh):
-        decode_params = make_relay(parts, parts.cfg)(params)
+        decode_params = make_weight_sync(parts, parts.cfg)(params)
         for name, encoded in sets.items():
             console.notify(f"eval.sets.{name}: {encoded.told}")
             progress = partial(console.progress, f"eval {name}")

@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from medrlvr_jax.build import Parts, make_relay
+from medrlvr_jax.build import Parts
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.question import LETTERS
 from medrlvr_jax.data.tokenizer import Tokenizer
@@ -41,6 +41,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.rollout.assess import assess_alone
 from medrlvr_jax.rollout.rollout import Encoded, encode, width
+from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.console import Console
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
@@ -294,7 +295,7 @@ def probe_source(
     leads, console, probed = jax.process_index() == 0, Console(len(encoded)), {}
     judge = open_scorer(scorer, source, settings) if scorer else None
     with jax.set_mesh(parts.mesh):
-        decode_params = make_relay(parts, parts.cfg)(params)
+        decode_params = make_weight_sync(parts, parts.cfg)(params)
         for name, questions in encoded.items():
 
             def report(what: str, done: int, n: int, name: str = name) -> None:

@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.model import weights
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model.spec import DecoderConfig
 
 
 def _qwen2(embed: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int = 151936, tied: bool = True) -> DecoderConfig:

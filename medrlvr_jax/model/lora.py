@@ -5,14 +5,13 @@ tree. With `model.lora` the base is the whole decoder, held once for policy, cri
 `<name>_a` and `<name>_b`, a critic its own and its value head. The policy with its adapter off is `join(base, {})`.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from medrlvr_jax.model.decoder import MATRICES, DecoderConfig
+from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig
 from medrlvr_jax.types import Array, Params
 
 
@@ -28,20 +27,14 @@ def flat(tree: Params) -> dict[tuple, Any]:
 
 def trained(params: Params, cfg: DecoderConfig) -> Params:
     """The part of a whole tree (of anything, such as shapes or shardings) that is trained."""
-    if cfg.lora is None:
+    if cfg.execution.lora is None:
         return params
-    return unflatten_dict({key: leaf for key, leaf in flat(params).items() if key[-1] == "value" or adapted(key[-1])})
-
-
-def adapted(name: str) -> str | None:
-    """The matrix whose adapter `name` is a half of: q of "q_a" and "q_b"; None for any other parameter."""
-    matrix, _, half = name.partition("_")
-    return matrix if matrix in MATRICES and half in ("a", "b") else None
+    return unflatten_dict({path: leaf for path, leaf in flat(params).items() if PARAMETERS[path[-1]].trained_with_lora})
 
 
 def off(cfg: DecoderConfig) -> DecoderConfig:
     """The decoder of the base alone: no adapters, no value head."""
-    return replace(cfg, lora=None, value_head=False)
+    return cfg.run_with(lora=None, value_head=False)
 
 
 def merge(params: Params, cfg: DecoderConfig, dtype: Any = None) -> Params:
@@ -49,7 +42,7 @@ def merge(params: Params, cfg: DecoderConfig, dtype: Any = None) -> Params:
 
     The sums are rounded to `dtype`, or to W's own: bfloat16 loses of an adapter that is small beside its matrix (B ~ 1e-4) five sixths.
     """
-    layers, lora = params["layers"], cfg.lora
+    layers, lora = params["layers"], cfg.execution.lora
     if lora is None:
         return params
 
@@ -59,5 +52,5 @@ def merge(params: Params, cfg: DecoderConfig, dtype: Any = None) -> Params:
         return (w.astype(jnp.float32) + product * (lora.alpha / lora.rank)).astype(dtype or w.dtype)
 
     merged = {name: jax.lax.map(lambda x: one(*x), (layers[name], layers[f"{name}_a"], layers[f"{name}_b"])) for name in lora.targets}
-    kept = {name: w for name, w in layers.items() if not adapted(name)}
+    kept = {name: w for name, w in layers.items() if PARAMETERS[name].kind != "adapter"}
     return params | {"layers": kept | merged}

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from medrlvr_jax.model import decoder
-from medrlvr_jax.model.decoder import NO_TOKEN, Decoder, DecoderConfig
+from medrlvr_jax.model.decoder import NO_TOKEN
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.sharding import constrain, splits_words
 from medrlvr_jax.types import Array, Experience, Params, Prompts
 
@@ -78,7 +79,7 @@ def hidden_states(
 
     `segments` and `columns` [Q, G, R], where several responses stand in one: which of them a token is of, and its place there.
     """
-    packed, _ = Decoder(cfg).apply({"params": params}, prompts, tokens, segments, columns)
+    packed, _ = decoder.forward(params, cfg, prompts, tokens, segments, columns)
     rows, groups, length = tokens.shape
     width = prompts.tokens.shape[1]
     last = jnp.broadcast_to(packed[:, None, None, width - 1], (rows, groups, 1, cfg.embed))

@@ -24,7 +24,6 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
 from jax.experimental.multihost_utils import process_allgather
@@ -34,7 +33,7 @@ from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
-from medrlvr_jax.model.decoder import DecoderConfig, RopeScaling, init
+from medrlvr_jax.model.spec import DecoderConfig, RopeScaling, abstract
 from medrlvr_jax.types import Params
 
 
@@ -225,8 +224,7 @@ def _fill(out: np.ndarray, tensor: Tensor, entry: Entry, shape: tuple[int, ...],
 @cache
 def _shapes(cfg: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
     """Path -> shape of every parameter, as the decoder itself declares them."""
-    tree = jax.eval_shape(lambda: nn.unbox(init(cfg, jax.random.key(0))))
-    return {key: leaf.shape for key, leaf in _flat(tree).items()}
+    return {path: box.value.shape for path, box in _flat(abstract(cfg)).items()}
 
 
 def _flat(tree: Params) -> dict[tuple, Any]:
@@ -319,7 +317,7 @@ def _check(tensors: dict[str, Tensor], cfg: DecoderConfig, shapes: dict[tuple, t
         elif tensors[name].shape != shape:
             wrong.append(f"{name}: of shape {tensors[name].shape}; {_say(key, i)} needs {shape}")
     for name, tensor in tensors.items():
-        spare_head = name == HEAD and (cfg.value_head or (cfg.tied and _equal(tensor, tensors.get(EMBED))))
+        spare_head = name == HEAD and (cfg.execution.value_head or (cfg.tied and _equal(tensor, tensors.get(EMBED))))
         if name not in names and not spare_head and not _is_buffer(name):
             why = "tie_word_embeddings is true, and it is not the embedding" if name == HEAD else "no parameter of this model takes it"
             wrong.append(f"{name}: of shape {tensor.shape}; {why}")
@@ -353,7 +351,7 @@ def save_params(
     In a run of many processes every one calls it and the first one writes. The directory appears whole: it is written beside
     itself as `.NAME.partial` and renamed.
     """
-    if cfg.value_head:
+    if cfg.execution.value_head:
         raise ConfigError("a critic has no output matrix, so transformers has no use for it: export the policy")
     source, out, flat = resolve(source_dir), Path(out_dir), _flat(params)
     shapes = {key: tuple(p.shape) for key, p in flat.items()}
@@ -388,7 +386,7 @@ def save_adapter(params: Params, cfg: DecoderConfig, source_dir: str | Path, out
 
     PEFT's A is [rank, in] and its B [out, rank]; both add B·A·lora_alpha/r to the matrix, as ours do.
     """
-    lora, source, out, flat = cfg.lora, resolve(source_dir), Path(out_dir), _flat(params)
+    lora, source, out, flat = cfg.execution.lora, resolve(source_dir), Path(out_dir), _flat(params)
     if lora is None:
         raise ConfigError("--adapter: this run trained all weights (model.lora null); leave --adapter out")
     stored = jnp.dtype(dtype or "float32")

@@ -140,7 +140,7 @@ def compile_program(
 
 def visited(program: Program, parts: Parts) -> Mapping[str, float]:
     """The share of its blocks that the TPU's attention kernel visits, by a part of its name; see `attention.visited`."""
-    if not parts.cfg.splash:
+    if not parts.cfg.execution.splash:
         return {}
     sample = parts.config.sample
     if program.name == "generate":

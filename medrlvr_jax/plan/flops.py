@@ -13,7 +13,7 @@ import jax
 from jax.extend import core
 
 from medrlvr_jax.build import Parts
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rollout.generate import loops, segment_ends
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.types import Prompts
@@ -106,7 +106,7 @@ def forward_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int,
     product)."""
     tokens = questions * (prompt + samples * new)
     pairs = questions * (prompt * prompt + samples * new * (prompt + new))
-    words = cfg.embed * (1 if cfg.value_head else cfg.vocab) * questions * samples * new
+    words = cfg.embed * (1 if cfg.execution.value_head else cfg.vocab) * questions * samples * new
     return 2.0 * (cfg.layers * (weights(cfg) * tokens + 2 * cfg.heads * cfg.head_dim * pairs) + words)
 
 

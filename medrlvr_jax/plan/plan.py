@@ -163,7 +163,7 @@ def advise(config: Config, machine: Machine, worst: Figures) -> list[str]:
         learns = worst.name.startswith("learn")
         applies = {"learn.microbatch": learns, "model.remat": learns, "sample.questions": not learns}.get(text.partition("=")[0], True)
         own = worst.outputs + worst.temporaries * (factor if applies else 1.0)
-        peak = held[worst.name] + own if worst.name in held else 0.0  # a relay that has nothing left to copy is no program
+        peak = held[worst.name] + own if worst.name in held else 0.0  # a sync with nothing left to copy is no program
         saved.append((worst.peak - peak, text))
     best = sorted((s for s in saved if s[0] > 0.01 * GIB), reverse=True)[:2]
     enough = worst.peak - worst.usable

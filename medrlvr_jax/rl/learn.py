@@ -21,8 +21,8 @@ import optax.contrib
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import Config, KLConfig, LossConfig, OptimConfig
-from medrlvr_jax.model import decoder, lora, scoring
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model import lora, scoring
+from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig
 from medrlvr_jax.rl import losses
 from medrlvr_jax.types import Array, Experience, Learner, Mean, Params
 
@@ -99,17 +99,17 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 def _decays(params: Params) -> Params:
     """Norms, biases and the value head do not decay."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("norm", "bias", "value")), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: PARAMETERS[path[-1].key].decays, params)
 
 
 def _matrix_axes(params: Params) -> Params:
     """Muon's view of each parameter: which axes are input and output of a layer's matrix (or adapter's half); None: not one."""
 
     def axes(path, p):
-        name = path[-1].key
-        if path[0].key != "layers" or (name not in decoder.MATRICES and not lora.adapted(name)):
+        row = PARAMETERS[path[-1].key]
+        if row.kind not in ("matrix", "adapter"):
             return None
-        inputs = 1 if name.endswith("_b") else decoder.MATRICES[lora.adapted(name) or name]
+        inputs = len(row.inputs.split())
         return optax.contrib.MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim)))
 
     return jax.tree_util.tree_map_with_path(axes, params)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from medrlvr_jax import build
-from medrlvr_jax.build import Parts, Relay, make_relay
+from medrlvr_jax.build import Parts
 from medrlvr_jax.config.check import check_rl
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rl.experience import make_experience
@@ -22,13 +22,14 @@ from medrlvr_jax.rl.learn import compile_learn, critic_objective, make_optimizer
 from medrlvr_jax.rollout.assess import assess
 from medrlvr_jax.rollout.generate import generate
 from medrlvr_jax.rollout.program import Program
+from medrlvr_jax.rollout.sync import WeightSync, make_weight_sync
 
 
 @dataclass(frozen=True)
 class Programs:
     """The jitted functions of a training; made once, since each new partial would compile anew."""
 
-    relay: Relay
+    sync_weights: WeightSync
     generate: Any
     assess: Any
     make_experience: Any
@@ -42,8 +43,8 @@ class Programs:
         names = ("generate", "assess", "make_experience", "learn_policy", "learn_critic")
         functions = {name: getattr(self, name) for name in names}
         wrapped = {name: wrap(name, function) for name, function in functions.items() if function}
-        relay = replace(self.relay, program=wrap("relay", self.relay.program))
-        return replace(self, relay=relay, **wrapped)
+        sync_weights = replace(self.sync_weights, program=wrap("sync_weights", self.sync_weights.program))
+        return replace(self, sync_weights=sync_weights, **wrapped)
 
 
 def make_programs(parts: Parts, steps: int) -> Programs:
@@ -59,7 +60,7 @@ def make_programs(parts: Parts, steps: int) -> Programs:
         placed = build.places(build.abstract_learner(parts, parts.critic_cfg, critic_tx))
         learn_critic = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
     return Programs(
-        relay=make_relay(parts, parts.sampler_cfg),
+        sync_weights=make_weight_sync(parts, parts.sampler_cfg),
         generate=generate,
         assess=assess,
         make_experience=make_experience,

@@ -21,7 +21,6 @@ from medrlvr_jax.build import (
     check_positions,
     init_learner,
     load_base,
-    make_relay,
     total_steps,
     updates_in,
 )
@@ -38,8 +37,9 @@ from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model import lora
 from medrlvr_jax.rl.learn import compile_learn, make_optimizer, nll_objective, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
-from medrlvr_jax.rollout.program import Program, a_key, array, relay_program
+from medrlvr_jax.rollout.program import Program, a_key, array, sync_program
 from medrlvr_jax.rollout.rollout import Encoded, width
+from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.types import Experience, TrainState
 
@@ -107,7 +107,7 @@ def make_job(parts: Parts, rows: list[tuple[list[int], list[int]]], sets: dict[s
     learner, placed = init_learner(parts, parts.cfg, tx)
     program = compile_learn(config, nll_objective(config, parts.cfg), tx, placed)
     learner, learn = offload(config, learner, program)
-    base, relay = load_base(parts), make_relay(parts, parts.cfg)
+    base, sync_weights = load_base(parts), make_weight_sync(parts, parts.cfg)
 
     def step(state: TrainState, step: int, history: log.Records) -> StepResult:
         index = step_batch(config, len(rows), step)
@@ -131,6 +131,6 @@ def make_job(parts: Parts, rows: list[tuple[list[int], list[int]]], sets: dict[s
         sets=sets,
         state=TrainState(learner, None, jax.device_put(np.float32(0), sharding.replicated(parts.mesh))),
         step=step,
-        policy=lambda state: relay(lora.join(base, state.policy.params)),
-        programs=ahead + (relay_program(relay) + evaluate.programs(parts, sets) if sets else []),
+        policy=lambda state: sync_weights(lora.join(base, state.policy.params)),
+        programs=ahead + (sync_program(sync_weights) + evaluate.programs(parts, sets) if sets else []),
     )

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from medrlvr_jax import build, sharding
-from medrlvr_jax.build import Parts, check_positions, make_relay, total_steps
+from medrlvr_jax.build import Parts, check_positions, total_steps
 from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
@@ -44,8 +44,9 @@ from medrlvr_jax.rl.learn import adapt_kl, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
 from medrlvr_jax.rl.programs import Programs, make_programs
 from medrlvr_jax.rollout.assess import assess_settings
-from medrlvr_jax.rollout.program import Program, Recorder, a_key, abstract_prompts, array, relay_program
+from medrlvr_jax.rollout.program import Program, Recorder, a_key, abstract_prompts, array, sync_program
 from medrlvr_jax.rollout.rollout import Encoded, Scored, encode, place_prompts, reorder, score_rollout
+from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Learner, Prompts, Rollout, TrainState
 
 
@@ -109,11 +110,11 @@ def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], judge: us
     steps = total_steps(parts.config, len(encoded.questions))
     programs = make_programs(parts, steps)
     training, state = start(parts, programs)
-    # Evaluation is of the policy itself: where rollouts are drawn from int8 weights, it has a relay of its own.
-    relay = programs.relay if parts.sampler_cfg == parts.cfg else make_relay(parts, parts.cfg)
+    # Evaluation is of the policy itself: where rollouts are drawn from int8 weights, it has a sync_weights of its own.
+    sync_weights = programs.sync_weights if parts.sampler_cfg == parts.cfg else make_weight_sync(parts, parts.cfg)
     ahead = step_programs(parts, programs, encoded.width) + evaluate.programs(parts, sets)
-    if sets and relay is not programs.relay:
-        ahead += relay_program(relay)
+    if sets and sync_weights is not programs.sync_weights:
+        ahead += sync_program(sync_weights)
     return Job(
         command="train",
         parts=parts,
@@ -122,7 +123,7 @@ def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], judge: us
         sets=sets,
         state=state,
         step=partial(logged_step, training, encoded, judge),
-        policy=lambda state: relay(lora.join(training.frozen.base, state.policy.params)),
+        policy=lambda state: sync_weights(lora.join(training.frozen.base, state.policy.params)),
         programs=ahead,
     )
 
@@ -239,9 +240,9 @@ def five_parts(
 
 
 def draw(training: Training, state: TrainState, prompts: Prompts, key: Array) -> Rollout:
-    """Responses by the policy. The sampler's copy of it (`build.Relay`) lives no longer than this call."""
+    """Responses by the policy. The sampler's copy of it (`sync.WeightSync`) lives no longer than this call."""
     parts, programs = training.parts, training.programs
-    params = programs.relay(lora.join(training.frozen.base, state.policy.params))
+    params = programs.sync_weights(lora.join(training.frozen.base, state.policy.params))
     stop_ids, pad_id = parts.tokenizer.stop_ids, parts.tokenizer.pad_id
     sample = parts.config.sample
     return programs.generate(params, parts.sampler_cfg, prompts, key, sample, stop_ids, pad_id, entropies=False)

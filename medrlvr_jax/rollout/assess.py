@@ -8,7 +8,7 @@ import jax
 
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model import lora, scoring
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.sharding import by_rows, join_rows, split_rows
 from medrlvr_jax.types import Assessment, Frozen, Params, Prompts, Rollout
 

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 
 from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.model import decoder
-from medrlvr_jax.model.decoder import Cache, DecoderConfig
+from medrlvr_jax.model.decoder import Cache
 from medrlvr_jax.model.scoring import entropy
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.sharding import batch_ways, by_rows, constrain
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
@@ -122,7 +123,7 @@ def generate(
         state = record(state, jnp.broadcast_to(last[:, None], (rows, groups, cfg.embed)))
         for end, (begin, until) in zip(ends, loops(length), strict=True):
             state = state._replace(caches=decode.grow_caches(state.caches, end))
-            state = finish(state, HALVINGS if cfg.narrow else 0, begin, until)
+            state = finish(state, HALVINGS if cfg.execution.narrow else 0, begin, until)
     return by_rows(state.drawn)
 
 

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from medrlvr_jax import build, sharding
-from medrlvr_jax.build import Parts, Relay
+from medrlvr_jax import sharding
+from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.rollout.generate import generate
+from medrlvr_jax.rollout.sync import WeightSync, abstract_decode
 from medrlvr_jax.types import Prompts
 
 
@@ -69,12 +70,12 @@ def abstract_prompts(parts: Parts, questions: int, width: int) -> Prompts:
 
 def draw_program(parts: Parts, sample: SampleConfig, width: int, name: str) -> Program:
     """`generate` as an evaluation calls it, by `rollout.draw`."""
-    params, prompts = build.abstract_decode(parts, parts.cfg), abstract_prompts(parts, sample.questions, width)
+    params, prompts = abstract_decode(parts, parts.cfg), abstract_prompts(parts, sample.questions, width)
     stop_ids, pad_id = parts.tokenizer.stop_ids, parts.tokenizer.pad_id
     args = params, parts.cfg, prompts, a_key(parts), sample, stop_ids, pad_id
     return Program(name, generate, args, {"entropies": False})
 
 
-def relay_program(relay: Relay) -> list[Program]:
-    """The relay's, where it copies anything."""
-    return [Program("relay", relay.program, (relay.moved,))] if relay.moved else []
+def sync_program(sync_weights: WeightSync) -> list[Program]:
+    """The copy to the sampling layout, if there is anything to copy."""
+    return [Program("sync_weights", sync_weights.program, (sync_weights.moved,))] if sync_weights.moved else []

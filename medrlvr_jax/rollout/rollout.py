@@ -19,7 +19,7 @@ from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
-from medrlvr_jax.model.decoder import DecoderConfig
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, grade, parse, stages
 from medrlvr_jax.rewards.base import toss
 from medrlvr_jax.rewards.parse import judged_beginning

@@ -56,7 +56,7 @@ def check_model(folder: Path, parts: Parts) -> None:
         old, new = _read(folder), {"model": _model(parts)}
         if old.get("model", {}).get("path") != new["model"]["path"]:
             return []  # the settings ask for another model
-        return differences(old, new | ({"weights": _weights(parts)} if parts.cfg.lora else {}))
+        return differences(old, new | ({"weights": _weights(parts)} if parts.cfg.execution.lora else {}))
 
     _refuse(folder, from_leader(compare), parts.config.checkpoint.accept_changed_inputs)
 
@@ -83,7 +83,7 @@ def describe(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -
 def _model(parts: Parts) -> dict[str, Any]:
     path = parts.config.model.path
     settings = dataclasses.asdict(weights.read_config(path))
-    return {"path": path, "settings": {k: str(v) for k, v in settings.items()}}
+    return {"path": path, "settings": {k: str(v) for k, v in settings.items() if k != "execution"}}
 
 
 def _weights(parts: Parts) -> dict[str, str]:

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax.build import Parts, build, load_base, load_params, make_relay
+from medrlvr_jax.build import Parts, build, load_base, load_params
 from medrlvr_jax.config.load import from_tree, override
 from medrlvr_jax.config.schema import Config, RewardConfig, SampleConfig
 from medrlvr_jax.data.question import Question
@@ -43,6 +43,7 @@ from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rollout.generate import generate
 from medrlvr_jax.rollout.rollout import Encoded, draw, place_prompts, width
+from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.sharding import place_rows
 from medrlvr_jax.types import Experience, Prompts
 
@@ -121,7 +122,7 @@ def lengths(args: argparse.Namespace) -> np.ndarray | None:
 
 
 def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    params = make_relay(parts, parts.sampler_cfg)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
+    params = make_weight_sync(parts, parts.sampler_cfg)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
     prompts = place_prompts(parts, encoded_questions(args, parts), np.arange(args.questions))
     limits = lengths(args)
     stops = (parts.cfg.vocab,)  # none that can be drawn: how long a row gets is the case's to say
@@ -224,7 +225,7 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     """An evaluation to its statistics, and the same responses drawn alone, by turns."""
     size = args.questions
     encoded = encoded_questions(argparse.Namespace(**vars(args) | {"questions": 4 * size}), parts)
-    params = make_relay(parts, parts.cfg)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
+    params = make_weight_sync(parts, parts.cfg)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
     e = parts.config.eval
     sample = SampleConfig(
         questions=size, samples=args.samples, max_new_tokens=args.new, temperature=e.temperature

@@ -1,0 +1,216 @@
+"""The decoder's architecture, how it is executed, and the one table of its parameters.
+
+A row of `PARAMETERS` holds all that the library knows of a parameter: shape and logical axes, which axes are its input,
+start value, name in a Hugging Face file, which models have it. Initialisation, shardings, loading and export, LoRA,
+weight decay, Muon and the sampler's copy read this table. A new parameter is one new row.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import unflatten_dict
+
+from medrlvr_jax.config.schema import LoRAConfig
+from medrlvr_jax.types import Array, Params
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3's stretching of the low rotary frequencies."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How an architecture is computed: the run and the device choose it, and a checkpoint does not depend on most of it."""
+
+    dtype: Any = jnp.float32  # of products; sums, norms and softmaxes are float32
+    remat: str = "full"  # what the backward pass computes again: see `decoder.REMAT`
+    splash: bool = False  # attention by the TPU's kernel: see attention.py
+    unroll: bool = True  # decoding: see `decode.decode_step`
+    narrow: bool = True  # sampling: rows that have stopped make room, see generate.py
+    value_head: bool = False  # a critic: one number per token in place of the vocabulary
+    lora: LoRAConfig | None = None  # adapters beside the matrices: `<name>_a` and `<name>_b`
+    int8: bool = False  # int8 matrices, each output channel scaled by `<name>_scale`: see `decoder.quantize`
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The architecture as config.json gives it, with our names; and how it is executed."""
+
+    vocab: int
+    embed: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool  # the output matrix is the embedding
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+    max_positions: int | None = None  # the longest row that the model was made for; None: not known
+    execution: Execution = Execution()
+
+    def run_with(self, **changes: Any) -> "DecoderConfig":
+        """The same architecture with other fields of `Execution`."""
+        return replace(self, execution=replace(self.execution, **changes))
+
+
+Kind = Literal["table", "matrix", "adapter", "scale", "norm", "bias", "value"]
+
+
+class Parameter(NamedTuple):
+    """One row of the table. The parameters of all layers are stacked along a leading axis `layers`, left out here."""
+
+    kind: Kind
+    axes: str  # logical axes: `sizes` gives their sizes, sharding.py their mesh axes
+    inputs: str = ""  # those that a product with it sums over
+    start: Literal["zeros", "ones", "normal", "residual"] = "zeros"  # see `initializer`
+    tensor: str = ""  # its name in a Hugging Face file; for a layer's, what follows "model.layers.{i}."
+    tensor_axes: str = ""  # the tensor's axes, as einops writes them: "(heads head_dim) embed" is a matrix
+    stacked: bool = True  # each layer has one
+    exists: Callable[[DecoderConfig], Any] = lambda cfg: True
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies."""
+        return self.kind not in ("norm", "bias", "value")
+
+    @property
+    def trained_with_lora(self) -> bool:
+        """Whether it is trained where `model.lora` is set. All other parameters are frozen then."""
+        return self.kind in ("adapter", "value")
+
+    @property
+    def keeps_dtype(self) -> bool:
+        """Whether the sampler keeps its dtype: vectors that are applied in float32."""
+        return self.kind in ("norm", "bias", "scale")
+
+    def shape(self, cfg: DecoderConfig) -> tuple[int, ...]:
+        """One layer's shape."""
+        size = sizes(cfg)
+        return tuple(size[axis] for axis in self.axes.split())
+
+    def initializer(self, cfg: DecoderConfig) -> Any:
+        """`normal` has standard deviation inputs^-½, so that a product keeps its input's size. `residual`, for the matrices
+        that end a residual branch, divides it by √(2·layers) (GPT-2)."""
+        if self.start in ("zeros", "ones"):
+            return nn.initializers.zeros_init() if self.start == "zeros" else nn.initializers.ones_init()
+        size = sizes(cfg)
+        deviation = prod(size[axis] for axis in self.inputs.split()) ** -0.5
+        return nn.initializers.normal((2 * cfg.layers) ** -0.5 * deviation if self.start == "residual" else deviation)
+
+
+def sizes(cfg: DecoderConfig) -> dict[str, int]:
+    """Logical axis → size. `width` is `embed` in what is too small to be sharded."""
+    lora = cfg.execution.lora
+    names = ("vocab", "embed", "heads", "kv_heads", "head_dim", "ffn")
+    also = {"width": cfg.embed, "width+1": cfg.embed + 1, "rank": lora.rank if lora else 0}
+    return {name: getattr(cfg, name) for name in names} | also
+
+
+def _with_companions(**rows: Parameter) -> dict[str, Parameter]:
+    """The rows; after each layer's matrix, the scale of its int8 form and the factors A and B of its adapter."""
+    out: dict[str, Parameter] = {}
+    for name, row in rows.items():
+        out[name] = row
+        if row.kind == "matrix":
+            outputs = row.axes.removeprefix(row.inputs).strip()
+
+            def adapted(cfg: DecoderConfig, name: Any = name) -> bool:
+                return cfg.execution.lora is not None and name in cfg.execution.lora.targets
+
+            out[f"{name}_scale"] = Parameter("scale", outputs, start="ones", exists=lambda cfg: cfg.execution.int8)
+            out[f"{name}_a"] = Parameter("adapter", f"{row.inputs} rank", row.inputs, "normal", exists=adapted)
+            out[f"{name}_b"] = Parameter("adapter", f"rank {outputs}", "rank", "zeros", exists=adapted)
+    return out
+
+
+def _norm(axis: str, tensor: str, **more: Any) -> Parameter:
+    return Parameter("norm", axis, "", "ones", tensor, axis, **more)
+
+
+def _bias(axes: str, tensor: str) -> Parameter:
+    return Parameter("bias", axes, "", "zeros", tensor, f"({axes})", exists=lambda cfg: cfg.qkv_bias)
+
+
+def _matrix(axes: str, inputs: str, start: Any, tensor: str, tensor_axes: str) -> Parameter:
+    return Parameter("matrix", axes, inputs, start, tensor, tensor_axes)
+
+
+_has_head = lambda cfg: not (cfg.tied or cfg.execution.value_head)  # noqa: E731
+_has_qk_norm = lambda cfg: cfg.qk_norm  # noqa: E731
+# Start values depend on the order of the rows: see `init`. A new row goes to the end.
+PARAMETERS = _with_companions(
+    embed=Parameter("table", "vocab embed", "embed", "normal", "model.embed_tokens.weight", "vocab embed", False),
+    value=Parameter("value", "width+1", stacked=False, exists=lambda cfg: cfg.execution.value_head),
+    head=Parameter("table", "embed vocab", "embed", "normal", "lm_head.weight", "vocab embed", False, _has_head),
+    norm=_norm("width", "model.norm.weight", stacked=False),
+    attn_norm=_norm("width", "input_layernorm.weight"),
+    q=_matrix("embed heads head_dim", "embed", "normal", "self_attn.q_proj.weight", "(heads head_dim) embed"),
+    k=_matrix("embed kv_heads head_dim", "embed", "normal", "self_attn.k_proj.weight", "(kv_heads head_dim) embed"),
+    v=_matrix("embed kv_heads head_dim", "embed", "normal", "self_attn.v_proj.weight", "(kv_heads head_dim) embed"),
+    o=_matrix("heads head_dim embed", "heads head_dim", "residual", "self_attn.o_proj.weight", "embed (heads head_dim)"),
+    q_bias=_bias("heads head_dim", "self_attn.q_proj.bias"),
+    k_bias=_bias("kv_heads head_dim", "self_attn.k_proj.bias"),
+    v_bias=_bias("kv_heads head_dim", "self_attn.v_proj.bias"),
+    q_norm=_norm("head_dim", "self_attn.q_norm.weight", exists=_has_qk_norm),
+    k_norm=_norm("head_dim", "self_attn.k_norm.weight", exists=_has_qk_norm),
+    mlp_norm=_norm("width", "post_attention_layernorm.weight"),
+    gate=_matrix("embed ffn", "embed", "normal", "mlp.gate_proj.weight", "ffn embed"),
+    up=_matrix("embed ffn", "embed", "normal", "mlp.up_proj.weight", "ffn embed"),
+    down=_matrix("ffn embed", "ffn", "residual", "mlp.down_proj.weight", "embed ffn"),
+)
+MATRICES = {name: len(row.inputs.split()) for name, row in PARAMETERS.items() if row.kind == "matrix"}  # → input axes
+
+
+def parameters(cfg: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
+    """The rows that a model has, by their paths in its parameter tree."""
+    rows = {name: row for name, row in PARAMETERS.items() if row.exists(cfg)}
+    return {("layers", name) if row.stacked else (name,): row for name, row in rows.items()}
+
+
+def abstract(cfg: DecoderConfig) -> Params:
+    """The parameter tree with shapes and logical axes (`nn.Partitioned` around a ShapeDtypeStruct) in place of arrays."""
+
+    def box(row: Parameter) -> nn.Partitioned:
+        shape, axes = row.shape(cfg), tuple(row.axes.split())
+        if row.stacked:
+            shape, axes = (cfg.layers, *shape), ("layers", *axes)
+        return nn.Partitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
+
+    return unflatten_dict({path: box(row) for path, row in parameters(cfg).items()})
+
+
+def init(cfg: DecoderConfig, key: Array) -> Params:
+    """Random float32 parameters.
+
+    A parameter's key is a hash of its number. The numbers are those that Flax Linen gave (it traced a layer twice and went
+    on counting), so that a seed still gives the same weights.
+    """
+    rows, params = parameters(cfg), {}
+    layer_keys = jax.random.split(key, cfg.layers)
+    for stacked in (False, True):
+        group = [path for path, row in rows.items() if row.stacked == stacked]
+        for number, path in enumerate(group, 1 + stacked * len(group)):
+            seed = hashlib.sha1(b"layers" * stacked + bytes([number])).digest()[:4]
+            start = partial(_start, rows[path], cfg, int.from_bytes(seed, "big"))
+            params[path] = jax.lax.map(start, layer_keys) if stacked else start(key)
+    return unflatten_dict(params)
+
+
+def _start(row: Parameter, cfg: DecoderConfig, seed: int, key: Array) -> Array:
+    return row.initializer(cfg)(jax.random.fold_in(key, jnp.uint32(seed)), row.shape(cfg), jnp.float32)
