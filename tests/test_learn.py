@@ -235,11 +235,11 @@ def test_warmup_and_schedules():
 
     def rates(n, **kw):
         tx = learn.make_optimizer(schema.OptimConfig(lr=1.0, clip_norm=1e9, **kw), n)
-        params, out = {"w": jnp.zeros(1)}, []
+        params, out = {"embed": jnp.zeros(1)}, []
         state = tx.init(params)
         for _ in range(n):
-            step, state = tx.update({"w": jnp.ones(1)}, state, params)
-            out.append(-float(step["w"][0]))
+            step, state = tx.update({"embed": jnp.ones(1)}, state, params)
+            out.append(-float(step["embed"][0]))
         return out
 
     np.testing.assert_allclose(rates(10, warmup=0.4), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1], rtol=1e-4)
@@ -306,11 +306,11 @@ def test_schedules_end_with_the_run_though_the_policy_waits_for_its_critic():
     c = settings(learn__policy=linear, learn__critic=linear, learn__critic_warmup=6)
     made = programs.make_programs(Loop(c).parts, 10)
     for tx, updates in ((made.policy_tx, 16), (made.critic_tx, 40)):
-        params, steps = {"w": jnp.zeros(1)}, []
+        params, steps = {"embed": jnp.zeros(1)}, []
         state = tx.init(params)
         for _ in range(updates + 1):
-            step, state = tx.update({"w": jnp.ones(1)}, state, params)
-            steps.append(-float(step["w"][0]))
+            step, state = tx.update({"embed": jnp.ones(1)}, state, params)
+            steps.append(-float(step["embed"][0]))
         np.testing.assert_allclose(steps, 1 - np.arange(updates + 1) / updates, rtol=1e-4, atol=1e-6)
 
 
