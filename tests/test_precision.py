@@ -30,7 +30,7 @@ def params_of(cfg: DecoderConfig):
         if name.endswith(("norm", "bias", "value")):
             return 0.5 + 0.2 * jax.random.normal(key, p.shape)
         fan_in = cfg.embed if path[0].key != "layers" else np.prod(p.shape[1 : 1 + spec.MATRICES.get(name, 1)])
-        return (0.5 if lora.adapted(name) else 1.5) * fan_in**-0.5 * jax.random.normal(key, p.shape)
+        return (0.5 if spec.PARAMETERS[name].kind == "adapter" else 1.5) * fan_in**-0.5 * jax.random.normal(key, p.shape)
 
     return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(lambda: spec.init(cfg, jax.random.key(0))))
 
