@@ -326,7 +326,7 @@ def test_a_chat_template_that_opens_the_thought_is_as_a_prefill(folder, capsys):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("prompt.system=Be brief.", "prompt.system: it is the chat template's, and prompt.chat is false"),
+        ("prompt.system=Be brief.", "prompt.system: it needs the chat template; set prompt.chat to true"),
         ("sample.questions=6", "learn.minibatch: 8 does not divide sample.questions = 6"),
         ("data.path=nowhere.jsonl", "nowhere.jsonl"),
         ("model.path=./nowhere", "./nowhere"),
