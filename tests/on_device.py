@@ -357,7 +357,7 @@ def embedding(report: Report, small: bool) -> None:
     cases = {"as words are": words(rng, vocab, 1, n), "all one token": np.full((1, n), 7, np.int32)}
     cases["no token twice"] = rng.permutation(vocab)[:n][None].astype(np.int32) if n <= vocab else cases["as words are"]
     for dtype in ("float32", "bfloat16"):
-        cfg = dataclasses.replace(SHAPES["tiny"], vocab=vocab, embed=width, dtype=jnp.dtype(dtype).type)
+        cfg = dataclasses.replace(SHAPES["tiny"], vocab=vocab, embed=width).run_with(dtype=jnp.dtype(dtype).type)
         table = jax.random.normal(jax.random.key(0), (vocab, width))
         g = jax.random.normal(jax.random.key(1), (1, n, width), cfg.execution.dtype)
 

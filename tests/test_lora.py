@@ -120,7 +120,7 @@ def test_the_first_step_has_no_kl_and_the_base_never_moves():
     assert float(loop.metrics["ratio"].value()) == pytest.approx(1, abs=1e-6)
     before = float(loop.stats["reward"])
     loop.run(24)
-    assert float(loop.stats["sampler_gap"]) < 5e-5 and abs(float(loop.stats["kl"])) > 1e-3  # rounding of log-probs that have grown
+    assert float(loop.stats["sampler_gap"]) < 2e-4 and abs(float(loop.stats["kl"])) > 1e-3  # rounding of log-probs that have grown
     assert float(loop.stats["reward"]) > before + 1
     assert furthest(base, loop.frozen.base) == 0
     for learner, more in ((loop.policy, set()), (loop.critic, {("value",)})):

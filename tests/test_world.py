@@ -174,7 +174,8 @@ def test_half_of_the_leaking_thoughts_are_hacks():
 
 def test_all_is_deterministic():
     def digest(rows) -> str:
-        return hashlib.sha256(repr(rows).encode()).hexdigest()
+        written = repr(rows).replace(", value=None)", ")")  # as it was when the base read it
+        return hashlib.sha256(written.encode()).hexdigest()
 
     assert digest(world.questions("in_distribution")) == digest(asked("in_distribution"))
     assert digest(world.corpus(300)) == digest(corpus()[:300]) != digest(world.corpus(300, seed=1))
