@@ -177,10 +177,14 @@ PARAMETERS = _with_companions(
 MATRICES = {name: len(row.inputs.split()) for name, row in PARAMETERS.items() if row.kind == "matrix"}  # → input axes
 
 
+def path_of(name: str) -> tuple[str, ...]:
+    """Where the parameter of a row lies in the tree."""
+    return ("layers", name) if PARAMETERS[name].stacked else (name,)
+
+
 def parameters(cfg: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
     """The rows that a model has, by their paths in its parameter tree."""
-    rows = {name: row for name, row in PARAMETERS.items() if row.exists(cfg)}
-    return {("layers", name) if row.stacked else (name,): row for name, row in rows.items()}
+    return {path_of(name): row for name, row in PARAMETERS.items() if row.exists(cfg)}
 
 
 def abstract(cfg: DecoderConfig) -> Params:

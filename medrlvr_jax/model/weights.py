@@ -13,6 +13,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -33,7 +34,7 @@ from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
-from medrlvr_jax.model.spec import DecoderConfig, RopeScaling, abstract
+from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig, Parameter, RopeScaling, abstract, path_of
 from medrlvr_jax.types import Params
 
 
@@ -45,25 +46,18 @@ class Entry(NamedTuple):
     ours: str
 
 
-TABLE = {
-    ("embed",): Entry("model.embed_tokens.weight", "v e", "v e"),
-    ("layers", "attn_norm"): Entry("model.layers.{i}.input_layernorm.weight", "e", "e"),
-    ("layers", "q"): Entry("model.layers.{i}.self_attn.q_proj.weight", "hd e", "e h d"),
-    ("layers", "k"): Entry("model.layers.{i}.self_attn.k_proj.weight", "hd e", "e h d"),
-    ("layers", "v"): Entry("model.layers.{i}.self_attn.v_proj.weight", "hd e", "e h d"),
-    ("layers", "q_bias"): Entry("model.layers.{i}.self_attn.q_proj.bias", "hd", "h d"),
-    ("layers", "k_bias"): Entry("model.layers.{i}.self_attn.k_proj.bias", "hd", "h d"),
-    ("layers", "v_bias"): Entry("model.layers.{i}.self_attn.v_proj.bias", "hd", "h d"),
-    ("layers", "q_norm"): Entry("model.layers.{i}.self_attn.q_norm.weight", "d", "d"),
-    ("layers", "k_norm"): Entry("model.layers.{i}.self_attn.k_norm.weight", "d", "d"),
-    ("layers", "o"): Entry("model.layers.{i}.self_attn.o_proj.weight", "e hd", "h d e"),
-    ("layers", "mlp_norm"): Entry("model.layers.{i}.post_attention_layernorm.weight", "e", "e"),
-    ("layers", "gate"): Entry("model.layers.{i}.mlp.gate_proj.weight", "f e", "e f"),
-    ("layers", "up"): Entry("model.layers.{i}.mlp.up_proj.weight", "f e", "e f"),
-    ("layers", "down"): Entry("model.layers.{i}.mlp.down_proj.weight", "e f", "f e"),
-    ("norm",): Entry("model.norm.weight", "e", "e"),
-    ("head",): Entry("lm_head.weight", "v e", "e v"),
-}
+AXES = {"vocab": "v", "embed": "e", "width": "e", "heads": "h", "kv_heads": "h", "head_dim": "d", "ffn": "f"}
+
+
+def _entry(row: Parameter) -> Entry:
+    """The row of spec.py's table with a letter an axis: "(heads head_dim) embed" is "hd e"."""
+    groups = [joined or single for joined, single in re.findall(r"\((.*?)\)|(\S+)", row.tensor_axes)]
+    theirs = ("".join(AXES[axis] for axis in group.split()) for group in groups)
+    name = f"model.layers.{{i}}.{row.tensor}" if row.stacked else row.tensor
+    return Entry(name, " ".join(theirs), " ".join(AXES[axis] for axis in row.axes.split()))
+
+
+TABLE = {path_of(name): _entry(row) for name, row in PARAMETERS.items() if row.tensor}
 EMBED, HEAD = TABLE["embed",].name, TABLE["head",].name
 BUFFERS = ("model.rotary_emb.inv_freq", "model.layers.{i}.self_attn.rotary_emb.inv_freq")  # computed, never learned
 DTYPES = {"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jnp.bfloat16)}
