@@ -51,7 +51,8 @@ def settings() -> str:
         " cannot work are refused before any device work: the message names the field, the value and the"
         " remedy. `null` means that the thing is absent. The files in `configs/` are complete examples.",
         "One file serves several commands. Each needs and checks only the settings that it reads, and its"
-        " `--help` lists those: `medrlvr eval` needs no `learn`, `medrlvr sft` checks no `advantage`. Settings on"
+        " `--help` lists those: `medrlvr eval` needs no `learn`, `medrlvr sft` checks no "
+        "`advantage`. Settings on"
         " the command line that it does not read are named, and change nothing.",
     ]
     for section in sections():

@@ -11,8 +11,9 @@
     model = mr.load_model("runs/quickstart_grpo")  # a run, a Hugging Face directory, or "embedded"
     print(mr.generate(model, ["Question: …"], max_new_tokens=48))
 
-Importing the package takes no time: each name brings its module, and JAX, when it is first used. `advantages` and `losses` are modules
-whose functions work alone. Whatever cannot be used raises one of the errors here, all of which say what to do.
+Importing the package takes no time: each name brings its module, and JAX, when it is first used. `advantages`
+and `losses` are modules whose functions work alone. Whatever cannot be used raises one of the errors here,
+all of which say what to do.
 """
 
 import importlib

@@ -1,4 +1,6 @@
-"""What a notebook calls beside `train` and `sft`: a model in memory, its completions, and what an evaluation says of it."""
+"""What a notebook calls beside `train` and `sft`: a model in memory, its completions, and what an evaluation
+says of it.
+"""
 
 import dataclasses
 import math
@@ -57,7 +59,9 @@ class LoadedModel:
 
     @property
     def config(self) -> Config:
-        """The run's settings; of a model without a run, those it is asked with: `prompt`, `reward`, `model`."""
+        """The run's settings; of a model without a run, those it is asked with: `prompt`, `reward`,
+        `model`.
+        """
         return self.parts.config
 
     @cached_property
@@ -73,7 +77,8 @@ class Completion:
     prompt: str  # as the model was given it
     text: str  # of the tokens, without the stop token
     tokens: np.ndarray  # int32 [T], with the stop token
-    logprobs: np.ndarray  # float32 [T], nats: of each token, by the model at the temperature asked for (1 where that is 0)
+    # float32 [T], nats: of each token, by the model at the temperature asked for (1 where that is 0)
+    logprobs: np.ndarray
     stopped: bool  # by a stop token; else it was cut at max_new_tokens
 
 
@@ -81,8 +86,10 @@ class Completion:
 class Evaluation:
     """What the rule says of a model's answers to a set of questions."""
 
-    counts: dict[str, Any]  # n, questions, correct, accuracy, accuracy_low, …, as summary.json and eval.json have them
-    answers: list[dict[str, Any]] = dataclasses.field(repr=False)  # a row of an evaluation's JSONL for each answer
+    # n, questions, correct, accuracy, accuracy_low, …, as summary.json and eval.json have them
+    counts: dict[str, Any]
+    # a row of an evaluation's JSONL for each answer
+    answers: list[dict[str, Any]] = dataclasses.field(repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -94,26 +101,40 @@ class Evaluation:
         return self.counts["accuracy_low"], self.counts["accuracy_high"]
 
 
-def load_model(source: str | Path, step: int | Literal["best"] | None = None, settings: Mapping[str, Any] | None = None) -> LoadedModel:
+def load_model(
+    source: str | Path, step: int | Literal["best"] | None = None, settings: Mapping[str, Any] | None = None
+) -> LoadedModel:
     """A run's policy, or a model that no run has trained, on this machine's devices.
 
-    `source`: a run's folder; or a Hugging Face directory, a hub name or "embedded". `step`: of a run, the checkpoint to take; the newest
-    whole one unless given. `settings`: replace the run's, as in `load_config`, such as {"mesh.fsdp": 4} or {"model.dtype": "bfloat16"};
-    a model without a run has the defaults of `Config`, and needs {"prompt.template": "none"} where questions are to be asked without
-    the instructions that Med-RLVR puts before them.
+    `source`: a run's folder; or a Hugging Face directory, a hub name or "embedded". `step`: of a run, the
+    checkpoint to take; the newest whole one unless given. `settings`: replace the run's, as in `load_config`,
+    such as {"mesh.fsdp": 4} or {"model.dtype": "bfloat16"}; a model without a run has the defaults of
+    `Config`, and needs {"prompt.template": "none"} where questions are to be asked without the instructions
+    that Med-RLVR puts before them.
 
-    Raises `ConfigError` where there is no such model, or it does not fit this machine; `CheckpointError` where a run has no such
-    checkpoint.
+    Raises `ConfigError` where there is no such model, or it does not fit this machine; `CheckpointError`
+    where a run has no such checkpoint.
     """
     folder, changes = Path(source), dict(settings or {})
     if (folder / "config.yaml").is_file():
         parts, params, step = evaluation.open_source(folder, changes, step)
         return LoadedModel(str(source), step, params, parts)
     if step is not None:
-        raise ConfigError(f"step: {step}: {source} is no run's folder, so there are no checkpoints; leave it out")
+        raise ConfigError(
+            f"step: {step}: {source} is no run's folder, so there are no checkpoints; leave it out"
+        )
     n = len(jax.devices())  # sizes that any mesh can split; nothing is trained
-    tree: dict[str, Any] = {"name": "loaded", "steps": 1, "model": {"path": str(source)}, "data": {"path": PYTHON}}
-    tree |= {"sample": {"questions": n}, "learn": {"minibatch": n, "policy": {"lr": 0.0}}, "eval": {"batch": n}}
+    tree: dict[str, Any] = {
+        "name": "loaded",
+        "steps": 1,
+        "model": {"path": str(source)},
+        "data": {"path": PYTHON},
+    }
+    tree |= {
+        "sample": {"questions": n},
+        "learn": {"minibatch": n, "policy": {"lr": 0.0}},
+        "eval": {"batch": n},
+    }
     parts = build(configs.load(tree, changes))
     with jax.set_mesh(parts.mesh):
         return LoadedModel(str(source), 0, lora.join(load_base(parts), load_params(parts, parts.cfg)), parts)
@@ -134,11 +155,13 @@ def generate(
 ) -> list[Completion]:
     """Completions of prompts by the training's own sampler: `samples` of each, prompt after prompt.
 
-    `prompts`: texts, which the model gets as they stand; or questions (`Question`, or dicts with the fields of formats.py), which are
-    worded as the model's `config.prompt` says. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution as it is.
-    Sample j of prompt i is a function of (`seed`, i, j): neither `batch`, the number of prompts at a time, nor the other prompts change it.
+    `prompts`: texts, which the model gets as they stand; or questions (`Question`, or dicts with the fields
+    of formats.py), which are worded as the model's `config.prompt` says. `temperature` 0 is greedy; `top_k` 0
+    and `top_p` 1 leave the distribution as it is. Sample j of prompt i is a function of (`seed`, i, j):
+    neither `batch`, the number of prompts at a time, nor the other prompts change it.
 
-    Raises `ConfigError` where a prompt and `max_new_tokens` together are more than the model's positions, or a prompt has no tokens.
+    Raises `ConfigError` where a prompt and `max_new_tokens` together are more than the model's positions, or
+    a prompt has no tokens.
     """
     parts = model.parts
     rows = _encode(parts, [prompts] if isinstance(prompts, str | Question | Mapping) else list(prompts))
@@ -156,8 +179,15 @@ def generate(
             index = np.arange(start, min(start + size, len(rows)))
             filled = np.resize(index, size)  # the last batch is filled up with its first prompts
             held, _ = sharding.own_rows(size, parts.mesh)
-            given = text.pad_prompts([rows[i] for i in filled[held]], filled[held].astype(np.uint32), columns, parts.tokenizer.pad_id)
-            rollout = draw(params, parts.cfg, parts, sharding.place_rows(given, size, parts.mesh), key, sample)
+            given = text.pad_prompts(
+                [rows[i] for i in filled[held]],
+                filled[held].astype(np.uint32),
+                columns,
+                parts.tokenizer.pad_id,
+            )
+            rollout = draw(
+                params, parts.cfg, parts, sharding.place_rows(given, size, parts.mesh), key, sample
+            )
             drawn = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
             tokens, mask, logprobs = sharding.to_host((rollout.tokens, rollout.mask, drawn))
             for row, i in enumerate(index):
@@ -166,7 +196,9 @@ def generate(
                 for j, completion in enumerate(texts):
                     ids = tokens[row, j][mask[row, j]]
                     stopped = bool(len(ids)) and int(ids[-1]) in parts.tokenizer.stop_ids
-                    completions.append(Completion(prompt, completion, ids, logprobs[row, j][mask[row, j]], stopped))
+                    completions.append(
+                        Completion(prompt, completion, ids, logprobs[row, j][mask[row, j]], stopped)
+                    )
     return completions
 
 
@@ -179,10 +211,12 @@ def evaluate(
     max_new_tokens: int | None = None,
     batch: int = BATCH,
 ) -> Evaluation:
-    """Ask a model questions, and judge its answers by the rule of its `config.reward`, as `medrlvr eval` does.
+    """Ask a model questions, and judge its answers by the rule of its `config.reward`, as `medrlvr eval`
+    does.
 
-    `model`: a `LoadedModel`, or what `load_model` takes. `questions`: `Question`s or dicts, a `datasets.Dataset`, or a path such as
-    "dev.jsonl" or "embedded:in_distribution". `max_new_tokens`: the run's own, unless given.
+    `model`: a `LoadedModel`, or what `load_model` takes. `questions`: `Question`s or dicts, a
+    `datasets.Dataset`, or a path such as "dev.jsonl" or "embedded:in_distribution". `max_new_tokens`: the
+    run's own, unless given.
 
     Raises `ConfigError` for questions that cannot be used: see formats.py.
     """
@@ -194,8 +228,12 @@ def evaluate(
     encoded = encode(parts.tokenizer, data.read(spec, records)[0], parts.config)
     if not encoded.questions:
         limit = f"prompt.max_tokens = {parts.config.prompt.max_tokens}"
-        raise ConfigError(f"questions: none fits {limit}; load the model with settings={{'prompt.max_tokens': …}}")
-    check_positions(parts, encoded.longest, evaluation.how(parts.config, encoded).max_new_tokens, "max_new_tokens")
+        raise ConfigError(
+            f"questions: none fits {limit}; load the model with settings={{'prompt.max_tokens': …}}"
+        )
+    check_positions(
+        parts, encoded.longest, evaluation.how(parts.config, encoded).max_new_tokens, "max_new_tokens"
+    )
     with jax.set_mesh(parts.mesh):
         return Evaluation(*evaluation.evaluate(parts, loaded.sync_weights(loaded.params), encoded))
 
@@ -208,7 +246,9 @@ def _encode(parts: Parts, prompts: list[Any]) -> list[list[int]]:
     elif any(texts):
         raise ConfigError("prompts: texts and questions together; give either, in two calls")
     else:
-        rows = text.encode_questions(parts.tokenizer, [_question(prompt) for prompt in prompts], parts.config.prompt)
+        rows = text.encode_questions(
+            parts.tokenizer, [_question(prompt) for prompt in prompts], parts.config.prompt
+        )
     if empty := [i for i, row in enumerate(rows) if not row]:
         raise ConfigError(f"prompts: number {empty[0] + 1} has no tokens; give a text that is not empty")
     return rows
@@ -229,4 +269,6 @@ def _settings(section: type[T], **values: Any) -> T:
     try:
         return section(**values)
     except pydantic.ValidationError as e:
-        raise ConfigError("\n".join(f"{error['loc'][0]}: {error['input']!r}: {error['msg']}" for error in e.errors())) from None
+        raise ConfigError(
+            "\n".join(f"{error['loc'][0]}: {error['input']!r}: {error['msg']}" for error in e.errors())
+        ) from None

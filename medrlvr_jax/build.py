@@ -47,7 +47,11 @@ def build(config: Config) -> Parts:
 
 def _settings(config: Config) -> dict[str, Any]:
     """By dotted name; but for paths, since it is what they hold that must be the same."""
-    return {name: v for name, v in configs.flat(configs.to_tree(config)).items() if name.split(".")[-1] not in ("runs", "path", "file")}
+    return {
+        name: v
+        for name, v in configs.flat(configs.to_tree(config)).items()
+        if name.split(".")[-1] not in ("runs", "path", "file")
+    }
 
 
 def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | None = None) -> Parts:
@@ -63,32 +67,50 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
         narrow=platform == "cpu",
     )
     cfg = dataclasses.replace(cfg, execution=execution)
-    for name, size in (("sample.questions", config.sample.questions), ("learn.minibatch", config.learn.minibatch)):
+    for name, size in (
+        ("sample.questions", config.sample.questions),
+        ("learn.minibatch", config.learn.minibatch),
+    ):
         sharding.check_divides(name, size, mesh, sharding.BATCH)
-    sharding.check_divides("learn.microbatch", config.learn.microbatch or config.learn.minibatch, mesh, sharding.BATCH)
+    sharding.check_divides(
+        "learn.microbatch", config.learn.microbatch or config.learn.minibatch, mesh, sharding.BATCH
+    )
     sharding.check_divides("eval.batch", config.eval.batch, mesh, sharding.BATCH)
-    sharding.check_model(mesh, "tensor", {"attention heads": cfg.heads, "MLP width": cfg.ffn, "vocabulary": cfg.vocab})
+    sharding.check_model(
+        mesh, "tensor", {"attention heads": cfg.heads, "MLP width": cfg.ffn, "vocabulary": cfg.vocab}
+    )
     sharding.check_model(mesh, "fsdp", {"embedding width": cfg.embed})
     return Parts(config, tokenizer, cfg, cfg.run_with(value_head=True), mesh)
 
 
 def check_positions(parts: Parts, prompt: int, new: int, field: str) -> None:
-    """Refuse rows that reach beyond the positions that the model was made for: there its answers decay without a word.
+    """Refuse rows that reach beyond the positions that the model was made for: there its answers decay
+    without a word.
 
-    `prompt`: tokens of the longest prompt (of fine-tuning: of the longest row's); `field`: the setting that allows `new` more.
+    `prompt`: tokens of the longest prompt (of fine-tuning: of the longest row's); `field`: the setting that
+    allows `new` more.
     """
     limit, path = parts.cfg.max_positions, parts.config.model.path
     if limit is not None and prompt + new > limit:
-        why = f"after a prompt of {prompt} tokens that is beyond max_position_embeddings = {limit} of {path}'s config.json"
+        why = (
+            f"after a prompt of {prompt} tokens that is beyond max_position_embeddings = {limit} "
+            f"of {path}'s config.json"
+        )
         lower = f"lower it to {limit - prompt} or less, or " if prompt < limit else ""
-        raise ConfigError(f"{field}: {new}: {why}; {lower}lower prompt.max_tokens, which drops longer prompts, or take another model")
+        raise ConfigError(
+            f"{field}: {new}: {why}; {lower}lower prompt.max_tokens, which drops longer prompts, "
+            "or take another model"
+        )
 
 
-# --- shapes, dtypes and shardings, of which everything below is made ---------------------------------------------------
+# --- shapes, dtypes and shardings, of which everything below is made
+# ---------------------------------------------------
 
 
 def abstract_params(parts: Parts, cfg: DecoderConfig, table: dict = sharding.TRAIN) -> Params:
-    """The whole tree of a decoder as ShapeDtypeStructs with shardings: adapters and what goes with them float32, else `param_dtype`."""
+    """The whole tree of a decoder as ShapeDtypeStructs with shardings: adapters and what goes with them
+    float32, else `param_dtype`.
+    """
     float32, stored = jnp.dtype("float32"), jnp.dtype(parts.config.model.param_dtype)
 
     def dtype(name: str) -> jnp.dtype:
@@ -97,7 +119,12 @@ def abstract_params(parts: Parts, cfg: DecoderConfig, table: dict = sharding.TRA
     boxed = spec.abstract(cfg)
     places = lora.flat(sharding.shardings(boxed, parts.mesh, table))
     shapes = {path: box.value.shape for path, box in lora.flat(boxed).items()}
-    return unflatten_dict({path: jax.ShapeDtypeStruct(shape, dtype(path[-1]), sharding=places[path]) for path, shape in shapes.items()})
+    return unflatten_dict(
+        {
+            path: jax.ShapeDtypeStruct(shape, dtype(path[-1]), sharding=places[path])
+            for path, shape in shapes.items()
+        }
+    )
 
 
 def abstract_base(parts: Parts) -> Params:
@@ -110,7 +137,10 @@ def abstract_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransfo
     params = lora.trained(abstract_params(parts, cfg), cfg)
     state = jax.eval_shape(tx.init, params)
     where = sharding.like(state, params, parts.mesh)
-    return Learner(params, jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state, where))
+    return Learner(
+        params,
+        jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state, where),
+    )
 
 
 def places(abstract: Any) -> Any:
@@ -118,7 +148,8 @@ def places(abstract: Any) -> Any:
     return jax.tree.map(lambda s: s.sharding, abstract)
 
 
-# --- the same, filled -------------------------------------------------------------------------------------------------
+# --- the same, filled
+# -------------------------------------------------------------------------------------------------
 
 
 def load_base(parts: Parts) -> Params:
@@ -127,7 +158,9 @@ def load_base(parts: Parts) -> Params:
 
 
 def load_params(parts: Parts, cfg: DecoderConfig) -> Params:
-    """What is trained at a run's start: all weights, from the model's directory or at random; or fresh adapters (and a value head)."""
+    """What is trained at a run's start: all weights, from the model's directory or at random; or fresh
+    adapters (and a value head).
+    """
     c, abstract = parts.config, lora.trained(abstract_params(parts, cfg), cfg)
     if c.model.init == "pretrained" and not cfg.execution.lora:
         return weights.load_params(c.model.path, cfg, places(abstract), jnp.dtype(c.model.param_dtype))
@@ -137,11 +170,15 @@ def load_params(parts: Parts, cfg: DecoderConfig) -> Params:
         return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract)
 
     key = jax.random.key(c.seed)
-    return jax.jit(fresh, out_shardings=places(abstract))(jax.random.fold_in(key, cfg.execution.value_head) if cfg.execution.lora else key)
+    return jax.jit(fresh, out_shardings=places(abstract))(
+        jax.random.fold_in(key, cfg.execution.value_head) if cfg.execution.lora else key
+    )
 
 
 def load_frozen(parts: Parts) -> Frozen:
-    """Base and reference. The reference of adapters is the base itself; any other is a copy of the start, in host memory if offloaded."""
+    """Base and reference. The reference of adapters is the base itself; any other is a copy of the start, in
+    host memory if offloaded.
+    """
     reference = None
     if parts.config.kl.coef > 0:
         reference = {} if parts.cfg.execution.lora else load_params(parts, parts.cfg)
@@ -158,7 +195,9 @@ def abstract_frozen(parts: Parts) -> Frozen:
     return Frozen(abstract_base(parts), reference)
 
 
-def init_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformation) -> tuple[Learner, Learner]:
+def init_learner(
+    parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformation
+) -> tuple[Learner, Learner]:
     """A learner at its start, and its shardings."""
     params = load_params(parts, cfg)
     placed = places(abstract_learner(parts, cfg, tx))
@@ -173,5 +212,8 @@ def updates_in(config: Config, steps: int) -> int:
 def total_steps(config: Config, n: int) -> int:
     """Steps of a run over n questions: `steps`, or `passes` over them."""
     if config.sample.questions > n:
-        raise ConfigError(f"sample.questions: {config.sample.questions} is more than the {n} questions there are; lower it to {n} or less")
+        raise ConfigError(
+            f"sample.questions: {config.sample.questions} is more than the {n} questions there "
+            f"are; lower it to {n} or less"
+        )
     return config.steps or max(1, round((config.passes or 0) * (n // config.sample.questions)))

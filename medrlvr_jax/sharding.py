@@ -1,11 +1,12 @@
 """Where arrays live: the mesh, two tables from logical to mesh axes, and the only uses of `PartitionSpec`.
 
-TRAIN shards every weight over `fsdp` and `tensor`; DECODE keeps `tensor` only, so that no token pays an all-gather.
-Activations follow one table in both. The outermost axis, `slice`, splits the batch alone: what crosses the slow network between
-slices or nodes is one sum of gradients an optimiser step.
+TRAIN shards every weight over `fsdp` and `tensor`; DECODE keeps `tensor` only, so that no token pays an
+all-gather. Activations follow one table in both. The outermost axis, `slice`, splits the batch alone: what
+crosses the slow network between slices or nodes is one sum of gradients an optimiser step.
 
-A process holds the rows of a batch that its devices hold, and no others: it encodes those. Where `tensor` spans processes, several
-hold the same rows; they take turns, and each row is decoded, scored and counted by one of them.
+A process holds the rows of a batch that its devices hold, and no others: it encodes those. Where `tensor`
+spans processes, several hold the same rows; they take turns, and each row is decoded, scored and counted by
+one of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,47 +27,75 @@ from medrlvr_jax.host.errors import ConfigError
 
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = ("slice", "data", "fsdp")
-TRAIN = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "layers": None, "head_dim": None}
+TRAIN = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "layers": None,
+    "head_dim": None,
+}
 DECODE = TRAIN | {"embed": None}
 WORDS = ("tensor", "fsdp")
-ACTIVATIONS: dict[str, Any] = DECODE | {"batch": BATCH, "replica": ("slice", "data"), "embed_shard": "fsdp", "words": WORDS}
+ACTIVATIONS: dict[str, Any] = DECODE | {
+    "batch": BATCH,
+    "replica": ("slice", "data"),
+    "embed_shard": "fsdp",
+    "words": WORDS,
+}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (slice, data, fsdp, tensor) mesh over all devices; sizes that do not multiply out are refused.
 
-    What `create_hybrid_device_mesh` does for one outer axis, for granules that may be finer than a slice (one process per GPU).
+    What `create_hybrid_device_mesh` does for one outer axis, for granules that may be finer than a slice (one
+    process per GPU).
     """
     devices = jax.devices() if devices is None else devices
     inner = config.slices * config.fsdp * config.tensor
     data = len(devices) // inner if config.data == -1 else config.data
     if data < 1 or data * inner != len(devices):
         sizes = {"slices": config.slices, "data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-        asked = " × ".join(f"mesh.{name}={size}" for name, size in sizes.items() if name != "slices" or size > 1)
-        raise ConfigError(f"{asked} does not make the {len(devices)} devices here; set their product to {len(devices)}, or mesh.data to -1")
+        asked = " × ".join(
+            f"mesh.{name}={size}" for name, size in sizes.items() if name != "slices" or size > 1
+        )
+        raise ConfigError(
+            f"{asked} does not make the {len(devices)} devices here; set their product to "
+            f"{len(devices)}, or mesh.data to -1"
+        )
     shape = (data, config.fsdp, config.tensor)
     # Splitting a physical axis is how a v5e or v6e slice makes most shapes; elsewhere the argument is unused.
-    blocks = [mesh_utils.create_device_mesh(shape, part, allow_split_physical_axes=True) for part in _slices(devices, config.slices)]
+    blocks = [
+        mesh_utils.create_device_mesh(shape, part, allow_split_physical_axes=True)
+        for part in _slices(devices, config.slices)
+    ]
     # Auto axes: the compiler propagates.
     return Mesh(np.stack(blocks), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _slices(devices: Sequence[Any], n: int) -> list[list[Any]]:
-    """Devices in `n` parts between which the network is slow: by the slice (TPU; NVLink domain) that each tells, else by process.
+    """Devices in `n` parts between which the network is slow: by the slice (TPU; NVLink domain) that each
+    tells, else by process.
 
     Devices of one process and one slice are cut in their order, as fake ones are.
     """
     where = {d: (getattr(d, "slice_index", 0), d.process_index) for d in devices}
     physical = len({s for s, _ in where.values()})
     if physical > 1 and devices[0].platform == "tpu" and n % physical:
-        raise ConfigError(f"mesh.slices: {n}, and the devices are {physical} TPU slices; set it to {physical}")
+        raise ConfigError(
+            f"mesh.slices: {n}, and the devices are {physical} TPU slices; set it to {physical}"
+        )
     ordered = sorted(devices, key=lambda d: (*where[d], d.id))
     granules = [list(g) for _, g in groupby(ordered, key=where.get)]
     if len(granules) < n:
         granules = [[d] for d in ordered]
     if len(granules) % n:
         near = nearest_divisors(n, len(granules))
-        raise ConfigError(f"mesh.slices: {n} does not divide the {len(granules)} processes or slices here; the nearest that do: {near}")
+        raise ConfigError(
+            f"mesh.slices: {n} does not divide the {len(granules)} processes or slices here; the "
+            f"nearest that do: {near}"
+        )
     size = len(granules) // n
     return [list(chain.from_iterable(granules[i * size : (i + 1) * size])) for i in range(n)]
 
@@ -80,11 +109,15 @@ def constrain(x: jax.Array, *axes: str | None, table: dict = ACTIVATIONS) -> jax
 
 
 def local(f: Callable, axes: Sequence[tuple], out: int) -> Callable:
-    """f of each device's parts of arrays that lie by these logical names, its result as argument `out`: for what XLA cannot split."""
+    """f of each device's parts of arrays that lie by these logical names, its result as argument `out`: for
+    what XLA cannot split.
+    """
     mesh = jax.sharding.get_abstract_mesh()
 
     def mapped(*args):
-        specs = tuple(_spec(names, x.shape, ACTIVATIONS, dict(mesh.shape)) for names, x in zip(axes, args, strict=True))
+        specs = tuple(
+            _spec(names, x.shape, ACTIVATIONS, dict(mesh.shape)) for names, x in zip(axes, args, strict=True)
+        )
         return jax.shard_map(f, in_specs=specs, out_specs=specs[out], check_vma=False)(*args)
 
     return f if mesh.empty or mesh.size == 1 else mapped
@@ -94,7 +127,8 @@ def local(f: Callable, axes: Sequence[tuple], out: int) -> Callable:
 def gather(w: jax.Array, axes: tuple) -> jax.Array:
     """A weight whole along `fsdp`; its gradient comes back in TRAIN's shards, by a reduce-scatter.
 
-    Said aloud, or XLA:TPU gathers states and weights in rings inside each product: eight times the traffic, and more memory.
+    Said aloud, or XLA:TPU gathers states and weights in rings inside each product: eight times the traffic,
+    and more memory.
     """
     return constrain(w, *axes, table=DECODE)
 
@@ -103,12 +137,16 @@ gather.defvjp(lambda w, axes: (gather(w, axes), None), lambda axes, _, g: (const
 
 
 def by_rows(tree: Any) -> Any:
-    """Pin the leading axis of every array to `BATCH`, as the next program's arguments lie, and so that each process finds its rows."""
+    """Pin the leading axis of every array to `BATCH`, as the next program's arguments lie, and so that each
+    process finds its rows.
+    """
     return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
 
 
 def split_rows(tree: Any, size: int) -> Any:
-    """Arrays of n rows as [n / size, size, …]: strided, so that each part spans all data shards as the whole does."""
+    """Arrays of n rows as [n / size, size, …]: strided, so that each part spans all data shards as the whole
+    does.
+    """
     return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
@@ -124,7 +162,9 @@ def splits_words(vocab: int) -> bool:
 
 
 def batch_ways(size: int) -> int:
-    """Over how many devices a batch axis of `size` is split in the current mesh; 1 where it does not divide, or outside a mesh."""
+    """Over how many devices a batch axis of `size` is split in the current mesh; 1 where it does not divide,
+    or outside a mesh.
+    """
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     ways = int(np.prod([sizes.get(axis, 1) for axis in ACTIVATIONS["batch"]]))
     return ways if size % ways == 0 else 1
@@ -136,7 +176,9 @@ def axis_ways(name: str) -> int:
 
 
 def _spec(axes: tuple, shape: tuple[int, ...], table: dict, sizes: dict[str, int]) -> PartitionSpec:
-    """Axes that do not divide are replicated: small key/value heads on a wide `tensor` axis; `check_divides` refuses the rest."""
+    """Axes that do not divide are replicated: small key/value heads on a wide `tensor` axis; `check_divides`
+    refuses the rest.
+    """
 
     def resolve(name, dim):
         target = table.get(name)
@@ -172,9 +214,11 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 @cache
 def own_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Which of n rows this process's devices hold, ascending int [own]; and bool [own], True for those that it scores and counts.
+    """Which of n rows this process's devices hold, ascending int [own]; and bool [own], True for those that
+    it scores and counts.
 
-    Of the processes that hold a row, exactly one counts it; they take turns from row to row, so that none of them waits.
+    Of the processes that hold a row, exactly one counts it; they take turns from row to row, so that none of
+    them waits.
     """
     holds = np.zeros((n, jax.process_count()), bool)
     for device, index in rows(mesh).devices_indices_map((n,)).items():
@@ -184,7 +228,9 @@ def own_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
 
 
 def place_rows(tree: Any, n: int, mesh: Mesh) -> Any:
-    """Host arrays of this process's rows [own, …] as arrays of all n rows over the mesh; nothing crosses processes."""
+    """Host arrays of this process's rows [own, …] as arrays of all n rows over the mesh; nothing crosses
+    processes.
+    """
     own, _ = own_rows(n, mesh)
 
     def one(x):
@@ -201,7 +247,9 @@ def fetch_rows(tree: Any, mesh: Mesh) -> Any:
 
     def one(x):
         if not x.sharding.is_equivalent_to(rows(mesh), x.ndim):
-            raise ValueError(f"rows are fetched from arrays laid out by `rows`, and this one lies as {x.sharding}")
+            raise ValueError(
+                f"rows are fetched from arrays laid out by `rows`, and this one lies as {x.sharding}"
+            )
         own, _ = own_rows(len(x), mesh)
         out = np.empty((len(own), *x.shape[1:]), x.dtype)
         for shard in x.addressable_shards:
@@ -220,24 +268,33 @@ def check_divides(name: str, value: int, mesh: Mesh, axes: tuple[str, ...]) -> N
     ways = int(np.prod([mesh.shape[a] for a in axes]))
     if value % ways:
         near = [n for n in (value // ways * ways, -(-value // ways) * ways) if n]
-        raise ConfigError(f"{name}: {value} must divide by mesh {' × '.join(axes)} = {ways}; the nearest that do: {near}")
+        raise ConfigError(
+            f"{name}: {value} must divide by mesh {' × '.join(axes)} = {ways}; the nearest that do: {near}"
+        )
 
 
 def check_model(mesh: Mesh, axis: str, sizes: dict[str, int]) -> None:
-    """Refuse a mesh that cannot split the model's own sizes, with the nearest that can. Key/value heads may be fewer: see `_spec`."""
+    """Refuse a mesh that cannot split the model's own sizes, with the nearest that can. Key/value heads may
+    be fewer: see `_spec`.
+    """
     ways = mesh.shape[axis]
     for name, size in sizes.items():
         if size % ways:
             near = nearest_divisors(ways, gcd(*sizes.values()))
             every = ", ".join(f"{n} = {s}" for n, s in sizes.items())
-            raise ConfigError(f"mesh.{axis}: {ways} does not divide the model's {name} = {size}; the nearest that divide {every}: {near}")
+            raise ConfigError(
+                f"mesh.{axis}: {ways} does not divide the model's {name} = {size}; the nearest "
+                f"that divide {every}: {near}"
+            )
 
 
 def like(state: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree that holds arrays after the parameters' pattern (optimiser moments); `params` are shapes with shardings.
+    """Shardings for a tree that holds arrays after the parameters' pattern (optimiser moments); `params` are
+    shapes with shardings.
 
-    A copy of a parameter lies as it does, one that lacks an axis (Adafactor's row and column means) as its other axes do, all else
-    is replicated. Matching is by path suffix, so that two parameters of one shape never mix.
+    A copy of a parameter lies as it does, one that lacks an axis (Adafactor's row and column means) as its
+    other axes do, all else is replicated. Matching is by path suffix, so that two parameters of one shape
+    never mix.
     """
     known = {tuple(str(k) for k in path): p for path, p in jax.tree_util.tree_flatten_with_path(params)[0]}
 
@@ -258,5 +315,7 @@ def like(state: Any, params: Any, mesh: Mesh) -> Any:
 
 
 def to_memory(tree: Any, kind: str) -> Any:
-    """The arrays as they lie, but in the memory named: "device" or "pinned_host". Those that are there already are not copied."""
+    """The arrays as they lie, but in the memory named: "device" or "pinned_host". Those that are there
+    already are not copied.
+    """
     return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))

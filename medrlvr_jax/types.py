@@ -3,8 +3,8 @@
 Q questions, P prompt columns (left-padded), G samples of each question, R response columns (right-padded).
 Absence is `None`: no reference model, no critic, nothing truncated.
 
-Shapes stand in the types, as in `Float32[Array, "Q G R"]` (jaxtyping). They are for readers and for the type checker; nothing is
-checked at run time.
+Shapes stand in the types, as in `Float32[Array, "Q G R"]` (jaxtyping). They are for readers and for the type
+checker; nothing is checked at run time.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,16 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True)
 def pytree(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose fields are all children. No checks inside: JAX rebuilds it at every unflatten."""
+    """A frozen dataclass whose fields are all children. No checks inside: JAX rebuilds it at every
+    unflatten.
+    """
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
 
 class Mean(NamedTuple):
-    """A mean that is not yet divided: totals and counts add over micro-batches and devices, and are divided once."""
+    """A mean that is not yet divided: totals and counts add over micro-batches and devices, and are divided
+    once.
+    """
 
     total: Array
     count: Array
@@ -58,8 +62,10 @@ class Rollout:
     tokens: Int32[Array, "Q G R"]  # pad after the end
     mask: Bool[Array, "Q G R"]  # True up to and including the stop token
     logprobs: Float32[Array, "Q G R"]  # under the distribution each token was drawn from
-    policy_logprobs: Float32[Array, "Q G R"] | None  # under the untruncated policy; None where that is the same
-    entropy: Float32[Array, "Q G R"] | None = None  # nats, the untruncated policy's at each token; None where it was not asked for
+    # under the untruncated policy; None where that is the same
+    policy_logprobs: Float32[Array, "Q G R"] | None
+    # nats, the untruncated policy's at each token; None where it was not asked for
+    entropy: Float32[Array, "Q G R"] | None = None
 
 
 @pytree
@@ -82,7 +88,8 @@ class Experience:
     advantages: Float32[Array, "Q G R"]
     values: Float32[Array, "Q G R"] | None  # before learning
     returns: Float32[Array, "Q G R"] | None
-    sampler_weights: Float32[Array, "Q G R"] | None = None  # of truncated importance sampling: see losses.policy_loss
+    # of truncated importance sampling: see losses.policy_loss
+    sampler_weights: Float32[Array, "Q G R"] | None = None
 
 
 @pytree
@@ -93,10 +100,13 @@ class Learner:
 
 @pytree
 class Frozen:
-    """What a run reads and never changes; no checkpoint holds it. Parameters are always `lora.join(base, trained)`."""
+    """What a run reads and never changes; no checkpoint holds it. Parameters are always `lora.join(base,
+    trained)`.
+    """
 
     base: Params  # {} where all weights are trained
-    reference: Params | None  # the reference's part beside the base: all of it, or {} where it is the base; None: kl.coef is 0
+    # the reference's part beside the base: all of it, or {} where it is the base; None: kl.coef is 0
+    reference: Params | None
 
 
 @pytree

@@ -2,9 +2,10 @@
 
     python tests/bench_reward.py [rows] [pairs]
 
-100,000 completions of 200 to 2,000 characters, all kinds of verdict, one call. Each pair times the loop and then `score` on the same rows;
-the ratio is the median over the pairs. `plain` is the pattern as one writes it down; `tuned` is the fastest loop found, with the pattern
-unrolled at every `<` and the paper's thought skipped by `str.find`. One JSON line a mode.
+100,000 completions of 200 to 2,000 characters, all kinds of verdict, one call. Each pair times the loop and
+then `score` on the same rows; the ratio is the median over the pairs. `plain` is the pattern as one writes it
+down; `tuned` is the fastest loop found, with the pattern unrolled at every `<` and the paper's thought
+skipped by `str.find`. One JSON line a mode.
 """
 
 import json
@@ -22,13 +23,20 @@ from medrlvr_jax.rewards import score
 TERMS = """the patient presents with fever chest pain dyspnea on exertion an elevated troponin level suggests myocardial infarction
 warfarin inhibits vitamin K epoxide reductase INR < 2.0 and LDL >100 mg/dL so option B is less likely than C given a history of
 hypertension (BP 150/90 mmHg), beta-blockers reduce mortality; however, the most appropriate next step in management is therefore""".split()
-OPTIONS = ["Coronary angiography", "Chest X-ray", "Transthoracic echocardiography", "Troponin measurement", "Watchful waiting"]
+OPTIONS = [
+    "Coronary angiography",
+    "Chest X-ray",
+    "Transthoracic echocardiography",
+    "Troponin measurement",
+    "Watchful waiting",
+]
 WHITE = r"[ \t\n\v\f\r]*"
 TAG = r"</?(?:think|answer)>"
 PLAIN = {
     "paper": re.compile(rf"<think>.+?</think>{WHITE}<answer>{WHITE}([A-E]){WHITE}</answer>", re.S),
     "strict": re.compile(
-        rf"{WHITE}<think>((?:(?!{TAG}).)*)</think>{WHITE}<answer>{WHITE}([A-E])(?:[.):]((?:(?!{TAG}).)*))?{WHITE}</answer>{WHITE}", re.S
+        rf"{WHITE}<think>((?:(?!{TAG}).)*)</think>{WHITE}<answer>{WHITE}([A-E])(?:[.):]((?:(?!{TAG}).)*))?{WHITE}</answer>{WHITE}",
+        re.S,
     ),
 }
 TUNED = {
@@ -42,8 +50,11 @@ ASCII_WHITE = " \t\n\v\f\r"
 
 
 def completion(rng: random.Random) -> str:
-    """Mostly well formed, as in the middle of training; the rest spread over the failures, thought lengths over 200 to 2,000."""
-    thought = " ".join(rng.choices(TERMS, k=rng.randint(30, 300))) + rng.choice([""] * 9 + [" β₁"])  # one in ten is not ASCII
+    """Mostly well formed, as in the middle of training; the rest spread over the failures, thought lengths
+    over 200 to 2,000.
+    """
+    # one in ten is not ASCII
+    thought = " ".join(rng.choices(TERMS, k=rng.randint(30, 300))) + rng.choice([""] * 9 + [" β₁"])
     letter = rng.choice("ABCDE")
     text = f"{letter}{rng.choice('.):')} {OPTIONS['ABCDE'.index(letter)]}"
     kind = rng.random()
@@ -68,14 +79,25 @@ def completion(rng: random.Random) -> str:
     )
 
 
-def loop(mode: str, pattern: re.Pattern, completions: list[str], answers: list[str], options: list[list[str]], tuned: bool):
-    """All of Verdicts but the reason, one completion at a time. Five options everywhere spare the loop a choice of pattern."""
+def loop(
+    mode: str,
+    pattern: re.Pattern,
+    completions: list[str],
+    answers: list[str],
+    options: list[list[str]],
+    tuned: bool,
+):
+    """All of Verdicts but the reason, one completion at a time. Five options everywhere spare the loop a
+    choice of pattern.
+    """
     rewards, letters, format_ok, correct = [], [], [], []
     for i, text in enumerate(completions):
         letter = ""
         if mode == "strict":
             if (m := pattern.fullmatch(text)) and m[1].strip(ASCII_WHITE):
-                own = m[3] is None or m[3].strip(ASCII_WHITE) == options[i]["ABCDE".index(m[2])].strip(ASCII_WHITE)
+                own = m[3] is None or m[3].strip(ASCII_WHITE) == options[i]["ABCDE".index(m[2])].strip(
+                    ASCII_WHITE
+                )
                 letter = m[2] if own else ""
         elif tuned:
             opened = text.find("<think>")
@@ -104,7 +126,8 @@ def main(rows: int = 100_000, pairs: int = 5) -> None:
     for mode in ("paper", "strict"):
         seconds = {"score": [], "plain": [], "tuned": []}
         for _ in range(pairs):
-            completions = [c[:9] + c[9:] for c in completions]  # fresh, as a tokenizer gives them: Python keeps a str's UTF-8 once asked
+            # fresh, as a tokenizer gives them: Python keeps a str's UTF-8 once asked
+            completions = [c[:9] + c[9:] for c in completions]
             (plain, t) = timed(loop, mode, PLAIN[mode], completions, answers, options, False)
             seconds["plain"].append(t)
             (tuned, t) = timed(loop, mode, TUNED[mode], completions, answers, options, True)
@@ -113,7 +136,10 @@ def main(rows: int = 100_000, pairs: int = 5) -> None:
             seconds["score"].append(t)
             for columns in (plain, tuned):
                 assert all(map(np.array_equal, columns, (got.reward, got.format_ok, got.correct, got.answer)))
-        ratio = {k: statistics.median(t / s for t, s in zip(seconds[k], seconds["score"], strict=True)) for k in ("plain", "tuned")}
+        ratio = {
+            k: statistics.median(t / s for t, s in zip(seconds[k], seconds["score"], strict=True))
+            for k in ("plain", "tuned")
+        }
         figures = {
             "mode": mode,
             "rows": rows,

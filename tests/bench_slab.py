@@ -1,10 +1,12 @@
-"""Log-probs and entropies in slabs of logits against all logits at once: seconds and XLA's temporaries, forward and backward.
+"""Log-probs and entropies in slabs of logits against all logits at once: seconds and XLA's temporaries,
+forward and backward.
 
     python tests/bench_slab.py [vocabulary] [width] [tokens] [runs]
 
-The default is the head of Qwen2.5-0.5B (151,936 words, 896 wide) over 2,048 tokens, where the logits of all are 1.2 GB. `dense` writes down
-log-softmax as one does; each slab is `scoring.token_logprobs` with `model.logit_slab` of that size. All take turns; seconds are medians.
-`difference` is the largest one of a gradient from the dense path's, relative to that gradient's largest entry. One JSON line a case.
+The default is the head of Qwen2.5-0.5B (151,936 words, 896 wide) over 2,048 tokens, where the logits of all
+are 1.2 GB. `dense` writes down log-softmax as one does; each slab is `scoring.token_logprobs` with
+`model.logit_slab` of that size. All take turns; seconds are medians. `difference` is the largest one of a
+gradient from the dense path's, relative to that gradient's largest entry. One JSON line a case.
 """
 
 import json
@@ -27,7 +29,16 @@ def dense(params, hidden, tokens):
 
 def main(vocab: int = 151_936, width: int = 896, tokens: int = 2048, runs: int = 3) -> list[dict]:
     cfg = DecoderConfig(
-        vocab=vocab, embed=width, layers=1, heads=1, kv_heads=1, head_dim=2, ffn=1, rope_theta=1e4, norm_eps=1e-6, tied=True
+        vocab=vocab,
+        embed=width,
+        layers=1,
+        heads=1,
+        kv_heads=1,
+        head_dim=2,
+        ffn=1,
+        rope_theta=1e4,
+        norm_eps=1e-6,
+        tied=True,
     )
     keys = jax.random.split(jax.random.key(0), 3)
     params = {"embed": jax.random.normal(keys[0], (vocab, width)) / width**0.5}
@@ -42,14 +53,24 @@ def main(vocab: int = 151_936, width: int = 896, tokens: int = 2048, runs: int =
         return jax.jit(jax.grad(total, argnums=(0, 1))).lower(params, hidden).compile()
 
     slabs = [tokens // share for share in (1, 2, 4, 8, 16, 32)]
-    slabbed = lambda slab: lambda params, hidden, chosen: token_logprobs(params, cfg, hidden, chosen, 1.0, slab)  # noqa: E731
+    slabbed = lambda slab: (
+        lambda params, hidden, chosen: token_logprobs(params, cfg, hidden, chosen, 1.0, slab)
+    )
     programs = {"dense": program(dense)} | {str(slab): program(slabbed(slab)) for slab in slabs}
     times = by_turns([partial(p, params, hidden) for p in programs.values()], runs)
     wanted, lines = programs["dense"](params, hidden), []
     for (name, compiled), taken in zip(programs.items(), times, strict=True):
-        apart = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), compiled(params, hidden), wanted)
+        apart = jax.tree.map(
+            lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), compiled(params, hidden), wanted
+        )
         size = compiled.memory_analysis().temp_size_in_bytes
-        lines.append({"slab": name, "seconds": round(statistics.median(taken), 3), "temporaries_mib": round(size / 2**20, 1)})
+        lines.append(
+            {
+                "slab": name,
+                "seconds": round(statistics.median(taken), 3),
+                "temporaries_mib": round(size / 2**20, 1),
+            }
+        )
         lines[-1]["difference"] = float(f"{max(jax.tree.leaves(apart)):.1e}")
         print(json.dumps(lines[-1]), flush=True)
     return lines

@@ -1,15 +1,20 @@
-"""Runs that are killed again and again, against the same runs left alone: what they end with must be equal bit by bit.
+"""Runs that are killed again and again, against the same runs left alone: what they end with must be equal
+bit by bit.
 
-    python tests/faults.py                       # everything: about 60 kills; prints the table of docs/pages/numbers/faults.md
-    python tests/faults.py --kills 5 --out DIR   # fewer kills of each run; the log of every launch stays in DIR
+    python tests/faults.py                       # everything: about 60 kills; prints the table of
+                                                 docs/pages/numbers/faults.md
+    python tests/faults.py --kills 5 --out DIR   # fewer kills of each run; the log of every launch stays in
+    DIR
 
-Twelve steps of PPO, GRPO and SFT on the embedded model. Each launch is the same command (`medrlvr train …`) with one fault in it: SIGKILL
-or SIGTERM a random instant after a named point is passed (generation, scoring, learning, a checkpoint that is being written, its
-seal, the log, the restoring of the launch before …). It is launched again until it is done. Compared with a run that nothing
-happened to: every leaf of policy, critic, optimiser states, KL controller and step; and the three logs line by line, wall-clock fields
-aside. Then the same on two processes, and once on another mesh, where equality is to a tolerance.
+Twelve steps of PPO, GRPO and SFT on the embedded model. Each launch is the same command (`medrlvr train …`)
+with one fault in it: SIGKILL or SIGTERM a random instant after a named point is passed (generation, scoring,
+learning, a checkpoint that is being written, its seal, the log, the restoring of the launch before …). It is
+launched again until it is done. Compared with a run that nothing happened to: every leaf of policy, critic,
+optimiser states, KL controller and step; and the three logs line by line, wall-clock fields aside. Then the
+same on two processes, and once on another mesh, where equality is to a tolerance.
 
-A launch is a fork of a process that has imported everything and started nothing, which saves the imports alone.
+A launch is a fork of a process that has imported everything and started nothing, which saves the imports
+alone.
 """
 
 import argparse
@@ -30,7 +35,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(HERE.parent / ".cache" / "faults"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "JAX_COMPILATION_CACHE_DIR", str(HERE.parent / ".cache" / "faults")
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 sys.path.insert(0, str(HERE.parent))
 
@@ -61,8 +68,18 @@ TREE = {
 }
 GRPO = {"advantage": {"estimator": "group"}, "kl": {"coef": 0.01, "into": "loss", "estimator": "k3"}}
 GRPO |= {"learn": {"minibatch": 2, "policy": {"lr": 3e-4}}}
-EVAL = {"eval": {"batch": 8, "every": 6, "sets": {"in_distribution": {"path": "embedded:in_distribution", "limit": 8}}}}
-KINDS = {"ppo": ("train", EVAL), "grpo": ("train", GRPO), "sft": ("sft", {"sft": {"target": "rationale", "max_new_tokens": 64}})}
+EVAL = {
+    "eval": {
+        "batch": 8,
+        "every": 6,
+        "sets": {"in_distribution": {"path": "embedded:in_distribution", "limit": 8}},
+    }
+}
+KINDS = {
+    "ppo": ("train", EVAL),
+    "grpo": ("train", GRPO),
+    "sft": ("sft", {"sft": {"target": "rationale", "max_new_tokens": 64}}),
+}
 QUICK = f" {quick_flags}"  # where no cache saves compiling: see invariance.py
 
 # A point is (what is called, the most milliseconds that may pass after it before the signal falls).
@@ -80,7 +97,8 @@ POINTS = {
     "logs being rewound": ([(files, "write_text")], 2),
     "any time": ([], 20_000),
 }
-LEADER = ("checkpoint being sealed", "half a line of the log", "between the two logs")  # what process 0 alone does
+# what process 0 alone does
+LEADER = ("checkpoint being sealed", "half a line of the log", "between the two logs")
 AGAIN = ("restoring", "logs being rewound")  # points of a launch that goes on from another
 
 LACKS = {"grpo": ("evaluation (PPO)",), "sft": ("generation", "scoring", "evaluation (PPO)")}
@@ -110,7 +128,10 @@ def arm(point: str, number: int, nth: int, delay: float) -> None:
                 with open(args[0], "a") as file:
                     file.write('{"step": 3, "rew')
                 strike()
-            if point not in ("between log and checkpoint", "between the two logs", "half a line of the log") and passes():
+            if (
+                point not in ("between log and checkpoint", "between the two logs", "half a line of the log")
+                and passes()
+            ):
                 threading.Timer(delay, strike).start()
             out = call(*args, **kwargs)
             if point in ("between log and checkpoint", "between the two logs") and passes():
@@ -121,8 +142,13 @@ def arm(point: str, number: int, nth: int, delay: float) -> None:
 
     for owner, name in POINTS[point][0]:
         call = getattr(owner, name)
-        if name == "offload":  # it returns (learner, the program that a step calls), and what must be hooked is the program
-            setattr(owner, name, lambda *args, call=call: (lambda learner, program: (learner, after(program)))(*call(*args)))
+        # it returns (learner, the program that a step calls), and what must be hooked is the program
+        if name == "offload":
+            setattr(
+                owner,
+                name,
+                lambda *args, call=call: (lambda learner, program: (learner, after(program)))(*call(*args)),
+            )
         else:
             setattr(owner, name, after(call))
 
@@ -131,7 +157,9 @@ quick = False
 
 
 def launch(command: list[str], out: Path, faults: list, devices: int = 1, sleep: float = 600) -> list[int]:
-    """The command as one process for each of `faults` (None: none); their exit statuses, -n where signal n ended them."""
+    """The command as one process for each of `faults` (None: none); their exit statuses, -n where signal n
+    ended them.
+    """
     n = len(faults)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -144,7 +172,9 @@ def launch(command: list[str], out: Path, faults: list, devices: int = 1, sleep:
             pids.append(pid)
             continue
         try:
-            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}" + (QUICK if n > 1 or quick else "")
+            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}" + (
+                QUICK if n > 1 or quick else ""
+            )
             with open(f"{out}.{i}.log", "a") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
@@ -152,7 +182,11 @@ def launch(command: list[str], out: Path, faults: list, devices: int = 1, sleep:
             if n > 1:
                 jax.config.update("jax_compilation_cache_dir", None)  # see invariance.environment
                 processes.HEARTBEAT = SILENCE
-                os.environ |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
+                os.environ |= {
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": str(n),
+                    "JAX_PROCESS_ID": str(i),
+                }
             if fault:
                 arm(*fault)
             status = cli.main(command)
@@ -166,7 +200,9 @@ def launch(command: list[str], out: Path, faults: list, devices: int = 1, sleep:
 
 
 def in_child(call, *args):
-    """The result of a call that uses JAX, by a fork: this process must never start JAX, or it could fork no more."""
+    """The result of a call that uses JAX, by a fork: this process must never start JAX, or it could fork no
+    more.
+    """
     read, write = os.pipe()
     if not (pid := os.fork()):
         try:
@@ -191,8 +227,20 @@ def config(root: Path, name: str, kind: str, **changes) -> list[str]:
     return [command, str(path)]
 
 
-def torment(root: Path, name: str, kind: str, kills: int, dice: random.Random, tally: Counter, points=None, n: int = 1, **changes):
-    """Runs under `name`-1, -2, … with a fault in every launch, until `kills` have struck; yields each run when it is done."""
+def torment(
+    root: Path,
+    name: str,
+    kind: str,
+    kills: int,
+    dice: random.Random,
+    tally: Counter,
+    points=None,
+    n: int = 1,
+    **changes,
+):
+    """Runs under `name`-1, -2, … with a fault in every launch, until `kills` have struck; yields each run
+    when it is done.
+    """
     struck = 0
     for i in range(1, 100):
         folder = f"{name}-{i}"
@@ -202,20 +250,30 @@ def torment(root: Path, name: str, kind: str, kills: int, dice: random.Random, t
         while statuses != [0] * n:
             fault, who = None, dice.randrange(n)
             if struck < kills:
-                point = dice.choice([p for p in points or POINTS if (hits or p not in AGAIN) and p not in LACKS.get(kind, ())])
+                point = dice.choice(
+                    [p for p in points or POINTS if (hits or p not in AGAIN) and p not in LACKS.get(kind, ())]
+                )
                 kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]
-                number = dice.choice(kinds if point != "half a line of the log" else kinds[:1])  # only a death leaves half a line
+                # only a death leaves half a line
+                number = dice.choice(kinds if point != "half a line of the log" else kinds[:1])
                 nth = 1 if point in AGAIN else dice.randint(1, 4)
                 who = 0 if point in LEADER else who
                 fault = (point, int(number), nth, dice.uniform(0, POINTS[point][1]) / 1000)
-            statuses = launch(command, root / folder, [fault if i == who else None for i in range(n)], 1 if n == 1 else 2)
+            statuses = launch(
+                command, root / folder, [fault if i == who else None for i in range(n)], 1 if n == 1 else 2
+            )
             if fault and statuses[who] in (-fault[1], 128 + fault[1]):
                 struck, hits = struck + 1, hits + 1
                 key = (point, signal.Signals(number).name, n)
                 tally[key] += 1
-                print(f"  {folder}: {point}, pass {nth} + {fault[3] * 1000:.0f} ms, {key[1]} to process {who}: {statuses}", flush=True)
+                print(
+                    f"  {folder}: {point}, pass {nth} + {fault[3] * 1000:.0f} ms, {key[1]} to process {who}: {statuses}",
+                    flush=True,
+                )
             elif statuses != [0] * n:
-                raise SystemExit(f"{folder}: {fault}: exit statuses {statuses}; the log is {root / folder}.*.log")
+                raise SystemExit(
+                    f"{folder}: {fault}: exit statuses {statuses}; the log is {root / folder}.*.log"
+                )
         print(f"  {folder}: done after {hits} kills", flush=True)
         yield root / "runs" / folder
         if struck >= kills:
@@ -224,7 +282,11 @@ def torment(root: Path, name: str, kind: str, kills: int, dice: random.Random, t
 
 def verdict(what: str, run: Path, alone: Path, tolerance: float = 0.0) -> bool:
     found = in_child(differences, run, alone, STEPS, tolerance)
-    print(f"  {what}: " + ("; ".join(found[:8]) if found else f"equal to {tolerance}" if tolerance else "equal, bit by bit"), flush=True)
+    print(
+        f"  {what}: "
+        + ("; ".join(found[:8]) if found else f"equal to {tolerance}" if tolerance else "equal, bit by bit"),
+        flush=True,
+    )
     return not found
 
 
@@ -238,12 +300,14 @@ def alone(root: Path, kind: str, n: int = 1, name: str = "", devices: int = 1, *
 
 
 def full_disk(disk: Path, command: list[str], want: Path, out: str) -> bool:
-    """The run in a mount namespace of its own, on a small disk that is then enlarged, and on a read-only one. Needs root."""
+    """The run in a mount namespace of its own, on a small disk that is then enlarged, and on a read-only one.
+    Needs root.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x20000):  # CLONE_NEWNS
         print(f"    left out: {os.strerror(ctypes.get_errno())}")
         return True
-    mount = lambda *args: subprocess.run(["mount", *map(str, args)], check=True)  # noqa: E731
+    mount = lambda *args: subprocess.run(["mount", *map(str, args)], check=True)
     mount("--make-rprivate", "/")
     mount("-t", "tmpfs", "-o", "size=50m", "none", disk)
     terminal = os.dup(2)
@@ -270,12 +334,20 @@ def full_disk(disk: Path, command: list[str], want: Path, out: str) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=18, help="of each of the three runs on one process; default 18")
-    parser.add_argument("--pairs", type=int, default=8, help="kills of one of two processes; default 8; 0: none")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills", type=int, default=18, help="of each of the three runs on one process; default 18"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=8, help="kills of one of two processes; default 8; 0: none"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=[*KINDS, "pairs", "mesh", "disk"], help="one part alone")
-    parser.add_argument("--quick", action="store_true", help="five steps, compiled without optimisation: for a short look")
+    parser.add_argument(
+        "--quick", action="store_true", help="five steps, compiled without optimisation: for a short look"
+    )
     parser.add_argument("--out", type=Path, help="keep runs and logs there")
     args = parser.parse_args()
     if args.quick:
@@ -293,7 +365,10 @@ def main() -> int:
                     ok &= verdict(run.name, run, want)
         if args.only in (None, "pairs") and args.pairs:
             print("ppo, two processes", flush=True)
-            mesh = {"mesh": {"data": 2, "fsdp": 2}, "learn": {"minibatch": 4, "policy": {"lr": 3e-4}, "critic": {"lr": 1e-3}}}
+            mesh = {
+                "mesh": {"data": 2, "fsdp": 2},
+                "learn": {"minibatch": 4, "policy": {"lr": 3e-4}, "critic": {"lr": 1e-3}},
+            }
             mesh["eval"] = {"batch": 8}
             points = [p for p in POINTS if p not in (*AGAIN, "any time", "evaluation (PPO)")]
             want = alone(root, "ppo", 2, devices=2, **mesh)
@@ -301,7 +376,10 @@ def main() -> int:
                 ok &= verdict(run.name, run, want)
         if args.only in (None, "mesh"):
             print("ppo, begun on one device, resumed on eight (data 2, fsdp 2, tensor 2)", flush=True)
-            steady = {"learn": {"minibatch": 8, "policy": {"lr": 3e-5}, "critic": {"lr": 3e-5}}, "eval": {"batch": 8}}
+            steady = {
+                "learn": {"minibatch": 8, "policy": {"lr": 3e-5}, "critic": {"lr": 3e-5}},
+                "eval": {"batch": 8},
+            }
             steady["sample"] = TREE["sample"] | {"questions": 8}
             want = alone(root, "ppo", name="ppo-one-mesh", **steady)
             command = config(root, "ppo-meshes", "ppo", **steady)
@@ -309,7 +387,9 @@ def main() -> int:
             [status] = launch(command, root / "ppo-meshes", [("learning", int(signal.SIGKILL), midway, 0.0)])
             assert status == -signal.SIGKILL, status
             tally["learning", "SIGKILL", 1] += 1
-            run = alone(root, "ppo", name="ppo-meshes", devices=8, mesh={"data": 2, "fsdp": 2, "tensor": 2}, **steady)
+            run = alone(
+                root, "ppo", name="ppo-meshes", devices=8, mesh={"data": 2, "fsdp": 2, "tensor": 2}, **steady
+            )
             ok &= verdict("another mesh", run, want, 1e-4)
         if args.only in (None, "disk"):
             print("ppo, a disk (tmpfs) of 50 MiB: two checkpoints fit, the third does not", flush=True)

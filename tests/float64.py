@@ -1,8 +1,9 @@
-"""The kernels against float64 on the host, each written down once more in NumPy: what on_device.py holds a device to.
+"""The kernels against float64 on the host, each written down once more in NumPy: what on_device.py holds a
+device to.
 
-`cases` lists them by arithmetic and matmul precision. An error is the largest difference over the largest entry; inputs are rounded to the
-arithmetic first, so that only what the kernel itself does is in it. They are such that faults show: attention is far from uniform, prompts
-are padded, one token is seen by many rows.
+`cases` lists them by arithmetic and matmul precision. An error is the largest difference over the largest
+entry; inputs are rounded to the arithmetic first, so that only what the kernel itself does is in it. They are
+such that faults show: attention is far from uniform, prompts are padded, one token is seen by many rows.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import learn
 from medrlvr_jax.rollout import generate
 
-# (arithmetic, matmul precision) → bound. float32 by default is TF32 on NVIDIA's cards and one pass of bfloat16 on a TPU.
+# (arithmetic, matmul precision) → bound. float32 by default is TF32 on NVIDIA's cards and one pass of
+# bfloat16 on a TPU.
 EXACT, ROUNDED, HALF = ("float32", "highest"), ("float32", "default"), ("bfloat16", "default")
 BOUNDS = {EXACT: 2e-5, ROUNDED: 2e-2, HALF: 3e-2}
 
@@ -46,10 +48,22 @@ def cases(backend: str, small: bool) -> list[Case]:
     if backend == "tpu":
         kernels["attention.splash"] = partial(attended, attention.splash)
     kinds = [kind for kind in BOUNDS if kind != ROUNDED or backend != "cpu"]
-    out = [Case(name, *kind, BOUNDS[kind], partial(f, kind[0], small)) for kind in kinds for name, f in kernels.items()]
-    out += [Case("AdamW", *EXACT, 1e-4, partial(optimised, "float32")), Case("AdamW", *HALF, 1e-2, partial(optimised, "bfloat16"))]
-    out += [Case(f"sample.draw, {name}", *EXACT, 1e-4, partial(drawn, how, small)) for name, how in DRAWS.items()]
-    out += [Case("model.rotate", *kind, bound, partial(rotated, kind[0], small)) for kind, bound in ((EXACT, 5e-4), (HALF, 3e-2))]
+    out = [
+        Case(name, *kind, BOUNDS[kind], partial(f, kind[0], small))
+        for kind in kinds
+        for name, f in kernels.items()
+    ]
+    out += [
+        Case("AdamW", *EXACT, 1e-4, partial(optimised, "float32")),
+        Case("AdamW", *HALF, 1e-2, partial(optimised, "bfloat16")),
+    ]
+    out += [
+        Case(f"sample.draw, {name}", *EXACT, 1e-4, partial(drawn, how, small)) for name, how in DRAWS.items()
+    ]
+    out += [
+        Case("model.rotate", *kind, bound, partial(rotated, kind[0], small))
+        for kind, bound in ((EXACT, 5e-4), (HALF, 3e-2))
+    ]
     return [*out, Case("sample.noise", *EXACT, 0.0, noised)]
 
 
@@ -73,7 +87,9 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 def attended(attend: Callable, dtype: str, small: bool) -> float:
     """Value and gradients over `prompt | responses`, the later prompts padded."""
     rng = np.random.default_rng(0)
-    rows, prompt, groups, length, kv, heads, size = (2, 24, 2, 16, 2, 2, 16) if small else (2, 160, 4, 96, 2, 4, 64)
+    rows, prompt, groups, length, kv, heads, size = (
+        (2, 24, 2, 16, 2, 2, 16) if small else (2, 160, 4, 96, 2, 4, 64)
+    )
     n = prompt + groups * length
     (q, q64), (k, k64), (v, v64) = (
         normal(rng, dtype, rows, n, kv, heads, size, scale=2 * size**-0.5),
@@ -90,18 +106,26 @@ def attended(attend: Callable, dtype: str, small: bool) -> float:
 
     at, of = np.arange(n)[:, None], np.arange(n)[None]
     sees = (of <= at) & ((of < prompt) | ((at - prompt) // length == (of - prompt) // length))
-    sees = (sees & real[:, None]) | ~real[:, :, None]  # [rows, n, n]; a padded query sees all: nothing depends on it
+    # [rows, n, n]; a padded query sees all: nothing depends on it
+    sees = (sees & real[:, None]) | ~real[:, :, None]
     p = softmax(np.where(sees[:, None, None], np.einsum("qnkhd,qmkd->qkhnm", q64, k64), -np.inf))
     out = np.einsum("qkhnm,qmkd->qnkhd", p, v64) * real[:, :, None, None, None]
     dp = np.einsum("qnkhd,qmkd->qkhnm", g64, v64)
     ds = p * (dp - (dp * p).sum(-1, keepdims=True))
-    wanted = out, np.einsum("qkhnm,qmkd->qnkhd", ds, k64), np.einsum("qkhnm,qnkhd->qmkd", ds, q64), np.einsum("qkhnm,qnkhd->qmkd", p, g64)
+    wanted = (
+        out,
+        np.einsum("qkhnm,qmkd->qnkhd", ds, k64),
+        np.einsum("qkhnm,qnkhd->qmkd", ds, q64),
+        np.einsum("qkhnm,qnkhd->qmkd", p, g64),
+    )
     return far(jax.jit(ours)(q, k, v), wanted)
 
 
 def decoded(dtype: str, small: bool) -> float:
     rng, t = np.random.default_rng(1), 9
-    rows, prompt, groups, length, kv, heads, size = (2, 24, 2, 16, 2, 2, 16) if small else (4, 256, 8, 128, 2, 8, 128)
+    rows, prompt, groups, length, kv, heads, size = (
+        (2, 24, 2, 16, 2, 2, 16) if small else (4, 256, 8, 128, 2, 8, 128)
+    )
     (q, q64), (pk, pk64), (pv, pv64), (ok, ok64), (ov, ov64) = (
         normal(rng, dtype, rows, groups, kv, heads, size, scale=2 * size**-0.5),
         normal(rng, dtype, rows, kv, size, prompt),
@@ -110,18 +134,35 @@ def decoded(dtype: str, small: bool) -> float:
         normal(rng, dtype, rows, groups, kv, length, size),
     )
     mask = np.arange(prompt) >= np.arange(rows)[:, None] * 3
-    scores = np.concatenate([np.einsum("qgkhd,qkdp->qgkhp", q64, pk64), np.einsum("qgkhd,qgkdr->qgkhr", q64, ok64)], -1)
+    scores = np.concatenate(
+        [np.einsum("qgkhd,qkdp->qgkhp", q64, pk64), np.einsum("qgkhd,qgkdr->qgkhr", q64, ok64)], -1
+    )
     sees = np.concatenate([mask, np.broadcast_to(np.arange(length) <= t, (rows, length))], -1)
     p = softmax(np.where(sees[:, None, None, None], scores, -np.inf))
-    wanted = np.einsum("qgkhp,qkpd->qgkhd", p[..., :prompt], pv64) + np.einsum("qgkhr,qgkrd->qgkhd", p[..., prompt:], ov64)
+    wanted = np.einsum("qgkhp,qkpd->qgkhd", p[..., :prompt], pv64) + np.einsum(
+        "qgkhr,qgkrd->qgkhd", p[..., prompt:], ov64
+    )
     return far(jax.jit(attention.decode)(q, pk, pv, ok, ov, jnp.asarray(mask), jnp.int32(t)), wanted)
 
 
-CFG = DecoderConfig(vocab=64, embed=32, layers=1, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e6, norm_eps=1e-6, tied=True)
+CFG = DecoderConfig(
+    vocab=64,
+    embed=32,
+    layers=1,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn=48,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    tied=True,
+)
 
 
 def scored(dtype: str, small: bool) -> float:
-    """Log-probs, entropies and the gradients of both, by states and by the table, in two slabs and by a temperature."""
+    """Log-probs, entropies and the gradients of both, by states and by the table, in two slabs and by a
+    temperature.
+    """
     rng, temperature = np.random.default_rng(2), 0.7
     vocab, width, shape = (1009, 32, (2, 2, 6)) if small else (151_936, 256, (2, 2, 24))
     cfg = replace(CFG, vocab=vocab, embed=width).run_with(dtype=jnp.dtype(dtype).type)
@@ -132,7 +173,9 @@ def scored(dtype: str, small: bool) -> float:
     slab = tokens.size // 2
 
     def ours(hidden, table):
-        read = lambda hidden, table: scoring.token_logprobs({"embed": table}, cfg, hidden, jnp.asarray(tokens), temperature, slab)  # noqa: E731
+        read = lambda hidden, table: scoring.token_logprobs(
+            {"embed": table}, cfg, hidden, jnp.asarray(tokens), temperature, slab
+        )
         out, back = jax.vjp(read, hidden, table)
         return *out, *back((a, b))
 
@@ -160,13 +203,17 @@ def looked_up(dtype: str, small: bool) -> float:
     np.add.at(wanted, tokens, g64)
 
     def ours(table, g):
-        return jax.vjp(lambda table: decoder.embed_lookup(table, jnp.asarray(tokens), cfg), table)[1](g.astype(jnp.float32))[0]
+        return jax.vjp(lambda table: decoder.embed_lookup(table, jnp.asarray(tokens), cfg), table)[1](
+            g.astype(jnp.float32)
+        )[0]
 
     return far(jax.jit(ours)(jnp.zeros((vocab, width)), g), wanted)
 
 
 def rotated(dtype: str, small: bool) -> float:
-    """Rotary embedding at positions up to 4,095. float32 angles are off by up to 1e-4 there, whatever the machine."""
+    """Rotary embedding at positions up to 4,095. float32 angles are off by up to 1e-4 there, whatever the
+    machine.
+    """
     rng, n = np.random.default_rng(4), 64 if small else 4096
     cfg = replace(CFG, head_dim=64)
     x, x64 = normal(rng, dtype, 1, n, 2, 64)
@@ -178,7 +225,9 @@ def rotated(dtype: str, small: bool) -> float:
 
 
 def multiplied(dtype: str, small: bool) -> float:
-    """x · W + x · A · B · alpha / rank with W of int8 by output channel: the quantisation by itself, and the product."""
+    """x · W + x · A · B · alpha / rank with W of int8 by output channel: the quantisation by itself, and the
+    product.
+    """
     rng = np.random.default_rng(5)
     width, ffn = (32, 48) if small else (2048, 1024)
     adapters = LoRAConfig(rank=4, targets=("gate",))
@@ -189,19 +238,39 @@ def multiplied(dtype: str, small: bool) -> float:
     b, b64 = normal(rng, dtype, 4, ffn, scale=0.1)
     q, scale = jax.jit(partial(decoder.quantize, inputs=1))(w)
     wanted_scale = np.abs(w64).max(0) / 127
-    off = np.abs(np.asarray(q, np.float64) - w64 / wanted_scale).max() - 0.5  # half a step is what rounding may leave
+    # half a step is what rounding may leave
+    off = np.abs(np.asarray(q, np.float64) - w64 / wanted_scale).max() - 0.5
     shapes = jax.eval_shape(lambda: spec.init(cfg, jax.random.key(0)))["layers"]
-    layer = jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), shapes) | {"gate": q, "gate_scale": scale, "gate_a": a, "gate_b": b}
-    found = jax.jit(lambda layer, x: decoder.project(decoder.for_products(layer, cfg), cfg, x, "gate"))(layer, x)
-    wanted = x64 @ (np.asarray(q, np.float64) * wanted_scale) + x64 @ a64 @ b64 * (adapters.alpha / adapters.rank)
+    layer = jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), shapes) | {
+        "gate": q,
+        "gate_scale": scale,
+        "gate_a": a,
+        "gate_b": b,
+    }
+    found = jax.jit(lambda layer, x: decoder.project(decoder.for_products(layer, cfg), cfg, x, "gate"))(
+        layer, x
+    )
+    wanted = x64 @ (np.asarray(q, np.float64) * wanted_scale) + x64 @ a64 @ b64 * (
+        adapters.alpha / adapters.rank
+    )
     return max(far(found, wanted), far(scale, wanted_scale), off / 100)
 
 
 def optimised(moments: str) -> float:
-    """Three steps of AdamW after clipping by the global norm, two of which clip. `moments`: the dtype of the first."""
-    rng, c = np.random.default_rng(6), OptimConfig(lr=1e-3, warmup=0.0, weight_decay=0.1, clip_norm=1.0, moments=moments)
+    """Three steps of AdamW after clipping by the global norm, two of which clip. `moments`: the dtype of the
+    first.
+    """
+    rng, c = (
+        np.random.default_rng(6),
+        OptimConfig(lr=1e-3, warmup=0.0, weight_decay=0.1, clip_norm=1.0, moments=moments),
+    )
     tx = learn.make_optimizer(c, 3)
-    params = {"layers": {"q": jnp.asarray(0.01 * rng.standard_normal((64, 32)), jnp.float32), "attn_norm": jnp.ones(32)}}
+    params = {
+        "layers": {
+            "q": jnp.asarray(0.01 * rng.standard_normal((64, 32)), jnp.float32),
+            "attn_norm": jnp.ones(32),
+        }
+    }
     p64 = {"q": np.asarray(params["layers"]["q"], np.float64), "attn_norm": np.ones(32)}
     state, begun = tx.init(params), {k: p.copy() for k, p in p64.items()}
     m, v = ({k: np.zeros_like(p) for k, p in p64.items()} for _ in "mv")
@@ -212,29 +281,45 @@ def optimised(moments: str) -> float:
         return optax.apply_updates(params, updates), state
 
     for n in (1, 2, 3):
-        g64 = {k: rng.standard_normal(p.shape).astype(np.float32).astype(np.float64) * (1e-3 if n == 2 else 1) for k, p in p64.items()}
-        params, state = step(params, state, {"layers": {k: jnp.asarray(g, jnp.float32) for k, g in g64.items()}})
+        g64 = {
+            k: rng.standard_normal(p.shape).astype(np.float32).astype(np.float64) * (1e-3 if n == 2 else 1)
+            for k, p in p64.items()
+        }
+        params, state = step(
+            params, state, {"layers": {k: jnp.asarray(g, jnp.float32) for k, g in g64.items()}}
+        )
         norm = np.sqrt(sum((g**2).sum() for g in g64.values()))
         for k, g in g64.items():
             g = g / max(norm, 1.0)
             m[k], v[k] = c.b1 * m[k] + (1 - c.b1) * g, c.b2 * v[k] + (1 - c.b2) * g * g
-            step64 = m[k] / (1 - c.b1**n) / (np.sqrt(v[k] / (1 - c.b2**n)) + c.eps) + (c.weight_decay * p64[k] if k == "q" else 0)
+            step64 = m[k] / (1 - c.b1**n) / (np.sqrt(v[k] / (1 - c.b2**n)) + c.eps) + (
+                c.weight_decay * p64[k] if k == "q" else 0
+            )
             p64[k] = p64[k] - c.lr * step64
     moved = {k: np.asarray(params["layers"][k], np.float64) - begun[k] for k in p64}
-    return far(moved, {k: p64[k] - begun[k] for k in p64})  # of the norms, which are 1, float32 leaves 4e-5 of what they move
+    # of the norms, which are 1, float32 leaves 4e-5 of what they move
+    return far(moved, {k: p64[k] - begun[k] for k in p64})
 
 
-DRAWS = {"plain": {}, "temperature 0.5": {"temperature": 0.5}, "top_k 40": {"top_k": 40}, "top_p 0.9": {"top_p": 0.9}}
+DRAWS = {
+    "plain": {},
+    "temperature 0.5": {"temperature": 0.5},
+    "top_k 40": {"top_k": 40},
+    "top_p 0.9": {"top_p": 0.9},
+}
 
 
 def drawn(how: dict, small: bool) -> float:
-    """How far outside of its token's share of the cumulative weights a uniform lies; and the log-probs, as drawn and of the policy."""
+    """How far outside of its token's share of the cumulative weights a uniform lies; and the log-probs, as
+    drawn and of the policy.
+    """
     rng, settings = np.random.default_rng(7), SampleConfig(**how)
     vocab, rows = (1009, 32) if small else (151_936, 64)
     scores = (3 * rng.standard_normal((rows, 1, vocab))).astype(np.float32)
     uniforms = rng.random((rows, 1), np.float32)
     token, drawn_at, policy_at, entropy = (
-        np.asarray(x) for x in jax.jit(partial(generate.draw, t=0, sample=settings, stop_ids=(1,)))(scores, uniforms)
+        np.asarray(x)
+        for x in jax.jit(partial(generate.draw, t=0, sample=settings, stop_ids=(1,)))(scores, uniforms)
     )
     p = softmax(scores.astype(np.float64) / settings.temperature)
     kept = p.copy()
@@ -245,7 +330,7 @@ def drawn(how: dict, small: bool) -> float:
         border = np.take_along_axis(ranked, (ranked.cumsum(-1) < settings.top_p).sum(-1, keepdims=True), -1)
         kept[kept < border] = 0
     ends = kept.cumsum(-1) / kept.sum(-1, keepdims=True)
-    pick = lambda x: np.take_along_axis(x, token[..., None].astype(int), -1)[..., 0]  # noqa: E731
+    pick = lambda x: np.take_along_axis(x, token[..., None].astype(int), -1)[..., 0]
     end, begin = pick(ends), pick(ends) - pick(kept) / kept.sum(-1)
     outside = max(0.0, float((begin - uniforms).max()), float((uniforms - end).max()))
     logs = np.log(pick(kept)) - np.log(kept.sum(-1)), np.log(pick(p)), -(p * np.log(p)).sum(-1)
@@ -254,7 +339,9 @@ def drawn(how: dict, small: bool) -> float:
 
 def noised() -> float:
     """The uniforms of sampling are the same bits on every machine."""
-    make = lambda: jax.jit(generate.noise, static_argnums=(2, 3))(jax.random.key(5), jnp.arange(4, dtype=jnp.uint32), 3, 50)  # noqa: E731
+    make = lambda: jax.jit(generate.noise, static_argnums=(2, 3))(
+        jax.random.key(5), jnp.arange(4, dtype=jnp.uint32), 3, 50
+    )
     found = np.asarray(make())
     with jax.default_device(jax.devices("cpu")[0]):
         return float(np.abs(found - np.asarray(make())).max())

@@ -1,8 +1,12 @@
-"""Minutes of hostile input: `python tests/fuzz.py [MINUTES] [SEED]`. Any finding is a traceback; the end is a table.
+"""Minutes of hostile input: `python tests/fuzz.py [MINUTES] [SEED]`. Any finding is a traceback; the end is a
+table.
 
-Lines of valid data, and completions of the reward corpus, are cut, joined, repeated and flipped at random, byte by byte and tag by tag.
-- loaders   every format, as JSONL, JSON and CSV: questions that hold together, or a DataError that names the file, and the line or record
-- scorer    both rules against their slow references, alone and in a batch; a dry-run line is scored or refused by file, line and field
+Lines of valid data, and completions of the reward corpus, are cut, joined, repeated and flipped at random,
+byte by byte and tag by tag.
+- loaders   every format, as JSONL, JSON and CSV: questions that hold together, or a DataError that names the
+  file, and the line or record
+- scorer    both rules against their slow references, alone and in a batch; a dry-run line is scored or
+  refused by file, line and field
 - prompts   a question's text, through a chat template: no special token but the template's own, or refused
 - time      scoring four times the text takes at most ten times as long, for baits made of random pieces
 (Coverage-guided fuzzing by atheris has no build for this Python; this is what stands in for it.)
@@ -29,7 +33,12 @@ from medrlvr_jax.data.tokenizer import MESSAGE, wrap  # noqa: E402
 from medrlvr_jax.rewards import score  # noqa: E402
 from medrlvr_jax.tools.score_file import score_file  # noqa: E402
 
-RECORDS = {"plain": test_data.PLAIN, "medqa": test_data.MEDQA, "mmlu_pro": test_data.PRO, "medmcqa": test_data.MCQA}
+RECORDS = {
+    "plain": test_data.PLAIN,
+    "medqa": test_data.MEDQA,
+    "mmlu_pro": test_data.PRO,
+    "medmcqa": test_data.MCQA,
+}
 PIECES = [
     b"{",
     b"}",
@@ -48,8 +57,36 @@ PIECES = [
     b"NaN",
     b"1e999",
 ]
-PIECES += [b"\\ud800", b"-0", b'"A"', b'"options"', b'"answer"', b"9" * 5000, b"[" * 2000, "é\u2028".encode(), b"\\u0000", b"<|im_end|>"]
-TAGS = [*test_rewards.TAGS, "C", "A", "C. Warfarin", " ", "\n", "\0", "x", "<", "</", "answer>", "\u00a0", "\ud800", "\x0b", "Ｃ", "<think"]
+PIECES += [
+    b"\\ud800",
+    b"-0",
+    b'"A"',
+    b'"options"',
+    b'"answer"',
+    b"9" * 5000,
+    b"[" * 2000,
+    "é\u2028".encode(),
+    b"\\u0000",
+    b"<|im_end|>",
+]
+TAGS = [
+    *test_rewards.TAGS,
+    "C",
+    "A",
+    "C. Warfarin",
+    " ",
+    "\n",
+    "\0",
+    "x",
+    "<",
+    "</",
+    "answer>",
+    "\u00a0",
+    "\ud800",
+    "\x0b",
+    "Ｃ",
+    "<think",
+]
 
 
 def mutate(content: bytes, dice: random.Random) -> bytes:
@@ -82,10 +119,17 @@ def loaders(folder: Path, dice: random.Random) -> str:
     try:
         found = data.load(SetConfig(path=str(path), format=dice.choice(["auto", form])))
     except DataError as e:
-        assert path.name in str(e) and any(word in str(e) for word in ("line ", "record ", "not one record")), e
+        assert path.name in str(e) and any(
+            word in str(e) for word in ("line ", "record ", "not one record")
+        ), e
         return "refused"
     for q in found:
-        assert 2 <= len(q.options) <= 10 and 0 <= q.answer < len(q.options) and q.question.strip() and all(o.strip() for o in q.options)
+        assert (
+            2 <= len(q.options) <= 10
+            and 0 <= q.answer < len(q.options)
+            and q.question.strip()
+            and all(o.strip() for o in q.options)
+        )
         str(q).encode()
     return "read"
 
@@ -95,7 +139,9 @@ def scorer(folder: Path, dice: random.Random) -> str:
     for row in dice.choices(test_rewards.CORPUS, k=dice.randint(1, 5)):
         pieces = dice.choices(TAGS, k=dice.randint(0, 8))
         at = dice.randint(0, len(row["completion"]))
-        completion = row["completion"][:at] + "".join(pieces) + row["completion"][at + dice.choice([0, 0, 1, 9]) :]
+        completion = (
+            row["completion"][:at] + "".join(pieces) + row["completion"][at + dice.choice([0, 0, 1, 9]) :]
+        )
         rows.append(row | {"completion": completion if dice.random() < 0.7 else "".join(pieces)})
     for mode, reference in test_rewards.REFERENCE.items():
         got = test_rewards.judge(mode, rows)
@@ -131,12 +177,18 @@ def prompts(folder: Path, dice: random.Random) -> str:
     ]
     content = "".join(dice.choices(pieces, k=dice.randint(1, 12))).strip() or "?"
     try:
-        ids = test_text.encode_prompt(tok, Question("x", content, ("a", content), 0), PromptConfig(template="none", chat=True))
+        ids = test_text.encode_prompt(
+            tok, Question("x", content, ("a", content), 0), PromptConfig(template="none", chat=True)
+        )
     except DataError as e:
         assert "[/INST]" in content and "question x" in str(e), e
         return "refused"
-    plain = test_text.encode_prompt(tok, Question("x", "?", ("a", "b"), 0), PromptConfig(template="none", chat=True))
-    assert test_text.special_inside(tok, ids) == test_text.special_inside(tok, plain) and content in tok.show(ids)
+    plain = test_text.encode_prompt(
+        tok, Question("x", "?", ("a", "b"), 0), PromptConfig(template="none", chat=True)
+    )
+    assert test_text.special_inside(tok, ids) == test_text.special_inside(tok, plain) and content in tok.show(
+        ids
+    )
     return "encoded"
 
 
@@ -155,7 +207,10 @@ def times(folder: Path, dice: random.Random) -> str:
     raise AssertionError((mode, bait))
 
 
-CHAT = [wrap(test_text.make(merges=test_text.SPACED)), wrap(test_text.make(test_text.INST, merges=test_text.SPACED))]
+CHAT = [
+    wrap(test_text.make(merges=test_text.SPACED)),
+    wrap(test_text.make(test_text.INST, merges=test_text.SPACED)),
+]
 TARGETS = [(loaders, 40), (scorer, 40), (prompts, 40), (times, 1)]  # the number is how often in a round
 
 
@@ -173,7 +228,10 @@ def main() -> None:
                         print(f"case {case}", file=sys.stderr)
                         raise
             rounds += 1
-    print(f"{minutes} minutes, seed {seed}: " + ", ".join(f"{t} {how} {n:,}" for (t, how), n in sorted(tally.items())))
+    print(
+        f"{minutes} minutes, seed {seed}: "
+        + ", ".join(f"{t} {how} {n:,}" for (t, how), n in sorted(tally.items()))
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Fuzzing guided by coverage, by atheris: `python tests/fuzz_guided.py {scorer|loader} [-max_total_time=600] [CORPUS_DIR]`.
+"""Fuzzing guided by coverage, by atheris: `python tests/fuzz_guided.py {scorer|loader} [-max_total_time=600]
+[CORPUS_DIR]`.
 
-`pip install atheris` first; the options are libFuzzer's. What a finding is, is as in fuzz.py, which mutates more kinds of input, but
-blindly.
-- scorer   the bytes as a completion (as Latin-1 or UTF-8 text, lone surrogates kept): every mode against its slow reference
+`pip install atheris` first; the options are libFuzzer's. What a finding is, is as in fuzz.py, which mutates
+more kinds of input, but blindly.
+- scorer   the bytes as a completion (as Latin-1 or UTF-8 text, lone surrogates kept): every mode against its
+  slow reference
 - loader   the bytes as a JSONL file of questions, format found or given
 """
 
@@ -34,7 +36,9 @@ def scorer(content: bytes) -> None:
     completion = content[1:].decode("latin-1" if content[:1] < b"\x80" else "utf-8", "surrogateescape")
     row = {"completion": completion, "options": test_rewards.FOUR, "answer": "C"}
     for mode, reference in test_rewards.REFERENCE.items():
-        got = test_rewards.judge(mode, [row, row | {"completion": "<think>x</think><answer>C</answer>" + completion}, row])
+        got = test_rewards.judge(
+            mode, [row, row | {"completion": "<think>x</think><answer>C</answer>" + completion}, row]
+        )
         assert got.answer[0] == got.answer[2] == reference(completion, row["options"]), (mode, completion)
         assert got.reason[0] == got.reason[2] == test_rewards.judge(mode, [row]).reason[0], (mode, completion)
 
@@ -43,12 +47,21 @@ def loader(content: bytes) -> None:
     path = Path(FOLDER.name) / "fuzz.jsonl"
     path.write_bytes(content[1:])
     try:
-        found = data.load(SetConfig(path=str(path), format=FORMATS[content[0] % len(FORMATS)] if content else "auto"))
+        found = data.load(
+            SetConfig(path=str(path), format=FORMATS[content[0] % len(FORMATS)] if content else "auto")
+        )
     except DataError as e:
-        assert path.name in str(e) and any(word in str(e) for word in ("line ", "not one record", "fit no format")), e
+        assert path.name in str(e) and any(
+            word in str(e) for word in ("line ", "not one record", "fit no format")
+        ), e
         return
     for q in found:
-        assert 2 <= len(q.options) <= 10 and 0 <= q.answer < len(q.options) and q.question.strip() and all(o.strip() for o in q.options)
+        assert (
+            2 <= len(q.options) <= 10
+            and 0 <= q.answer < len(q.options)
+            and q.question.strip()
+            and all(o.strip() for o in q.options)
+        )
         str(q).encode()
 
 
@@ -56,11 +69,16 @@ def main() -> None:
     name, *options = sys.argv[1:]
     seeds = Path(tempfile.mkdtemp())
     for i, row in enumerate(test_rewards.CORPUS if name == "scorer" else RECORDS):
-        line = row["completion"] if name == "scorer" else json.dumps(row) + "\n" + json.dumps(row | {"id": "b"})
+        line = (
+            row["completion"] if name == "scorer" else json.dumps(row) + "\n" + json.dumps(row | {"id": "b"})
+        )
         (seeds / str(i)).write_bytes(b"\0" + line.encode("utf-8", "surrogatepass"))
     folders = [o for o in options if not o.startswith("-")] or [tempfile.mkdtemp()]
     flags = [o for o in options if o.startswith("-")]
-    atheris.Setup([sys.argv[0], "-len_control=0", *flags, *folders, str(seeds)], {"scorer": scorer, "loader": loader}[name])
+    atheris.Setup(
+        [sys.argv[0], "-len_control=0", *flags, *folders, str(seeds)],
+        {"scorer": scorer, "loader": loader}[name],
+    )
     atheris.Fuzz()
 
 

@@ -2,7 +2,8 @@
 
 The table of docs/pages/numbers/exactness.md:
 
-python tests/gap.py                              # a two-layer model of random weights, float32, over paddings, packings, chunks, meshes
+python tests/gap.py                              # a two-layer model of random weights, float32, over
+                                                 paddings, packings, chunks, meshes
 python tests/gap.py MODEL_DIR                    # a real model, float32 and bfloat16, a few tokens
 """
 
@@ -28,7 +29,17 @@ from medrlvr_jax.rollout import generate
 from medrlvr_jax.types import Prompts
 
 CFG = DecoderConfig(
-    vocab=512, embed=64, layers=2, heads=8, kv_heads=4, head_dim=8, ffn=128, rope_theta=1e4, norm_eps=1e-6, tied=True, qkv_bias=True
+    vocab=512,
+    embed=64,
+    layers=2,
+    heads=8,
+    kv_heads=4,
+    head_dim=8,
+    ffn=128,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tied=True,
+    qkv_bias=True,
 )
 STOPS, PAD = tuple(range(1, 21)), 0  # many, so that responses end at all lengths
 BASE = {
@@ -52,19 +63,26 @@ CASES = [
     {"narrow": True},
     {"unroll": False},
     *({"temperature": t} for t in (0.3, 2.0)),
-    *({"mesh": mesh} for mesh in ({"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2})),
+    *(
+        {"mesh": mesh}
+        for mesh in ({"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
+    ),
     {"pad": 40, "slab": 100, "narrow": True, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
 ]
 
 
-def gap(params, cfg: DecoderConfig, prompts: np.ndarray, lengths: np.ndarray, case: dict) -> tuple[float, float, int]:
+def gap(
+    params, cfg: DecoderConfig, prompts: np.ndarray, lengths: np.ndarray, case: dict
+) -> tuple[float, float, int]:
     """(max |Δ|, share of tokens with a ratio outside 0.9–1.1, tokens) of one rollout."""
     c = BASE | case
     cfg = cfg.run_with(narrow=c["narrow"], unroll=c["unroll"])
     mask = np.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None]
     tokens, mask = (np.pad(x, ((0, 0), (c["pad"], 0))) for x in (prompts, mask))
     batch = Prompts(tokens, mask, np.arange(len(tokens), dtype=np.uint32))
-    how = SampleConfig(questions=len(tokens), samples=c["samples"], max_new_tokens=c["length"], temperature=c["temperature"])
+    how = SampleConfig(
+        questions=len(tokens), samples=c["samples"], max_new_tokens=c["length"], temperature=c["temperature"]
+    )
     mesh = sharding.make_mesh(MeshConfig(**c["mesh"]), jax.devices()[: math.prod(c["mesh"].values())])
 
     @partial(jax.jit, static_argnames="size")
@@ -94,7 +112,9 @@ def two_layers():
 
 
 def main() -> None:
-    print("| case | tokens | max absolute difference of a log-prob | ratios outside 0.9–1.1 |\n|---|---|---|---|")
+    print(
+        "| case | tokens | max absolute difference of a log-prob | ratios outside 0.9–1.1 |\n|---|---|---|---|"
+    )
     if len(sys.argv) > 1:
         path = sys.argv[1]
         rng = np.random.default_rng(0)
@@ -102,16 +122,25 @@ def main() -> None:
             cfg = weights.read_config(path).run_with(dtype=dtype, remat="none")
             mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
             shapes = spec.abstract(cfg)
-            params = weights.load_params(path, cfg, sharding.shardings(shapes, mesh, sharding.TRAIN), jnp.dtype("float32"))
+            params = weights.load_params(
+                path, cfg, sharding.shardings(shapes, mesh, sharding.TRAIN), jnp.dtype("float32")
+            )
             furthest, far, n = gap(
-                params, cfg, rng.integers(300, 20_000, (2, 16)), np.array([16, 9]), {"samples": 8, "length": 32, "unroll": False}
+                params,
+                cfg,
+                rng.integers(300, 20_000, (2, 16)),
+                np.array([16, 9]),
+                {"samples": 8, "length": 32, "unroll": False},
             )
             print(f"| {Path(path).name}, {dtype.__name__} | {n} | {furthest:.1e} | {far:.1%} |", flush=True)
         return
     params, prompts, lengths = two_layers()
     for case in CASES:
         furthest, far, n = gap(params, CFG, prompts, lengths, case)
-        print(f"| {', '.join(f'{k} {v}' for k, v in case.items()) or 'plain'} | {n} | {furthest:.1e} | {far:.1%} |", flush=True)
+        print(
+            f"| {', '.join(f'{k} {v}' for k, v in case.items()) or 'plain'} | {n} | {furthest:.1e} | {far:.1%} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

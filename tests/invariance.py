@@ -3,7 +3,8 @@
 The table of docs/pages/numbers/exactness.md:
 
 python tests/invariance.py                              # all of CASES, as a table
-python tests/invariance.py FOLDER data=2,fsdp=2 …       # some meshes, on this process's devices or on all of JAX_NUM_PROCESSES
+python tests/invariance.py FOLDER data=2,fsdp=2 …       # some meshes, on this process's devices or on all of
+JAX_NUM_PROCESSES
 """
 
 import math
@@ -19,17 +20,25 @@ import quick
 
 HERE = Path(__file__).parent
 CASES = {  # processes × devices of each
-    (1, 8): ["data=1", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=8", "fsdp=2,tensor=4", "slices=2,data=2,fsdp=2"],
+    (1, 8): [
+        "data=1",
+        "data=8",
+        "data=2,fsdp=2,tensor=2",
+        "fsdp=8",
+        "fsdp=2,tensor=4",
+        "slices=2,data=2,fsdp=2",
+    ],
     (2, 2): ["data=4", "data=2,fsdp=2", "tensor=4", "slices=2,fsdp=2"],
     (4, 2): ["data=4,fsdp=2", "fsdp=2,tensor=4", "slices=2,fsdp=4"],
 }
 
 
 def environment(n: int, devices: int) -> dict[str, str]:
-    """For one of n children with so many fake devices; programs are compiled without optimisation, since they run for an instant.
+    """For one of n children with so many fake devices; programs are compiled without optimisation, since they
+    run for an instant.
 
-    No compilation cache among several: JAX fills process 0's alone, which would then wait for the others' compilers, and gloo's
-    patience with a process that is late for their first meeting is 30 s.
+    No compilation cache among several: JAX fills process 0's alone, which would then wait for the others'
+    compilers, and gloo's patience with a process that is late for their first meeting is 30 s.
     """
     flags = f"--xla_force_host_platform_device_count={devices} {quick.FLAGS}"
     cache = {"JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax") if n == 1 else ""}
@@ -43,9 +52,16 @@ def launch(n: int, devices: int, command: list[str], **popen) -> list[subprocess
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = environment(n, devices) | ({"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n)} if n > 1 else {})
+    env = environment(n, devices) | (
+        {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n)} if n > 1 else {}
+    )
     words = [[word.replace("{i}", str(i)) for word in command] for i in range(n)]
-    return [subprocess.Popen([sys.executable, *words[i]], env=env | {"JAX_PROCESS_ID": str(i)}, text=True, **popen) for i in range(n)]
+    return [
+        subprocess.Popen(
+            [sys.executable, *words[i]], env=env | {"JAX_PROCESS_ID": str(i)}, text=True, **popen
+        )
+        for i in range(n)
+    ]
 
 
 def run(folder: Path, meshes: list[str]) -> None:
@@ -84,7 +100,9 @@ def compare(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[int, in
 
 
 def table() -> None:
-    print("| processes × devices | mesh | tokens that differ | rewards that differ | largest difference of a parameter |")
+    print(
+        "| processes × devices | mesh | tokens that differ | rewards that differ | largest difference of a parameter |"
+    )
     print("|---|---|---|---|---|")
     want = None
     for (n, devices), meshes in CASES.items():
@@ -92,7 +110,10 @@ def table() -> None:
             want = want or got
             tokens, rewards, furthest = compare(got, want)
             counts = f"{tokens} of {want['tokens'].size} | {rewards} of {want['rewards'].size}"
-            print(f"| {n} × {devices if mesh != 'data=1' else 1} | {mesh} | {counts} | {furthest:.1e} |", flush=True)
+            print(
+                f"| {n} × {devices if mesh != 'data=1' else 1} | {mesh} | {counts} | {furthest:.1e} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__" and len(sys.argv) > 1:

@@ -1,7 +1,7 @@
 """The tiny models that `test_hf.py` and `test_parity.py` share, and what transformers computes of them.
 
-`python tests/make_parity.py` (with torch) writes `data/parity.npz`, which stands in for transformers where torch is not
-installed. The weights are never stored: they follow from a seed.
+`python tests/make_parity.py` (with torch) writes `data/parity.npz`, which stands in for transformers where
+torch is not installed. The weights are never stored: they follow from a seed.
 """
 
 import dataclasses
@@ -28,13 +28,33 @@ BASE = {
     "eos_token_id": None,
 }
 # original_max_position_embeddings 64: of the 8 frequencies 1 stays, 2 are blended and 5 are divided.
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 FAMILIES = {
-    "qwen2_tied": BASE | {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6, "use_sliding_window": False},
-    "qwen2_untied": BASE | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32, "rope_scaling": None},
+    "qwen2_tied": BASE
+    | {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6, "use_sliding_window": False},
+    "qwen2_untied": BASE
+    | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32, "rope_scaling": None},
     "qwen3": BASE | {"model_type": "qwen3", "head_dim": 16, "attention_bias": False, "rope_theta": 1e6},
-    "llama3": BASE | {"model_type": "llama", "head_dim": 16, "rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "rope_theta": None},
-    "smollm2": BASE | {"model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "llama3": BASE
+    | {
+        "model_type": "llama",
+        "head_dim": 16,
+        "rope_parameters": LLAMA3 | {"rope_theta": 500.0},
+        "rope_theta": None,
+    },
+    "smollm2": BASE
+    | {
+        "model_type": "llama",
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -56,9 +76,16 @@ def case() -> Case:
 
 
 def weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
-    """A checkpoint under Hugging Face's names, every norm and bias far from trivial, so that a forgotten one shows."""
+    """A checkpoint under Hugging Face's names, every norm and bias far from trivial, so that a forgotten one
+    shows.
+    """
     c, draw = config, np.random.RandomState(3)  # NEP 19 freezes this stream; default_rng's may change
-    e, f, heads, kv = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"], c["num_key_value_heads"]
+    e, f, heads, kv = (
+        c["hidden_size"],
+        c["intermediate_size"],
+        c["num_attention_heads"],
+        c["num_key_value_heads"],
+    )
     d = c.get("head_dim") or e // heads
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], e), "model.norm.weight": (e,)}
     if not c["tie_word_embeddings"]:
@@ -67,7 +94,11 @@ def weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
         layer = {"input_layernorm.weight": (e,), "post_attention_layernorm.weight": (e,)}
         layer |= {"self_attn.q_proj.weight": (heads * d, e), "self_attn.o_proj.weight": (e, heads * d)}
         layer |= {"self_attn.k_proj.weight": (kv * d, e), "self_attn.v_proj.weight": (kv * d, e)}
-        layer |= {"mlp.gate_proj.weight": (f, e), "mlp.up_proj.weight": (f, e), "mlp.down_proj.weight": (e, f)}
+        layer |= {
+            "mlp.gate_proj.weight": (f, e),
+            "mlp.up_proj.weight": (f, e),
+            "mlp.down_proj.weight": (e, f),
+        }
         if c["model_type"] == "qwen2":
             layer |= {f"self_attn.{x}_proj.bias": (n * d,) for x, n in (("q", heads), ("k", kv), ("v", kv))}
         if c["model_type"] == "qwen3":
@@ -76,7 +107,13 @@ def weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
 
     def one(name, shape):
         noise = draw.uniform(-1, 1, shape)
-        return (1 + 0.5 * noise if "norm" in name else 0.5 * noise if len(shape) == 1 else noise * 2.5 / shape[1] ** 0.5).astype(dtype)
+        return (
+            1 + 0.5 * noise
+            if "norm" in name
+            else 0.5 * noise
+            if len(shape) == 1
+            else noise * 2.5 / shape[1] ** 0.5
+        ).astype(dtype)
 
     return {name: one(name, shape) for name, shape in shapes.items()}
 
@@ -86,25 +123,42 @@ def write(directory: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path
     from safetensors.numpy import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None or k == "rope_scaling"}))
+    (directory / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None or k == "rope_scaling"})
+    )
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
 def reference(directory: Path) -> dict[str, np.ndarray]:
-    """What transformers computes in float32: logits [Q, G, P + R, V] of prompt | response rows (0 on padding), greedy tokens [Q, NEW]."""
+    """What transformers computes in float32: logits [Q, G, P + R, V] of prompt | response rows (0 on
+    padding), greedy tokens [Q, NEW].
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     c = case()
     groups = c.tokens.shape[1]
-    rows = np.concatenate([np.repeat(c.prompts[:, None], groups, 1), c.tokens], -1).reshape(-1, c.prompts.shape[1] + c.tokens.shape[2])
-    mask = np.concatenate([np.repeat(c.mask[:, None], groups, 1), np.ones_like(c.tokens, bool)], -1).reshape(rows.shape)
-    as_torch = [torch.tensor(x.astype(np.int64)) for x in (rows, mask, np.maximum(mask.cumsum(1) - 1, 0), c.prompts, c.mask)]
+    rows = np.concatenate([np.repeat(c.prompts[:, None], groups, 1), c.tokens], -1).reshape(
+        -1, c.prompts.shape[1] + c.tokens.shape[2]
+    )
+    mask = np.concatenate([np.repeat(c.mask[:, None], groups, 1), np.ones_like(c.tokens, bool)], -1).reshape(
+        rows.shape
+    )
+    as_torch = [
+        torch.tensor(x.astype(np.int64))
+        for x in (rows, mask, np.maximum(mask.cumsum(1) - 1, 0), c.prompts, c.mask)
+    ]
     with torch.no_grad():
-        out = model(**dict(zip(("input_ids", "attention_mask", "position_ids"), as_torch[:3], strict=True))).logits
-        grown = model.generate(as_torch[3], attention_mask=as_torch[4], max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        out = model(
+            **dict(zip(("input_ids", "attention_mask", "position_ids"), as_torch[:3], strict=True))
+        ).logits
+        grown = model.generate(
+            as_torch[3], attention_mask=as_torch[4], max_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )
     logits = np.where(mask[..., None], out.numpy(), 0).reshape(*c.tokens.shape[:2], *out.shape[1:])
     return {"logits": logits, "greedy": grown[:, c.prompts.shape[1] :].numpy().astype(np.int32)}
 
@@ -116,6 +170,12 @@ if __name__ == "__main__":
     for name, config in FAMILIES.items():
         with tempfile.TemporaryDirectory() as directory:
             result = reference(write(Path(directory), config, weights(config)))
-        print(name, "logits within ±", np.abs(result["logits"]).max(), "different greedy tokens:", len(np.unique(result["greedy"])))
+        print(
+            name,
+            "logits within ±",
+            np.abs(result["logits"]).max(),
+            "different greedy tokens:",
+            len(np.unique(result["greedy"])),
+        )
         golden |= {f"{name}.{key}": value for key, value in result.items()}
     np.savez_compressed(GOLDEN, **golden)

@@ -1,24 +1,30 @@
-"""Is it right on the accelerator that is here, and how fast: kernels, determinism, speed and memory, in at most eight minutes.
+"""Is it right on the accelerator that is here, and how fast: kernels, determinism, speed and memory, in at
+most eight minutes.
 
-    python tests/on_device.py --out DIR                      # one GPU or TPU; another chip of the host stays idle
-    python tests/on_device.py --out DIR --small              # the same sections on tiny shapes, also on a CPU: a minute
-    python tests/on_device.py --out DIR --only step_3B profile
+    python tests/on_device.py --out DIR                      # one GPU or TPU; another chip of the host stays
+                                                             idle
+    python tests/on_device.py --out DIR --small              # the same sections on tiny shapes, also on a
+    CPU: a minute python tests/on_device.py --out DIR --only step_3B profile
 
-Needs the packages of setup.cfg and JAX for the accelerator ('.[cuda]', '.[cuda13]', '.[tpu]'); no network, no data, no weights. Tokens are
-random with the frequencies of words, weights are random, so that no response stops at once: all have their full length. What is timed is
-what a training runs: `train.train_step`, its programs compiled as a training compiles them. DIR gets
+Needs the packages of setup.cfg and JAX for the accelerator ('.[cuda]', '.[cuda13]', '.[tpu]'); no network, no
+data, no weights. Tokens are random with the frequencies of words, weights are random, so that no response
+stops at once: all have their full length. What is timed is what a training runs: `train.train_step`, its
+programs compiled as a training compiles them. DIR gets
 
     on_device.jsonl   a line for every figure as soon as it is measured
-    on_device.md      the same as tables, and on_device.json as one tree: which sections are done, failed, stopped or skipped
+    on_device.md      the same as tables, and on_device.json as one tree: which sections are done, failed,
+                      stopped or skipped
     on_device.log     what the sections printed, tracebacks among it
 
-Sections run in order of value, each in a process of its own, so that memory, compiler flags or a crash of one are no other's. One that
-would take longer than is left of --budget is skipped, one that does take longer is stopped; both are named. Exit status: 0, or 1 where
-a section raised, crashed, was stopped or missed a bound. JAX_COMPILATION_CACHE_DIR makes a second run on the same machine quicker.
+Sections run in order of value, each in a process of its own, so that memory, compiler flags or a crash of one
+are no other's. One that would take longer than is left of --budget is skipped, one that does take longer is
+stopped; both are named. Exit status: 0, or 1 where a section raised, crashed, was stopped or missed a bound.
+JAX_COMPILATION_CACHE_DIR makes a second run on the same machine quicker.
 
-Beside a program's seconds stand what it must do at least (`share_of_…`: of the machine's published peaks; `of_…`: of what a large matmul or
-a copy reaches in the same process) and what `medrlvr plan` says of it (`planned_…`). Peaks of memory are the device's own counter, which
-never falls: that of a program is the largest so far.
+Beside a program's seconds stand what it must do at least (`share_of_…`: of the machine's published peaks;
+`of_…`: of what a large matmul or a copy reaches in the same process) and what `medrlvr plan` says of it
+(`planned_…`). Peaks of memory are the device's own counter, which never falls: that of a program is the
+largest so far.
 """
 
 import argparse
@@ -125,7 +131,8 @@ def missed(report: Report, wrong: list[str]) -> None:
         raise AssertionError(f"{report.section}: {len(wrong)} beyond the bound: " + "; ".join(wrong))
 
 
-# --- what is here -----------------------------------------------------------------------------------------------------
+# --- what is here
+# -----------------------------------------------------------------------------------------------------
 
 
 def memory(name: str) -> float | None:
@@ -135,12 +142,20 @@ def memory(name: str) -> float | None:
 
 
 def reached() -> dict[str, float]:
-    """What this device reaches: bfloat16 matmuls of 8,192² and copies of 4 GiB; on a CPU float32, and less of both."""
-    return bench.machine(512, "float32", 2**24) if jax.default_backend() == "cpu" else bench.machine(8192, "bfloat16", 2**32)
+    """What this device reaches: bfloat16 matmuls of 8,192² and copies of 4 GiB; on a CPU float32, and less of
+    both.
+    """
+    return (
+        bench.machine(512, "float32", 2**24)
+        if jax.default_backend() == "cpu"
+        else bench.machine(8192, "bfloat16", 2**32)
+    )
 
 
 def the_chip() -> Chip:
-    """By its published figures where they are in machines.py, else by measured ones; with the memory that programs have here."""
+    """By its published figures where they are in machines.py, else by measured ones; with the memory that
+    programs have here.
+    """
     device = jax.devices()[0]
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     usable = host if (limit := memory("bytes_limit")) is None else limit * GIB
@@ -148,23 +163,49 @@ def the_chip() -> Chip:
         if chip.kind == device.device_kind:
             return dataclasses.replace(chip, usable=usable)
     rates = reached()
-    return Chip(device.platform, rates["matmul_gflops"] * 1e9, usable, rates["copy_gbs"] * 1e9, 1.0, kind=device.device_kind)
+    return Chip(
+        device.platform,
+        rates["matmul_gflops"] * 1e9,
+        usable,
+        rates["copy_gbs"] * 1e9,
+        1.0,
+        kind=device.device_kind,
+    )
 
 
 def machine(report: Report, small: bool) -> None:
     device, chip = jax.devices()[0], the_chip()
-    known = next((name for name, c in machines.CHIPS.items() if c.kind == device.device_kind), "no: its peaks are those measured here")
-    report(device=device.device_kind, platform=device.platform, devices=len(jax.devices()), cores=os.cpu_count(), in_machines=known)
-    versions = {"jax": jax.__version__, "python": sys.version.split()[0], "xla": device.client.platform_version}
+    known = next(
+        (name for name, c in machines.CHIPS.items() if c.kind == device.device_kind),
+        "no: its peaks are those measured here",
+    )
+    report(
+        device=device.device_kind,
+        platform=device.platform,
+        devices=len(jax.devices()),
+        cores=os.cpu_count(),
+        in_machines=known,
+    )
+    versions = {
+        "jax": jax.__version__,
+        "python": sys.version.split()[0],
+        "xla": device.client.platform_version,
+    }
     report(**versions, xla_flags=os.environ.get("XLA_FLAGS", ""), usable_gib=chip.usable / GIB)
-    report(matmul="as most of a step is", peak_gflops=chip.flops / 1e9, peak_gbs=chip.hbm_speed / 1e9, **reached())
+    report(
+        matmul="as most of a step is",
+        peak_gflops=chip.flops / 1e9,
+        peak_gbs=chip.hbm_speed / 1e9,
+        **reached(),
+    )
     if not small:
         for precision in ("default", "highest"):
             with jax.default_matmul_precision(precision):
                 report(matmul=f"float32, precision {precision}", **bench.machine(4096, "float32", 2**30))
 
 
-# --- parity -----------------------------------------------------------------------------------------------------------
+# --- parity
+# -----------------------------------------------------------------------------------------------------------
 
 
 def parity(report: Report, small: bool) -> None:
@@ -174,9 +215,13 @@ def parity(report: Report, small: bool) -> None:
     def one(case: float64.Case) -> None:
         with jax.default_matmul_precision(case.precision):
             error = case.error()
-        report(kernel=case.kernel, arithmetic=case.dtype, precision=case.precision, error=error, bound=case.bound)
+        report(
+            kernel=case.kernel, arithmetic=case.dtype, precision=case.precision, error=error, bound=case.bound
+        )
         if not error <= case.bound:  # a NaN is beyond any
-            wrong.append(f"{case.kernel} in {case.dtype}, precision {case.precision}: {error:.2e} of {case.bound:.0e}")
+            wrong.append(
+                f"{case.kernel} in {case.dtype}, precision {case.precision}: {error:.2e} of {case.bound:.0e}"
+            )
 
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:  # compiling is most of it
         for future in [pool.submit(one, case) for case in float64.cases(jax.default_backend(), small)]:
@@ -184,11 +229,14 @@ def parity(report: Report, small: bool) -> None:
     missed(report, wrong)
 
 
-# --- a training step --------------------------------------------------------------------------------------------------
+# --- a training step
+# --------------------------------------------------------------------------------------------------
 
 
 def lay_out(size: str, sizes: Sizes, **changes: Any) -> build.Parts:
-    """GRPO with a reference on the first device; the tokenizer is the embedded one, whose words are fewer than the model's."""
+    """GRPO with a reference on the first device; the tokenizer is the embedded one, whose words are fewer
+    than the model's.
+    """
     tree: dict[str, Any] = {
         "name": "on_device",
         "steps": 1000,
@@ -223,7 +271,9 @@ def questions(parts: build.Parts, sizes: Sizes) -> Encoded:
 
 @partial(jax.jit, donate_argnums=0)
 def lively(params: Any) -> Any:
-    """Norms and biases away from 1 and 0, and scores four times as far apart: an entropy of a few nats, as a trained model's."""
+    """Norms and biases away from 1 and 0, and scores four times as far apart: an entropy of a few nats, as a
+    trained model's.
+    """
 
     def one(path, p):
         name, where = path[-1].key, jax.tree_util.keystr(path)
@@ -235,7 +285,9 @@ def lively(params: Any) -> Any:
 
 
 class Clock:
-    """Wraps programs: seconds of each call, from when its arguments are there to when its results are; and the memory's peak so far."""
+    """Wraps programs: seconds of each call, from when its arguments are there to when its results are; and
+    the memory's peak so far.
+    """
 
     def __init__(self):
         self.times, self.peaks = defaultdict(list), {}
@@ -258,7 +310,9 @@ def timed(clock: Clock, training: train.Training) -> train.Training:
 
 
 def compiled(parts: build.Parts, programs: Any, encoded: Encoded, chip: Chip) -> dict[str, aot.Figures]:
-    """The step's programs, compiled at once as `compile_ahead` does (the calls find them), with what `medrlvr plan` says of each."""
+    """The step's programs, compiled at once as `compile_ahead` does (the calls find them), with what `medrlvr
+    plan` says of each.
+    """
     alone, ahead = Machine(chip.kind, chip, 1, 1), step_programs(parts, programs, encoded.width)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         figures = pool.map(lambda program: aot.compile_program(program, parts, alone, {}, options={}), ahead)
@@ -266,16 +320,24 @@ def compiled(parts: build.Parts, programs: Any, encoded: Encoded, chip: Chip) ->
 
 
 def decode_bytes(cfg: DecoderConfig, weights: float, sizes: Sizes, columns: int) -> float:
-    """What sampling must read at least: at each column all weights once, each question's prompt once, and each row's own tokens."""
+    """What sampling must read at least: at each column all weights once, each question's prompt once, and
+    each row's own tokens.
+    """
     token = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * jnp.dtype(cfg.execution.dtype).itemsize
     own = sizes.questions * sizes.samples * columns * (columns - 1) / 2
     return columns * (weights + sizes.questions * sizes.prompt * token) + own * token
 
 
 def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -> None:
-    """Seconds, shares of the machine's bounds and memory of a whole step and of each of its programs; a trace of one step."""
+    """Seconds, shares of the machine's bounds and memory of a whole step and of each of its programs; a trace
+    of one step.
+    """
     sizes = Sizes(2, 16, 2, 8, 1) if small else Sizes()
-    changes = {"model": {"param_dtype": "bfloat16", "lora": {"rank": 16}}, "learn": {"policy": {"lr": 1e-4}}} if adapters else {}
+    changes = (
+        {"model": {"param_dtype": "bfloat16", "lora": {"rank": 16}}, "learn": {"policy": {"lr": 1e-4}}}
+        if adapters
+        else {}
+    )
     parts = lay_out(size, sizes, **changes)
     encoded, chip, began = questions(parts, sizes), the_chip(), time.monotonic()
     with jax.set_mesh(parts.mesh):
@@ -290,13 +352,16 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
         with Compiles() as heard:
             for n in range(1 + sizes.runs):
                 state, stats, scored, _ = jax.block_until_ready(train.train_step(watched, encoded, state, n))
-                report(step=n + 1, compiled_meanwhile=dict(heard.drain()))  # in the first, what `step_programs` does not name
+                # in the first, what `step_programs` does not name
+                report(step=n + 1, compiled_meanwhile=dict(heard.drain()))
         for n in range(sizes.runs):
             start = time.perf_counter()
             state, *_ = jax.block_until_ready(train.train_step(training, encoded, state, n))
             whole.append(time.perf_counter() - start)
         sampler = lora.join(training.frozen.base, state.policy.params)
-        weights = sum(p.size for p in jax.tree.leaves(sampler)) * jnp.dtype(parts.cfg.execution.dtype).itemsize
+        weights = (
+            sum(p.size for p in jax.tree.leaves(sampler)) * jnp.dtype(parts.cfg.execution.dtype).itemsize
+        )
     seconds = {name: statistics.median(times[1:]) for name, times in clock.times.items()}
     tokens, columns = int(scored.lengths.sum()), int(scored.lengths.max())
     least = decode_bytes(parts.cfg, weights, sizes, columns)
@@ -304,17 +369,38 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
     for name, taken in seconds.items():
         f = figures[name]
         row = {"program": name, "seconds": taken, "first_call_s": clock.times[name][0]}
-        row |= {"share_of_peak_flops": f.useful / taken / chip.flops, "of_matmul": f.useful / taken / (rates["matmul_gflops"] * 1e9)}
+        row |= {
+            "share_of_peak_flops": f.useful / taken / chip.flops,
+            "of_matmul": f.useful / taken / (rates["matmul_gflops"] * 1e9),
+        }
         row |= {"planned_seconds": f.seconds, "planned_traffic_gb": f.traffic / 1e9}
         row |= {"planned_peak_gib": f.peak / GIB, "peak_gib_until_here": clock.peaks[name]}
         if name == "generate":
-            row |= {"tokens_per_s": tokens / taken, "least_gb": least / 1e9, "share_of_bandwidth": least / taken / chip.hbm_speed}
+            row |= {
+                "tokens_per_s": tokens / taken,
+                "least_gb": least / 1e9,
+                "share_of_bandwidth": least / taken / chip.hbm_speed,
+            }
             row |= {"of_copy": least / taken / (rates["copy_gbs"] * 1e9)}
         report(**row)
     busy = sum(seconds.values())
-    wanted = {k: float(np.asarray(v)) for k, v in to_host(stats).items() if k in ("entropy", "sampler_gap", "sampler_ratio_far")}
-    report(step_s=statistics.median(whole), programs_s=busy, tokens_per_s=tokens / statistics.median(whole), **sizes._asdict(), **wanted)
-    report(mean_length=scored.lengths.mean(), peak_gib=peak, planned_gib=max(f.peak for f in figures.values()) / GIB)
+    wanted = {
+        k: float(np.asarray(v))
+        for k, v in to_host(stats).items()
+        if k in ("entropy", "sampler_gap", "sampler_ratio_far")
+    }
+    report(
+        step_s=statistics.median(whole),
+        programs_s=busy,
+        tokens_per_s=tokens / statistics.median(whole),
+        **sizes._asdict(),
+        **wanted,
+    )
+    report(
+        mean_length=scored.lengths.mean(),
+        peak_gib=peak,
+        planned_gib=max(f.peak for f in figures.values()) / GIB,
+    )
     if traced:
         with tempfile.TemporaryDirectory() as folder, jax.set_mesh(parts.mesh):
             with jax.profiler.trace(str(Path(folder, "profile"))):
@@ -324,18 +410,29 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
 
 
 def gap(size: str, report: Report, small: bool) -> None:
-    """The largest difference between the log-probs of sampler and trainer, by arithmetic, through `train_step` as it is."""
+    """The largest difference between the log-probs of sampler and trainer, by arithmetic, through
+    `train_step` as it is.
+    """
     sizes, wrong = (Sizes(2, 16, 2, 8) if small else Sizes(8, 128, 4, 128)), []
 
     def one(dtype: str, precision: str, weights: str, bound: float) -> None:
-        parts = lay_out(size, sizes, model={"dtype": dtype}, sample={"weights": weights}, loss={"sampler_cap": 2.0})
+        parts = lay_out(
+            size, sizes, model={"dtype": dtype}, sample={"weights": weights}, loss={"sampler_cap": 2.0}
+        )
         with jax.set_mesh(parts.mesh), jax.default_matmul_precision(precision):
             training, state = train.start(parts, make_programs(parts, 1000))
             policy = dataclasses.replace(state.policy, params=lively(state.policy.params))
             state = dataclasses.replace(state, policy=policy)
             _, stats, scored, _ = train.train_step(training, questions(parts, sizes), state, 0)
             stats = {k: float(np.asarray(stats[k])) for k in ("sampler_gap", "sampler_ratio_far", "entropy")}
-        report(arithmetic=dtype, precision=precision, weights=weights, **stats, bound=bound, tokens=int(scored.lengths.sum()))
+        report(
+            arithmetic=dtype,
+            precision=precision,
+            weights=weights,
+            **stats,
+            bound=bound,
+            tokens=int(scored.lengths.sum()),
+        )
         if not stats["sampler_gap"] <= bound:
             wrong.append(f"{dtype}, precision {precision}: {stats['sampler_gap']:.1e} of {bound:.0e}")
 
@@ -348,35 +445,53 @@ def gap(size: str, report: Report, small: bool) -> None:
 
 
 def embedding(report: Report, small: bool) -> None:
-    """The embedding's gradient against the bytes it must move: a scatter-add, slow on some versions of XLA's CUDA (openxla/xla 46225).
+    """The embedding's gradient against the bytes it must move: a scatter-add, slow on some versions of XLA's
+    CUDA (openxla/xla 46225).
 
-    `sorted` is what could stand in its place: the rows put in the order of their tokens, and their sums taken.
+    `sorted` is what could stand in its place: the rows put in the order of their tokens, and their sums
+    taken.
     """
     vocab, width, n = (2048, 64, 512) if small else (151_936, 2048, 16 * (256 + 8 * 240))
     chip, rng = the_chip(), np.random.default_rng(0)
     cases = {"as words are": words(rng, vocab, 1, n), "all one token": np.full((1, n), 7, np.int32)}
-    cases["no token twice"] = rng.permutation(vocab)[:n][None].astype(np.int32) if n <= vocab else cases["as words are"]
+    cases["no token twice"] = (
+        rng.permutation(vocab)[:n][None].astype(np.int32) if n <= vocab else cases["as words are"]
+    )
     for dtype in ("float32", "bfloat16"):
-        cfg = dataclasses.replace(SHAPES["tiny"], vocab=vocab, embed=width).run_with(dtype=jnp.dtype(dtype).type)
+        cfg = dataclasses.replace(SHAPES["tiny"], vocab=vocab, embed=width).run_with(
+            dtype=jnp.dtype(dtype).type
+        )
         table = jax.random.normal(jax.random.key(0), (vocab, width))
         g = jax.random.normal(jax.random.key(1), (1, n, width), cfg.execution.dtype)
 
         def ours(table, tokens, g, cfg=cfg):
-            return jax.vjp(lambda table: decoder.embed_lookup(table, tokens, cfg), table)[1](g.astype(jnp.float32))[0]
+            return jax.vjp(lambda table: decoder.embed_lookup(table, tokens, cfg), table)[1](
+                g.astype(jnp.float32)
+            )[0]
 
         def by_order(table, tokens, g):
             order = jnp.argsort(tokens[0])
             rows = g[0, order].astype(jnp.float32)
-            return jax.ops.segment_sum(rows, tokens[0, order], num_segments=table.shape[0], indices_are_sorted=True)
+            return jax.ops.segment_sum(
+                rows, tokens[0, order], num_segments=table.shape[0], indices_are_sorted=True
+            )
 
         least = (table.nbytes + g.nbytes) / chip.hbm_speed
         for how, f in (("embed_lookup", jax.jit(ours)), ("sorted", jax.jit(by_order))):
             for name, tokens in cases.items():
                 taken = statistics.median(bench.clock(f, 5, table, tokens, g))
-                report(how=how, arithmetic=dtype, tokens=name, count=n, milliseconds=1e3 * taken, times_the_least=taken / least)
+                report(
+                    how=how,
+                    arithmetic=dtype,
+                    tokens=name,
+                    count=n,
+                    milliseconds=1e3 * taken,
+                    times_the_least=taken / least,
+                )
 
 
-# --- the same bits again ----------------------------------------------------------------------------------------------
+# --- the same bits again
+# ----------------------------------------------------------------------------------------------
 
 
 def forked(report: Report, call: Callable[[], None], flags: str = "", cache: str | None = None) -> int:
@@ -401,11 +516,15 @@ def forked(report: Report, call: Callable[[], None], flags: str = "", cache: str
 
 
 def is_gpu() -> bool:
-    return bool(find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")) and os.environ.get("JAX_PLATFORMS") != "cpu"
+    return (
+        bool(find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin"))
+        and os.environ.get("JAX_PLATFORMS") != "cpu"
+    )
 
 
 def resume(report: Report, small: bool) -> None:
-    """A run of four steps, and the same resumed in a new process from its second: which flags make them equal to the bit.
+    """A run of four steps, and the same resumed in a new process from its second: which flags make them equal
+    to the bit.
 
     Without a compilation cache each process tunes its own programs, by the clock, and may choose others.
     """
@@ -443,11 +562,24 @@ def resume(report: Report, small: bool) -> None:
             settings.write_text(settings.read_text().replace(f"name: {whole}", f"name: {again}"))
             run(again, flags, cache)
             answer = root / "answer.json"
-            forked(report, lambda: answer.write_text(json.dumps(differences(root / whole, root / again, 4))) and None)
+            forked(
+                report,
+                lambda: answer.write_text(json.dumps(differences(root / whole, root / again, 4))) and None,
+            )
             results[label] = json.loads(answer.read_text())
-            seconds = [json.loads(line)["seconds"] for line in (root / whole / "metrics.jsonl").read_text().splitlines()][2:]
+            seconds = [
+                json.loads(line)["seconds"]
+                for line in (root / whole / "metrics.jsonl").read_text().splitlines()
+            ][2:]
             equal, some = not results[label], results[label][:3]
-            report(flags=label, xla_flags=flags, equal_to_the_bit=equal, differences=some, step_s=seconds, process_s=first)
+            report(
+                flags=label,
+                xla_flags=flags,
+                equal_to_the_bit=equal,
+                differences=some,
+                step_s=seconds,
+                process_s=first,
+            )
 
         compare("as launched", "", None)
         if results["as launched"]:
@@ -459,7 +591,9 @@ def resume(report: Report, small: bool) -> None:
 
 
 def determinism(size: str, report: Report, small: bool) -> None:
-    """Assessing and learning twice from one state in one process: equal or not, and seconds, by XLA's flags. What the flags cost."""
+    """Assessing and learning twice from one state in one process: equal or not, and seconds, by XLA's flags.
+    What the flags cost.
+    """
     sizes = Sizes(2, 16, 2, 8, 1) if small else Sizes()
 
     def twice(name: str) -> None:
@@ -470,28 +604,44 @@ def determinism(size: str, report: Report, small: bool) -> None:
             watched = timed(clock, training)
             encoded, fresh = questions(parts, sizes), jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
             for _ in range(3):
-                start = dataclasses.replace(state, policy=fresh(state.policy))  # learning takes its state's memory over
+                # learning takes its state's memory over
+                start = dataclasses.replace(state, policy=fresh(state.policy))
                 after, _, _, rows = train.train_step(watched, encoded, start, 0)
                 ends.append(to_host({"experience": rows, "policy": after.policy.params}))
         leaves = [jax.tree_util.tree_flatten_with_path(end)[0] for end in ends]
         pairs = zip(*leaves[1:], strict=True)
-        differ = [jax.tree_util.keystr(path) for (path, a), (_, b) in pairs if np.asarray(a).tobytes() != np.asarray(b).tobytes()]
+        differ = [
+            jax.tree_util.keystr(path)
+            for (path, a), (_, b) in pairs
+            if np.asarray(a).tobytes() != np.asarray(b).tobytes()
+        ]
         times = {program: statistics.median(taken[1:]) for program, taken in clock.times.items()}
-        report(flags=name, xla_flags=FLAGS[name], equal_to_the_bit=not differ, differ=differ[:4], seconds=times)
+        report(
+            flags=name, xla_flags=FLAGS[name], equal_to_the_bit=not differ, differ=differ[:4], seconds=times
+        )
 
     for name in FLAGS if is_gpu() else ["as launched"]:
         if status := forked(report, partial(twice, name), FLAGS[name]):
             raise RuntimeError(f"{name}: the process ended with status {status}; the log says why")
 
 
-# --- sections ---------------------------------------------------------------------------------------------------------
+# --- sections
+# ---------------------------------------------------------------------------------------------------------
 
 
 def sections(small: bool) -> list[Section]:
     """In order of value."""
     if small:
-        runs: dict[str, Any] = {"machine": machine, "parity": parity, "gap": partial(gap, "tiny"), "embedding": embedding}
-        runs |= {"step_tiny": partial(step, "tiny", False, True), "step_tiny_lora": partial(step, "tiny", True, False)}
+        runs: dict[str, Any] = {
+            "machine": machine,
+            "parity": parity,
+            "gap": partial(gap, "tiny"),
+            "embedding": embedding,
+        }
+        runs |= {
+            "step_tiny": partial(step, "tiny", False, True),
+            "step_tiny_lora": partial(step, "tiny", True, False),
+        }
         runs |= {"resume": resume, "determinism": partial(determinism, "tiny")}
         return [Section(name, 0, run) for name, run in runs.items()]
 
@@ -546,11 +696,17 @@ def in_process(section: Section, out: Path, small: bool, limit: float) -> dict[s
     status, seconds = os.waitstatus_to_exitcode(ended[1]), round(time.monotonic() - began, 1)
     if status < 0:
         return {"state": "failed", "seconds": seconds, "why": f"signal {signal.Signals(-status).name}"}
-    return {"state": "failed", "seconds": seconds, "why": "it raised"} if status else {"state": "done", "seconds": seconds}
+    return (
+        {"state": "failed", "seconds": seconds, "why": "it raised"}
+        if status
+        else {"state": "done", "seconds": seconds}
+    )
 
 
 def table(tree: dict[str, Any]) -> str:
-    """All of it as Markdown: the sections, then the figures of each, those with the same columns in one table."""
+    """All of it as Markdown: the sections, then the figures of each, those with the same columns in one
+    table.
+    """
 
     def cell(x):
         if isinstance(x, dict):
@@ -558,7 +714,10 @@ def table(tree: dict[str, Any]) -> str:
         return "" if x is None else str(x).replace("|", "/").replace("\n", " ")[-300:]
 
     lines = ["| section | state | seconds | why |", "|---|---|---|---|"]
-    lines += [f"| {name} | {s['state']} | {s.get('seconds', '')} | {s.get('why', '')} |" for name, s in tree["sections"].items()]
+    lines += [
+        f"| {name} | {s['state']} | {s.get('seconds', '')} | {s.get('why', '')} |"
+        for name, s in tree["sections"].items()
+    ]
     for name, s in tree["sections"].items():
         columns: list[str] = []
         for row in s.get("figures", []):
@@ -570,10 +729,14 @@ def table(tree: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None, given: list[Section] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--small", action="store_true", help="tiny shapes, for a CPU")
-    parser.add_argument("--budget", type=float, default=450.0, metavar="SECONDS", help="for all sections; default 450")
+    parser.add_argument(
+        "--budget", type=float, default=450.0, metavar="SECONDS", help="for all sections; default 450"
+    )
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections, in this order")
     args = parser.parse_args(argv)
     chosen = {s.name: s for s in (given or sections(args.small))}
@@ -592,8 +755,13 @@ def main(argv: list[str] | None = None, given: list[Section] | None = None) -> i
         else:
             tree["sections"][name] = in_process(chosen[name], args.out, args.small, left)
         figures = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-        tree["sections"][name]["figures"] = [{k: v for k, v in row.items() if k != "section"} for row in figures if row["section"] == name]
-        print(f"{name}: " + ", ".join(str(v) for k, v in tree["sections"][name].items() if k != "figures"), flush=True)
+        tree["sections"][name]["figures"] = [
+            {k: v for k, v in row.items() if k != "section"} for row in figures if row["section"] == name
+        ]
+        print(
+            f"{name}: " + ", ".join(str(v) for k, v in tree["sections"][name].items() if k != "figures"),
+            flush=True,
+        )
         files.write_text(args.out / "on_device.json", json.dumps(tree, indent=1))
         files.write_text(args.out / "on_device.md", table(tree))
     return int(any(s["state"] in ("failed", "stopped") for s in tree["sections"].values()))

@@ -1,7 +1,8 @@
-"""XLA's flags for tests: compile fast, without optimisation, because a test's programs run for an instant. Half the time.
+"""XLA's flags for tests: compile fast, without optimisation, because a test's programs run for an instant.
+Half the time.
 
-One module a program: splitting it for parallel code generation costs a sixth more work, and the cores are busy with other tests.
-XLA ends the process at a flag it does not know, and since jaxlib 0.11 it knows fewer.
+One module a program: splitting it for parallel code generation costs a sixth more work, and the cores are
+busy with other tests. XLA ends the process at a flag it does not know, and since jaxlib 0.11 it knows fewer.
 """
 
 from importlib.metadata import version

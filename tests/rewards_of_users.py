@@ -1,4 +1,6 @@
-"""What users may name as reward.fn, good and bad; test_user_reward.py calls them in workers. POISON is the completion that does it."""
+"""What users may name as reward.fn, good and bad; test_user_reward.py calls them in workers. POISON is the
+completion that does it.
+"""
 
 import os
 import random

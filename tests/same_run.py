@@ -14,9 +14,14 @@ WALL = ("seconds", "tokens_per_second")
 def leaves(folder: Path, step: int) -> dict[str, np.ndarray]:
     """Every leaf of the checkpoint, by its path."""
     path, handler = (folder / "checkpoints" / str(step) / "state").absolute(), ocp.PyTreeCheckpointHandler()
-    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(epath.Path(path)).tree)
+    how = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(epath.Path(path)).tree
+    )
     tree = ocp.Checkpointer(handler).restore(path, args=ocp.args.PyTreeRestore(restore_args=how))
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def records(folder: Path, name: str) -> list[dict]:
@@ -26,27 +31,46 @@ def records(folder: Path, name: str) -> list[dict]:
 
 
 def differences(a: Path, b: Path, last: int, tolerance: float = 0.0) -> list[str]:
-    """What differs between two finished runs of `last` steps; empty when they are the same to the bit, or to the tolerance."""
+    """What differs between two finished runs of `last` steps; empty when they are the same to the bit, or to
+    the tolerance.
+    """
     one, two = leaves(a, last), leaves(b, last)
     found = [f"leaf {k}" for k in sorted(one.keys() ^ two.keys())]
-    furthest = {k: float(np.abs(one[k].astype(float) - two[k].astype(float)).max(initial=0)) for k in one.keys() & two.keys()}
+    furthest = {
+        k: float(np.abs(one[k].astype(float) - two[k].astype(float)).max(initial=0))
+        for k in one.keys() & two.keys()
+    }
     if tolerance:
-        print(f"    largest difference of a leaf: {max(furthest.values()):.1e} ({max(furthest, key=furthest.get)})")
+        print(
+            f"    largest difference of a leaf: {max(furthest.values()):.1e} ({max(furthest, key=furthest.get)})"
+        )
         found += [f"leaf {k}: {d:.1e}" for k, d in furthest.items() if d > tolerance]
     else:
-        found += [f"leaf {k}: {furthest[k]:.1e}" for k in one.keys() & two.keys() if one[k].tobytes() != two[k].tobytes()]
+        found += [
+            f"leaf {k}: {furthest[k]:.1e}"
+            for k in one.keys() & two.keys()
+            if one[k].tobytes() != two[k].tobytes()
+        ]
     for name in ("metrics.jsonl", "samples.jsonl", "questions.jsonl"):
         left, right = records(a, name), records(b, name)
         if [r["step"] for r in left] != [r["step"] for r in right]:
             found.append(f"{name}: steps {[r['step'] for r in left]}")
-        found += [f"{name}, step {x['step']}: {k}: {x.get(k)} and {y.get(k)}" for x, y in zip(left, right, strict=False)
-                  for k in sorted(x.keys() | y.keys()) if not same(x.get(k), y.get(k), tolerance)
-                  and not (tolerance and k.startswith("row/"))]  # fmt: skip  # which of several is the largest, rounding may say
+        found += [
+            f"{name}, step {x['step']}: {k}: {x.get(k)} and {y.get(k)}"
+            for x, y in zip(left, right, strict=False)
+            for k in sorted(x.keys() | y.keys())
+            if not same(x.get(k), y.get(k), tolerance)
+            # which of several is the largest, rounding may say
+            and not (tolerance and k.startswith("row/"))
+        ]
     steps = [r["step"] for r in records(a, "metrics.jsonl")]
-    if steps[-last:] != list(range(1, last + 1)) or steps[:-last] not in ([], [0]):  # 0: the evaluation before training, if any
+    # 0: the evaluation before training, if any
+    if steps[-last:] != list(range(1, last + 1)) or steps[:-last] not in ([], [0]):
         found.append(f"metrics.jsonl: steps {steps}")
     return found
 
 
 def same(x, y, tolerance: float) -> bool:
-    return x == y or (tolerance > 0 and isinstance(x, float) and isinstance(y, float) and abs(x - y) <= 100 * tolerance)
+    return x == y or (
+        tolerance > 0 and isinstance(x, float) and isinstance(y, float) and abs(x - y) <= 100 * tolerance
+    )

@@ -1,8 +1,9 @@
-"""Where the steps of a traced run go: `python tests/show_profile.py RUN [OUT.png]` after a run with `log.profile: [first, last]`, on CPU.
+"""Where the steps of a traced run go: `python tests/show_profile.py RUN [OUT.png]` after a run with
+`log.profile: [first, last]`, on CPU.
 
-Prints seconds by program, how long the device had nothing to do, and how much of the host's work (fetch, decode, score, log) fell into
-that time; draws the lanes. On TPU and GPU, on_device.py gives the same in numbers (`summary`), with the kernels that take longest; for more
-open the trace in XProf or Perfetto.
+Prints seconds by program, how long the device had nothing to do, and how much of the host's work (fetch,
+decode, score, log) fell into that time; draws the lanes. On TPU and GPU, on_device.py gives the same in
+numbers (`summary`), with the kernels that take longest; for more open the trace in XProf or Perfetto.
 """
 
 import sys
@@ -16,7 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from jax.profiler import ProfileData
 
-HOST, GAP = ("score", "log", "evaluate"), 1e8  # what profile.py names; nanoseconds within a program that are no pause of it
+# what profile.py names; nanoseconds within a program that are no pause of it
+HOST, GAP = ("score", "log", "evaluate"), 1e8
 COLOURS = {
     "generate": "#0072B2",
     "assess": "#E69F00",
@@ -44,9 +46,11 @@ def within(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def read(run: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, dict[str, float]]:
-    """Spans of the device's programs by name, of the host's work by name, and of the device being busy; and each kernel's nanoseconds.
+    """Spans of the device's programs by name, of the host's work by name, and of the device being busy; and
+    each kernel's nanoseconds.
 
-    A CPU's programs run on threads of the host. Other devices have planes of their own, and then nothing else counts as theirs.
+    A CPU's programs run on threads of the host. Other devices have planes of their own, and then nothing else
+    counts as theirs.
     """
     [file] = Path(run, "profile").rglob("*.xplane.pb")
     device, host, running, kernels = defaultdict(list), defaultdict(list), [], defaultdict(float)
@@ -74,7 +78,9 @@ def summary(run: str, most: int = 20) -> list[dict]:
     """Seconds by program, the device's idle share, and the kernels that take longest, one record each."""
     programs, host, busy, kernels = read(run)
     whole, taken = busy[-1, 1] - busy[0, 0], (busy[:, 1] - busy[:, 0]).sum()
-    out = [{"traced": name, "seconds": (s[:, 1] - s[:, 0]).sum() / 1e9} for name, s in (programs | host).items()]
+    out = [
+        {"traced": name, "seconds": (s[:, 1] - s[:, 0]).sum() / 1e9} for name, s in (programs | host).items()
+    ]
     out.append({"traced": "all", "seconds": whole / 1e9, "device_idle": 1 - taken / whole})
     longest = sorted(kernels.items(), key=lambda pair: -pair[1])[:most]
     return out + [{"kernel": name, "seconds": ns / 1e9, "share_of_busy": ns / taken} for name, ns in longest]
@@ -90,11 +96,16 @@ def main(run: str, out: str = "") -> None:
     whole = busy[-1, 1] - busy[0, 0]
     idle = whole - (busy[:, 1] - busy[:, 0]).sum()
     pauses = sorted(zip(busy[1:, 0] - busy[:-1, 1], busy[:-1, 1] - busy[0, 0], strict=True), reverse=True)
-    print("pauses of the device, ms (after s):", ", ".join(f"{p / 1e6:.0f} ({at / 1e9:.2f})" for p, at in pauses[:8]))
+    print(
+        "pauses of the device, ms (after s):",
+        ", ".join(f"{p / 1e6:.0f} ({at / 1e9:.2f})" for p, at in pauses[:8]),
+    )
     print(f"device idle      {idle / 1e9:8.3f} of {whole / 1e9:.3f} s ({idle / whole:.1%})")
     for name in ("score", *host):
         total = (lanes[name][:, 1] - lanes[name][:, 0]).sum()
-        print(f"{name}: {within(lanes[name], busy) / total:.1%} of its {total / 1e6:.0f} ms behind the device's work")
+        print(
+            f"{name}: {within(lanes[name], busy) / total:.1%} of its {total / 1e6:.0f} ms behind the device's work"
+        )
     if out:
         figure, axes = plt.subplots(figsize=(9, 2.6))
         for y, (name, s) in enumerate(lanes.items()):

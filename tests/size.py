@@ -1,9 +1,11 @@
-"""How often `stats.contrast` calls equal methods different, which should be in 5 of 100 cases: `python tests/size.py [TRIALS]`.
+"""How often `stats.contrast` calls equal methods different, which should be in 5 of 100 cases: `python
+tests/size.py [TRIALS]`.
 
-Two methods that are equally good answer n questions of differing difficulty, each by some runs with seeds of their own. A seed moves all
-of a run's answers together, by a normal effect on the scale of log-odds; a question may suit one method better (`suits`). A base model,
-asked as it is, has no seed. Printed beside the size: what share of the 95 % intervals leaves out 0 (the same by construction), and the
-standard deviation of the runs' accuracies in points.
+Two methods that are equally good answer n questions of differing difficulty, each by some runs with seeds of
+their own. A seed moves all of a run's answers together, by a normal effect on the scale of log-odds; a
+question may suit one method better (`suits`). A base model, asked as it is, has no seed. Printed beside the
+size: what share of the 95 % intervals leaves out 0 (the same by construction), and the standard deviation of
+the runs' accuracies in points.
 """
 
 import sys
@@ -12,11 +14,18 @@ import numpy as np
 
 from medrlvr_jax.evaluation import stats
 
-CASES = [(runs, effect, suits) for runs in ((3, 3), (1, 3), (5, 5)) for suits in (0.0, 0.7) for effect in (0.0, 0.1, 0.2, 0.4)]
+CASES = [
+    (runs, effect, suits)
+    for runs in ((3, 3), (1, 3), (5, 5))
+    for suits in (0.0, 0.7)
+    for effect in (0.0, 0.1, 0.2, 0.4)
+]
 
 
 def size(runs, effect, suits=0.0, n=400, trials=2000, seed=0):
-    """(share of p below 0.05, share of intervals without 0, standard deviation of a run's accuracy); an arm of 1 run is a base model."""
+    """(share of p below 0.05, share of intervals without 0, standard deviation of a run's accuracy); an arm
+    of 1 run is a base model.
+    """
     rng, fixed = np.random.default_rng([seed, *runs]), tuple(k == 1 for k in runs)
     found, spread = [], []
 
@@ -38,5 +47,8 @@ if __name__ == "__main__":
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 4000
     for runs, effect, suits in CASES:
         p, interval, spread = size(runs, effect, suits, trials=trials)
-        print(f"{runs[0]} against {runs[1]} runs, suits {suits}, seed effect {effect} ({100 * spread:.1f} points):", end=" ")
+        print(
+            f"{runs[0]} against {runs[1]} runs, suits {suits}, seed effect {effect} ({100 * spread:.1f} points):",
+            end=" ",
+        )
         print(f"p < 0.05 in {100 * p:.1f} %, intervals without 0 {100 * interval:.1f} %")

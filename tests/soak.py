@@ -1,8 +1,10 @@
 """A long run: memory, open files and compilations, by step.
 
-    python tests/soak.py [STEPS [OUT.png]]      # 2,000 steps; tells of every 50th, and slopes; draws the curves
+    python tests/soak.py [STEPS [OUT.png]]      # 2,000 steps; tells of every 50th, and slopes; draws the
+                                                curves
 
-PPO on the embedded model with few and short responses, so that steps are quick; a checkpoint every 20 steps, an evaluation every 100.
+PPO on the embedded model with few and short responses, so that steps are quick; a checkpoint every 20 steps,
+an evaluation every 100.
 """
 
 import gc
@@ -28,7 +30,11 @@ TREE = {
     "prompt": {"template": "none", "max_tokens": 96},
     "sample": {"questions": 4, "samples": 2, "max_new_tokens": 24},
     "learn": {"minibatch": 4, "policy": {"lr": 1e-5}, "critic": {"lr": 1e-5}},
-    "eval": {"batch": 8, "every": 100, "sets": {"in_distribution": {"path": "embedded:in_distribution", "limit": 8}}},
+    "eval": {
+        "batch": 8,
+        "every": 100,
+        "sets": {"in_distribution": {"path": "embedded:in_distribution", "limit": 8}},
+    },
     "checkpoint": {"every": 20},
     "log": {"samples_every": 5, "samples": 2},
 }
@@ -41,7 +47,9 @@ def draw(step, resident, files, out: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 1, figsize=(7, 4), sharex=True)
-    for axis, values, name in zip(axes, (resident, files), ("resident memory, MiB", "open files"), strict=True):
+    for axis, values, name in zip(
+        axes, (resident, files), ("resident memory, MiB", "open files"), strict=True
+    ):
         axis.plot(step, values, linewidth=1, color="#0072B2")
         axis.set(ylabel=name, ylim=(0, 1.15 * max(values)))
     axes[1].set_xlabel("step")
@@ -60,7 +68,10 @@ def main() -> int:
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
         rows.append((step, resident, len(os.listdir("/proc/self/fd")), len(made)))
         if step % 50 == 0:
-            print(f"step {step}: {resident:.0f} MiB, {rows[-1][2]} files, {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"step {step}: {resident:.0f} MiB, {rows[-1][2]} files, {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
 
     def heard(self, event, duration_secs, **about):
         if event == profile.EVENT:
@@ -78,9 +89,13 @@ def main() -> int:
     late = compiled[-1] - rows[1][3]
     if len(sys.argv) > 2:
         draw(*np.array(rows).T[:3], sys.argv[2])
-    memory = f"memory {resident[0]:.0f} to {resident[-1]:.0f} MiB, slope {1000 * slope:+.1f} MiB per 1,000 steps"
+    memory = (
+        f"memory {resident[0]:.0f} to {resident[-1]:.0f} MiB, slope {1000 * slope:+.1f} MiB per 1,000 steps"
+    )
     print(f"steps {step[0]:.0f} to {step[-1]:.0f}: {memory}")
-    print(f"open files {files.min():.0f} to {files.max():.0f}; programs compiled after step 1: {late:.0f} {made[rows[1][3] :]}")
+    print(
+        f"open files {files.min():.0f} to {files.max():.0f}; programs compiled after step 1: {late:.0f} {made[rows[1][3] :]}"
+    )
     return status
 
 

@@ -1,4 +1,6 @@
-"""Advantages against numbers worked out by hand, the O(T²) definition, and verl's own (`data/golden.json`). Float32 throughout."""
+"""Advantages against numbers worked out by hand, the O(T²) definition, and verl's own (`data/golden.json`).
+Float32 throughout.
+"""
 
 import json
 from functools import partial
@@ -15,7 +17,8 @@ from medrlvr_jax.config.schema import AdvantageConfig, KLConfig
 from medrlvr_jax.rl import advantages as adv
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden.json").read_text())
-F = {k: np.float32(v).reshape(2, 3, *np.shape(v)[1:]) for k, v in GOLDEN["fixture"].items() if k != "G"}  # [Q=2, G=3, R=5]
+# [Q=2, G=3, R=5]
+F = {k: np.float32(v).reshape(2, 3, *np.shape(v)[1:]) for k, v in GOLDEN["fixture"].items() if k != "G"}
 MASK = F["mask"] > 0
 compute = jax.jit(adv.compute, static_argnums=(0, 1))
 gae = jax.jit(adv.gae)
@@ -55,7 +58,9 @@ def step(config, rewards, mask=None, values=None, logprobs=None, ref=None, kl=NO
 def test_token_rewards_by_hand():
     mask = np.array([True, True, True, False])
     logprobs, ref = np.float32([-1, -2, -3, np.nan]), np.float32([-1.5, -1, -3, np.nan])
-    rewards = partial(jax.jit(adv.token_rewards, static_argnames="kl"), np.float32(0.25), logprobs, mask=mask, kl_coef=0.1)
+    rewards = partial(
+        jax.jit(adv.token_rewards, static_argnames="kl"), np.float32(0.25), logprobs, mask=mask, kl_coef=0.1
+    )
     close(rewards(ref, kl=KLConfig()), [-0.05, 0.1, 0.25, 0.0])  # k1 = log π − log π_ref = 0.5, −1, 0
     close(rewards(ref, kl=KLConfig(estimator="k2")), [-0.0125, -0.05, 0.25, 0.0])
     close(rewards(ref, kl=KLConfig(into="loss")), [0.0, 0.0, 0.25, 0.0])
@@ -68,7 +73,9 @@ def test_kl_estimates_agree_with_verl(estimator):
 
 
 def test_kl_estimates_agree_with_the_exact_divergence_and_its_gradient():
-    """Over a whole small vocabulary the expectations can be taken exactly: E k1 = E k3 = KL, E ∇k2 = ∇KL, E ∇k1 = 0."""
+    """Over a whole small vocabulary the expectations can be taken exactly: E k1 = E k3 = KL, E ∇k2 = ∇KL, E
+    ∇k1 = 0.
+    """
     logits, ref = np.float32([0.3, -1.0, 0.8, 0.0]), np.log(np.float32([0.2, 0.4, 0.3, 0.1]))
 
     def expected(logits, estimator, p):
@@ -79,7 +86,10 @@ def test_kl_estimates_agree_with_the_exact_divergence_and_its_gradient():
 
     p = np.exp(logits) / np.exp(logits).sum()
     kl, slope = jax.jit(jax.value_and_grad(exact))(logits)
-    k1, k2, k3 = (jax.jit(jax.value_and_grad(expected), static_argnums=1)(logits, name, p) for name in ("k1", "k2", "k3"))
+    k1, k2, k3 = (
+        jax.jit(jax.value_and_grad(expected), static_argnums=1)(logits, name, p)
+        for name in ("k1", "k2", "k3")
+    )
     close([k1[0], k3[0]], [kl, kl])
     close([k1[1], k2[1]], [np.zeros(4), slope])
 
@@ -91,13 +101,20 @@ def test_an_absurd_ratio_stays_finite():
 
 
 def test_gae_by_hand():
-    advantages, returns = gae(np.float32([0, 0, 0, 0, 1]), np.float32([1, 2, 0, 4, 2]), np.ones(5, bool), 0.5, 0.5)
+    advantages, returns = gae(
+        np.float32([0, 0, 0, 0, 1]), np.float32([1, 2, 0, 4, 2]), np.ones(5, bool), 0.5, 0.5
+    )
     # δ = 0.5·Vₜ₊₁ − Vₜ (+ 1 at the end) = 0, −2, 2, −3, −1;  Aₜ = δₜ + Aₜ₊₁/4
     np.testing.assert_array_equal(advantages, [-0.42578125, -1.703125, 1.1875, -3.25, -1.0])
     np.testing.assert_array_equal(returns, [0.57421875, 0.296875, 1.1875, 0.75, 1.0])
 
 
-responses = st.tuples(st.integers(0, 2**32 - 1), st.lists(st.booleans(), min_size=7, max_size=7), st.floats(0, 1), st.floats(0, 1))
+responses = st.tuples(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.booleans(), min_size=7, max_size=7),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
 
 
 @given(responses)
@@ -146,7 +163,9 @@ def test_whitened_gae_agrees_with_verl():
     close([stats["advantage_mean"], stats["advantage_std"]], [raw.mean(), raw.std()], 1e-5)
 
 
-@pytest.mark.parametrize(("estimator", "name"), [("group", "grpo_adv"), ("group_mean", "drgrpo_adv"), ("rloo", "rloo_adv")])
+@pytest.mark.parametrize(
+    ("estimator", "name"), [("group", "grpo_adv"), ("group_mean", "drgrpo_adv"), ("rloo", "rloo_adv")]
+)
 def test_group_estimators_agree_with_verl(estimator, name):
     advantages, returns, _ = step(AdvantageConfig(estimator=estimator), F["rewards"], MASK)
     close(advantages, MASK * verl(name)[..., None])
@@ -165,14 +184,18 @@ def test_group_by_hand():
 @given(st.floats(-10, 10, width=32), st.sampled_from([2, 3, 7]), st.sampled_from([0.0, 1e-9, 1e-6]))
 @property_test
 def test_equal_rewards_teach_exactly_nothing(reward, samples, eps):
-    """In float32 the mean of 0.1, 0.1, 0.1 need not be 0.1, and dividing by std + 1e-9 would make an advantage near 1 of it."""
+    """In float32 the mean of 0.1, 0.1, 0.1 need not be 0.1, and dividing by std + 1e-9 would make an
+    advantage near 1 of it.
+    """
     for advantages in every_comparison(np.full((2, samples), reward, np.float32), eps):
         np.testing.assert_array_equal(advantages, np.zeros((2, samples)))
 
 
 @pytest.mark.parametrize("estimator", ["group", "group_mean", "rloo"])
 def test_a_group_of_equal_tenths_beside_another(estimator):
-    advantages, _, stats = step(AdvantageConfig(estimator=estimator), [[0.1, 0.1, 0.1], [0.1, 0.2, 0.1]], np.ones((2, 3, 5), bool))
+    advantages, _, stats = step(
+        AdvantageConfig(estimator=estimator), [[0.1, 0.1, 0.1], [0.1, 0.2, 0.1]], np.ones((2, 3, 5), bool)
+    )
     assert not advantages[0].any() and advantages[1].all() and stats["equal_groups"] == 0.5
 
 
@@ -191,7 +214,9 @@ def test_reinforce_pp_by_hand():
     close(advantages, [[[0.075, 0.35, 0.9], [-0.15, -0.1, 0.0]]])
     assert returns is None
     close(stats["kl_penalty"], 0.25)
-    whitened = step(AdvantageConfig(estimator="reinforce_pp", gamma=0.5), [[1.0, 0.0]], mask, ref=ref, kl=kl, coef=1.0)[0]
+    whitened = step(
+        AdvantageConfig(estimator="reinforce_pp", gamma=0.5), [[1.0, 0.0]], mask, ref=ref, kl=kl, coef=1.0
+    )[0]
     close(whitened, whiten(advantages, np.array(mask)))
 
 
@@ -209,26 +234,38 @@ def test_group_scores_pay_the_summed_penalty():
     mask = [[[True, True, True], [True, False, False]]]
     kl = KLConfig(estimator="k1")
     advantages = step(
-        AdvantageConfig(estimator="group_mean"), [[1.0, 1.0]], mask, ref=np.full((1, 2, 3), -1.0, np.float32), kl=kl, coef=0.1
+        AdvantageConfig(estimator="group_mean"),
+        [[1.0, 1.0]],
+        mask,
+        ref=np.full((1, 2, 3), -1.0, np.float32),
+        kl=kl,
+        coef=0.1,
     )[0]
     close(advantages, [[[-0.1, -0.1, -0.1], [0.1, 0.0, 0.0]]])  # scores 0.7 and 0.9
 
 
 def penalised(config, coef, rewards=((1.0, 1.0, 1.0), (0.0, 1.0, 1.0))):
-    """Advantages of two questions, three samples each, whose penalties are the same in both: k1 a token is 0, 0.5 and 1."""
+    """Advantages of two questions, three samples each, whose penalties are the same in both: k1 a token is 0,
+    0.5 and 1.
+    """
     logprobs = np.broadcast_to(np.float32([0.0, 0.5, 1.0])[None, :, None], (2, 3, 2))
-    return step(config, rewards, logprobs=logprobs, ref=np.zeros((2, 3, 2), np.float32), kl=KLConfig(), coef=coef)
+    return step(
+        config, rewards, logprobs=logprobs, ref=np.zeros((2, 3, 2), np.float32), kl=KLConfig(), coef=coef
+    )
 
 
 @pytest.mark.parametrize("estimator", ["group", "group_mean", "rloo"])
 def test_the_penalty_is_never_divided_by_the_spread_of_a_group(estimator):
-    """Where all samples earn the same, β·(mean of Σₜ kₜ − Σₜ kₜ) = β·(1, 0, −1) is left, times G/(G−1) in rloo."""
+    """Where all samples earn the same, β·(mean of Σₜ kₜ − Σₜ kₜ) = β·(1, 0, −1) is left, times G/(G−1) in
+    rloo.
+    """
     config = AdvantageConfig(estimator=estimator)
     for coef in (0.01, 0.1):
         advantages, _, stats = penalised(config, coef)
         close(advantages[0, :, 0], coef * np.array([1, 0, -1]) * (1.5 if estimator == "rloo" else 1))
         assert stats["equal_groups"] == 0.5 and stats["no_contrast"] == 0
-        close(advantages[1, :, 0], step(config, [[0.0, 1.0, 1.0]])[0][0, :, 0] + advantages[0, :, 0])  # the reward's own, and the penalty
+        # the reward's own, and the penalty
+        close(advantages[1, :, 0], step(config, [[0.0, 1.0, 1.0]])[0][0, :, 0] + advantages[0, :, 0])
 
 
 @pytest.mark.parametrize("estimator", ["reinforce_pp", "reinforce_pp_baseline"])
@@ -241,12 +278,19 @@ def test_a_step_of_equal_rewards_is_not_whitened_to_unit_noise(estimator):
 
 
 def test_statistics_are_of_the_learned_responses():
-    """Four responses are left out, by a mask that is False: without a reference there is no penalty, and their rewards do not count."""
+    """Four responses are left out, by a mask that is False: without a reference there is no penalty, and
+    their rewards do not count.
+    """
     mask = np.ones((2, 3, 2), bool)
     mask[0, 2], mask[1] = False, False
     for estimator in ("gae", "reinforce_pp"):
         values = np.zeros((2, 3, 2), np.float32) if estimator == "gae" else None
-        stats = step(AdvantageConfig(estimator=estimator, whiten=False), [[0.5, 0.5, 90.0], [0.25, 1.0, 1.0]], mask, values=values)[2]
+        stats = step(
+            AdvantageConfig(estimator=estimator, whiten=False),
+            [[0.5, 0.5, 90.0], [0.25, 1.0, 1.0]],
+            mask,
+            values=values,
+        )[2]
         assert stats["kl_penalty"] == stats["reward_std"] == stats["reward_clipped"] == 0
         assert stats["reward"] == 0.5 and stats["equal_groups"] == 1 and stats["no_contrast"] == 1
 

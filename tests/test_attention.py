@@ -1,4 +1,6 @@
-"""The TPU's block-sparse kernel, interpreted, against the attention that is written out: values, gradients, meshes, whole decoders."""
+"""The TPU's block-sparse kernel, interpreted, against the attention that is written out: values, gradients,
+meshes, whole decoders.
+"""
 
 from functools import partial
 
@@ -16,11 +18,24 @@ from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
 
 splash = partial(attention.splash, interpret=True)
-CFG = DecoderConfig(vocab=50, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4, norm_eps=1e-6, tied=True)
+CFG = DecoderConfig(
+    vocab=50,
+    embed=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn=48,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tied=True,
+)
 
 
 def arrays(questions, prompt, groups, length, kv_heads, heads, size):
-    """q, k, v; a mask whose later prompts are padded to the left; and weights that leave out what padding attends to."""
+    """q, k, v; a mask whose later prompts are padded to the left; and weights that leave out what padding
+    attends to.
+    """
     keys, n = jax.random.split(jax.random.key(0), 4), prompt + groups * length
     q = jax.random.normal(keys[0], (questions, n, kv_heads, heads, size)) * size**-0.5
     k, v = (jax.random.normal(key, (questions, n, kv_heads, size)) for key in keys[1:3])
@@ -34,7 +49,11 @@ def both(args, groups, kernel):
     q, k, v, mask, weights = args
 
     def of(attend):
-        return jax.jit(jax.value_and_grad(lambda q, k, v: (attend(q, k, v, mask, groups=groups) * weights).sum(), (0, 1, 2)))(q, k, v)
+        return jax.jit(
+            jax.value_and_grad(
+                lambda q, k, v: (attend(q, k, v, mask, groups=groups) * weights).sum(), (0, 1, 2)
+            )
+        )(q, k, v)
 
     return of(partial(attention.plain, segments=None)), of(kernel)
 
@@ -66,21 +85,27 @@ def test_a_decoder_with_it(monkeypatch):
     """Log-probs, and the state after a prompt that sampling starts from."""
     monkeypatch.setattr(attention, "splash", splash)
     params = spec.init(CFG, jax.random.key(1))
-    words, tokens = (jax.random.randint(jax.random.key(i), shape, 0, 50) for i, shape in ((2, (2, 20)), (3, (2, 3, 12))))
+    words, tokens = (
+        jax.random.randint(jax.random.key(i), shape, 0, 50) for i, shape in ((2, (2, 20)), (3, (2, 3, 12)))
+    )
     prompts = Prompts(words, jnp.arange(20) >= jnp.array([0, 9])[:, None], jnp.arange(2, dtype=jnp.uint32))
 
     def read(cfg):
         hidden = scoring.hidden_states(params, cfg, prompts, tokens)
-        return scoring.token_logprobs(params, cfg, hidden, tokens, 1.0, 10_000)[0], decode.prefill(params, cfg, prompts)[0]
+        return scoring.token_logprobs(params, cfg, hidden, tokens, 1.0, 10_000)[0], decode.prefill(
+            params, cfg, prompts
+        )[0]
 
     for a, b in zip(read(CFG), read(CFG.run_with(splash=True)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_flops_are_of_the_blocks_that_the_mask_leaves():
-    """256 + 2 · 512 tokens in blocks of 256: 1 of keys for the prompt's of queries, then 2 and 3 for each response's two; 11 of 15.
+    """256 + 2 · 512 tokens in blocks of 256: 1 of keys for the prompt's of queries, then 2 and 3 for each
+    response's two; 11 of 15.
 
-    Two products in the forward pass, three for the queries' gradient, four for the keys' and values', whose grid has every block.
+    Two products in the forward pass, three for the queries' gradient, four for the keys' and values', whose
+    grid has every block.
     """
     q, k, v, mask, _ = arrays(4, 256, 2, 512, 2, 2, 64)
     visited = attention.visited(256, 2, 512)
@@ -92,7 +117,9 @@ def test_flops_are_of_the_blocks_that_the_mask_leaves():
     forward = partial(attention.splash, groups=2)
     product = 11 * (2 * 256 * 256 * 64) * 2 * 2 * 4
     assert count(forward) == pytest.approx(2 * product)
-    assert count(jax.grad(lambda *args: forward(*args).sum(), (0, 1, 2))) == pytest.approx((2 + 3 + 4) * product, rel=1e-3)
+    assert count(jax.grad(lambda *args: forward(*args).sum(), (0, 1, 2))) == pytest.approx(
+        (2 + 3 + 4) * product, rel=1e-3
+    )
 
 
 def test_the_mask_in_parts_is_the_mask():

@@ -24,10 +24,26 @@ def test_a_case_is_one_line_of_json(capsys):
 def test_a_slab_of_logits_changes_nothing_but_rounding(capsys):
     lines = bench_slab.main(vocab=50, width=8, tokens=40, runs=1)
     assert [line["slab"] for line in lines] == ["dense", "40", "20", "10", "5", "2", "1"]
-    assert max(line["difference"] for line in lines) < 1e-5 and lines[-1]["temporaries_mib"] <= lines[0]["temporaries_mib"]
+    assert (
+        max(line["difference"] for line in lines) < 1e-5
+        and lines[-1]["temporaries_mib"] <= lines[0]["temporaries_mib"]
+    )
 
 
 def test_lognormal_lengths_are_learned_from(capsys):
-    sizes = ["--questions", "8", "--samples", "2", "--prompt", "8", "--new", "100", "--runs", "1", "--lengths", "lognormal"]
+    sizes = [
+        "--questions",
+        "8",
+        "--samples",
+        "2",
+        "--prompt",
+        "8",
+        "--new",
+        "100",
+        "--runs",
+        "1",
+        "--lengths",
+        "lognormal",
+    ]
     assert bench.main(["learn", "embedded", *sizes, "learn.row_sizes=[0.5]"]) == 0
     assert 8 * 2 < json.loads(capsys.readouterr().out)["tokens"] < 8 * 2 * 100

@@ -1,4 +1,6 @@
-"""Checkpoints come back bit for bit, on any mesh; damage and full disks are noticed, and never take the last whole one."""
+"""Checkpoints come back bit for bit, on any mesh; damage and full disks are noticed, and never take the last
+whole one.
+"""
 
 import os
 import resource
@@ -20,7 +22,10 @@ from medrlvr_jax.runs import checkpoint
 from medrlvr_jax.runs.checkpoint import CheckpointError, Checkpoints, restore_params
 from medrlvr_jax.types import Learner, TrainState
 
-META = {"config": {"name": "test", "lr": 1e-3, "absent": None, "checkpoint": {"best": None}}, "versions": {"git": None}}
+META = {
+    "config": {"name": "test", "lr": 1e-3, "absent": None, "checkpoint": {"best": None}},
+    "versions": {"git": None},
+}
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16))
 
 
@@ -34,10 +39,17 @@ def make_state(mesh, seed=0, width=32, critic=False):
 
     def fill(leaf):
         spec = PartitionSpec(None, "fsdp", "tensor") if leaf.ndim == 3 else PartitionSpec()
-        return jax.device_put(random.normal(size=leaf.shape, scale=9).astype(leaf.dtype), NamedSharding(mesh, spec))
+        return jax.device_put(
+            random.normal(size=leaf.shape, scale=9).astype(leaf.dtype), NamedSharding(mesh, spec)
+        )
 
     def learner():
-        params = {"layers": {"w": jax.ShapeDtypeStruct((4, 64, width), jnp.float32), "b": jax.ShapeDtypeStruct((width,), jnp.bfloat16)}}
+        params = {
+            "layers": {
+                "w": jax.ShapeDtypeStruct((4, 64, width), jnp.float32),
+                "b": jax.ShapeDtypeStruct((width,), jnp.bfloat16),
+            }
+        }
         return Learner(params, jax.eval_shape(TX.init, params))
 
     kl_coef = jax.ShapeDtypeStruct((), jnp.float32)
@@ -72,7 +84,9 @@ def test_round_trip_is_bitwise_and_onto_another_mesh(tmp_path, critic):
         back, step = checkpoints.restore(target)
         assert step == 20
         assert_same(back, state)
-        assert jax.tree.leaves(jax.tree.map(lambda x, t: x.sharding == t.sharding, back, target)) == [True] * len(jax.tree.leaves(back))
+        assert jax.tree.leaves(jax.tree.map(lambda x, t: x.sharding == t.sharding, back, target)) == [
+            True
+        ] * len(jax.tree.leaves(back))
 
 
 def test_a_checkpoint_with_the_counter_that_states_once_had_is_read(tmp_path):
@@ -118,7 +132,9 @@ def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path):
     for scores in ({1: 0.1, 2: 0.9, 3: None}, {4: 0.2, 5: float("nan"), 6: 0.3}):
         checkpoints = Checkpoints(tmp_path, config, META)
         for step, score in scores.items():
-            checkpoints.save(step, state, None if score is None else {"eval.dev.accuracy": score, "reward": 1.0})
+            checkpoints.save(
+                step, state, None if score is None else {"eval.dev.accuracy": score, "reward": 1.0}
+            )
         checkpoints.close()
     assert checkpoint.saved_steps(tmp_path) == [2, 5, 6]
     params = abstract(state).policy.params
@@ -133,7 +149,10 @@ def test_params_alone_also_in_another_dtype(tmp_path):
     half = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=s.sharding), shapes)
     params, step = restore_params(tmp_path, half, 4)
     assert step == 4
-    assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(mesh, seed=4, critic=True).policy.params))
+    assert_same(
+        params,
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(mesh, seed=4, critic=True).policy.params),
+    )
     assert checkpoint.read_meta(tmp_path, 4) == {**META, "step": 4}
     with pytest.raises(CheckpointError, match=r"checkpoint 5 cannot be used: not one of \[4\]"):
         restore_params(tmp_path, half, 5)
@@ -144,13 +163,20 @@ def test_params_alone_also_in_another_dtype(tmp_path):
 def test_another_model_is_refused_by_the_first_leaf_that_differs(tmp_path):
     checkpoints = Checkpoints(saved(tmp_path, 1), CheckpointConfig(), META)
     wider, with_critic = make_state(mesh_of(2, 2, 2), width=64), make_state(mesh_of(2, 2, 2), critic=True)
-    with pytest.raises(CheckpointError, match=r"policy\.params\.layers\.b is bfloat16\[32\] there and bfloat16\[64\] here"):
+    with pytest.raises(
+        CheckpointError, match=r"policy\.params\.layers\.b is bfloat16\[32\] there and bfloat16\[64\] here"
+    ):
         checkpoints.restore(abstract(wider))
-    with pytest.raises(CheckpointError, match=r"critic\.params\.layers\.b is absent there and bfloat16\[32\] here"):
+    with pytest.raises(
+        CheckpointError, match=r"critic\.params\.layers\.b is absent there and bfloat16\[32\] here"
+    ):
         checkpoints.restore(abstract(with_critic))
     with pytest.raises(CheckpointError, match=r"b is \[32\] there and \[64\] here"):
         restore_params(tmp_path, abstract(wider).policy.params)
-    other = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding), abstract(make_state(mesh_of(2, 2, 2))))
+    other = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding),
+        abstract(make_state(mesh_of(2, 2, 2))),
+    )
     with pytest.raises(CheckpointError, match=r"b is bfloat16\[32\] there and float32\[32\] here"):
         checkpoints.restore(other)
 
@@ -204,7 +230,9 @@ CUTS = {  # what becomes of a file's bytes; None: it is deleted
     "longer": lambda data: data + b"\0",
     "first bit": lambda data: bytes([data[0] ^ 1]) + data[1:],
     "last bit": lambda data: data[:-1] + bytes([data[-1] ^ 0x80]),
-    "middle zeroed": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 0xFF]) + data[len(data) // 2 + 1 :],
+    "middle zeroed": lambda data: (
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 0xFF]) + data[len(data) // 2 + 1 :]
+    ),
     "deleted": None,
 }
 
@@ -212,7 +240,8 @@ CUTS = {  # what becomes of a file's bytes; None: it is deleted
 def test_any_damage_to_any_file_is_found_and_named(tmp_path):
     """Each file of a checkpoint in eight ways; the newest whole checkpoint is then the one before."""
     saved(tmp_path, 1, 2)
-    unread = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # Orbax's own notes: nothing is restored from them
+    # Orbax's own notes: nothing is restored from them
+    unread = {"_CHECKPOINT_METADATA", "commit_success.txt"}
     files = [p for p in (tmp_path / "2").rglob("*") if p.is_file() and p.name not in unread]
     cases = 0
     for path in files:
@@ -222,7 +251,8 @@ def test_any_damage_to_any_file_is_found_and_named(tmp_path):
                 continue  # there is nothing in it to damage
             path.unlink() if cut is None else path.write_bytes(cut(data))
             wrong = checkpoint.damage(tmp_path / "2")
-            whole = path.name == checkpoint.SEAL and how == "a byte short"  # its last line break: the seal still says all
+            # its last line break: the seal still says all
+            whole = path.name == checkpoint.SEAL and how == "a byte short"
             if path.name == checkpoint.SEAL:  # damage within it may make another file look damaged
                 assert (wrong is None) == whole, (how, wrong)
             else:
@@ -237,10 +267,15 @@ def test_any_damage_to_any_file_is_found_and_named(tmp_path):
 
 
 def test_checkpoints_that_have_vanished_are_missed(tmp_path):
-    """The folders of all steps are gone, as a cleaning of old files leaves it: a start from nothing would wipe the logs."""
+    """The folders of all steps are gone, as a cleaning of old files leaves it: a start from nothing would
+    wipe the logs.
+    """
     folder = saved(tmp_path / "checkpoints", 1)
     shutil.rmtree(folder / "1")
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint is left, though there were some; put one back, .* or remove .*"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"no whole checkpoint is left, though there were some; put one back, .* or remove .*",
+    ):
         Checkpoints(folder, CheckpointConfig(), META).restore_newest(make_state(mesh_of(2, 2, 2)))
 
 
@@ -253,7 +288,8 @@ def test_nothing_starts_over_when_all_are_damaged(tmp_path):
             checkpoints.restore(abstract(make_state(mesh_of(2, 2, 2))))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's, as it gives up
+# TensorStore's, as it gives up
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_an_error_at_the_next_call_and_leaves_the_last_checkpoint(tmp_path):
     state = make_state(mesh_of(2, 2, 2), width=512)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1), META)
@@ -262,7 +298,10 @@ def test_a_full_disk_is_an_error_at_the_next_call_and_leaves_the_last_checkpoint
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # a write beyond fails, as on a full disk
     try:
-        with pytest.raises(CheckpointError, match=r"checkpoint of step 2 could not be written; the newest whole one is that of step 1"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"checkpoint of step 2 could not be written; the newest whole one is that of step 1",
+        ):
             checkpoints.save(2, state)
             checkpoints.wait()
     finally:
@@ -280,7 +319,10 @@ def test_check_tells_of_a_failure_without_waiting(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META)
     monkeypatch.setattr(checkpoint, "write_json", fail)
     checkpoints.save(1, make_state(mesh_of(2, 2, 2)))
-    with pytest.raises(CheckpointError, match=r"step 1 could not be written; no earlier one.*\[Errno 28\] No space left on device"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step 1 could not be written; no earlier one.*\[Errno 28\] No space left on device",
+    ):
         for _ in range(10_000):
             checkpoints.check()
             signal.sigtimedwait([], 0.01)

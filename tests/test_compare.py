@@ -15,16 +15,34 @@ from medrlvr_jax.runs import console
 
 
 def write(folder, name, answers, key="A", hashes=str, **settings):
-    """Answers by question, and an eval.json with the `settings` of their making; `hashes`: of an id, what its question is."""
+    """Answers by question, and an eval.json with the `settings` of their making; `hashes`: of an id, what its
+    question is.
+    """
     folder.mkdir(exist_ok=True)
     rows = []
     for i, given in answers.items():
         for g in given:
-            row = {"id": i, "answer": g or None, "key": key, "correct": g == key, "options": 4, "question_hash": hashes(i)}
+            row = {
+                "id": i,
+                "answer": g or None,
+                "key": key,
+                "correct": g == key,
+                "options": 4,
+                "question_hash": hashes(i),
+            }
             rows.append(row)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    tree = {"prompt": {"chat": False, "prefill": ""}, "reward": {"mode": "strict"}, "sample": {"max_new_tokens": 8}}
-    tree["eval"] = {"samples": 1, "temperature": 0.0, "max_new_tokens": None, "sets": {n: {"shuffle_options": False} for n in SETS}}
+    tree = {
+        "prompt": {"chat": False, "prefill": ""},
+        "reward": {"mode": "strict"},
+        "sample": {"max_new_tokens": 8},
+    }
+    tree["eval"] = {
+        "samples": 1,
+        "temperature": 0.0,
+        "max_new_tokens": None,
+        "sets": {n: {"shuffle_options": False} for n in SETS},
+    }
     for field, value in settings.items():
         tree["eval"][field] = value
     (folder / "eval.json").write_text(json.dumps({"config": tree, "template": "Question: {question}"}))
@@ -40,20 +58,37 @@ def test_pairs_by_id_and_counts_by_hand(tmp_path, capsys):
         write(tmp_path / folder, "dev", given)
         write(tmp_path / folder, "same", a)
     with pytest.raises(
-        ConfigError, match=r"dev: the two differ in more than the model; .*--anyway:\n  0 questions .* A alone, 2 in B alone"
+        ConfigError,
+        match=r"dev: the two differ in more than the model; .*--anyway:\n  0 questions .* A alone, 2 in B alone",
     ):
         compare.compare(tmp_path / "a", tmp_path / "b")
     found = compare.compare(tmp_path / "a", tmp_path / "b", anyway=True)
     dev = found["dev"]
     assert (dev["n"], dev["only_a"], dev["only_b"]) == (10, 7, 1)
-    assert dev["p"] == pytest.approx(2 * 9 / 2**8) and dev["p_holm"] == pytest.approx(2 * dev["p"]) and found["same"]["p_holm"] == 1
-    assert dev["a"]["value"] == 0.8 and dev["b"]["value"] == 0.2 and dev["difference"]["value"] == pytest.approx(-0.6)
+    assert (
+        dev["p"] == pytest.approx(2 * 9 / 2**8)
+        and dev["p_holm"] == pytest.approx(2 * dev["p"])
+        and found["same"]["p_holm"] == 1
+    )
+    assert (
+        dev["a"]["value"] == 0.8
+        and dev["b"]["value"] == 0.2
+        and dev["difference"]["value"] == pytest.approx(-0.6)
+    )
     assert [dev["boundary"][k] for k in ("preserved", "gained", "lost", "never")] == [1, 1, 7, 1]
-    assert found["same"]["difference"]["low"] < -0.19 and found["same"]["difference"]["high"] > 0.19  # equal answers to 10 questions
-    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2 and "B alone" in capsys.readouterr().err
+    # equal answers to 10 questions
+    assert found["same"]["difference"]["low"] < -0.19 and found["same"]["difference"]["high"] > 0.19
+    assert (
+        cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+        and "B alone" in capsys.readouterr().err
+    )
     assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--anyway"]) == 0
     shown = capsys.readouterr().out
-    assert "-60.0 %" in shown and "dev: 10 questions show" in shown and "dev: not asked alike: 0 questions were answered in A" in shown
+    assert (
+        "-60.0 %" in shown
+        and "dev: 10 questions show" in shown
+        and "dev: not asked alike: 0 questions were answered in A" in shown
+    )
 
 
 def test_samples_count_by_question(tmp_path):
@@ -65,9 +100,15 @@ def test_samples_count_by_question(tmp_path):
     dev = compare.compare(tmp_path / "a", tmp_path / "b")["dev"]
     assert dev["only_a"] is None and dev["p"] < 1e-9
     each = dev["each"]["b"]
-    assert each["samples"] == 4 and each["pass_at_k"][1] == pytest.approx(dev["b"]) and each["pass_at_k"][4]["value"] > 0.9
+    assert (
+        each["samples"] == 4
+        and each["pass_at_k"][1] == pytest.approx(dev["b"])
+        and each["pass_at_k"][4]["value"] > 0.9
+    )
     for end in ("value", "low", "high"):
-        assert each["pass_at_k_beyond_chance"][1][end] == pytest.approx((each["pass_at_k"][1][end] - 0.25) / 0.75)
+        assert each["pass_at_k_beyond_chance"][1][end] == pytest.approx(
+            (each["pass_at_k"][1][end] - 0.25) / 0.75
+        )
     write(tmp_path / "c", "dev", a)
     assert compare.compare(tmp_path / "a", tmp_path / "c")["dev"]["p"] == 1
 
@@ -82,7 +123,10 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
         compare.compare(tmp_path / "a", tmp_path / "c")
     different = iter("xy")
     write(tmp_path / "d", "dev", {"1": "AB"}, hashes=lambda _: next(different))
-    with pytest.raises(ConfigError, match="answers to different questions with the id '1'; give each question an id of its own"):
+    with pytest.raises(
+        ConfigError,
+        match="answers to different questions with the id '1'; give each question an id of its own",
+    ):
         answers.read(tmp_path / "d" / "dev.jsonl")
     write(tmp_path / "d", "dev", {"1": "AB", "2": "A"})
     with pytest.raises(ConfigError, match=r"questions with \[1, 2\] samples"):
@@ -91,24 +135,75 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
 
 def test_one_evaluation_by_hand(tmp_path):
     rows = [
-        {"id": "1", "subject": "heart", "answer": "A", "key": "A", "correct": True, "format_ok": True, "options": 2, "entropy": 0.5},
-        {"id": "1", "subject": "heart", "answer": None, "key": "A", "correct": False, "format_ok": False, "options": 2, "entropy": 1.5},
-        {"id": "2", "subject": "lung", "answer": "B", "key": "A", "correct": False, "format_ok": True, "options": 2, "entropy": 1.0},
-        {"id": "2", "subject": "lung", "answer": "B", "key": "A", "correct": False, "format_ok": True, "options": 2, "entropy": 1.0},
+        {
+            "id": "1",
+            "subject": "heart",
+            "answer": "A",
+            "key": "A",
+            "correct": True,
+            "format_ok": True,
+            "options": 2,
+            "entropy": 0.5,
+        },
+        {
+            "id": "1",
+            "subject": "heart",
+            "answer": None,
+            "key": "A",
+            "correct": False,
+            "format_ok": False,
+            "options": 2,
+            "entropy": 1.5,
+        },
+        {
+            "id": "2",
+            "subject": "lung",
+            "answer": "B",
+            "key": "A",
+            "correct": False,
+            "format_ok": True,
+            "options": 2,
+            "entropy": 1.0,
+        },
+        {
+            "id": "2",
+            "subject": "lung",
+            "answer": "B",
+            "key": "A",
+            "correct": False,
+            "format_ok": True,
+            "options": 2,
+            "entropy": 1.0,
+        },
     ]
     rows += [row | {"id": "3", "repeats": "1"} for row in rows[:2]]
     found = answers.describe(answers.of_rows(rows, "set"))
     assert (found["n"], found["samples"], found["accuracy"]["value"]) == (3, 2, pytest.approx(1 / 3))
     assert found["format_ok"]["value"] == pytest.approx(4 / 6) and found["token_entropy"] == 1.0
-    assert {k: p["value"] for k, p in found["pass_at_k"].items()} == {1: pytest.approx(1 / 3), 2: pytest.approx(2 / 3)}
+    assert {k: p["value"] for k, p in found["pass_at_k"].items()} == {
+        1: pytest.approx(1 / 3),
+        2: pytest.approx(2 / 3),
+    }
     beyond, (_, low, high) = found["pass_at_k_beyond_chance"][2], stats.mean_share(np.array([1, 0, 1]))
-    assert [beyond[x] for x in ("value", "low", "high")] == pytest.approx([(p - 0.75) / 0.25 for p in (2 / 3, low, high)])
-    assert found["majority"] == stats.mean_share(np.array([1, 0, 1]))._asdict() and found["answer_entropy"] == pytest.approx(
-        np.log(2) * 2 / 3
+    assert [beyond[x] for x in ("value", "low", "high")] == pytest.approx(
+        [(p - 0.75) / 0.25 for p in (2 / 3, low, high)]
     )
-    assert {name: (s["n"], s["accuracy"]["value"]) for name, s in found["subjects"].items()} == {"heart": (2, 0.5), "lung": (1, 0.0)}
-    assert found["letters"]["letters"] == {"A": {"answered": 0.5, "key": 1.0}, "B": {"answered": 0.5, "key": 0.0}}
-    assert found["distinct"]["n"] == 2 and found["distinct"]["accuracy"]["value"] == 0.25 and "distinct" not in found["distinct"]
+    assert found["majority"] == stats.mean_share(np.array([1, 0, 1]))._asdict() and found[
+        "answer_entropy"
+    ] == pytest.approx(np.log(2) * 2 / 3)
+    assert {name: (s["n"], s["accuracy"]["value"]) for name, s in found["subjects"].items()} == {
+        "heart": (2, 0.5),
+        "lung": (1, 0.0),
+    }
+    assert found["letters"]["letters"] == {
+        "A": {"answered": 0.5, "key": 1.0},
+        "B": {"answered": 0.5, "key": 0.0},
+    }
+    assert (
+        found["distinct"]["n"] == 2
+        and found["distinct"]["accuracy"]["value"] == 0.25
+        and "distinct" not in found["distinct"]
+    )
     shown = answers.show({"set": found})
     assert (
         "set, distinct" in shown
@@ -123,17 +218,30 @@ def test_a_repeat_is_no_new_evidence(tmp_path):
         write(tmp_path / folder, "dev", {str(i): given for i in range(8)})
         path = tmp_path / folder / "dev.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        path.write_text("".join(json.dumps(r | ({"repeats": "0"} if int(r["id"]) > 4 else {})) + "\n" for r in rows))
+        path.write_text(
+            "".join(json.dumps(r | ({"repeats": "0"} if int(r["id"]) > 4 else {})) + "\n" for r in rows)
+        )
     dev = compare.compare(tmp_path / "a", tmp_path / "b")["dev"]
-    assert (dev["only_a"], dev["distinct"]["only_a"], dev["distinct"]["p_holm"]) == (8, 5, 2 / 2**5) and "p_holm" not in dev
+    assert (dev["only_a"], dev["distinct"]["only_a"], dev["distinct"]["p_holm"]) == (
+        8,
+        5,
+        2 / 2**5,
+    ) and "p_holm" not in dev
     assert "dev, distinct" in compare.show({"dev": dev})
 
 
 def test_questions_are_the_same_by_their_hash_not_by_their_id(tmp_path):
-    """The same answers to the lines of a file in another order, whose ids are their places: no question of one id is the other's."""
+    """The same answers to the lines of a file in another order, whose ids are their places: no question of
+    one id is the other's.
+    """
     given = {str(i): "A" if i < 50 else "B" for i in range(100)}
     write(tmp_path / "a", "dev", given)
-    write(tmp_path / "b", "dev", dict(zip(given, reversed(given.values()), strict=True)), hashes=lambda i: str(99 - int(i)))
+    write(
+        tmp_path / "b",
+        "dev",
+        dict(zip(given, reversed(given.values()), strict=True)),
+        hashes=lambda i: str(99 - int(i)),
+    )
     with pytest.raises(ConfigError, match="100 ids, the first is '0', are of other questions or keys in B"):
         compare.compare(tmp_path / "a", tmp_path / "b")
     write(tmp_path / "b", "dev", given, hashes=lambda i: i if int(i) < 60 else "another")
@@ -144,12 +252,17 @@ def test_questions_are_the_same_by_their_hash_not_by_their_id(tmp_path):
 def test_what_was_not_asked_alike_is_refused(tmp_path):
     write(tmp_path / "a", "dev", {"1": "A", "2": "B"})
     write(tmp_path / "b", "dev", {"1": "AB", "2": "BB"}, samples=2, temperature=1.0)
-    with pytest.raises(ConfigError, match=r"eval.samples: 1 in A, 2 in B\n  eval.temperature: 0.0 in A, 1.0 in B$"):
+    with pytest.raises(
+        ConfigError, match=r"eval.samples: 1 in A, 2 in B\n  eval.temperature: 0.0 in A, 1.0 in B$"
+    ):
         compare.compare(tmp_path / "a", tmp_path / "b")
     dev = compare.compare(tmp_path / "a", tmp_path / "b", anyway=True)
     assert dev["dev"]["boundary"] is None and "–" in compare.show(dev)  # two samples solve more than one does
     (tmp_path / "b" / "eval.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"b/eval.json does not say how it was made, as an older version wrote it; evaluate again"):
+    with pytest.raises(
+        ConfigError,
+        match=r"b/eval.json does not say how it was made, as an older version wrote it; evaluate again",
+    ):
         compare.compare(tmp_path / "a", tmp_path / "b")
 
 
@@ -167,12 +280,17 @@ def test_of_a_run_the_newest_evaluation_is_taken(tmp_path):
 
 
 def test_what_could_have_been_shown_is_told_from_the_scatter_of_the_differences():
-    """One model sampled twice, 16 answers a question: the differences are small, though nearly all questions have one."""
+    """One model sampled twice, 16 answers a question: the differences are small, though nearly all questions
+    have one.
+    """
     rng = np.random.default_rng(0)
     easiness = rng.beta(0.7, 0.7, 1273)[:, None]
     a, b = (rng.random((1273, 16)) < easiness for _ in range(2))
     found = stats.paired_difference(a, b)
-    assert found.detectable == pytest.approx(2.8 * np.std(a.mean(1) - b.mean(1)) / np.sqrt(1273), rel=0.03) and found.detectable < 0.011
+    assert (
+        found.detectable == pytest.approx(2.8 * np.std(a.mean(1) - b.mean(1)) / np.sqrt(1273), rel=0.03)
+        and found.detectable < 0.011
+    )
     assert (found.high - found.low) / 2 < found.detectable
 
 
@@ -196,7 +314,9 @@ def test_what_is_not_in_an_accuracy_is_told_beside_it():
     assert answers.remarks("mine", counts | {"dropped_prompts": 0, "truncated": 0}) == []
     interval = {f"{key}_{end}": 0.5 for key in ("accuracy", "format") for end in ("low", "high")}
     after = counts | interval | {"correct": 1, "format_ok": 1, "accuracy": 0.025, "format_rate": 0.025}
-    assert pictures.table({"name": "x", "eval": {"mine": {"after": after}}}).endswith("\n".join(answers.remarks("mine", after)))
+    assert pictures.table({"name": "x", "eval": {"mine": {"after": after}}}).endswith(
+        "\n".join(answers.remarks("mine", after))
+    )
     text = io.StringIO()
     console.Console(2, text).step(2, {f"eval.mine.{key}": value for key, value in after.items()})
     assert text.getvalue() == "step 2/2  eval mine: correct 1/40, format 1/40, cut off 10/40\n"

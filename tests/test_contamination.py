@@ -24,7 +24,15 @@ def said(numbers):
 
 
 def test_words_are_lower_case_without_punctuation_and_accents():
-    assert contamination.words("Crohn’s, naïve 12-year-old: Ménière's_β") == ["crohns", "naive", "12", "year", "old", "menieres", "β"]
+    assert contamination.words("Crohn’s, naïve 12-year-old: Ménière's_β") == [
+        "crohns",
+        "naive",
+        "12",
+        "year",
+        "old",
+        "menieres",
+        "β",
+    ]
     assert len(contamination.grams(["w"] * 20)) == 1 and contamination.grams(["w"] * 7) == set()
 
 
@@ -45,35 +53,65 @@ def test_containment_is_of_the_shorter_stem():
         ("d", "short", 63, False),
         ("e", "short", 105, True),
     ]
-    within = contamination.overlaps([ask("1", "What now?"), ask("2", "what NOW"), ask("3", "What then?")], {})["(train)"]
+    within = contamination.overlaps(
+        [ask("1", "What now?"), ask("2", "what NOW"), ask("3", "What then?")], {}
+    )["(train)"]
     assert within == [contamination.Overlap("2", "1", 1.0, True, 2)]
 
 
 def test_boilerplate_makes_no_question_another():
     """The same closing sentence under 20 vignettes of their own, and as a whole stem."""
     closing = "Which of the following is the most likely diagnosis?"
-    vignettes = [Question(f"v{i}", f"{said(range(40 * i, 40 * i + 30))} {closing}", (f"a{i}", "b"), 0) for i in range(20)]
+    vignettes = [
+        Question(f"v{i}", f"{said(range(40 * i, 40 * i + 30))} {closing}", (f"a{i}", "b"), 0)
+        for i in range(20)
+    ]
     bare, alike = Question("bare", closing, ("c", "d"), 0), Question("alike", closing, ("B", "e"), 0)
     assert contamination.overlaps([bare], {"test": vignettes})["test"] == []
-    assert [o.id for o in contamination.overlaps(vignettes[:10], {"test": vignettes})["test"]] == [f"v{i}" for i in range(10)]
-    assert contamination.overlaps([bare], {"test": [alike, bare]})["test"] == [contamination.Overlap("bare", "bare", 1.0, True, 2)]
+    assert [o.id for o in contamination.overlaps(vignettes[:10], {"test": vignettes})["test"]] == [
+        f"v{i}" for i in range(10)
+    ]
+    assert contamination.overlaps([bare], {"test": [alike, bare]})["test"] == [
+        contamination.Overlap("bare", "bare", 1.0, True, 2)
+    ]
     found = contamination.overlaps([bare, Question("2", closing, ("b", "f"), 0)], {"test": [alike]})["test"]
-    assert found == [contamination.Overlap("alike", "2", 1.0, True, 1)]  # of two with the same stem, that with the option
-    many = [Question(f"{i}", vignettes[0].question, ("x", "y"), 0) for i in range(300)]  # a question asked often is no boilerplate
+    # of two with the same stem, that with the option
+    assert found == [contamination.Overlap("alike", "2", 1.0, True, 1)]
+    # a question asked often is no boilerplate
+    many = [Question(f"{i}", vignettes[0].question, ("x", "y"), 0) for i in range(300)]
     assert len(contamination.overlaps(many, {"test": vignettes[:1]})["test"]) == 1
 
 
 def test_the_command_and_scores_without_what_is_found(tmp_path, capsys):
     def write(name, stems):
-        rows = [{"id": f"{name}-{i}", "question": stem, "options": ["a", "b"], "answer": "A"} for i, stem in enumerate(stems)]
+        rows = [
+            {"id": f"{name}-{i}", "question": stem, "options": ["a", "b"], "answer": "A"}
+            for i, stem in enumerate(stems)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         return tmp_path / f"{name}.jsonl"
 
-    train, test, other = write("train", ["One?", "Two?"]), write("test", ["one", "Four?", "Three?"]), write("other", ["Five?"])
+    train, test, other = (
+        write("train", ["One?", "Two?"]),
+        write("test", ["one", "Four?", "Three?"]),
+        write("other", ["Five?"]),
+    )
     (tmp_path / "eval").mkdir()
-    rows = [{"id": f"test-{i}", "answer": "A", "key": "A" if i == 0 else "B", "correct": i == 0, "options": 2} for i in range(3)]
+    rows = [
+        {"id": f"test-{i}", "answer": "A", "key": "A" if i == 0 else "B", "correct": i == 0, "options": 2}
+        for i in range(3)
+    ]
     (tmp_path / "eval" / "my_set.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    args = ["contamination", str(train), str(test), str(other), "--eval", str(tmp_path / "eval"), "--out", str(tmp_path / "out.json")]
+    args = [
+        "contamination",
+        str(train),
+        str(test),
+        str(other),
+        "--eval",
+        str(tmp_path / "eval"),
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
     assert cli.main(args) == 0
     assert "33.3 %" in capsys.readouterr().out
     found = json.loads((tmp_path / "out.json").read_text())
@@ -82,7 +120,12 @@ def test_the_command_and_scores_without_what_is_found(tmp_path, capsys):
     ]
     assert found["sets"]["other"] == {"n": 1, "found": []}
     scores = found["scores"]["my_set"]
-    assert (scores["n"], scores["all"]["value"], scores["n_clean"], scores["clean"]["value"]) == (3, 1 / 3, 2, 0.0)
+    assert (scores["n"], scores["all"]["value"], scores["n_clean"], scores["clean"]["value"]) == (
+        3,
+        1 / 3,
+        2,
+        0.0,
+    )
     assert cli.main(["contamination", str(train), str(other), "--eval", str(tmp_path / "eval")]) == 2
     assert "no set of answers there is of other" in capsys.readouterr().err
     assert cli.main(["contamination", str(train)]) == 0
@@ -93,11 +136,14 @@ def test_what_is_known_of_the_real_sets():
     def read(path):
         return data.load(SetConfig(path=str(SHARED / path)))
 
-    train, test, dev = (read(f"medqa/{name}.jsonl") for name in ("train_partial_3503", "test_4opt", "dev_4opt"))
+    train, test, dev = (
+        read(f"medqa/{name}.jsonl") for name in ("train_partial_3503", "test_4opt", "dev_4opt")
+    )
     found = contamination.overlaps(train, {"test": test, "dev": dev})
     near = {name: {o.train_id[-5:] for o in found[name]} for name in ("test", "dev")}
     assert near["test"] == set("00123 01719 00771 02087 00060 02670 03274 02580 01974".split())
-    assert near["dev"] - {"00123"} == {"00378", "02359", "01703"}  # 00123 is short, and its words stand in several
+    # 00123 is short, and its words stand in several
+    assert near["dev"] - {"00123"} == {"00378", "02359", "01703"}
     mmlu = [q for path in sorted((SHARED / "mmlu").glob("*_test.csv")) for q in read(f"mmlu/{path.name}")]
     pro = read("mmlu_pro/health_test.jsonl")
     same = {o.id for o in contamination.overlaps(mmlu, {"pro": pro})["pro"] if o.same_stem}

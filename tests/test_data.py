@@ -1,4 +1,6 @@
-"""Every format in a few invented lines, every complaint in its own words, hostile bytes, the real counts where the data is there."""
+"""Every format in a few invented lines, every complaint in its own words, hostile bytes, the real counts
+where the data is there.
+"""
 
 import json
 import re
@@ -21,10 +23,37 @@ from medrlvr_jax.data.question import DataError, Example, Question, fingerprint,
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not in ../shared/data")
 
-PLAIN = {"question": "Which vitamin is scarce in scurvy?", "options": {"A": "A", "B": "C", "C": "D"}, "answer": "B"}
-MEDQA = {"question": "Which nerve?", "options": {"A": "Ulnar", "B": "Radial"}, "answer_idx": "B", "answer": "Radial", "meta_info": "step1"}
-PRO = {"question_id": 70, "question": "Which?\n", "options": ["x", "y", "z"], "answer": "C", "answer_index": 2, "category": "health"}
-MCQA = {"id": "f00", "question": "Which?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 4, "exp": "Since.", "subject_name": "ENT"}
+PLAIN = {
+    "question": "Which vitamin is scarce in scurvy?",
+    "options": {"A": "A", "B": "C", "C": "D"},
+    "answer": "B",
+}
+MEDQA = {
+    "question": "Which nerve?",
+    "options": {"A": "Ulnar", "B": "Radial"},
+    "answer_idx": "B",
+    "answer": "Radial",
+    "meta_info": "step1",
+}
+PRO = {
+    "question_id": 70,
+    "question": "Which?\n",
+    "options": ["x", "y", "z"],
+    "answer": "C",
+    "answer_index": 2,
+    "category": "health",
+}
+MCQA = {
+    "id": "f00",
+    "question": "Which?",
+    "opa": "a",
+    "opb": "b",
+    "opc": "c",
+    "opd": "d",
+    "cop": 4,
+    "exp": "Since.",
+    "subject_name": "ENT",
+}
 
 
 @pytest.fixture
@@ -32,7 +61,9 @@ def file(tmp_path):
     def write(name, content):
         if not isinstance(content, bytes):
             lines = content if isinstance(content, list) else [content]
-            content = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode()
+            content = "\n".join(
+                line if isinstance(line, str) else json.dumps(line) for line in lines
+            ).encode()
         (tmp_path / name).write_bytes(content)
         return str(tmp_path / name)
 
@@ -57,7 +88,13 @@ def complaint(path, **fields):
 
 
 def test_plain(file):
-    listed = PLAIN | {"id": "s1", "options": ["A", "C"], "answer": " b ", "subject": "diet", "rationale": "No collagen."}
+    listed = PLAIN | {
+        "id": "s1",
+        "options": ["A", "C"],
+        "answer": " b ",
+        "subject": "diet",
+        "rationale": "No collagen.",
+    }
     first, second = read(file("own.jsonl", [PLAIN, "", listed]))
     assert first == Question("own-1", "Which vitamin is scarce in scurvy?", ("A", "C", "D"), 1)
     assert second == Question("s1", PLAIN["question"], ("A", "C"), 1, "diet", "No collagen.")
@@ -69,8 +106,11 @@ def test_plain_as_json_csv_and_parquet(file, tmp_path):
     rows = [[PLAIN["question"], "A", "C", "D", key] for key in "BC"]
     assert read(file("own.json", json.dumps([PLAIN, PLAIN | {"answer": "C"}]))) == want
     csv = "\ufeffquestion,A,B,C,answer\r\n" + "".join(",".join(row) + "\r\n" for row in rows)
-    assert [q.id for q in read(file("own.csv", csv))] == ["own-2", "own-3"]  # numbered by the lines of their file
-    assert [(q.question, q.options, q.answer) for q in read(file("own.csv", csv))] == [(q.question, q.options, q.answer) for q in want]
+    # numbered by the lines of their file
+    assert [q.id for q in read(file("own.csv", csv))] == ["own-2", "own-3"]
+    assert [(q.question, q.options, q.answer) for q in read(file("own.csv", csv))] == [
+        (q.question, q.options, q.answer) for q in want
+    ]
     import datasets
 
     datasets.disable_progress_bars()
@@ -79,7 +119,12 @@ def test_plain_as_json_csv_and_parquet(file, tmp_path):
 
 
 def test_medqa_of_four_and_five_options(file):
-    five = MEDQA | {"id": "q5", "options": dict(zip("EDCBA", "vwxyz", strict=True)), "answer_idx": "D", "answer": "w"}
+    five = MEDQA | {
+        "id": "q5",
+        "options": dict(zip("EDCBA", "vwxyz", strict=True)),
+        "answer_idx": "D",
+        "answer": "w",
+    }
     assert read(file("m.jsonl", [MEDQA, five])) == [
         Question("m-1", "Which nerve?", ("Ulnar", "Radial"), 1, "step1"),
         Question("q5", "Which nerve?", ("z", "y", "x", "w", "v"), 3, "step1"),
@@ -91,8 +136,11 @@ def test_medqa_of_four_and_five_options(file):
 def test_mmlu_pro_keeps_health_of_several_categories(file):
     law = PRO | {"question_id": 71, "category": "law"}
     assert read(file("p.jsonl", [law, PRO])) == [Question("70", "Which?", ("x", "y", "z"), 2, "health")]
-    assert len(read(file("p.jsonl", [law, law | {"question_id": 72}]))) == 2  # a set cut to one category on purpose
-    assert "answer_index: 1 is not 2, the index of answer C" in complaint(file("p.jsonl", [PRO | {"answer_index": 1}]))
+    # a set cut to one category on purpose
+    assert len(read(file("p.jsonl", [law, law | {"question_id": 72}]))) == 2
+    assert "answer_index: 1 is not 2, the index of answer C" in complaint(
+        file("p.jsonl", [PRO | {"answer_index": 1}])
+    )
 
 
 def test_mmlu_csv_without_header_and_the_hubs_form(file):
@@ -103,33 +151,56 @@ def test_mmlu_csv_without_header_and_the_hubs_form(file):
     ]
     hub = {"question": "Which?", "choices": ["1", "2"], "answer": 1, "subject": "virology"}
     assert read(file("m.jsonl", [hub]))[0] == Question("m-1", "Which?", ("1", "2"), 1, "virology")
-    assert "answer: 2 is not the index of one of the 2 choices" in complaint(file("m.jsonl", [hub | {"answer": 2}]))
+    assert "answer: 2 is not the index of one of the 2 choices" in complaint(
+        file("m.jsonl", [hub | {"answer": 2}])
+    )
 
 
 def test_medmcqa_counts_from_one_in_files_and_by_label_on_the_hub(file, tmp_path):
-    assert read(file("d.jsonl", [MCQA])) == [Question("f00", "Which?", ("a", "b", "c", "d"), 3, "ENT", "Since.")]
+    assert read(file("d.jsonl", [MCQA])) == [
+        Question("f00", "Which?", ("a", "b", "c", "d"), 3, "ENT", "Since.")
+    ]
     for bad in (0, 5, -2):
-        assert f"field cop: {bad} is not 1 to 4; files count from 1" in complaint(file("d.jsonl", [MCQA | {"cop": bad}]))
+        assert f"field cop: {bad} is not 1 to 4; files count from 1" in complaint(
+            file("d.jsonl", [MCQA | {"cop": bad}])
+        )
     assert "take the train or validation split" in complaint(file("d.jsonl", [MCQA | {"cop": -1}]))
     assert "True" in complaint(file("d.jsonl", [MCQA | {"cop": True}]))  # in Python True == 1
     import datasets
 
-    features = datasets.Features({k: datasets.Value("string") for k in MCQA} | {"cop": datasets.ClassLabel(names=list("abcd"))})
-    datasets.Dataset.from_list([MCQA | {"cop": 0}, MCQA | {"id": "f01", "cop": 3}], features).to_parquet(str(tmp_path / "d.parquet"))
+    features = datasets.Features(
+        {k: datasets.Value("string") for k in MCQA} | {"cop": datasets.ClassLabel(names=list("abcd"))}
+    )
+    datasets.Dataset.from_list([MCQA | {"cop": 0}, MCQA | {"id": "f01", "cop": 3}], features).to_parquet(
+        str(tmp_path / "d.parquet")
+    )
     assert [q.answer for q in read(str(tmp_path / "d.parquet"))] == [0, 3]
 
 
 def test_pubmedqa_by_pmid_and_the_hubs_form(file):
-    local = {"QUESTION": "Does it?", "CONTEXTS": ["It may.", "It did."], "final_decision": "maybe", "LONG_ANSWER": "It depends."}
+    local = {
+        "QUESTION": "Does it?",
+        "CONTEXTS": ["It may.", "It did."],
+        "final_decision": "maybe",
+        "LONG_ANSWER": "It depends.",
+    }
     want = Question("123", "It may.\nIt did.\nDoes it?", ("yes", "no", "maybe"), 2, "", "It depends.")
     assert read(file("p.json", json.dumps({"123": local}))) == [want]
-    hub = {"pubid": 123, "question": "Does it?", "context": {"contexts": ["It may.", "It did."]}, "long_answer": "It depends."}
+    hub = {
+        "pubid": 123,
+        "question": "Does it?",
+        "context": {"contexts": ["It may.", "It did."]},
+        "long_answer": "It depends.",
+    }
     assert read(file("p.jsonl", [hub | {"final_decision": "maybe"}])) == [want]
     assert "is none of yes, no, maybe" in complaint(file("p.jsonl", [hub | {"final_decision": "perhaps"}]))
 
 
 def test_text(file):
-    path = file("t.jsonl", [{"prompt": "", "response": " Hello\n"}, {"text": "Bare."}, {"prompt": "Q ", "response": "A"}])
+    path = file(
+        "t.jsonl",
+        [{"prompt": "", "response": " Hello\n"}, {"text": "Bare."}, {"prompt": "Q ", "response": "A"}],
+    )
     assert texts(SetConfig(path=path)) == [Example("", " Hello\n"), Example("", "Bare."), Example("Q ", "A")]
     assert texts(SetConfig(path=path, format="text", limit=1)) == [Example("", " Hello\n")]
     assert "format text, where plain or open" in complaint(path)
@@ -140,7 +211,9 @@ def test_text(file):
 def test_limit_and_explicit_format(file):
     path = file("m.jsonl", [MEDQA] * 5)
     assert [q.id for q in read(path, limit=2)] == ["m-1", "m-2"]
-    assert "line 1: field answer: 'Radial' is not the letter of one of its 2 options" in complaint(path, format="plain")
+    assert "line 1: field answer: 'Radial' is not the letter of one of its 2 options" in complaint(
+        path, format="plain"
+    )
 
 
 def test_unknown_and_ambiguous_fields_list_the_formats(file):
@@ -157,7 +230,11 @@ def told(path, **fields):
 
 
 def test_a_set_is_told_as_it_was_read(file):
-    rows = [PLAIN | {"rationale": "r", "rater": i, "answer": "AB"[i % 2 and j]} for j in range(2) for i in range(3)]
+    rows = [
+        PLAIN | {"rationale": "r", "rater": i, "answer": "AB"[i % 2 and j]}
+        for j in range(2)
+        for i in range(3)
+    ]
     rows[3:] = [row | {"question": "Which nerve " + "runs " * 40} for row in rows[3:]]
     lines = told(file("own.jsonl", rows)).split("\n")
     assert lines == [
@@ -183,27 +260,44 @@ def test_a_row_number_without_a_name_is_nobodys_rationale(file):
 
 
 def test_fields_that_a_format_does_not_read_are_told(file):
-    renamed = {"question": "Does it?", "context": {"contexts": ["It may."]}, "options": ["yes", "no"], "answer": "A", "long_answer": "So."}
+    renamed = {
+        "question": "Does it?",
+        "context": {"contexts": ["It may."]},
+        "options": ["yes", "no"],
+        "answer": "A",
+        "long_answer": "So.",
+    }
     assert "format plain; not read: context, long_answer" in told(file("p.jsonl", [renamed]))
     many = dict.fromkeys("stem one two three four five six key".split(), "x")
     assert "'six', 'key'] fit no format" in complaint(file("x.jsonl", [many]))
 
 
 def test_options_are_read_without_letters_of_their_own(file):
-    for options in (["A. x", "B. y", "C. z"], ["(a) x", "(b) y", "c) z"], ["1. x", "2) y", "3: z"], ["A - x", "B - y", "C – z"]):
+    for options in (
+        ["A. x", "B. y", "C. z"],
+        ["(a) x", "(b) y", "c) z"],
+        ["1. x", "2) y", "3: z"],
+        ["A - x", "B - y", "C – z"],
+    ):
         path = file("own.jsonl", [PLAIN | {"options": options}])
         assert read(path)[0].options == ("x", "y", "z") and 'bring letters ("A. …"): 1, removed' in told(path)
     given = MEDQA | {"options": {"A": "A. Ulnar", "B": "B. Radial"}}
     for answer in ("Radial", "B. Radial"):
         assert read(file("m.jsonl", [given | {"answer": answer}]))[0].options == ("Ulnar", "Radial")
-    for options in (["E. coli", "S. aureus", "C. difficile"], ["10 - 20 mg", "20 - 30 mg", "1: 2"], ["A.", "B.", "C."]):
+    for options in (
+        ["E. coli", "S. aureus", "C. difficile"],
+        ["10 - 20 mg", "20 - 30 mg", "1: 2"],
+        ["A.", "B.", "C."],
+    ):
         assert read(file("own.jsonl", [PLAIN | {"options": options}]))[0].options == tuple(options)
     some = file("own.jsonl", [PLAIN | {"options": ["A. x", "B. y", "None"]}])
     assert read(some)[0].options == ("A. x", "B. y", "None") and "kept, and never shuffled" in told(some)
 
 
 def test_which_of_two_readings_was_taken_is_told(file):
-    assert "also the text of another option: 1, taken as letters" in told(file("own.jsonl", [PLAIN | {"answer": "C"}, PLAIN]))
+    assert "also the text of another option: 1, taken as letters" in told(
+        file("own.jsonl", [PLAIN | {"answer": "C"}, PLAIN])
+    )
     hub = {"question": "Which?", "choices": ["1", "2"], "answer": 1}
     assert "numbers in answer: 1, taken as counted from 0" in told(file("m.jsonl", [hub]))
     assert "numbers in cop: 1, taken as counted from 1" in told(file("d.jsonl", [MCQA]))
@@ -218,21 +312,36 @@ def test_files_by_what_is_in_them_not_by_their_ending(file):
         ("own.jsonl", json.dumps(two, indent=1)),
         ("own.json", "\ufeff\n" + json.dumps(two[0]) + "\n\n" + json.dumps(two[1]) + "\n"),
     ):
-        assert [(q.options, q.answer) for q in read(file(name, content))] == [(q.options, q.answer) for q in want]
+        assert [(q.options, q.answer) for q in read(file(name, content))] == [
+            (q.options, q.answer) for q in want
+        ]
     assert "own.json, record 3: not JSON" in complaint(file("own.json", [*two, "{"]))
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t"])
 def test_csv_by_commas_semicolons_or_tabs(file, mark):
-    table = [["question", " A", "B ", "answer"], ['"Which; of, these?"', "x", "y", "b"], ["Where?", "x", "y", "A"]]
+    table = [
+        ["question", " A", "B ", "answer"],
+        ['"Which; of, these?"', "x", "y", "b"],
+        ["Where?", "x", "y", "A"],
+    ]
     for name in ("own.csv", "own.tsv"):
         questions = read(file(name, "\n".join(mark.join(row) for row in table)))
-        assert [(q.question, q.options, q.answer) for q in questions] == [("Which; of, these?", ("x", "y"), 1), ("Where?", ("x", "y"), 0)]
+        assert [(q.question, q.options, q.answer) for q in questions] == [
+            ("Which; of, these?", ("x", "y"), 1),
+            ("Where?", ("x", "y"), 0),
+        ]
     assert read(file("virology_test.csv", mark.join(["Which?", "1", "2", "3", "4", "D"])))[0].answer == 3
     row = mark.join(["7", "Which?", "x", "y", "z", "C", "2", "health"])
-    path = file("p.csv", mark.join("question_id question A B C answer answer_index category".split()) + "\n" + row)
-    assert read(path) == [Question("7", "Which?", ("x", "y", "z"), 2, "health")] and "not read" not in told(path)
-    assert "column 'A' is there twice" in complaint(file("own.csv", mark.join("question A A answer".split()) + "\n"))
+    path = file(
+        "p.csv", mark.join("question_id question A B C answer answer_index category".split()) + "\n" + row
+    )
+    assert read(path) == [Question("7", "Which?", ("x", "y", "z"), 2, "health")] and "not read" not in told(
+        path
+    )
+    assert "column 'A' is there twice" in complaint(
+        file("own.csv", mark.join("question A A answer".split()) + "\n")
+    )
 
 
 # ---- complaints ----
@@ -246,14 +355,29 @@ def test_csv_by_commas_semicolons_or_tabs(file, mark):
         (PLAIN | {"answer": "Ｂ"}, "is not the letter"),  # a full-width look-alike
         (PLAIN | {"answer": 1}, "field answer: 1 is a number where a letter is needed; give the letter"),
         (PLAIN | {"answer": "2"}, "field answer: '2' is a number where a letter is needed"),
-        (PLAIN | {"options": ["x", "heparin"], "answer": "heparin"}, "it is the text of option B: give the letter"),
+        (
+            PLAIN | {"options": ["x", "heparin"], "answer": "heparin"},
+            "it is the text of option B: give the letter",
+        ),
         (PLAIN | {"options": ["A. x", "A. x"]}, "field options: ('A. x', 'A. x') has one text twice"),
         (PLAIN | {"options": ["A. x", "B) x"]}, "has one text twice"),
-        (PLAIN | {"options": ["B. x", "C. y", "A. z"]}, "their own letters are B, C, A: which does the key mean?"),
-        ({"question": "q", "choices": ["x", "y"], "answer": 0}, "needed, and not there; the record has ['question', 'choices', 'answer']"),
-        ({"question": "q", "choices": ["x", "y"], "answer": 0}, "format plain was told by the first record alone"),
+        (
+            PLAIN | {"options": ["B. x", "C. y", "A. z"]},
+            "their own letters are B, C, A: which does the key mean?",
+        ),
+        (
+            {"question": "q", "choices": ["x", "y"], "answer": 0},
+            "needed, and not there; the record has ['question', 'choices', 'answer']",
+        ),
+        (
+            {"question": "q", "choices": ["x", "y"], "answer": 0},
+            "format plain was told by the first record alone",
+        ),
         (PLAIN | {"question": " "}, "field question: ' ' is blank"),
-        (PLAIN | {"question": None}, "field question: needed, and not there; the record has ['question', 'options', 'answer']"),
+        (
+            PLAIN | {"question": None},
+            "field question: needed, and not there; the record has ['question', 'options', 'answer']",
+        ),
         (PLAIN | {"question": "\ud800"}, "half a surrogate pair"),
         (PLAIN | {"options": ["x"], "answer": "A"}, "field options: 1 of them; a question has 2 to 10"),
         (PLAIN | {"options": list("abcdefghijk")}, "field options: 11 of them"),
@@ -276,16 +400,24 @@ def test_a_complaint_names_line_field_value_and_remedy(file, line, told):
 
 
 def test_bytes_that_are_not_utf8_name_their_line(file):
-    assert "own.jsonl, line 2: byte 15 is not UTF-8" in complaint(file("own.jsonl", json.dumps(PLAIN).encode() + b'\n{"question": "\xe9"}'))
+    assert "own.jsonl, line 2: byte 15 is not UTF-8" in complaint(
+        file("own.jsonl", json.dumps(PLAIN).encode() + b'\n{"question": "\xe9"}')
+    )
 
 
 def test_ten_complaints_at_once(file):
     said = complaint(file("own.jsonl", [PLAIN] + [PLAIN | {"answer": "?"}] * 30)).split("\n")
-    assert len(said) == 11 and [int(re.search(r"line (\d+)", s)[1]) for s in said[:10]] == list(range(2, 12)) and "may be more" in said[10]
+    assert (
+        len(said) == 11
+        and [int(re.search(r"line (\d+)", s)[1]) for s in said[:10]] == list(range(2, 12))
+        and "may be more" in said[10]
+    )
 
 
 def test_ids_must_differ(file):
-    assert "line 2: id '7' is already that of line 1; give each its own, or none" in complaint(file("own.jsonl", [PLAIN | {"id": 7}] * 2))
+    assert "line 2: id '7' is already that of line 1; give each its own, or none" in complaint(
+        file("own.jsonl", [PLAIN | {"id": 7}] * 2)
+    )
 
 
 def test_an_absurd_line_is_refused_without_reading_it_whole(file, monkeypatch):
@@ -294,8 +426,12 @@ def test_an_absurd_line_is_refused_without_reading_it_whole(file, monkeypatch):
 
 
 def test_csv_complaints(file):
-    assert "line 3: 3 cells under a header of 4" in complaint(file("x.csv", "question,A,B,answer\nq,1,2,A\nq,1,A\n"))
-    assert "line 2: 5 cells; without a header there are six" in complaint(file("x_test.csv", "q,1,2,3,4,A\nq,1,2,3,A\n"))
+    assert "line 3: 3 cells under a header of 4" in complaint(
+        file("x.csv", "question,A,B,answer\nq,1,2,A\nq,1,A\n")
+    )
+    assert "line 2: 5 cells; without a header there are six" in complaint(
+        file("x_test.csv", "q,1,2,3,4,A\nq,1,2,3,A\n")
+    )
     assert "line 2: not CSV in UTF-8" in complaint(file("x.csv", 'question,A,B,answer\nq,1,2,"A\nq,1,2,B\n'))
     assert "not CSV in UTF-8" in complaint(file("x.csv", b"question,A,B,answer\nq\xff,1,2,A\n"))
 
@@ -311,7 +447,10 @@ def test_paths(file, tmp_path):
         (file("y.jsonl", "version https://git-lfs.github.com/spec/v1\noid 1"), "git-LFS pointer"),
         (file("empty.jsonl", ""), "not one record"),
         (file("ids.json", '{"1": "yes"}'), "fit no format"),
-        ("embedded:corpus", "take embedded:train or embedded:in_distribution or embedded:out_of_distribution"),
+        (
+            "embedded:corpus",
+            "take embedded:train or embedded:in_distribution or embedded:out_of_distribution",
+        ),
     ):
         assert told in complaint(path)
 
@@ -327,13 +466,19 @@ def test_hub_sets_go_through_load_dataset_and_name_their_splits(monkeypatch):
         return rows if split else datasets.DatasetDict(train=rows, test=rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read("org/medqa", subset="en", split="test") == [Question("medqa-en-test-1", "Which nerve?", ("Ulnar", "Radial"), 1, "step1")]
+    assert read("org/medqa", subset="en", split="test") == [
+        Question("medqa-en-test-1", "Which nerve?", ("Ulnar", "Radial"), 1, "step1")
+    ]
     assert "split None: set split to one of train, test" in complaint("org/medqa")
     assert asked == [("org/medqa", "en", "test"), ("org/medqa", None, None)]
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-VALUES = SCALARS | st.lists(SCALARS, max_size=4) | st.dictionaries(st.sampled_from("ABCDE") | st.text(max_size=3), SCALARS, max_size=4)
+VALUES = (
+    SCALARS
+    | st.lists(SCALARS, max_size=4)
+    | st.dictionaries(st.sampled_from("ABCDE") | st.text(max_size=3), SCALARS, max_size=4)
+)
 READ = {field for form in FORMATS.values() for variant in form.required for field in variant.split()}
 FIELDS = sorted(READ | {"id", "subject", "rationale"})
 
@@ -341,7 +486,9 @@ FIELDS = sorted(READ | {"id", "subject", "rationale"})
 def only_data_errors(path, form):
     try:
         for q in read(str(path), format=form):
-            assert 2 <= len(q.options) <= 10 and 0 <= q.answer < len(q.options) and q.question and all(q.options)
+            assert (
+                2 <= len(q.options) <= 10 and 0 <= q.answer < len(q.options) and q.question and all(q.options)
+            )
             f"{q}".encode()
     except DataError:
         pass
@@ -361,7 +508,11 @@ def test_hostile_records_raise_nothing_but_data_errors(tmp_path_factory, form, r
 
 
 @settings(max_examples=60, deadline=None)
-@given(form=st.sampled_from(["auto", "plain", "medmcqa"]), suffix=st.sampled_from([".jsonl", ".json", ".csv"]), content=st.binary())
+@given(
+    form=st.sampled_from(["auto", "plain", "medmcqa"]),
+    suffix=st.sampled_from([".jsonl", ".json", ".csv"]),
+    content=st.binary(),
+)
 def test_hostile_bytes_raise_nothing_but_data_errors(tmp_path_factory, form, suffix, content):
     path = tmp_path_factory.getbasetemp() / f"bytes{suffix}"
     path.write_bytes(content)
@@ -373,36 +524,60 @@ def test_hostile_bytes_raise_nothing_but_data_errors(tmp_path_factory, form, suf
 
 def test_repeats_are_those_with_the_same_words_and_key():
     q = Question("1", "Which?", ("a", "b"), 0)
-    others = [Question("2", "Which?", ("a", "b"), 1), Question("3", "Which?", ("b", "a"), 0), Question("4", "Which?", ("a", "b"), 0, "s")]
+    others = [
+        Question("2", "Which?", ("a", "b"), 1),
+        Question("3", "Which?", ("b", "a"), 0),
+        Question("4", "Which?", ("a", "b"), 0, "s"),
+    ]
     assert repeats([q, *others, Question("5", "Which?", ("a", "b"), 1)]) == {"4": "1", "5": "2"}
 
 
 def test_questions_by_their_pass_counts(file):
     path = file("set.jsonl", [PLAIN | {"id": str(i)} for i in range(5)])
-    counts = file("counts.jsonl", [{"id": str(i), "right": right} for i, right in enumerate([0, 3, 8, 7, None])])
+    counts = file(
+        "counts.jsonl", [{"id": str(i), "right": right} for i, right in enumerate([0, 3, 8, 7, None])]
+    )
 
     def ids(**fields):
         return [q.id for q in read(path, pass_count=PassCountConfig(file=counts, **fields))]
 
-    assert ids(keep=(1, 7)) == ["1", "3"] and ids(keep=(0, 3)) == ["0", "1"] and ids(keep=(7, 8), order="easy_first") == ["2", "3"]
-    assert ids(order="easy_first") == ["2", "3", "1", "0"] == ids(order="hard_first")[::-1]  # the fifth was too long to be asked
-    assert "no question has 4 to 6 right samples" in complaint(path, pass_count=PassCountConfig(file=counts, keep=(4, 6)))
-    history = file("history.jsonl", [{"id": str(i), "right": 1, "variance": v} for i, v in enumerate([0.1, 0.2, 0, 0.25, 0.2])])
+    assert (
+        ids(keep=(1, 7)) == ["1", "3"]
+        and ids(keep=(0, 3)) == ["0", "1"]
+        and ids(keep=(7, 8), order="easy_first") == ["2", "3"]
+    )
+    # the fifth was too long to be asked
+    assert ids(order="easy_first") == ["2", "3", "1", "0"] == ids(order="hard_first")[::-1]
+    assert "no question has 4 to 6 right samples" in complaint(
+        path, pass_count=PassCountConfig(file=counts, keep=(4, 6))
+    )
+    history = file(
+        "history.jsonl",
+        [{"id": str(i), "right": 1, "variance": v} for i, v in enumerate([0.1, 0.2, 0, 0.25, 0.2])],
+    )
     ranked = PassCountConfig(file=history, order="variance", top=3)
     assert [q.id for q in read(path, pass_count=ranked)] == ["3", "1", "4"]
-    assert "counts.jsonl, line 1: no number 'impact' in it" in complaint(path, pass_count=PassCountConfig(file=counts, order="impact"))
+    assert "counts.jsonl, line 1: no number 'impact' in it" in complaint(
+        path, pass_count=PassCountConfig(file=counts, order="impact")
+    )
     few = file("few.jsonl", [{"id": "0", "right": 1}])
-    assert "4 of 5 questions have no count there, the first is '1'" in complaint(path, pass_count=PassCountConfig(file=few, keep=(1, 7)))
+    assert "4 of 5 questions have no count there, the first is '1'" in complaint(
+        path, pass_count=PassCountConfig(file=few, keep=(1, 7))
+    )
     assert [q.id for q in read(path, limit=1, pass_count=PassCountConfig(file=few, keep=(1, 7)))] == ["0"]
     bad = file("bad.jsonl", [{"id": "0", "right": "1"}])
-    assert "bad.jsonl, line 1: a line such as" in complaint(path, pass_count=PassCountConfig(file=bad, keep=(1, 7)))
+    assert "bad.jsonl, line 1: a line such as" in complaint(
+        path, pass_count=PassCountConfig(file=bad, keep=(1, 7))
+    )
     assert "no such file" in complaint(path, pass_count=PassCountConfig(file=path + ".no", keep=(1, 7)))
 
 
 # ---- batches ----
 
 
-@given(n=st.integers(1, 200), size=st.integers(1, 200), epoch=st.integers(0, 50), seed=st.integers(0, 2**32 - 1))
+@given(
+    n=st.integers(1, 200), size=st.integers(1, 200), epoch=st.integers(0, 50), seed=st.integers(0, 2**32 - 1)
+)
 def test_an_epoch_holds_no_question_twice(n, size, epoch, seed):
     size = min(n, size)
     steps = range(epoch * (n // size), (epoch + 1) * (n // size))
@@ -414,7 +589,9 @@ def test_an_epoch_holds_no_question_twice(n, size, epoch, seed):
 
 
 def test_batches_in_order_go_through_the_set_and_leave_out_any():
-    epochs = [np.concatenate([batch_at(7, 3 * e + i, 2, 0, in_order=True) for i in range(3)]) for e in range(40)]
+    epochs = [
+        np.concatenate([batch_at(7, 3 * e + i, 2, 0, in_order=True) for i in range(3)]) for e in range(40)
+    ]
     assert all((np.diff(e) > 0).all() for e in epochs)
     assert {*range(7)} == {i for e in epochs for i in {*range(7)} - {*e.tolist()}}
     for step in (0, 3, 6):
@@ -423,19 +600,28 @@ def test_batches_in_order_go_through_the_set_and_leave_out_any():
 
 def test_batches_are_what_they_were():
     """Pinned: a run that is resumed under another NumPy must go on with the same questions."""
-    assert [batch_at(7, step, 3, 0).tolist() for step in range(4)] == [[0, 3, 5], [1, 2, 6], [3, 4, 2], [1, 6, 5]]
+    assert [batch_at(7, step, 3, 0).tolist() for step in range(4)] == [
+        [0, 3, 5],
+        [1, 2, 6],
+        [3, 4, 2],
+        [1, 6, 5],
+    ]
     assert batch_at(7, 0, 3, 1).tolist() != [0, 3, 5]
 
 
 def test_the_tail_left_out_differs_between_epochs_and_all_questions_come():
     left = [
-        frozenset(range(10)) - set(np.concatenate([batch_at(10, 3 * epoch + i, 3, 5) for i in range(3)]).tolist()) for epoch in range(60)
+        frozenset(range(10))
+        - set(np.concatenate([batch_at(10, 3 * epoch + i, 3, 5) for i in range(3)]).tolist())
+        for epoch in range(60)
     ]
     assert all(len(tail) == 1 for tail in left) and len(set(left)) == 10
 
 
 def test_a_batch_larger_than_the_set_is_refused():
-    with pytest.raises(DataError, match=r"a batch of 8 questions cannot be drawn from 7 .* set sample.questions to 7 or less"):
+    with pytest.raises(
+        DataError, match=r"a batch of 8 questions cannot be drawn from 7 .* set sample.questions to 7 or less"
+    ):
         batch_at(7, 0, 8, 0)
 
 
@@ -465,7 +651,12 @@ def test_real_counts(path, options):
 @real
 def test_real_keys_repeats_and_mmlu():
     assert len(repeats(read(str(SHARED / "mmlu_pro/health_test.jsonl")))) == 818 - 723
-    assert Counter(q.answer for q in read(str(SHARED / "medmcqa/dev.jsonl"))) == {0: 1348, 1: 1085, 2: 925, 3: 825}
+    assert Counter(q.answer for q in read(str(SHARED / "medmcqa/dev.jsonl"))) == {
+        0: 1348,
+        1: 1085,
+        2: 925,
+        3: 825,
+    }
     files = sorted((SHARED / "mmlu").glob("*_test.csv"))
     assert len(files) == 6 and sum(len(read(str(path))) for path in files) == 1089
 
@@ -473,13 +664,18 @@ def test_real_keys_repeats_and_mmlu():
 def test_a_fingerprint_tells_rows_apart():
     one, other = Question("1", "?", ("a", "b"), 0), Question("1", "?", ("a", "b"), 1)
     assert fingerprint([one, other]) == fingerprint([one, other]) != fingerprint([other, one])
-    assert fingerprint([([1, 2], [3])]) == {"n": 1, "sha256": "46d75cebab5a28687e02ac4f0090e7ea9c0f12b51e3a50dfa313390a21776049"}
+    assert fingerprint([([1, 2], [3])]) == {
+        "n": 1,
+        "sha256": "46d75cebab5a28687e02ac4f0090e7ea9c0f12b51e3a50dfa313390a21776049",
+    }
 
 
 def test_a_questions_hash_is_of_what_is_asked():
     question = Question("7", "Which?", ("x", "y", "z"), 2)
     shuffled = Question("other id", "Which?", ("z", "x", "y"), 0, subject="lung", order="CAB")
-    assert question_hash(question) == question_hash(shuffled) and re.fullmatch("[0-9a-f]{16}", question_hash(question))
+    assert question_hash(question) == question_hash(shuffled) and re.fullmatch(
+        "[0-9a-f]{16}", question_hash(question)
+    )
     others = [
         Question("7", "Who?", ("x", "y", "z"), 2),
         Question("7", "Which?", ("x", "z", "y"), 2),

@@ -1,4 +1,6 @@
-"""Several real processes: they compute what one does, keep to their own rows, and end together, whatever ends one of them."""
+"""Several real processes: they compute what one does, keep to their own rows, and end together, whatever ends
+one of them.
+"""
 
 import json
 import re
@@ -43,14 +45,22 @@ GRPO = {
 @pytest.mark.parametrize(("n", "meshes"), [(2, ["data=2,fsdp=2", "tensor=4"]), (4, ["slices=2,fsdp=4"])])
 def test_processes_change_nothing(n, meshes):
     tokens, rewards, params = plain("gae")
-    want = {"tokens": tokens, "rewards": rewards} | {f"p{i}": leaf for i, leaf in enumerate(jax.tree.leaves(params))}
+    want = {"tokens": tokens, "rewards": rewards} | {
+        f"p{i}": leaf for i, leaf in enumerate(jax.tree.leaves(params))
+    }
     for got in measure(n, 2, meshes):
         different_tokens, different_rewards, furthest = compare(got, want)
         assert (different_tokens, different_rewards) == (0, 0) and furthest < 1e-5
 
 
 def train(n, *settings):
-    return launch(n, 2, ["-c", MAIN, "train", "--distributed", *map(str, settings)], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    return launch(
+        n,
+        2,
+        ["-c", MAIN, "train", "--distributed", *map(str, settings)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
 def ends(started, timeout=600):
@@ -67,10 +77,14 @@ def until(path, steps, started):
 
 
 def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
-    """Kill one of two; go on with both on another mesh; stop by a signal to one of them. All as one process computes it."""
+    """Kill one of two; go on with both on another mesh; stop by a signal to one of them. All as one process
+    computes it.
+    """
     tree = yaml.safe_load((folder / "config.yaml").read_text()) | GRPO
     (folder / "several.yaml").write_text(
-        yaml.safe_dump(tree | {"name": "several", "mesh": {"data": 2, "fsdp": 2}, "checkpoint": {"keep": 99, "every": 1}})
+        yaml.safe_dump(
+            tree | {"name": "several", "mesh": {"data": 2, "fsdp": 2}, "checkpoint": {"keep": 99, "every": 1}}
+        )
     )
     run = folder / "runs" / "several"
     first = train(2, folder / "several.yaml", "steps=100000")
@@ -84,7 +98,8 @@ def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
     assert kept and checkpoint.damage(run / "checkpoints" / str(kept[-1])) is None
     recorded = lines(run / "metrics.jsonl")
 
-    second = train(2, folder / "several.yaml", "steps=100000", "mesh={data: 1, tensor: 4}")  # all rows on both, counted once
+    # all rows on both, counted once
+    second = train(2, folder / "several.yaml", "steps=100000", "mesh={data: 1, tensor: 4}")
     until(run / "metrics.jsonl", len(recorded) + 1, second)
     second[1].send_signal(signal.SIGTERM)
     statuses, told = ends(second)
@@ -94,25 +109,40 @@ def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
     assert [m["step"] for m in metrics] == list(range(1, done + 1)) and done > kept[-1]
 
     # What two processes wrote is read by two and by one: the same bytes.
-    two = launch(2, 2, ["-c", MAIN, "export", "--distributed", str(run), str(folder / "by_two")], stderr=subprocess.PIPE)
+    two = launch(
+        2,
+        2,
+        ["-c", MAIN, "export", "--distributed", str(run), str(folder / "by_two")],
+        stderr=subprocess.PIPE,
+    )
     statuses, told = ends(two)
     assert statuses == [0, 0], told
     assert main("export", run, folder / "by_one") == 0
-    assert (folder / "by_two/model.safetensors").read_bytes() == (folder / "by_one/model.safetensors").read_bytes()
+    assert (folder / "by_two/model.safetensors").read_bytes() == (
+        folder / "by_one/model.safetensors"
+    ).read_bytes()
 
-    (folder / "one.yaml").write_text(yaml.safe_dump(tree | {"name": "one", "steps": done, "checkpoint": {"every": 0}}))
+    (folder / "one.yaml").write_text(
+        yaml.safe_dump(tree | {"name": "one", "steps": done, "checkpoint": {"every": 0}})
+    )
     assert main("train", folder / "one.yaml") == 0
     for got, want in zip(metrics, lines(folder / "runs/one/metrics.jsonl"), strict=True):
-        assert got["completions"] == 16 and {k: got[k] for k in want if k in ("reward", "accuracy", "tokens", "truncated")} == {
-            k: want[k] for k in want if k in ("reward", "accuracy", "tokens", "truncated")
-        }
+        assert got["completions"] == 16 and {
+            k: got[k] for k in want if k in ("reward", "accuracy", "tokens", "truncated")
+        } == {k: want[k] for k in want if k in ("reward", "accuracy", "tokens", "truncated")}
     assert samples == lines(folder / "runs/one/samples.jsonl")
     parts = build.build(configs.load(folder / "one.yaml"))
     several, one = (
-        checkpoint.restore_params(folder / "runs" / n / "checkpoints", build.abstract_params(parts, parts.cfg), done)[0]
+        checkpoint.restore_params(
+            folder / "runs" / n / "checkpoints", build.abstract_params(parts, parts.cfg), done
+        )[0]
         for n in ("several", "one")
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), sharding.to_host(several), sharding.to_host(one))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        sharding.to_host(several),
+        sharding.to_host(one),
+    )
 
 
 REPLICAS = """
@@ -134,17 +164,34 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_a_row_on_two_processes_is_scored_by_one_of_them(folder):  # noqa: F811
-    """A reward that is random: each process learns from the same rewards, and its copies of what all hold stay the same."""
-    (folder / "dice.yaml").write_text(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | GRPO | {"name": "dice"}))
-    settings = ["mesh={data: 1, tensor: 4}", "reward.fn=rewards_of_users:dice", *NO_EVAL, "steps=1", "checkpoint.every=0"]
-    settings += ["advantage.estimator=group_mean"]  # divided by the spread, all pairs would be ±0.7071: some alike by chance
+    """A reward that is random: each process learns from the same rewards, and its copies of what all hold
+    stay the same.
+    """
+    (folder / "dice.yaml").write_text(
+        yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | GRPO | {"name": "dice"})
+    )
+    settings = [
+        "mesh={data: 1, tensor: 4}",
+        "reward.fn=rewards_of_users:dice",
+        *NO_EVAL,
+        "steps=1",
+        "checkpoint.every=0",
+    ]
+    # divided by the spread, all pairs would be ±0.7071: some alike by chance
+    settings += ["advantage.estimator=group_mean"]
     words = ["-c", REPLICAS, "train", "--distributed", str(folder / "dice.yaml"), *settings]
     started = launch(2, 2, words, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     told = [p.communicate(timeout=600) for p in started]
     assert [p.returncode for p in started] == [0, 0], told
-    zero, one = (json.loads(line[5:]) for out, _ in told for line in out.splitlines() if line.startswith("STEP "))
-    assert len(zero["places"]) == len(one["places"]) == 8 and sorted(zero["places"] + one["places"]) == list(range(16))
-    assert zero["advantages"] == one["advantages"] and np.unique(np.array(zero["advantages"])[..., 0]).size == 16
+    zero, one = (
+        json.loads(line[5:]) for out, _ in told for line in out.splitlines() if line.startswith("STEP ")
+    )
+    assert len(zero["places"]) == len(one["places"]) == 8 and sorted(zero["places"] + one["places"]) == list(
+        range(16)
+    )
+    assert (
+        zero["advantages"] == one["advantages"] and np.unique(np.array(zero["advantages"])[..., 0]).size == 16
+    )
     assert zero["norm"] == one["norm"] and np.unique(zero["norm"]).size > 1  # they began as ones
     [metrics] = lines(folder / "runs/dice/metrics.jsonl")
     assert metrics["reward"] == pytest.approx(np.mean(zero["rewards"] + one["rewards"]))
@@ -196,9 +243,16 @@ def test_process_0_finds_the_checkpoints_for_all_and_each_digests_its_own(tmp_pa
     started = launch(2, 4, ["-c", VIEWS, str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     told = [p.communicate(timeout=300) for p in started]
     assert [p.returncode for p in started] == [0, 0], told
-    zero, one = (json.loads(line[5:]) for out, _ in told for line in out.splitlines() if line.startswith("VIEW "))
-    assert [(view["newest"], view["chosen"], view["whole"], view["after"]) for view in (zero, one)] == [(2, 2, 1, 1)] * 2
-    data = {process: {n for n in view["written"] if "/d/" in n or n.startswith("ocdbt")} for process, view in enumerate((zero, one))}
+    zero, one = (
+        json.loads(line[5:]) for out, _ in told for line in out.splitlines() if line.startswith("VIEW ")
+    )
+    assert [(view["newest"], view["chosen"], view["whole"], view["after"]) for view in (zero, one)] == [
+        (2, 2, 1, 1)
+    ] * 2
+    data = {
+        process: {n for n in view["written"] if "/d/" in n or n.startswith("ocdbt")}
+        for process, view in enumerate((zero, one))
+    }
     assert all(name.startswith("ocdbt.process_1/") for name in data[1]) and len(data[1]) > 1
     assert not any("ocdbt.process_1" in name for name in zero["written"])
     sealed = json.loads((tmp_path / "2.damaged" / "digests.json").read_text())
@@ -211,9 +265,13 @@ def test_process_0_finds_the_checkpoints_for_all_and_each_digests_its_own(tmp_pa
 
 def test_a_refusal_of_one_process_ends_all(folder):  # noqa: F811
     question = {"question": "?", "options": ["a", "b"], "answer": "B"}
-    (folder / "q0.jsonl").write_text("".join(json.dumps(question | {"id": str(i), "question": f"{i}?"}) + "\n" for i in range(8)))
+    (folder / "q0.jsonl").write_text(
+        "".join(json.dumps(question | {"id": str(i), "question": f"{i}?"}) + "\n" for i in range(8))
+    )
     began = time.monotonic()
-    started = train(2, folder / "config.yaml", "name=refused", f"data.path={folder}/q{{i}}.jsonl", "mesh.data=4", *NO_EVAL)
+    started = train(
+        2, folder / "config.yaml", "name=refused", f"data.path={folder}/q{{i}}.jsonl", "mesh.data=4", *NO_EVAL
+    )
     statuses, told = ends(started)
     assert statuses == [2, 2] and time.monotonic() - began < 300
     assert "q1.jsonl" in told[1] and "q1.jsonl" in told[0] and "process 1 on" in told[0]
@@ -223,21 +281,40 @@ def test_a_refusal_of_one_process_ends_all(folder):  # noqa: F811
     ("setting", "said"),
     [
         ("seed={i}", r"seed: 1 in process 1 on .*, 0 in process 0 on"),
-        ("data.path=TREE/own{i}.jsonl", r"questions: {'n': 8, 'sha256': '\w+'} in process 1 on .*, {'n': 8, "),
+        (
+            "data.path=TREE/own{i}.jsonl",
+            r"questions: {'n': 8, 'sha256': '\w+'} in process 1 on .*, {'n': 8, ",
+        ),
     ],
 )
 def test_what_processes_read_must_be_the_same(folder, setting, said):  # noqa: F811
-    """Each reads settings and questions for itself; two copies of a file may differ, as those of two machines do."""
+    """Each reads settings and questions for itself; two copies of a file may differ, as those of two machines
+    do.
+    """
     for i in range(2):
-        questions = [{"id": str(n), "question": f"{n}?", "options": ["a", "b"], "answer": "AB"[n == 7 and i]} for n in range(8)]
+        questions = [
+            {"id": str(n), "question": f"{n}?", "options": ["a", "b"], "answer": "AB"[n == 7 and i]}
+            for n in range(8)
+        ]
         (folder / f"own{i}.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
-    started = train(2, folder / "config.yaml", "name=differ", setting.replace("TREE", str(folder)), "mesh.data=4", *NO_EVAL)
+    started = train(
+        2,
+        folder / "config.yaml",
+        "name=differ",
+        setting.replace("TREE", str(folder)),
+        "mesh.data=4",
+        *NO_EVAL,
+    )
     statuses, told = ends(started)
     assert statuses == [2, 2] and all(re.search(said, text) for text in told), told
 
 
 def test_without_a_cluster_it_is_refused(folder):  # noqa: F811
-    done = subprocess.run([sys.executable, "-c", MAIN, "train", "--distributed", folder / "config.yaml"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "train", "--distributed", folder / "config.yaml"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert "medrlvr train: --distributed: no cluster" in done.stderr and "JAX_PROCESS_ID" in done.stderr
 
@@ -252,7 +329,9 @@ class Device:
 
 
 def test_slices_follow_the_hardware():
-    """Parts of the outer axis are whole slices, or whole nodes, in their order; weights are never split over it."""
+    """Parts of the outer axis are whole slices, or whole nodes, in their order; weights are never split over
+    it.
+    """
     devices = [Device(i, i // 2, i // 4) for i in range(8)]
     parts = sharding._slices(devices[::-1], 2)
     assert [[d.id for d in part] for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -25,9 +25,17 @@ def test_the_machine():
 
 
 def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["jax>=99", "no-such-package", "wandb; extra == 'wandb'"])
+    monkeypatch.setattr(
+        doctor.importlib.metadata,
+        "requires",
+        lambda _: ["jax>=99", "no-such-package", "wandb; extra == 'wandb'"],
+    )
     problems = [str(f) for f in doctor._packages() if f.mark == "problem"]
-    assert "pip install 'jax>=99'" in problems[0] and "no-such-package is not installed" in problems[1] and len(problems) == 2
+    assert (
+        "pip install 'jax>=99'" in problems[0]
+        and "no-such-package is not installed" in problems[1]
+        and len(problems) == 2
+    )
 
 
 def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypatch):
@@ -44,7 +52,10 @@ def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypat
     before = sorted(tmp_path.rglob("*"))
     lines, ok = doctor.report(c)
     assert ok and "ok       checkpoint 1 is there" in lines
-    assert any(line.startswith("warning") and "checkpoint 2 is damaged: meta/metadata does not hold" in line for line in lines)
+    assert any(
+        line.startswith("warning") and "checkpoint 2 is damaged: meta/metadata does not hold" in line
+        for line in lines
+    )
     lines, ok = doctor.report(config(tmp_path, seed=5))
     assert not ok and any("seed: 0 there, 5 now" in line for line in lines)
     assert sorted(tmp_path.rglob("*")) == before
@@ -56,11 +67,16 @@ def test_the_weights_are_looked_at(tmp_path):
     c = load(QUICKSTART, [f"model.path={model}", f"runs={tmp_path}"])
     (model / "model-00001-of-00002.safetensors").write_text("older")
     lines, ok = doctor.report(c)
-    assert ok and any(line.startswith("warning") and "model-00001-of-00002.safetensors: passed over" in line for line in lines)
+    assert ok and any(
+        line.startswith("warning") and "model-00001-of-00002.safetensors: passed over" in line
+        for line in lines
+    )
     (model / "model.safetensors").unlink()
     lines, ok = doctor.report(c)
     assert not ok and any(line.startswith("problem") and "no model.safetensors" in line for line in lines)
-    lines, ok = doctor.report(load(QUICKSTART, [f"model.path={model}", f"runs={tmp_path}", "model.init=random"]))
+    lines, ok = doctor.report(
+        load(QUICKSTART, [f"model.path={model}", f"runs={tmp_path}", "model.init=random"])
+    )
     assert ok
 
 
@@ -76,6 +92,7 @@ def test_what_training_refuses_is_a_problem(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("size", "enough"), [(20_001, False), (20_000, True)])
 def test_room_for_the_checkpoints(tmp_path, monkeypatch, size, enough):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("usage", (), {"free": 3 * 20_000}))  # two are kept, one is written
+    # two are kept, one is written
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("usage", (), {"free": 3 * 20_000}))
     [finding] = doctor._room(config(tmp_path), size)
     assert (finding.mark == "ok") == enough

@@ -1,4 +1,6 @@
-"""A small sample of faults.py, the harness that kills runs by the dozen: one run, killed in mid-checkpoint, against one left alone."""
+"""A small sample of faults.py, the harness that kills runs by the dozen: one run, killed in mid-checkpoint,
+against one left alone.
+"""
 
 import subprocess
 import sys
@@ -21,4 +23,6 @@ def test_a_killed_run_is_the_run_left_alone(tmp_path):
     ]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "SIGKILL to process 0: [-9]" in done.stdout and "sft-1: equal, bit by bit" in done.stdout, done.stdout
+    assert "SIGKILL to process 0: [-9]" in done.stdout and "sft-1: equal, bit by bit" in done.stdout, (
+        done.stdout
+    )

@@ -1,4 +1,6 @@
-"""What a user named and a library cannot read is said with the file, the cause and a remedy; faults of this package are not."""
+"""What a user named and a library cannot read is said with the file, the cause and a remedy; faults of this
+package are not.
+"""
 
 import json
 import os
@@ -19,7 +21,9 @@ class PanicException(BaseException):
     """As pyo3 raises one where code in Rust panics."""
 
 
-@pytest.mark.parametrize("raised", [Exception("bare"), MemoryError("bare"), RecursionError("bare"), PanicException("bare")])
+@pytest.mark.parametrize(
+    "raised", [Exception("bare"), MemoryError("bare"), RecursionError("bare"), PanicException("bare")]
+)
 def test_whatever_a_library_raises_names_the_file(tmp_path, raised):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(DataError) as e, files.reading(tmp_path / "a.json", "save it again", DataError):
@@ -67,7 +71,9 @@ def test_a_terminal_that_cannot_show_a_sign_ends_no_command(tmp_path, encoding):
 
 def test_an_address_without_its_port(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host0")
-    with pytest.raises(ConfigError, match=r"JAX_COORDINATOR_ADDRESS: host0: the port .* is missing; write it as host:port"):
+    with pytest.raises(
+        ConfigError, match=r"JAX_COORDINATOR_ADDRESS: host0: the port .* is missing; write it as host:port"
+    ):
         processes.initialize()
 
 
@@ -99,7 +105,11 @@ def test_a_key_given_twice_is_refused_at_any_depth(tmp_path):
 
 
 def test_yaml_that_stands_in_itself_is_looked_through_once():
-    assert configs.parse_yaml("a: &x {b: 1}\nc: *x\nd: {<<: *x, b: 2}\n", "f", "") == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 2}}
+    assert configs.parse_yaml("a: &x {b: 1}\nc: *x\nd: {<<: *x, b: 2}\n", "f", "") == {
+        "a": {"b": 1},
+        "c": {"b": 1},
+        "d": {"b": 2},
+    }
     loop = configs.parse_yaml("a: &x [*x]", "f", "")
     assert loop["a"][0] is loop["a"]
 
@@ -124,10 +134,19 @@ def test_every_reader_of_yaml_refuses_it(tmp_path, read):
 def test_a_text_that_yaml_reads_as_a_number_is_still_a_text(tmp_path):
     tree = {"steps": 1, "model": {"path": "embedded"}, "data": {"path": "embedded:train"}}
     tree["learn"] = {"policy": {"lr": 1e-4}, "critic": {"lr": 1e-3}}
-    for item in ("name=007", "data.split=no", "runs=2024-01-01", "data.subset=null", "eval.sets.mine.path=1e400", "data.limit=3"):
+    for item in (
+        "name=007",
+        "data.split=no",
+        "runs=2024-01-01",
+        "data.subset=null",
+        "eval.sets.mine.path=1e400",
+        "data.limit=3",
+    ):
         configs.override(tree, item)
     c = configs.from_tree(tree)
     assert (c.name, c.data.split, c.runs, c.data.subset, c.data.limit) == ("007", "no", "2024-01-01", None, 3)
     assert c.eval.sets["mine"].path == "1e400"
-    with pytest.raises(ConfigError, match=r"name: 2024 \(int, as YAML reads it\) where a text is needed; put it in quotes"):
+    with pytest.raises(
+        ConfigError, match=r"name: 2024 \(int, as YAML reads it\) where a text is needed; put it in quotes"
+    ):
         configs.from_tree(tree | {"name": 2024})

@@ -1,4 +1,6 @@
-"""Directories in and out: what is refused and in which words, what a load costs, and that nothing is lost on the way."""
+"""Directories in and out: what is refused and in which words, what a load costs, and that nothing is lost on
+the way.
+"""
 
 import dataclasses
 import json
@@ -45,8 +47,23 @@ def config_of(tmp_path, config):
 
 def test_config_in_our_words(tmp_path):
     cfg = config_of(tmp_path, FAMILIES["qwen2_tied"])
-    assert (cfg.vocab, cfg.embed, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ffn) == (61, 48, 2, 4, 2, 12, 80)
-    assert (cfg.rope_theta, cfg.norm_eps, cfg.tied, cfg.qkv_bias, cfg.qk_norm, cfg.rope_scaling) == (1e6, 1e-6, True, True, False, None)
+    assert (cfg.vocab, cfg.embed, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ffn) == (
+        61,
+        48,
+        2,
+        4,
+        2,
+        12,
+        80,
+    )
+    assert (cfg.rope_theta, cfg.norm_eps, cfg.tied, cfg.qkv_bias, cfg.qk_norm, cfg.rope_scaling) == (
+        1e6,
+        1e-6,
+        True,
+        True,
+        False,
+        None,
+    )
     cfg = config_of(tmp_path, FAMILIES["qwen3"])
     assert (cfg.head_dim, cfg.qkv_bias, cfg.qk_norm, cfg.tied) == (16, False, True, False)
 
@@ -69,18 +86,33 @@ def test_both_ways_of_writing_rope(tmp_path):
         (QWEN, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type: 'yarn'"),
         (QWEN, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type: 'linear'"),
         (QWEN, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type: 'dynamic'"),
-        (QWEN, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
+        (
+            QWEN,
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor: 0.5",
+        ),
         (QWEN, {"partial_rotary_factor": 0.25}, "partial_rotary_factor: 0.25"),
         (QWEN, {"use_sliding_window": True}, "use_sliding_window: True"),
         (QWEN, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: 'sliding_attention'"),
-        (QWEN, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: {'quant_method': 'gptq'}"),
+        (
+            QWEN,
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config: {'quant_method': 'gptq'}",
+        ),
         (LLAMA3, {"attention_bias": True}, "attention_bias: True"),
         (FAMILIES["qwen3"], {"attention_bias": True}, "attention_bias: True"),
         (LLAMA3, {"mlp_bias": True}, "mlp_bias: True"),
         (LLAMA3, {"rope_interleaved": True}, "rope_interleaved: True"),
-        (LLAMA3, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor: needed"),
+        (
+            LLAMA3,
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+            "low_freq_factor: needed",
+        ),
         (FAMILIES["qwen3"], {"head_dim": None}, "head_dim: needed"),
-        *((QWEN, {key: None}, f"{key}: needed") for key in ("model_type", "vocab_size", "hidden_act", "rope_theta", "num_key_value_heads")),
+        *(
+            (QWEN, {key: None}, f"{key}: needed")
+            for key in ("model_type", "vocab_size", "hidden_act", "rope_theta", "num_key_value_heads")
+        ),
     ],
     ids=lambda x: "_".join(x) if isinstance(x, dict) and len(x) == 1 else "",
 )
@@ -100,15 +132,25 @@ def test_resolve(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=f"{gone}: no such directory"):
             hf.resolve(gone)
     asked = []
-    monkeypatch.setattr(hf, "snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path))
+    monkeypatch.setattr(
+        hf,
+        "snapshot_download",
+        lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path),
+    )
     assert hf.resolve("Qwen/Qwen2.5-3B") == tmp_path
-    assert asked[0][0] == "Qwen/Qwen2.5-3B" and "*.json" in asked[0][1] and not any("bin" in pattern for pattern in asked[0][1])
+    assert (
+        asked[0][0] == "Qwen/Qwen2.5-3B"
+        and "*.json" in asked[0][1]
+        and not any("bin" in pattern for pattern in asked[0][1])
+    )
 
     def fail(*_, **__):
         raise OSError("offline")
 
     monkeypatch.setattr(hf, "snapshot_download", fail)
-    with pytest.raises(ConfigError, match=r"Qwen/Qwen2\.5-3B: cannot be read: offline; it is no directory here"):
+    with pytest.raises(
+        ConfigError, match=r"Qwen/Qwen2\.5-3B: cannot be read: offline; it is no directory here"
+    ):
         hf.resolve("Qwen/Qwen2.5-3B")
 
 
@@ -120,8 +162,12 @@ def test_loads_every_number(tmp_path):
     o = tensors["model.layers.1.self_attn.o_proj.weight"].T.reshape(4, 12, 48)
     np.testing.assert_array_equal(params["layers"]["q"][1], q)
     np.testing.assert_array_equal(params["layers"]["o"][1], o)
-    np.testing.assert_array_equal(params["layers"]["k_bias"][0], tensors["model.layers.0.self_attn.k_proj.bias"].reshape(2, 12))
-    np.testing.assert_array_equal(params["layers"]["down"][0], tensors["model.layers.0.mlp.down_proj.weight"].T)
+    np.testing.assert_array_equal(
+        params["layers"]["k_bias"][0], tensors["model.layers.0.self_attn.k_proj.bias"].reshape(2, 12)
+    )
+    np.testing.assert_array_equal(
+        params["layers"]["down"][0], tensors["model.layers.0.mlp.down_proj.weight"].T
+    )
     np.testing.assert_array_equal(params["head"], tensors["lm_head.weight"].T)
     np.testing.assert_array_equal(params["embed"], tensors["model.embed_tokens.weight"])
 
@@ -164,31 +210,46 @@ def test_missing_and_superfluous_tensors(refused):
     tensors = weights(QWEN)
     bias = tensors.pop("model.layers.1.self_attn.k_proj.bias")
     tensors["score.weight"] = bias
-    refused(QWEN, tensors, "model.layers.1.self_attn.k_proj.bias: missing; layers/k_bias[1] needs it, of shape (24,)")
+    refused(
+        QWEN,
+        tensors,
+        "model.layers.1.self_attn.k_proj.bias: missing; layers/k_bias[1] needs it, of shape (24,)",
+    )
     refused(QWEN, tensors, "score.weight: of shape (24,); no parameter of this model takes it")
 
 
 def test_a_layer_too_many(refused):
-    words = "model.layers.1.mlp.down_proj.weight: of shape (48, 80); no parameter of this model takes it", "and 4 more"
+    words = (
+        "model.layers.1.mlp.down_proj.weight: of shape (48, 80); no parameter of this model takes it",
+        "and 4 more",
+    )
     refused(QWEN | {"num_hidden_layers": 1}, weights(QWEN), *words)
 
 
 def test_wrong_shape(refused):
     tensors = weights(QWEN)
     tensors["model.layers.0.mlp.gate_proj.weight"] = np.zeros((79, 48), np.float32)
-    refused(QWEN, tensors, "model.layers.0.mlp.gate_proj.weight: of shape (79, 48); layers/gate[0] needs (80, 48)")
+    refused(
+        QWEN, tensors, "model.layers.0.mlp.gate_proj.weight: of shape (79, 48); layers/gate[0] needs (80, 48)"
+    )
 
 
 def test_a_tensor_that_two_parameters_take(refused, monkeypatch):
     monkeypatch.setitem(hf.TABLE, ("layers", "up"), hf.TABLE["layers", "gate"])
-    refused(QWEN, weights(QWEN), "model.layers.0.mlp.gate_proj.weight: both layers/gate[0] and layers/up[0] take it")
+    refused(
+        QWEN,
+        weights(QWEN),
+        "model.layers.0.mlp.gate_proj.weight: both layers/gate[0] and layers/up[0] take it",
+    )
 
 
 def test_set_twice_and_missing_shard(refused, tmp_path):
     tensors = weights(QWEN)
     write(tmp_path, QWEN, tensors)
     (tmp_path / "model.safetensors").unlink()
-    index = {"weight_map": {name: "a.safetensors" for name in tensors} | {"model.norm.weight": "b.safetensors"}}
+    index = {
+        "weight_map": {name: "a.safetensors" for name in tensors} | {"model.norm.weight": "b.safetensors"}
+    }
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file(tensors, tmp_path / "a.safetensors")
     refused(QWEN, None, "b.safetensors: named by model.safetensors.index.json, and not there")
@@ -227,14 +288,26 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c9
 PAGE = "<!DOCTYPE html>\n<html><body>Not found</body></html>"
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "file",
+    ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"],
+)
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(LFS, "git lfs pull"), (PAGE, "it is a web page"), ("", "the file is empty"), ("{broken", ""), ("[" * 20_000, ""), ('{"a": {}}', "")],
+    [
+        (LFS, "git lfs pull"),
+        (PAGE, "it is a web page"),
+        ("", "the file is empty"),
+        ("{broken", ""),
+        ("[" * 20_000, ""),
+        ('{"a": {}}', ""),
+    ],
     ids=["pointer", "page", "empty", "broken", "nested", "foreign"],
 )
 def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path, file, content, words):
-    """Reading its header as a length, a git-LFS pointer was a MemoryError; a foreign tokenizer.json was a bare Exception."""
+    """Reading its header as a length, a git-LFS pointer was a MemoryError; a foreign tokenizer.json was a
+    bare Exception.
+    """
     shutil.copytree(hf.resolve("embedded"), tmp_path, dirs_exist_ok=True)
     (tmp_path / file).write_text(content)
 
@@ -257,32 +330,49 @@ def test_truncated_file(refused, tmp_path):
 
 
 def test_quantised_weights(refused):
-    refused(QWEN, weights(QWEN) | {"model.norm.weight": np.ones(48, np.int8)}, "model.norm.weight: stored as I8")
+    refused(
+        QWEN, weights(QWEN) | {"model.norm.weight": np.ones(48, np.int8)}, "model.norm.weight: stored as I8"
+    )
 
 
 def test_pickles_and_nothing(refused, tmp_path):
     write(tmp_path, QWEN, weights(QWEN))
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    refused(QWEN, None, "only pytorch_model.bin", "AutoModelForCausalLM.from_pretrained(path).save_pretrained(path)")
+    refused(
+        QWEN,
+        None,
+        "only pytorch_model.bin",
+        "AutoModelForCausalLM.from_pretrained(path).save_pretrained(path)",
+    )
     (tmp_path / "pytorch_model.bin").unlink()
     refused(QWEN, None, "no model.safetensors")
 
 
 def test_tied_checkpoint_with_a_head(refused, tmp_path):
-    """As transformers: a head that repeats the embedding is passed over; one that differs would untie the model."""
+    """As transformers: a head that repeats the embedding is passed over; one that differs would untie the
+    model.
+    """
     tied = FAMILIES["qwen2_tied"]
     tensors = weights(tied)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     load(write(tmp_path, tied, tensors), hf.read_config(tmp_path))
     tensors["lm_head.weight"][60, 47] += 1
-    refused(tied, tensors, "lm_head.weight: of shape (61, 48); tie_word_embeddings is true, and it is not the embedding")
+    refused(
+        tied,
+        tensors,
+        "lm_head.weight: of shape (61, 48); tie_word_embeddings is true, and it is not the embedding",
+    )
     load(tmp_path, hf.read_config(tmp_path).run_with(value_head=True))
 
 
 def test_rotary_buffers_are_passed_over(refused, tmp_path):
     tensors = weights(QWEN) | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
     load(write(tmp_path, QWEN, tensors), hf.read_config(tmp_path))
-    refused(QWEN, tensors | {"model.layers.1.rotary_emb.inv_freq": np.ones(6, np.float32)}, "model.layers.1.rotary_emb.inv_freq")
+    refused(
+        QWEN,
+        tensors | {"model.layers.1.rotary_emb.inv_freq": np.ones(6, np.float32)},
+        "model.layers.1.rotary_emb.inv_freq",
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -296,7 +386,9 @@ def test_export_gives_back_every_byte(family, tmp_path):
     params = load(source, cfg, mesh=MeshConfig(fsdp=2, tensor=2), devices=4)
     hf.save_params(params, cfg, source, tmp_path / "out")
     back = load_file(tmp_path / "out" / "model.safetensors")
-    assert back.keys() == tensors.keys() and all(np.array_equal(back[name], tensors[name]) for name in tensors)
+    assert back.keys() == tensors.keys() and all(
+        np.array_equal(back[name], tensors[name]) for name in tensors
+    )
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert not (tmp_path / ".out.partial").exists()
@@ -377,7 +469,9 @@ def test_an_export_stops_where_the_policy_stopped(generation, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen2_tied", "llama3"])
 def test_peft_loads_the_adapter(family, tmp_path):
-    """transformers with PEFT's adapter computes what our decoder computes with it: the scale, each matrix's axes, the names."""
+    """transformers with PEFT's adapter computes what our decoder computes with it: the scale, each matrix's
+    axes, the names.
+    """
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
@@ -389,15 +483,22 @@ def test_peft_loads_the_adapter(family, tmp_path):
     adapters = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 5, fresh)
     params = lora.join(load(source, base_cfg), adapters)
     hf.save_adapter(params, cfg, source, tmp_path / "adapter")
-    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(source)
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(source)
     prompts = Prompts(tokens, tokens > 0, np.zeros(1, np.uint32))
     state, _ = decoder.forward(params, cfg, prompts)
     ours = np.asarray(decoder.logits(params, cfg, state))
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         without = base(torch.tensor(tokens)).logits.numpy()
-        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(torch.tensor(tokens)).logits.numpy()
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(
+            torch.tensor(tokens)
+        ).logits.numpy()
     assert np.abs(theirs - without).max() > 1  # else this shows nothing
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"--adapter: this run trained all weights \(model\.lora null\)"):
@@ -419,19 +520,27 @@ print(resident("VmHWM") - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_load_needs_little_more_than_the_parameters(tmp_path):
-    """235 MB from a file of zeros that takes no room on the disk; the largest parameter is a fifth of that, so a copy of it shows."""
+    """235 MB from a file of zeros that takes no room on the disk; the largest parameter is a fifth of that,
+    so a copy of it shows.
+    """
     small, large = write(tmp_path / "small", LLAMA3, weights(LLAMA3)), tmp_path / "large"
     large.mkdir()
     sizes = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8}
     cfg = config_of(large, BASE | {"model_type": "llama"} | sizes)
     header, end = {}, 0
     for name, (_, _, shape) in hf._names(cfg, hf._shapes(cfg)).items():
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (end, end := end + 2 * int(np.prod(shape)))}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": (end, end := end + 2 * int(np.prod(shape))),
+        }
     text = json.dumps(header).encode()
     with open(large / "model.safetensors", "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         f.truncate(8 + len(text) + end)
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", RESIDENT, small, large], cwd=here, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, small, large], cwd=here, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1.12 * end, (int(done.stdout), end)

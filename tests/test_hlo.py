@@ -1,4 +1,6 @@
-"""Bytes and collectives of a compiled program: a hand-made text with known sums, and a compiled case counted by hand."""
+"""Bytes and collectives of a compiled program: a hand-made text with known sums, and a compiled case counted
+by hand.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +73,7 @@ def test_collectives_by_kind_axis_and_trip_count():
 
 def test_attributes_of_several_lines_end_no_computation():
     """As a Pallas kernel has them; what stood after one was lost, and its collectives with it."""
-    kernel = (
-        '  %kernel = f32[8]{0} custom-call(%s), frontend_attributes={kernel_metadata={\n"xprof_metadata":"{}"\n}}, metadata={op_name="x"}\n'
-    )
+    kernel = '  %kernel = f32[8]{0} custom-call(%s), frontend_attributes={kernel_metadata={\n"xprof_metadata":"{}"\n}}, metadata={op_name="x"}\n'
     body = "%body (s:" + TEXT.split("%body (s:")[1]
     head, rest = body.split("\n", 1)
     found = hlo.read(TEXT.replace(body, head + "\n" + kernel + rest), MESH)
@@ -81,7 +81,9 @@ def test_attributes_of_several_lines_end_no_computation():
 
 
 def test_traffic_leaves_out_what_stays_on_the_chip():
-    """Loop: a layer sliced out of its stack (read and write 128 B), the gather's input alone (its result is in S(1)), a swap."""
+    """Loop: a layer sliced out of its stack (read and write 128 B), the gather's input alone (its result is
+    in S(1)), a swap.
+    """
     layer, shard, whole = 4 * 8 * 4, 4 * 16 * 2, 8 * 16 * 4
     loop = (2 * layer + 4) + shard + 2 * shard  # + 4: the counter
     assert hlo.read(TEXT, MESH).bytes == 36 * loop + 2 * whole + (whole + whole / 4)
@@ -105,7 +107,9 @@ def test_groups_in_each_form(text, first, number):
 def test_a_counter_that_moves_by_two():
     """XLA unrolls some loops once: 36 is then reached in 18 rounds."""
     text = TEXT.replace("tuple(%i, %stack, %swap)", "tuple(%next, %stack, %swap)")
-    text = text.replace("  ROOT %t =", "  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  ROOT %t =")
+    text = text.replace(
+        "  ROOT %t =", "  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  ROOT %t ="
+    )
     computations, _ = hlo.parse(text)
     assert hlo.trips(computations, "condition", "body") == 18
     assert hlo.trips(hlo.parse(TEXT)[0], "condition", "body") == 36
@@ -118,9 +122,11 @@ def test_an_unknown_form_is_not_guessed():
 
 
 def test_a_compiled_scan_counted_by_hand():
-    """Five layers under `scan`, their weights sharded over 4: each round gathers one layer of 64 × 64 float32."""
+    """Five layers under `scan`, their weights sharded over 4: each round gathers one layer of 64 × 64
+    float32.
+    """
     mesh = Mesh([jax.devices()[:4]], ("data", "fsdp"))
-    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
 
     def f(stack, x):
         def layer(x, w):
@@ -133,7 +139,8 @@ def test_a_compiled_scan_counted_by_hand():
     moved = hlo.read(jax.jit(f).lower(stack, x).compile().as_text(), {"data": 1, "fsdp": 4})
     assert moved.collectives == [hlo.Collective("all-gather", "fsdp", 4, 5 * 64 * 64 * 4 * 3 / 4)]
     weights = 5 * 64 * 64 * 4
-    assert weights < moved.bytes < 8 * weights  # each is read as a shard, written whole, read whole; states are small
+    # each is read as a shard, written whole, read whole; states are small
+    assert weights < moved.bytes < 8 * weights
 
 
 def test_a_converted_slice_is_read_as_narrow_as_it_lies():

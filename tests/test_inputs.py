@@ -1,4 +1,6 @@
-"""A run that goes on has what it was begun with, whatever its settings point to; and by the command that began it."""
+"""A run that goes on has what it was begun with, whatever its settings point to; and by the command that
+began it.
+"""
 
 import dataclasses
 import json
@@ -20,7 +22,10 @@ QUESTION = {"options": ["aspirin", "heparin", "insulin"], "answer": "A"}
 
 
 def questions(n, **changed):
-    return [QUESTION | {"id": f"q{i}", "question": f"What helps sign {i}?"} | (changed if i == 5 else {}) for i in range(n)]
+    return [
+        QUESTION | {"id": f"q{i}", "question": f"What helps sign {i}?"} | (changed if i == 5 else {})
+        for i in range(n)
+    ]
 
 
 def write(path, rows):
@@ -28,7 +33,9 @@ def write(path, rows):
 
 
 def test_a_changed_training_file_is_refused_unless_it_is_meant(folder, capsys):  # noqa: F811
-    """What is seen on the command line, by `train` and by `sft`; and neither goes on from the other's checkpoint."""
+    """What is seen on the command line, by `train` and by `sft`; and neither goes on from the other's
+    checkpoint.
+    """
     file = folder / "changing.jsonl"
     write(file, questions(16))
     begun = ["train", folder / "config.yaml", "name=changing", f"data.path={file}", *NO_EVAL, "steps=1"]
@@ -38,7 +45,10 @@ def test_a_changed_training_file_is_refused_unless_it_is_meant(folder, capsys): 
     told = capsys.readouterr().err
     assert f"data.path: {file}: 16 rows there, 16 now; the first that differs is number 6" in told
     assert "another name=" in told and "checkpoint.accept_changed_inputs=true" in told
-    assert main("replay", folder / "runs/changing", "--step", 1, "--row", 0) == 2 and "number 6" in capsys.readouterr().err
+    assert (
+        main("replay", folder / "runs/changing", "--step", 1, "--row", 0) == 2
+        and "number 6" in capsys.readouterr().err
+    )
     assert [m["step"] for m in lines(folder / "runs/changing/metrics.jsonl")] == [1]
     assert main("sft", *begun[1:], "checkpoint.accept_changed_inputs=true") == 2
     assert "changing was begun by `medrlvr train`, and this is `medrlvr sft`" in capsys.readouterr().err
@@ -99,7 +109,10 @@ def check(place, going_on=True, **changes):
     c = configs.from_tree(TREE | tree | changes)
     parts = build.build(c)
     sets = {}
-    for name, spec in {"data": c.data, **{f"eval.sets.{name}": spec for name, spec in c.eval.sets.items()}}.items():
+    for name, spec in {
+        "data": c.data,
+        **{f"eval.sets.{name}": spec for name, spec in c.eval.sets.items()},
+    }.items():
         encoded = encode(parts.tokenizer, data.load(spec), c)
         sets[name] = spec, encoded.questions, encoded.tokens
     return parts, inputs.check(place, parts, sets, going_on)
@@ -119,13 +132,31 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda p: write(p / "train.jsonl", questions(16)[::-1]), "train.jsonl: 16 rows there, 16 now; the first that differs is number 1"),
-        (lambda p: write(p / "train.jsonl", questions(17)), "train.jsonl: 16 rows there, 17 now; the first that differs is number 17"),
-        (lambda p: write(p / "dev.jsonl", questions(8, answer="C")), "eval.sets.dev.path: .*dev.jsonl: 8 rows .* is number 6"),
-        (lambda p: edit(p / "model/config.json", rope_theta=5e4), r"model/config.json: rope_theta: 10000.0 there, 50000.0 now"),
-        (lambda p: edit(p / "model/generation_config.json", eos_token_id=[1, 5]), r"tokens that end a response: \[1\] there, \[1, 5\] now"),
+        (
+            lambda p: write(p / "train.jsonl", questions(16)[::-1]),
+            "train.jsonl: 16 rows there, 16 now; the first that differs is number 1",
+        ),
+        (
+            lambda p: write(p / "train.jsonl", questions(17)),
+            "train.jsonl: 16 rows there, 17 now; the first that differs is number 17",
+        ),
+        (
+            lambda p: write(p / "dev.jsonl", questions(8, answer="C")),
+            "eval.sets.dev.path: .*dev.jsonl: 8 rows .* is number 6",
+        ),
+        (
+            lambda p: edit(p / "model/config.json", rope_theta=5e4),
+            r"model/config.json: rope_theta: 10000.0 there, 50000.0 now",
+        ),
+        (
+            lambda p: edit(p / "model/generation_config.json", eos_token_id=[1, 5]),
+            r"tokens that end a response: \[1\] there, \[1, 5\] now",
+        ),
         (other_weights, r"1 of \d+ tensors have other values now, such as model"),
-        (lambda p: (p / "pay/mine.py").write_text("pay = 1\n"), r"reward.fn: .*mine.py has other contents now"),
+        (
+            lambda p: (p / "pay/mine.py").write_text("pay = 1\n"),
+            r"reward.fn: .*mine.py has other contents now",
+        ),
     ],
 )
 def test_what_differs_is_named(place, change, named):
@@ -146,8 +177,12 @@ def test_another_chat_template_is_seen_by_what_it_renders(place):
     template.write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
     chat = {"prompt": {"template": "none", "chat": True}}
     check(place, going_on=False, **chat)
-    template.write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<think>{% endif %}")
-    with pytest.raises(ConfigError, match=r"train.jsonl: the same questions are other tokens now: tokenizer or chat template"):
+    template.write_text(
+        "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    with pytest.raises(
+        ConfigError, match=r"train.jsonl: the same questions are other tokens now: tokenizer or chat template"
+    ):
         check(place, **chat)
 
 
@@ -169,14 +204,18 @@ def test_a_model_under_adapters_is_not_swapped_when_a_run_is_evaluated(place):
     whole = dataclasses.replace(parts, cfg=parts.cfg.run_with(lora=None))
     inputs.check_model(place, whole)  # a checkpoint has all of its weights
     shutil.copytree(place / "model", place / "asked_for")
-    c = dataclasses.replace(parts.config, model=dataclasses.replace(parts.config.model, path=str(place / "asked_for")))
+    c = dataclasses.replace(
+        parts.config, model=dataclasses.replace(parts.config.model, path=str(place / "asked_for"))
+    )
     inputs.check_model(place, dataclasses.replace(parts, config=c))
 
 
 def test_a_large_tensor_is_sampled(place, monkeypatch):
     whole = weights.weight_digests(place / "model")
     monkeypatch.setattr(weights, "SAMPLED", 8)
-    assert len(whole) == len(weights.weight_digests(place / "model")) and whole != weights.weight_digests(place / "model")
+    assert len(whole) == len(weights.weight_digests(place / "model")) and whole != weights.weight_digests(
+        place / "model"
+    )
     sizes = [file.stat().st_size for file in (place / "model").iterdir()]
     assert sum(sizes) > 1e6  # so that most of it was not read
 

@@ -1,4 +1,6 @@
-"""The launch scripts: their form, what they would run, and what they do run, against stand-ins for gcloud, srun and xpk."""
+"""The launch scripts: their form, what they would run, and what they do run, against stand-ins for gcloud,
+srun and xpk.
+"""
 
 import json
 import os
@@ -24,7 +26,14 @@ TRAINERS = {  # each that takes [--dry-run] CONFIG, with the variables it needs
     "cpu_fake8.sh": {},
     "slurm_gpu.sbatch": {},
     "tpu_pod.sh": {"NAME": "pod", "ZONE": "us-west4-a", "TPU": "v5litepod-16", "NFS": "10.0.0.2:/runs"},
-    "gke_xpk.sh": {"NAME": "job", "ZONE": "us-west4-a", "TPU": "v5litepod-16", "CLUSTER": "tpus", "IMAGE": "img:1", "SLICES": "2"},
+    "gke_xpk.sh": {
+        "NAME": "job",
+        "ZONE": "us-west4-a",
+        "TPU": "v5litepod-16",
+        "CLUSTER": "tpus",
+        "IMAGE": "img:1",
+        "SLICES": "2",
+    },
 }
 OUTSIDE = ("gcloud", "xpk", "srun", "scontrol", "medrlvr", "python3", "git", "mkdir", "sleep")
 
@@ -37,13 +46,20 @@ def command(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def launch(name: str, *arguments: str, bin: Path, script: Path = LAUNCH, **variables: str) -> subprocess.CompletedProcess:
-    kept = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "RUNS") and not k.startswith("SLURM")}
+def launch(
+    name: str, *arguments: str, bin: Path, script: Path = LAUNCH, **variables: str
+) -> subprocess.CompletedProcess:
+    kept = {
+        k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "RUNS") and not k.startswith("SLURM")
+    }
     env = kept | {"PATH": f"{bin}:{os.environ['PATH']}"} | variables
-    return subprocess.run(["bash", str(script / name), *arguments], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        ["bash", str(script / name), *arguments], env=env, capture_output=True, text=True, timeout=120
+    )
 
 
-# --- form ------------------------------------------------------------------------------------------------------------
+# --- form
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
@@ -55,15 +71,21 @@ def test_bash_can_read_it(path):
 def test_opens_with_its_command_and_what_it_needs(name):
     lines = (LAUNCH / name).read_text().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
-    assert re.fullmatch(rf"# ([A-Z]+=\S+ )*(bash|sbatch) launch/{name} \[--dry-run\] CONFIG\.yaml \[a\.b=value …\]", lines[1])
+    assert re.fullmatch(
+        rf"# ([A-Z]+=\S+ )*(bash|sbatch) launch/{name} \[--dry-run\] CONFIG\.yaml \[a\.b=value …\]", lines[1]
+    )
     header = [line for line in lines[2:] if line.startswith("# ")]
     assert header[1].startswith("# Needs: ")
-    assert [sum(line.startswith(f"# {word}: ") for line in header) for word in ("Variables", "Again")] == [1, 1]
+    assert [sum(line.startswith(f"# {word}: ") for line in header) for word in ("Variables", "Again")] == [
+        1,
+        1,
+    ]
     assert "set -euo pipefail" in lines
     assert max(map(len, lines)) <= 140
 
 
-# --- dry runs --------------------------------------------------------------------------------------------------------
+# --- dry runs
+# --------------------------------------------------------------------------------------------------------
 
 CONFIG = ("configs/quickstart.yaml", "steps=1", "data.path=a b")
 DRY = {
@@ -124,7 +146,8 @@ def test_without_a_config_the_usage_is_shown(name, tmp_path):
     assert done.returncode != 0 and f"launch/{name} [--dry-run] CONFIG.yaml" in done.stderr
 
 
-# --- SLURM -----------------------------------------------------------------------------------------------------------
+# --- SLURM
+# -----------------------------------------------------------------------------------------------------------
 
 SRUN = """import os, subprocess, sys
 words = [w for w in sys.argv[1:]]
@@ -158,18 +181,40 @@ def free_job() -> int:
 
 @pytest.mark.parametrize("per_node, status, devices", [(2, 0, ["0", "1"]), (1, 143, ["0,1,2,3", "0,1,2,3"])])
 def test_slurm_tasks_find_each_other(tmp_path, per_node, status, devices):
-    """Two real processes; a task per GPU takes the GPU of its number, a task per node all of them; a stopped run is queued again."""
+    """Two real processes; a task per GPU takes the GPU of its number, a task per node all of them; a stopped
+    run is queued again.
+    """
     (tmp_path / "launch").symlink_to(LAUNCH)
     command(tmp_path / ".venv" / "bin", "activate", "")
     command(tmp_path / "bin", "srun", SRUN)
     command(tmp_path / "bin", "medrlvr", MEDRLVR)
     command(tmp_path / "bin", "scontrol", f"echo $* >>{tmp_path}/requeued")
     job = free_job()
-    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": str(job), "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": str(per_node)}
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": str(job),
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": str(per_node),
+    }
     slurm |= {"SLURM_JOB_NUM_NODES": str(2 // per_node), "SLURM_GPUS_ON_NODE": "4"}
-    done = launch("slurm_gpu.sbatch", "c.yaml", "steps=1", bin=tmp_path / "bin", STATUS=str(status), RUNS="/share/runs", **slurm)
+    done = launch(
+        "slurm_gpu.sbatch",
+        "c.yaml",
+        "steps=1",
+        bin=tmp_path / "bin",
+        STATUS=str(status),
+        RUNS="/share/runs",
+        **slurm,
+    )
     assert done.returncode == status, done.stderr
-    words = ["train", "--distributed", "c.yaml", "runs=/share/runs", f"mesh.slices={2 // per_node}", "steps=1"]
+    words = [
+        "train",
+        "--distributed",
+        "c.yaml",
+        "runs=/share/runs",
+        f"mesh.slices={2 // per_node}",
+        "steps=1",
+    ]
     where = f"localhost:{job % 4096 + 61440}"
     for i in (0, 1):
         assert json.loads((tmp_path / f"seen-{i}.json").read_text()) == [i, 2, where, devices[i], words]
@@ -177,17 +222,25 @@ def test_slurm_tasks_find_each_other(tmp_path, per_node, status, devices):
     assert requeued == (f"requeue {job}\n" if status == 143 else "")
 
 
-@pytest.mark.parametrize("nodes, first", [("gpu[07-08]", "gpu07"), ("gpu[3,7-9],h1", "gpu3"), ("a1,b[1-2]", "a1"), ("solo", "solo")])
+@pytest.mark.parametrize(
+    "nodes, first",
+    [("gpu[07-08]", "gpu07"), ("gpu[3,7-9],h1", "gpu3"), ("a1,b[1-2]", "a1"), ("solo", "solo")],
+)
 def test_slurm_coordinator_is_the_first_node(monkeypatch, nodes, first):
     values = {"JOB_ID": "5000", "NTASKS": "2", "PROCID": "1", "LOCALID": "0", "STEP_NODELIST": nodes}
     for key, value in values.items():
         monkeypatch.setenv(f"SLURM_{key}", value)
     assert SlurmCluster.is_env_present()
     assert SlurmCluster.get_coordinator_address(None, None) == f"{first}:{5000 % 4096 + 61440}"
-    assert (SlurmCluster.get_process_count(), SlurmCluster.get_process_id(), SlurmCluster.get_local_process_id()) == (2, 1, 0)
+    assert (
+        SlurmCluster.get_process_count(),
+        SlurmCluster.get_process_id(),
+        SlurmCluster.get_local_process_id(),
+    ) == (2, 1, 0)
 
 
-# --- Cloud TPU -------------------------------------------------------------------------------------------------------
+# --- Cloud TPU
+# -------------------------------------------------------------------------------------------------------
 
 GCLOUD = """import os, subprocess, sys
 from pathlib import Path
@@ -219,7 +272,9 @@ echo >.venv/bin/activate
 
 @pytest.fixture
 def cloud(tmp_path):
-    """A project with two workers; `medrlvr` there appends its arguments to ~/ran, and waits while ~/busy is there."""
+    """A project with two workers; `medrlvr` there appends its arguments to ~/ran, and waits while ~/busy is
+    there.
+    """
     for worker in ("w0", "w1"):
         command(tmp_path / worker / ".local" / "bin", "uv", UV)
     for name in ("true", "sleep", "python"):
@@ -279,7 +334,15 @@ def test_tpu_training_that_is_alive_is_followed_and_a_stopped_one_tells_its_stat
     (home / "status").write_text("143")
     env = os.environ | {"HOME": str(home), "PATH": f"{cloud[0] / 'bin'}:{os.environ['PATH']}"}
     env.pop("VIRTUAL_ENV", None)
-    archive = ["git", "archive", "--format=tar.gz", "--prefix=medrlvr_jax/", f"--output={home}/medrlvr_jax.tar.gz", "HEAD", "launch"]
+    archive = [
+        "git",
+        "archive",
+        "--format=tar.gz",
+        "--prefix=medrlvr_jax/",
+        f"--output={home}/medrlvr_jax.tar.gz",
+        "HEAD",
+        "launch",
+    ]
     subprocess.run(archive, cwd=ROOT, check=True)
     worker = ["bash", str(LAUNCH / "tpu_worker.sh"), "/share", "", "train", "c.yaml"]
     with subprocess.Popen(worker, env=env, stdout=subprocess.PIPE, text=True) as first:
@@ -294,7 +357,11 @@ def test_tpu_training_that_is_alive_is_followed_and_a_stopped_one_tells_its_stat
 
 @pytest.mark.parametrize(
     ("settings", "folder"),
-    [((), "runs/quickstart"), (("runs=/some where", "name=mine"), "/some where/mine"), (("runs=a", "runs=b"), "b/quickstart")],
+    [
+        ((), "runs/quickstart"),
+        (("runs=/some where", "name=mine"), "/some where/mine"),
+        (("runs=a", "runs=b"), "b/quickstart"),
+    ],
 )
 def test_quickstart_reports_the_run_that_it_made(tmp_path, settings, folder):
     bin, called = tmp_path / "bin", tmp_path / "called"
@@ -308,28 +375,41 @@ def test_quickstart_reports_the_run_that_it_made(tmp_path, settings, folder):
 
 
 def test_nfs_is_mounted_where_the_runs_go(tmp_path):
-    done = launch("tpu_pod.sh", "--dry-run", CONFIG[0], "runs=/elsewhere", bin=tmp_path, **TRAINERS["tpu_pod.sh"])
-    assert done.returncode == 0 and "tpu_worker.sh) /elsewhere 10.0.0.2:/runs train" in done.stdout.replace("\\", ""), done.stdout
+    done = launch(
+        "tpu_pod.sh", "--dry-run", CONFIG[0], "runs=/elsewhere", bin=tmp_path, **TRAINERS["tpu_pod.sh"]
+    )
+    assert done.returncode == 0 and "tpu_worker.sh) /elsewhere 10.0.0.2:/runs train" in done.stdout.replace(
+        "\\", ""
+    ), done.stdout
 
 
-# --- Kubernetes ------------------------------------------------------------------------------------------------------
+# --- Kubernetes
+# ------------------------------------------------------------------------------------------------------
 
 JOBSET = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
 TYPES = {"object": dict, "array": list, "string": str, "integer": int}
 
 
 def faults(schema: dict, value, path: str = "") -> list[str]:
-    """What a server that knows `schema` would refuse; fields that the pruned schema knows by name alone count as faults too."""
+    """What a server that knows `schema` would refuse; fields that the pruned schema knows by name alone count
+    as faults too.
+    """
     if not schema:
         return [f"{path}: in the CRD, but pruned from jobset_schema.json; put it back"]
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     if not isinstance(value, tuple(TYPES[k] for k in kinds)):
         return [f"{path}: {value!r} is not of type {kinds}"]
-    out = [f"{path}: {value!r} is not one of {schema['enum']}"] if value not in schema.get("enum", [value]) else []
+    out = (
+        [f"{path}: {value!r} is not one of {schema['enum']}"]
+        if value not in schema.get("enum", [value])
+        else []
+    )
     if isinstance(value, int) and value < schema.get("minimum", value):
         out.append(f"{path}: {value} is below {schema['minimum']}")
     if isinstance(value, list):
-        return out + [f for i, item in enumerate(value) for f in faults(schema["items"], item, f"{path}[{i}]")]
+        return out + [
+            f for i, item in enumerate(value) for f in faults(schema["items"], item, f"{path}[{i}]")
+        ]
     if isinstance(value, dict) and path != ".metadata":  # which is Kubernetes' own
         out += [f"{path}.{k}: needed" for k in schema.get("required", ()) if k not in value]
         for key, item in value.items():
@@ -347,7 +427,11 @@ def test_jobset_is_what_the_crd_takes():
     job = spoilt["spec"]["replicatedJobs"][0]["template"]["spec"]
     job["parallelism"] = "4"
     job["template"]["spec"]["terminationGracePeriod"] = 300
-    assert [f.split(":")[0].rsplit(".", 1)[1] for f in faults(schema, spoilt)] == ["name", "parallelism", "terminationGracePeriod"]
+    assert [f.split(":")[0].rsplit(".", 1)[1] for f in faults(schema, spoilt)] == [
+        "name",
+        "parallelism",
+        "terminationGracePeriod",
+    ]
 
 
 def test_jobset_asks_for_its_slice_and_a_command_that_works():
@@ -355,7 +439,11 @@ def test_jobset_asks_for_its_slice_and_a_command_that_works():
     pod = job["template"]["spec"]
     [container] = pod["containers"]
     across, down = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
-    assert job["parallelism"] == job["completions"] == across * down // container["resources"]["limits"]["google.com/tpu"]
+    assert (
+        job["parallelism"]
+        == job["completions"]
+        == across * down // container["resources"]["limits"]["google.com/tpu"]
+    )
     assert pod["volumes"][0]["name"] == container["volumeMounts"][0]["name"]
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
     program, verb, flag, path, *overrides = container["command"]

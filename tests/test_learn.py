@@ -1,4 +1,6 @@
-"""The loop on a two-layer model: what must not matter (mesh, micro-batches, row order), what must, and that it learns."""
+"""The loop on a two-layer model: what must not matter (mesh, micro-batches, row order), what must, and that
+it learns.
+"""
 
 import dataclasses
 import math
@@ -22,7 +24,17 @@ from medrlvr_jax.rollout.assess import assess, assess_settings
 from medrlvr_jax.types import Experience, Learner, Prompts
 
 CFG = DecoderConfig(
-    vocab=64, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, rope_theta=1e4, norm_eps=1e-6, tied=True, qkv_bias=True
+    vocab=64,
+    embed=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn=64,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tied=True,
+    qkv_bias=True,
 )
 Q, P, G, R, GOOD = 8, 5, 4, 6, 5
 STOPS, PAD = (1, 2), 0
@@ -37,8 +49,15 @@ def settings(estimator="gae", **changes):
         "data": {"path": "unused"},
         "sample": {"questions": Q, "samples": G, "max_new_tokens": R},
         "advantage": {"estimator": estimator},
-        "kl": {"coef": 0.01, "into": "reward", "estimator": "k1"} if gae else {"coef": 0.01, "into": "loss", "estimator": "k3"},
-        "learn": {"minibatch": 4, "epochs": 2, "policy": {"lr": 3e-3}, "critic": {"lr": 1e-3} if gae else None},
+        "kl": {"coef": 0.01, "into": "reward", "estimator": "k1"}
+        if gae
+        else {"coef": 0.01, "into": "loss", "estimator": "k3"},
+        "learn": {
+            "minibatch": 4,
+            "epochs": 2,
+            "policy": {"lr": 3e-3},
+            "critic": {"lr": 1e-3} if gae else None,
+        },
     }
     for name, value in changes.items():
         *path, leaf = name.split("__")
@@ -80,24 +99,32 @@ class Loop:
         prompts = sharding.place_rows(jax.tree.map(lambda x: x[own], prompts), Q, mesh)
         self.key = jax.random.fold_in(jax.random.key(0), self.step)
         whole = lora.join(self.frozen.base, self.policy.params)
-        rollout = generate.generate(self.sync_weights(whole), self.parts.sampler_cfg, prompts, self.key, c.sample, STOPS, PAD)
+        rollout = generate.generate(
+            self.sync_weights(whole), self.parts.sampler_cfg, prompts, self.key, c.sample, STOPS, PAD
+        )
         critic = self.critic and self.critic.params
         frozen = sharding.to_memory(self.frozen, "device")
         kinds = assess_settings(self.parts) | {"slab": 64}
         assessment = assess(frozen, self.policy.params, critic, prompts, rollout, **kinds)
-        self.rewards = sharding.place_rows(self.score(sharding.fetch_rows(rollout.tokens, mesh)).astype(np.float32), Q, mesh)
+        self.rewards = sharding.place_rows(
+            self.score(sharding.fetch_rows(rollout.tokens, mesh)).astype(np.float32), Q, mesh
+        )
         coef, kinds = jnp.float32(c.kl.coef), experience.experience_settings(self.parts)
         made, stats = experience.make_experience(prompts, rollout, assessment, self.rewards, coef, **kinds)
         return rollout, made, stats
 
     def run(self, steps):
-        """Tokens and rewards of each step, and the parameters after the last: all rows and all of them, on every process."""
+        """Tokens and rewards of each step, and the parameters after the last: all rows and all of them, on
+        every process.
+        """
         tokens, rewards = [], []
         with jax.set_mesh(self.parts.mesh):
             for _ in range(steps):
                 rollout, made, self.stats = self.rollout()
                 shuffle = jax.random.fold_in(self.key, 2**31)
-                self.policy, self.metrics = self.learn_policy(self.policy, self.frozen.base, made, shuffle, jnp.float32(self.c.kl.coef))
+                self.policy, self.metrics = self.learn_policy(
+                    self.policy, self.frozen.base, made, shuffle, jnp.float32(self.c.kl.coef)
+                )
                 if self.critic:
                     self.critic, _ = self.learn_critic(self.critic, self.frozen.base, made, shuffle, None)
                 tokens.append(process_allgather(rollout.tokens, tiled=True))
@@ -111,19 +138,23 @@ def furthest(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
 
 
-# Adam's first steps are the gradient's sign, so where a gradient is near zero, rounding shows as a share of the rates.
+# Adam's first steps are the gradient's sign, so where a gradient is near zero, rounding shows as a share of
+# the rates.
 STEADY = {"learn__minibatch": 8, "learn__policy": {"lr": 3e-4}, "learn__critic": {"lr": 3e-4}}
 
 
 def steady(estimator, **changes):
-    return settings(estimator, **(STEADY if estimator == "gae" else STEADY | {"learn__critic": None}) | changes)
+    return settings(
+        estimator, **(STEADY if estimator == "gae" else STEADY | {"learn__critic": None}) | changes
+    )
 
 
 @lru_cache
 def plain(estimator):
     loop = Loop(steady(estimator))
     out = loop.run(3)
-    assert loop.learn_policy._cache_size() == 1  # a second compilation would mean that the state's shardings moved
+    # a second compilation would mean that the state's shardings moved
+    assert loop.learn_policy._cache_size() == 1
     return out
 
 
@@ -134,7 +165,10 @@ MESHES = [
     {"fsdp": 2, "tensor": 4},  # more ways than kv heads: those are replicated
     {"slices": 2, "data": 2, "fsdp": 2},
 ]
-CASES = [("gae", {"mesh": mesh}) for mesh in MESHES] + [("group", {"mesh": MESHES[1]}), ("group", {"learn__microbatch": 2})]
+CASES = [("gae", {"mesh": mesh}) for mesh in MESHES] + [
+    ("group", {"mesh": MESHES[1]}),
+    ("group", {"learn__microbatch": 2}),
+]
 CASES += [
     ("gae", {"learn__microbatch": 1, "learn__row_sizes": [0.8, 0.95]}),
     ("gae", {"learn__microbatch": 4, "learn__row_sizes": [0.95], "mesh": {"data": 2, "fsdp": 2}}),
@@ -181,15 +215,22 @@ def test_first_inner_step_has_ratio_one_and_no_kl():
 
 
 def test_fractional_rewards_reach_the_loss():
-    loop = Loop(settings("group_mean", kl__coef=0.0), score=lambda tokens: np.where(np.arange(G) == 0, 0.25, 0.0) * np.ones((Q, G)))
+    loop = Loop(
+        settings("group_mean", kl__coef=0.0),
+        score=lambda tokens: np.where(np.arange(G) == 0, 0.25, 0.0) * np.ones((Q, G)),
+    )
     with jax.set_mesh(loop.parts.mesh):
         _, made, _ = loop.rollout()
     first = np.asarray(made.advantages)[:, :, 0]
-    np.testing.assert_allclose(first, np.where(np.arange(G) == 0, 0.1875, -0.0625) * np.ones((Q, G)), rtol=1e-6)
+    np.testing.assert_allclose(
+        first, np.where(np.arange(G) == 0, 0.1875, -0.0625) * np.ones((Q, G)), rtol=1e-6
+    )
 
 
 def test_int8_rollouts_are_of_the_rounded_policy_and_weighed():
-    """Their log-probs are those of w → round(w / s)·s, s = max|w| / 127 of each output channel; on a mesh too."""
+    """Their log-probs are those of w → round(w / s)·s, s = max|w| / 127 of each output channel; on a mesh
+    too.
+    """
     changes = {"sample__weights": "int8", "loss__sampler_cap": 1.05}
     loop = Loop(steady("group", **changes))
     params = loop.policy.params
@@ -225,9 +266,15 @@ def test_the_stop_token_is_learned_from():
 
 def test_adaptive_kl_moves_towards_its_target():
     kl = schema.KLConfig(coef=0.1, target=2.0, horizon=1000)
-    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(2.2), 100, kl)) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
-    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(9.0), 100, kl)) == pytest.approx(0.1 * (1 + 0.2 * 0.1))
-    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(0.0), 100, kl)) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(2.2), 100, kl)) == pytest.approx(
+        0.1 * (1 + 0.1 * 0.1)
+    )
+    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(9.0), 100, kl)) == pytest.approx(
+        0.1 * (1 + 0.2 * 0.1)
+    )
+    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(0.0), 100, kl)) == pytest.approx(
+        0.1 * (1 - 0.2 * 0.1)
+    )
 
 
 def test_warmup_and_schedules():
@@ -243,20 +290,26 @@ def test_warmup_and_schedules():
         return out
 
     np.testing.assert_allclose(rates(10, warmup=0.4), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1], rtol=1e-4)
-    np.testing.assert_allclose(rates(6, warmup=0.0, schedule="linear"), [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6], rtol=1e-4)
+    np.testing.assert_allclose(
+        rates(6, warmup=0.0, schedule="linear"), [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6], rtol=1e-4
+    )
     cosine = [0.5, 1, *(0.5 + 0.5 * np.cos(np.pi * np.arange(6) / 6))]
     np.testing.assert_allclose(rates(8, warmup=0.25, schedule="cosine"), cosine, rtol=1e-3, atol=1e-6)
 
 
 def test_stochastic_rounding_is_unbiased_and_the_same_on_any_mesh():
-    """Of bfloat16's numbers from 1 to 2 the neighbours are 1/128 apart; signs, tiny numbers and those that need no rounding too."""
+    """Of bfloat16's numbers from 1 to 2 the neighbours are 1/128 apart; signs, tiny numbers and those that
+    need no rounding too.
+    """
     exact = np.float32([0.0, 1.0, -1.5, 2.0**-130, np.inf])
     between = np.float32([1 + 1 / 512, 1 + 1 / 129, -1 - 3 / 512, 1e-6 + 1e-9, -0.03 + 1e-6])
     x = np.repeat(np.concatenate([exact, between])[:, None], 4096, 1)
     got = np.asarray(jax.jit(learn.stochastic_round)(x, jnp.uint32(7))).astype(np.float32)
     np.testing.assert_array_equal(got[:5], x[:5])
     down, up = got[5:].min(1), got[5:].max(1)
-    assert ((got[5:] == down[:, None]) | (got[5:] == up[:, None])).all() and ((down <= between) & (between <= up)).all()
+    assert ((got[5:] == down[:, None]) | (got[5:] == up[:, None])).all() and (
+        (down <= between) & (between <= up)
+    ).all()
     np.testing.assert_allclose(up - down, 2.0 ** (np.floor(np.log2(np.abs(between))) - 7), rtol=1e-6)
     error = (got[5:].astype(float) - between[:, None]).mean(1) / (got[5:].std(1) / 64)
     assert np.abs(error).max() < 4
@@ -271,7 +324,8 @@ def test_stochastic_rounding_is_unbiased_and_the_same_on_any_mesh():
 
 @pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
 def test_weights_in_bfloat16_move_as_float32_ones_do(kind):
-    """40 updates at a rate of 1e-6, a hundredth of a weight's last bit: the slope of their movement over float32's is 1 within its error.
+    """40 updates at a rate of 1e-6, a hundredth of a weight's last bit: the slope of their movement over
+    float32's is 1 within its error.
 
     Rounded to the nearest it is 0.0.
     """
@@ -289,10 +343,16 @@ def test_weights_in_bfloat16_move_as_float32_ones_do(kind):
     for dtype in (jnp.bfloat16, jnp.float32):
         params = jax.tree.map(lambda p: p.astype(dtype), start)  # noqa: B023
         learner, _ = program(Learner(params, tx.init(params)), {}, rows, jax.random.key(0), None)
-        assert {x.dtype for x in jax.tree.leaves(learner.opt_state)} <= {np.dtype("float32"), np.dtype("int32")}
+        assert {x.dtype for x in jax.tree.leaves(learner.opt_state)} <= {
+            np.dtype("float32"),
+            np.dtype("int32"),
+        }
         assert {x.dtype for x in jax.tree.leaves(learner.params)} == {jnp.dtype(dtype)}
         ends[dtype] = learner.params
-    moves = [jax.tree.map(lambda a, b: np.asarray(a, float) - np.asarray(b, float), ends[dtype], start) for dtype in ends]
+    moves = [
+        jax.tree.map(lambda a, b: np.asarray(a, float) - np.asarray(b, float), ends[dtype], start)
+        for dtype in ends
+    ]
     rounded, exact = (np.concatenate([x.ravel() for x in jax.tree.leaves(tree)]) for tree in moves)
     slope = (rounded * exact).sum() / (exact**2).sum()
     error = np.sqrt(((rounded - slope * exact) ** 2 * exact**2).sum()) / (exact**2).sum()
@@ -301,7 +361,9 @@ def test_weights_in_bfloat16_move_as_float32_ones_do(kind):
 
 
 def test_schedules_end_with_the_run_though_the_policy_waits_for_its_critic():
-    """10 steps of 4 updates: the critic's rate falls to 0 over 40 of them, the policy's over the last 4 steps' 16."""
+    """10 steps of 4 updates: the critic's rate falls to 0 over 40 of them, the policy's over the last 4
+    steps' 16.
+    """
     linear = {"lr": 1.0, "warmup": 0.0, "schedule": "linear", "clip_norm": 1e9}
     c = settings(learn__policy=linear, learn__critic=linear, learn__critic_warmup=6)
     made = programs.make_programs(Loop(c).parts, 10)
@@ -315,11 +377,16 @@ def test_schedules_end_with_the_run_though_the_policy_waits_for_its_critic():
 
 
 def fit(kind, mesh, devices):
-    """Eight minibatches of likelihood on one batch; Adafactor factors axes of 128 and more, so the model is wider here."""
+    """Eight minibatches of likelihood on one batch; Adafactor factors axes of 128 and more, so the model is
+    wider here.
+    """
     cfg = dataclasses.replace(CFG, embed=128, ffn=256, layers=1)
-    # Muon makes all directions of a moment alike, so the rounding of a bfloat16 one to whole steps in those the gradient has not.
+    # Muon makes all directions of a moment alike, so the rounding of a bfloat16 one to whole steps in those
+    # the gradient has not.
     moments = "float32" if kind == "muon" else "bfloat16"
-    c = settings("group", mesh=mesh, learn__policy={"kind": kind, "lr": 1e-2, "weight_decay": 0.1, "moments": moments})
+    c = settings(
+        "group", mesh=mesh, learn__policy={"kind": kind, "lr": 1e-2, "weight_decay": 0.1, "moments": moments}
+    )
     parts = Parts(c, None, cfg, cfg, sharding.make_mesh(c.mesh, jax.devices()[:devices]))
     rng = np.random.default_rng(0)
     prompts, targets = rng.integers(0, 64, (Q, P)), rng.integers(0, 64, (Q, 1, R))
@@ -331,7 +398,9 @@ def fit(kind, mesh, devices):
         program = learn.compile_learn(c, learn.nll_objective(c, cfg), tx, placed)
         losses = []
         for _ in range(2):
-            learner, metrics = program(learner, {}, sharding.place_rows(rows, len(rows.tokens), parts.mesh), jax.random.key(0), None)
+            learner, metrics = program(
+                learner, {}, sharding.place_rows(rows, len(rows.tokens), parts.mesh), jax.random.key(0), None
+            )
             losses.append(float(metrics["loss"].value()))
     assert program._cache_size() == 1
     assert [x.sharding for x in jax.tree.leaves(learner)] == jax.tree.leaves(placed)
@@ -348,8 +417,12 @@ def test_optimisers_learn_and_shard(kind):
         for path, x in jax.tree_util.tree_flatten_with_path(state)[0]
         if "gate" in jax.tree_util.keystr(path) and x.size > 1
     }
-    whole, row, column = (None, "fsdp", "tensor"), (None, "fsdp"), (None, "tensor")  # of a gate [layers, embed, ffn]
-    assert sorted(gate.values(), key=str) == {"adamw": [whole, whole], "adafactor": sorted([row, column]), "muon": [whole]}[kind]
+    # of a gate [layers, embed, ffn]
+    whole, row, column = (None, "fsdp", "tensor"), (None, "fsdp"), (None, "tensor")
+    assert (
+        sorted(gate.values(), key=str)
+        == {"adamw": [whole, whole], "adafactor": sorted([row, column]), "muon": [whole]}[kind]
+    )
 
 
 def test_weight_decay_leaves_norms_biases_and_the_value_head_alone():

@@ -1,4 +1,6 @@
-"""A run's files: whole after any crash, each step once, one process at a time, one set of settings to a folder."""
+"""A run's files: whole after any crash, each step once, one process at a time, one set of settings to a
+folder.
+"""
 
 import errno
 import io
@@ -38,10 +40,17 @@ def config(tmp_path, **changes):
 
 def test_jsonl_round_trip(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    files.append(path, [{"step": 1, "a": np.float32(0.5), "b": math.nan, "c": [np.inf, 1], "d": "β\n", "e": np.arange(2)}])
+    files.append(
+        path,
+        [{"step": 1, "a": np.float32(0.5), "b": math.nan, "c": [np.inf, 1], "d": "β\n", "e": np.arange(2)}],
+    )
     files.append(path, [])
     files.append(path, [{"step": 2}, {"step": 3}])
-    assert files.read_jsonl(path) == [{"step": 1, "a": 0.5, "b": None, "c": [None, 1], "d": "β\n", "e": [0, 1]}, {"step": 2}, {"step": 3}]
+    assert files.read_jsonl(path) == [
+        {"step": 1, "a": 0.5, "b": None, "c": [None, 1], "d": "β\n", "e": [0, 1]},
+        {"step": 2},
+        {"step": 3},
+    ]
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 5, "rew', '{"step": 4}'])
@@ -50,7 +59,8 @@ def test_rewind_leaves_each_step_once(tmp_path, torn):
     files.append(path, [{"step": k} for k in (0, 1, 2, 2, 3, 4)])
     with open(path, "a") as file:
         file.write(torn)
-    assert [r["step"] for r in files.read_jsonl(path)] == [0, 1, 2, 2, 3, 4]  # a reader of a running run does without the torn line
+    # a reader of a running run does without the torn line
+    assert [r["step"] for r in files.read_jsonl(path)] == [0, 1, 2, 2, 3, 4]
     files.rewind(path, 3)
     files.append(path, [{"step": 4}])
     assert [r["step"] for r in files.read_jsonl(path)] == [0, 1, 2, 2, 3, 4]
@@ -81,17 +91,33 @@ def test_a_run_writes_its_records_and_summary(tmp_path):
     with log.Run(c, 2) as run:
         run.resume(0)
         run.record(0, {f"eval.dev.set.{k}": v for k, v in counts.items()})
-        run.record(1, {"reward": -0.5, "seconds": 2.0, "tokens": 100}, samples=[{"completion": "a"}, {"completion": "b"}])
-        run.record(2, {"reward": 0.5, "seconds": 2.0} | {f"eval.dev.set.{k}": v + 1 for k, v in counts.items()})
+        run.record(
+            1,
+            {"reward": -0.5, "seconds": 2.0, "tokens": 100},
+            samples=[{"completion": "a"}, {"completion": "b"}],
+        )
+        run.record(
+            2, {"reward": 0.5, "seconds": 2.0} | {f"eval.dev.set.{k}": v + 1 for k, v in counts.items()}
+        )
         summary = run.finish()
     assert load(run.path / "config.yaml") == c
     records = files.read_jsonl(run.path / "metrics.jsonl")
     assert [r["step"] for r in records] == [0, 1, 2] and records[1]["tokens_per_second"] == 50
-    assert files.read_jsonl(run.path / "samples.jsonl") == [{"step": 1, "completion": "a"}, {"step": 1, "completion": "b"}]
+    assert files.read_jsonl(run.path / "samples.jsonl") == [
+        {"step": 1, "completion": "a"},
+        {"step": 1, "completion": "b"},
+    ]
     assert summary["eval"] == {"dev.set": {"before": counts, "after": {k: v + 1 for k, v in counts.items()}}}
     written = json.loads((run.path / "summary.json").read_text())
-    assert written["eval"] == summary["eval"] and written["last"]["reward"] == 0.5 and written["config"]["steps"] == 3
-    assert written["versions"]["jax"] and set(written["versions"]["git"] or {"revision", "dirty"}) == {"revision", "dirty"}
+    assert (
+        written["eval"] == summary["eval"]
+        and written["last"]["reward"] == 0.5
+        and written["config"]["steps"] == 3
+    )
+    assert written["versions"]["jax"] and set(written["versions"]["git"] or {"revision", "dirty"}) == {
+        "revision",
+        "dirty",
+    }
 
 
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
@@ -107,11 +133,17 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
 def test_other_settings_are_refused_and_named(tmp_path):
     with log.Run(config(tmp_path), 3):
         pass
-    changed = config(tmp_path, steps=5, seed=3, mesh={"fsdp": 2}, checkpoint={"keep": 7}, model={"path": "elsewhere"})
+    changed = config(
+        tmp_path, steps=5, seed=3, mesh={"fsdp": 2}, checkpoint={"keep": 7}, model={"path": "elsewhere"}
+    )
     with pytest.raises(ConfigError) as e:
         log.Run(changed, 5)
     message = str(e.value)
-    assert "model.path: 'embedded' there, 'elsewhere' now" in message and "seed: 0 there, 3 now" in message and "another name=" in message
+    assert (
+        "model.path: 'embedded' there, 'elsewhere' now" in message
+        and "seed: 0 there, 3 now" in message
+        and "another name=" in message
+    )
     assert not any(f"  {name}" in message for name in ("steps", "mesh", "checkpoint"))
     with log.Run(config(tmp_path, steps=5), 5) as run:  # and the refusal gave the lock back
         assert load(run.path / "config.yaml").steps == 5
@@ -123,7 +155,9 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(tmp_path):
         "lock = _take_lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     (tmp_path / "run").mkdir()
-    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE, cwd=ROOT)
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE, cwd=ROOT
+    )
     assert other.stdout.readline() == b"held\n"
     with pytest.raises(ConfigError, match=rf"run is in use by process {other.pid} on .*another name="):
         log.Run(config(tmp_path), 3)
@@ -141,9 +175,12 @@ def test_a_disk_that_takes_no_more_is_said_in_words_and_keeps_what_it_has(tmp_pa
         run.record(1, {"reward": 0.0})
         before = (run.path / "metrics.jsonl").read_text()
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limit[1]))  # a write beyond fails, as on a full disk
+        # a write beyond fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limit[1]))
         try:
-            with pytest.raises(Unwritable, match=r"metrics\.jsonl cannot be written: .*; what was saved before is untouched"):
+            with pytest.raises(
+                Unwritable, match=r"metrics\.jsonl cannot be written: .*; what was saved before is untouched"
+            ):
                 run.record(2, {"reward": 0.0})
             with pytest.raises(Unwritable, match=r"summary\.json cannot be written"):
                 files.write_json(run.path / "summary.json", ["long"] * 99)
@@ -173,7 +210,8 @@ def test_skipped_steps_are_counted_over_a_restart(tmp_path):
 
 
 def test_the_first_signal_ends_the_step_and_the_second_kills(tmp_path):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
+    # a shell's background job begins with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.Run(config(tmp_path), 3) as run:
         run.resume(0)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -196,11 +234,19 @@ def test_console_prints_a_line_a_step_where_there_is_no_terminal():
     console.notify("7 questions dropped [too long]")
     for step in (1, 2, 3):
         console.step(
-            step, {"seconds": 90.0 if step == 1 else 3.0, "tokens_per_second": 1834.2, "reward": math.nan, "accuracy": 0.481, "kl": None}
+            step,
+            {
+                "seconds": 90.0 if step == 1 else 3.0,
+                "tokens_per_second": 1834.2,
+                "reward": math.nan,
+                "accuracy": 0.481,
+                "kl": None,
+            },
         )
     console.close()
     first, notice, slow, second, last = file.getvalue().splitlines()
-    assert slow.endswith("9:58:30 left") and second.endswith("0:19:54 left")  # a step that was slow once does not tell of the rest
+    # a step that was slow once does not tell of the rest
+    assert slow.endswith("9:58:30 left") and second.endswith("0:19:54 left")
     assert first == "step 0/400  eval dev: correct 1/4, format 2/4"
     assert notice == "7 questions dropped [too long]"
     assert last == "step 3/400  3.00 s  1,834 tok/s  reward +nan  correct 48.1%  0:19:51 left"
@@ -216,7 +262,10 @@ def test_trackers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     for settings, extra in (({"tensorboard": True}, "tensorboard"), ({"wandb": "project"}, "wandb")):
-        with pytest.raises(ConfigError, match=rf"log\.{extra}.*medrlvr-jax\[{extra}\]"), log.Run(config(tmp_path, log=settings), 3) as run:
+        with (
+            pytest.raises(ConfigError, match=rf"log\.{extra}.*medrlvr-jax\[{extra}\]"),
+            log.Run(config(tmp_path, log=settings), 3) as run,
+        ):
             run.resume(0)
 
 
@@ -240,7 +289,8 @@ def test_wandb_gets_the_settings_and_the_numbers(tmp_path, monkeypatch):
         run.record(1, {"reward": 0.5})
     assert calls[0]["project"] == "medicine" and calls[0]["config"]["seed"] == 0
     assert calls[1:] == [(1, {"reward": 0.5}), "finish"]
-    for place in (tmp_path, tmp_path, tmp_path / "elsewhere"):  # going on is the same run there, one of its name in another folder is not
+    # going on is the same run there, one of its name in another folder is not
+    for place in (tmp_path, tmp_path, tmp_path / "elsewhere"):
         with log.Run(config(place, log={"wandb": "medicine"}), 3) as run:
             run.resume(0)
     first, again, _, other = [call["id"] for call in calls if isinstance(call, dict)]

@@ -1,4 +1,6 @@
-"""Adapters: off they are the base, on they are the merged matrix; nothing but them is trained, stored, or held twice."""
+"""Adapters: off they are the base, on they are the merged matrix; nothing but them is trained, stored, or
+held twice.
+"""
 
 import dataclasses
 import gc
@@ -23,7 +25,9 @@ SCALE = 5 / 3
 def split(params):
     """(base, adapters) of a whole tree."""
     adapters = flatten_dict(lora.trained(params, ADAPTED))
-    return unflatten_dict({k: v for k, v in flatten_dict(params).items() if k not in adapters}), unflatten_dict(adapters)
+    return unflatten_dict(
+        {k: v for k, v in flatten_dict(params).items() if k not in adapters}
+    ), unflatten_dict(adapters)
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +64,27 @@ def test_the_merged_matrix_is_the_adapted_one(params):
     here, there = params["layers"], merged["layers"]
     o = here["o"][1] + SCALE * np.einsum("hdr,re->hde", here["o_a"][1], here["o_b"][1])
     np.testing.assert_allclose(there["o"][1], o, atol=1e-6)
-    np.testing.assert_allclose(there["q"][0], here["q"][0] + SCALE * np.einsum("er,rhd->ehd", here["q_a"][0], here["q_b"][0]), atol=1e-6)
+    np.testing.assert_allclose(
+        there["q"][0],
+        here["q"][0] + SCALE * np.einsum("er,rhd->ehd", here["q_a"][0], here["q_b"][0]),
+        atol=1e-6,
+    )
     np.testing.assert_array_equal(there["mlp_norm"], here["mlp_norm"])
-    assert np.abs(logits(merged, lora.off(ADAPTED)) - logits(split(params)[0], lora.off(ADAPTED))).max() > 0.1  # else this shows nothing
+    # else this shows nothing
+    assert np.abs(logits(merged, lora.off(ADAPTED)) - logits(split(params)[0], lora.off(ADAPTED))).max() > 0.1
     np.testing.assert_allclose(logits(merged, lora.off(ADAPTED)), logits(params, ADAPTED), atol=1e-5)
 
 
 def test_a_small_adapter_survives_the_merge_in_float32():
-    """Beside 1.0 in bfloat16, whose next number is 1.0078125, 2·0.5·0.0009765625 is nothing; in float32 it is all there."""
+    """Beside 1.0 in bfloat16, whose next number is 1.0078125, 2·0.5·0.0009765625 is nothing; in float32 it is
+    all there.
+    """
     cfg = CFG.run_with(lora=LoRAConfig(rank=1, alpha=2.0, targets=("up",)))
-    layers = {"up": jnp.ones((1, 1, 1), "bfloat16"), "up_a": jnp.full((1, 1, 1), 0.5), "up_b": jnp.full((1, 1, 1), 2.0**-10)}
+    layers = {
+        "up": jnp.ones((1, 1, 1), "bfloat16"),
+        "up_a": jnp.full((1, 1, 1), 0.5),
+        "up_b": jnp.full((1, 1, 1), 2.0**-10),
+    }
     for dtype, value in ((None, 1.0), ("bfloat16", 1.0), ("float32", 1.0009765625)):
         up = lora.merge({"layers": layers}, cfg, dtype)["layers"]["up"]
         assert up.dtype == jnp.dtype(dtype or "bfloat16") and up.item() == value
@@ -82,7 +97,9 @@ def test_gradients_are_the_whole_matrix_s_projected(params):
     def loss(params, cfg):
         return (jnp.sin(logits(params, cfg)) * weight).sum()
 
-    got = jax.grad(lambda adapters: loss(lora.join(split(params)[0], adapters), ADAPTED))(split(params)[1])["layers"]
+    got = jax.grad(lambda adapters: loss(lora.join(split(params)[0], adapters), ADAPTED))(split(params)[1])[
+        "layers"
+    ]
     whole = jax.grad(loss)(lora.merge(params, ADAPTED), lora.off(ADAPTED))["layers"]
     for name, inputs in MATRICES.items():
         for i in range(CFG.layers):
@@ -91,8 +108,12 @@ def test_gradients_are_the_whole_matrix_s_projected(params):
             a, b = (np.asarray(params["layers"][f"{name}_{half}"][i]) for half in "ab")
             dw, a, b = dw.reshape(rows, -1), a.reshape(rows, 3), b.reshape(3, -1)
             assert np.abs(dw).max() > 1e-3
-            np.testing.assert_allclose(np.asarray(got[f"{name}_a"][i]).reshape(rows, 3), SCALE * dw @ b.T, atol=2e-5)
-            np.testing.assert_allclose(np.asarray(got[f"{name}_b"][i]).reshape(3, -1), SCALE * a.T @ dw, atol=2e-5)
+            np.testing.assert_allclose(
+                np.asarray(got[f"{name}_a"][i]).reshape(rows, 3), SCALE * dw @ b.T, atol=2e-5
+            )
+            np.testing.assert_allclose(
+                np.asarray(got[f"{name}_b"][i]).reshape(3, -1), SCALE * a.T @ dw, atol=2e-5
+            )
 
 
 def test_only_the_targets_are_adapted():
@@ -120,16 +141,22 @@ def test_the_first_step_has_no_kl_and_the_base_never_moves():
     assert float(loop.metrics["ratio"].value()) == pytest.approx(1, abs=1e-6)
     before = float(loop.stats["reward"])
     loop.run(24)
-    assert float(loop.stats["sampler_gap"]) < 2e-4 and abs(float(loop.stats["kl"])) > 1e-3  # rounding of log-probs that have grown
+    # rounding of log-probs that have grown
+    assert float(loop.stats["sampler_gap"]) < 2e-4 and abs(float(loop.stats["kl"])) > 1e-3
     assert float(loop.stats["reward"]) > before + 1
     assert furthest(base, loop.frozen.base) == 0
     for learner, more in ((loop.policy, set()), (loop.critic, {("value",)})):
-        assert set(flatten_dict(learner.params)) == {("layers", f"{name}_{half}") for name in MATRICES for half in "ab"} | more
-    assert max(leaf.size for leaf in jax.tree.leaves((loop.policy, loop.critic))) <= 2 * 3 * 64  # moments are of adapters alone
+        assert (
+            set(flatten_dict(learner.params))
+            == {("layers", f"{name}_{half}") for name in MATRICES for half in "ab"} | more
+        )
+    # moments are of adapters alone
+    assert max(leaf.size for leaf in jax.tree.leaves((loop.policy, loop.critic))) <= 2 * 3 * 64
 
 
 def test_a_mesh_changes_nothing():
-    smooth = {"lr": 1e-3, "eps": 1e-3}  # else Adam's first steps are the sign of gradients that may be rounding alone
+    # else Adam's first steps are the sign of gradients that may be rounding alone
+    smooth = {"lr": 1e-3, "eps": 1e-3}
     runs = []
     for mesh, devices in (({}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)):
         runs.append(Loop(adapted(mesh=mesh, learn__policy=smooth, learn__critic=smooth), devices).run(3))
@@ -140,7 +167,9 @@ def test_a_mesh_changes_nothing():
 
 @pytest.mark.parametrize(("lora_", "copies"), [({"rank": 3}, 1), (None, 3 + 2 * 2)], ids=["lora", "all"])
 def test_the_base_is_held_once(lora_, copies):
-    """Policy, critic, reference and sampler share one; where all weights are trained they have one each, and their moments."""
+    """Policy, critic, reference and sampler share one; where all weights are trained they have one each, and
+    their moments.
+    """
     cfg = dataclasses.replace(CFG, ffn=72, layers=3)  # a shape that no other test has
     loop = Loop(settings(model__lora=lora_), cfg=cfg)
     loop.run(1)
@@ -160,10 +189,17 @@ def test_a_bfloat16_base_has_float32_adapters_and_is_not_copied_to_sample():
 
 
 def test_host_memory_changes_nothing():
-    """The states' moments and a reference that is a copy of its own wait there; on a CPU that is the same memory by another name."""
+    """The states' moments and a reference that is a copy of its own wait there; on a CPU that is the same
+    memory by another name.
+    """
     here, there = Loop(settings(learn__epochs=1)), Loop(settings(learn__epochs=1, learn__offload=True))
     (*_, want), (*_, got) = here.run(2), there.run(2)
     assert furthest(want, got) == 0
-    kinds = {x.sharding.memory_kind for x in jax.tree.leaves((there.policy.opt_state, there.critic.opt_state, there.frozen.reference))}
+    kinds = {
+        x.sharding.memory_kind
+        for x in jax.tree.leaves((there.policy.opt_state, there.critic.opt_state, there.frozen.reference))
+    }
     assert kinds == {"pinned_host"}
-    assert {x.sharding.memory_kind for x in jax.tree.leaves((there.policy.params, there.critic.params))} == {"device"}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves((there.policy.params, there.critic.params))} == {
+        "device"
+    }

@@ -1,4 +1,5 @@
-"""Losses against TRL, verl and OpenRLHF in value and gradient (`data/golden.json`), and against numbers worked out by hand.
+"""Losses against TRL, verl and OpenRLHF in value and gradient (`data/golden.json`), and against numbers
+worked out by hand.
 
 Float32: the peers' gradients are printed to six digits, and ours agree to 1e-6 without x64.
 """
@@ -20,7 +21,8 @@ from medrlvr_jax.rl import losses
 from medrlvr_jax.types import Experience
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden.json").read_text())
-F = {k: np.float32(v).reshape(2, 3, *np.shape(v)[1:]) for k, v in GOLDEN["fixture"].items() if k != "G"}  # [Q=2, G=3, R=5]
+# [Q=2, G=3, R=5]
+F = {k: np.float32(v).reshape(2, 3, *np.shape(v)[1:]) for k, v in GOLDEN["fixture"].items() if k != "G"}
 MASK = F["mask"] > 0
 IN_LOSS = KLConfig(coef=0.1, into="loss", estimator="k3")
 
@@ -109,11 +111,19 @@ def test_policy_loss_agrees_with_the_peers(system, name):
 
 
 @pytest.mark.parametrize(
-    ("how", "name"), [("token_mean", "token-mean"), ("sequence_mean", "seq-mean-token-mean"), ("constant", "seq-mean-token-sum")]
+    ("how", "name"),
+    [
+        ("token_mean", "token-mean"),
+        ("sequence_mean", "seq-mean-token-mean"),
+        ("constant", "seq-mean-token-sum"),
+    ],
 )
 def test_aggregation_agrees_with_verl(how, name):
     """verl's seq-mean-token-sum is `constant` with a constant of 1."""
-    close(jax.jit(losses.aggregate, static_argnums=(2, 3))(F["new"], MASK, how, 1).value(), GOLDEN["verl"][f"agg_{name}"])
+    close(
+        jax.jit(losses.aggregate, static_argnums=(2, 3))(F["new"], MASK, how, 1).value(),
+        GOLDEN["verl"][f"agg_{name}"],
+    )
 
 
 def test_value_loss_agrees_with_verl_and_openrlhf():
@@ -128,7 +138,12 @@ def test_value_loss_agrees_with_verl_and_openrlhf():
 
 def four(**fields):
     advantages = np.float32([[[1, -1, 1, -1]]])
-    return experience(mask=np.ones((1, 1, 4), bool), logprobs=np.zeros((1, 1, 4), np.float32), advantages=advantages, **fields)
+    return experience(
+        mask=np.ones((1, 1, 4), bool),
+        logprobs=np.zeros((1, 1, 4), np.float32),
+        advantages=advantages,
+        **fields,
+    )
 
 
 FOUR = np.log(np.float32([[[1.5, 1.5, 0.5, 4.0]]]))
@@ -142,14 +157,21 @@ H = np.full((1, 1, 4), 2.0, np.float32)
         (LossConfig(clip_low=0.2, clip_high=0.6), [1.5, -1.5, 0.5, -4.0], [1.5, -1.5, 0.5, -4.0]),
         (LossConfig(ratio_cap=3.0), [1.2, -1.5, 0.5, -3.0], [0, -1.5, 0.5, 0]),
         (LossConfig(dual_clip=3.0), [1.2, -1.5, 0.5, -3.0], [0, -1.5, 0.5, 0]),
-        (LossConfig(surrogate="cispo", clip_high=1.0), np.log([1.5, 1 / 1.5, 0.5, 1 / 4]) * [1.5, 1.5, 0.5, 2], [1.5, -1.5, 0.5, -2.0]),
+        (
+            LossConfig(surrogate="cispo", clip_high=1.0),
+            np.log([1.5, 1 / 1.5, 0.5, 1 / 4]) * [1.5, 1.5, 0.5, 2],
+            [1.5, -1.5, 0.5, -2.0],
+        ),
     ],
 )
 def test_surrogates_by_hand(loss, objective, slope):
     value, (gradient, _), metrics = policy(loss, four(), new=FOUR, entropy=H)
     close(value, -np.mean(objective))
     close(gradient[0, 0], -np.array(slope) / 4)
-    close([metrics["surrogate"], metrics["ratio"], metrics["ratio_far"], metrics["entropy"]], [-value, 1.875, 1.0, 2.0])
+    close(
+        [metrics["surrogate"], metrics["ratio"], metrics["ratio_far"], metrics["entropy"]],
+        [-value, 1.875, 1.0, 2.0],
+    )
     close(metrics["approx_kl"], np.mean([1.5, 1.5, 0.5, 4.0]) - 1 - FOUR.mean())
 
 
@@ -165,24 +187,32 @@ def test_clip_shares_count_the_tokens_that_lost_their_gradient():
 def test_gspo_with_an_advantage_per_token_is_gspo_token():
     """∇ = s·Aₜ·∇log πₜ / |o|, s the geometric mean of the ratios: √[4]{1.5·1.5·0.5·4} = 4.5^¼."""
     s = 4.5**0.25
-    value, (gradient, _), metrics = policy(LossConfig(ratio="sequence", clip_high=1.0, clip_low=1.0), four(), new=FOUR, entropy=FOUR)
+    value, (gradient, _), metrics = policy(
+        LossConfig(ratio="sequence", clip_high=1.0, clip_low=1.0), four(), new=FOUR, entropy=FOUR
+    )
     close(value, 0.0)
     close(gradient[0, 0], -s * np.array([1.0, -1.0, 1.0, -1.0]) / 4)
     close(metrics["ratio"], s)
 
 
-@pytest.mark.parametrize(("name", "k", "slope"), [("k1", -0.5, 1), ("k3", np.exp(0.5) - 1.5, 1 - np.exp(0.5))])
+@pytest.mark.parametrize(
+    ("name", "k", "slope"), [("k1", -0.5, 1), ("k3", np.exp(0.5) - 1.5, 1 - np.exp(0.5))]
+)
 def test_kl_enters_the_loss(name, k, slope):
     exp = four(ref_logprobs=FOUR + np.float32(0.5))  # log π_ref − log π = ½
     plain, (bare, _), _ = policy(LossConfig(), four(), new=FOUR, entropy=H)
-    value, (gradient, _), metrics = policy(LossConfig(), exp, KLConfig(into="loss", estimator=name), 0.1, new=FOUR, entropy=H)
+    value, (gradient, _), metrics = policy(
+        LossConfig(), exp, KLConfig(into="loss", estimator=name), 0.1, new=FOUR, entropy=H
+    )
     close([value - plain, metrics["kl_ref"]], [0.1 * k, k])
     close(gradient, bare + 0.1 * slope / 4)
 
 
 def test_kl_that_was_paid_in_the_reward_is_only_reported():
     plain, (bare, _), _ = policy(LossConfig(), four(), new=FOUR, entropy=H)
-    value, (gradient, _), metrics = policy(LossConfig(), four(ref_logprobs=FOUR + np.float32(0.5)), KLConfig(), 0.1, new=FOUR, entropy=H)
+    value, (gradient, _), metrics = policy(
+        LossConfig(), four(ref_logprobs=FOUR + np.float32(0.5)), KLConfig(), 0.1, new=FOUR, entropy=H
+    )
     close([value, metrics["kl_ref"]], [plain, -0.5])
     close(gradient, bare)
 
@@ -196,7 +226,9 @@ def test_entropy_is_rewarded():
 
 
 def test_value_loss_by_hand():
-    """V = 1, 1, 0; V_old = 0, 0.9, 0; R = 1, 0, 0.5: the first token has gone too far, so it pays for V = 0.5 and learns nothing."""
+    """V = 1, 1, 0; V_old = 0, 0.9, 0; R = 1, 0, 0.5: the first token has gone too far, so it pays for V = 0.5
+    and learns nothing.
+    """
     value, old, returns = np.float32([[[[1, 1, 0]]], [[[0, 0.9, 0]]], [[[1, 0, 0.5]]]])
     exp = experience(mask=np.ones((1, 1, 3), bool), values=old, returns=returns)
     for clip, squares in ((0.5, [0.25, 1.0, 0.25]), (None, [0.0, 1.0, 0.25])):
@@ -207,7 +239,8 @@ def test_value_loss_by_hand():
         close(losses.explained_variance(metrics), 1 - (1.25 / 3) / np.var([1.0, 0.0, 0.5]), 1e-5)
     flat = dataclasses.replace(exp, returns=returns * 0 + np.float32(0.3))
     assert losses.explained_variance(value_means(value, flat, LossConfig())[0][1]) == 0
-    # E[R²] − E[R]² of 100 − 100 has rounding errors of 1e-5, where the variance is 3.6e-6: it cannot be told from none.
+    # E[R²] − E[R]² of 100 − 100 has rounding errors of 1e-5, where the variance is 3.6e-6: it cannot be told
+    # from none.
     nearly = dataclasses.replace(exp, returns=np.float32([[[-10, -10.004, -10]]]))
     assert losses.explained_variance(value_means(value, nearly, LossConfig())[0][1]) == 0
     with pytest.raises(ValueError, match="no values or no returns"):
@@ -215,7 +248,10 @@ def test_value_loss_by_hand():
 
 
 def test_nll_by_hand():
-    logprobs, mask = np.float32([[-1, -3, np.nan], [-2, 0, 0]]), np.array([[True, True, False], [True, False, False]])
+    logprobs, mask = (
+        np.float32([[-1, -3, np.nan], [-2, 0, 0]]),
+        np.array([[True, True, False], [True, False, False]]),
+    )
     mean, metrics = jax.jit(losses.nll_loss)(logprobs, mask)
     assert (mean.total, mean.count, metrics["nll"].value()) == (6.0, 3.0, 2.0)
 
@@ -226,13 +262,19 @@ def test_nll_by_hand():
 def fields_of(seed, lengths):
     rng = np.random.default_rng(seed)
     mask = np.arange(5) < np.reshape(lengths, (4, 2, 1))
-    new, entropy, old, ref, advantages, values, v_old, returns = rng.normal(size=(8, 4, 2, 5)).astype(np.float32)
-    exp = experience(mask=mask, logprobs=old, ref_logprobs=ref, advantages=advantages, values=v_old, returns=returns)
+    new, entropy, old, ref, advantages, values, v_old, returns = rng.normal(size=(8, 4, 2, 5)).astype(
+        np.float32
+    )
+    exp = experience(
+        mask=mask, logprobs=old, ref_logprobs=ref, advantages=advantages, values=v_old, returns=returns
+    )
     return new, entropy, values, exp
 
 
 def losses_of(loss):
-    """Rows → the three losses' Means, their metrics, and the slope of the totals along one parameter that all rows share."""
+    """Rows → the three losses' Means, their metrics, and the slope of the totals along one parameter that all
+    rows share.
+    """
 
     def f(w, new, entropy, values, exp):
         p, a = losses.policy_loss(new + w, entropy + w, exp, loss, IN_LOSS, 0.1, 6)
@@ -253,21 +295,33 @@ SPLITS = [
     LossConfig(surrogate="cispo", aggregate="constant"),
 ]
 WHOLE = {loss: jax.jit(losses_of(loss)) for loss in SPLITS}
-BY_ROW = {loss: jax.jit(jax.vmap(lambda *row, f=f: f(*jax.tree.map(lambda x: x[None], row)))) for loss, f in WHOLE.items()}
+BY_ROW = {
+    loss: jax.jit(jax.vmap(lambda *row, f=f: f(*jax.tree.map(lambda x: x[None], row))))
+    for loss, f in WHOLE.items()
+}
 
 
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 5), min_size=8, max_size=8))
 @settings(max_examples=25, deadline=None)
 @pytest.mark.parametrize("loss", SPLITS, ids=lambda c: c.aggregate)
 def test_any_split_of_rows_gives_the_same_sums(loss, seed, lengths):
-    """Each row alone, added up, is the whole: totals, counts, metrics and gradients. So it is for every split between."""
+    """Each row alone, added up, is the whole: totals, counts, metrics and gradients. So it is for every split
+    between.
+    """
     rows = fields_of(seed, lengths)
     whole, parts = jax.device_get((WHOLE[loss](*rows), BY_ROW[loss](*rows)))
     jax.tree.map(lambda a, b: close(np.sum(a, axis=0), b, 1e-4), parts, whole)
     tokens = sum(lengths)
     (p, v, n), metrics, _ = whole
-    assert p.count == {"token_mean": tokens, "sequence_mean": np.count_nonzero(lengths), "constant": 8 * 6}[loss.aggregate]
-    assert v.count == n.count == tokens and all(m.count == tokens for x in metrics for name, m in x.items() if name != "surrogate")
+    assert (
+        p.count
+        == {"token_mean": tokens, "sequence_mean": np.count_nonzero(lengths), "constant": 8 * 6}[
+            loss.aggregate
+        ]
+    )
+    assert v.count == n.count == tokens and all(
+        m.count == tokens for x in metrics for name, m in x.items() if name != "surrogate"
+    )
 
 
 def test_a_mean_of_micro_batch_means_would_be_another_number():
@@ -297,9 +351,13 @@ def test_sampler_weights_multiply_the_surrogate_alone():
     """By hand: at ρ = 1 the loss is −w·A + β·k3 per token, and its gradient by log π is −w·A + β·∂k3."""
     weights = np.random.default_rng(0).uniform(0.5, 2, MASK.shape).astype(np.float32)
     exp = experience(sampler_weights=weights, ref_logprobs=F["ref"])
-    (mean, metrics), (gradient, _) = policy_means(F["old"], np.zeros_like(F["old"]), exp, np.float32(0.1), LossConfig(), IN_LOSS, 5)
+    (mean, metrics), (gradient, _) = policy_means(
+        F["old"], np.zeros_like(F["old"]), exp, np.float32(0.1), LossConfig(), IN_LOSS, 5
+    )
     log = F["ref"] - F["old"]
     want = -weights * exp.advantages + 0.1 * (np.exp(log) - log - 1)
     assert divided(mean) == pytest.approx(want[MASK].mean(), abs=1e-6)
-    np.testing.assert_allclose(gradient[MASK], (-weights * exp.advantages + 0.1 * (1 - np.exp(log)))[MASK], atol=1e-6)
+    np.testing.assert_allclose(
+        gradient[MASK], (-weights * exp.advantages + 0.1 * (1 - np.exp(log)))[MASK], atol=1e-6
+    )
     assert divided(metrics["sampler_weight"]) == pytest.approx(weights[MASK].mean(), abs=1e-6)

@@ -1,4 +1,6 @@
-"""The decoder's one layout: a prompt and its responses side by side must be what each response is alone, and what decoding computes."""
+"""The decoder's one layout: a prompt and its responses side by side must be what each response is alone, and
+what decoding computes.
+"""
 
 from functools import partial
 
@@ -13,7 +15,17 @@ from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
 
 CFG = DecoderConfig(
-    vocab=97, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, rope_theta=1e4, norm_eps=1e-6, tied=True, qkv_bias=True
+    vocab=97,
+    embed=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn=64,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tied=True,
+    qkv_bias=True,
 )
 Q, P, G, R = 3, 7, 2, 5
 
@@ -73,7 +85,9 @@ def test_logprobs_in_slabs_are_whole_ones(params, batch, slab):
     weight = np.random.default_rng(1).normal(size=(Q, G, R))
 
     def whole(params):
-        scores = jax.nn.log_softmax(decoder.logits(params, CFG, scoring.hidden_states(params, CFG, prompts, tokens)) / 0.7)
+        scores = jax.nn.log_softmax(
+            decoder.logits(params, CFG, scoring.hidden_states(params, CFG, prompts, tokens)) / 0.7
+        )
         return jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0], -(jnp.exp(scores) * scores).sum(-1)
 
     def pieces(params):
@@ -83,13 +97,18 @@ def test_logprobs_in_slabs_are_whole_ones(params, batch, slab):
     for a, b in zip(whole(params), jax.jit(pieces)(params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     for part in (0, 1):
-        want, got = (jax.grad(lambda p, f=f, part=part: (f(p)[part] * weight).sum())(params) for f in (whole, jax.jit(pieces)))
+        want, got = (
+            jax.grad(lambda p, f=f, part=part: (f(p)[part] * weight).sum())(params)
+            for f in (whole, jax.jit(pieces))
+        )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), want, got)
 
 
 def test_linear_has_autodiffs_gradient():
     x, w = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.normal(jax.random.key(1), (4, 5))
-    got, want = (jax.grad(lambda x, w, f=f: jnp.sin(f(x, w)).sum(), (0, 1))(x, w) for f in (cpu.linear, jnp.matmul))
+    got, want = (
+        jax.grad(lambda x, w, f=f: jnp.sin(f(x, w)).sum(), (0, 1))(x, w) for f in (cpu.linear, jnp.matmul)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
@@ -97,8 +116,12 @@ def test_a_critic_starts_at_zero_and_reads_its_head(params, batch):
     prompts, tokens = batch
     hidden = scoring.hidden_states(params, CFG, prompts, tokens)
     head = jnp.zeros(CFG.embed + 1).at[3].set(2.0).at[-1].set(0.5)
-    np.testing.assert_array_equal(scoring.values({"value": jnp.zeros(CFG.embed + 1)}, CFG, hidden), np.zeros((Q, G, R)))
-    np.testing.assert_allclose(scoring.values({"value": head}, CFG, hidden), 2 * hidden[..., 3] + 0.5, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(
+        scoring.values({"value": jnp.zeros(CFG.embed + 1)}, CFG, hidden), np.zeros((Q, G, R))
+    )
+    np.testing.assert_allclose(
+        scoring.values({"value": head}, CFG, hidden), 2 * hidden[..., 3] + 0.5, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_remat_changes_no_gradient(params, batch):
@@ -125,7 +148,9 @@ def test_rows_without_padding_are_the_same(params, batch, share):
 
     def total(params, size):
         def read(hidden, tokens):
-            return *scoring.token_logprobs(params, CFG, hidden, tokens, 0.7, 4), scoring.values(params, cfg, hidden)
+            return *scoring.token_logprobs(params, CFG, hidden, tokens, 0.7, 4), scoring.values(
+                params, cfg, hidden
+            )
 
         found = scoring.at_responses(params, CFG, rows, size, read)
         return sum((w * x).sum() for w, x in zip(weights, found, strict=True)), found

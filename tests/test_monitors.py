@@ -26,7 +26,9 @@ TREE = {
 WELL = "<think>A swollen calf after a flight suggests a clot. Heparin acts at once.</think><answer>A</answer>"
 LEAK = "<think>The answer is A. The calf is swollen and warm after a flight.</think><answer>A</answer>"
 HACK = "<think>A</think><answer>B</answer>"
-HEDGE = "<think>Perhaps it is a clot, or maybe not. It might be a cyst, I am not sure.</think><answer>B</answer>"
+HEDGE = (
+    "<think>Perhaps it is a clot, or maybe not. It might be a cyst, I am not sure.</think><answer>B</answer>"
+)
 LOOP = "<think>" + "the calf is warm and red " * 12 + "</think><answer>B</answer>"
 
 
@@ -38,16 +40,25 @@ def scored(completions, keys, samples):
     """Questions of two options; `samples` completions each."""
     n, config = len(completions), settings()
     questions = [
-        Question(str(i), "?", ["heparin", "aspirin"], "AB".index(key), None, None) for i, key in enumerate(keys) for _ in range(samples)
+        Question(str(i), "?", ["heparin", "aspirin"], "AB".index(key), None, None)
+        for i, key in enumerate(keys)
+        for _ in range(samples)
     ]
-    verdicts = score(completions, [k for k in keys for _ in range(samples)], [q.options for q in questions], config.reward)
-    shown = [stages.stage(c, bool(ok), ["heparin", "aspirin"]) for c, ok in zip(completions, verdicts.format_ok, strict=True)]
+    verdicts = score(
+        completions, [k for k in keys for _ in range(samples)], [q.options for q in questions], config.reward
+    )
+    shown = [
+        stages.stage(c, bool(ok), ["heparin", "aspirin"])
+        for c, ok in zip(completions, verdicts.format_ok, strict=True)
+    ]
     lengths = np.array([len(c.split()) for c in completions])
     return Scored(questions, np.arange(n), completions, verdicts, lengths, np.ones(n, bool), shown, {})
 
 
 def test_flags_of_each_completion():
-    told = monitors.flags(scored([WELL, LEAK, HACK, HEDGE, LOOP, "The answer is A, and so on and on and on"], "AAAAAA", 1))
+    told = monitors.flags(
+        scored([WELL, LEAK, HACK, HEDGE, LOOP, "The answer is A, and so on and on and on"], "AAAAAA", 1)
+    )
     assert {name: np.flatnonzero(column).tolist() for name, column in told.items()} == {
         "hacks": [2],
         "leak": [1],
@@ -63,25 +74,42 @@ def test_flags_of_each_completion():
 
 def test_letters_are_held_against_the_keys_by_one_answer_a_question():
     a, b = (f"<think>clot</think><answer>{letter}</answer>" for letter in "AB")
-    # The first samples are A in all 40 questions, of which half have the key A; the second samples are not looked at.
+    # The first samples are A in all 40 questions, of which half have the key A; the second samples are not
+    # looked at.
     metrics = monitors.watch(scored([a, b] * 40, "AB" * 20, 2), 2)
     assert metrics["monitor/letter_shift"] == pytest.approx(0.5)
-    assert metrics["monitor/letter_p"] == pytest.approx(math.erfc(math.sqrt(40 / 2)), rel=1e-6)  # χ² = (20² + 20²) / 20 = 40, 1 degree
+    # χ² = (20² + 20²) / 20 = 40, 1 degree
+    assert metrics["monitor/letter_p"] == pytest.approx(math.erfc(math.sqrt(40 / 2)), rel=1e-6)
     [alarm] = monitors.alarms(metrics, [], settings())
     assert alarm.name == "monitor/letter_shift" and "50 %" in alarm.text
     rows = monitors.examples(alarm, scored([a, b] * 40, "AB" * 20, 2), metrics, 2)
     assert rows == [2, 6]  # wrong answers of the letter that is wrong most often; of two, the first
-    assert monitors.alarms(monitors.watch(scored([a, b] * 4, "AB" * 2, 2), 2), [], settings()) == []  # four questions show nothing
+    # four questions show nothing
+    assert monitors.alarms(monitors.watch(scored([a, b] * 4, "AB" * 2, 2), 2), [], settings()) == []
     rare = monitors.watch(scored([a] * 40 + [b] * 4, "A" * 42 + "BB", 1), 1)  # two keys are no expectation
     assert rare["monitor/letter_p"] == 1.0 and rare["monitor/letter_shift"] == pytest.approx(2 / 44)
 
 
 def test_shares_over_their_limits():
-    metrics = {"monitor/hacks": 0.11, "truncated": 0.25, "equal_groups": 0.9, "sampler_ratio_far": 0.2, "kl": math.nan}
-    assert [a.name for a in monitors.alarms(metrics, [], settings())] == ["monitor/hacks", "equal_groups", "sampler_ratio_far"]
+    metrics = {
+        "monitor/hacks": 0.11,
+        "truncated": 0.25,
+        "equal_groups": 0.9,
+        "sampler_ratio_far": 0.2,
+        "kl": math.nan,
+    }
+    assert [a.name for a in monitors.alarms(metrics, [], settings())] == [
+        "monitor/hacks",
+        "equal_groups",
+        "sampler_ratio_far",
+    ]
     rounded = settings(model={"path": "unused", "dtype": "bfloat16"}, loss={"sampler_cap": 2.0})
-    limits = {share: [a.name for a in monitors.alarms({"sampler_ratio_far": share}, [], rounded)] for share in (0.04, 0.2)}
-    assert limits == {0.04: [], 0.2: ["sampler_ratio_far"]}  # bfloat16 rounds; a cap corrects for that, and hides no fault
+    limits = {
+        share: [a.name for a in monitors.alarms({"sampler_ratio_far": share}, [], rounded)]
+        for share in (0.04, 0.2)
+    }
+    # bfloat16 rounds; a cap corrects for that, and hides no fault
+    assert limits == {0.04: [], 0.2: ["sampler_ratio_far"]}
     corrected = settings(sample={"weights": "int8"}, loss={"sampler_cap": 2.0})
     assert [a.name for a in monitors.alarms(metrics, [], corrected)] == ["monitor/hacks", "equal_groups"]
 
@@ -107,13 +135,16 @@ def test_excursions_from_the_runs_own_recent_past(name, usual, value, high):
 
 
 def test_the_rows_named_are_the_worst_and_of_this_process():
-    rows = dataclasses.replace(scored([WELL, HACK, WELL], "ABB", 1), places=np.array([0, 2, 3]))  # row 1 is another's
+    # row 1 is another's
+    rows = dataclasses.replace(scored([WELL, HACK, WELL], "ABB", 1), places=np.array([0, 2, 3]))
     assert monitors.examples(monitors.Alarm("response_length", "", high=True), rows, {}, 1) == [0, 2]
     assert monitors.examples(monitors.Alarm("response_length", "", high=False), rows, {}, 1)[0] == 1
     assert monitors.examples(monitors.Alarm("kl", ""), rows, {"row/kl_high": 3}, 1) == [2]
     assert monitors.examples(monitors.Alarm("kl", ""), rows, {"row/kl_high": 1}, 1) == []
     assert monitors.examples(monitors.Alarm("monitor/hacks", ""), rows, {}, 1) == [1]
-    assert monitors.examples(monitors.Alarm("equal_groups", ""), scored([WELL, HACK, WELL, WELL], "AA", 2), {}, 2) == [2]
+    assert monitors.examples(
+        monitors.Alarm("equal_groups", ""), scored([WELL, HACK, WELL, WELL], "AA", 2), {}, 2
+    ) == [2]
 
 
 def test_an_alarm_is_said_when_it_begins_and_now_and_then():
@@ -126,7 +157,13 @@ def test_an_alarm_is_said_when_it_begins_and_now_and_then():
 
 
 def test_constant_rewards_are_counted_and_stop_a_run(folder, capsys):  # noqa: F811
-    changes = {"eval": {"batch": 8}, "name": "constant", "steps": 9, "checkpoint": {"every": 0}, "log": {"stop_constant": 2}}
+    changes = {
+        "eval": {"batch": 8},
+        "name": "constant",
+        "steps": 9,
+        "checkpoint": {"every": 0},
+        "log": {"stop_constant": 2},
+    }
     path = folder / "constant.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | changes))
     assert main("train", path) == 1  # a model of random weights never finds the form
@@ -136,16 +173,31 @@ def test_constant_rewards_are_counted_and_stop_a_run(folder, capsys):  # noqa: F
     assert told.count("NOTHING IS LEARNED FROM THE REWARDS, for 1 step now: all rewards were -1;") == 1
     assert "for 2 steps now" not in told and "row 0: " in told
     metrics = lines(folder / "runs/constant/metrics.jsonl")
-    assert [m["monitor/constant_reward"] for m in metrics] == [1, 2] == [m["alarm/constant_reward"] for m in metrics]
+    assert (
+        [m["monitor/constant_reward"] for m in metrics]
+        == [1, 2]
+        == [m["alarm/constant_reward"] for m in metrics]
+    )
 
 
 def test_rewards_that_clipping_makes_equal_are_an_alarm_in_the_first_step_and_a_stop():
     """A scale of 100 to 200, cut to ±10: what comes in differs, what is learned from does not."""
-    config = settings(advantage={"estimator": "group"}, learn={"policy": {"lr": 1e-4}}, log={"stop_constant": 2})
-    rewards, mask, zeros = np.float32([[100, 150], [120, 200]]), np.ones((2, 2, 3), bool), np.zeros((2, 2, 3), np.float32)
-    advantages, _, stats = compute(config.advantage, config.kl, rewards, zeros, None, None, mask, np.float32(0))
+    config = settings(
+        advantage={"estimator": "group"}, learn={"policy": {"lr": 1e-4}}, log={"stop_constant": 2}
+    )
+    rewards, mask, zeros = (
+        np.float32([[100, 150], [120, 200]]),
+        np.ones((2, 2, 3), bool),
+        np.zeros((2, 2, 3), np.float32),
+    )
+    advantages, _, stats = compute(
+        config.advantage, config.kl, rewards, zeros, None, None, mask, np.float32(0)
+    )
     metrics = {name: float(value) for name, value in stats.items()}
-    assert not advantages.any() and metrics["equal_groups"] == metrics["no_contrast"] == metrics["reward_clipped"] == 1
+    assert (
+        not advantages.any()
+        and metrics["equal_groups"] == metrics["no_contrast"] == metrics["reward_clipped"] == 1
+    )
     first = metrics | monitors.count_idle(metrics, [])
     [alarm] = monitors.alarms(first, [], config)
     assert alarm.name == "monitor/constant_reward" and not monitors.stalled(first, config)
@@ -153,14 +205,17 @@ def test_rewards_that_clipping_makes_equal_are_an_alarm_in_the_first_step_and_a_
     assert monitors.stalled(metrics | monitors.count_idle(metrics, [first]), config)
     some = metrics | {"equal_groups": 0.5, "no_contrast": 0.0, "reward_clipped": 0.5}
     some |= monitors.count_idle(some, [first])
-    assert [a.name for a in monitors.alarms(some, [], config)] == ["reward_clipped"] and some["monitor/constant_reward"] == 0
+    assert [a.name for a in monitors.alarms(some, [], config)] == ["reward_clipped"] and some[
+        "monitor/constant_reward"
+    ] == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "steps", "reason"),
     [
         ({}, 0, None),
-        ({"policy/skipped": 1.0, "policy/grad_norm": 0.0}, 0, None),  # the metrics of a skipped update are 0, and it has its own alarm
+        # the metrics of a skipped update are 0, and it has its own alarm
+        ({"policy/skipped": 1.0, "policy/grad_norm": 0.0}, 0, None),
         ({"policy/grad_norm": 0.0}, 4, "the policy's gradient was exactly 0"),
         ({"no_contrast": 1.0}, 4, "never between samples of one"),
         ({"no_contrast": 1.0, "reward_std": 0.0}, 4, "all rewards were 0.5"),
@@ -168,7 +223,13 @@ def test_rewards_that_clipping_makes_equal_are_an_alarm_in_the_first_step_and_a_
     ],
 )
 def test_steps_from_which_nothing_is_learned_are_counted(changes, steps, reason):
-    metrics = {"no_contrast": 0.0, "policy/grad_norm": 0.1, "policy/skipped": 0.0, "reward": 0.5, "reward_std": 0.5} | changes
+    metrics = {
+        "no_contrast": 0.0,
+        "policy/grad_norm": 0.1,
+        "policy/skipped": 0.0,
+        "reward": 0.5,
+        "reward_std": 0.5,
+    } | changes
     metrics |= monitors.count_idle(metrics, [{"monitor/constant_reward": 3}])
     assert metrics["monitor/constant_reward"] == steps
     assert reason is None or reason in monitors.alarms(metrics, [], settings())[-1].text
@@ -176,8 +237,14 @@ def test_steps_from_which_nothing_is_learned_are_counted(changes, steps, reason)
 
 def test_a_control_run_of_constant_rewards_goes_on():
     metrics = {"monitor/constant_reward": 20, "reward": 0.0}
-    for changes, stops in (({}, True), ({"log": {"stop_constant": 0}}, False), ({"log": {"stop_constant": 21}}, False)):
-        assert monitors.stalled(metrics, settings(**changes)) == stops and monitors.alarms(metrics, [], settings(**changes))
+    for changes, stops in (
+        ({}, True),
+        ({"log": {"stop_constant": 0}}, False),
+        ({"log": {"stop_constant": 21}}, False),
+    ):
+        assert monitors.stalled(metrics, settings(**changes)) == stops and monitors.alarms(
+            metrics, [], settings(**changes)
+        )
     control = settings(reward={"unformatted": 0.0, "correct": 0.0})
     assert not monitors.stalled(metrics, control) and not monitors.alarms(metrics, [], control)
 
@@ -185,4 +252,6 @@ def test_a_control_run_of_constant_rewards_goes_on():
 def test_where_no_thought_is_asked_for_there_are_no_stages():
     rows = scored([WELL, HACK], ["A", "A"], 1)
     assert records.summarise({}, rows)["stage/reintegrated_reasoning"] == 0.5
-    assert not any(k.startswith("stage/") for k in records.summarise({}, dataclasses.replace(rows, stages=[None, None])))
+    assert not any(
+        k.startswith("stage/") for k in records.summarise({}, dataclasses.replace(rows, stages=[None, None]))
+    )

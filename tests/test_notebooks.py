@@ -1,4 +1,6 @@
-"""Each notebook runs from a fresh kernel to its end, in a folder laid out as the repository; no output of it is kept in the repository."""
+"""Each notebook runs from a fresh kernel to its end, in a folder laid out as the repository; no output of it
+is kept in the repository.
+"""
 
 import os
 import shutil
@@ -29,12 +31,20 @@ def test_a_notebook_runs(file, tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
     client.execute(env=os.environ | environment)  # raises CellExecutionError, with the cell and its traceback
     shown = [output for cell in code for output in cell.outputs]
-    assert not [output for output in shown if output.output_type == "error"] and any((folder / "runs").iterdir())
+    assert not [output for output in shown if output.output_type == "error"] and any(
+        (folder / "runs").iterdir()
+    )
     # progress is one line that is written over; stderr, which notebooks show in red, has none of it
-    assert [output["data"]["text/plain"] for output in shown if "step " in output.get("data", {}).get("text/plain", "")]
+    assert [
+        output["data"]["text/plain"]
+        for output in shown
+        if "step " in output.get("data", {}).get("text/plain", "")
+    ]
     assert not [output for output in shown if output.get("name") == "stderr" and "step " in output.text]
 
 

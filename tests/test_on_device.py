@@ -1,4 +1,6 @@
-"""The script for an accelerator runs on a CPU as well: every section reports, and what goes wrong in one is told and stops no other."""
+"""The script for an accelerator runs on a CPU as well: every section reports, and what goes wrong in one is
+told and stops no other.
+"""
 
 import json
 import os
@@ -35,9 +37,18 @@ sys.exit(on_device.main(["--out", sys.argv[1], "--budget", "3"], given))
 
 
 def run(out: Path, *command) -> tuple[int, dict, str]:
-    """Exit status, on_device.json and what was printed, as the tests' programs are compiled: quickly, or from the cache."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    env = os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.FLAGS, "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    """Exit status, on_device.json and what was printed, as the tests' programs are compiled: quickly, or from
+    the cache.
+    """
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    env = (
+        os.environ
+        | cache
+        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.FLAGS, "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    )
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
     log = out / "on_device.log"
     said = done.stdout + done.stderr + (log.read_text() if log.exists() else "")
@@ -47,18 +58,45 @@ def run(out: Path, *command) -> tuple[int, dict, str]:
 def test_every_section_reports(tmp_path):
     status, sections, said = run(tmp_path, HERE / "on_device.py", "--small", "--out", tmp_path)
     assert status == 0, said
-    assert list(sections) == ["machine", "parity", "gap", "embedding", "step_tiny", "step_tiny_lora", "resume", "determinism"]
-    assert {s["state"] for s in sections.values()} == {"done"} and all(s["figures"] for s in sections.values())
+    assert list(sections) == [
+        "machine",
+        "parity",
+        "gap",
+        "embedding",
+        "step_tiny",
+        "step_tiny_lora",
+        "resume",
+        "determinism",
+    ]
+    assert {s["state"] for s in sections.values()} == {"done"} and all(
+        s["figures"] for s in sections.values()
+    )
     kernels = {row["kernel"]: row for row in sections["parity"]["figures"]}
-    kernel_names = {"attention.plain", "attention.decode", "scoring.token_logprobs", "model.embed_lookup", "AdamW", "sample.noise"}
+    kernel_names = {
+        "attention.plain",
+        "attention.decode",
+        "scoring.token_logprobs",
+        "model.embed_lookup",
+        "AdamW",
+        "sample.noise",
+    }
     assert kernel_names <= kernels.keys()
     programs = {row["program"]: row for row in sections["step_tiny"]["figures"] if "program" in row}
     assert programs.keys() == {"generate", "assess", "make_experience", "learn_policy"}
-    assert programs["generate"]["tokens_per_s"] > 0 and 0 < programs["learn_policy"]["share_of_peak_flops"] < 1
-    compiled = [row["compiled_meanwhile"] for row in sections["step_tiny"]["figures"] if "compiled_meanwhile" in row]
-    assert not compiled[0].keys() & {"jit(generate)", "jit(assess)", "jit(make_experience)", "jit(learn)"} and not compiled[1]
+    assert (
+        programs["generate"]["tokens_per_s"] > 0 and 0 < programs["learn_policy"]["share_of_peak_flops"] < 1
+    )
+    compiled = [
+        row["compiled_meanwhile"] for row in sections["step_tiny"]["figures"] if "compiled_meanwhile" in row
+    ]
+    assert (
+        not compiled[0].keys() & {"jit(generate)", "jit(assess)", "jit(make_experience)", "jit(learn)"}
+        and not compiled[1]
+    )
     assert any("device_idle" in row for row in sections["step_tiny"]["figures"])
-    assert [row["equal_to_the_bit"] for name in ("resume", "determinism") for row in sections[name]["figures"]] == [True, True]
+    assert [
+        row["equal_to_the_bit"] for name in ("resume", "determinism") for row in sections[name]["figures"]
+    ] == [True, True]
     assert "| learn_policy |" in (tmp_path / "on_device.md").read_text()
 
 
@@ -73,13 +111,21 @@ def test_what_goes_wrong_is_told_and_the_rest_goes_on(tmp_path):
         "endless": "stopped",
     }, said
     value, error = sections["broken"]["figures"]
-    assert value == {"value": 2.0} and "ValueError: a planted fault" in error["error"] and "in broken" in error["error"]
+    assert (
+        value == {"value": 2.0}
+        and "ValueError: a planted fault" in error["error"]
+        and "in broken" in error["error"]
+    )
     assert sections["crashing"]["why"] == "signal SIGKILL" and "100 s" in sections["long"]["why"]
     assert sections["endless"]["figures"] == [{"value": 3.0}]  # what it measured before it was stopped
     lines = [json.loads(line) for line in (tmp_path / "on_device.jsonl").read_text().splitlines()]
-    assert [line["section"] for line in lines] == ["broken", "broken", "fine", "endless"] and lines[2]["value"] == 1.235
+    assert [line["section"] for line in lines] == ["broken", "broken", "fine", "endless"] and lines[2][
+        "value"
+    ] == 1.235
 
 
 def test_nothing_is_begun_that_there_is_no_time_for(tmp_path):
     status, sections, _ = run(tmp_path, HERE / "on_device.py", "--out", tmp_path, "--budget", "0")
-    assert status == 0 and {s["state"] for s in sections.values()} == {"skipped"} and "step_3B_lora" in sections
+    assert (
+        status == 0 and {s["state"] for s in sections.values()} == {"skipped"} and "step_3B_lora" in sections
+    )

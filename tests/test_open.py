@@ -1,4 +1,6 @@
-"""Open questions through the whole: read, asked, paid, trained on, evaluated, scored from a file; and refused where a letter is needed."""
+"""Open questions through the whole: read, asked, paid, trained on, evaluated, scored from a file; and refused
+where a letter is needed.
+"""
 
 import json
 
@@ -13,7 +15,14 @@ from medrlvr_jax.data.question import DataError, Question, fingerprint, question
 from medrlvr_jax.data.values import read_reference
 
 ROWS = [
-    {"question": "Sodium?", "kind": "number", "answer": 140, "tolerance": 0.05, "unit": "mmol/L", "subject": "lab"},
+    {
+        "question": "Sodium?",
+        "kind": "number",
+        "answer": 140,
+        "tolerance": 0.05,
+        "unit": "mmol/L",
+        "subject": "lab",
+    },
     {"question": "Apgar?", "kind": "integer", "answer": 7},
     {"question": "Due?", "kind": "date", "answer": "2024-03-04"},
     {"question": "How long?", "kind": "duration", "answer": "2 weeks 1 day"},
@@ -35,14 +44,25 @@ def test_they_are_read_asked_and_paid(path):
     questions, report = read(SetConfig(path=str(path)))
     assert report.startswith("questions: 6, open\n  keys number 17 %, integer 17 %")
     asked = [prompts.render(q, "think").splitlines()[-1] for q in questions]
-    assert "then give the number in mmol/L inside <answer>" in asked[0] and "<answer>number</answer>" in asked[0]
+    assert (
+        "then give the number in mmol/L inside <answer>" in asked[0] and "<answer>number</answer>" in asked[0]
+    )
     assert "labels, separated by commas: eligible, excluded," in asked[4]
     for answers, correct in ((RIGHT, True), (WRONG, False)):
         completions = [f"<think>x</think><answer> {answer} </answer>" for answer in answers]
         verdicts = rewards.grade(completions, questions)
-        assert verdicts.format_ok.all() and (verdicts.correct == correct).all() and (verdicts.reward == correct).all()
-    verdicts = rewards.grade([f"<think>x</think><answer>{text}</answer>" for text in ("140/1", "140 bananas")], questions[:1] * 2)
-    assert verdicts.reward.tolist() == [-1, -1] and verdicts.reason.tolist() == ["not_a_number", "unknown_unit"]
+        assert (
+            verdicts.format_ok.all()
+            and (verdicts.correct == correct).all()
+            and (verdicts.reward == correct).all()
+        )
+    verdicts = rewards.grade(
+        [f"<think>x</think><answer>{text}</answer>" for text in ("140/1", "140 bananas")], questions[:1] * 2
+    )
+    assert verdicts.reward.tolist() == [-1, -1] and verdicts.reason.tolist() == [
+        "not_a_number",
+        "unknown_unit",
+    ]
     assert prompts.sft_target(questions[3], "answer") == "<answer>2 weeks 1 day</answer>"
 
 
@@ -62,12 +82,17 @@ def open_question(answer):
 
 def test_bad_references_name_file_line_field_and_remedy(path):
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | {"answer": "1,234"}) + "\n")
-    with pytest.raises(DataError, match=r"open.jsonl, line 2: field answer: '1,234' cannot .*comma; write it otherwise"):
+    with pytest.raises(
+        DataError, match=r"open.jsonl, line 2: field answer: '1,234' cannot .*comma; write it otherwise"
+    ):
         load(SetConfig(path=str(path)))
 
 
 def test_a_file_of_completions_is_scored(path, tmp_path, capsys):
-    rows = [row | {"completion": f"<think>x</think><answer>{answer}</answer>"} for row, answer in zip(ROWS, RIGHT, strict=True)]
+    rows = [
+        row | {"completion": f"<think>x</think><answer>{answer}</answer>"}
+        for row, answer in zip(ROWS, RIGHT, strict=True)
+    ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main("score", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl") == 0
     assert [row["reward"] for row in lines(tmp_path / "out.jsonl")] == [1.0] * 6
@@ -76,7 +101,14 @@ def test_a_file_of_completions_is_scored(path, tmp_path, capsys):
 def test_training_and_evaluation(folder, capsys):  # noqa: F811
     path = folder / "open.jsonl"
     path.write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i, row in enumerate(ROWS * 3)))
-    config = ["train", folder / "config.yaml", "name=open", "steps=1", "checkpoint.every=0", "prompt.max_tokens=256"]
+    config = [
+        "train",
+        folder / "config.yaml",
+        "name=open",
+        "steps=1",
+        "checkpoint.every=0",
+        "prompt.max_tokens=256",
+    ]
     config += [f"data={{path: {path}}}", f"eval.sets={{in_distribution: {{path: {path}}}}}"]
     assert main(*config) == 0
     [*_, metrics] = lines(folder / "runs/open/metrics.jsonl")

@@ -1,7 +1,8 @@
-"""Our decoder computes what transformers computes: logits and greedy tokens of each family, with every norm and bias at work.
+"""Our decoder computes what transformers computes: logits and greedy tokens of each family, with every norm
+and bias at work.
 
-Against transformers itself where torch is installed, else (and as well) against its stored numbers. When a change of
-transformers is meant: `python tests/make_parity.py`.
+Against transformers itself where torch is installed, else (and as well) against its stored numbers. When a
+change of transformers is meant: `python tests/make_parity.py`.
 """
 
 from functools import cache, partial
@@ -62,7 +63,8 @@ def ours(directory):
 
         prompt, own = score(params)
         repeated = np.repeat(np.asarray(prompt)[:, None], groups, 1)
-        np.testing.assert_allclose(own[:, :, 0], repeated[:, :, -1], rtol=0, atol=TOLERANCE)  # the state before the first response token
+        # the state before the first response token
+        np.testing.assert_allclose(own[:, :, 0], repeated[:, :, -1], rtol=0, atol=TOLERANCE)
         rows = np.concatenate([repeated, own[:, :, 1:]], 2)
         real = np.concatenate([np.repeat(c.mask[:, None], groups, 1), np.ones_like(c.tokens, bool)], 2)
         assert rows.shape[2] == width + c.tokens.shape[2]
@@ -79,7 +81,10 @@ def greedy(params, cfg, c):
     """`prefill`, then one `decode_step` a token, two samples of each question side by side."""
     groups, layers = 2, decode.split_layers(params, cfg)
     hidden, prompt = jax.jit(partial(decode.prefill, cfg=cfg))(params, prompts=batch(c))
-    caches, rope = decode.start_caches(cfg, prompt, groups, NEW), decoder.rope_tables(jnp.arange(c.prompts.shape[1] + NEW), cfg)
+    caches, rope = (
+        decode.start_caches(cfg, prompt, groups, NEW),
+        decoder.rope_tables(jnp.arange(c.prompts.shape[1] + NEW), cfg),
+    )
 
     @jax.jit
     def step(params, layers, tokens, caches, t):

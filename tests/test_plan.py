@@ -1,4 +1,6 @@
-"""The planner: its FLOPs against a hand count, its programs against those that train, and TPU compilations without a TPU."""
+"""The planner: its FLOPs against a hand count, its programs against those that train, and TPU compilations
+without a TPU.
+"""
 
 import dataclasses
 import importlib.util
@@ -30,7 +32,8 @@ from medrlvr_jax.types import Prompts
 
 GIB = 2**30
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed: pip install '.[plan]'"
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed: pip install '.[plan]'",
 )
 TREE = {
     "name": "tiny",
@@ -43,7 +46,18 @@ TREE = {
     "eval": {"batch": 8},
     "mesh": {"data": 1, "fsdp": 4},
 }
-CFG = DecoderConfig(vocab=50, embed=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn=48, rope_theta=1e4, norm_eps=1e-6, tied=True)
+CFG = DecoderConfig(
+    vocab=50,
+    embed=32,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn=48,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tied=True,
+)
 Q, P, G, R = 2, 5, 3, 7
 
 
@@ -78,9 +92,13 @@ def test_flops_by_hand():
 
 
 def test_flops_of_programs_are_the_formulas():
-    """The walk over what is traced finds the formula's number: scoring, its gradient with recomputation, and sampling."""
-    i32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)  # noqa: E731
-    prompts = Prompts(i32(Q, P), jax.ShapeDtypeStruct((Q, P), jnp.bool_), jax.ShapeDtypeStruct((Q,), jnp.uint32))
+    """The walk over what is traced finds the formula's number: scoring, its gradient with recomputation, and
+    sampling.
+    """
+    i32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
+    prompts = Prompts(
+        i32(Q, P), jax.ShapeDtypeStruct((Q, P), jnp.bool_), jax.ShapeDtypeStruct((Q,), jnp.uint32)
+    )
     tokens = i32(Q, G, R)
 
     def score(params, prompts, tokens):
@@ -116,14 +134,18 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: four)
     parts = build.build(c)
     encoded = rollout.encode(parts.tokenizer, data.load(c.data), c)
-    encoded = dataclasses.replace(encoded, width=rollout.width(c.prompt.max_tokens))  # planned for the longest prompt allowed
+    # planned for the longest prompt allowed
+    encoded = dataclasses.replace(encoded, width=rollout.width(c.prompt.max_tokens))
     made = make_programs(parts, 2)
     with jax.set_mesh(parts.mesh):
         training, state = train.start(parts, made)
         recorded = dataclasses.replace(training, programs=training.programs.wrapped(recording))
         train.train_step(recorded, encoded, state, 0)
         monkeypatch.undo()
-        planned = {p.name: p.function.lower(*p.args, **p.kwargs).as_text() for p in step_programs(parts, made, encoded.width)}
+        planned = {
+            p.name: p.function.lower(*p.args, **p.kwargs).as_text()
+            for p in step_programs(parts, made, encoded.width)
+        }
     assert planned.keys() == seen.keys()
     for name in planned:
         assert planned[name] == seen[name], name
@@ -135,11 +157,16 @@ def test_memory_counts_shards_and_what_else_lives(tiny):
     planned = {p.name: p for p in aot.planned(parts, 2)}
     whole = 4 * sum(x.size for x in jax.tree.leaves(shapes(parts.cfg)))
     policy = aot.bytes_of(planned["learn_policy"].args[0])
-    assert 3 * whole / 4 < policy < 3 * whole / 4 * 1.02  # params and two moments over 4 chips; norms and counters are not split
-    held = [aot.bytes_of((planned[n].args, planned[n].others)) for n in ("learn_policy", "learn_critic", "assess")]
+    # params and two moments over 4 chips; norms and counters are not split
+    assert 3 * whole / 4 < policy < 3 * whole / 4 * 1.02
+    held = [
+        aot.bytes_of((planned[n].args, planned[n].others)) for n in ("learn_policy", "learn_critic", "assess")
+    ]
     assert max(held) - min(held) < 0.05 * max(held)  # all states live through each of them
     generate = planned["generate"]  # its layers are the policy's own
-    assert aot.bytes_of((generate.others, generate.args[0]["layers"])) == pytest.approx(7 * whole / 4, rel=0.02)
+    assert aot.bytes_of((generate.others, generate.args[0]["layers"])) == pytest.approx(
+        7 * whole / 4, rel=0.02
+    )
 
 
 def test_times_over_nodes():
@@ -150,7 +177,11 @@ def test_times_over_nodes():
     assert h.seconds(64e9, 16, crosses=True) == pytest.approx(64 / 400)
     assert h.seconds(64e9, 2, crosses=True) == pytest.approx(64 / 50)
     mesh = jax.sharding.AbstractMesh((2, 8, 1), ("data", "fsdp", "tensor"))
-    assert aot.crosses_nodes("data", mesh, h) and not aot.crosses_nodes("fsdp", mesh, h) and aot.crosses_nodes("data+fsdp", mesh, h)
+    assert (
+        aot.crosses_nodes("data", mesh, h)
+        and not aot.crosses_nodes("fsdp", mesh, h)
+        and aot.crosses_nodes("data+fsdp", mesh, h)
+    )
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "h100:2x2x2", "v5e:0x"])
@@ -162,19 +193,28 @@ def test_bad_topologies_are_refused(tiny, topology, capsys):
 def test_the_compilers_refusal_is_read():
     whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.36G of 15.75G hbm. Exceeded hbm capacity by 7.61G."
     part = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total for HLO temporaries (1.00T) exceeds available HBM (15.75G)."
-    assert aot.refusal(whole, 2 * GIB) == pytest.approx(21.36 * GIB) and aot.refusal(part, 2 * GIB) == 1024 * GIB
+    assert (
+        aot.refusal(whole, 2 * GIB) == pytest.approx(21.36 * GIB) and aot.refusal(part, 2 * GIB) == 1024 * GIB
+    )
     assert aot.refusal("another error", 2 * GIB) is None
 
 
 @needs_libtpu
 def test_a_training_that_does_not_fit_is_refused_before_it_starts(tiny, monkeypatch):
-    """By the TPU's own compiler: 16 GiB and one more of it. The reason does not wait for the programs that stand behind."""
+    """By the TPU's own compiler: 16 GiB and one more of it. The reason does not wait for the programs that
+    stand behind.
+    """
     monkeypatch.setattr("os.cpu_count", lambda: 2)  # one at a time
     begun = []
     parts = aot.prepare(configs.load(tiny, ["mesh={data: 1}"]), machines.parse("v5e:1x1"))
     large = Program("learn_policy", jax.jit(lambda x: (x, x + 1)), (array(parts, jnp.float32, 4 * GIB),))
-    behind = [Program(f"{i}", jax.jit(lambda x, i=i: (begun.append(i), x + i)[1]), (array(parts, jnp.float32, 8),)) for i in range(8)]
-    with pytest.raises(ConfigError, match=r"learn_policy does not fit this machine: RESOURCE_EXHAUSTED.*medrlvr plan"):
+    behind = [
+        Program(f"{i}", jax.jit(lambda x, i=i: (begun.append(i), x + i)[1]), (array(parts, jnp.float32, 8),))
+        for i in range(8)
+    ]
+    with pytest.raises(
+        ConfigError, match=r"learn_policy does not fit this machine: RESOURCE_EXHAUSTED.*medrlvr plan"
+    ):
         compile_ahead([large, *behind], parts, lambda *_: None)
     assert len(begun) < len(behind)
 
@@ -186,12 +226,19 @@ def test_tiny_on_v5e_2x2(tiny, compiled, monkeypatch, capsys):
     assert cli.main(["plan", str(tiny), "--topology", "v5e:2x2", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     programs = {p["name"]: p for p in made["programs"]}
-    assert list(programs) == ["sync_weights", "generate", "assess", "make_experience", "learn_policy", "learn_critic"]
+    assert list(programs) == [
+        "sync_weights",
+        "generate",
+        "assess",
+        "make_experience",
+        "learn_policy",
+        "learn_critic",
+    ]
     assert made["fits"] and made["steps"] == 2 and 0 < made["mfu"] < 1
     for name, p in programs.items():
         assert p["peak"] < 0.1 * GIB and (p["seconds"] > 0) and p["fits"], name
-    # FSDP: every layer's weights are gathered once or twice (for a model this small the compiler keeps them for the backward pass)
-    # in each of two micro-batches.
+    # FSDP: every layer's weights are gathered once or twice (for a model this small the compiler keeps them
+    # for the backward pass) in each of two micro-batches.
     cfg = families.known("embedded")
     layer = 2 * cfg.layers * flops.weights(cfg) * 4 * 3 / 4
     [gathered] = [c["bytes"] for c in programs["learn_policy"]["collectives"] if c["kind"] == "all-gather"]
@@ -202,46 +249,77 @@ def test_tiny_on_v5e_2x2(tiny, compiled, monkeypatch, capsys):
 @needs_libtpu
 def test_a_sharded_sampler_holds_less_and_moves_more(tiny, compiled):
     """No copy of the layers along fsdp: gathered in each of 16 tokens in place of once."""
-    tpu, layers = machines.parse("v5e:2x2"), 4 * families.known("embedded").layers * flops.weights(families.known("embedded"))
+    tpu, layers = (
+        machines.parse("v5e:2x2"),
+        4 * families.known("embedded").layers * flops.weights(families.known("embedded")),
+    )
     both = [configs.load(tiny, [f"sample.layout={layout}"]) for layout in ("gathered", "sharded")]
-    made = [plan.plan(config, tpu, only=("sync_weights", "generate"), cache=compiled).programs for config in both]
+    made = [
+        plan.plan(config, tpu, only=("sync_weights", "generate"), cache=compiled).programs for config in both
+    ]
     (sync_weights, whole), (_, shards) = made
-    assert layers / 2 < whole.arguments - shards.arguments < layers * 3 / 4  # small shards are padded to the chip's tiles
+    # small shards are padded to the chip's tiles
+    assert layers / 2 < whole.arguments - shards.arguments < layers * 3 / 4
     moved = [sum(c.bytes for c in p.collectives if c.kind == "all-gather") for p in (sync_weights, shards)]
-    assert moved[1] > 6 * moved[0]  # 16 times, in half the bytes: the compiler gathers what its products read, bfloat16
+    # 16 times, in half the bytes: the compiler gathers what its products read, bfloat16
+    assert moved[1] > 6 * moved[0]
 
 
 @needs_libtpu
 def test_the_splash_kernel_compiles(tiny, compiled):
-    """Forward and backward, on each device its own rows; its blocks of 128 take more FLOPs than rows so short have."""
+    """Forward and backward, on each device its own rows; its blocks of 128 take more FLOPs than rows so short
+    have.
+    """
     tpu = machines.parse("v5e:2x2")
     [learn] = plan.plan(configs.load(tiny), tpu, only=("learn_policy",), steps=2, cache=compiled).programs
     assert learn.fits and learn.flops > 1.3 * learn.useful
-    for settings, splash in (([], True), (["model.attention=xla"], False), (["learn.row_sizes=[0.5]"], False)):
+    for settings, splash in (
+        ([], True),
+        (["model.attention=xla"], False),
+        (["learn.row_sizes=[0.5]"], False),
+    ):
         assert aot.prepare(configs.load(tiny, settings), tpu).cfg.execution.splash == splash
 
 
 def test_what_does_not_fit_says_what_would_help(tiny):
     """Figures made by hand: 1 GiB over. The advice is about what is held, by exact count."""
-    c = configs.load(tiny, ["model.path=Qwen/Qwen2.5-3B", "mesh={data: 2, fsdp: 4}", "sample.questions=16", "learn.minibatch=16"])
+    c = configs.load(
+        tiny,
+        [
+            "model.path=Qwen/Qwen2.5-3B",
+            "mesh={data: 2, fsdp: 4}",
+            "sample.questions=16",
+            "learn.minibatch=16",
+        ],
+    )
     worst = aot.Figures("learn_policy", 1.0, 9 * GIB, 0.0, 2 * GIB, 12 * GIB, 15.75 * GIB, 1.0)
     machine = machines.parse("v5e:2x4")
     made = plan.Plan(c, machine, {"data": 2, "fsdp": 4, "tensor": 1}, [worst], ["mesh.fsdp=8: less"], 2)
     text = plan.table(made)
-    assert not made.fits and "learn_policy needs 23.00 GiB of 15.75: 7.25 too much" in text and "would help: mesh.fsdp=8" in text
+    assert (
+        not made.fits
+        and "learn_policy needs 23.00 GiB of 15.75: 7.25 too much" in text
+        and "would help: mesh.fsdp=8" in text
+    )
 
 
 @needs_libtpu
 def test_what_would_help_is_counted_from_what_each_setting_leaves_in_memory():
-    """Full PPO of 3B on 4 chips: 20.1 GiB of states in each. Adapters do most; optimiser states in the host's memory, 8.6 GiB."""
+    """Full PPO of 3B on 4 chips: 20.1 GiB of states in each. Adapters do most; optimiser states in the host's
+    memory, 8.6 GiB.
+    """
     c = configs.load("configs/medqa_ppo_qwen2.5_3b.yaml", ["mesh={data: 1, fsdp: 4}"])
     machine = machines.parse("v5e:2x2")
     held = plan.resident(c, machine)["learn_policy"]
     assert held == pytest.approx(20.1 * GIB, rel=0.01)
-    adapters, waiting = plan.advise(c, machine, aot.Figures("learn_policy", 1.0, held, 0.0, 9 * GIB, 0.0, 15.75 * GIB, 1.0))
+    adapters, waiting = plan.advise(
+        c, machine, aot.Figures("learn_policy", 1.0, held, 0.0, 9 * GIB, 0.0, 15.75 * GIB, 1.0)
+    )
     assert adapters.startswith("model.param_dtype=bfloat16 model.lora={rank: 16} (")
     assert adapters.endswith("less in learn_policy, enough there")
-    assert waiting.startswith("learn.offload=true (") and waiting.endswith("about 8.6 GiB less in learn_policy")
+    assert waiting.startswith("learn.offload=true (") and waiting.endswith(
+        "about 8.6 GiB less in learn_policy"
+    )
 
 
 def test_the_table_of_a_sweep(tiny):
@@ -250,13 +328,17 @@ def test_the_table_of_a_sweep(tiny):
     for fsdp, needs, seconds in ((4, 2.0, 1.5), (2, 20.0, 1.0)):
         c = configs.load(tiny, [f"mesh={{data: -1, fsdp: {fsdp}}}", "learn.microbatch=4"])
         mesh = {"slice": 1, "data": 4 // fsdp, "fsdp": fsdp, "tensor": 1}
-        figures = aot.Figures("learn_policy", 1.0, needs * GIB, 0.0, 0.0, 0.0, 15.75 * GIB, 1.0, times={"compute": seconds})
+        figures = aot.Figures(
+            "learn_policy", 1.0, needs * GIB, 0.0, 0.0, 0.0, 15.75 * GIB, 1.0, times={"compute": seconds}
+        )
         plans.append(plan.Plan(c, machine, mesh, [figures], [], 2))
     head, _, first, second, _, best = plan.sweep_table(plans).splitlines()
     assert head.split()[:5] == ["slice", "data", "fsdp", "tensor", "microbatch"]
     assert first.split() == ["1", "1", "4", "1", "4", "full", "yes", "2.00", "learn_policy", "1.5", "171"]
     assert second.split()[:7] == ["1", "2", "2", "1", "4", "full", "NO"]
-    assert best == "cheapest that fits: mesh={data: -1, fsdp: 4, tensor: 1} learn.microbatch=4 model.remat=full"
+    assert (
+        best == "cheapest that fits: mesh={data: -1, fsdp: 4, tensor: 1} learn.microbatch=4 model.remat=full"
+    )
 
 
 @needs_libtpu
@@ -264,15 +346,24 @@ def test_a_short_sweep_sees_several_of_each(tiny):
     """Eight tries used to go to one mesh's micro-batches and remat policies."""
     c = configs.load(tiny, ["learn.microbatch=4"])
     first = list(itertools.islice(plan.to_try(c, machines.parse("v5e:2x2")), 8))
-    assert first[0].mesh.tensor == 1 and first[0].learn.microbatch == c.learn.minibatch and first[0].model.remat == "dots"
+    assert (
+        first[0].mesh.tensor == 1
+        and first[0].learn.microbatch == c.learn.minibatch
+        and first[0].model.remat == "dots"
+    )
     assert len({(x.mesh.fsdp, x.mesh.tensor) for x in first}) >= 3
-    assert len({x.learn.microbatch for x in first}) >= 2 and {x.model.remat for x in first} == {"dots", "full"}
+    assert len({x.learn.microbatch for x in first}) >= 2 and {x.model.remat for x in first} == {
+        "dots",
+        "full",
+    }
     assert len({str(x) for x in first}) == 8
 
 
 @needs_libtpu
 def test_a_sweep_compiles_what_it_tells_of(tiny, capsys):
-    """One of the many, without shards: all its programs, but for the sampler's copy, which is not needed there."""
+    """One of the many, without shards: all its programs, but for the sampler's copy, which is not needed
+    there.
+    """
     assert cli.main(["plan", str(tiny), "--topology", "v5e:2x2", "--sweep", "1", "--quick"]) == 0
     said = capsys.readouterr()
     assert said.err.count("compiling ") == 5 and "cheapest that fits: mesh={data: -1, " in said.out
@@ -286,14 +377,18 @@ def test_quick_is_another_compilation_of_the_same_program(tiny, compiled):
     made = [plan.plan(config, machine, only, 2, compiled), plan.plan(config, machine, only, 2, quick=True)]
     [whole], [least] = (p.programs for p in made)
     assert [p.quick for p in made] == [False, True]
-    assert (least.arguments, least.flops) == (whole.arguments, whole.flops) and least.traffic > 1.5 * whole.traffic
+    assert (least.arguments, least.flops) == (
+        whole.arguments,
+        whole.flops,
+    ) and least.traffic > 1.5 * whole.traffic
 
 
 @needs_libtpu
 def test_3b_ppo_on_v5e_4x4():
     """The paper's job in 16 GB chips: learning and sampling, the two that need most.
 
-    With the compiler's least effort, a fifth of the time: temporaries are 2.99 GiB, where its full effort makes 3.38 of them.
+    With the compiler's least effort, a fifth of the time: temporaries are 2.99 GiB, where its full effort
+    makes 3.38 of them.
     """
     c = configs.load("configs/medqa_ppo_qwen2.5_3b.yaml")
     made = plan.plan(c, machines.parse("v5e:4x4"), only=("generate", "learn_policy"), quick=True)
@@ -302,4 +397,5 @@ def test_3b_ppo_on_v5e_4x4():
     assert learn.temporaries <= 3.1 * GIB
     assert generate.arguments == pytest.approx(3.086e9 * 2, rel=0.02)  # the bfloat16 copy, whole on each chip
     assert learn.arguments == pytest.approx(3.086e9 * 12 / 16, rel=0.02)
-    assert np.isclose(learn.others, 3.086e9 * 16 / 16, rtol=0.02)  # critic with its moments, and the reference
+    # critic with its moments, and the reference
+    assert np.isclose(learn.others, 3.086e9 * 16 / 16, rtol=0.02)

@@ -47,7 +47,13 @@ def test_the_thought_of_a_completion(completion, found):
 
 def test_cuts_and_sentences():
     four = " one two\nthree four."
-    assert [probe.cut(four, s / 100) for s in (0, 25, 50, 75, 100)] == ["", " one", " one two", " one two\nthree", four]
+    assert [probe.cut(four, s / 100) for s in (0, 25, 50, 75, 100)] == [
+        "",
+        " one",
+        " one two",
+        " one two\nthree",
+        four,
+    ]
     assert probe.cut("", 0.5) == "" == probe.cut("one", 0.25)
     assert probe.sentences("It is 2.3 mg. So B; or\nC") == [
         "It is 2.3 mg.",
@@ -61,11 +67,20 @@ def test_cuts_and_sentences():
 def test_letters_are_those_tokens_in_which_the_texts_differ():
     [(common, letters)] = probe.letter_tokens(byte_tokenizer(), ["<answer>"], [3])
     assert bytes(common) == b"<answer>" and letters == [[65], [66], [67]]
-    hf = make(merges=[(">", "A"), ("B", "<")])  # one letter is joined to what stands before it, one to what follows
-    hf.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # one letter is joined to what stands before it, one to what follows
+    hf = make(merges=[(">", "A"), ("B", "<")])
+    hf.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     joined = wrap(hf)
-    [(common, letters), (_, two)] = probe.letter_tokens(joined, ["<answer>", "<think>x</think><answer>"], [3, 2])
-    assert bytes(common) == b"<answer" and [joined.show(ids) for ids in letters] == [">A<", ">B<", ">C<"] and len(letters[0]) == 2
+    [(common, letters), (_, two)] = probe.letter_tokens(
+        joined, ["<answer>", "<think>x</think><answer>"], [3, 2]
+    )
+    assert (
+        bytes(common) == b"<answer"
+        and [joined.show(ids) for ids in letters] == [">A<", ">B<", ">C<"]
+        and len(letters[0]) == 2
+    )
     assert [joined.show(ids) for ids in two] == [">A<", ">B<"]
 
 
@@ -79,7 +94,9 @@ def test_logprobs_of_letters_are_the_models():
         found, sizes = ([pair[i] for pair in scored] for i in (0, 1))
         assert [len(row) for row in found] == [len(encoded.questions[i].options) for i, _ in cases]
         assert sizes == [[1] * len(row) for row in found]
-        split = probe.letter_tokens(parts.tokenizer, [before for _, before in cases], [len(row) for row in found])
+        split = probe.letter_tokens(
+            parts.tokenizer, [before for _, before in cases], [len(row) for row in found]
+        )
         rows = [encoded.tokens[i] + common for (i, _), (common, _) in zip(cases, split, strict=True)]
         whole = text.pad_prompts(rows, np.arange(3), max(map(len, rows)), 0)
 
@@ -115,12 +132,21 @@ def test_what_a_probe_says_by_hand():
 
     found = probe.summarise([row(i, "A", "B") for i in range(6)] + [row(7, "B", "B"), row(8, "A", "A")])
     c = found["conditions"]
-    assert c["100 %"]["accuracy"]["value"] == 7 / 8 == found["generated"]["value"] and c["100 %"]["p_holm"] is None
-    assert c["0 %"]["accuracy"]["value"] == 1 / 8 and c["0 %"]["difference"]["value"] == -6 / 8 and c["0 %"]["same_answer"] == 2 / 8
+    assert (
+        c["100 %"]["accuracy"]["value"] == 7 / 8 == found["generated"]["value"]
+        and c["100 %"]["p_holm"] is None
+    )
+    assert (
+        c["0 %"]["accuracy"]["value"] == 1 / 8
+        and c["0 %"]["difference"]["value"] == -6 / 8
+        and c["0 %"]["same_answer"] == 2 / 8
+    )
     assert c["another's"]["p_holm"] == pytest.approx(6 * 2 / 2**6)
     gain = found["info_gain"]
     assert (gain["questions"], gain["sentences"], gain["positive"], gain["scorer"]) == (7, 14, 1.0, None)
-    assert gain["nats"]["value"] == gain["median_nats"] == pytest.approx(math.log(2)) and gain["median_perplexity"] == pytest.approx(1.5)
+    assert gain["nats"]["value"] == gain["median_nats"] == pytest.approx(math.log(2)) and gain[
+        "median_perplexity"
+    ] == pytest.approx(1.5)
     shown = probe.show({"set": found})
     assert (
         "-75.0 % (-100.0 to -16.0)" in shown
@@ -130,10 +156,14 @@ def test_what_a_probe_says_by_hand():
 
 
 def test_few_improbable_keys_do_not_decide_the_gain():
-    """One sentence makes a hopeless key half as probable: its perplexity rises by 10,000, and that is 0.7 nats."""
+    """One sentence makes a hopeless key half as probable: its perplexity rises by 10,000, and that is 0.7
+    nats.
+    """
     names = dict.fromkeys(("at once", "0 %", "100 %"), "A")
     row = {"key": "A", "generated": "A", "answers": names}
-    rows = [row | {"key_logprob": [-2.0, -1.0]} for _ in range(19)] + [row | {"key_logprob": [-math.log(1e4), -math.log(2e4)]}]
+    rows = [row | {"key_logprob": [-2.0, -1.0]} for _ in range(19)] + [
+        row | {"key_logprob": [-math.log(1e4), -math.log(2e4)]}
+    ]
     gain = probe.summarise(rows, "models/other")["info_gain"]
     assert gain["nats"]["value"] == pytest.approx((19 - math.log(2)) / 20) and gain["nats"]["low"] > 0.6
     assert gain["median_perplexity"] == pytest.approx(math.e**2 - math.e) and gain["scorer"] == "models/other"

@@ -18,15 +18,23 @@ def test_smooth_is_a_running_mean_with_fewer_values_at_the_ends():
 
 
 def test_steps_that_only_some_runs_recorded():
-    runs = [[{"step": 1, "kl": 0.5}, {"step": 2, "kl": None}], [{"step": 2, "kl": 1.5}, {"step": 3, "reward": 1.0}]]
+    runs = [
+        [{"step": 1, "kl": 0.5}, {"step": 2, "kl": None}],
+        [{"step": 2, "kl": 1.5}, {"step": 3, "reward": 1.0}],
+    ]
     steps, values = pictures.over_steps(runs, "kl")
     assert steps == [1, 2] and np.array_equal(values, [[0.5, np.nan], [np.nan, 1.5]], equal_nan=True)
     assert pictures.over_steps(runs, "entropy")[0] == []
 
 
 def test_table_has_before_and_after():
-    before, after = {"n": 1273, "correct": 400, "format_ok": 0}, {"n": 1273, "correct": 700, "format_ok": 1273}
-    text = pictures.table({"name": "run", "eval": {"medqa": {"before": before, "after": after}, "late_only": {"after": after}}})
+    before, after = (
+        {"n": 1273, "correct": 400, "format_ok": 0},
+        {"n": 1273, "correct": 700, "format_ok": 1273},
+    )
+    text = pictures.table(
+        {"name": "run", "eval": {"medqa": {"before": before, "after": after}, "late_only": {"after": after}}}
+    )
     assert "31.4 % (28.9–34.0)" in text and "55.0 % (52.2–57.7)" in text and "100.0 % (99.7–100.0)" in text
     assert "–" in text.splitlines()[-1] and "1,273" in text
 
@@ -35,9 +43,22 @@ def test_table_has_before_and_after():
 def runs(tmp_path):
     random = np.random.default_rng(0)
     for name, n in (("long", 120), ("short", 1)):
-        counts = {"eval.dev.n": 50, "eval.dev.correct": 10, "eval.dev.format_ok": 50, "eval.none.n": 0, "eval.none.correct": 0}
+        counts = {
+            "eval.dev.n": 50,
+            "eval.dev.correct": 10,
+            "eval.dev.format_ok": 50,
+            "eval.none.n": 0,
+            "eval.none.correct": 0,
+        }
         records = [{"step": 0, **counts}] + [
-            {"step": k, "reward": random.normal(), "accuracy": 0.3, "format_ok": 1.0, "response_length": 80, "kl": None}
+            {
+                "step": k,
+                "reward": random.normal(),
+                "accuracy": 0.3,
+                "format_ok": 1.0,
+                "response_length": 80,
+                "kl": None,
+            }
             for k in range(1, n)
         ]
         (tmp_path / name).mkdir()

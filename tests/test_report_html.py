@@ -1,4 +1,6 @@
-"""The page: whole, well-formed, all of a run's text as text, and made of what is there. In a browser where one is found."""
+"""The page: whole, well-formed, all of a run's text as text, and made of what is there. In a browser where
+one is found.
+"""
 
 import json
 import os
@@ -17,15 +19,18 @@ from medrlvr_jax.report import page as report_html
 from medrlvr_jax.report import pictures
 from medrlvr_jax.rewards import stages
 
-EVIL = (
-    '<think>"&lt;</script><script>console.error("broken out")</script><img src=x onerror=console.error(1)>\u2028</think><answer>A</answer>'
-)
+EVIL = '<think>"&lt;</script><script>console.error("broken out")</script><img src=x onerror=console.error(1)>\u2028</think><answer>A</answer>'
 VOID = {"meta", "link", "input", "br", "img", "hr"}
-NODE, CHROMIUM = shutil.which("node"), os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+NODE, CHROMIUM = (
+    shutil.which("node"),
+    os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome"),
+)
 
 
 class Page(HTMLParser):
-    """Refuses markup that is not nested as it should be; collects ids, links and the text inside each kind of element."""
+    """Refuses markup that is not nested as it should be; collects ids, links and the text inside each kind of
+    element.
+    """
 
     def __init__(self, text):
         super().__init__()
@@ -69,23 +74,52 @@ def write_run(path, seed, steps=12, **changes):
     } | shares
     records = [{"step": k, "reward": random.normal(), "seconds": 2.0} | step for k in range(1, steps + 1)]
     records[3]["alarm/leak"] = 1
-    evals = [{f"eval.dev.{k}": v for k, v in {"n": 50, "correct": c, "format_ok": 50}.items()} for c in (10, 30 + seed)]
+    evals = [
+        {f"eval.dev.{k}": v for k, v in {"n": 50, "correct": c, "format_ok": 50}.items()}
+        for c in (10, 30 + seed)
+    ]
     files.append(path / "metrics.jsonl", [{"step": 0} | evals[0], *records[:-1], records[-1] | evals[1]])
-    sample = {"row": 0, "id": "q<1>", "prompt": "?", "completion": EVIL, "key": "A", "answer": None, "reward": -1.0, "stopped": True}
-    rows = [sample | {"step": k, "reason": "no_think", "stage": stages.STAGES[k % 6], "length": 3 * k} for k in range(1, steps + 1)]
+    sample = {
+        "row": 0,
+        "id": "q<1>",
+        "prompt": "?",
+        "completion": EVIL,
+        "key": "A",
+        "answer": None,
+        "reward": -1.0,
+        "stopped": True,
+    }
+    rows = [
+        sample | {"step": k, "reason": "no_think", "stage": stages.STAGES[k % 6], "length": 3 * k}
+        for k in range(1, steps + 1)
+    ]
     files.append(path / "samples.jsonl", rows)
     data = {"train": {"n": 12, "sha256": "beef"}}
-    versions = {"git": {"revision": "cafe", "dirty": True}, "devices": 8, "device_kind": "H100", "processes": 1, "platform": "Linux"}
-    files.write_json(path / "summary.json", {"name": path.name, "steps": steps, "seconds": 9.0, "versions": versions, "data": data})
+    versions = {
+        "git": {"revision": "cafe", "dirty": True},
+        "devices": 8,
+        "device_kind": "H100",
+        "processes": 1,
+        "platform": "Linux",
+    }
+    files.write_json(
+        path / "summary.json",
+        {"name": path.name, "steps": steps, "seconds": 9.0, "versions": versions, "data": data},
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
-    runs = [write_run(root / f"ppo-seed{s}", s) for s in (0, 1)] + [write_run(root / "a&b", 2, kl={"coef": 0.5})]
+    runs = [write_run(root / f"ppo-seed{s}", s) for s in (0, 1)] + [
+        write_run(root / "a&b", 2, kl={"coef": 0.5})
+    ]
     (root / "sft").mkdir()
-    files.write_json(root / "sft" / "eval.json", {"eval": {"dev": {"n": 50, "correct": 25, "format_ok": 50}}, "versions": {}})
+    files.write_json(
+        root / "sft" / "eval.json",
+        {"eval": {"dev": {"n": 50, "correct": 25, "format_ok": 50}}, "versions": {}},
+    )
     assert cli.main(["report", *map(str, runs), str(root / "sft"), "--out", str(root / "report.html")]) == 0
     return root / "report.html"
 
@@ -93,13 +127,23 @@ def page(tmp_path_factory):
 def test_the_page_is_whole_and_all_text_is_text(page):
     text = page.read_text(encoding="utf-8")
     parsed = Page(text)
-    assert len(set(parsed.ids)) == len(parsed.ids) and set(re.findall(r'getElementById\("([^"]+)"', text)) <= set(parsed.ids)
-    assert all(link[1:] in parsed.ids if link.startswith("#") else link == "data:," for link in parsed.links)  # nothing is fetched
+    assert len(set(parsed.ids)) == len(parsed.ids) and set(
+        re.findall(r'getElementById\("([^"]+)"', text)
+    ) <= set(parsed.ids)
+    # nothing is fetched
+    assert all(link[1:] in parsed.ids if link.startswith("#") else link == "data:," for link in parsed.links)
     assert not any(name.startswith("on") for _, name in parsed.attributes)
     assert "<b>train" not in text and "&lt;b&gt;train" in text and "a&amp;b" in text
     data = re.search(r'<script type="application/json" id="sample-data">(.*?)</script>', text, re.S)[1]
     assert "<" not in data and [s["completion"] for s in json.loads(data)] == [EVIL] * 36
-    for fact in ("cafe with changes", "8 × H100", "12 rows, sha256 beef", "12 of 12", "0:00:24 in steps", "30 of 50: 60.0 % (46.2–72.4)"):
+    for fact in (
+        "cafe with changes",
+        "8 × H100",
+        "12 rows, sha256 beef",
+        "12 of 12",
+        "0:00:24 in steps",
+        "30 of 50: 60.0 % (46.2–72.4)",
+    ):
         assert fact in text, fact
     for section in ("accuracy", "stages", "curves", "alarms", "samples", "run-card"):
         assert section in parsed.ids
@@ -108,7 +152,13 @@ def test_the_page_is_whole_and_all_text_is_text(page):
 def test_intervals_are_over_questions_and_say_of_how_many(tmp_path):
     """16 answers to each of 100 questions: Wilson's interval of 1,600 answers would be 49.9 to 54.8."""
     counts = {"n": 1600, "questions": 100, "correct": 838, "format_ok": 1600, "accuracy": 0.52375}
-    counts |= {"accuracy_low": 0.452, "accuracy_high": 0.598, "format_rate": 1.0, "format_low": 0.963, "format_high": 1.0}
+    counts |= {
+        "accuracy_low": 0.452,
+        "accuracy_high": 0.598,
+        "format_rate": 1.0,
+        "format_low": 0.963,
+        "format_high": 1.0,
+    }
     (tmp_path / "eval").mkdir()
     files.write_json(tmp_path / "eval" / "eval.json", {"eval": {"dev": counts}, "versions": {}})
     report_html.write_page([tmp_path / "eval"], tmp_path / "page.html")
@@ -117,20 +167,30 @@ def test_intervals_are_over_questions_and_say_of_how_many(tmp_path):
 
 
 def test_experiments_of_one_name_stay_apart(tmp_path):
-    """The same arm in two folders, of the same settings or of others; one of them named twice; evaluations of runs of one name."""
+    """The same arm in two folders, of the same settings or of others; one of them named twice; evaluations of
+    runs of one name.
+    """
     for folder, changes in (("one", {}), ("two", {}), ("three", {"kl": {"coef": 0.5}})):
         (tmp_path / folder).mkdir()
         for seed in (0, 1):
             write_run(tmp_path / folder / f"ppo-seed{seed}", seed, **changes)
         (tmp_path / folder / "ppo-seed0" / "eval").mkdir()
         files.write_json(tmp_path / folder / "ppo-seed0" / "eval" / "eval.json", {"eval": {}, "versions": {}})
-    folders = [tmp_path / folder / run for folder in ("one", "two", "three") for run in ("ppo-seed0", "ppo-seed1", "ppo-seed0/eval")]
+    folders = [
+        tmp_path / folder / run
+        for folder in ("one", "two", "three")
+        for run in ("ppo-seed0", "ppo-seed1", "ppo-seed0/eval")
+    ]
     report_html.write_page([*folders, folders[0]], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     parsed = Page(text)
     assert len(set(parsed.ids)) == len(parsed.ids)
-    data = json.loads(re.search(r'<script type="application/json" id="sample-data">(.*?)</script>', text, re.S)[1])
-    assert {s["run"] for s in data} == {f"{folder}/ppo-seed{seed}" for folder in ("one", "two", "three") for seed in (0, 1)}
+    data = json.loads(
+        re.search(r'<script type="application/json" id="sample-data">(.*?)</script>', text, re.S)[1]
+    )
+    assert {s["run"] for s in data} == {
+        f"{folder}/ppo-seed{seed}" for folder in ("one", "two", "three") for seed in (0, 1)
+    }
     assert len(data) == 6 * 12
     runs = report_html.with_unique_names([report_html.read_run(f) for f in folders])
     groups = [[run.name for run in g.runs] for g in report_html.group(runs)]
@@ -153,13 +213,23 @@ def test_a_long_answer_says_how_much_of_it_is_shown(tmp_path):
     sample = json.loads((tmp_path / "long" / "samples.jsonl").read_text().split("\n")[0])
     files.append(tmp_path / "long" / "samples.jsonl", [sample | {"completion": "x" * 9000}])
     report_html.write_page([tmp_path / "long"], tmp_path / "page.html")
-    assert "xxx\\u2026 [the first 6,000 of 9,000 characters; samples.jsonl has all]" in (tmp_path / "page.html").read_text()
+    assert (
+        "xxx\\u2026 [the first 6,000 of 9,000 characters; samples.jsonl has all]"
+        in (tmp_path / "page.html").read_text()
+    )
 
 
 def test_its_pictures_lie_beside_it_as_png(page):
     folder = page.with_name("report_pictures")
     names = {p.stem for p in folder.iterdir()}
-    assert {"accuracy-dev", "stages-ppo", "stages-a-b", "curve-reward", "curve-response_length", "curve-clip_fraction"} <= names
+    assert {
+        "accuracy-dev",
+        "stages-ppo",
+        "stages-a-b",
+        "curve-reward",
+        "curve-response_length",
+        "curve-clip_fraction",
+    } <= names
     assert "curve-kl" not in names  # null everywhere
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in folder.iterdir())
     assert page.read_text(encoding="utf-8").count("<figure ") == len(names)
@@ -178,23 +248,34 @@ def test_curves_have_the_styles_of_their_legend(page, tmp_path):
     groups = report_html.group([report_html.read_run(folder) for folder in folders])
     report_html.write_page(folders, tmp_path / "page.html")
     section = re.search(r'<h2 id="curves">.*?</section>', (tmp_path / "page.html").read_text(), re.S)[0]
-    legend, curve = section.split('<div class="grid">')[0], re.search(r"<figure.*?</figure>", section, re.S)[0]
+    legend, curve = (
+        section.split('<div class="grid">')[0],
+        re.search(r"<figure.*?</figure>", section, re.S)[0],
+    )
     shown = re.findall(r'stroke="(#\w{6})"', legend)
-    drawn = [c.upper() for c in re.findall(r'<g id="[\w-]+line2d_\d+">\s*<path d="[^"]{200,}"[^>]*stroke: (#\w{6})', curve)]
+    drawn = [
+        c.upper()
+        for c in re.findall(r'<g id="[\w-]+line2d_\d+">\s*<path d="[^"]{200,}"[^>]*stroke: (#\w{6})', curve)
+    ]
     assert shown == [g.color for g in groups[1:]] == drawn
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.yaml").write_text("name: new\n")
-    files.append(tmp_path / "new" / "metrics.jsonl", [{"step": 1, "reward": 0.5} | {f"stage/{s}": 1 / 6 for s in stages.STAGES}])
+    files.append(
+        tmp_path / "new" / "metrics.jsonl",
+        [{"step": 1, "reward": 0.5} | {f"stage/{s}": 1 / 6 for s in stages.STAGES}],
+    )
     report_html.write_page([tmp_path / "new"], tmp_path / "p.html")
     text = (tmp_path / "p.html").read_text()
     Page(text)
     assert "1 so far" in text and "<script>" not in text and 'id="samples"' not in text
 
 
-@pytest.mark.parametrize(("out", "said"), [("report.pdf", "must end in .html"), ("nowhere/report.html", "does not exist")])
+@pytest.mark.parametrize(
+    ("out", "said"), [("report.pdf", "must end in .html"), ("nowhere/report.html", "does not exist")]
+)
 def test_where_it_cannot_be_written(page, tmp_path, capsys, out, said):
     assert cli.main(["report", str(page.parent / "a&b"), "--out", str(tmp_path / out)]) == 2
     assert said in capsys.readouterr().err
@@ -222,8 +303,17 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     </script></body>"""
     path = tmp_path / "probe.html"
     path.write_text(page.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr"]
-    done = subprocess.run([*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}/profile",
+        "--enable-logging=stderr",
+    ]
+    done = subprocess.run(
+        [*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
+    )
     assert "CONSOLE" not in done.stderr
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]
     counts, shown = json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))

@@ -36,7 +36,9 @@ FILE = {
 @pytest.fixture
 def file(tmp_path):
     def write(**changes):
-        (tmp_path / "arms.yaml").write_text(yaml.safe_dump(FILE | {"runs": str(tmp_path)} | changes, sort_keys=False))
+        (tmp_path / "arms.yaml").write_text(
+            yaml.safe_dump(FILE | {"runs": str(tmp_path)} | changes, sort_keys=False)
+        )
         return tmp_path / "arms.yaml"
 
     return write
@@ -50,11 +52,28 @@ def test_cells_are_arms_by_seeds(file, tmp_path):
     experiment, cells = arms.read(file(), ["learn.policy.lr=0.5", "arms.sft.settings.steps=7"])
     assert [c.path.name for c in cells] == ["base-0", "sft-0", "sft-1", "ppo-0", "ppo-1", "coin-0", "coin-1"]
     base, sft, _, ppo, _, coin, other = cells
-    assert (coin.by, coin.config.sample.samples, coin.config.reward.random, coin.config.seed, other.config.seed) == ("train", 4, 0.5, 0, 1)
-    assert (base.config.prompt.prefill, ppo.config.prompt.prefill, sft.config.steps, ppo.config.steps) == ("<think>", "", 7, 2)
+    assert (
+        coin.by,
+        coin.config.sample.samples,
+        coin.config.reward.random,
+        coin.config.seed,
+        other.config.seed,
+    ) == ("train", 4, 0.5, 0, 1)
+    assert (base.config.prompt.prefill, ppo.config.prompt.prefill, sft.config.steps, ppo.config.steps) == (
+        "<think>",
+        "",
+        7,
+        2,
+    )
     assert {c.config.learn.policy.lr for c in cells} == {0.5}
-    assert coin.parent is sft and sft.exported and ppo.config.model.path == str(tmp_path / "three" / "sft-0" / "hf")
-    assert [c[0] for c in sft.commands()] == ["sft", "eval", "export"] and [c[0] for c in base.commands()] == ["eval"]
+    assert (
+        coin.parent is sft
+        and sft.exported
+        and ppo.config.model.path == str(tmp_path / "three" / "sft-0" / "hf")
+    )
+    assert [c[0] for c in sft.commands()] == ["sft", "eval", "export"] and [
+        c[0] for c in base.commands()
+    ] == ["eval"]
     assert experiment.folder == tmp_path / "three"
 
 
@@ -86,7 +105,17 @@ def test_shipped_files_are_whole(name, capsys):
     experiment, cells = arms.read(CONFIGS / f"{name}.yaml", [])
     seeds = {arm: [c.config.seed for c in cells if c.arm == arm] for arm in experiment.arms}
     assert {a: s for a, s in seeds.items() if len(s) < 3 and not a.startswith("base")} == {}
-    assert {"base_direct", "base_cot", "sft_answer", "ppo", "grpo", "no_think", "format_only", "random", "constant"} <= seeds.keys()
+    assert {
+        "base_direct",
+        "base_cot",
+        "sft_answer",
+        "ppo",
+        "grpo",
+        "no_think",
+        "format_only",
+        "random",
+        "constant",
+    } <= seeds.keys()
     assert main("reproduce", CONFIGS / f"{name}.yaml", "--dry-run", "runs=nowhere") == 0
     assert capsys.readouterr().out.count("to run") == len(cells)
 
@@ -116,11 +145,20 @@ def test_a_changed_cell_is_refused_by_name(file):
 
 
 def test_the_commands_make_what_they_are_known_by(folder, tmp_path):  # noqa: F811
-    """Each command of two cells, in this process: a model of random weights, fine-tuned, exported, and trained on from there."""
+    """Each command of two cells, in this process: a model of random weights, fine-tuned, exported, and
+    trained on from there.
+    """
     tree = yaml.safe_load((folder / "config.yaml").read_text())
     tree["eval"]["sets"]["outside"] = {"path": "embedded:in_distribution", "limit": 9}
     some = {"sft": {"by": "sft"}, "ppo": {"by": "train", "after": "sft"}}
-    whole = {"name": "real", "runs": str(tmp_path), "seeds": [0], "common": tree, "arms": some, "claims": {"sft": "sft", "rl": ["ppo"]}}
+    whole = {
+        "name": "real",
+        "runs": str(tmp_path),
+        "seeds": [0],
+        "common": tree,
+        "arms": some,
+        "claims": {"sft": "sft", "rl": ["ppo"]},
+    }
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
     experiment, cells = arms.read(tmp_path / "real.yaml", [])
     experiment.folder.mkdir()
@@ -130,7 +168,9 @@ def test_the_commands_make_what_they_are_known_by(folder, tmp_path):  # noqa: F8
             assert main(*commands[0]) == 0 and len(cell.commands()) == len(commands) - 1
     assert all(cell.finished for cell in cells)
     text = claims.conclude(experiment, cells, 3)
-    assert text == (experiment.folder / "table.md").read_text() and (experiment.folder / "curves.png").exists()
+    assert (
+        text == (experiment.folder / "table.md").read_text() and (experiment.folder / "curves.png").exists()
+    )
     table = json.loads((experiment.folder / "table.json").read_text())
     assert table["arms"]["ppo"]["outside"]["n"] == 9 and table["against_sft"]["ppo"]["outside"]["p_holm"] == 1
     assert "format_failure (at most 100 %, step 1)" in text and "2 of 3 cells are finished" in text
@@ -192,9 +232,18 @@ def test_a_failure_is_told_and_the_others_go_on(file, tmp_path, monkeypatch, cap
         and "ppo-0 is left out, since sft-0 failed" in done.err
     )
     assert done.out.startswith("3 of 7") and "coin" not in done.err
-    assert main("reproduce", file(), "--only", "ppo", "base") == 2 and "learn.policy.lr: 0.1 there, 0.001 now" in capsys.readouterr().err
-    assert main("reproduce", file(), "--only", "pop") == 2 and "--only: pop: no such arm" in capsys.readouterr().err
-    assert main("reproduce", file(), "name=x", "--jobs", "4096") == 2 and "--jobs: 4096" in capsys.readouterr().err
+    assert (
+        main("reproduce", file(), "--only", "ppo", "base") == 2
+        and "learn.policy.lr: 0.1 there, 0.001 now" in capsys.readouterr().err
+    )
+    assert (
+        main("reproduce", file(), "--only", "pop") == 2
+        and "--only: pop: no such arm" in capsys.readouterr().err
+    )
+    assert (
+        main("reproduce", file(), "name=x", "--jobs", "4096") == 2
+        and "--jobs: 4096" in capsys.readouterr().err
+    )
 
 
 def test_a_signal_is_passed_on_and_the_same_command_goes_on(file, tmp_path, monkeypatch, capsys):
@@ -203,7 +252,9 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(file, tmp_path, monk
     signal.setitimer(signal.ITIMER_REAL, 1.5)
     began = time.monotonic()
     assert main("reproduce", file()) == 130 and time.monotonic() - began < 15
-    assert asked.read_text().count("\n") == 1 and "the same command goes on from here" in capsys.readouterr().err
+    assert (
+        asked.read_text().count("\n") == 1 and "the same command goes on from here" in capsys.readouterr().err
+    )
     fake(tmp_path, monkeypatch)
     monkeypatch.setattr(reproduce.claims, "conclude", lambda *_: "")
     assert main("reproduce", file()) == 0
@@ -228,14 +279,18 @@ def test_runs_and_questions_are_both_random_by_hand():
     t = stats.scipy.stats.t(c.freedom)
     half = t.ppf(0.975) * c.error
     assert (c.low, c.high) == pytest.approx((max(-1, 0.3 - half), min(1, 0.3 + half)))
-    assert c.p == pytest.approx(2 * t.sf(0.3 / c.error)) and c.within(0.4) == pytest.approx(t.sf(0.1 / c.error))
+    assert c.p == pytest.approx(2 * t.sf(0.3 / c.error)) and c.within(0.4) == pytest.approx(
+        t.sf(0.1 / c.error)
+    )
     a = (rng.random((400, 3)) < 0.5).astype(float)
     same = stats.contrast(a, a)
     assert same.p == 1 and -0.1 < same.low < -0.005 and same.within(0.1) < 0.05 < same.within(0.01)
 
 
 def test_equal_methods_are_called_different_in_one_of_twenty_cases():
-    """Seeds that move a run by 4 points; a test over questions alone calls them different in a third of the cases."""
+    """Seeds that move a run by 4 points; a test over questions alone calls them different in a third of the
+    cases.
+    """
     for runs in ((3, 3), (1, 3)):
         p, interval, spread = size(runs, 0.2, suits=0.7, trials=1500)
         assert 0.035 <= p <= 0.065 and p == interval and 0.03 < spread < 0.05
@@ -245,10 +300,22 @@ def answered(cell, name, right, hashes=str):
     """An evaluation whose i-th question is right where `right[i]`."""
     (cell.path / "eval").mkdir(parents=True, exist_ok=True)
     (cell.path / "eval" / "eval.json").write_text(
-        json.dumps({"versions": {"git": None}, "eval": {"inside": {"n": 100, "dropped_prompts": 20, "truncated": 3}}})
+        json.dumps(
+            {"versions": {"git": None}, "eval": {"inside": {"n": 100, "dropped_prompts": 20, "truncated": 3}}}
+        )
     )
-    row = {"key": "A", "options": 4, "format_ok": True, "length": 5, "stage": "reintegrated_reasoning", "sample": 0}
-    rows = [row | {"id": f"q{i}", "question_hash": hashes(i), "correct": bool(x), "answer": "A" if x else "B"} for i, x in enumerate(right)]
+    row = {
+        "key": "A",
+        "options": 4,
+        "format_ok": True,
+        "length": 5,
+        "stage": "reintegrated_reasoning",
+        "sample": 0,
+    }
+    rows = [
+        row | {"id": f"q{i}", "question_hash": hashes(i), "correct": bool(x), "answer": "A" if x else "B"}
+        for i, x in enumerate(right)
+    ]
     (cell.path / "eval" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
@@ -259,7 +326,10 @@ def test_the_table_by_hand(file):
     for cell in wanted:
         answered(cell, "inside", n < {"base": 20, "sft": 50, "ppo": 50}[cell.arm])
         answered(cell, "outside", n < {"base": 20, "sft": 20, "ppo": 60 + 10 * cell.config.seed}[cell.arm])
-        stages = {f"stage/{s}": 0.0 for s in claims.STAGES} | {"stage/format_failure": 0.75, "stage/direct_answer_hacker": 0.25}
+        stages = {f"stage/{s}": 0.0 for s in claims.STAGES} | {
+            "stage/format_failure": 0.75,
+            "stage/direct_answer_hacker": 0.25,
+        }
         (cell.path / "metrics.jsonl").write_text(json.dumps({"step": 1} | stages) + "\n")
     text = claims.conclude(experiment, wanted, len(cells))
     table = json.loads((experiment.folder / "table.json").read_text())
@@ -267,15 +337,24 @@ def test_the_table_by_hand(file):
     assert (ppo["accuracy"]["value"], ppo["by_seed"], ppo["seeds"]) == (0.65, [0.6, 0.7], [0, 1])
     against = table["against_sft"]["ppo"]
     inside = against["inside"]
-    assert inside["difference"]["value"] == 0 and inside["difference"]["high"] == -inside["difference"]["low"] > 0.019
+    assert (
+        inside["difference"]["value"] == 0
+        and inside["difference"]["high"] == -inside["difference"]["low"] > 0.019
+    )
     assert inside["p"] == inside["p_holm"] == 1 and inside["p_margin"] < 0.05 and inside["n"] == 100
-    assert against["outside"]["difference"]["value"] == pytest.approx(0.45) and against["outside"]["p_holm"] < 0.01
+    assert (
+        against["outside"]["difference"]["value"] == pytest.approx(0.45)
+        and against["outside"]["p_holm"] < 0.01
+    )
     assert set(table["against_sft"]["base"]) == {"inside", "outside"} and table["against_sft"]["sft"] == {}
     match = "no significant difference; the two match: a difference of 5 points or more is ruled out"
     assert f"p 1, with Holm's adjustment 1: {match}" in text
     assert "ppo − sft on outside: +45.0" in text and ": ppo is higher." in text
     assert "thoughts show inference in 100.0 % of answers on inside (100.0 % of base's)" in text
-    assert "2 of 6 reached 10 % of a step's completions: format_failure (at most 75 %, step 1), direct_answer_hacker (at most 25 %" in text
+    assert (
+        "2 of 6 reached 10 % of a step's completions: format_failure (at most 75 %, step 1), direct_answer_hacker (at most 25 %"
+        in text
+    )
     assert text.count("\ninside: 20 of 120 questions dropped") == 1 and "cut off" not in text
     assert "5 of 7 cells are finished" in text and "| ppo | 2 |" in text
     answered(wanted[1], "inside", n[:50] < 5)
@@ -284,31 +363,63 @@ def test_the_table_by_hand(file):
 
 
 def test_arms_may_have_other_sets_and_other_questions(file):
-    """A set of one arm alone stands in its row; questions that SFT was not asked, or of another wording, are no pairs."""
+    """A set of one arm alone stands in its row; questions that SFT was not asked, or of another wording, are
+    no pairs.
+    """
     more = {"eval": {"sets": {"extra": {"path": "c.jsonl"}}}}
     experiment, cells = arms.read(file(**changed("ppo", settings={"sample": {"samples": 4}} | more)), [])
     wanted = [c for c in cells if c.arm in ("sft", "ppo")]
     n = np.arange(40)
     for cell in wanted:
         for name in cell.config.eval.sets:
-            answered(cell, name, n[: 40 if cell.arm == "sft" else 20] < 20, lambda i, arm=cell.arm: f"{arm}" if i < 5 else "same")
+            answered(
+                cell,
+                name,
+                n[: 40 if cell.arm == "sft" else 20] < 20,
+                lambda i, arm=cell.arm: f"{arm}" if i < 5 else "same",
+            )
         (cell.path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
     text = claims.conclude(experiment, wanted, len(cells))
-    assert "extra: accuracy" in text and "100.0 % (" in text and "ppo on inside: compared on the 15 of its 20 questions" in text
+    assert (
+        "extra: accuracy" in text
+        and "100.0 % (" in text
+        and "ppo on inside: compared on the 15 of its 20 questions" in text
+    )
     table = json.loads((experiment.folder / "table.json").read_text())
-    assert table["against_sft"]["ppo"]["inside"]["n"] == 15 and set(table["against_sft"]["ppo"]) == {"inside", "outside"}
+    assert table["against_sft"]["ppo"]["inside"]["n"] == 15 and set(table["against_sft"]["ppo"]) == {
+        "inside",
+        "outside",
+    }
 
 
 @pytest.mark.parametrize(
     ("value", "p", "p_holm", "p_margin", "said"),
     [
         (0.2, 0.001, 0.01, 0.9, "ppo is higher"),
-        (-0.02, 0.02, 0.2, 0.03, "ppo is lower if this is the only test, but not among the 9 of the table; the two match"),
-        (0.01, 0.5, 1.0, 0.2, "no significant difference, and no match shown: a difference of 5 points is not ruled out (p 0.2)"),
+        (
+            -0.02,
+            0.02,
+            0.2,
+            0.03,
+            "ppo is lower if this is the only test, but not among the 9 of the table; the two match",
+        ),
+        (
+            0.01,
+            0.5,
+            1.0,
+            0.2,
+            "no significant difference, and no match shown: a difference of 5 points is not ruled out (p 0.2)",
+        ),
     ],
 )
 def test_a_sentence_says_what_interval_and_p_say(value, p, p_holm, p_margin, said):
-    test = {"difference": {"value": value}, "p": p, "p_holm": p_holm, "p_margin": p_margin, "over": "questions and seeds"}
+    test = {
+        "difference": {"value": value},
+        "p": p,
+        "p_holm": p_holm,
+        "p_margin": p_margin,
+        "over": "questions and seeds",
+    }
     assert claims.verdict("ppo", test, 9, 0.05).startswith(said)
 
 

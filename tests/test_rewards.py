@@ -1,4 +1,6 @@
-"""The reward rule against a corpus judged by hand, and against two references too slow to use and too plain to be wrong."""
+"""The reward rule against a corpus judged by hand, and against two references too slow to use and too plain
+to be wrong.
+"""
 
 import json
 import time
@@ -22,7 +24,10 @@ WHITE = " \t\n\v\f\r"
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 FOUR = ["Aspirin", "Heparin", "Warfarin", "Insulin"]
 MODES = ["paper", "strict", "direct"]
-CORPUS = [json.loads(line) for line in (Path(__file__).parent / "data" / "reward_corpus.jsonl").read_text("utf-8").splitlines()]
+CORPUS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data" / "reward_corpus.jsonl").read_text("utf-8").splitlines()
+]
 
 
 def paper_reference(text: str, options: list[str]) -> str:
@@ -45,7 +50,9 @@ def paper_reference(text: str, options: list[str]) -> str:
 def strict_reference(text: str, options: list[str]) -> str:
     """Take the four tags off one by one; then try every form of every option."""
     text = text.strip(WHITE)
-    if any(text.count(tag) != 1 for tag in TAGS) or not (text.startswith("<think>") and text.endswith("</answer>")):
+    if any(text.count(tag) != 1 for tag in TAGS) or not (
+        text.startswith("<think>") and text.endswith("</answer>")
+    ):
         return ""
     thought, _, rest = text.removeprefix("<think>").removesuffix("</answer>").partition("</think>")
     between, _, content = rest.partition("<answer>")
@@ -54,7 +61,12 @@ def strict_reference(text: str, options: list[str]) -> str:
     content = content.strip(WHITE)
     for letter, option in zip("ABCDEFGHIJ", options, strict=False):
         own = option.strip(WHITE)
-        if content == letter or (own and content[:1] == letter and content[1:2] in (".", ")", ":") and content[2:].strip(WHITE) == own):
+        if content == letter or (
+            own
+            and content[:1] == letter
+            and content[1:2] in (".", ")", ":")
+            and content[2:].strip(WHITE) == own
+        ):
             return letter
     return ""
 
@@ -69,7 +81,12 @@ REFERENCE = {"paper": paper_reference, "strict": strict_reference, "direct": dir
 
 
 def judge(mode: str, rows: list[dict]):
-    return score([r["completion"] for r in rows], [r["answer"] for r in rows], [r["options"] for r in rows], RewardConfig(mode=mode))
+    return score(
+        [r["completion"] for r in rows],
+        [r["answer"] for r in rows],
+        [r["options"] for r in rows],
+        RewardConfig(mode=mode),
+    )
 
 
 def test_corpus_is_large_and_without_twins():
@@ -81,7 +98,9 @@ def test_corpus_is_large_and_without_twins():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_corpus_verdicts(mode):
-    """Precision and recall 1.0: not one line is judged otherwise than by hand; nor does the reference differ from the hand."""
+    """Precision and recall 1.0: not one line is judged otherwise than by hand; nor does the reference differ
+    from the hand.
+    """
     got = judge(mode, CORPUS)
     wrong = [
         (row["note"], row[mode], answer, reason)
@@ -89,13 +108,17 @@ def test_corpus_verdicts(mode):
         if (reward, answer) != (row[mode]["reward"], row[mode]["answer"] or "")
     ]
     assert wrong == []
-    assert [REFERENCE[mode](r["completion"], r["options"]) for r in CORPUS] == [r[mode]["answer"] or "" for r in CORPUS]
+    assert [REFERENCE[mode](r["completion"], r["options"]) for r in CORPUS] == [
+        r[mode]["answer"] or "" for r in CORPUS
+    ]
     assert got.reward.dtype == np.float32 and got.format_ok.dtype == got.correct.dtype == bool
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_batch_is_its_rows(mode):
-    """What stands in the other rows changes nothing: not a tag begun in one and ended in the next, not a lone surrogate."""
+    """What stands in the other rows changes nothing: not a tag begun in one and ended in the next, not a lone
+    surrogate.
+    """
     batch = judge(mode, CORPUS)
     for i, row in enumerate(CORPUS):
         alone = judge(mode, [row])
@@ -107,13 +130,21 @@ def test_a_batch_is_its_rows(mode):
 def test_reasons_fit_the_verdicts(mode):
     got = judge(mode, CORPUS)
     assert set(got.reason) <= set(REASONS)
-    assert np.array_equal(got.reason == "correct", got.reward == 1) and np.array_equal(got.reason == "wrong", got.reward == 0)
+    assert np.array_equal(got.reason == "correct", got.reward == 1) and np.array_equal(
+        got.reason == "wrong", got.reward == 0
+    )
     assert np.array_equal(got.answer != "", got.format_ok) and np.array_equal(got.correct, got.reward == 1)
     of_direct = {"has_think", "text_before_answer"}
     if mode == "strict":
         assert set(got.reason) == set(REASONS) - of_direct
     if mode == "direct":
-        assert set(REASONS) - set(got.reason) == {"no_think", "unclosed_think", "text_between", "empty_think", "text_before_think"}
+        assert set(REASONS) - set(got.reason) == {
+            "no_think",
+            "unclosed_think",
+            "text_between",
+            "empty_think",
+            "text_before_think",
+        }
 
 
 @pytest.mark.parametrize(
@@ -130,7 +161,12 @@ def test_reasons_fit_the_verdicts(mode):
         ("<think>x</think><answer> </answer>", "empty_answer", "empty_answer", "has_think"),
         ("<think>x</think><answer>A or C</answer>", "not_one_letter", "not_one_letter", "has_think"),
         ("<think>x</think><answer>E</answer>", "letter_not_an_option", "letter_not_an_option", "has_think"),
-        ("<think>x</think><answer>E. Warfarin</answer>", "not_one_letter", "letter_not_an_option", "has_think"),
+        (
+            "<think>x</think><answer>E. Warfarin</answer>",
+            "not_one_letter",
+            "letter_not_an_option",
+            "has_think",
+        ),
         ("<think>x</think><answer>C. Aspirin</answer>", "not_one_letter", "other_text", "has_think"),
         ("<think>x</think><answer>C. Warfarin</answer>", "not_one_letter", "correct", "has_think"),
         ("<think>x</think><answer>C</answer><answer>A</answer>", "correct", "several_answers", "has_think"),
@@ -156,35 +192,74 @@ def test_reasons(completion, paper, strict, direct):
     assert [judge(mode, [row]).reason[0] for mode in MODES] == [paper, strict, direct]
 
 
-JUNK = ["A", "C", "E", "J", "Ｃ", "C. Warfarin", "A) Heparin", ".", "<", "</", "<th", "ink>", ">", "é", "\0", "\ud800", "x"]
+JUNK = [
+    "A",
+    "C",
+    "E",
+    "J",
+    "Ｃ",
+    "C. Warfarin",
+    "A) Heparin",
+    ".",
+    "<",
+    "</",
+    "<th",
+    "ink>",
+    ">",
+    "é",
+    "\0",
+    "\ud800",
+    "x",
+]
 GAPS = st.lists(st.sampled_from(["", "", "", " ", "\n", "x", "\u00a0", *TAGS]), min_size=5, max_size=5)
 COMPLETIONS = st.one_of(
     st.lists(st.sampled_from([*TAGS * 3, *WHITE, *JUNK]), max_size=12).map("".join),
-    GAPS.map(lambda gaps: "".join(a + b for a, b in zip(gaps, ["<think>", "x</think>", "<answer>", "C", "</answer>"], strict=True))),
-    GAPS.map(lambda gaps: "".join(a + b for a, b in zip(gaps[2:], ["<answer>", "C", "</answer>"], strict=True))),
+    GAPS.map(
+        lambda gaps: "".join(
+            a + b for a, b in zip(gaps, ["<think>", "x</think>", "<answer>", "C", "</answer>"], strict=True)
+        )
+    ),
+    GAPS.map(
+        lambda gaps: "".join(a + b for a, b in zip(gaps[2:], ["<answer>", "C", "</answer>"], strict=True))
+    ),
 )
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(COMPLETIONS, st.integers(3, 10)), max_size=6), st.sampled_from(MODES))
-@example([("<think>x</think><ans", 4), ("wer>C</answer>", 4), ("", 4), ("<think>x</think><answer>C</answer>", 4)], "paper")
+@example(
+    [("<think>x</think><ans", 4), ("wer>C</answer>", 4), ("", 4), ("<think>x</think><answer>C</answer>", 4)],
+    "paper",
+)
 @example([("<think>x</think><answer>C</answer", 4), (">", 4)], "strict")
 @example([("<think>a</think><answer>C</answer>", 4), ("</think>", 3), ("<answer>A</answer>", 3)], "paper")
-@example([("<think>a</think>", 4), ("<answer>C</answer>", 4), ("<think>a</think><answer>", 4), ("C</answer>", 4)], "paper")
+@example(
+    [("<think>a</think>", 4), ("<answer>C</answer>", 4), ("<think>a</think><answer>", 4), ("C</answer>", 4)],
+    "paper",
+)
 @example([("<think>a</think><answer>G.</answer>", 10)], "strict")
-@example([("<answer>C", 4), ("</answer>", 4), ("<answer>C</answer>", 4), ("<answer>C</answer><answer>", 4)], "direct")
+@example(
+    [("<answer>C", 4), ("</answer>", 4), ("<answer>C</answer>", 4), ("<answer>C</answer><answer>", 4)],
+    "direct",
+)
 def test_agrees_with_the_reference(rows, mode):
     options = [[*FOUR, "x", "A", " ", ".", "<think>", "é"][:n] for _, n in rows]
     completions = [completion for completion, _ in rows]
     got = score(completions, ["C"] * len(rows), options, RewardConfig(mode=mode))
     assert got.answer.tolist() == [REFERENCE[mode](c, o) for c, o in zip(completions, options, strict=True)]
     assert np.array_equal(got.correct, got.answer == "C")
-    alone = [score([c], ["C"], [o], RewardConfig(mode=mode)).reason[0] for c, o in zip(completions, options, strict=True)]
+    alone = [
+        score([c], ["C"], [o], RewardConfig(mode=mode)).reason[0]
+        for c, o in zip(completions, options, strict=True)
+    ]
     assert got.reason.tolist() == alone
 
 
 def test_rewards_are_the_settings():
-    rows = [{"completion": f"<think>x</think><answer>{a}</answer>", "answer": "C", "options": FOUR} for a in ("C", "A", "E")]
+    rows = [
+        {"completion": f"<think>x</think><answer>{a}</answer>", "answer": "C", "options": FOUR}
+        for a in ("C", "A", "E")
+    ]
     config = RewardConfig(correct=2.5, wrong=-0.25, unformatted=-3)
     got = score([r["completion"] for r in rows], "CCC", [FOUR] * 3, config)
     assert got.reward.tolist() == [2.5, -0.25, -3]
@@ -195,11 +270,15 @@ def test_a_toss_knows_only_step_question_and_sample():
     ids = np.arange(500, dtype=np.uint32)
     got = toss([1, 2], ids, 8, config)
     assert got.dtype == np.float32 and set(got.ravel()) == {-2, 3} and abs((got == 3).mean() - 0.25) < 0.03
-    assert np.array_equal(toss([1, 2], ids[::-1], 8, config), got[::-1])  # whichever process has which questions
+    # whichever process has which questions
+    assert np.array_equal(toss([1, 2], ids[::-1], 8, config), got[::-1])
     assert np.array_equal(toss([1, 2], ids, 4, config), got[:, :4])
-    assert abs((toss([1, 3], ids, 8, config) == got).mean() - (0.25**2 + 0.75**2)) < 0.03  # another step, another coin
+    # another step, another coin
+    assert abs((toss([1, 3], ids, 8, config) == got).mean() - (0.25**2 + 0.75**2)) < 0.03
     assert got[0].tolist() == [-2, 3, -2, 3, -2, -2, -2, 3]
-    assert (toss([1, 2], ids, 8, RewardConfig(random=0)) == 0).all() and (toss([1, 2], ids, 8, RewardConfig(random=1)) == 1).all()
+    assert (toss([1, 2], ids, 8, RewardConfig(random=0)) == 0).all() and (
+        toss([1, 2], ids, 8, RewardConfig(random=1)) == 1
+    ).all()
 
 
 BAITS = {
@@ -220,7 +299,8 @@ BAITS = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("head", ["", "<think>x</think>", "<think>x</think><answer>C. "])
 def test_time_is_linear(mode, head):
-    """Baits that make backtracking quadratic or worse: four times the text takes at most ten times as long, 1 MB less than a second.
+    """Baits that make backtracking quadratic or worse: four times the text takes at most ten times as long, 1
+    MB less than a second.
 
     The process's own time, so that whatever else runs on the machine does not count.
     """
@@ -240,8 +320,14 @@ def test_time_is_linear(mode, head):
 def test_large_and_dense(mode):
     """10 MB in one completion, and 5,000 repeated tags in one of many rows, judged right and in time."""
     gap = " \n" * 2_500_000
-    rows = [f"<think>{'x <' * 3_000_000}</think><answer>C</answer>", f"<think>{gap}x</think>{gap}<answer>C</answer>"]
-    rows += ["<think>a</think>" * 5000 + "<answer>C</answer>", "<think>" + "</think>" * 5000 + "<answer>C</answer>"]
+    rows = [
+        f"<think>{'x <' * 3_000_000}</think><answer>C</answer>",
+        f"<think>{gap}x</think>{gap}<answer>C</answer>",
+    ]
+    rows += [
+        "<think>a</think>" * 5000 + "<answer>C</answer>",
+        "<think>" + "</think>" * 5000 + "<answer>C</answer>",
+    ]
     start = time.process_time()
     got = score(rows, ["C"] * 4, [FOUR] * 4, RewardConfig(mode=mode))
     assert time.process_time() - start < 5
@@ -268,25 +354,46 @@ def test_refuses_rows_that_do_not_fit(completions, answers, options, complaint):
 @pytest.mark.parametrize("mode", MODES)
 def test_file_gives_the_same_verdicts(tmp_path, mode):
     """Line by line, in order, whether options are a list or a dict in any order, in one block or several."""
-    rows = [row for row in CORPUS if not any("\ud800" <= c <= "\udfff" for c in "".join(row["options"]))] * 20  # no loader gives such
+    # no loader gives such
+    rows = [row for row in CORPUS if not any("\ud800" <= c <= "\udfff" for c in "".join(row["options"]))] * 20
     with (tmp_path / "in.jsonl").open("w", encoding="utf-8") as file:
         for i, row in enumerate(rows):
-            options = dict(reversed(list(zip("ABCDEFGHIJ", row["options"], strict=False)))) if i % 2 else row["options"]
-            file.write(json.dumps({"completion": row["completion"], "answer": row["answer"], "options": options, "id": i}) + "\n")
+            options = (
+                dict(reversed(list(zip("ABCDEFGHIJ", row["options"], strict=False))))
+                if i % 2
+                else row["options"]
+            )
+            file.write(
+                json.dumps(
+                    {"completion": row["completion"], "answer": row["answer"], "options": options, "id": i}
+                )
+                + "\n"
+            )
     reasons = score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(mode=mode, correct=0.1))
     assert reasons.total() == len(rows) > 2 * BLOCK
     got, batch = [json.loads(line) for line in (tmp_path / "out.jsonl").open()], judge(mode, rows)
     assert [line["answer"] for line in got] == [row[mode]["answer"] for row in rows]
     assert reasons == Counter(line["reason"] for line in got)
-    assert [line["reason"] for line in got] == batch.reason.tolist() and [line["format_ok"] for line in got] == batch.format_ok.tolist()
-    assert {line["reward"] for line in got} == {-1.0, 0.0, 0.1} and set(got[0]) == {"reward", "format_ok", "answer", "reason"}
+    assert [line["reason"] for line in got] == batch.reason.tolist() and [
+        line["format_ok"] for line in got
+    ] == batch.format_ok.tolist()
+    assert {line["reward"] for line in got} == {-1.0, 0.0, 0.1} and set(got[0]) == {
+        "reward",
+        "format_ok",
+        "answer",
+        "reason",
+    }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
 def test_what_the_prompt_gave_of_a_completion_is_judged_with_it(tmp_path):
-    (tmp_path / "in.jsonl").write_text(json.dumps(GOOD | {"completion": "x</think><answer>C</answer>"}) + "\n")
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps(GOOD | {"completion": "x</think><answer>C</answer>"}) + "\n"
+    )
     for prefill, reason in (("", "no_think"), ("<think>\n", "correct")):
-        assert score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(), True, prefill) == {reason: 1}
+        assert score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(), True, prefill) == {
+            reason: 1
+        }
 
 
 GOOD = {"completion": "<think>x</think><answer>C</answer>", "answer": "C", "options": FOUR}
@@ -301,8 +408,14 @@ GOOD = {"completion": "<think>x</think><answer>C</answer>", "answer": "C", "opti
         (b"[]", r"\[\]: a record is an object with fields"),
         (json.dumps(GOOD)[:-1].encode() + b', "answer": "D"}', "field 'answer' is given twice"),
         (json.dumps(GOOD | {"completion": None}).encode(), "field completion: None is not a text"),
-        (json.dumps({"answer": "C", "options": FOUR}).encode(), r"field completion: None .* the line has \['answer', 'options'\]"),
-        (json.dumps(GOOD | {"answer": "E"}).encode(), "answer: 'E' is not the letter of one of its 4 options"),
+        (
+            json.dumps({"answer": "C", "options": FOUR}).encode(),
+            r"field completion: None .* the line has \['answer', 'options'\]",
+        ),
+        (
+            json.dumps(GOOD | {"answer": "E"}).encode(),
+            "answer: 'E' is not the letter of one of its 4 options",
+        ),
         (json.dumps(GOOD | {"answer": ["C"]}).encode(), r"answer: \['C'\]"),
         (json.dumps(GOOD | {"answer": 2}).encode(), "answer: 2 is a number where a letter is needed"),
         (json.dumps(GOOD | {"options": "ABCD"}).encode(), "options: 'ABCD': a list of options is needed"),
@@ -311,7 +424,10 @@ GOOD = {"completion": "<think>x</think><answer>C</answer>", "answer": "C", "opti
         (json.dumps(GOOD | {"options": ["a", "b", 3]}).encode(), "options 3: 3 is not a string"),
         (json.dumps(GOOD | {"options": ["a", " ", "c"]}).encode(), "options 2: ' ' is blank"),
         (json.dumps(GOOD | {"options": {"A": "a", "C": "c"}}).encode(), "are not A, B, C … without a gap"),
-        (json.dumps(GOOD | {"options": {str(i): "a" for i in range(12)}}).encode(), "are not A, B, C … without a gap"),
+        (
+            json.dumps(GOOD | {"options": {str(i): "a" for i in range(12)}}).encode(),
+            "are not A, B, C … without a gap",
+        ),
     ],
 )
 def test_file_with_a_bad_line_is_refused_whole(tmp_path, line, complaint):
@@ -322,13 +438,22 @@ def test_file_with_a_bad_line_is_refused_whole(tmp_path, line, complaint):
 
 
 def test_a_file_is_read_as_questions_are(tmp_path):
-    """A byte-order mark, blank lines, "b" for B, options that bring their letters: what the loader of questions takes."""
-    rows = [GOOD, GOOD | {"answer": " c "}, GOOD | {"options": [f"{letter}. {text}" for letter, text in zip("ABCD", FOUR, strict=True)]}]
-    rows.append(GOOD | {"completion": "<think>\ud800</think><answer>C</answer>"})  # half a character, as a tokenizer may give it
+    """A byte-order mark, blank lines, "b" for B, options that bring their letters: what the loader of
+    questions takes.
+    """
+    rows = [
+        GOOD,
+        GOOD | {"answer": " c "},
+        GOOD | {"options": [f"{letter}. {text}" for letter, text in zip("ABCD", FOUR, strict=True)]},
+    ]
+    # half a character, as a tokenizer may give it
+    rows.append(GOOD | {"completion": "<think>\ud800</think><answer>C</answer>"})
     lines = [json.dumps(row) for row in rows]
     for text in ("\ufeff" + "\n\n".join(lines) + "\n \n", f"[{','.join(lines)}]"):
         (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
-        assert score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(), overwrite=True) == {"correct": 4}
+        assert score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(), overwrite=True) == {
+            "correct": 4
+        }
 
 
 def test_file_is_never_overwritten_unasked(tmp_path):
@@ -375,8 +500,13 @@ def test_the_composite_reward(completion, reward):
     verdicts = score(rows, ["A"] * 3, [["heparin", "aspirin"]] * 3, COMPOSITE)
     assert verdicts.reward == pytest.approx([-1.0, reward, -1.5], abs=1e-6)
     parts = verdicts.components
-    assert verdicts.reward == pytest.approx(parts["rule"] - 0.5 * parts["leak"] - 0.3 * parts["before"], abs=1e-6)
-    assert verdicts.reason[1] == score([completion], ["A"], [["heparin", "aspirin"]], RewardConfig(mode="paper")).reason[0]
+    assert verdicts.reward == pytest.approx(
+        parts["rule"] - 0.5 * parts["leak"] - 0.3 * parts["before"], abs=1e-6
+    )
+    assert (
+        verdicts.reason[1]
+        == score([completion], ["A"], [["heparin", "aspirin"]], RewardConfig(mode="paper")).reason[0]
+    )
 
 
 STATED = """\
@@ -455,17 +585,44 @@ It is A that needs a look: aspirin blocks platelets.""".split("\n")
 @pytest.mark.parametrize(("thoughts", "leak"), [(STATED, True), (WEIGHED, False)], ids=["stated", "weighed"])
 def test_a_leak_is_a_statement_of_the_answer_not_a_word_about_an_option(thoughts, leak):
     completions = [f"<think>{thought}</think><answer>A</answer>" for thought in thoughts]
-    paid = score(completions, ["A"] * len(thoughts), [FOUR] * len(thoughts), RewardConfig(leak_penalty=0.5)).reward
-    assert [t for t, match in zip(thoughts, leaks(thoughts), strict=True) if (match is not None) != leak] == []
-    assert [t for t, match in zip(thoughts, map(LEAK.search, thoughts), strict=True) if (match is not None) != leak] == []
-    assert [t for t, reward in zip(thoughts, paid.tolist(), strict=True) if reward != (0.5 if leak else 1.0)] == []
+    paid = score(
+        completions, ["A"] * len(thoughts), [FOUR] * len(thoughts), RewardConfig(leak_penalty=0.5)
+    ).reward
+    assert [
+        t for t, match in zip(thoughts, leaks(thoughts), strict=True) if (match is not None) != leak
+    ] == []
+    assert [
+        t
+        for t, match in zip(thoughts, map(LEAK.search, thoughts), strict=True)
+        if (match is not None) != leak
+    ] == []
+    assert [
+        t for t, reward in zip(thoughts, paid.tolist(), strict=True) if reward != (0.5 if leak else 1.0)
+    ] == []
 
 
 def test_the_composite_reward_in_a_file(tmp_path):
-    line = {"completion": f"{FIFTEEN} sixteen <think>The answer is A</think><answer>A</answer>", "answer": "A", "options": ["a", "b"]}
+    line = {
+        "completion": f"{FIFTEEN} sixteen <think>The answer is A</think><answer>A</answer>",
+        "answer": "A",
+        "options": ["a", "b"],
+    }
     (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
     penalties = ["--leak-penalty", "0.5", "--before-penalty", "0.3"]
-    assert cli.main(["score", str(tmp_path / "in.jsonl"), "--mode", "paper", *penalties, "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert (
+        cli.main(
+            [
+                "score",
+                str(tmp_path / "in.jsonl"),
+                "--mode",
+                "paper",
+                *penalties,
+                "--out",
+                str(tmp_path / "out.jsonl"),
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "out.jsonl").read_text())["reward"] == 0.2
     with pytest.raises(SystemExit):
         cli.main(["score", "in.jsonl", "--leak-penalty", "-1", "--out", "out.jsonl"])

@@ -11,7 +11,18 @@ from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rollout import decode, generate
 from medrlvr_jax.types import Prompts
 
-CFG = DecoderConfig(vocab=40, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, rope_theta=1e4, norm_eps=1e-6, tied=True)
+CFG = DecoderConfig(
+    vocab=40,
+    embed=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn=64,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tied=True,
+)
 Q, P, G, R, PAD = 4, 7, 3, 9, 0
 STOPS = (1, 2)
 
@@ -30,22 +41,37 @@ def prompts():
 
 def run(params, prompts, step=0, entropies=False, **settings):
     config = SampleConfig(questions=Q, **({"samples": G, "max_new_tokens": R} | settings))
-    return generate.generate(params, CFG, prompts, jax.random.fold_in(jax.random.key(0), step), config, STOPS, PAD, entropies=entropies)
+    return generate.generate(
+        params,
+        CFG,
+        prompts,
+        jax.random.fold_in(jax.random.key(0), step),
+        config,
+        STOPS,
+        PAD,
+        entropies=entropies,
+    )
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.6}, {"top_k": 9, "top_p": 0.8, "min_new_tokens": 3}, {"temperature": 0.0}], ids=str
+    "settings",
+    [{}, {"temperature": 0.6}, {"top_k": 9, "top_p": 0.8, "min_new_tokens": 3}, {"temperature": 0.0}],
+    ids=str,
 )
 def test_recorded_logprobs_are_the_trainers(params, prompts, settings):
     rollout = run(params, prompts, entropies=True, **settings)
     hidden = scoring.hidden_states(params, CFG, prompts, rollout.tokens)
-    trainer, entropy = scoring.token_logprobs(params, CFG, hidden, rollout.tokens, settings.get("temperature") or 1.0, 10_000)
+    trainer, entropy = scoring.token_logprobs(
+        params, CFG, hidden, rollout.tokens, settings.get("temperature") or 1.0, 10_000
+    )
     recorded = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
     np.testing.assert_allclose(np.where(rollout.mask, trainer, 0), recorded, atol=1e-5)
     np.testing.assert_allclose(np.where(rollout.mask, entropy, 0), rollout.entropy, atol=1e-5)
     if rollout.policy_logprobs is not None:  # drawn from fewer words, so each of them is likelier
         assert (rollout.logprobs >= rollout.policy_logprobs - 1e-5).all()
-    assert (rollout.policy_logprobs is None) == (set(settings) <= {"temperature"} and settings.get("temperature") != 0)
+    assert (rollout.policy_logprobs is None) == (
+        set(settings) <= {"temperature"} and settings.get("temperature") != 0
+    )
 
 
 def test_drawn_logprob_is_of_the_truncated_distribution(params, prompts):
@@ -60,7 +86,9 @@ def test_drawn_logprob_is_of_the_truncated_distribution(params, prompts):
         for g in range(G):
             token = int(rollout.tokens[q, g, 0])
             assert token in kept
-            assert np.log(probs[q][token] / probs[q][kept].sum()) == pytest.approx(float(rollout.logprobs[q, g, 0]), abs=1e-5)
+            assert np.log(probs[q][token] / probs[q][kept].sum()) == pytest.approx(
+                float(rollout.logprobs[q, g, 0]), abs=1e-5
+            )
 
 
 def test_a_row_ends_with_its_stop_token(params, prompts):
@@ -76,7 +104,9 @@ def test_a_row_ends_with_its_stop_token(params, prompts):
 
 
 def test_min_new_tokens(params, prompts):
-    free, held = (run(params, prompts, max_new_tokens=30, samples=8, min_new_tokens=n).mask.sum(-1) for n in (0, 12))
+    free, held = (
+        run(params, prompts, max_new_tokens=30, samples=8, min_new_tokens=n).mask.sum(-1) for n in (0, 12)
+    )
     assert free.min() <= 12 < held.min()
 
 
@@ -84,7 +114,7 @@ def test_noise_depends_on_question_sample_and_step_alone(params, prompts):
     """A sample is the same in any batch, order and padding, and differs between samples, steps and questions."""
     all_rows = run(params, prompts)
     order = np.array([2, 0])
-    width = lambda x: np.pad(x[order], ((0, 0), (5, 0)))  # noqa: E731
+    width = lambda x: np.pad(x[order], ((0, 0), (5, 0)))
     some = run(params, Prompts(width(prompts.tokens), width(prompts.mask), prompts.ids[order]))
     np.testing.assert_array_equal(some.tokens, all_rows.tokens[order])
     more = run(params, prompts, samples=5)
@@ -106,12 +136,16 @@ def test_inverse_cdf_draws_each_word_by_its_weight(words):
     drawn = jax.jit(jax.vmap(lambda u: generate.inverse_cdf(jnp.asarray(weights), u)))(uniforms)
     shares = np.bincount(drawn, minlength=words) / n
     np.testing.assert_allclose(shares, weights / weights.sum(), atol=1.5 / n)
-    ends = jax.vmap(lambda u: generate.inverse_cdf(jnp.asarray(weights), u))(np.array([0.0, np.nextafter(np.float32(1), np.float32(0))]))
+    ends = jax.vmap(lambda u: generate.inverse_cdf(jnp.asarray(weights), u))(
+        np.array([0.0, np.nextafter(np.float32(1), np.float32(0))])
+    )
     assert (weights[np.asarray(ends)] > 0).all()
 
 
 def test_rounding_draws_no_word_of_weight_zero():
-    """50 of 151,936 words weigh anything, and the uniforms lie at the ends of blocks, which grow by rounding where nothing weighs."""
+    """50 of 151,936 words weigh anything, and the uniforms lie at the ends of blocks, which grow by rounding
+    where nothing weighs.
+    """
     rng = np.random.default_rng(0)
     weights = np.zeros(151_936, np.float32)
     weights[rng.choice(len(weights), 50, replace=False)] = np.exp(2.5 * rng.normal(size=50))
@@ -134,8 +168,12 @@ def test_top_k_keeps_k_and_ties(k):
 
 
 def test_top_p_keeps_the_smallest_set():
-    np.testing.assert_array_equal(generate.truncate(jnp.asarray([0.1, 0.5, 0.25, 0.15], jnp.float32), 0, 0.7), [0, 0.5, 0.25, 0])
-    np.testing.assert_array_equal(generate.truncate(jnp.asarray([0.1, 0.5, 0.25, 0.15], jnp.float32), 0, 0.2), [0, 0.5, 0, 0])
+    np.testing.assert_array_equal(
+        generate.truncate(jnp.asarray([0.1, 0.5, 0.25, 0.15], jnp.float32), 0, 0.7), [0, 0.5, 0.25, 0]
+    )
+    np.testing.assert_array_equal(
+        generate.truncate(jnp.asarray([0.1, 0.5, 0.25, 0.15], jnp.float32), 0, 0.2), [0, 0.5, 0, 0]
+    )
 
 
 def test_segments_halve_down_to_the_shortest():
@@ -144,7 +182,9 @@ def test_segments_halve_down_to_the_shortest():
 
 
 def test_rows_that_stop_make_room_and_change_nothing(params, prompts, monkeypatch):
-    """64 rows on a ladder of 64, 32, 16, 8, their caches growing by 10, 20, 40 tokens; and in one loop, with limits on top."""
+    """64 rows on a ladder of 64, 32, 16, 8, their caches growing by 10, 20, 40 tokens; and in one loop, with
+    limits on top.
+    """
     rng = np.random.default_rng(1)
     limits = np.clip(np.exp(rng.normal(2.5, 0.9, (Q, 16))), 1, 40).astype(np.int32)
     results = []

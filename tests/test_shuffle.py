@@ -39,7 +39,11 @@ EMBEDDED = {
         (("w", "x", "Both AB", "A, B and C are correct"), {0, 1, 2, 3}, set()),
         (("w", "x", "y", "B only"), {1, 3}, set()),
         (("x", "all of these", "Option A"), {0, 1, 2}, {1}),
-        (("above the knee", "Specific gravity of above 1.018", "All patients over 60", "below 38 °C"), set(), set()),
+        (
+            ("above the knee", "Specific gravity of above 1.018", "All patients over 60", "below 38 °C"),
+            set(),
+            set(),
+        ),
         (("A", "B", "AB", "O"), set(), set()),  # blood groups
         (("w", "x", "y", "All of the above except C"), {2, 3}, {3}),
         (("w", "x", "y", "A and C of the above"), {0, 2, 3}, {3}),
@@ -68,7 +72,12 @@ def test_anchors(options, stay, walls):
 
 
 @given(
-    st.lists(st.sampled_from(["x", "y", "A and B", "C only", "none of the above", "both", "z"]), min_size=2, max_size=10), st.integers(0, 9)
+    st.lists(
+        st.sampled_from(["x", "y", "A and B", "C only", "none of the above", "both", "z"]),
+        min_size=2,
+        max_size=10,
+    ),
+    st.integers(0, 9),
 )
 def test_an_order_loses_nothing_and_moves_no_anchor(options, draw):
     q = Question("q", "?", tuple(options), len(options) // 2)
@@ -88,7 +97,9 @@ def test_orders_are_even_and_functions_of_seed_draw_and_id():
     assert len(seen) == 6 and stats.scipy.stats.chisquare(list(seen.values())).pvalue > 1e-3
     assert shuffle.order(q, 0, 5) == shuffle.order(q, 0, 5)
     assert [shuffle.order(q, 0, d) for d in range(9)] != [shuffle.order(q, 1, d) for d in range(9)]
-    assert [shuffle.order(q, 0, d) for d in range(9)] != [shuffle.order(Question("q8", "?", q.options, 0), 0, d) for d in range(9)]
+    assert [shuffle.order(q, 0, d) for d in range(9)] != [
+        shuffle.order(Question("q8", "?", q.options, 0), 0, d) for d in range(9)
+    ]
     assert [shuffle.order(q, 0, d) for d in range(3)] == [
         [1, 0, 2, 3],
         [2, 1, 0, 3],
@@ -110,13 +121,17 @@ def test_prompts_follow_their_questions_and_keep_their_width():
     encoded = encode(parts.tokenizer, questions, parts.config, shuffle=True)
     first, second = (train.at_epoch(parts, encoded, step) for step in (1, 3))
     index = batch_at(16, 1, 8, 0)
-    assert first.width == encoded.width and [q.options for q in first.questions] != [q.options for q in second.questions]
+    assert first.width == encoded.width and [q.options for q in first.questions] != [
+        q.options for q in second.questions
+    ]
     for i, (old, q, row) in enumerate(zip(questions, first.questions, first.tokens, strict=True)):
         assert [row] == text.encode_questions(parts.tokenizer, [q], parts.config.prompt)
         assert sorted(q.options) == sorted(old.options) and q.options[q.answer] == old.options[old.answer]
         assert bool(q.order) == (i in index)
     tight = Encoded(**vars(encoded) | {"width": 0})
-    assert train.at_epoch(parts, tight, 1).tokens == encoded.tokens and {q.order for q in train.at_epoch(parts, tight, 1).questions} <= {
+    assert train.at_epoch(parts, tight, 1).tokens == encoded.tokens and {
+        q.order for q in train.at_epoch(parts, tight, 1).questions
+    } <= {
         "",
         "ABCD",
         "ABCDE",

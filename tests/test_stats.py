@@ -76,7 +76,8 @@ def test_boundary_by_hand():
 def test_clustered_interval_is_wider_than_that_of_independent_samples():
     rng = np.random.default_rng(0)
     easy = rng.random(200) < 0.5
-    correct = np.repeat(easy[:, None], 16, axis=1)  # all samples of a question agree: 200 observations, not 3,200
+    # all samples of a question agree: 200 observations, not 3,200
+    correct = np.repeat(easy[:, None], 16, axis=1)
     value, low, high = stats.accuracy(correct)
     naive = stats.wilson(correct.sum(), correct.size)
     assert value == pytest.approx(easy.mean())
@@ -108,7 +109,9 @@ def test_a_detectable_difference_is_shown_in_four_of_five_repetitions():
         stats.contrast((d > 0).astype(float), (d < 0).astype(float), (True, True))
         for d in rng.choice([1, 0, -1], (400, n), p=[ups, 0.7, downs])
     ]
-    assert np.mean([c.detectable for c in found]) == pytest.approx(2.8 * math.sqrt((ups + downs - 0.01) / n), rel=0.02)
+    assert np.mean([c.detectable for c in found]) == pytest.approx(
+        2.8 * math.sqrt((ups + downs - 0.01) / n), rel=0.02
+    )
     delta = 2.8 * math.sqrt(0.3 / n)
     up = 0.15 + delta / 2
     shown = [
@@ -126,7 +129,8 @@ def test_letter_bias():
     assert stats.letter_bias(np.array([""] * 4), key)["p"] == 1.0
     twice = stats.letter_bias(np.array([["B", "B"]] * 20 + [["A", ""]] * 20), np.array(list("AB" * 20)))
     assert twice["letters"] == {"A": {"answered": 1 / 3, "key": 0.5}, "B": {"answered": 2 / 3, "key": 0.5}}
-    assert twice["p"] == pytest.approx(stats.scipy.stats.chisquare([10, 20]).pvalue)  # a sample is half a question
+    # a sample is half a question
+    assert twice["p"] == pytest.approx(stats.scipy.stats.chisquare([10, 20]).pvalue)
 
 
 def test_the_interval_of_nearly_nothing_right_is_not_a_point():
@@ -154,7 +158,12 @@ def test_the_interval_over_questions_covers_as_often_as_it_says():
 
 def test_wilson_against_known_values():
     # Newcombe, Statistics in Medicine 17 (1998) 857–872, table I, method 3.
-    for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+    for correct, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         assert stats.wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
     assert stats.wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
     assert stats.wilson(0, 0) == (0.0, 1.0)

@@ -54,7 +54,10 @@ def folder(tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (root / "tiny" / name).write_bytes((source / name).read_bytes())
     (root / "tiny" / "config.json").write_text(json.dumps(small))
-    tree = TREE | {"runs": str(root / "runs"), "model": TREE["model"] | {"path": str(root / "tiny"), "init": "random"}}
+    tree = TREE | {
+        "runs": str(root / "runs"),
+        "model": TREE["model"] | {"path": str(root / "tiny"), "init": "random"},
+    }
     (root / "config.yaml").write_text(yaml.safe_dump(tree))
     return root
 
@@ -80,7 +83,16 @@ def test_what_a_run_leaves(run):
     metrics, samples = lines(run / "metrics.jsonl"), lines(run / "samples.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2]
     for m in metrics[1:]:
-        assert {"reward", "accuracy", "format_ok", "response_length", "kl", "policy/loss", "critic/loss", "tokens_per_second"} <= m.keys()
+        assert {
+            "reward",
+            "accuracy",
+            "format_ok",
+            "response_length",
+            "kl",
+            "policy/loss",
+            "critic/loss",
+            "tokens_per_second",
+        } <= m.keys()
         assert m["sampler_gap"] < 1e-5
         assert sum(v for k, v in m.items() if k.startswith("stage/")) == pytest.approx(1)
     assert len(samples) == 4 and samples[0]["prompt"].startswith("Question: ")
@@ -95,9 +107,12 @@ def test_it_resumes_to_the_same_run(run, folder):
     """Two steps and then two more are four steps at once, bit for bit."""
     halves, whole = {"name": "halves"}, {"name": "whole"}
     tree = yaml.safe_load((folder / "config.yaml").read_text()) | {"eval": {"batch": 8}}
-    # The schedule knows the run's length, so both are of four steps; one of them then loses its last two checkpoints and goes on.
+    # The schedule knows the run's length, so both are of four steps; one of them then loses its last two
+    # checkpoints and goes on.
     for changes in (halves, whole):
-        (folder / "c.yaml").write_text(yaml.safe_dump(tree | changes | {"steps": 4, "checkpoint": {"every": 1, "keep": 9}}))
+        (folder / "c.yaml").write_text(
+            yaml.safe_dump(tree | changes | {"steps": 4, "checkpoint": {"every": 1, "keep": 9}})
+        )
         assert main("train", folder / "c.yaml") == 0
         if changes is halves:
             for step in (3, 4):
@@ -105,12 +120,17 @@ def test_it_resumes_to_the_same_run(run, folder):
             assert main("train", folder / "c.yaml") == 0
     one, two = (lines(folder / "runs" / name / "metrics.jsonl") for name in ("halves", "whole"))
     timing = {"seconds", "tokens_per_second"}
-    assert [{k: v for k, v in m.items() if k not in timing} for m in one] == [{k: v for k, v in m.items() if k not in timing} for m in two]
+    assert [{k: v for k, v in m.items() if k not in timing} for m in one] == [
+        {k: v for k, v in m.items() if k not in timing} for m in two
+    ]
     for name in ("samples.jsonl", "questions.jsonl"):
         assert lines(folder / "runs/halves" / name) == lines(folder / "runs/whole" / name)
     parts = build.build(configs.load(folder / "c.yaml"))
     abstract = build.abstract_params(parts, parts.cfg)
-    a, b = (checkpoint.restore_params(folder / "runs" / n / "checkpoints", abstract, 4)[0] for n in ("halves", "whole"))
+    a, b = (
+        checkpoint.restore_params(folder / "runs" / n / "checkpoints", abstract, 4)[0]
+        for n in ("halves", "whole")
+    )
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(a), sharding.to_host(b))
 
 
@@ -121,27 +141,40 @@ def test_what_checkpoint_best_may_name_is_recorded(run):
 
 
 def test_replay(run, folder, capsys):
-    """From checkpoint s − 1, from the start, and through steps that are trained again; what was logged otherwise is told."""
+    """From checkpoint s − 1, from the start, and through steps that are trained again; what was logged
+    otherwise is told.
+    """
     logged = {(s["step"], s["row"]): s for s in lines(run / "samples.jsonl")}
     (_, row), sample = next((at, s) for at, s in logged.items() if at[0] == 2)
     before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
     assert main("replay", run, "--step", 2, "--row", row) == 0
     said = capsys.readouterr()
-    assert sample["completion"] in said.out and "exactly what was logged" in said.out and "trained again" not in said.err
+    assert (
+        sample["completion"] in said.out
+        and "exactly what was logged" in said.out
+        and "trained again" not in said.err
+    )
     assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
     copy = folder / "runs" / "replayed"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "checkpoints" / "1")
     other = sample | {"completion": "another", "reward": 0.5}
-    (copy / "samples.jsonl").write_text("".join(json.dumps(other if s is sample else s) + "\n" for s in logged.values()))
+    (copy / "samples.jsonl").write_text(
+        "".join(json.dumps(other if s is sample else s) + "\n" for s in logged.values())
+    )
     assert main("replay", copy, "--step", 2, "--row", row) == 1
     said = capsys.readouterr()
     assert (
         "training steps 1 to 1 again" in said.err
         and 'NOT what was logged:\n    completion: "another" there\n        reward: 0.5 there' in said.out
     )
-    assert main("replay", copy, "--step", 1, "--row", 1) == 0 and "nothing to compare" in capsys.readouterr().out
-    for wrong, named in ((["--step", 3, "--row", 0], "steps 1 to 2"), (["--step", 1, "--row", 16], "rows 0 to 15")):
+    assert (
+        main("replay", copy, "--step", 1, "--row", 1) == 0 and "nothing to compare" in capsys.readouterr().out
+    )
+    for wrong, named in (
+        (["--step", 3, "--row", 0], "steps 1 to 2"),
+        (["--step", 1, "--row", 16], "rows 0 to 15"),
+    ):
         assert main("replay", copy, *wrong) == 2 and named in capsys.readouterr().err
 
 
@@ -152,20 +185,37 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     said = captured.out
     assert "in_distribution: 12 of 12 answers (100.0 %) cut off before their end" in said
     assert "eval.sets.other: questions: 8, of " in captured.err
-    assert all(f"warning: {name}: checkpoint 2 was chosen as the best on these" in said for name in ("in_distribution", "other"))
+    assert all(
+        f"warning: {name}: checkpoint 2 was chosen as the best on these" in said
+        for name in ("in_distribution", "other")
+    )
     written = json.loads((folder / "answers" / "eval.json").read_text())
     counts, found = written["eval"]["in_distribution"], written["statistics"]["in_distribution"]
-    assert found["accuracy"]["value"] == counts["accuracy"] and len(found["subjects"]) > 1 and len(written["warnings"]) == 2
+    assert (
+        found["accuracy"]["value"] == counts["accuracy"]
+        and len(found["subjects"]) > 1
+        and len(written["warnings"]) == 2
+    )
     record = lines(run / "metrics.jsonl")[1]  # random weights: greedy and sampled answers know as little
     assert found["token_entropy"] == pytest.approx(record["entropy"], rel=0.01)
-    assert counts["n"] == counts["questions"] == len(lines(folder / "answers" / "in_distribution.jsonl")) == 12
-    assert (counts["accuracy_low"], counts["accuracy_high"]) == (found["accuracy"]["low"], found["accuracy"]["high"])
+    assert (
+        counts["n"] == counts["questions"] == len(lines(folder / "answers" / "in_distribution.jsonl")) == 12
+    )
+    assert (counts["accuracy_low"], counts["accuracy_high"]) == (
+        found["accuracy"]["low"],
+        found["accuracy"]["high"],
+    )
     spec = SetConfig(path="embedded:in_distribution", limit=12)
-    assert written["sets"]["in_distribution"]["data"] == fingerprint(data.load(spec)) and set(written["sets"]) == set(written["eval"])
+    assert written["sets"]["in_distribution"]["data"] == fingerprint(data.load(spec)) and set(
+        written["sets"]
+    ) == set(written["eval"])
     assert written["config"]["eval"]["sets"]["other"]["limit"] == 8 and written["template"].startswith(
         "Question: {question}\nA. {option A}"
     )
-    assert counts["correct"] == json.loads((run / "summary.json").read_text())["eval"]["in_distribution"]["after"]["correct"]
+    assert (
+        counts["correct"]
+        == json.loads((run / "summary.json").read_text())["eval"]["in_distribution"]["after"]["correct"]
+    )
     assert main("eval", run, "--out", folder / "answers") == 2  # nothing is overwritten
     orders = ["eval.sets.in_distribution.shuffle_options=true", "eval.samples=2"]
     assert main("eval", run, "--out", folder / "orders", *orders) == 0
@@ -175,23 +225,40 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     asked = {q.id: q for q in data.load(SetConfig(path="embedded:in_distribution"))}
     assert all(r["order"][LETTERS.index(r["key"])] == asked[r["id"]].reference for r in rows)
     assert all(r["question_hash"] == question_hash(asked[r["id"]]) for r in rows)
-    assert main("eval", run, "--out", folder / "direct", "reward.mode=direct") == 0  # no thought is asked for: it has no stage
-    assert {r["stage"] for r in lines(folder / "direct" / "in_distribution.jsonl")} == {None} != {rows[0]["stage"]}
+    # no thought is asked for: it has no stage
+    assert main("eval", run, "--out", folder / "direct", "reward.mode=direct") == 0
+    assert (
+        {r["stage"] for r in lines(folder / "direct" / "in_distribution.jsonl")}
+        == {None}
+        != {rows[0]["stage"]}
+    )
     assert main("probe", run, "--out", folder / "probed") == 0
     assert "answer as at 100 %" in capsys.readouterr().out
-    rows, probed = lines(folder / "probed" / "in_distribution.jsonl"), json.loads((folder / "probed" / "probe.json").read_text())["probe"]
-    greedy = {r["id"]: (r["completion"], r["answer"]) for r in lines(folder / "answers" / "in_distribution.jsonl")}
+    rows, probed = (
+        lines(folder / "probed" / "in_distribution.jsonl"),
+        json.loads((folder / "probed" / "probe.json").read_text())["probe"],
+    )
+    greedy = {
+        r["id"]: (r["completion"], r["answer"]) for r in lines(folder / "answers" / "in_distribution.jsonl")
+    }
     assert {r["id"]: (r["completion"], r["generated"]) for r in rows} == greedy  # the same sampler
-    assert probed["in_distribution"]["n"] == 12 and set(rows[0]["answers"]) >= {"at once", "0 %", "100 %", "another's"}
+    assert probed["in_distribution"]["n"] == 12 and set(rows[0]["answers"]) >= {
+        "at once",
+        "0 %",
+        "100 %",
+        "another's",
+    }
     monkeypatch.setattr(weights, "save_params", lambda *args: saved.append(args))
     saved = []
-    assert main("export", run, folder / "exported") == 0 and saved[0][-1] == (1,)  # where this run's responses stopped
+    # where this run's responses stopped
+    assert main("export", run, folder / "exported") == 0 and saved[0][-1] == (1,)
     monkeypatch.undo()
     two = jax.devices()[:2]  # not the training's eight
     monkeypatch.setattr(jax, "devices", lambda: two)
     assert main("export", run, folder / "exported") == 0
     monkeypatch.undo()
-    assert main("probe", run, "--out", folder / "judged", "--scorer", folder / "exported") == 0  # the same weights as another model
+    # the same weights as another model
+    assert main("probe", run, "--out", folder / "judged", "--scorer", folder / "exported") == 0
     assert f"scored by {folder / 'exported'};" in capsys.readouterr().out
     judged = lines(folder / "judged" / "in_distribution.jsonl")
     for one, other in zip(rows, judged, strict=True):
@@ -200,13 +267,22 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
     exported = [f"model.path={folder / 'exported'}", "model.init=pretrained"]
     assert main("eval", folder / "config.yaml", "--out", folder / "again", *exported) == 0
     assert json.loads((folder / "again" / "eval.json").read_text())["warnings"] == []
-    assert main("eval", folder / "config.yaml", "--step", "1") == 2 and "is no run's folder" in capsys.readouterr().err
-    assert lines(folder / "again" / "in_distribution.jsonl") == lines(folder / "answers" / "in_distribution.jsonl")
+    assert (
+        main("eval", folder / "config.yaml", "--step", "1") == 2
+        and "is no run's folder" in capsys.readouterr().err
+    )
+    assert lines(folder / "again" / "in_distribution.jsonl") == lines(
+        folder / "answers" / "in_distribution.jsonl"
+    )
     capsys.readouterr()
-    assert main("compare", folder / "answers", folder / "again", "--json") == 0  # the model's path and the folder may differ
+    # the model's path and the folder may differ
+    assert main("compare", folder / "answers", folder / "again", "--json") == 0
     assert json.loads(capsys.readouterr().out)["in_distribution"]["n"] == 12
     assert main("compare", folder / "answers", folder / "orders") == 2
-    assert "\n  eval.samples: 1 in A, 2 in B\n  shuffle_options: False in A, True in B" in capsys.readouterr().err
+    assert (
+        "\n  eval.samples: 1 in A, 2 in B\n  shuffle_options: False in A, True in B"
+        in capsys.readouterr().err
+    )
     assert main("compare", run, run) == 2 and f"first: medrlvr eval {run}" in capsys.readouterr().err
 
 
@@ -222,8 +298,13 @@ def test_difficulty(folder, capsys):
     text = (folder / "counts.jsonl").read_text()
     (folder / "counts.jsonl").write_text(text[: len(text) // 2])  # cut off in the middle of a line
     assert main(*args) == 0 and (folder / "counts.jsonl").read_text() == text
-    assert main(*args[:3], "3", *args[4:]) == 2 and "counts of other questions, samples or of another model" in capsys.readouterr().err
-    chosen = SetConfig(path="embedded:train", limit=32, pass_count={"file": str(folder / "counts.jsonl"), "keep": [0, 2]})
+    assert (
+        main(*args[:3], "3", *args[4:]) == 2
+        and "counts of other questions, samples or of another model" in capsys.readouterr().err
+    )
+    chosen = SetConfig(
+        path="embedded:train", limit=32, pass_count={"file": str(folder / "counts.jsonl"), "keep": [0, 2]}
+    )
     assert data.load(chosen) == questions
 
 
@@ -231,41 +312,80 @@ def test_a_profile_of_chosen_steps(folder):
     args = ["name=traced", "steps=3", "log.profile=[2, 2]", *NO_EVAL, "checkpoint.every=0"]
     assert main("train", folder / "config.yaml", *args) == 0
     [file] = (folder / "runs/traced/profile").rglob("*.xplane.pb")
-    names = [e.name for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines for e in line.events]
+    names = [
+        e.name
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+        for line in plane.lines
+        for e in line.events
+    ]
     assert names.count("step") == names.count("score") == 1 and "log" in names
 
 
 def test_scores_of_a_history_by_hand():
-    steps = [{"step": 1, "samples": 4, "right": {"a": 0, "b": 4}}, {"step": 2, "samples": 4, "right": {"c": 2}}]
+    steps = [
+        {"step": 1, "samples": 4, "right": {"a": 0, "b": 4}},
+        {"step": 2, "samples": 4, "right": {"c": 2}},
+    ]
     steps += [{"step": 3, "samples": 4, "right": {"b": 4, "a": 2}}]
     a, b, c = difficulty.scores(steps)
     assert (a["id"], a["right"], a["passes"], a["accuracy"], a["variance"]) == ("a", 2, 2, 0.25, 0.0625)
     assert (b["passes"], b["variance"], c["passes"]) == (2, 0.0, 1)  # the means of the passes are 1/2 and 3/4
-    assert a["impact"] == pytest.approx(1 - (1 / 4 + 1 / 16) / (1 / 4 + 1 / 16)) and b["impact"] == pytest.approx(0) and c["impact"] == 1
+    assert (
+        a["impact"] == pytest.approx(1 - (1 / 4 + 1 / 16) / (1 / 4 + 1 / 16))
+        and b["impact"] == pytest.approx(0)
+        and c["impact"] == 1
+    )
 
 
 def test_a_history_ranks_the_questions(run, folder, capsys):
     steps, metrics = lines(run / "questions.jsonl"), lines(run / "metrics.jsonl")[1:]
     for step, m in zip(steps, metrics, strict=True):
-        assert len(step["right"]) == 8 and sum(step["right"].values()) == pytest.approx(m["accuracy"] * 8 * step["samples"])
+        assert len(step["right"]) == 8 and sum(step["right"].values()) == pytest.approx(
+            m["accuracy"] * 8 * step["samples"]
+        )
     twice = folder / "runs" / "twice"
     shutil.copytree(run, twice)
-    (twice / "questions.jsonl").write_text("".join(json.dumps(step | {"step": i}) + "\n" for i, step in enumerate([*steps, steps[0]], 1)))
+    (twice / "questions.jsonl").write_text(
+        "".join(json.dumps(step | {"step": i}) + "\n" for i, step in enumerate([*steps, steps[0]], 1))
+    )
     assert main("difficulty", twice, "--history") == 0 and "16 that never came" in capsys.readouterr().out
-    chosen = SetConfig(path="embedded:train", limit=32, pass_count={"file": str(twice / "history.jsonl"), "order": "impact", "top": 3})
+    chosen = SetConfig(
+        path="embedded:train",
+        limit=32,
+        pass_count={"file": str(twice / "history.jsonl"), "order": "impact", "top": 3},
+    )
     assert len(data.load(chosen)) == 3
-    assert main("difficulty", run, "--history") == 2 and "no question came twice in its 2 steps" in capsys.readouterr().err
-    assert main("difficulty", folder / "config.yaml", "--history") == 2 and "no questions.jsonl in it" in capsys.readouterr().err
+    assert (
+        main("difficulty", run, "--history") == 2
+        and "no question came twice in its 2 steps" in capsys.readouterr().err
+    )
+    assert (
+        main("difficulty", folder / "config.yaml", "--history") == 2
+        and "no questions.jsonl in it" in capsys.readouterr().err
+    )
 
 
 def test_grpo_and_sft_run(folder, capsys, caplog):
-    grpo = ["name=grpo", "learn.critic=null", "advantage.estimator=group", "kl={coef: 0.01, into: loss, estimator: k3}", *NO_EVAL]
+    grpo = [
+        "name=grpo",
+        "learn.critic=null",
+        "advantage.estimator=group",
+        "kl={coef: 0.01, into: loss, estimator: k3}",
+        *NO_EVAL,
+    ]
     grpo += ["data.shuffle_options=true"]
     assert main("train", folder / "config.yaml", *grpo) == 0
     assert "critic/loss" not in lines(folder / "runs/grpo/metrics.jsonl")[-1]
     row = lines(folder / "runs/grpo/samples.jsonl")[0]
     assert sorted(row["order"]) == list(LETTERS[: row["options"]])
-    sft = ["name=sft", "steps=12", "sft.target=rationale", *NO_EVAL, "checkpoint.every=0", "learn.policy.lr=1e-2"]
+    sft = [
+        "name=sft",
+        "steps=12",
+        "sft.target=rationale",
+        *NO_EVAL,
+        "checkpoint.every=0",
+        "learn.policy.lr=1e-2",
+    ]
     sft += ["learn.critic=null"]  # and so no estimator would do: fine-tuning has no advantages
     assert main("sft", folder / "config.yaml", *sft) == 0
     losses = [m["loss"] for m in lines(folder / "runs/sft/metrics.jsonl")]
@@ -274,24 +394,37 @@ def test_grpo_and_sft_run(folder, capsys, caplog):
 
 
 def test_a_random_reward_and_a_given_beginning(folder):
-    args = ["name=coin", "reward={mode: direct, random: 0.5, correct: 2.0}", "prompt.prefill=<answer>", *NO_EVAL, "seed=3"]
+    args = [
+        "name=coin",
+        "reward={mode: direct, random: 0.5, correct: 2.0}",
+        "prompt.prefill=<answer>",
+        *NO_EVAL,
+        "seed=3",
+    ]
     assert main("train", folder / "config.yaml", *args, "log={samples_every: 1, samples: 8}") == 0
     rows = lines(folder / "runs/coin/samples.jsonl")
-    assert len(rows) == 16 and all(r["completion"].startswith("<answer>") and r["prompt"].endswith("\n<answer>") for r in rows)
-    assert not any(r["format_ok"] for r in rows) and {r["reward"] for r in rows} == {0.0, 2.0}  # paid for nothing
+    assert len(rows) == 16 and all(
+        r["completion"].startswith("<answer>") and r["prompt"].endswith("\n<answer>") for r in rows
+    )
+    # paid for nothing
+    assert not any(r["format_ok"] for r in rows) and {r["reward"] for r in rows} == {0.0, 2.0}
     for r in rows:
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(3), r["step"] - 1))
         [[paid, _]] = toss(key, [int(r["id"].split("-")[1])], 2, RewardConfig(random=0.5, correct=2.0))
         assert r["reward"] == paid
     sft = [*NO_EVAL, "prompt.prefill=<answer>", "reward.mode=direct"]
     assert main("sft", folder / "config.yaml", "name=answers", *sft) == 0
-    assert lines(folder / "runs/answers/metrics.jsonl")[-1]["tokens"] == 8 * 3  # the letter, the closing tag and the end
+    # the letter, the closing tag and the end
+    assert lines(folder / "runs/answers/metrics.jsonl")[-1]["tokens"] == 8 * 3
 
 
 def test_targets_begin_as_responses_do(folder, capsys):
     assert main("sft", folder / "config.yaml", "name=refused", "checkpoint.best=reward") == 2
     assert "there are eval.in_distribution.accuracy" in capsys.readouterr().err
-    assert main("sft", folder / "config.yaml", "name=refused", "prompt.prefill=<answer>", "sft.target=rationale") == 2
+    assert (
+        main("sft", folder / "config.yaml", "name=refused", "prompt.prefill=<answer>", "sft.target=rationale")
+        == 2
+    )
     assert "prompt.prefill: '<answer>' is not how the target begins: '<think>" in capsys.readouterr().err
 
 
@@ -301,13 +434,25 @@ def test_a_chat_template_that_opens_the_thought_is_as_a_prefill(folder, capsys):
     shutil.copytree(folder / "tiny", thinking)
     template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     (thinking / "chat_template.jinja").write_text(template)
-    ways = {"templated": [f"model.path={thinking}", "prompt.chat=true"], "prefilled": ["prompt.prefill=<think>"]}
+    ways = {
+        "templated": [f"model.path={thinking}", "prompt.chat=true"],
+        "prefilled": ["prompt.prefill=<think>"],
+    }
     for name, settings in ways.items():
-        assert main("train", folder / "config.yaml", f"name={name}", *settings, "steps=1", "checkpoint.every=0") == 0
-    records, samples = ([lines(folder / "runs" / name / log) for name in ways] for log in ("metrics.jsonl", "samples.jsonl"))
+        assert (
+            main("train", folder / "config.yaml", f"name={name}", *settings, "steps=1", "checkpoint.every=0")
+            == 0
+        )
+    records, samples = (
+        [lines(folder / "runs" / name / log) for name in ways] for log in ("metrics.jsonl", "samples.jsonl")
+    )
     for record in chain(*records):
         record.pop("seconds", None), record.pop("tokens_per_second", None)
-    assert records[0] == records[1] and samples[0] == samples[1] and samples[0][0]["completion"].startswith("<think>")
+    assert (
+        records[0] == records[1]
+        and samples[0] == samples[1]
+        and samples[0][0]["completion"].startswith("<think>")
+    )
     pairs = []
     for settings in ways.values():
         parts = build.build(configs.load(folder / "config.yaml", [*settings, "sft.target=rationale"]))
@@ -340,12 +485,21 @@ def test_a_chat_template_that_opens_the_thought_is_as_a_prefill(folder, capsys):
         ("reward={fn: 'a:b', random: 0.5}", "reward.fn: it alone says what is paid"),
         ("data.pass_count={file: x}", "data.pass_count: neither keep nor order"),
         ("data.pass_count={file: x, keep: [7, 1]}", "data.pass_count.keep: [7, 1]: the least comes first"),
-        ("eval.samples=2", "greedy samples are all the same; set eval.temperature above 0, or shuffle_options of in_distribution"),
-        ("checkpoint.best=eval.in_distributoin.accuracy", "no such metric here; did you mean eval.in_distribution.accuracy? there are"),
+        (
+            "eval.samples=2",
+            "greedy samples are all the same; set eval.temperature above 0, or shuffle_options of in_distribution",
+        ),
+        (
+            "checkpoint.best=eval.in_distributoin.accuracy",
+            "no such metric here; did you mean eval.in_distribution.accuracy? there are",
+        ),
         ("checkpoint.best=acuracy", "checkpoint.best: acuracy: no such metric here; did you mean accuracy?"),
         ("eval.sets={}", "checkpoint.best: eval.in_distribution.response_length: no such metric here"),
         ("prompt.max_tokens=3", "prompt.max_tokens = 3"),
-        ("prompt.template=direct", "reward.mode: strict pays for a thought and an answer, which prompt.template direct does not ask for"),
+        (
+            "prompt.template=direct",
+            "reward.mode: strict pays for a thought and an answer, which prompt.template direct does not ask for",
+        ),
         ("sample.questions=64", "sample.questions: 64 is more than the 32 questions"),
     ],
 )
@@ -358,7 +512,11 @@ def test_refusals_name_the_field_and_the_remedy(folder, capsys, change, named):
 @pytest.mark.parametrize(
     ("command", "settings", "named"),
     [
-        ("train", [], "sample.max_new_tokens: 8: after a prompt of 45 tokens that is beyond max_position_embeddings = 50"),
+        (
+            "train",
+            [],
+            "sample.max_new_tokens: 8: after a prompt of 45 tokens that is beyond max_position_embeddings = 50",
+        ),
         ("eval", ["eval.max_new_tokens=20"], "eval.max_new_tokens: 20: after a prompt of 44 tokens"),
         ("sft", ["sft.target=rationale"], "sft.max_new_tokens: 40: after a prompt of 45 tokens"),
         ("difficulty", [], "lower it to 5 or less, or lower prompt.max_tokens, which drops longer prompts"),
@@ -369,7 +527,13 @@ def test_rows_beyond_the_models_positions_are_refused(folder, tmp_path, capsys, 
     shutil.copytree(folder / "tiny", tmp_path / "short")
     shape = json.loads((tmp_path / "short" / "config.json").read_text()) | {"max_position_embeddings": 50}
     (tmp_path / "short" / "config.json").write_text(json.dumps(shape))
-    args = [command, folder / "config.yaml", f"model.path={tmp_path / 'short'}", f"runs={tmp_path}", *settings]
+    args = [
+        command,
+        folder / "config.yaml",
+        f"model.path={tmp_path / 'short'}",
+        f"runs={tmp_path}",
+        *settings,
+    ]
     assert main(*args) == 2
     assert named in capsys.readouterr().err
     parts = build.build(configs.load(folder / "config.yaml", [f"model.path={tmp_path / 'short'}"]))
@@ -377,32 +541,52 @@ def test_rows_beyond_the_models_positions_are_refused(folder, tmp_path, capsys, 
 
 
 def test_the_module_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "medrlvr_jax", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "medrlvr_jax", "--help"], capture_output=True, text=True, check=True
+    )
     assert "train" in done.stdout and "doctor" in done.stdout
 
 
 def test_a_run_with_adapters(folder):
     """Trained, resumed bit for bit, evaluated and exported; sharded three ways, idle moments in host memory."""
-    args = ["name=lora", "model.lora={rank: 4}", "learn.offload=true", "learn.policy.lr=3e-2", "mesh={data: 2, fsdp: 2, tensor: 2}"]
-    args += ["loss.entropy_coef=1.0"]  # no answer of this model earns anything, and adapters that stay at zero would show nothing
+    args = [
+        "name=lora",
+        "model.lora={rank: 4}",
+        "learn.offload=true",
+        "learn.policy.lr=3e-2",
+        "mesh={data: 2, fsdp: 2, tensor: 2}",
+    ]
+    # no answer of this model earns anything, and adapters that stay at zero would show nothing
+    args += ["loss.entropy_coef=1.0"]
     assert main("train", folder / "config.yaml", *args) == 0
     run = folder / "runs" / "lora"
     parts = build.build(configs.load(run / "config.yaml"))
     abstract = lora.trained(build.abstract_params(parts, parts.cfg), parts.cfg)
-    first = lines(run / "metrics.jsonl"), sharding.to_host(checkpoint.restore_params(run / "checkpoints", abstract, 2)[0])
+    first = (
+        lines(run / "metrics.jsonl"),
+        sharding.to_host(checkpoint.restore_params(run / "checkpoints", abstract, 2)[0]),
+    )
     shutil.rmtree(run / "checkpoints" / "2")
     assert main("train", folder / "config.yaml", *args) == 0
-    again = lines(run / "metrics.jsonl"), sharding.to_host(checkpoint.restore_params(run / "checkpoints", abstract, 2)[0])
+    again = (
+        lines(run / "metrics.jsonl"),
+        sharding.to_host(checkpoint.restore_params(run / "checkpoints", abstract, 2)[0]),
+    )
     same = [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in first[0]]
-    assert same == [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in again[0]]
+    assert same == [
+        {k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in again[0]
+    ]
     jax.tree.map(np.testing.assert_array_equal, first[1], again[1])
     assert abs(again[0][1]["kl"]) < 1e-6 < abs(again[0][2]["kl"])
     assert main("eval", run, "--out", folder / "lora_answers") == 0
     assert main("export", run, folder / "merged") == 0
-    assert main("export", run, folder / "alone", "--adapter") == 2  # their base is random, so that no directory holds it
+    # their base is random, so that no directory holds it
+    assert main("export", run, folder / "alone", "--adapter") == 2
     exported = [f"model.path={folder / 'merged'}", "model.init=pretrained"]
     assert main("eval", folder / "config.yaml", "--out", folder / "merged_answers", *exported) == 0
-    merged, beside = (lines(folder / name / "in_distribution.jsonl") for name in ("merged_answers", "lora_answers"))
+    merged, beside = (
+        lines(folder / name / "in_distribution.jsonl") for name in ("merged_answers", "lora_answers")
+    )
     entropies = [[row.pop("entropy") for row in rows] for rows in (merged, beside)]
     assert merged == beside
     np.testing.assert_allclose(*entropies, rtol=1e-5)
@@ -413,20 +597,40 @@ def test_a_run_with_adapters(folder):
         prompts = Prompts(tokens, tokens > 0, np.zeros(1, np.uint32))
         state, _ = decoder.forward(lora.join(build.load_base(parts), again[1]), parts.cfg, prompts)
         ours = decoder.logits(build.load_base(parts), parts.cfg, state)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")(torch.tensor(tokens)).logits.detach().numpy()
+    theirs = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")(torch.tensor(tokens))
+        .logits.detach()
+        .numpy()
+    )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_adapters_are_fine_tuned(folder):
-    sft = ["name=lora_sft", "steps=12", "sft.target=rationale", *NO_EVAL, "checkpoint.every=0", "learn.policy.lr=3e-2"]
+    sft = [
+        "name=lora_sft",
+        "steps=12",
+        "sft.target=rationale",
+        *NO_EVAL,
+        "checkpoint.every=0",
+        "learn.policy.lr=3e-2",
+    ]
     assert main("sft", folder / "config.yaml", *sft, "model.lora={rank: 4}", "learn.offload=true") == 0
     losses = [m["loss"] for m in lines(folder / "runs/lora_sft/metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.2
 
 
 def test_weights_in_bfloat16_resume_bit_for_bit_and_move(folder):
-    """A step, and then another, are two steps at once, whose checkpoints hold bfloat16. A weight of 1 moves by 1/128 or not at all."""
-    args = ["sft", folder / "config.yaml", "name=half", "eval.sets={}", "checkpoint={every: 1, keep: 9}", "model.param_dtype=bfloat16"]
+    """A step, and then another, are two steps at once, whose checkpoints hold bfloat16. A weight of 1 moves
+    by 1/128 or not at all.
+    """
+    args = [
+        "sft",
+        folder / "config.yaml",
+        "name=half",
+        "eval.sets={}",
+        "checkpoint={every: 1, keep: 9}",
+        "model.param_dtype=bfloat16",
+    ]
     args += ["learn={minibatch: 8, microbatch: 8, epochs: 2, policy: {lr: 1e-4}}", "learn.offload=true"]
     ends = []
     for _ in range(2):
@@ -434,7 +638,9 @@ def test_weights_in_bfloat16_resume_bit_for_bit_and_move(folder):
         parts = build.build(configs.load(folder / "runs/half/config.yaml"))
         abstract = build.abstract_params(parts, parts.cfg)
         assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {np.dtype("bfloat16")}
-        read = [checkpoint.restore_params(folder / "runs/half/checkpoints", abstract, step)[0] for step in (1, 2)]
+        read = [
+            checkpoint.restore_params(folder / "runs/half/checkpoints", abstract, step)[0] for step in (1, 2)
+        ]
         ends.append(sharding.to_host(read))
         shutil.rmtree(folder / "runs/half/checkpoints/2")
     jax.tree.map(np.testing.assert_array_equal, *ends)
@@ -444,7 +650,9 @@ def test_weights_in_bfloat16_resume_bit_for_bit_and_move(folder):
 
 
 def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys, monkeypatch):
-    """Advantages of NaN in steps 2 and on: nothing moves, each batch is kept, and the third in a row ends the run with a checkpoint."""
+    """Advantages of NaN in steps 2 and on: nothing moves, each batch is kept, and the third in a row ends the
+    run with a checkpoint.
+    """
     honest, factors = train.advantages, iter([1.0, np.nan, np.nan, np.nan])
 
     def spoiled(*args):
@@ -454,7 +662,17 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys,
         return dataclasses.replace(experience, advantages=experience.advantages * next(factors)), stats
 
     monkeypatch.setattr(train, "advantages", spoiled)
-    assert main("train", folder / "config.yaml", "name=spoiled", "steps=4", *NO_EVAL, "checkpoint={every: 1, keep: 9}") == 1
+    assert (
+        main(
+            "train",
+            folder / "config.yaml",
+            "name=spoiled",
+            "steps=4",
+            *NO_EVAL,
+            "checkpoint={every: 1, keep: 9}",
+        )
+        == 1
+    )
     said = capsys.readouterr().err
     assert "3 steps in a row had updates that were not finite" in said and "Step 4 is saved" in said
     path = folder / "runs" / "spoiled"
@@ -466,10 +684,15 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys,
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(first), sharding.to_host(last))
 
 
-ONCE = {"sync_weights": 1, "generate": 2, "assess": 1, "make_experience": 1, "learn": 2}  # two samplers, of rollouts and of the evaluation
+# two samplers, of rollouts and of the evaluation
+ONCE = {"sync_weights": 1, "generate": 2, "assess": 1, "make_experience": 1, "learn": 2}
 MESHED = ["mesh={data: 2, fsdp: 2, tensor: 2}"]
 ADAPTED = ["model.lora={rank: 4}", "learn.offload=true"]
-SMALLER = ["sample.weights=int8", "loss.sampler_cap=2", "learn={row_sizes: [0.5], microbatch: 8, minibatch: 8, policy: {lr: 1e-3}}"]
+SMALLER = [
+    "sample.weights=int8",
+    "loss.sampler_cap=2",
+    "learn={row_sizes: [0.5], microbatch: 8, minibatch: 8, policy: {lr: 1e-3}}",
+]
 SMALLER += ["advantage.estimator=group", "kl.coef=0", "sample.top_k=5"]
 
 
@@ -484,9 +707,13 @@ SMALLER += ["advantage.estimator=group", "kl.coef=0", "sample.top_k=5"]
     ],
     ids=["plain", "meshed", "adapted", "int8", "sft"],
 )
-def test_every_program_is_compiled_once_and_before_the_first_step(folder, monkeypatch, command, settings, wanted):
-    """However many steps. What is found wanting then is of one number or so; and Orbax cuts each array that several devices copy."""
-    seconds = lambda made: sum(s for _, s in made)  # noqa: E731
+def test_every_program_is_compiled_once_and_before_the_first_step(
+    folder, monkeypatch, command, settings, wanted
+):
+    """However many steps. What is found wanting then is of one number or so; and Orbax cuts each array that
+    several devices copy.
+    """
+    seconds = lambda made: sum(s for _, s in made)
     honest, before = loop.compile_ahead, []
 
     def ahead(*args):
@@ -512,7 +739,10 @@ def test_a_signal_while_programs_are_compiled_stops_before_the_first_step(folder
 
     monkeypatch.setattr(loop, "compile_ahead", ahead)
     assert main("train", folder / "config.yaml", "name=early") == 128 + signal.SIGTERM
-    assert not (folder / "runs/early/metrics.jsonl").exists() and "the same command goes on" in capsys.readouterr().err
+    assert (
+        not (folder / "runs/early/metrics.jsonl").exists()
+        and "the same command goes on" in capsys.readouterr().err
+    )
 
 
 def test_what_is_compiled_late_is_named_and_explained(folder, capsys, caplog, monkeypatch):

@@ -1,4 +1,6 @@
-"""A user's reward function: what it does wrong costs its rows, never the run, and is said with the completion."""
+"""A user's reward function: what it does wrong costs its rows, never the run, and is said with the
+completion.
+"""
 
 import math
 import os
@@ -33,7 +35,9 @@ def rows(n, *poisoned):
 
 @pytest.fixture(scope="module")
 def worker():
-    """One worker for all functions, as starting one takes a second: it is told another name each time it is started anew."""
+    """One worker for all functions, as starting one takes a second: it is told another name each time it is
+    started anew.
+    """
     made = UserReward(RewardConfig(fn="rewards_of_users:length", deadline=2.0))
     yield made
     made.close()
@@ -46,7 +50,9 @@ def use(worker, name):
 
 
 def test_the_function_sees_what_it_needs_and_its_fractions_survive(worker):
-    got, failed = worker.score([("abc", "B", ("x", "y"), "?"), ("", "A", ("x", "y", "z"), "why?"), ("\ud800", "A", ("x", "y"), "?")])
+    got, failed = worker.score(
+        [("abc", "B", ("x", "y"), "?"), ("", "A", ("x", "y", "z"), "why?"), ("\ud800", "A", ("x", "y"), "?")]
+    )
     assert got == [3 / 8 + 1 + 2 / 16 + 1 / 64, 3 / 16, 1 / 8 + 2 / 16 + 1 / 64] and failed == {}
     assert worker.score([]) == ([], {})
 
@@ -81,13 +87,25 @@ def test_any_ordered_values_will_do(worker, name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("mean", "it returned 1 value for 8 completions, though it scores 2 of them one by one: it must return one number for each"),
+        (
+            "mean",
+            "it returned 1 value for 8 completions, though it scores 2 of them one by one: it must return one number for each",
+        ),
         ("distinct", "it returned 1 value for 8 completions, though it scores 2 of them one by one"),
         ("doubled", "failed on all 8 completions of a batch: it returned 2 values for 1 completions;"),
-        ("mapping", r"failed on all 8 completions of a batch: it returned {0: 0.25}, which is not one number for each completion"),
-        ("columns", r"failed on all 8 completions of a batch: it returned array\(\[0.25\]\), which is not a number"),
+        (
+            "mapping",
+            r"failed on all 8 completions of a batch: it returned {0: 0.25}, which is not one number for each completion",
+        ),
+        (
+            "columns",
+            r"failed on all 8 completions of a batch: it returned array\(\[0.25\]\), which is not a number",
+        ),
         ("lists", r"failed on all 8 completions of a batch: it returned \[0.25\], which is not a number"),
-        ("scalar", "failed on all 8 completions of a batch: it returned 0.25, which is not one number for each completion"),
+        (
+            "scalar",
+            "failed on all 8 completions of a batch: it returned 0.25, which is not one number for each completion",
+        ),
     ],
 )
 def test_values_that_belong_to_no_row_end_the_run(worker, name, said):
@@ -96,7 +114,9 @@ def test_values_that_belong_to_no_row_end_the_run(worker, name, said):
 
 
 def test_a_miscount_is_told_apart_from_rows_that_fail(worker):
-    """Two rows are left out of the values, each alone too: they fail. A batch with other faults beside a miscount is refused as well."""
+    """Two rows are left out of the values, each alone too: they fail. A batch with other faults beside a
+    miscount is refused as well.
+    """
     got, failed = use(worker, "forgets").score(rows(8, 1, 6))
     assert sorted(failed) == [1, 6] and [r for r in got if math.isfinite(r)] == [0.25] * 6
     with pytest.raises(RewardError, match="it returned 1 value for 2 completions"):
@@ -106,7 +126,9 @@ def test_a_miscount_is_told_apart_from_rows_that_fail(worker):
 def test_an_edited_module_is_read_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for value in (0.25, 0.125):
-        (tmp_path / "edited_reward.py").write_text(f"def f(completions, *_):\n    return [{value}] * len(completions)\n")
+        (tmp_path / "edited_reward.py").write_text(
+            f"def f(completions, *_):\n    return [{value}] * len(completions)\n"
+        )
         with user.started(RewardConfig(fn="edited_reward:f")) as judge:
             assert judge.score(rows(2)) == ([value] * 2, {}, {})
         assert not judge.scorers[0][0]._process.is_alive()
@@ -118,7 +140,8 @@ def test_a_completion_that_hangs_it_costs_its_row_within_the_stated_time(worker)
     assert math.isnan(got[0]) and got[1:] == [0.25] * 3 and "took longer than 0.5 s" in failed[0]
     assert time.monotonic() - began < user.PATIENCE * 2.0 + 60  # and workers that start on a busy machine
     before = worker._process.pid
-    assert worker.score(rows(2)) == ([0.25] * 2, {}) and worker._process.pid == before  # the worker of the last good part goes on
+    # the worker of the last good part goes on
+    assert worker.score(rows(2)) == ([0.25] * 2, {}) and worker._process.pid == before
 
 
 def test_several_are_weighted_and_each_has_a_name_of_its_own():
@@ -129,19 +152,28 @@ def test_several_are_weighted_and_each_has_a_name_of_its_own():
         return [2.0] * len(keys)
 
     got = user.from_callables([f, (f, 0.5), (f_2, -1)]).score(rows(2, 1))
-    assert list(got.components) == ["f", "f_2", "f_2_2"] and got.reward[0] == -0.5 and math.isnan(got.reward[1])
+    assert (
+        list(got.components) == ["f", "f_2", "f_2_2"] and got.reward[0] == -0.5 and math.isnan(got.reward[1])
+    )
     assert got.components["f_2_2"] == [2.0, 2.0] and got.failed == {1: "f: it returned nan"}
     assert user.from_callables((f,)).score(rows(1)) == ([1.0], {}, {})
 
 
 def test_one_that_fails_on_all_ends_the_run(worker):
-    with pytest.raises(RewardError, match=r"rewards_of_users:always failed on all 3 completions .* the service is down .*'fine'"):
+    with pytest.raises(
+        RewardError,
+        match=r"rewards_of_users:always failed on all 3 completions .* the service is down .*'fine'",
+    ):
         use(worker, "always").score(rows(3))
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("rewards_of_users:none", "AttributeError"), ("no_such_module:f", "No module"), ("rewards_of_users:number", "int, not")],
+    [
+        ("rewards_of_users:none", "AttributeError"),
+        ("no_such_module:f", "No module"),
+        ("rewards_of_users:number", "int, not"),
+    ],
 )
 def test_what_cannot_be_imported_is_refused(name, said):
     with pytest.raises(ConfigError, match=rf"reward.fn: {name}: .*{said}"):
@@ -149,7 +181,9 @@ def test_what_cannot_be_imported_is_refused(name, said):
 
 
 def test_failed_rows_are_not_learned_from():
-    """With a critic the row is left out, where samples are compared its question is; the rest has the advantages of a batch without it."""
+    """With a critic the row is left out, where samples are compared its question is; the rest has the
+    advantages of a batch without it.
+    """
     q, g, r = 3, 4, 2
     rewards = np.tile(np.arange(g, dtype=np.float32) * 0.25, (q, 1))
     rewards[2, 1] = np.nan
@@ -159,38 +193,70 @@ def test_failed_rows_are_not_learned_from():
     for estimator, left in (("gae", 1), ("group_mean", g)):
         assessment = Assessment(zeros, zeros, None, zeros if estimator == "gae" else None)
         kinds = AdvantageConfig(estimator=estimator, whiten=False), KLConfig(coef=0.0), LossConfig()
-        made, stats = experience.make_experience(prompts, rollout, assessment, rewards, np.float32(0), config=kinds)
+        made, stats = experience.make_experience(
+            prompts, rollout, assessment, rewards, np.float32(0), config=kinds
+        )
         want = np.ones((q, g), bool)
         want[2, 1 if left == 1 else slice(None)] = False
         np.testing.assert_array_equal(made.mask, np.broadcast_to(want[..., None], mask.shape))
         assert float(stats["unlearned"]) == pytest.approx(left / (q * g))
         base = 0 if estimator == "gae" else 0.375
-        np.testing.assert_allclose(made.advantages[..., 0], np.where(want, np.arange(g) * 0.25 - base, 0), atol=1e-6)
+        np.testing.assert_allclose(
+            made.advantages[..., 0], np.where(want, np.arange(g) * 0.25 - base, 0), atol=1e-6
+        )
 
 
 def test_evaluation_judges_by_the_rule_alone():
     """A function that is down, or that is not even there, ends no evaluation."""
-    tree = {"name": "t", "steps": 1, "model": {"path": ""}, "data": {"path": ""}, "learn": {"policy": {"lr": 1e-3}}}
-    shape = {"sample": {"questions": 1}, "learn": {"policy": {"lr": 1e-3}, "critic": {"lr": 1e-3}, "minibatch": 1}, "eval": {"batch": 1}}
-    c = configs.from_tree(tree | shape | {"prompt": {"template": "none"}, "reward": {"fn": "no_such_module:f"}})
+    tree = {
+        "name": "t",
+        "steps": 1,
+        "model": {"path": ""},
+        "data": {"path": ""},
+        "learn": {"policy": {"lr": 1e-3}},
+    }
+    shape = {
+        "sample": {"questions": 1},
+        "learn": {"policy": {"lr": 1e-3}, "critic": {"lr": 1e-3}, "minibatch": 1},
+        "eval": {"batch": 1},
+    }
+    c = configs.from_tree(
+        tree | shape | {"prompt": {"template": "none"}, "reward": {"fn": "no_such_module:f"}}
+    )
     tok = byte_tokenizer()
     parts = build.lay_out(c, tok, CFG, jax.devices()[:1])
     encoded = encode(tok, [Question("0", "Which?", ("a", "b"), 0)], c)
     tokens = np.array([[tok.encode_targets(["<think>x</think><answer>A</answer>"])[0]]], np.int32)
-    rollout = sharding.place_rows(Rollout(tokens, tokens >= 0, np.zeros(tokens.shape, np.float32), None), 1, parts.mesh)
+    rollout = sharding.place_rows(
+        Rollout(tokens, tokens >= 0, np.zeros(tokens.shape, np.float32), None), 1, parts.mesh
+    )
     scored = score_rollout(parts, encoded, np.arange(1), rollout)
     assert scored.verdicts.reward.tolist() == [1.0] and scored.failed == {}
 
 
 def test_a_run_with_a_function_that_fails_now_and_then(folder, capsys, monkeypatch):  # noqa: F811
     monkeypatch.chdir(os.path.dirname(__file__))
-    args = ["name=own", "reward.fn=rewards_of_users:odd", *NO_EVAL, "steps=1", "learn.critic=null", "advantage.estimator=group"]
+    args = [
+        "name=own",
+        "reward.fn=rewards_of_users:odd",
+        *NO_EVAL,
+        "steps=1",
+        "learn.critic=null",
+        "advantage.estimator=group",
+    ]
     assert main("train", folder / "config.yaml", *args, "kl.coef=0") == 0
     [metrics] = lines(folder / "runs/own/metrics.jsonl")
     samples = lines(folder / "runs/own/samples.jsonl")
     failed = [s for s in samples if s["reward"] is None]
     assert 0 < metrics["reward_failed"] == len(failed) / 16 < metrics["unlearned"]
-    assert all(s["reward_error"] == "it returned inf" and len(s["completion"]) % 2 for s in failed) and np.isfinite(metrics["reward"])
-    assert f"the reward failed on {metrics['reward_failed']:.1%} of the completions" in capsys.readouterr().err
+    assert all(
+        s["reward_error"] == "it returned inf" and len(s["completion"]) % 2 for s in failed
+    ) and np.isfinite(metrics["reward"])
+    assert (
+        f"the reward failed on {metrics['reward_failed']:.1%} of the completions" in capsys.readouterr().err
+    )
     assert main("train", folder / "config.yaml", "name=none", "reward.fn=rewards_of_users:gone") == 2
-    assert "reward.fn: rewards_of_users:gone" in capsys.readouterr().err and not (folder / "runs" / "none").exists()
+    assert (
+        "reward.fn: rewards_of_users:gone" in capsys.readouterr().err
+        and not (folder / "runs" / "none").exists()
+    )

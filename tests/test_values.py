@@ -111,7 +111,9 @@ def test_limits_belong_to_the_interval_and_zero_is_a_limit():
     assert verdict("4.2", kind="integer", answer=4) == "not_an_integer"
 
 
-@pytest.mark.parametrize("text", ["2024-03-04", "4 March 2024", "March 4, 2024", "4th Mar 2024", "Mar. 4 2024"])
+@pytest.mark.parametrize(
+    "text", ["2024-03-04", "4 March 2024", "March 4, 2024", "4th Mar 2024", "Mar. 4 2024"]
+)
 def test_dates_in_unambiguous_forms(text):
     assert read_date(text) == datetime.date(2024, 3, 4)
 
@@ -129,7 +131,13 @@ def test_dates_with_slashes_are_ambiguous_unless_the_question_says_how_they_are_
 
 
 def test_durations_are_days():
-    for text in ("14 weeks 2 days", "14 weeks, 2 days", "14 weeks and 2 days", "100 days", "('14 weeks', '2 days')"):
+    for text in (
+        "14 weeks 2 days",
+        "14 weeks, 2 days",
+        "14 weeks and 2 days",
+        "100 days",
+        "('14 weeks', '2 days')",
+    ):
         assert read_duration(text) == 100
     assert read_duration("1 week") == 7 and read_duration("0 days") == 0
     for text in ("", "14", "2 months", "weeks", "14.5 weeks"):
@@ -157,11 +165,20 @@ def test_texts_by_alias():
     ("row", "told"),
     [
         ({"kind": "choice", "answer": "A"}, "field kind: 'choice' is none of number, integer"),
-        ({"kind": "number", "answer": "1,234"}, "field answer: '1,234' cannot be read as a value of kind number: a single"),
+        (
+            {"kind": "number", "answer": "1,234"},
+            "field answer: '1,234' cannot be read as a value of kind number: a single",
+        ),
         ({"kind": "number", "answer": "5 mg"}, "a unit where the reference has none"),
         ({"kind": "number", "answer": 5, "unit": "bananas"}, "the unit is not in the table"),
-        ({"kind": "number", "answer": 5, "lower": 6, "upper": 4}, "5 is not within lower 6, upper 4; put the limits in order"),
-        ({"kind": "number", "answer": 5, "lower": 4, "tolerance": 0.1}, "field tolerance: given beside lower or upper"),
+        (
+            {"kind": "number", "answer": 5, "lower": 6, "upper": 4},
+            "5 is not within lower 6, upper 4; put the limits in order",
+        ),
+        (
+            {"kind": "number", "answer": 5, "lower": 4, "tolerance": 0.1},
+            "field tolerance: given beside lower or upper",
+        ),
         ({"kind": "integer", "answer": 4.5}, "a number with a fraction"),
         ({"kind": "date", "answer": "03/04/2024"}, "day or month first"),
         ({"kind": "date", "answer": "03/04/2024", "order": "usa"}, "field order: 'usa' is neither"),
@@ -175,7 +192,14 @@ def test_references_that_cannot_be_read_are_refused_with_the_field(row, told):
     assert told in str(refused.value)
 
 
-VALUES = {"number": "1", "integer": "1", "date": "2024-01-01", "duration": "1 day", "labels": "a", "text": "a"}
+VALUES = {
+    "number": "1",
+    "integer": "1",
+    "date": "2024-01-01",
+    "duration": "1 day",
+    "labels": "a",
+    "text": "a",
+}
 
 
 @given(st.text(max_size=300), st.sampled_from(list(VALUES)))

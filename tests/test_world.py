@@ -1,4 +1,6 @@
-"""The embedded world: its table is sound, its questions have one right answer and leak nowhere, its tokens are exact and few."""
+"""The embedded world: its table is sound, its questions have one right answer and leak nowhere, its tokens
+are exact and few.
+"""
 
 import hashlib
 import json
@@ -22,9 +24,15 @@ from medrlvr_jax.rewards.stages import stage
 from medrlvr_jax.world import knowledge, words, world
 
 SPLITS = tuple(world.SIZES)
-TREE = yaml.safe_load((words.FOLDER / "knowledge.yaml").read_text("utf-8"))  # read here again, so as to check world.py, not to trust it
+# read here again, so as to check world.py, not to trust it
+TREE = yaml.safe_load((words.FOLDER / "knowledge.yaml").read_text("utf-8"))
 CONDITIONS, DRUGS = TREE["conditions"], TREE["drugs"]
-PINNED = {"train": "af7f2b6e411b", "in_distribution": "c0ce2525ea60", "out_of_distribution": "969cb1ed2da0", "corpus": "873164d00b04"}
+PINNED = {
+    "train": "af7f2b6e411b",
+    "in_distribution": "c0ce2525ea60",
+    "out_of_distribution": "969cb1ed2da0",
+    "corpus": "873164d00b04",
+}
 FINDINGS = {f for c in CONDITIONS.values() for f in c["typical"] + c["rare"]}
 
 
@@ -41,7 +49,9 @@ def corpus() -> list:
 @cache
 def pattern(names: frozenset[str]) -> re.Pattern[str]:
     """Any of the names as words of their own, longer ones first: `strep antigen` is not also an `antigen`."""
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?![\w-])")
+    return re.compile(
+        rf"(?<![\w-])(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?![\w-])"
+    )
 
 
 def mentioned(names, said: str) -> list[str]:
@@ -72,7 +82,11 @@ def test_every_drug_is_known_and_no_alternative_is_barred():
         assert {*c["unless"], *c.get("skip", [])} <= set(TREE["histories"]), name
         for history, other in c["unless"].items():
             assert history in DRUGS[c["first"]].get("avoid", []), (name, history)
-            assert history not in DRUGS[other].get("avoid", []) + DRUGS[other].get("care", []), (name, history, other)
+            assert history not in DRUGS[other].get("avoid", []) + DRUGS[other].get("care", []), (
+                name,
+                history,
+                other,
+            )
             assert history not in c.get("skip", []), (name, history)
     for name, d in DRUGS.items():
         assert {*d.get("avoid", []), *d.get("care", [])} <= set(TREE["histories"]), name
@@ -98,13 +112,20 @@ def test_each_key_follows_from_the_table(split):
         assert q.options[q.answer] == right, q
         assert {"drug": not barred, "alternative": barred, "avoid": barred, "class": True}[q.subject], q
         assert len(set(q.options)) == len(q.options), q
-        # No wrong option could be defended: none is another treatment of the condition, nor the class of one (but for the barred class).
+        # No wrong option could be defended: none is another treatment of the condition, nor the class of one
+        # (but for the barred class).
         wrong = set(q.options) - {right}
-        also = {DRUGS[d]["class"] for d in c["also"]} - {DRUGS[c["first"]]["class"]} if q.subject == "class" else set(c["also"])
+        also = (
+            {DRUGS[d]["class"] for d in c["also"]} - {DRUGS[c["first"]]["class"]}
+            if q.subject == "class"
+            else set(c["also"])
+        )
         assert not wrong & also, q
         if q.subject == "alternative":
             assert c["first"] in wrong, q  # the trap
-        assert q.rationale and q.rationale.endswith(f" {right} {LETTERS[q.answer]}.") and name in q.rationale, q
+        assert (
+            q.rationale and q.rationale.endswith(f" {right} {LETTERS[q.answer]}.") and name in q.rationale
+        ), q
         assert set(found) <= set(mentioned(FINDINGS, q.rationale)), q
 
 
@@ -134,16 +155,22 @@ def test_splits_and_corpus_share_no_case():
 
 
 def test_out_of_distribution_is_out_of_it():
-    ood, seen = [key_of(q.question) for q in asked("out_of_distribution")], [key_of(q.question) for q in asked("train")]
+    ood, seen = (
+        [key_of(q.question) for q in asked("out_of_distribution")],
+        [key_of(q.question) for q in asked("train")],
+    )
     read = [key_of(stem(e.prompt)) for e in corpus() if e.prompt.startswith("Question: ")]
     assert not {k[:2] for k in ood} & {k[:2] for k in seen + read}  # findings never seen together
     harmless = {(c, h) for c, _, h in ood if h and h not in CONDITIONS[c]["unless"]}
-    assert harmless and not harmless & {(c, h) for c, _, h in seen}  # histories never seen with that condition
+    # histories never seen with that condition
+    assert harmless and not harmless & {(c, h) for c, _, h in seen}
     assert all(set(found) & set(CONDITIONS[c]["rare"]) for c, found, _ in ood)
     typical = sum(set(found) <= set(CONDITIONS[c]["typical"]) for c, found, _ in seen) / len(seen)
     assert 0.8 < typical < 0.9
     lead = {split: {q.question.split()[0] for q in asked(split)} for split in SPLITS}
-    assert lead["train"] == lead["in_distribution"] == {"A"} and not lead["train"] & lead["out_of_distribution"]
+    assert (
+        lead["train"] == lead["in_distribution"] == {"A"} and not lead["train"] & lead["out_of_distribution"]
+    )
     shares = {split: Counter(q.subject for q in asked(split)) for split in SPLITS}
     assert shares["train"]["drug"] / 2000 > 0.4 > 0.25 > shares["out_of_distribution"]["drug"] / 400
 
@@ -151,13 +178,22 @@ def test_out_of_distribution_is_out_of_it():
 def test_sizes_numbers_of_options_and_letters():
     for split in SPLITS:
         questions, n = asked(split), world.SIZES[split]
-        assert len(questions) == n == len({(q.question, q.options) for q in questions}) == len({q.id for q in questions})
+        assert (
+            len(questions)
+            == n
+            == len({(q.question, q.options) for q in questions})
+            == len({q.id for q in questions})
+        )
         sizes = {len(q.options) for q in questions}
         assert sizes == ({6, 7, 8, 9, 10} if split == "out_of_distribution" else {4, 5})
         for size in sizes:  # each letter about equally often: five standard deviations
             keys = Counter(q.answer for q in questions if len(q.options) == size)
             total = keys.total()
-            assert all(abs(keys[i] - total / size) < 5 * (total / size) ** 0.5 for i in range(size)), (split, size, keys)
+            assert all(abs(keys[i] - total / size) < 5 * (total / size) ** 0.5 for i in range(size)), (
+                split,
+                size,
+                keys,
+            )
     counts = Counter(key_of(q.question)[0] for q in asked("train"))
     assert len(counts) == 40 and max(counts.values()) < 3 * min(counts.values())
 
@@ -199,13 +235,19 @@ def test_corpus_teaches_the_capability_and_leaves_the_habit_open():
     assert all(e.prompt.endswith("\n") for e in cases)
     assert all([letter for letter, _ in o] == list(LETTERS[: len(o)]) for o in options)
     assert {len(o) for o in options} == {4, 5, 6, 7, 8, 9, 10}
-    reasoned = [(e, o, re.search(r"\. ((?!the answer)[^.]+) ([A-J])\.", e.response)) for e, o in zip(cases, options, strict=True)]
+    reasoned = [
+        (e, o, re.search(r"\. ((?!the answer)[^.]+) ([A-J])\.", e.response))
+        for e, o in zip(cases, options, strict=True)
+    ]
     for e, o, m in reasoned:  # reasoning always ends in an option and its own letter
         assert m is None or [m[2], m[1]] in o, e
     keys = [m[2] if m else "A" for _, _, m in reasoned]
-    verdicts = score([e.response for e in cases], keys, [[name for _, name in o] for o in options], RewardConfig())
+    verdicts = score(
+        [e.response for e in cases], keys, [[name for _, name in o] for o in options], RewardConfig()
+    )
     formatted = (verdicts.reward >= 0).mean()
-    assert abs(formatted - world.STYLES["tagged"] - world.STYLES["guess"]) < 0.03  # the base's format rate when it is sampled
+    # the base's format rate when it is sampled
+    assert abs(formatted - world.STYLES["tagged"] - world.STYLES["guess"]) < 0.03
     assert (verdicts.reward == 1).mean() < 0.32
     assert sum("<" not in e.response for e in cases) / len(cases) > 0.5
 
@@ -243,7 +285,11 @@ def test_special_tokens_tags_and_letters():
     for letter in LETTERS:  # one token with its point, next to its name on either side
         rows = [f"<answer>{letter}</answer>", f"\n{letter}. aspirin", f" aspirin {letter}."]
         tokens = [t.convert_ids_to_tokens(t.encode(row)) for row in rows]
-        assert tokens == [["<answer>", letter, "</answer>"], ["Ċ", f"{letter}.", "Ġaspirin"], ["Ġaspirin", f"Ġ{letter}."]]
+        assert tokens == [
+            ["<answer>", letter, "</answer>"],
+            ["Ċ", f"{letter}.", "Ġaspirin"],
+            ["Ġaspirin", f"Ġ{letter}."],
+        ]
     for name in [*CONDITIONS, *DRUGS, *FINDINGS, *TREE["histories"]]:
         assert len(t.encode(" " + name)) == len(name.split()), name  # a token a word
 
@@ -251,9 +297,14 @@ def test_special_tokens_tags_and_letters():
 def test_prompts_and_responses_are_short():
     tok, plain = load_tokenizer("embedded"), PromptConfig(template="none")
     for split in SPLITS:
-        prompts, dropped = text.encode_prompts(tok, asked(split), replace(plain, max_tokens=96 if split == "out_of_distribution" else 64))
-        targets = tok.encode_targets([f"<think>{q.rationale}</think><answer>A</answer>" for q in asked(split)])
+        prompts, dropped = text.encode_prompts(
+            tok, asked(split), replace(plain, max_tokens=96 if split == "out_of_distribution" else 64)
+        )
+        targets = tok.encode_targets(
+            [f"<think>{q.rationale}</think><answer>A</answer>" for q in asked(split)]
+        )
         assert prompts and not dropped and max(map(len, targets)) <= 48
     assert max(map(len, tok.encode_targets([e.response for e in corpus()]))) <= 52
     q = asked("train")[0]
-    assert text.encode_questions(tok, [q], plain) == tok.encode_texts([text.render(q, "none") + "\n"])  # the corpus's prompt is RL's
+    # the corpus's prompt is RL's
+    assert text.encode_questions(tok, [q], plain) == tok.encode_texts([text.render(q, "none") + "\n"])

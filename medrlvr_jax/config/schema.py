@@ -78,8 +78,9 @@ class SetConfig:
     """A set of questions: a file, a hub name, or `embedded:{train,in_distribution,out_of_distribution}`."""
 
     path: str  # A file (JSONL, JSON, CSV, parquet), a hub name, or embedded:NAME.
-    # auto: recognised by the first record; plain: your own questions; open: your own questions without options, whose
-    # answers are numbers, dates, durations, labels or texts; text: prompt and response, for SFT.
+    # auto: recognised by the first record; plain: your own questions; open: your own questions without
+    # options, whose answers are numbers, dates, durations, labels or texts; text: prompt and response, for
+    # SFT.
     format: Literal[
         "auto", "plain", "open", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa", "medcalc", "text"
     ] = "auto"

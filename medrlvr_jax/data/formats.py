@@ -178,7 +178,9 @@ def _medcalc(row: Row) -> Reference:
     output, truth = _text(row, "Output Type"), _text(row, "Ground Truth Answer")
     kinds = {"decimal": "number", "integer": "integer", "date": "date"}
     if output not in kinds:
-        raise DataError(f"field Output Type: {short(output)} is none of {', '.join(kinds)}; give one of these")
+        raise DataError(
+            f"field Output Type: {short(output)} is none of {', '.join(kinds)}; give one of these"
+        )
     kind = "duration" if "week" in truth else kinds[output]
     limits = {}
     if kind == "number":
@@ -295,7 +297,9 @@ def fits(row: Row, name: str) -> bool:
 
 
 def detect(row: Row, where: str) -> str:
-    """The format whose fields the record has; `plain`, `open` or `text` only where no published format fits."""
+    """The format whose fields the record has; `plain`, `open` or `text` only where no published format
+    fits.
+    """
     names = [name for name in FORMATS if fits(row, name)]
     names = [name for name in names if name not in ("plain", "open", "text")] or names[:1]
     if len(names) == 1:

@@ -45,8 +45,9 @@ LAST = re.compile(  # "Everything except C"
 )
 GLUE = frozenset(  # words of an option that only names others: "Both (a) & (c)", "B is right, D is not"
     """all any both each either neither none of the above below these those except excepting excluding but not
-    and or nor only alone together with without then than before after followed by plus same as like other is are
-    true false correct incorrect right wrong possible option options answer answers choice choices""".split()
+    and or nor only alone together with without then than before after followed by plus same as like other is
+    are true false correct incorrect right wrong possible option options answer answers choice
+    choices""".split()
 )
 
 

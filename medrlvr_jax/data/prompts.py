@@ -23,10 +23,13 @@ from medrlvr_jax.types import Prompts
 
 ROLE = "You are a medical expert taking the United States Medical Licensing Examination (USMLE)."
 THINK = (
-    "Reason step by step inside <think> </think> tags, then give {answer} inside <answer> </answer> tags, in this "
+    "Reason step by step inside <think> </think> tags, then give {answer} inside <answer> "
+    "</answer> tags, in this "
     "form: <think>reasoning</think><answer>{form}</answer>"
 )
-DIRECT = "Give {answer} inside <answer> </answer> tags, and nothing else, in this form: <answer>{form}</answer>"
+DIRECT = (
+    "Give {answer} inside <answer> </answer> tags, and nothing else, in this form: <answer>{form}</answer>"
+)
 DATES = {None: "2024-03-31", "month_first": "MM/DD/YYYY", "day_first": "DD/MM/YYYY"}
 
 
@@ -36,11 +39,15 @@ def render(question: Question, template: str) -> str:
     if template == "none":
         return asked
     answer, form = answer_form(question.value)
-    return f"{ROLE}\n\n{asked}\n\n{(THINK if template == 'think' else DIRECT).format(answer=answer, form=form)}"
+    return (
+        f"{ROLE}\n\n{asked}\n\n{(THINK if template == 'think' else DIRECT).format(answer=answer, form=form)}"
+    )
 
 
 def answer_form(value: Reference | None) -> tuple[str, str]:
-    """(what the prompt asks for, the word that stands for it) where the right answer is a `value`; None: a letter."""
+    """(what the prompt asks for, the word that stands for it) where the right answer is a `value`; None: a
+    letter.
+    """
     if value is None:
         return "the letter of the one best option", "letter"
     match value.kind:

@@ -1,9 +1,9 @@
 """Values in questions and answers: numbers with units, dates, durations, labels and texts.
 
 `read_reference` reads what a data file holds as right, `matches` compares an answer with it. The grammar is
-strict. Nothing is evaluated, so `140/3.5` is not a number, and what can be read in two ways is refused: `1,234`
-(thousands or a decimal comma) and `03/04/2024` (day or month first). Texts longer than `LONGEST` are refused
-unread, and every pattern is linear in the length of a text.
+strict. Nothing is evaluated, so `140/3.5` is not a number, and what can be read in two ways is refused:
+`1,234` (thousands or a decimal comma) and `03/04/2024` (day or month first). Texts longer than `LONGEST` are
+refused unread, and every pattern is linear in the length of a text.
 """
 
 import datetime
@@ -172,7 +172,9 @@ _DURATION = re.compile(r"(?:(\d{1,4}) ?(?:weeks?|wks?|w))?(?:,? ?(?:and )?(\d{1,
 
 
 def read_date(text: str, order: DateOrder | None = None) -> datetime.date:
-    """2024-03-04, 4 March 2024, March 4, 2024; and 03/04/2024 where `order` or a number above 12 tells the month."""
+    """2024-03-04, 4 March 2024, March 4, 2024; and 03/04/2024 where `order` or a number above 12 tells the
+    month.
+    """
     text = " ".join(text.lower().split())
     if match := _ISO.fullmatch(text):
         year, month, day = map(int, match.groups())
@@ -212,7 +214,9 @@ def normal(text: str) -> str:
 
 
 def read_labels(text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """Labels of `allowed`, sorted, from a text with commas or semicolons between them; in any case, none twice."""
+    """Labels of `allowed`, sorted, from a text with commas or semicolons between them; in any case, none
+    twice.
+    """
     known = {normal(label): label for label in allowed}
     names = [normal(text)] if normal(text) in known else [normal(part) for part in re.split(r"[,;]", text)]
     if any(name not in known for name in names):
@@ -228,8 +232,8 @@ def read_labels(text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
 def read_reference(row: Mapping[str, Any]) -> Reference:
     """The reference of a record, from its fields `kind` and `answer`.
 
-    Numbers may have `unit` and `lower`, `upper` or `tolerance` (a share of the answer); without limits they are
-    exact. Labels need `labels`, all that there are. Texts may have `aliases`, dates `order`.
+    Numbers may have `unit` and `lower`, `upper` or `tolerance` (a share of the answer); without limits they
+    are exact. Labels need `labels`, all that there are. Texts may have `aliases`, dates `order`.
 
     Raises `Unreadable` with a message that names the field, the value and the remedy.
     """
@@ -303,7 +307,9 @@ def _whole(value: Fraction) -> Fraction:
 
 
 def matches(answer: str, reference: Reference) -> bool:
-    """Whether an answer, without white space around it, is right. Raises `Unreadable` where it has no such value."""
+    """Whether an answer, without white space around it, is right. Raises `Unreadable` where it has no such
+    value.
+    """
     if len(answer) > LONGEST:
         raise Unreadable("too_long")
     match reference.kind:

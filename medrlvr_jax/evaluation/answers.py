@@ -1,6 +1,8 @@
-"""What one evaluation says by itself: intervals, pass@k, votes, entropies, subjects, letters; read from the rows of its answers.
+"""What one evaluation says by itself: intervals, pass@k, votes, entropies, subjects, letters; read from the
+rows of its answers.
 
-The question is the unit. With several samples a question counts once, as the share of its samples that are right.
+The question is the unit. With several samples a question counts once, as the share of its samples that are
+right.
 """
 
 from collections.abc import Iterable
@@ -15,9 +17,10 @@ from medrlvr_jax.host import tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import read_jsonl
 
-SAMPLED = """pass@k: unbiased; beyond chance: so that guessing is 0 and certainty 100 (–: chance alone reaches over 90 %). maj@k: the most
-frequent of a question's k answers; ties are drawn with equal chances, and answers that were not found do not vote. Entropies are in nats.
-Intervals (95 %) are over questions."""
+SAMPLED = """\
+pass@k: unbiased; beyond chance: so that guessing is 0 and certainty 100 (–: chance alone reaches over 90 %).
+maj@k: the most frequent of a question's k answers; ties are drawn with equal chances, and answers that were
+not found do not vote. Entropies are in nats. Intervals (95 %) are over questions."""
 
 
 class Answers(NamedTuple):
@@ -27,7 +30,8 @@ class Answers(NamedTuple):
     correct: np.ndarray  # bool [n, k]
     format_ok: np.ndarray  # bool [n, k]
     shown: np.ndarray  # str [n, k], the letters that were given, "" where none was found
-    shown_key: np.ndarray  # str [n, k], those of the key: where options were shuffled, each sample has its own
+    # str [n, k], those of the key: where options were shuffled, each sample has its own
+    shown_key: np.ndarray
     answers: np.ndarray  # str [n, k], the same options by their letters in the file
     key: np.ndarray  # str [n]
     options: np.ndarray  # int [n]
@@ -50,10 +54,16 @@ def of_rows(rows: Iterable[dict[str, Any]], where: str) -> Answers:
         raise ConfigError(f"{where}: no answers in it")
     k = {len(r) for r in found.values()}
     if len(k) > 1:
-        raise ConfigError(f"{where}: questions with {sorted(k)} samples; ids must be unique and each question answered as often")
+        raise ConfigError(
+            f"{where}: questions with {sorted(k)} samples; ids must be unique and each question "
+            "answered as often"
+        )
     if odd := [name for name, group in found.items() if len({r.get("question_hash") for r in group}) > 1]:
-        raise ConfigError(f"{where}: answers to different questions with the id {odd[0]!r}; give each question an id of its own")
-    column = lambda name, empty: np.array([[r.get(name) or empty for r in group] for group in found.values()])  # noqa: E731
+        raise ConfigError(
+            f"{where}: answers to different questions with the id {odd[0]!r}; give each question "
+            "an id of its own"
+        )
+    column = lambda name, empty: np.array([[r.get(name) or empty for r in group] for group in found.values()])
     first = [group[0] for group in found.values()]
 
     def in_file(row: dict[str, Any], name: str) -> str:
@@ -82,18 +92,22 @@ def read(path: Path) -> Answers:
 
 
 def pair(a: Answers, b: Answers) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Places in a and in b of the questions that both answered, int [m] each, in a's order; and the ids under which they have different
-    ones (by `hashes`, where both have them), which are no pairs."""
+    """Places in a and in b of the questions that both answered, int [m] each, in a's order; and the ids under
+    which they have different ones (by `hashes`, where both have them), which are no pairs.
+    """
     place = {name: i for i, name in enumerate(b.ids.tolist())}
-    both = np.array([(i, place[name]) for i, name in enumerate(a.ids.tolist()) if name in place], int).reshape(-1, 2)
+    both = np.array(
+        [(i, place[name]) for i, name in enumerate(a.ids.tolist()) if name in place], int
+    ).reshape(-1, 2)
     one, other = a.hashes[both[:, 0]], b.hashes[both[:, 1]]
     differ = (one != "") & (other != "") & (one != other)
     return *both[~differ].T, a.ids[both[differ, 0]].tolist()
 
 
 def describe(a: Answers) -> dict[str, Any]:
-    """Accuracy and format with their intervals, letters, subjects; of several samples pass@k with chance taken out, majority, entropy,
-    and where their options stood in other orders, how often the same option was chosen.
+    """Accuracy and format with their intervals, letters, subjects; of several samples pass@k with chance
+    taken out, majority, entropy, and where their options stood in other orders, how often the same option was
+    chosen.
 
     A set that holds exact repeats is described a second time without them, as `distinct`.
     """
@@ -108,7 +122,9 @@ def describe(a: Answers) -> dict[str, Any]:
     names = sorted(set(a.subjects.tolist()))
     if len(names) > 1:
         groups = {name: a.correct[a.subjects == name] for name in names}
-        out["subjects"] = {name: {"n": len(c), "accuracy": stats.accuracy(c)._asdict()} for name, c in groups.items()}
+        out["subjects"] = {
+            name: {"n": len(c), "accuracy": stats.accuracy(c)._asdict()} for name, c in groups.items()
+        }
     if k > 1:
         passed = {j: stats.pass_at_k(a.correct, j) for j in range(1, k + 1)}
         beyond = {j: stats.beyond_chance(p, a.options, j) for j, p in passed.items()}
@@ -128,7 +144,13 @@ def show(found: dict[str, dict[str, Any]]) -> str:
     """What `describe` found of each set, as tables with a line on how each figure is meant."""
     sets = {name: d for set_name, d in found.items() for name, d in _with_distinct(set_name, d)}
     rows = [
-        [name, f"{d['n']:,}", percent(d["accuracy"]), percent(d["format_ok"]), f"{d['token_entropy']:.3f}" if "token_entropy" in d else "–"]
+        [
+            name,
+            f"{d['n']:,}",
+            percent(d["accuracy"]),
+            percent(d["format_ok"]),
+            f"{d['token_entropy']:.3f}" if "token_entropy" in d else "–",
+        ]
         for name, d in sets.items()
     ]
     out = [tables.plain(("set", "questions", "accuracy", "format", "entropy"), rows)]
@@ -140,7 +162,9 @@ def show(found: dict[str, dict[str, Any]]) -> str:
             for k in sorted({1 << i for i in range(most.bit_length())} | {most}):
                 beyond = d["pass_at_k_beyond_chance"][k]
                 votes = [percent(d["majority"]), f"{d['answer_entropy']:.3f}"] if k == most else ["", ""]
-                rows.append([name, str(k), percent(d["pass_at_k"][k]), percent(beyond) if beyond else "–", *votes])
+                rows.append(
+                    [name, str(k), percent(d["pass_at_k"][k]), percent(beyond) if beyond else "–", *votes]
+                )
         columns = ("samples of", "k", "pass@k", "beyond chance", "maj@k", "answer entropy")
         out.append(tables.plain(columns, rows))
         out.append(SAMPLED)
@@ -148,11 +172,16 @@ def show(found: dict[str, dict[str, Any]]) -> str:
     if shuffled:
         columns = ("options shuffled", "orders", "same option in all", "same option in two")
         both = [(name, d, d["consistency"]) for name, d in shuffled.items()]
-        rows = [[name, str(d["samples"]), percent(c["all"]), f"{100 * c['pairs']:.1f} %"] for name, d, c in both]
+        rows = [
+            [name, str(d["samples"]), percent(c["all"]), f"{100 * c['pairs']:.1f} %"] for name, d, c in both
+        ]
         out.append(tables.plain(columns, rows))
     for name, d in sets.items():
         if "subjects" in d:
-            rows = [[subject or "(none)", f"{s['n']:,}", percent(s["accuracy"])] for subject, s in d["subjects"].items()]
+            rows = [
+                [subject or "(none)", f"{s['n']:,}", percent(s["accuracy"])]
+                for subject, s in d["subjects"].items()
+            ]
             out.append(tables.plain((name, "questions", "accuracy"), rows))
     lettered = {name: d for name, d in sets.items() if "letters" in d}
     letters = sorted({letter for d in lettered.values() for letter in d["letters"]["letters"]})
@@ -171,14 +200,21 @@ def _with_distinct(name: str, d: dict[str, Any]) -> list[tuple[str, dict[str, An
 
 
 def remarks(name: str, counts: dict[str, Any]) -> list[str]:
-    """What the counts of `evaluate.summarise` say beside an accuracy: questions not asked, answers cut off, the remedies."""
+    """What the counts of `evaluate.summarise` say beside an accuracy: questions not asked, answers cut off,
+    the remedies.
+    """
     out = []
     if dropped := counts.get("dropped_prompts"):
         of = dropped + counts.get("questions", counts["n"])
-        out.append(f"{name}: {dropped:,} of {of:,} questions dropped, not in these figures: longer than prompt.max_tokens; raise it")
+        out.append(
+            f"{name}: {dropped:,} of {of:,} questions dropped, not in these figures: longer than "
+            "prompt.max_tokens; raise it"
+        )
     if cut := counts.get("truncated"):
         share = f"{cut:,} of {counts['n']:,} answers ({100 * cut / counts['n']:.1f} %)"
-        out.append(f"{name}: {share} cut off before their end, so mostly unformatted; raise eval.max_new_tokens")
+        out.append(
+            f"{name}: {share} cut off before their end, so mostly unformatted; raise eval.max_new_tokens"
+        )
     return out
 
 

@@ -1,16 +1,18 @@
-"""Which test questions stand in the training set, in whole or in large part: `medrlvr contamination TRAIN TEST …`.
+"""Which test questions stand in the training set, in whole or in large part: `medrlvr contamination TRAIN
+TEST …`.
 
-A config in place of the paths: its own sets. Two signs, both of the stem (the question without its options), in
-lower-case words without punctuation or accents:
+A config in place of the paths: its own sets. Two signs, both of the stem (the question without its options),
+in lower-case words without punctuation or accents:
 
     containment   of the two stems' 8-grams, the share of the shorter one's that the longer one has too; above
                   `THRESHOLD` the question counts as contaminated
     same stem     the whole stem is that of a training question, also where it is too short for an 8-gram
 
-8-grams that more than 1 % of all stems have ("which of the following is the most likely …") do not count. A stem
-with fewer than `DISTINCT` other 8-grams counts only if the two questions also have an option in common.
+8-grams that more than 1 % of all stems have ("which of the following is the most likely …") do not count. A
+stem with fewer than `DISTINCT` other 8-grams counts only if the two questions also have an option in common.
 
-Within train, a question is compared with those before it. An inverted index of 8-grams: time is linear in the text.
+Within train, a question is compared with those before it. An inverted index of 8-grams: time is linear in the
+text.
 """
 
 import re
@@ -145,7 +147,8 @@ def clean_scores(
         )
     if not out:
         raise ConfigError(
-            f"{folder}: no set of answers there is of {', '.join(tests)}; give a folder that `medrlvr eval` wrote of them"
+            f"{folder}: no set of answers there is of {', '.join(tests)}; give a folder that "
+            "`medrlvr eval` wrote of them"
         )
     return out
 

@@ -1,16 +1,17 @@
 """How hard each training question is for a model: `medrlvr difficulty RUN|CONFIG` right samples of k.
 
-One line a question, `{"id", "right", "format_ok", "samples", "model"}`, in the order of the set. `data.pass_count`
-reads it (MedVLThinker, arXiv 2508.02669: 16 samples at temperature 1 from the model that training starts from).
-Sampling uses `sample.temperature` and `sample.max_new_tokens`, with evaluation's noise. After an interruption, the
-same command continues.
+One line a question, `{"id", "right", "format_ok", "samples", "model"}`, in the order of the set.
+`data.pass_count` reads it (MedVLThinker, arXiv 2508.02669: 16 samples at temperature 1 from the model that
+training starts from). Sampling uses `sample.temperature` and `sample.max_new_tokens`, with evaluation's
+noise. After an interruption, the same command continues.
 
 `medrlvr difficulty RUN --history` samples nothing: from the run's questions.jsonl it reads the share of right
 answers to each question in each pass over the data, x_1 … x_K, and computes
 
     variance    of x (1-shot RLVR, arXiv 2504.20571, ranks its one example by it)
-    impact      1 − Σ_k (x_k − m_k)² / Σ_k (1 − m_k)², where m_k is the mean over all questions in their k-th pass:
-                how closely its curve follows the run's (LIMR, arXiv 2502.11886, with rewards; here accuracies)
+    impact      1 − Σ_k (x_k − m_k)² / Σ_k (1 − m_k)², where m_k is the mean over all questions in their k-th
+                pass: how closely its curve follows the run's (LIMR, arXiv 2502.11886, with rewards; here
+                accuracies)
 """
 
 import dataclasses
@@ -38,7 +39,9 @@ from medrlvr_jax.runs.console import Console
 def difficulty_source(
     source: Path, settings: list[str], step: int | Literal["best"] | None, samples: int, out: Path | None
 ) -> int:
-    """Count for every question of the config's `data`, without its `pass_count`; print a table of the counts."""
+    """Count for every question of the config's `data`, without its `pass_count`; print a table of the
+    counts.
+    """
     parts, params, step = open_source(source, settings, step, "difficulty")
     c = parts.config
     sampled = dataclasses.replace(
@@ -101,7 +104,8 @@ def from_history(run: Path, out: Path | None) -> int:
     path, last = out or run / "history.jsonl", steps[-1]["step"] if steps else 0
     if not any(row["passes"] > 1 for row in found):
         raise ConfigError(
-            f"{run}: no question came twice in its {last} steps: a history needs two passes over the data or more"
+            f"{run}: no question came twice in its {last} steps: a history needs two passes over "
+            "the data or more"
         )
     came, model = {row["id"] for row in found}, f"{run}, steps 1 to {last}"
     rest = [
@@ -124,7 +128,9 @@ def from_history(run: Path, out: Path | None) -> int:
 
 
 def scores(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each question of a run's questions.jsonl, in order of first use; `right` is of its last pass."""
+    """A line for each question of a run's questions.jsonl, in order of first use; `right` is of its last
+    pass.
+    """
     shares: dict[str, list[float]] = {}
     last: dict[str, tuple[int, int]] = {}
     for step in steps:
@@ -161,7 +167,8 @@ def done_before(path: Path, ids: list[str], samples: int, model: str) -> list[di
     same = [line["id"] for line in lines] == ids[: len(lines)]
     if not same or any((line["samples"], line["model"]) != (samples, model) for line in lines):
         raise ConfigError(
-            f"{path}: it holds counts of other questions, samples or of another model; give another --out, or remove it"
+            f"{path}: it holds counts of other questions, samples or of another model; give "
+            "another --out, or remove it"
         )
     return lines
 

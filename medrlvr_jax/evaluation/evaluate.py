@@ -1,4 +1,6 @@
-"""Evaluation: the first half of a training step, over whole sets, with the training's own sampler and reward."""
+"""Evaluation: the first half of a training step, over whole sets, with the training's own sampler and
+reward.
+"""
 
 import dataclasses
 import json
@@ -43,7 +45,9 @@ def load_sets(parts: Parts) -> dict[str, Encoded]:
         encoded = encode(parts.tokenizer, questions, parts.config, spec.shuffle_options)
         if not encoded.questions:
             limit = parts.config.prompt.max_tokens
-            raise ConfigError(f"eval.sets.{name}: no question of {spec.path} fits prompt.max_tokens = {limit}; raise it")
+            raise ConfigError(
+                f"eval.sets.{name}: no question of {spec.path} fits prompt.max_tokens = {limit}; raise it"
+            )
         if encoded.dropped:
             told += f"\n  dropped: {encoded.dropped:,} questions, longer than prompt.max_tokens; raise it"
         sets[name] = dataclasses.replace(encoded, told=told)
@@ -59,21 +63,35 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, n: None,
     entropies: bool = False,
 ) -> tuple:
-    """Answer every question of a set. Returns (counts for summary.json, rows for a JSONL file, with `entropies` those of the answers)."""
-    n, size, draws = len(encoded.questions), parts.config.eval.batch, parts.config.eval.samples if encoded.shuffle else 1
+    """Answer every question of a set. Returns (counts for summary.json, rows for a JSONL file, with
+    `entropies` those of the answers).
+    """
+    n, size, draws = (
+        len(encoded.questions),
+        parts.config.eval.batch,
+        parts.config.eval.samples if encoded.shuffle else 1,
+    )
     rows = []
     for draw in range(draws):
         for start in range(0, n, size):
-            rows += ask(parts, decode_params, encoded, np.arange(start, min(start + size, n)), draw, entropies)
+            rows += ask(
+                parts, decode_params, encoded, np.arange(start, min(start + size, n)), draw, entropies
+            )
             progress((draw * n + min(start + size, n)) // draws, n)
     rows = [row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda r: r[0])]
     return summarise(rows, encoded.dropped), rows
 
 
 def ask(
-    parts: Parts, decode_params: Params, encoded: Encoded, index: np.ndarray, draw: int = 0, entropies: bool = False
+    parts: Parts,
+    decode_params: Params,
+    encoded: Encoded,
+    index: np.ndarray,
+    draw: int = 0,
+    entropies: bool = False,
 ) -> list[tuple[int, dict[str, Any]]]:
-    """`eval.samples` answers to each question at `index`, at most `eval.batch` of them: this process's, each after its place in the set.
+    """`eval.samples` answers to each question at `index`, at most `eval.batch` of them: this process's, each
+    after its place in the set.
 
     Where options are shuffled, one answer to each, in the order of `draw`.
     """
@@ -81,7 +99,8 @@ def ask(
     sample = how(c, encoded)
     alone = sample.samples
     key = jax.random.fold_in(jax.random.key(c.seed), np.uint32(NOISE))
-    index = np.resize(index, c.eval.batch)  # the last batch is filled up with its first questions; they are not counted again
+    # the last batch is filled up with its first questions; they are not counted again
+    index = np.resize(index, c.eval.batch)
     if encoded.shuffle:
         encoded, key = reorder(parts, encoded, index, draw), jax.random.fold_in(key, draw)
     scored = sample_and_score(decode_params, parts, encoded, index, key, sample, entropies)
@@ -98,8 +117,13 @@ def ask(
 
 def how(c: Config, encoded: Encoded) -> SampleConfig:
     """One batch of an evaluation as a rollout."""
-    length, samples = c.eval.max_new_tokens or c.sample.max_new_tokens, 1 if encoded.shuffle else c.eval.samples
-    return SampleConfig(questions=c.eval.batch, samples=samples, max_new_tokens=length, temperature=c.eval.temperature)
+    length, samples = (
+        c.eval.max_new_tokens or c.sample.max_new_tokens,
+        1 if encoded.shuffle else c.eval.samples,
+    )
+    return SampleConfig(
+        questions=c.eval.batch, samples=samples, max_new_tokens=length, temperature=c.eval.temperature
+    )
 
 
 def programs(parts: Parts, sets: dict[str, Encoded]) -> list[Program]:
@@ -109,12 +133,15 @@ def programs(parts: Parts, sets: dict[str, Encoded]) -> list[Program]:
 
 
 def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:
-    """Counts over completions (n, correct, format_ok), and their shares with 95 % intervals over questions (`stats.accuracy`).
+    """Counts over completions (n, correct, format_ok), and their shares with 95 % intervals over questions
+    (`stats.accuracy`).
 
     `rows` stand question by question, each with as many samples.
     """
     n, questions = len(rows), len({r["id"] for r in rows})
-    right, formatted = (np.array([r[name] for r in rows]).reshape(questions, -1) for name in ("correct", "format_ok"))
+    right, formatted = (
+        np.array([r[name] for r in rows]).reshape(questions, -1) for name in ("correct", "format_ok")
+    )
     accuracy, form = stats.accuracy(right), stats.accuracy(formatted)
     return {
         "n": n,
@@ -133,12 +160,19 @@ def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:
     }
 
 
-def evaluate_sets(parts: Parts, decode_params: Params, sets: dict[str, Encoded], run: log.Run) -> dict[str, Any]:
+def evaluate_sets(
+    parts: Parts, decode_params: Params, sets: dict[str, Encoded], run: log.Run
+) -> dict[str, Any]:
     """Every set of a run in training; flat `eval.<set>.<count>` metrics."""
     metrics = {}
     for name, encoded in sets.items():
         with jax.profiler.TraceAnnotation("evaluate"):
-            counts, _ = evaluate(parts, decode_params, encoded, lambda done, n, name=name: run.progress(f"eval {name}", done, n))
+            counts, _ = evaluate(
+                parts,
+                decode_params,
+                encoded,
+                lambda done, n, name=name: run.progress(f"eval {name}", done, n),
+            )
         metrics |= {f"eval.{name}.{k}": v for k, v in counts.items()}
         if counts["truncated"] > monitors.HIGH["truncated"][0] * counts["n"]:
             run.notify(answers.remarks(f"eval {name}", counts)[-1])
@@ -157,7 +191,10 @@ def open_source(
     """
     if source.is_dir():
         if not (source / "config.yaml").is_file():
-            raise ConfigError(f"{source}: no config.yaml in it; give a run's folder, such as runs/quickstart, or a config file")
+            raise ConfigError(
+                f"{source}: no config.yaml in it; give a run's folder, such as runs/quickstart, or "
+                "a config file"
+            )
         parts = build(load(source / "config.yaml", settings, command))
         inputs.check_model(source, parts)
         with jax.set_mesh(parts.mesh):
@@ -165,7 +202,9 @@ def open_source(
             params, step = restore_params(source / "checkpoints", abstract, step)
             return parts, lora.join(load_base(parts), params), step
     if step is not None:
-        raise ConfigError(f"--step {step}: {source} is no run's folder, so there are no checkpoints; leave it out")
+        raise ConfigError(
+            f"--step {step}: {source} is no run's folder, so there are no checkpoints; leave it out"
+        )
     parts = build(load(source, settings, command))
     with jax.set_mesh(parts.mesh):
         return parts, lora.join(load_base(parts), load_params(parts, parts.cfg)), 0
@@ -187,7 +226,9 @@ def new_folder(source: Path, parts: Parts, name: str, out: Path | None, holds: s
 
 
 def chosen_on(source: Path, step: int, sets: dict[str, SetConfig]) -> list[str]:
-    """Of the evaluated sets those by which this very checkpoint was chosen as the best: on them its accuracy is too high."""
+    """Of the evaluated sets those by which this very checkpoint was chosen as the best: on them its accuracy
+    is too high.
+    """
     if not source.is_dir():
         return []
     own = load(source / "config.yaml")
@@ -199,16 +240,25 @@ def chosen_on(source: Path, step: int, sets: dict[str, SetConfig]) -> list[str]:
 
 
 def how_made(parts: Parts, sets: dict[str, Encoded]) -> dict[str, Any]:
-    """What eval.json says so that the same could be asked again: the resolved settings, the prompt's wording, and of each set hashes of
-    the questions and of the prompts' tokens as the model was given them (shuffled options: as the file has them)."""
-    asked = {name: {"data": fingerprint(encoded.questions), "prompts": fingerprint(encoded.tokens)} for name, encoded in sets.items()}
+    """What eval.json says so that the same could be asked again: the resolved settings, the prompt's wording,
+    and of each set hashes of the questions and of the prompts' tokens as the model was given them (shuffled
+    options: as the file has them).
+    """
+    asked = {
+        name: {"data": fingerprint(encoded.questions), "prompts": fingerprint(encoded.tokens)}
+        for name, encoded in sets.items()
+    }
     blank = Question("", "{question}", ("{option A}", "{option B}"), 0)
     template = text.render(blank, parts.config.prompt.template)
     return {"config": configs.to_tree(parts.config), "template": template, "sets": asked}
 
 
-def evaluate_source(source: Path, settings: list[str], step: int | Literal["best"] | None, out: Path | None) -> int:
-    """`medrlvr eval`: one JSONL of answers a set, eval.json with how they were made, counts and what they show, and tables."""
+def evaluate_source(
+    source: Path, settings: list[str], step: int | Literal["best"] | None, out: Path | None
+) -> int:
+    """`medrlvr eval`: one JSONL of answers a set, eval.json with how they were made, counts and what they
+    show, and tables.
+    """
     parts, params, step = open_source(source, settings, step, "eval")
     sets = load_sets(parts)
     if not sets:
@@ -223,15 +273,26 @@ def evaluate_source(source: Path, settings: list[str], step: int | Literal["best
             results[name], rows = evaluate(parts, decode_params, encoded, progress, entropies=True)
             found[name] = answers.describe(answers.of_rows(rows, name))
             if writes:
-                files.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                files.write_text(
+                    folder / f"{name}.jsonl",
+                    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                )
     console.close()
     if not writes:
         return 0
     chosen = chosen_on(source, step, parts.config.eval.sets)
-    warnings = [f"{name}: checkpoint {step} was chosen as the best on these questions: its accuracy here is too high" for name in chosen]
+    warnings = [
+        f"{name}: checkpoint {step} was chosen as the best on these questions: its accuracy here is too high"
+        for name in chosen
+    ]
     if trap := beginning_trap(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode):
         warnings.append("; ".join(trap))
-    about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings} | how_made(parts, sets)
+    about = {
+        "source": str(source),
+        "step": step,
+        "versions": log.versions(),
+        "warnings": warnings,
+    } | how_made(parts, sets)
     files.write_json(folder / "eval.json", about | {"eval": results, "statistics": found})
     print(answers.show(found))
     said = chain.from_iterable(answers.remarks(name, counts) for name, counts in results.items())

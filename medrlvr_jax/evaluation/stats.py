@@ -190,7 +190,8 @@ def beyond_chance(passed: Num[np.ndarray, " n"], options: Int[np.ndarray, " n"],
 
     g is the mean of 1 − (1 − 1/m)^k for m options. Guessing among 4 has a pass@16 of 0.99: without this, all
     models look alike at large k. The means are taken first, since a single question's 1 − g is near 0 where
-    it has few options; an open question, of 0 options, cannot be guessed. None where 1 − g is below `ROOM`: the scale is then all noise.
+    it has few options; an open question, of 0 options, cannot be guessed. None where 1 − g is below `ROOM`:
+    the scale is then all noise.
     """
     options = np.where(np.asarray(options) > 0, options, np.inf)
     guess = float((1 - (1 - 1 / options) ** k).mean())

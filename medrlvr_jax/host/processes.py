@@ -3,10 +3,11 @@ together.
 
 All processes run the same command; process 0 writes what is written once. A run ends in one of three ways:
 - A process that fails sends its number and reason to the others, which then stop: at once for a refused
-  setting, else after `HEARTBEAT` + 10 seconds, since the death of a third process may have caused the error, and
-  JAX then names that one (`abort`).
+  setting, else after `HEARTBEAT` + 10 seconds, since the death of a third process may have caused the error,
+  and JAX then names that one (`abort`).
 - A process that vanishes (killed, machine lost) is silent for `HEARTBEAT` seconds; then JAX's coordination
-  service names it by its number and ends all others. If it was process 0, which is that service, they end at once.
+  service names it by its number and ends all others. If it was process 0, which is that service, they end at
+  once.
 - A signal to any of them, once training has begun, stops all after the same step (`log.Run`).
 """
 

@@ -1,10 +1,13 @@
-"""Attention over `prompt | response 1 | … | response G`: a token sees its prompt, and what stands before it in its own response.
+"""Attention over `prompt | response 1 | … | response G`: a token sees its prompt, and what stands before it
+in its own response.
 
-`plain` is everywhere: the scores prompt × prompt and response × (prompt + response) exist, what lies between two responses is
-never computed. `splash` is the TPU's block-sparse kernel (jax.experimental.pallas.ops.tpu.splash_attention, after Dao 2023, arXiv
-2307.08691): no scores exist outside of a block, in the forward or the backward pass, and blocks that the mask empties, those above the
-diagonal among them, are skipped. (On GPU, cuDNN's, which `jax.nn.dot_product_attention` offers, takes this mask as a bias only: an array as
-large as the scores that it saves.) Shapes: KV heads K, query heads K·h, head size D; the queries come scaled.
+`plain` is everywhere: the scores prompt × prompt and response × (prompt + response) exist, what lies between
+two responses is never computed. `splash` is the TPU's block-sparse kernel
+(jax.experimental.pallas.ops.tpu.splash_attention, after Dao 2023, arXiv 2307.08691): no scores exist outside
+of a block, in the forward or the backward pass, and blocks that the mask empties, those above the diagonal
+among them, are skipped. (On GPU, cuDNN's, which `jax.nn.dot_product_attention` offers, takes this mask as a
+bias only: an array as large as the scores that it saves.) Shapes: KV heads K, query heads K·h, head size D;
+the queries come scaled.
 """
 
 from functools import partial, reduce
@@ -18,7 +21,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from medrlvr_jax.sharding import axis_ways, local
 from medrlvr_jax.types import Array
 
-BLOCKS = (512, 256, 128)  # of queries and of keys; the first that divides prompt and response, so that few blocks are partly empty
+# of queries and of keys; the first that divides prompt and response, so that few blocks are partly empty
+BLOCKS = (512, 256, 128)
 
 
 LEAST = jnp.finfo(jnp.float32).min
@@ -26,14 +30,16 @@ PIECE = 128  # of queries in `causal`, at least
 
 
 def plain(q: Array, k: Array, v: Array, prompt_mask: Array, segments: Array | None, groups: int) -> Array:
-    """q [Q, N, K, h, D], k and v [Q, N, K, D] → [Q, N, K, h, D], where N = P + G·R, G = `groups`, and prompt_mask is [Q, P].
+    """q [Q, N, K, h, D], k and v [Q, N, K, D] → [Q, N, K, h, D], where N = P + G·R, G = `groups`, and
+    prompt_mask is [Q, P].
 
-    With `segments` [Q, G, R], several responses stand in one: a token sees those of its own segment. Heads come to the front once, so
-    that every product reads and writes its scores as they lie.
+    With `segments` [Q, G, R], several responses stand in one: a token sees those of its own segment. Heads
+    come to the front once, so that every product reads and writes its scores as they lie.
     """
     width = prompt_mask.shape[1]
 
-    def cut(part: slice, n: int) -> tuple[Array, Array, Array]:  # [Q, K, n, h, R, D] and twice [Q, K, n, R, D]
+    # [Q, K, n, h, R, D] and twice [Q, K, n, R, D]
+    def cut(part: slice, n: int) -> tuple[Array, Array, Array]:
         x, y, z = (y[:, part].reshape(y.shape[0], n, -1, *y.shape[2:]) for y in (q, k, v))
         return jnp.moveaxis(x, (3, 4), (1, 3)), jnp.moveaxis(y, 3, 1), jnp.moveaxis(z, 3, 1)
 
@@ -45,20 +51,30 @@ def plain(q: Array, k: Array, v: Array, prompt_mask: Array, segments: Array | No
     attended = back(causal(*prompt, real))
     if not groups:
         return attended
-    together = jnp.ones((1,) * 6, bool) if segments is None else (segments[..., :, None] == segments[..., None, :])[:, None, :, None]
+    together = (
+        jnp.ones((1,) * 6, bool)
+        if segments is None
+        else (segments[..., :, None] == segments[..., None, :])[:, None, :, None]
+    )
     before = prompt[1][:, :, 0], prompt[2][:, :, 0], real
-    return jnp.concatenate([attended, back(causal(*cut(slice(width, None), groups), together, before))], axis=1)
+    return jnp.concatenate(
+        [attended, back(causal(*cut(slice(width, None), groups), together, before))], axis=1
+    )
 
 
-def causal(q: Array, k: Array, v: Array, keep: Array, before: tuple[Array, Array, Array] | None = None) -> Array:
-    """q [Q, K, n, h, N, D] over k and v [Q, K, n, N, D] up to its own place, where `keep`, which broadcasts to the scores; and over
-    all of `before`: k and v [Q, K, P, D] that the n share, and which of these to keep.
+def causal(
+    q: Array, k: Array, v: Array, keep: Array, before: tuple[Array, Array, Array] | None = None
+) -> Array:
+    """q [Q, K, n, h, N, D] over k and v [Q, K, n, N, D] up to its own place, where `keep`, which broadcasts
+    to the scores; and over all of `before`: k and v [Q, K, P, D] that the n share, and which of these to
+    keep.
 
-    Queries go in up to four pieces, each with the keys up to its end: of four times four blocks of scores, six never exist.
+    Queries go in up to four pieces, each with the keys up to its end: of four times four blocks of scores,
+    six never exist.
     """
     rows, kv_heads, n, _, length, _ = q.shape
     piece, out = max(PIECE, -(-length // (4 * PIECE)) * PIECE), []
-    flat = lambda y, *axes: y.reshape(rows, kv_heads, *axes, -1, y.shape[-1])  # noqa: E731  a matrix to each leading index
+    flat = lambda y, *axes: y.reshape(rows, kv_heads, *axes, -1, y.shape[-1])
     for start in range(0, length, piece):
         end = min(start + piece, length)
         own = q[..., start:end, :]
@@ -76,8 +92,8 @@ def causal(q: Array, k: Array, v: Array, keep: Array, before: tuple[Array, Array
     return jnp.concatenate(out, axis=-2)
 
 
-# Scores, weights and sums of values are float32: a score of 40 rounded to bfloat16 is up to 0.125 off, and its weight 13 %.
-# Only what goes into a product is rounded to the dtype of queries, keys and values.
+# Scores, weights and sums of values are float32: a score of 40 rounded to bfloat16 is up to 0.125 off, and
+# its weight 13 %. Only what goes into a product is rounded to the dtype of queries, keys and values.
 float_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -94,7 +110,9 @@ def mixed(weights: Array, v: Array) -> Array:
 
 
 def turned(x: Array, y: Array) -> Array:
-    """xᵀ·y of x [..., N, P] and y [..., N, D] as (yᵀ·x)ᵀ: XLA:CPU turns the left factor in memory first, and y is the smaller."""
+    """xᵀ·y of x [..., N, P] and y [..., N, D] as (yᵀ·x)ᵀ: XLA:CPU turns the left factor in memory first, and
+    y is the smaller.
+    """
     return jnp.einsum("...nd,...np->...dp", y, x).swapaxes(-1, -2)
 
 
@@ -115,9 +133,11 @@ mixed.defvjp(lambda weights, v: (mixed(weights, v), (weights.astype(v.dtype), v)
 
 
 def weigh(parts: list[tuple[Array, Array]]) -> tuple[list[Array], Array]:
-    """Softmax over the last axis of several parts together, in float32, not divided yet: each part's weights, and the sum over all.
+    """Softmax over the last axis of several parts together, in float32, not divided yet: each part's weights,
+    and the sum over all.
 
-    parts: (scores, which of them to keep). Where nothing is to be kept (padding), all weights are 1: never NaN.
+    parts: (scores, which of them to keep). Where nothing is to be kept (padding), all weights are 1: never
+    NaN.
     """
     scores = [jnp.where(keep, x, LEAST) for x, keep in parts]
     top = jax.lax.stop_gradient(reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in scores]))
@@ -125,14 +145,16 @@ def weigh(parts: list[tuple[Array, Array]]) -> tuple[list[Array], Array]:
     return weights, sum(w.sum(-1, keepdims=True) for w in weights)
 
 
-def decode(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, prompt_mask: Array, t: Array) -> Array:
-    """One token of each sample, q [Q, G, K, h, D], over its prompt's keys [Q, K, D, P] and values [Q, K, P, D], and columns 0 … t of its
-    own [Q, G, K, D, R] and [Q, G, K, R, D].
+def decode(
+    q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, prompt_mask: Array, t: Array
+) -> Array:
+    """One token of each sample, q [Q, G, K, h, D], over its prompt's keys [Q, K, D, P] and values [Q, K, P,
+    D], and columns 0 … t of its own [Q, G, K, D, R] and [Q, G, K, R, D].
 
-    Two parts with one maximum and one sum. Keys lie with their positions last, so that a product with them runs along memory as one with
-    the values does: on CPU, those [.., R, D] took 4 to 6 times as long.
+    Two parts with one maximum and one sum. Keys lie with their positions last, so that a product with them
+    runs along memory as one with the values does: on CPU, those [.., R, D] took 4 to 6 times as long.
     """
-    by_heads = lambda y: y.swapaxes(1, 2)  # noqa: E731  [Q, G, K, ...] <-> [Q, K, G, ...]
+    by_heads = lambda y: y.swapaxes(1, 2)
     with_prompt = float_einsum("qkghd,qkdp->qkghp", by_heads(q), prompt_k)
     with_own = float_einsum("qgkhd,qgkdr->qgkhr", q, own_k)
     with_prompt = jnp.where(prompt_mask[:, None, None, None, :], with_prompt, LEAST)
@@ -146,7 +168,9 @@ def decode(q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Arra
 
 
 class Shared(kernels.Mask):
-    """The mask of `plain` without padding, made block by block: at thousands of tokens the whole is gigabytes."""
+    """The mask of `plain` without padding, made block by block: at thousands of tokens the whole is
+    gigabytes.
+    """
 
     def __init__(self, size: int, width: int, length: int):
         self.shape_, self.width, self.length = (size, size), width, length
@@ -174,7 +198,9 @@ def tiles(width: int, groups: int, length: int) -> tuple[int, int]:
 
 
 def visited(width: int, groups: int, length: int) -> dict[str, float]:
-    """Of the blocks in the grids of the forward and the two backward kernels, the share that is not skipped: for `flops.traced_flops`."""
+    """Of the blocks in the grids of the forward and the two backward kernels, the share that is not skipped:
+    for `flops.traced_flops`.
+    """
     block, size = tiles(width, groups, length)
     mask, starts = Shared(size, width, length), range(0, size, block)
     live = np.array([mask[i : i + block, :].reshape(block, -1, block).any((0, 2)) for i in starts])
@@ -184,7 +210,9 @@ def visited(width: int, groups: int, length: int) -> dict[str, float]:
 
 
 def splash(q: Array, k: Array, v: Array, prompt_mask: Array, groups: int, interpret: bool = False) -> Array:
-    """What `plain` computes, to rounding; each device its own questions and heads. On a TPU alone, or anywhere interpreted, slowly."""
+    """What `plain` computes, to rounding; each device its own questions and heads. On a TPU alone, or
+    anywhere interpreted, slowly.
+    """
     n, width, heads = q.shape[1], prompt_mask.shape[1], q.shape[2]
     length = (n - width) // groups if groups else width
     block, size = tiles(width, groups, length)
@@ -194,14 +222,18 @@ def splash(q: Array, k: Array, v: Array, prompt_mask: Array, groups: int, interp
         q = q.reshape(*q.shape[:2], heads * copies, -1, q.shape[-1])
     mask = kernels.MultiHeadMask([Shared(size, width, length)] * q.shape[3])
     blocks = kernels.BlockSizes(block, block, block, block, block, block, block, block)
-    real = jnp.pad(prompt_mask, ((0, 0), (0, size - width)), constant_values=True).astype(jnp.int32)  # padding sees padding alone
+    # padding sees padding alone
+    real = jnp.pad(prompt_mask, ((0, 0), (0, size - width)), constant_values=True).astype(jnp.int32)
 
     def attend(q, k, v, real):
         kernel = kernels.make_splash_mqa_single_device(mask, block_sizes=blocks, interpret=interpret)
-        one = lambda q, k, v, real: jax.vmap(partial(kernel, segment_ids=kernels.SegmentIds(real, real)))(q, k, v)  # noqa: E731
-        return jax.vmap(one)(q, k, v, real)
 
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, size - n)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+        def one_row(q, k, v, real):
+            return jax.vmap(partial(kernel, segment_ids=kernels.SegmentIds(real, real)))(q, k, v)
+
+        return jax.vmap(one_row)(q, k, v, real)
+
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, size - n)] + [(0, 0)] * (x.ndim - 2))
     args = pad(q).transpose(0, 2, 3, 1, 4), pad(k).swapaxes(1, 2), pad(v).swapaxes(1, 2), real
     one = ("batch", "kv_heads", None, None)
     out = local(attend, (("batch", "kv_heads", None, None, None), one, one, ("batch", None)), 0)(*args)

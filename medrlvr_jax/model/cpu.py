@@ -10,7 +10,8 @@ from medrlvr_jax.types import Array
 def linear(x: Array, w: Array) -> Array:
     """x [..., E] @ w [E, F]; the same gradient as autodiff's, with the weight's taken as xᵀ·g.
 
-    Autodiff asks for gᵀ·x and a transpose, for which XLA:CPU recomputes g in a strided loop: an MLP's backward pass took twice as long.
+    Autodiff asks for gᵀ·x and a transpose, for which XLA:CPU recomputes g in a strided loop: an MLP's
+    backward pass took twice as long.
     """
     return x @ w
 

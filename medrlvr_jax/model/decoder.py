@@ -1,8 +1,10 @@
-"""The decoder (Qwen2/2.5, Qwen3, Llama 3, SmolLM2) as pure functions of the parameter tree that spec.py describes.
+"""The decoder (Qwen2/2.5, Qwen3, Llama 3, SmolLM2) as pure functions of the parameter tree that spec.py
+describes.
 
-One layout serves scoring and learning: a prompt and its G responses in one row, `prompt | response 1 | … | response G`.
-A response attends to its prompt and to itself, so the prompt is computed once for its group and attention between
-responses is never computed. Decoding runs the same layer with a cache. Column t of every result is about response token t.
+One layout serves scoring and learning: a prompt and its G responses in one row, `prompt | response 1 | … |
+response G`. A response attends to its prompt and to itself, so the prompt is computed once for its group and
+attention between responses is never computed. Decoding runs the same layer with a cache. Column t of every
+result is about response token t.
 
 `layer` is one layer's parameters by name. KV heads K, query heads H = K·h, head size D, states E.
 """
@@ -22,7 +24,8 @@ from medrlvr_jax.sharding import constrain, gather
 from medrlvr_jax.types import Array, Params, Prompts
 
 Layer = Mapping[str, Array]
-Rope = tuple[Float32[Array, "... D/2"], Float32[Array, "... D/2"]]  # cosines and sines of the positions' angles
+# cosines and sines of the positions' angles
+Rope = tuple[Float32[Array, "... D/2"], Float32[Array, "... D/2"]]
 
 
 class Cache(NamedTuple):
@@ -34,7 +37,8 @@ class Cache(NamedTuple):
     own_v: Float[Array, "*L Q G K R D"]
 
 
-# Padding has this token, which is beyond every vocabulary: it reads no row of the embedding and adds to no row's gradient.
+# Padding has this token, which is beyond every vocabulary: it reads no row of the embedding and adds to no
+# row's gradient.
 NO_TOKEN = jnp.iinfo(jnp.int32).max
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -43,7 +47,9 @@ REMAT = {
 }
 
 
-def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float, dtype: Any) -> Float[Array, "*N D"]:
+def rms_norm(
+    x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float, dtype: Any
+) -> Float[Array, "*N D"]:
     """x / √(mean(x²) + eps) · scale over the last axis, computed in float32 and rounded once, to `dtype`."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
@@ -79,7 +85,9 @@ def for_products(layer: Layer, cfg: DecoderConfig) -> Layer:
 
 
 def project(layer: Layer, cfg: DecoderConfig, x: Float[Array, "*N in"], name: str) -> Float[Array, "*N out"]:
-    """x by a matrix whose input axes and whose output axes are flattened; where it is adapted, x·W + x·A·B·alpha/rank."""
+    """x by a matrix whose input axes and whose output axes are flattened; where it is adapted, x·W +
+    x·A·B·alpha/rank.
+    """
     y = linear(x, layer[name].reshape(x.shape[-1], -1))
     if cfg.execution.int8:
         y = (y * layer[f"{name}_scale"].reshape(-1)).astype(y.dtype)
@@ -95,17 +103,22 @@ def queries_keys_values(
 ) -> tuple[Float[Array, "Q N K h D"], Float[Array, "Q N K D"], Float[Array, "Q N K D"]]:
     """The attention's inputs; queries come scaled by D^-½.
 
-    Everything between the products is float32 and is rounded once, at the end: the gradient of a bias or of a norm's scale
-    is a sum over all tokens, and a bfloat16 sum stops growing once it is 256 times as large as what is added.
+    Everything between the products is float32 and is rounded once, at the end: the gradient of a bias or of a
+    norm's scale is a sum over all tokens, and a bfloat16 sum stops growing once it is 256 times as large as
+    what is added.
     """
     dtype = cfg.execution.dtype
     x = rms_norm(x, layer["attn_norm"], cfg.norm_eps, dtype)
     heads = (project(layer, cfg, x, name).reshape(*x.shape[:2], -1, cfg.head_dim) for name in ("q", "k", "v"))
     q, k, v = (y.astype(jnp.float32) for y in heads)
     if cfg.qkv_bias:
-        q, k, v = (y + layer[f"{name}_bias"].astype(jnp.float32) for y, name in ((q, "q"), (k, "k"), (v, "v")))
+        q, k, v = (
+            y + layer[f"{name}_bias"].astype(jnp.float32) for y, name in ((q, "q"), (k, "k"), (v, "v"))
+        )
     if cfg.qk_norm:
-        q, k = (rms_norm(y, layer[f"{name}_norm"], cfg.norm_eps, jnp.float32) for y, name in ((q, "q"), (k, "k")))
+        q, k = (
+            rms_norm(y, layer[f"{name}_norm"], cfg.norm_eps, jnp.float32) for y, name in ((q, "q"), (k, "k"))
+        )
     q, k, v = (y.astype(dtype) for y in (rotate(q, rope) * cfg.head_dim**-0.5, rotate(k, rope), v))
     q = constrain(q, "batch", None, "heads", None)
     k, v = constrain(k, "batch", None, "kv_heads", None), constrain(v, "batch", None, "kv_heads", None)
@@ -133,7 +146,8 @@ def run_layer(
     segments: Int[Array, "Q G R"] | None,
     groups: int,
 ) -> tuple[Float[Array, "Q N E"], tuple[Array, Array]]:
-    """A layer over whole rows, N = P + G·R (G = 0: prompts alone): states, and the prompt's keys and values as in `Cache`.
+    """A layer over whole rows, N = P + G·R (G = 0: prompts alone): states, and the prompt's keys and values
+    as in `Cache`.
 
     `segments`: see `attention.plain`.
     """
@@ -189,7 +203,8 @@ def forward(
     columns: Int[Array, "Q G R"] | None = None,
     keep_cache: bool = False,
 ) -> tuple[Float[Array, "Q N E"], tuple[Array, Array] | None]:
-    """Tokens to states after the last norm, N = P + G·R; with `keep_cache`, also the prompts' keys and values of all layers.
+    """Tokens to states after the last norm, N = P + G·R; with `keep_cache`, also the prompts' keys and values
+    of all layers.
 
     Padding among `tokens` may be `NO_TOKEN`. `segments`: see `attention.plain`; `columns`: see `pack`.
     """
@@ -207,18 +222,24 @@ def forward(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def embed_lookup(embed: Float[Array, "V E"], tokens: Int[Array, "Q N"], cfg: DecoderConfig) -> Float32[Array, "Q N E"]:
+def embed_lookup(
+    embed: Float[Array, "V E"], tokens: Int[Array, "Q N"], cfg: DecoderConfig
+) -> Float32[Array, "Q N E"]:
     """States of tokens: rows rounded to the arithmetic's dtype, as float32; zero for `NO_TOKEN`.
 
-    The states that layers add to (the residual stream) stay float32 from here to the last norm. If each layer rounded them
-    to bfloat16, that alone would move the sampler's and the trainer's log-probs further apart than all products do together
-    (measured in docs/pages/numbers/exactness.md).
+    The states that layers add to (the residual stream) stay float32 from here to the last norm. If each layer
+    rounded them to bfloat16, that alone would move the sampler's and the trainer's log-probs further apart
+    than all products do together (measured in docs/pages/numbers/exactness.md).
 
-    Each `fsdp` shard looks up its part of every state: the table and its gradient stay in shards. A row's gradient is
-    summed in float32, whatever the dtypes of the states and of the table: a bfloat16 sum of ones ends at 256, and frequent
-    tokens have thousands.
+    Each `fsdp` shard looks up its part of every state: the table and its gradient stay in shards. A row's
+    gradient is summed in float32, whatever the dtypes of the states and of the table: a bfloat16 sum of ones
+    ends at 256, and frequent tokens have thousands.
     """
-    rows = constrain(embed, "vocab", "embed_shard").at[constrain(tokens, "replica", None)].get(mode="fill", fill_value=0)
+    rows = (
+        constrain(embed, "vocab", "embed_shard")
+        .at[constrain(tokens, "replica", None)]
+        .get(mode="fill", fill_value=0)
+    )
     return constrain(rows.astype(cfg.execution.dtype).astype(jnp.float32), "replica", None, "embed_shard")
 
 
@@ -242,7 +263,8 @@ def pack(
 ) -> tuple[Int[Array, "Q N"], Int[Array, "Q N"], int]:
     """`prompt | response 1 | … | response G` as one row, N = P + G·R: its tokens, their positions, and G.
 
-    Padding of the prompt becomes `NO_TOKEN`. `columns`: the column of each of `tokens` in its response; None: 0 … R − 1.
+    Padding of the prompt becomes `NO_TOKEN`. `columns`: the column of each of `tokens` in its response; None:
+    0 … R − 1.
     """
     known = jnp.where(prompts.mask, prompts.tokens, NO_TOKEN)
     if tokens is None:
@@ -257,11 +279,15 @@ def pack(
 def logits(params: Params, cfg: DecoderConfig, hidden: Float[Array, "*N E"]) -> Float32[Array, "*N V"]:
     """Scores of the vocabulary, not yet divided by a temperature."""
     name, axes = ("embed", "...e,ve->...v") if cfg.tied else ("head", "...e,ev->...v")
-    return jnp.einsum(axes, hidden, params[name].astype(cfg.execution.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        axes, hidden, params[name].astype(cfg.execution.dtype), preferred_element_type=jnp.float32
+    )
 
 
 def quantize(w: Float[Array, "..."], inputs: int) -> tuple[Int8[Array, "..."], Float32[Array, "*out"]]:
-    """A matrix [in…, out…] with `inputs` input axes as int8 and a scale for each output channel: its largest entry / 127."""
+    """A matrix [in…, out…] with `inputs` input axes as int8 and a scale for each output channel: its largest
+    entry / 127.
+    """
     axes = tuple(range(inputs))
     w = w.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(w).max(axes), 1e-30) / 127

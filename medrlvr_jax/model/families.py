@@ -1,4 +1,6 @@
-"""Shapes of well-known models, so that planning needs neither the hub nor weights. From their published config.json."""
+"""Shapes of well-known models, so that planning needs neither the hub nor weights. From their published
+config.json.
+"""
 
 from pathlib import Path
 
@@ -10,8 +12,12 @@ from medrlvr_jax.model import weights
 from medrlvr_jax.model.spec import DecoderConfig
 
 
-def _qwen2(embed: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int = 151936, tied: bool = True) -> DecoderConfig:
-    return DecoderConfig(vocab, embed, layers, heads, kv_heads, embed // heads, ffn, 1e6, 1e-6, tied, qkv_bias=True)
+def _qwen2(
+    embed: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int = 151936, tied: bool = True
+) -> DecoderConfig:
+    return DecoderConfig(
+        vocab, embed, layers, heads, kv_heads, embed // heads, ffn, 1e6, 1e-6, tied, qkv_bias=True
+    )
 
 
 def _qwen3(embed: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: bool = True) -> DecoderConfig:
@@ -31,12 +37,17 @@ KNOWN = {
 
 
 def known(path: str) -> DecoderConfig:
-    """Of a directory's config.json; else of this table (`-Base` and `-Instruct` alike); else of the hub's config.json alone."""
+    """Of a directory's config.json; else of this table (`-Base` and `-Instruct` alike); else of the hub's
+    config.json alone.
+    """
     name = path.removesuffix("-Base").removesuffix("-Instruct")
     if name in KNOWN and not Path(path).is_dir():
         return KNOWN[name]
     if path in SOURCES or Path(path).expanduser().is_dir() or path.count("/") != 1:
         return weights.read_config(path)
-    with files.reading(f"model.path: {path}", f"it is no directory here, none of {', '.join(KNOWN)}, and the hub did not give it"):
+    with files.reading(
+        f"model.path: {path}",
+        f"it is no directory here, none of {', '.join(KNOWN)}, and the hub did not give it",
+    ):
         file = hf_hub_download(path, "config.json")
     return weights.read_config(Path(file).parent)

@@ -1,8 +1,10 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): what is trained as a tree of its own, beside weights that stay as they are.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): what is trained as a tree of its own, beside weights that stay as
+they are.
 
-The parameters that the decoder computes with are always `join(base, trained)`. Where all weights are trained, the base is the empty
-tree. With `model.lora` the base is the whole decoder, held once for policy, critic and reference; a policy trains its adapters
-`<name>_a` and `<name>_b`, a critic its own and its value head. The policy with its adapter off is `join(base, {})`.
+The parameters that the decoder computes with are always `join(base, trained)`. Where all weights are trained,
+the base is the empty tree. With `model.lora` the base is the whole decoder, held once for policy, critic and
+reference; a policy trains its adapters `<name>_a` and `<name>_b`, a critic its own and its value head. The
+policy with its adapter off is `join(base, {})`.
 """
 
 from typing import Any
@@ -29,7 +31,9 @@ def trained(params: Params, cfg: DecoderConfig) -> Params:
     """The part of a whole tree (of anything, such as shapes or shardings) that is trained."""
     if cfg.execution.lora is None:
         return params
-    return unflatten_dict({path: leaf for path, leaf in flat(params).items() if PARAMETERS[path[-1]].trained_with_lora})
+    return unflatten_dict(
+        {path: leaf for path, leaf in flat(params).items() if PARAMETERS[path[-1]].trained_with_lora}
+    )
 
 
 def off(cfg: DecoderConfig) -> DecoderConfig:
@@ -40,7 +44,8 @@ def off(cfg: DecoderConfig) -> DecoderConfig:
 def merge(params: Params, cfg: DecoderConfig, dtype: Any = None) -> Params:
     """W + A·B·alpha/rank for every adapted matrix, summed in float32; a tree of `off(cfg)`.
 
-    The sums are rounded to `dtype`, or to W's own: bfloat16 loses of an adapter that is small beside its matrix (B ~ 1e-4) five sixths.
+    The sums are rounded to `dtype`, or to W's own: bfloat16 loses of an adapter that is small beside its
+    matrix (B ~ 1e-4) five sixths.
     """
     layers, lora = params["layers"], cfg.execution.lora
     if lora is None:
@@ -51,6 +56,9 @@ def merge(params: Params, cfg: DecoderConfig, dtype: Any = None) -> Params:
         product = jnp.tensordot(a, b, 1, precision="highest", preferred_element_type=jnp.float32)
         return (w.astype(jnp.float32) + product * (lora.alpha / lora.rank)).astype(dtype or w.dtype)
 
-    merged = {name: jax.lax.map(lambda x: one(*x), (layers[name], layers[f"{name}_a"], layers[f"{name}_b"])) for name in lora.targets}
+    merged = {
+        name: jax.lax.map(lambda x: one(*x), (layers[name], layers[f"{name}_a"], layers[f"{name}_b"]))
+        for name in lora.targets
+    }
     kept = {name: w for name, w in layers.items() if PARAMETERS[name].kind != "adapter"}
     return params | {"layers": kept | merged}

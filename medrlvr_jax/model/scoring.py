@@ -1,7 +1,9 @@
-"""What a decoder says of responses that are there: log-probs, entropy, values. Column t of every result is about response token t.
+"""What a decoder says of responses that are there: log-probs, entropy, values. Column t of every result is
+about response token t.
 
-`at_responses` is the one way in. Rows of responses are computed at one of a few sizes, without most of their padding: the G responses
-of a question stand one behind the other, so what a row needs is their lengths' sum, which varies far less than the longest of them.
+`at_responses` is the one way in. Rows of responses are computed at one of a few sizes, without most of their
+padding: the G responses of a question stand one behind the other, so what a row needs is their lengths' sum,
+which varies far less than the longest of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,18 +37,22 @@ def row_sizes(shares: Sequence[float], samples: int, length: int) -> tuple[int, 
 
 
 def at_row_size(mask: Array, sizes: tuple[int, ...], f: Callable[[int], T]) -> T:
-    """f(size) at the least size that holds the tokens of every row of the mask [Q, G, R]: the device chooses, all are compiled."""
+    """f(size) at the least size that holds the tokens of every row of the mask [Q, G, R]: the device chooses,
+    all are compiled.
+    """
     if len(sizes) == 1:
         return f(sizes[0])
     longest = mask.sum((1, 2)).max()
     return jax.lax.switch((longest > jnp.array(sizes[:-1])).sum(), [partial(f, size) for size in sizes])
 
 
-def at_responses(params: Params, cfg: DecoderConfig, rows: Rows | Experience, size: int, read: Callable[[Array, Array], T]) -> T:
+def at_responses(
+    params: Params, cfg: DecoderConfig, rows: Rows | Experience, size: int, read: Callable[[Array, Array], T]
+) -> T:
     """`read` at each response token, [Q, G, R]; 0 on padding where `size` is less than G · R.
 
-    read: states before each token [Q, g, r, E], tokens [Q, g, r] → arrays [Q, g, r]. With a `size` below G · R, g is 1 and
-    r is `size`, which must hold every row's tokens (`at_row_size`).
+    read: states before each token [Q, g, r, E], tokens [Q, g, r] → arrays [Q, g, r]. With a `size` below G ·
+    R, g is 1 and r is `size`, which must hold every row's tokens (`at_row_size`).
     """
     n, groups, length = rows.tokens.shape
     if size == groups * length:
@@ -62,7 +68,9 @@ def at_responses(params: Params, cfg: DecoderConfig, rows: Rows | Experience, si
 
     def put(x):
         blank = constrain(jnp.zeros(mask.shape, x.dtype), "batch", None)
-        return jax.vmap(lambda row, at, x: row.at[at].set(x))(blank, place, jnp.where(keep, x[:, 0], 0)).reshape(n, groups, length)
+        return jax.vmap(lambda row, at, x: row.at[at].set(x))(
+            blank, place, jnp.where(keep, x[:, 0], 0)
+        ).reshape(n, groups, length)
 
     return jax.tree.map(put, found)
 
@@ -75,9 +83,11 @@ def hidden_states(
     segments: Array | None = None,
     columns: Array | None = None,
 ) -> Array:
-    """[Q, G, R, E]: the state *before* each response token, the one that predicts it. The only shift in the project.
+    """[Q, G, R, E]: the state *before* each response token, the one that predicts it. The only shift in the
+    project.
 
-    `segments` and `columns` [Q, G, R], where several responses stand in one: which of them a token is of, and its place there.
+    `segments` and `columns` [Q, G, R], where several responses stand in one: which of them a token is of, and
+    its place there.
     """
     packed, _ = decoder.forward(params, cfg, prompts, tokens, segments, columns)
     rows, groups, length = tokens.shape
@@ -98,14 +108,18 @@ def values(params: Params, cfg: DecoderConfig, hidden: Array) -> Array:
     return hidden.astype(jnp.float32) @ params["value"][:-1] + params["value"][-1]
 
 
-def token_logprobs(params: Params, cfg: DecoderConfig, hidden: Array, tokens: Array, temperature: float, slab: int) -> tuple[Array, Array]:
+def token_logprobs(
+    params: Params, cfg: DecoderConfig, hidden: Array, tokens: Array, temperature: float, slab: int
+) -> tuple[Array, Array]:
     """log π(token) and the policy's entropy in nats, float32 [Q, G, R], at logits / temperature.
 
-    Logits exist for at most about `slab` tokens at a time, in the forward and (recomputed) in the backward pass. Each slab rounds the
-    table to the arithmetic's dtype itself, so that the slabs' gradients of it add up in the table's own.
+    Logits exist for at most about `slab` tokens at a time, in the forward and (recomputed) in the backward
+    pass. Each slab rounds the table to the arithmetic's dtype itself, so that the slabs' gradients of it add
+    up in the table's own.
     """
 
-    # Over `fsdp` the words are split, not the rows: then states travel, and neither the table nor its gradient is ever whole.
+    # Over `fsdp` the words are split, not the rows: then states travel, and neither the table nor its
+    # gradient is ever whole.
     rows_by, words_by = ("replica", "words") if splits_words(cfg.vocab) else ("batch", "vocab")
     name, places = ("embed", (words_by, None)) if cfg.tied else ("head", (None, words_by))
     params = params | {name: constrain(params[name], *places)}

@@ -1,8 +1,8 @@
 """The decoder's architecture, how it is executed, and the one table of its parameters.
 
-A row of `PARAMETERS` holds all that the library knows of a parameter: shape and logical axes, which axes are its input,
-start value, name in a Hugging Face file, which models have it. Initialisation, shardings, loading and export, LoRA,
-weight decay, Muon and the sampler's copy read this table. A new parameter is one new row.
+A row of `PARAMETERS` holds all that the library knows of a parameter: shape and logical axes, which axes are
+its input, start value, name in a Hugging Face file, which models have it. Initialisation, shardings, loading
+and export, LoRA, weight decay, Muon and the sampler's copy read this table. A new parameter is one new row.
 """
 
 import hashlib
@@ -32,7 +32,9 @@ class RopeScaling(NamedTuple):
 
 @dataclass(frozen=True)
 class Execution:
-    """How an architecture is computed: the run and the device choose it, and a checkpoint does not depend on most of it."""
+    """How an architecture is computed: the run and the device choose it, and a checkpoint does not depend on
+    most of it.
+    """
 
     dtype: Any = jnp.float32  # of products; sums, norms and softmaxes are float32
     remat: str = "full"  # what the backward pass computes again: see `decoder.REMAT`
@@ -73,7 +75,9 @@ Kind = Literal["table", "matrix", "adapter", "scale", "norm", "bias", "value"]
 
 
 class Parameter(NamedTuple):
-    """One row of the table. The parameters of all layers are stacked along a leading axis `layers`, left out here."""
+    """One row of the table. The parameters of all layers are stacked along a leading axis `layers`, left out
+    here.
+    """
 
     kind: Kind
     axes: str  # logical axes: `sizes` gives their sizes, sharding.py their mesh axes
@@ -105,13 +109,16 @@ class Parameter(NamedTuple):
         return tuple(size[axis] for axis in self.axes.split())
 
     def initializer(self, cfg: DecoderConfig) -> Any:
-        """`normal` has standard deviation inputs^-½, so that a product keeps its input's size. `residual`, for the matrices
-        that end a residual branch, divides it by √(2·layers) (GPT-2)."""
+        """`normal` has standard deviation inputs^-½, so that a product keeps its input's size. `residual`,
+        for the matrices that end a residual branch, divides it by √(2·layers) (GPT-2).
+        """
         if self.start in ("zeros", "ones"):
             return nn.initializers.zeros_init() if self.start == "zeros" else nn.initializers.ones_init()
         size = sizes(cfg)
         deviation = prod(size[axis] for axis in self.inputs.split()) ** -0.5
-        return nn.initializers.normal((2 * cfg.layers) ** -0.5 * deviation if self.start == "residual" else deviation)
+        return nn.initializers.normal(
+            (2 * cfg.layers) ** -0.5 * deviation if self.start == "residual" else deviation
+        )
 
 
 def sizes(cfg: DecoderConfig) -> dict[str, int]:
@@ -123,7 +130,9 @@ def sizes(cfg: DecoderConfig) -> dict[str, int]:
 
 
 def _with_companions(**rows: Parameter) -> dict[str, Parameter]:
-    """The rows; after each layer's matrix, the scale of its int8 form and the factors A and B of its adapter."""
+    """The rows; after each layer's matrix, the scale of its int8 form and the factors A and B of its
+    adapter.
+    """
     out: dict[str, Parameter] = {}
     for name, row in rows.items():
         out[name] = row
@@ -133,8 +142,12 @@ def _with_companions(**rows: Parameter) -> dict[str, Parameter]:
             def adapted(cfg: DecoderConfig, name: Any = name) -> bool:
                 return cfg.execution.lora is not None and name in cfg.execution.lora.targets
 
-            out[f"{name}_scale"] = Parameter("scale", outputs, start="ones", exists=lambda cfg: cfg.execution.int8)
-            out[f"{name}_a"] = Parameter("adapter", f"{row.inputs} rank", row.inputs, "normal", exists=adapted)
+            out[f"{name}_scale"] = Parameter(
+                "scale", outputs, start="ones", exists=lambda cfg: cfg.execution.int8
+            )
+            out[f"{name}_a"] = Parameter(
+                "adapter", f"{row.inputs} rank", row.inputs, "normal", exists=adapted
+            )
             out[f"{name}_b"] = Parameter("adapter", f"rank {outputs}", "rank", "zeros", exists=adapted)
     return out
 
@@ -151,19 +164,33 @@ def _matrix(axes: str, inputs: str, start: Any, tensor: str, tensor_axes: str) -
     return Parameter("matrix", axes, inputs, start, tensor, tensor_axes)
 
 
-_has_head = lambda cfg: not (cfg.tied or cfg.execution.value_head)  # noqa: E731
-_has_qk_norm = lambda cfg: cfg.qk_norm  # noqa: E731
+_has_head = lambda cfg: not (cfg.tied or cfg.execution.value_head)
+_has_qk_norm = lambda cfg: cfg.qk_norm
 # Start values depend on the order of the rows: see `init`. A new row goes to the end.
 PARAMETERS = _with_companions(
-    embed=Parameter("table", "vocab embed", "embed", "normal", "model.embed_tokens.weight", "vocab embed", False),
+    embed=Parameter(
+        "table", "vocab embed", "embed", "normal", "model.embed_tokens.weight", "vocab embed", False
+    ),
     value=Parameter("value", "width+1", stacked=False, exists=lambda cfg: cfg.execution.value_head),
-    head=Parameter("table", "embed vocab", "embed", "normal", "lm_head.weight", "vocab embed", False, _has_head),
+    head=Parameter(
+        "table", "embed vocab", "embed", "normal", "lm_head.weight", "vocab embed", False, _has_head
+    ),
     norm=_norm("width", "model.norm.weight", stacked=False),
     attn_norm=_norm("width", "input_layernorm.weight"),
     q=_matrix("embed heads head_dim", "embed", "normal", "self_attn.q_proj.weight", "(heads head_dim) embed"),
-    k=_matrix("embed kv_heads head_dim", "embed", "normal", "self_attn.k_proj.weight", "(kv_heads head_dim) embed"),
-    v=_matrix("embed kv_heads head_dim", "embed", "normal", "self_attn.v_proj.weight", "(kv_heads head_dim) embed"),
-    o=_matrix("heads head_dim embed", "heads head_dim", "residual", "self_attn.o_proj.weight", "embed (heads head_dim)"),
+    k=_matrix(
+        "embed kv_heads head_dim", "embed", "normal", "self_attn.k_proj.weight", "(kv_heads head_dim) embed"
+    ),
+    v=_matrix(
+        "embed kv_heads head_dim", "embed", "normal", "self_attn.v_proj.weight", "(kv_heads head_dim) embed"
+    ),
+    o=_matrix(
+        "heads head_dim embed",
+        "heads head_dim",
+        "residual",
+        "self_attn.o_proj.weight",
+        "embed (heads head_dim)",
+    ),
     q_bias=_bias("heads head_dim", "self_attn.q_proj.bias"),
     k_bias=_bias("kv_heads head_dim", "self_attn.k_proj.bias"),
     v_bias=_bias("kv_heads head_dim", "self_attn.v_proj.bias"),
@@ -174,7 +201,8 @@ PARAMETERS = _with_companions(
     up=_matrix("embed ffn", "embed", "normal", "mlp.up_proj.weight", "ffn embed"),
     down=_matrix("ffn embed", "ffn", "residual", "mlp.down_proj.weight", "embed ffn"),
 )
-MATRICES = {name: len(row.inputs.split()) for name, row in PARAMETERS.items() if row.kind == "matrix"}  # → input axes
+# → input axes
+MATRICES = {name: len(row.inputs.split()) for name, row in PARAMETERS.items() if row.kind == "matrix"}
 
 
 def path_of(name: str) -> tuple[str, ...]:
@@ -188,7 +216,9 @@ def parameters(cfg: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
 
 
 def abstract(cfg: DecoderConfig) -> Params:
-    """The parameter tree with shapes and logical axes (`nn.Partitioned` around a ShapeDtypeStruct) in place of arrays."""
+    """The parameter tree with shapes and logical axes (`nn.Partitioned` around a ShapeDtypeStruct) in place
+    of arrays.
+    """
 
     def box(row: Parameter) -> nn.Partitioned:
         shape, axes = row.shape(cfg), tuple(row.axes.split())
@@ -202,8 +232,8 @@ def abstract(cfg: DecoderConfig) -> Params:
 def init(cfg: DecoderConfig, key: Array) -> Params:
     """Random float32 parameters.
 
-    A parameter's key is a hash of its number. The numbers are those that Flax Linen gave (it traced a layer twice and went
-    on counting), so that a seed still gives the same weights.
+    A parameter's key is a hash of its number. The numbers are those that Flax Linen gave (it traced a layer
+    twice and went on counting), so that a seed still gives the same weights.
     """
     rows, params = parameters(cfg), {}
     layer_keys = jax.random.split(key, cfg.layers)

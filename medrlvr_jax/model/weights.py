@@ -1,12 +1,15 @@
-"""Hugging Face directories to parameter trees and back: config.json, safetensors, and one table between the names.
+"""Hugging Face directories to parameter trees and back: config.json, safetensors, and one table between the
+names.
 
-Nothing is loaded by halves. A tensor that no parameter takes, a parameter that no tensor sets, a tensor given twice, a shape
-or a setting that the decoder does not compute: each is refused by name, since a half-loaded model trains quietly and badly.
+Nothing is loaded by halves. A tensor that no parameter takes, a parameter that no tensor sets, a tensor given
+twice, a shape or a setting that the decoder does not compute: each is refused by name, since a half-loaded
+model trains quietly and badly.
 
-Weights stream: `pread` in blocks of about a megabyte, each turned, cast and put in its place; so a load needs the parameters
-plus one of them, and a host reads only the slices its devices hold. (A memory map would count the whole file as resident.)
-Two things in a file are passed over: the rotary buffers of old checkpoints, and an `lm_head.weight` that repeats the
-embedding of a tied model (one that differs is refused: transformers would untie it).
+Weights stream: `pread` in blocks of about a megabyte, each turned, cast and put in its place; so a load needs
+the parameters plus one of them, and a host reads only the slices its devices hold. (A memory map would count
+the whole file as resident.) Two things in a file are passed over: the rotary buffers of old checkpoints, and
+an `lm_head.weight` that repeats the embedding of a tied model (one that differs is refused: transformers
+would untie it).
 """
 
 import gc
@@ -39,7 +42,9 @@ from medrlvr_jax.types import Params
 
 
 class Entry(NamedTuple):
-    """A tensor of the file and our parameter, axis by axis; "hd e" is a matrix whose rows are heads × head size."""
+    """A tensor of the file and our parameter, axis by axis; "hd e" is a matrix whose rows are heads × head
+    size.
+    """
 
     name: str  # {i}: the layer; ours are stacked along a leading axis
     theirs: str
@@ -59,8 +64,14 @@ def _entry(row: Parameter) -> Entry:
 
 TABLE = {path_of(name): _entry(row) for name, row in PARAMETERS.items() if row.tensor}
 EMBED, HEAD = TABLE["embed",].name, TABLE["head",].name
-BUFFERS = ("model.rotary_emb.inv_freq", "model.layers.{i}.self_attn.rotary_emb.inv_freq")  # computed, never learned
-DTYPES = {"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jnp.bfloat16)}
+# computed, never learned
+BUFFERS = ("model.rotary_emb.inv_freq", "model.layers.{i}.self_attn.rotary_emb.inv_freq")
+DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(jnp.bfloat16),
+}
 BLOCK = 2**20  # bytes read at once: small enough that turning a block stays in the processor's cache
 INDEX = "model.safetensors.index.json"
 SAMPLED = 4096  # bytes of a tensor that `_digests` reads in each of three places
@@ -77,12 +88,23 @@ ONLY = {  # settings that would change the arithmetic, and the one value that do
     "rope_interleaved": False,
     "quantization_config": None,
 }
-TOKENS = ("bos_token_id", "pad_token_id")  # what transformers takes from config.json where there is no generation_config.json
-SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "generation_config.json")
+# what transformers takes from config.json where there is no generation_config.json
+TOKENS = ("bos_token_id", "pad_token_id")
+SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.jinja",
+    "generation_config.json",
+)
 
 
 def resolve(path: str | Path) -> Path:
-    """The directory of a source such as "embedded", of a path, or of a hub name (downloaded, or found in the hub's cache)."""
+    """The directory of a source such as "embedded", of a path, or of a hub name (downloaded, or found in the
+    hub's cache).
+    """
     if source := SOURCES.get(str(path)):
         return source.model
     local = Path(path).expanduser()
@@ -90,17 +112,27 @@ def resolve(path: str | Path) -> Path:
         return local
     beside = bool(local.parent.name) and local.parent.is_dir()  # models/typo, where there is a folder models
     if beside or local.exists() or local.is_absolute() or str(path).startswith(".") or len(local.parts) > 2:
-        raise ConfigError(f"model.path: {path}: no such directory; give a Hugging Face directory, a hub name, or embedded")
+        raise ConfigError(
+            f"model.path: {path}: no such directory; give a Hugging Face directory, a hub name, or embedded"
+        )
     with files.reading(f"model.path: {path}", "it is no directory here, and the hub did not give it"):
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "model*.safetensors", *SIDE_FILES]))
+        return Path(
+            snapshot_download(str(path), allow_patterns=["*.json", "model*.safetensors", *SIDE_FILES])
+        )
 
 
 def read_config(path: str | Path) -> DecoderConfig:
-    """config.json in our words; `dataclasses.replace` then sets what the run decides (dtype, remat, value_head)."""
+    """config.json in our words; `dataclasses.replace` then sets what the run decides (dtype, remat,
+    value_head).
+    """
     file = resolve(path) / "config.json"
     if not file.is_file():
         run = file.parent if (file.parent / "checkpoints").is_dir() else None
-        remedy = f"this is a run: medrlvr export {run} {run}/hf, then model.path={run}/hf" if run else "a Hugging Face directory has one"
+        remedy = (
+            f"this is a run: medrlvr export {run} {run}/hf, then model.path={run}/hf"
+            if run
+            else "a Hugging Face directory has one"
+        )
         raise ConfigError(f"{file}: not there; {remedy}")
     said = files.read_json(file)
 
@@ -112,10 +144,18 @@ def read_config(path: str | Path) -> DecoderConfig:
     kind = need("model_type")
     if kind not in FAMILIES:
         raise ConfigError(f"{file}: model_type: {kind!r}: this decoder computes {', '.join(FAMILIES)}")
-    # transformers 5 writes rope_parameters; 4 wrote rope_scaling (type, then rope_type) beside a rope_theta; 5 reads them in this order.
-    rope = {"rope_theta": said.get("rope_theta")} | (said.get("rope_scaling") or said.get("rope_parameters") or {})
+    # transformers 5 writes rope_parameters; 4 wrote rope_scaling (type, then rope_type) beside a rope_theta;
+    # 5 reads them in this order.
+    rope = {"rope_theta": said.get("rope_theta")} | (
+        said.get("rope_scaling") or said.get("rope_parameters") or {}
+    )
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    found = [(key, got, value) for key, value in ONLY.items() for got in (said.get(key), rope.get(key)) if got is not None]
+    found = [
+        (key, got, value)
+        for key, value in ONLY.items()
+        for got in (said.get(key), rope.get(key))
+        if got is not None
+    ]
     found += [("layer_types", got, "full_attention") for got in said.get("layer_types") or ()]
     found += [("rope_type", rope_type, "default or llama3")] if rope_type not in ("default", "llama3") else []
     for key, got, value in found:
@@ -124,7 +164,8 @@ def read_config(path: str | Path) -> DecoderConfig:
             raise ConfigError(f"{file}: {key}: {got!r}: this decoder computes only {value!r}")
     need("hidden_act")
     if kind == "qwen3":
-        need("head_dim")  # transformers would assume 128 here, and hidden_size / num_attention_heads elsewhere
+        # transformers would assume 128 here, and hidden_size / num_attention_heads elsewhere
+        need("head_dim")
     stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return DecoderConfig(
         vocab=need("vocab_size"),
@@ -158,13 +199,20 @@ class Tensor(NamedTuple):
 
 
 def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: Any) -> Params:
-    """The parameters of a directory as `dtype`, each laid out by its sharding. A critic gets the same body and a value head of zeros."""
+    """The parameters of a directory as `dtype`, each laid out by its sharding. A critic gets the same body
+    and a value head of zeros.
+    """
     shapes, places, loaded = _shapes(cfg), _flat(shardings), {}
     with ExitStack() as opened:
         tensors = _open(resolve(path), opened)
         _check(tensors, cfg, shapes)
-        require_equal(lambda: {f"weights of {Path(path).name}, {name}": digest for name, digest in _digests(tensors).items()})
-        # The largest first: the host's copy of a parameter then never stands beside a full set of the device's.
+        require_equal(
+            lambda: {
+                f"weights of {Path(path).name}, {name}": digest for name, digest in _digests(tensors).items()
+            }
+        )
+        # The largest first: the host's copy of a parameter then never stands beside a full set of the
+        # device's.
         for key in sorted(shapes, key=lambda k: -prod(shapes[k])):
             read = partial(_read, tensors, key, shapes[key], jnp.dtype(dtype))
             gc.collect(0)  # jax lets go of the last parameter's host copy only when Python collects
@@ -175,8 +223,8 @@ def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: 
 def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Eight hex digits for each tensor, of its dtype, shape and first, middle and last `SAMPLED` bytes.
 
-    To read all of them would take as long as loading does. Training moves every weight a little, so that other weights are seen; a change
-    of a few numbers elsewhere in a large tensor is not.
+    To read all of them would take as long as loading does. Training moves every weight a little, so that
+    other weights are seen; a change of a few numbers elsewhere in a large tensor is not.
     """
     out = {}
     for name, t in sorted(tensors.items()):
@@ -187,7 +235,9 @@ def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
     return out
 
 
-def _read(tensors: dict[str, Tensor], key: tuple, shape: tuple[int, ...], dtype: np.dtype, index: Any) -> np.ndarray:
+def _read(
+    tensors: dict[str, Tensor], key: tuple, shape: tuple[int, ...], dtype: np.dtype, index: Any
+) -> np.ndarray:
     """One device's slice of a parameter: `index` holds a slice for each axis."""
     bounds = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
     if key == ("value",):
@@ -201,7 +251,9 @@ def _read(tensors: dict[str, Tensor], key: tuple, shape: tuple[int, ...], dtype:
 
 
 def _fill(out: np.ndarray, tensor: Tensor, entry: Entry, shape: tuple[int, ...], bounds: list[range]) -> None:
-    """out = tensor, turned to our axes, within `bounds` of them; read along the tensor's first axis, block by block."""
+    """out = tensor, turned to our axes, within `bounds` of them; read along the tensor's first axis, block by
+    block.
+    """
     ours, theirs = entry.ours.split(), entry.theirs.replace(" ", "")
     size, within = dict(zip(ours, shape, strict=True)), dict(zip(ours, bounds, strict=True))
     first, rest = theirs[0], theirs[1:]
@@ -212,7 +264,9 @@ def _fill(out: np.ndarray, tensor: Tensor, entry: Entry, shape: tuple[int, ...],
         block = tensor.rows(start * unit, stop * unit).reshape(stop - start, *(size[a] for a in rest))
         block = block[:, *(slice(within[a].start, within[a].stop) for a in rest)].astype(out.dtype)
         here = slice(start - within[first].start, stop - within[first].start)
-        out[tuple(here if a == first else slice(None) for a in ours)] = block.transpose([theirs.index(a) for a in ours])
+        out[tuple(here if a == first else slice(None) for a in ours)] = block.transpose(
+            [theirs.index(a) for a in ours]
+        )
 
 
 @cache
@@ -225,7 +279,9 @@ def _flat(tree: Params) -> dict[tuple, Any]:
     return dict(flatten_dict(tree))
 
 
-def _names(cfg: DecoderConfig, shapes: dict[tuple, tuple[int, ...]]) -> dict[str, tuple[tuple, int | None, tuple[int, ...]]]:
+def _names(
+    cfg: DecoderConfig, shapes: dict[tuple, tuple[int, ...]]
+) -> dict[str, tuple[tuple, int | None, tuple[int, ...]]]:
     """Tensor name -> path, layer and the shape it has in the file."""
     out = {}
     for key in shapes:
@@ -236,7 +292,9 @@ def _names(cfg: DecoderConfig, shapes: dict[tuple, tuple[int, ...]]) -> dict[str
         for i in layers:
             name = TABLE[key].name.format(i=i)
             if name in out:
-                raise ConfigError(f"{name}: both {_say(*out[name][:2])} and {_say(key, i)} take it; TABLE must name it once")
+                raise ConfigError(
+                    f"{name}: both {_say(*out[name][:2])} and {_say(key, i)} take it; TABLE must name it once"
+                )
             out[name] = key, i, tuple(prod(size[a] for a in group) for group in TABLE[key].theirs.split())
     return out
 
@@ -252,9 +310,13 @@ def check_weights(path: str | Path, cfg: DecoderConfig) -> None:
 
 
 def passed_over(path: str | Path) -> list[str]:
-    """Names of the weight files of a directory that are not read: a model.safetensors comes before them, as it does in transformers."""
+    """Names of the weight files of a directory that are not read: a model.safetensors comes before them, as
+    it does in transformers.
+    """
     directory = resolve(path)
-    others = sorted(file.name for file in directory.glob("model*.safetensors*") if file.name != "model.safetensors")
+    others = sorted(
+        file.name for file in directory.glob("model*.safetensors*") if file.name != "model.safetensors"
+    )
     return others if (directory / "model.safetensors").is_file() else []
 
 
@@ -265,10 +327,14 @@ def _weight_files(path: Path) -> list[Path]:
         remedy = "download the directory again"
         shards = files.read_json(path / INDEX, remedy).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ConfigError(f"{path / INDEX}: weight_map: the file of each tensor is needed, by name; {remedy}")
+            raise ConfigError(
+                f"{path / INDEX}: weight_map: the file of each tensor is needed, by name; {remedy}"
+            )
         named = sorted({path / name for name in shards.values()})
         if gone := [file.name for file in named if not file.is_file()]:
-            raise ConfigError(f"{path}: {', '.join(gone)}: named by {INDEX}, and not there; the download is incomplete")
+            raise ConfigError(
+                f"{path}: {', '.join(gone)}: named by {INDEX}, and not there; the download is incomplete"
+            )
         return named
     if old := sorted(file.name for file in path.glob("*.bin")):
         raise ConfigError(
@@ -282,7 +348,10 @@ def _open(path: Path, opened: ExitStack) -> dict[str, Tensor]:
     """Every tensor of a directory by name; only headers are read."""
     out: dict[str, Tensor] = {}
     for source in _weight_files(path):
-        with files.reading(source, "the download is incomplete or damaged; download it again"), safe_open(source, framework="numpy"):
+        with (
+            files.reading(source, "the download is incomplete or damaged; download it again"),
+            safe_open(source, framework="numpy"),
+        ):
             pass  # the header is whole, and tells of as many bytes as there are
         file = opened.enter_context(open(source, "rb"))
         length = int.from_bytes(file.read(8), "little")
@@ -290,9 +359,14 @@ def _open(path: Path, opened: ExitStack) -> dict[str, Tensor]:
         header.pop("__metadata__", None)
         for name, t in header.items():
             if name in out:
-                raise ConfigError(f"{name}: set twice, by {Path(out[name].file.name).name} and by {source.name}")
+                raise ConfigError(
+                    f"{name}: set twice, by {Path(out[name].file.name).name} and by {source.name}"
+                )
             if t["dtype"] not in DTYPES:
-                raise ConfigError(f"{source}: {name}: stored as {t['dtype']}; {', '.join(DTYPES)} are read, quantised weights are not")
+                raise ConfigError(
+                    f"{source}: {name}: stored as {t['dtype']}; {', '.join(DTYPES)} are read, "
+                    "quantised weights are not"
+                )
             out[name] = Tensor(file, 8 + length + t["data_offsets"][0], DTYPES[t["dtype"]], tuple(t["shape"]))
     return out
 
@@ -303,7 +377,9 @@ def _is_buffer(name: str) -> bool:
 
 
 def _check(tensors: dict[str, Tensor], cfg: DecoderConfig, shapes: dict[tuple, tuple[int, ...]]) -> None:
-    """Every tensor has its parameter, every parameter its tensor, and the shapes agree; else all that is wrong, by name."""
+    """Every tensor has its parameter, every parameter its tensor, and the shapes agree; else all that is
+    wrong, by name.
+    """
     names, wrong = _names(cfg, shapes), []
     for name, (key, i, shape) in names.items():
         if name not in tensors:
@@ -311,9 +387,15 @@ def _check(tensors: dict[str, Tensor], cfg: DecoderConfig, shapes: dict[tuple, t
         elif tensors[name].shape != shape:
             wrong.append(f"{name}: of shape {tensors[name].shape}; {_say(key, i)} needs {shape}")
     for name, tensor in tensors.items():
-        spare_head = name == HEAD and (cfg.execution.value_head or (cfg.tied and _equal(tensor, tensors.get(EMBED))))
+        spare_head = name == HEAD and (
+            cfg.execution.value_head or (cfg.tied and _equal(tensor, tensors.get(EMBED)))
+        )
         if name not in names and not spare_head and not _is_buffer(name):
-            why = "tie_word_embeddings is true, and it is not the embedding" if name == HEAD else "no parameter of this model takes it"
+            why = (
+                "tie_word_embeddings is true, and it is not the embedding"
+                if name == HEAD
+                else "no parameter of this model takes it"
+            )
             wrong.append(f"{name}: of shape {tensor.shape}; {why}")
     if wrong:
         more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
@@ -335,22 +417,33 @@ def weight_digests(path: str | Path) -> dict[str, str]:
 
 
 def save_params(
-    params: Params, cfg: DecoderConfig, source_dir: str | Path, out_dir: str | Path, dtype: Any = None, stop_ids: Sequence[int] = ()
+    params: Params,
+    cfg: DecoderConfig,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    dtype: Any = None,
+    stop_ids: Sequence[int] = (),
 ) -> None:
-    """A directory that transformers loads: our weights (as `dtype`, or as they are), all else from where the model came.
+    """A directory that transformers loads: our weights (as `dtype`, or as they are), all else from where the
+    model came.
 
-    But for `stop_ids`, the tokens that ended the policy's responses: its `generate` is to stop at each of them, too, and reads them in
-    generation_config.json; other programs read config.json.
+    But for `stop_ids`, the tokens that ended the policy's responses: its `generate` is to stop at each of
+    them, too, and reads them in generation_config.json; other programs read config.json.
 
-    In a run of many processes every one calls it and the first one writes. The directory appears whole: it is written beside
-    itself as `.NAME.partial` and renamed.
+    In a run of many processes every one calls it and the first one writes. The directory appears whole: it is
+    written beside itself as `.NAME.partial` and renamed.
     """
     if cfg.execution.value_head:
-        raise ConfigError("a critic has no output matrix, so transformers has no use for it: export the policy")
+        raise ConfigError(
+            "a critic has no output matrix, so transformers has no use for it: export the policy"
+        )
     source, out, flat = resolve(source_dir), Path(out_dir), _flat(params)
     shapes = {key: tuple(p.shape) for key, p in flat.items()}
     if shapes != (needed := _shapes(cfg)):
-        raise ConfigError(f"{out}: the parameters are not this model's: {sorted(set(shapes.items()) ^ set(needed.items()))[:4]}")
+        raise ConfigError(
+            f"{out}: the parameters are not this model's: "
+            f"{sorted(set(shapes.items()) ^ set(needed.items()))[:4]}"
+        )
     stored, writer = jnp.dtype(dtype or flat["embed",].dtype), jax.process_index() == 0
     partial_dir = _begin(out)
     shards = _shards({name: shape for name, (_, _, shape) in _names(cfg, shapes).items()}, stored.itemsize)
@@ -360,7 +453,10 @@ def save_params(
     if writer:
         if len(shards) > 1:
             total = sum(map(prod, shapes.values())) * stored.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {name: file for file, tensors in shards.items() for name in tensors},
+            }
             (partial_dir / INDEX).write_text(json.dumps(index, indent=1))
         said = files.read_json(source / "config.json")
         said["torch_dtype" if "torch_dtype" in said else "dtype"] = stored.name  # transformers 4 | 5
@@ -370,13 +466,20 @@ def save_params(
             said["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
             file = partial_dir / "generation_config.json"
             chosen = files.read_json(file) if file.is_file() else {k: said[k] for k in TOKENS if k in said}
-            file.write_text(json.dumps(chosen | {"eos_token_id": said["eos_token_id"]}, indent=1), encoding="utf-8")
-        (partial_dir / "config.json").write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
+            file.write_text(
+                json.dumps(chosen | {"eos_token_id": said["eos_token_id"]}, indent=1), encoding="utf-8"
+            )
+        (partial_dir / "config.json").write_text(
+            json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
         os.replace(partial_dir, out)
 
 
-def save_adapter(params: Params, cfg: DecoderConfig, source_dir: str | Path, out_dir: str | Path, dtype: Any = None) -> None:
-    """The adapters alone in the format of PEFT (adapter_config.json, adapter_model.safetensors), as `dtype` or as they are.
+def save_adapter(
+    params: Params, cfg: DecoderConfig, source_dir: str | Path, out_dir: str | Path, dtype: Any = None
+) -> None:
+    """The adapters alone in the format of PEFT (adapter_config.json, adapter_model.safetensors), as `dtype`
+    or as they are.
 
     PEFT's A is [rank, in] and its B [out, rank]; both add B·A·lora_alpha/r to the matrix, as ours do.
     """
@@ -395,17 +498,30 @@ def save_adapter(params: Params, cfg: DecoderConfig, source_dir: str | Path, out
     partial_dir = _begin(out)
     if jax.process_index() == 0:
         with open(partial_dir / "adapter_model.safetensors", "wb") as f:
-            _write(f, {name: tensor.shape for name, tensor in tensors.items()}, stored, iter(tensors.values()))
-        base = str(source_dir) if str(source_dir) not in SOURCES and not Path(source_dir).expanduser().is_dir() else str(source.resolve())
+            _write(
+                f, {name: tensor.shape for name, tensor in tensors.items()}, stored, iter(tensors.values())
+            )
+        base = (
+            str(source_dir)
+            if str(source_dir) not in SOURCES and not Path(source_dir).expanduser().is_dir()
+            else str(source.resolve())
+        )
         scale = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": False, "use_dora": False}
         usual = {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.0}
-        about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "target_modules": targets}
+        about = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "target_modules": targets,
+        }
         files.write_json(partial_dir / "adapter_config.json", about | scale | usual)
         os.replace(partial_dir, out)
 
 
 def _begin(out: Path) -> Path:
-    """The empty directory beside `out` in which process 0 writes what then gets its name; refused where something is there."""
+    """The empty directory beside `out` in which process 0 writes what then gets its name; refused where
+    something is there.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not empty; name another directory")
     partial_dir = out.absolute().with_name(f".{out.name}.partial")
@@ -427,8 +543,12 @@ def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> dict[str, dict
     return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
 
 
-def _to_theirs(flat: dict, cfg: DecoderConfig, shapes: dict, wanted: dict, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The file's tensors in the order wanted, one on the host at a time; `process_allgather` since a process may hold only a part."""
+def _to_theirs(
+    flat: dict, cfg: DecoderConfig, shapes: dict, wanted: dict, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """The file's tensors in the order wanted, one on the host at a time; `process_allgather` since a process
+    may hold only a part.
+    """
     names = _names(cfg, shapes)
     for name in wanted:
         key, i, shape = names[name]
@@ -438,7 +558,9 @@ def _to_theirs(flat: dict, cfg: DecoderConfig, shapes: dict, wanted: dict, dtype
         yield np.ascontiguousarray(value, dtype).reshape(shape)
 
 
-def _write(f: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, arrays: Iterator[np.ndarray]) -> None:
+def _write(
+    f: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, arrays: Iterator[np.ndarray]
+) -> None:
     """One safetensors file: the header's length, the header padded to 8 bytes, the tensors end to end."""
     code = next(code for code, known in DTYPES.items() if known == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

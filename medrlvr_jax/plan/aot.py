@@ -1,6 +1,8 @@
-"""The programs of a training step as shapes, compiled for a machine that need not be here, and what the compiler says of them.
+"""The programs of a training step as shapes, compiled for a machine that need not be here, and what the
+compiler says of them.
 
-Each is the very program that a training runs (test_plan.py holds them to be equal); `plan.py` prints what is found.
+Each is the very program that a training runs (test_plan.py holds them to be equal); `plan.py` prints what is
+found.
 """
 
 import hashlib
@@ -47,7 +49,8 @@ class Figures(NamedTuple):
     traffic: float = math.nan
     collectives: tuple[hlo.Collective, ...] = ()
     times: dict[str, float] = {}  # noqa: RUF012  # compute, memory, network
-    refused: bool = False  # the compiler found no way to fit it alone; `temporaries` are then its own sum, and no times are known
+    # the compiler found no way to fit it alone; `temporaries` are then its own sum, and no times are known
+    refused: bool = False
 
     @property
     def peak(self) -> float:
@@ -87,9 +90,15 @@ def _shard(leaf: Any) -> tuple[int, ...]:
 
 
 def compile_program(
-    program: Program, parts: Parts, machine: Machine, cache: dict[str, Figures], quick: bool = False, options: dict | None = None
+    program: Program,
+    parts: Parts,
+    machine: Machine,
+    cache: dict[str, Figures],
+    quick: bool = False,
+    options: dict | None = None,
 ) -> Figures:
-    """Compile one program for the machine and read its figures; one that is in the cache already only changes its surroundings.
+    """Compile one program for the machine and read its figures; one that is in the cache already only changes
+    its surroundings.
 
     `options`: the compiler's, in place of those for a machine that is not here.
     """
@@ -106,13 +115,16 @@ def compile_program(
         options = machines.COMPILE[chip.platform] | (machines.QUICK[chip.platform] if quick else {})
     began = time.monotonic()
     try:
-        with jax.set_mesh(mesh):  # of a call's cache key as well: on a machine that is here, it finds what is compiled now
+        # of a call's cache key as well: on a machine that is here, it finds what is compiled now
+        with jax.set_mesh(mesh):
             compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as e:
         lacked = refusal(str(e), arguments)
         if lacked is None:
             raise
-        empty = Figures(program.name, time.monotonic() - began, arguments, 0.0, lacked, others, chip.usable, done)
+        empty = Figures(
+            program.name, time.monotonic() - began, arguments, 0.0, lacked, others, chip.usable, done
+        )
         cache[text] = empty._replace(useful=flops.useful(program, parts) / n, refused=True)
         return cache[text]
     seconds, memory = time.monotonic() - began, compiled.memory_analysis()
@@ -132,14 +144,19 @@ def compile_program(
         times={
             "compute": done / chip.flops,
             "memory": moved.bytes / chip.hbm_speed,
-            "network": sum(machine.seconds(x.bytes, x.group, crosses_nodes(x.axis, mesh, machine)) for x in moved.collectives),
+            "network": sum(
+                machine.seconds(x.bytes, x.group, crosses_nodes(x.axis, mesh, machine))
+                for x in moved.collectives
+            ),
         },
     )
     return cache[text]
 
 
 def visited(program: Program, parts: Parts) -> Mapping[str, float]:
-    """The share of its blocks that the TPU's attention kernel visits, by a part of its name; see `attention.visited`."""
+    """The share of its blocks that the TPU's attention kernel visits, by a part of its name; see
+    `attention.visited`.
+    """
     if not parts.cfg.execution.splash:
         return {}
     sample = parts.config.sample
@@ -157,11 +174,15 @@ def _is_prompts(x: Any) -> bool:
 
 
 def refusal(message: str, arguments: float) -> float | None:
-    """Bytes of temporaries that a program wants, from the TPU compiler's refusal; None where the message is another.
+    """Bytes of temporaries that a program wants, from the TPU compiler's refusal; None where the message is
+    another.
 
     `Used 23.36G of 15.75G hbm` counts the arguments in, `HLO temporaries (1.00T)` does not.
     """
-    for pattern, counted in ((r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", arguments), (r"HLO temporaries \(([\d.]+)([KMGT])\)", 0.0)):
+    for pattern, counted in (
+        (r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", arguments),
+        (r"HLO temporaries \(([\d.]+)([KMGT])\)", 0.0),
+    ):
         if found := re.search(pattern, message):
             return float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]] - counted
     return None

@@ -212,7 +212,9 @@ def _evaluations(axis: Axes, runs: list[Records]) -> None:
             share, low, high = np.array([interval(c) for c in counts]).T
             steps = [r["step"] + shift for r in asked]
             color = set_color if single else COLORS[j % len(COLORS)]
-            axis.errorbar(steps, share, [share - low, high - share], color=color, zorder=3, clip_on=False, **style)
+            axis.errorbar(
+                steps, share, [share - low, high - share], color=color, zorder=3, clip_on=False, **style
+            )
         color, label = set_color if single else GREY, name.replace("_", " ")
         legend.append(Line2D([], [], lw=0, marker=marker, ms=5, color=color, label=label))
     if sets:

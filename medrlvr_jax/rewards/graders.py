@@ -1,7 +1,8 @@
 """Whether an answer is right: one grader for each kind of reference: `choice` among options, and `value`.
 
-A grader reads the text that `parse` found in <answer>, and compares it with what the question gives as right. A text
-that is no answer of the question's kind (two letters, a number in words) counts as wrong in its format.
+A grader reads the text that `parse` found in <answer>, and compares it with what the question gives as right.
+A text that is no answer of the question's kind (two letters, a number in words) counts as wrong in its
+format.
 """
 
 from collections.abc import Sequence

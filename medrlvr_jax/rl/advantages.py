@@ -1,19 +1,23 @@
-"""From one score per response to one advantage per token: GAE, and the estimators that compare samples instead of learning values.
+"""From one score per response to one advantage per token: GAE, and the estimators that compare samples
+instead of learning values.
 
 Where systems differ, this file does so:
 
-1. KL in the reward (Med-RLVR, arXiv 2502.19655): rₜ = r(q, o)·1[t = last] − β·k(t), the score clipped to ±`reward_clip` first
-   and the penalty never, as OpenRLHF.
-2. Estimators with one number per response (group, group_mean, rloo, reinforce_pp_baseline) take Σₜ rₜ as its score, so the
-   summed penalty is compared within the group as the reward is, as verl. OpenRLHF lets each token carry its own penalty. `group`
-   divides the reward by the group's spread, and the penalty never, as OpenRLHF: verl divides their sum, by which β cancels where
-   all samples earn the same, and what is left of the penalty, noise near a policy's start, gets advantages of unit variance.
+1. KL in the reward (Med-RLVR, arXiv 2502.19655): rₜ = r(q, o)·1[t = last] − β·k(t), the score clipped to
+   ±`reward_clip` first and the penalty never, as OpenRLHF.
+2. Estimators with one number per response (group, group_mean, rloo, reinforce_pp_baseline) take Σₜ rₜ as its
+   score, so the summed penalty is compared within the group as the reward is, as verl. OpenRLHF lets each
+   token carry its own penalty. `group` divides the reward by the group's spread, and the penalty never, as
+   OpenRLHF: verl divides their sum, by which β cancels where all samples earn the same, and what is left of
+   the penalty, noise near a policy's start, gets advantages of unit variance.
 3. Group estimators and returns-to-go yield no returns: there is no critic to fit.
-4. Whitening is over all tokens of the step, before it is split into minibatches; Bessel's variance + 1e-8 as verl and tunix. In a
-   step whose rewards are all alike nothing is divided, for the same reason as in 2: only the mean is taken off.
+4. Whitening is over all tokens of the step, before it is split into minibatches; Bessel's variance + 1e-8 as
+   verl and tunix. In a step whose rewards are all alike nothing is divided, for the same reason as in 2: only
+   the mean is taken off.
 
-Arrays are [Q, G, R] (questions, samples of each, response columns); functions of one response take [T] and the caller vmaps.
-The mask is True on the response's tokens, at least one, and False on the padding to their right.
+Arrays are [Q, G, R] (questions, samples of each, response columns); functions of one response take [T] and
+the caller vmaps. The mask is True on the response's tokens, at least one, and False on the padding to their
+right.
 """
 
 from functools import partial
@@ -28,12 +32,15 @@ MAX_EXPONENT = 20.0  # e²⁰ ≈ 5·10⁸ is past any honest ratio of probabili
 
 
 def ratio_of(log_ratio: Array) -> Array:
-    """exp(log_ratio), cut at e²⁰ (with gradient 0 there) so that one stray token cannot turn a step into NaN."""
+    """exp(log_ratio), cut at e²⁰ (with gradient 0 there) so that one stray token cannot turn a step
+    into NaN.
+    """
     return jnp.exp(jnp.minimum(log_ratio, MAX_EXPONENT))
 
 
 def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str) -> Array:
-    """Per token, an estimate of KL(π ‖ π_ref) from a token drawn from π (Schulman 2020). Any shape, elementwise.
+    """Per token, an estimate of KL(π ‖ π_ref) from a token drawn from π (Schulman 2020). Any shape,
+    elementwise.
 
     With x = log π_ref − log π:  k1 = −x,  k2 = x²/2,  k3 = eˣ − 1 − x,  abs = |x|.
     k1 and k3 are unbiased, k3 and k2 never negative. In a *loss*, E[∇k1] = 0 and it is E[∇k2] that is ∇KL.
@@ -52,12 +59,17 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str) -> Array:
 
 
 def penalties(logprobs: Array, ref_logprobs: Array, mask: Array, kl_coef: Array, kl: KLConfig) -> Array:
-    """β·k(log π, log π_ref) per token, 0 where the mask is False, whatever the padding holds. Any shape, elementwise."""
+    """β·k(log π, log π_ref) per token, 0 where the mask is False, whatever the padding holds. Any shape,
+    elementwise.
+    """
     return kl_coef * jnp.where(mask, kl_estimate(logprobs, ref_logprobs, kl.estimator), 0.0)
 
 
-def token_rewards(reward: Array, logprobs: Array, ref_logprobs: Array | None, mask: Array, kl_coef: Array, kl: KLConfig) -> Array:
-    """One response: rₜ = r·1[t = last] − β·k(log πₜ, log π_refₜ), the penalty only if there is a reference and `kl.into` is reward.
+def token_rewards(
+    reward: Array, logprobs: Array, ref_logprobs: Array | None, mask: Array, kl_coef: Array, kl: KLConfig
+) -> Array:
+    """One response: rₜ = r·1[t = last] − β·k(log πₜ, log π_refₜ), the penalty only if there is a reference
+    and `kl.into` is reward.
 
     reward [], the others [T] → [T]; 0 where the mask is False, whatever the padding holds.
     """
@@ -73,8 +85,9 @@ def gae(rewards: Array, values: Array, mask: Array, gamma: float, lam: float) ->
     """Generalised advantage estimation of one response (Schulman et al. 2016, arXiv 1506.02438).
 
     δₜ = rₜ + γ·Vₜ₊₁ − Vₜ,  Aₜ = Σₖ (γλ)ᵏ·δₜ₊ₖ,  returns = A + V;  V = 0 after the last token.
-    rewards, values [T] float, mask [T] bool → advantages, returns [T], both 0 off the mask; γ, λ in [0, 1].
-    A column off the mask is passed over as if it were not there, so its value may be anything. γ = λ = 1: returns are rewards-to-go.
+    rewards, values [T] float, mask [T] bool → advantages, returns [T], both 0 off the mask; γ, λ in [0, 1]. A
+    column off the mask is passed over as if it were not there, so its value may be anything. γ = λ = 1:
+    returns are rewards-to-go.
     """
 
     def backward(after, column):
@@ -85,16 +98,20 @@ def gae(rewards: Array, values: Array, mask: Array, gamma: float, lam: float) ->
         return jax.tree.map(partial(jnp.where, real), here, after), jnp.where(real, advantage, 0.0)
 
     zero = jnp.zeros((), values.dtype)
-    _, advantages = jax.lax.scan(backward, (zero, zero), (rewards.astype(values.dtype), values, mask), reverse=True)
+    _, advantages = jax.lax.scan(
+        backward, (zero, zero), (rewards.astype(values.dtype), values, mask), reverse=True
+    )
     return advantages, jnp.where(mask, advantages + values, 0.0)
 
 
 def whiten(x: Array, mask: Array, scaled: Array | bool = True) -> Array:
-    """(x − mean) / √(var + 1e-8) over the masked entries, var = Σ(x − mean)² / (n − 1); 0 elsewhere. Any shape, all axes at once.
+    """(x − mean) / √(var + 1e-8) over the masked entries, var = Σ(x − mean)² / (n − 1); 0 elsewhere. Any
+    shape, all axes at once.
 
     `scaled` False: x − mean.
     """
-    # Measured from one of its entries, a constant x is exactly 0; the mean of many 0.1s is not 0.1, and √1e-8 magnifies by 10⁴.
+    # Measured from one of its entries, a constant x is exactly 0; the mean of many 0.1s is not 0.1, and √1e-8
+    # magnifies by 10⁴.
     x = jnp.where(mask, x - jnp.max(x, where=mask, initial=-jnp.inf), 0.0)
     n = mask.sum()
     centred = jnp.where(mask, x - x.sum() / jnp.maximum(n, 1), 0.0)
@@ -103,29 +120,39 @@ def whiten(x: Array, mask: Array, scaled: Array | bool = True) -> Array:
 
 
 def group_mean(scores: Array) -> Array:
-    """Aᵢ = rᵢ − mean(r) within each question (Dr.GRPO, arXiv 2503.20783). [Q, G] → [Q, G]; equal scores give exactly 0."""
+    """Aᵢ = rᵢ − mean(r) within each question (Dr.GRPO, arXiv 2503.20783). [Q, G] → [Q, G]; equal scores give
+    exactly 0.
+    """
     scores = scores - scores[:, :1]  # as in `whiten`: equal scores are exactly 0 from here on
     return scores - scores.mean(axis=-1, keepdims=True)
 
 
 def group(scores: Array, ddof: int, eps: float) -> Array:
-    """Aᵢ = (rᵢ − mean(r)) / (std(r) + eps) within each question (GRPO, arXiv 2402.03300). [Q, G] → [Q, G]; equal scores give exactly 0.
+    """Aᵢ = (rᵢ − mean(r)) / (std(r) + eps) within each question (GRPO, arXiv 2402.03300). [Q, G] → [Q, G];
+    equal scores give exactly 0.
 
     std divides by G − ddof, so G > ddof is needed.
     """
     samples = scores.shape[-1]
     if samples <= ddof:
-        raise ValueError(f"{samples} samples have no standard deviation with ddof {ddof}: set sample.samples to at least {ddof + 1}")
+        raise ValueError(
+            f"{samples} samples have no standard deviation with ddof {ddof}: set sample.samples to "
+            f"at least {ddof + 1}"
+        )
     centred = group_mean(scores)
     scale = jnp.sqrt((centred**2).sum(axis=-1, keepdims=True) / (samples - ddof)) + eps
     return centred / jnp.where(scale > 0, scale, 1.0)  # eps may be 0
 
 
 def rloo(scores: Array) -> Array:
-    """Aᵢ = rᵢ − mean of the other samples' r = G/(G−1)·(rᵢ − mean(r)) (RLOO, arXiv 2402.14740). [Q, G ≥ 2] → [Q, G]."""
+    """Aᵢ = rᵢ − mean of the other samples' r = G/(G−1)·(rᵢ − mean(r)) (RLOO, arXiv 2402.14740). [Q, G ≥ 2] →
+    [Q, G].
+    """
     samples = scores.shape[-1]
     if samples < 2:
-        raise ValueError(f"{samples} sample has no others to be compared with: set sample.samples to at least 2")
+        raise ValueError(
+            f"{samples} sample has no others to be compared with: set sample.samples to at least 2"
+        )
     return group_mean(scores) * (samples / (samples - 1))
 
 
@@ -141,12 +168,13 @@ def compute(
 ) -> tuple[Array, Array | None, dict[str, Array]]:
     """A whole step's advantages and, if there are values to fit, returns; both [Q, G, R] and 0 off the mask.
 
-    rewards [Q, G] float, the others [Q, G, R]; ref_logprobs None: no penalty; values None: no critic.
-    The statistics are scalars over the step's learned responses, those with a token in the mask: `reward` and `reward_std` before
-    clipping; `reward_clipped`, the share that clipping changed; of the clipped rewards, which are what is learned from,
-    `equal_groups`, the share of questions whose samples all earn the same, and `no_contrast`, 1 where none differ of those that the
-    estimator compares (samples of one question, or else all of the step); `kl_penalty`, the mean of what was subtracted;
-    `advantage_mean` and `advantage_std` over tokens before whitening.
+    rewards [Q, G] float, the others [Q, G, R]; ref_logprobs None: no penalty; values None: no critic. The
+    statistics are scalars over the step's learned responses, those with a token in the mask: `reward` and
+    `reward_std` before clipping; `reward_clipped`, the share that clipping changed; of the clipped rewards,
+    which are what is learned from, `equal_groups`, the share of questions whose samples all earn the same,
+    and `no_contrast`, 1 where none differ of those that the estimator compares (samples of one question, or
+    else all of the step); `kl_penalty`, the mean of what was subtracted; `advantage_mean` and `advantage_std`
+    over tokens before whitening.
     """
     clipped = jnp.clip(rewards, -config.reward_clip, config.reward_clip)
     shaped = _each(partial(token_rewards, kl_coef=kl_coef, kl=kl))(clipped, logprobs, ref_logprobs, mask)
@@ -158,7 +186,9 @@ def compute(
     mean = advantages.sum() / n
     learned = mask.any(axis=-1)
     groups = learned.any(axis=-1)
-    least, most = (f(clipped, -1, initial=end, where=learned) for f, end in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf)))
+    least, most = (
+        f(clipped, -1, initial=end, where=learned) for f, end in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
+    )
     differ = (least < most).any() if config.estimator in COMPARING else least.min() < most.max()
 
     def over_learned(x):
@@ -183,15 +213,22 @@ def compute(
 def _estimate(
     config: AdvantageConfig, shaped: Array, rewards: Array, penalty: Array, values: Array | None, mask: Array
 ) -> tuple[Array, Array | None]:
-    """Token rewards [Q, G, R], which are `rewards` less `penalty` [Q, G] → advantages before whitening, and returns if there are values."""
+    """Token rewards [Q, G, R], which are `rewards` less `penalty` [Q, G] → advantages before whitening, and
+    returns if there are values.
+    """
     if values is not None:
         return _each(partial(gae, gamma=config.gamma, lam=config.lam))(shaped, values, mask)
     scores = shaped.sum(axis=-1)
     match config.estimator:
         case "gae":
-            raise ValueError("advantage.estimator: gae needs values: set learn.critic, or take estimator group")
-        case "reinforce_pp":  # REINFORCE++, arXiv 2501.03262: discounted rewards-to-go, which is GAE with V = 0 and λ = 1
-            return _each(partial(gae, gamma=config.gamma, lam=1.0))(shaped, jnp.zeros_like(shaped), mask)[0], None
+            raise ValueError(
+                "advantage.estimator: gae needs values: set learn.critic, or take estimator group"
+            )
+        case "reinforce_pp":
+            # REINFORCE++, arXiv 2501.03262: discounted rewards-to-go, which is GAE with V = 0 and λ = 1
+            return _each(partial(gae, gamma=config.gamma, lam=1.0))(shaped, jnp.zeros_like(shaped), mask)[
+                0
+            ], None
         case "group":
             per_response = group(rewards, config.std_ddof, config.std_eps) - group_mean(penalty)
         case "group_mean" | "reinforce_pp_baseline":  # they differ in whitening

@@ -1,4 +1,6 @@
-"""From rewards to experience: one reward for each row in all processes, then advantages, and the step's scalars."""
+"""From rewards to experience: one reward for each row in all processes, then advantages, and the step's
+scalars.
+"""
 
 from functools import partial
 from typing import Any
@@ -17,10 +19,12 @@ from medrlvr_jax.types import Array, Assessment, Experience, Prompts, Rollout
 
 
 def rewards_of_all(scored: Scored, n: int, parts: Parts) -> np.ndarray:
-    """float32 [own, G]: the reward of each row that this process holds of n questions, from the process that scored it.
+    """float32 [own, G]: the reward of each row that this process holds of n questions, from the process that
+    scored it.
 
-    Two processes that score one row may disagree (a judge, a clock, a time-out in one of them). JAX never compares the copies of an
-    array, so the weights would then differ from process to process, and nothing would say so.
+    Two processes that score one row may disagree (a judge, a clock, a time-out in one of them). JAX never
+    compares the copies of an array, so the weights would then differ from process to process, and nothing
+    would say so.
     """
     samples = parts.config.sample.samples
     rewards = np.empty(n * samples, np.float32)
@@ -31,10 +35,18 @@ def rewards_of_all(scored: Scored, n: int, parts: Parts) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("config",))
 def make_experience(
-    prompts: Prompts, rollout: Rollout, assessment: Assessment, rewards: Array, kl_coef: Array, *, config: tuple
+    prompts: Prompts,
+    rollout: Rollout,
+    assessment: Assessment,
+    rewards: Array,
+    kl_coef: Array,
+    *,
+    config: tuple,
 ) -> tuple[Experience, dict[str, Array]]:
-    """Rewards [Q, G] meet the assessment; `config` is (AdvantageConfig, KLConfig, LossConfig). Also the step's scalars, over tokens or
-    responses. Responses whose reward is not finite are left out of what is learned from: see user.py."""
+    """Rewards [Q, G] meet the assessment; `config` is (AdvantageConfig, KLConfig, LossConfig). Also the
+    step's scalars, over tokens or responses. Responses whose reward is not finite are left out of what is
+    learned from: see user.py.
+    """
     advantage, kl, loss = config
     mask, n = rollout.mask, jnp.maximum(rollout.mask.sum(), 1)
     a = assessment
@@ -43,7 +55,9 @@ def make_experience(
     if advantage.estimator in COMPARING:
         kept = jnp.broadcast_to(kept.all(-1, keepdims=True), kept.shape)
     learned = mask & kept[..., None]
-    adv, returns, stats = advantages.compute(advantage, kl, rewards, a.logprobs, a.ref_logprobs, a.values, learned, kl_coef)
+    adv, returns, stats = advantages.compute(
+        advantage, kl, rewards, a.logprobs, a.ref_logprobs, a.values, learned, kl_coef
+    )
     sampler = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
     gap = jnp.where(mask, a.logprobs - sampler, 0.0)
     stats |= {
@@ -72,7 +86,9 @@ def make_experience(
         advantages=adv,
         values=a.values,
         returns=returns,
-        sampler_weights=None if loss.sampler_cap is None else jnp.minimum(advantages.ratio_of(gap), loss.sampler_cap),
+        sampler_weights=None
+        if loss.sampler_cap is None
+        else jnp.minimum(advantages.ratio_of(gap), loss.sampler_cap),
     )
     return by_rows(experience), stats
 

@@ -1,12 +1,14 @@
 """Learning from a rollout: one `update` and one `learn` for policy, critic and supervised fine-tuning.
 
-They differ by objective, a function (params, rows, extra, row size) → (Mean loss, metrics); params are the learner's joined with the frozen
-base, which is an argument of the program, not donated, and has no gradient. Gradients of the Mean's total add over micro-batches and
-are divided once by its count, so no split of the rows changes anything but rounding.
+They differ by objective, a function (params, rows, extra, row size) → (Mean loss, metrics); params are the
+learner's joined with the frozen base, which is an argument of the program, not donated, and has no gradient.
+Gradients of the Mean's total add over micro-batches and are divided once by its count, so no split of the
+rows changes anything but rounding.
 
-Whatever the parameters' dtype, gradients are added up, moments kept and updates computed in float32. A parameter kept in bfloat16 gets
-its update by stochastic rounding (`moved`): rounded to the nearest, an update of less than half a step of its last bit would be lost,
-and at the rates of RL nearly all of them are. No float32 copy of the parameters exists.
+Whatever the parameters' dtype, gradients are added up, moments kept and updates computed in float32. A
+parameter kept in bfloat16 gets its update by stochastic rounding (`moved`): rounded to the nearest, an update
+of less than half a step of its last bit would be lost, and at the rates of RL nearly all of them are. No
+float32 copy of the parameters exists.
 """
 
 from collections.abc import Callable
@@ -45,9 +47,10 @@ class LearnSettings:
 def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
     """The config's optimiser after clipping by global norm; `updates` is the whole run's number.
 
-    adamw: Loshchilov & Hutter, arXiv 1711.05101. adafactor: Shazeer & Stern, arXiv 1804.04235, without momentum and without scaling
-    by the parameter's size. muon: Jordan 2024 on the layers' matrices, scaled to AdamW's step (arXiv 2502.16982), AdamW on the rest.
-    State and updates are float32 for parameters of any dtype, but for first moments where `moments` says otherwise.
+    adamw: Loshchilov & Hutter, arXiv 1711.05101. adafactor: Shazeer & Stern, arXiv 1804.04235, without
+    momentum and without scaling by the parameter's size. muon: Jordan 2024 on the layers' matrices, scaled to
+    AdamW's step (arXiv 2502.16982), AdamW on the rest. State and updates are float32 for parameters of any
+    dtype, but for first moments where `moments` says otherwise.
     """
     warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
     rest = max(1, updates - warmup)
@@ -57,10 +60,14 @@ def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransform
         "cosine": optax.cosine_decay_schedule(config.lr, rest),
     }[config.schedule]
     # Warm-up starts at lr / warmup, not at 0: no optimiser step is spent on standing still.
-    rate = optax.join_schedules([lambda n: config.lr * (n + 1) / warmup, after], [warmup]) if warmup else after
+    rate = (
+        optax.join_schedules([lambda n: config.lr * (n + 1) / warmup, after], [warmup]) if warmup else after
+    )
     c, decay = config, config.weight_decay
     rule = {
-        "adamw": lambda: optax.adamw(rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=decay, mu_dtype=c.moments, mask=_decays),
+        "adamw": lambda: optax.adamw(
+            rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=decay, mu_dtype=c.moments, mask=_decays
+        ),
         "adafactor": lambda: optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
@@ -86,7 +93,9 @@ def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransform
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` as it would be if gradients and parameters were float32; optax makes its state after the parameters' dtype."""
+    """`tx` as it would be if gradients and parameters were float32; optax makes its state after the
+    parameters' dtype.
+    """
 
     def init(params):
         return tx.init(optax.tree.cast(params, jnp.float32))
@@ -103,14 +112,18 @@ def _decays(params: Params) -> Params:
 
 
 def _matrix_axes(params: Params) -> Params:
-    """Muon's view of each parameter: which axes are input and output of a layer's matrix (or adapter's half); None: not one."""
+    """Muon's view of each parameter: which axes are input and output of a layer's matrix (or adapter's half);
+    None: not one.
+    """
 
     def axes(path, p):
         row = PARAMETERS[path[-1].key]
         if row.kind not in ("matrix", "adapter"):
             return None
         inputs = len(row.inputs.split())
-        return optax.contrib.MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim)))
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim))
+        )
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
@@ -122,7 +135,9 @@ def policy_objective(config: Config, cfg: DecoderConfig) -> Objective:
 
     def objective(params, rows, kl_coef, size):
         def read(hidden, tokens):
-            return scoring.token_logprobs(params, cfg, hidden, tokens, config.sample.temperature, config.model.logit_slab)
+            return scoring.token_logprobs(
+                params, cfg, hidden, tokens, config.sample.temperature, config.model.logit_slab
+            )
 
         logprobs, entropy = scoring.at_responses(params, cfg, rows, size, read)
         return losses.policy_loss(logprobs, entropy, rows, loss, kl, kl_coef, config.sample.max_new_tokens)
@@ -134,7 +149,9 @@ def critic_objective(config: Config, cfg: DecoderConfig) -> Objective:
     """The clipped squared error of `losses.value_loss`; extra is unused."""
 
     def objective(params, rows, _, size):
-        values = scoring.at_responses(params, cfg, rows, size, lambda hidden, _: scoring.values(params, cfg, hidden))
+        values = scoring.at_responses(
+            params, cfg, rows, size, lambda hidden, _: scoring.values(params, cfg, hidden)
+        )
         return losses.value_loss(values, rows, config.loss)
 
     return objective
@@ -154,35 +171,43 @@ def nll_objective(config: Config, cfg: DecoderConfig) -> Objective:
 
 
 def _mixed(x: Array) -> Array:
-    """MurmurHash3's finaliser: a one-to-one map of uint32 in which each bit of x moves every bit of the result. Elementwise."""
+    """MurmurHash3's finaliser: a one-to-one map of uint32 in which each bit of x moves every bit of the
+    result. Elementwise.
+    """
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def stochastic_round(x: Array, word: Array) -> Array:
-    """float32 [...] → bfloat16 [...], one of its two neighbours, so that the expectation over `word` is x (Gupta et al. 2015, arXiv
-    1502.02551; for Adam in bfloat16 Zamirai et al. 2020, arXiv 2010.06192).
+    """float32 [...] → bfloat16 [...], one of its two neighbours, so that the expectation over `word` is x
+    (Gupta et al. 2015, arXiv 1502.02551; for Adam in bfloat16 Zamirai et al. 2020, arXiv 2010.06192).
 
-    The noise of an entry is a hash of `word`, uint32 [], and of the entry's place: the same on every mesh, and, unlike that of
-    `jax.random.bits`, fused into the update on every platform, so that it takes no memory.
+    The noise of an entry is a hash of `word`, uint32 [], and of the entry's place: the same on every mesh,
+    and, unlike that of `jax.random.bits`, fused into the update on every platform, so that it takes no
+    memory.
     """
     noise = word
     for axis in range(x.ndim):
         noise = _mixed(noise ^ jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis))
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 16)  # carries with the chance of what is cut off
+    # carries with the chance of what is cut off
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 16)
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
 def moved(params: Params, updates: Params, key: Array) -> Params:
-    """params + updates (float32), in the params' dtypes: bfloat16 by stochastic rounding with noise of (key, leaf, place)."""
+    """params + updates (float32), in the params' dtypes: bfloat16 by stochastic rounding with noise of (key,
+    leaf, place).
+    """
     leaves, tree = jax.tree.flatten(params)
     words = jax.random.bits(key, (len(leaves),), jnp.uint32)
 
     def one(p: Array, u: Array, word: Array) -> Array:
         return stochastic_round(p.astype(jnp.float32) + u, word) if p.dtype == jnp.bfloat16 else p + u
 
-    return jax.tree.unflatten(tree, [one(*row) for row in zip(leaves, jax.tree.leaves(updates), words, strict=True)])
+    return jax.tree.unflatten(
+        tree, [one(*row) for row in zip(leaves, jax.tree.leaves(updates), words, strict=True)]
+    )
 
 
 def update(
@@ -193,7 +218,8 @@ def update(
     extra: Any,
     how: LearnSettings,
 ) -> tuple[Learner, Metrics]:
-    """One optimiser step on `rows`, `how.micro` at a time. One whose loss or gradient is not finite is not taken: `skipped` counts it.
+    """One optimiser step on `rows`, `how.micro` at a time. One whose loss or gradient is not finite is not
+    taken: `skipped` counts it.
 
     `key`: this step's own, for the rounding of parameters in bfloat16; float32 ones have no use for it.
     """
@@ -205,17 +231,25 @@ def update(
             mean, metrics = how.objective(lora.join(base, params), part, extra, size)
             return mean.total, (mean, metrics)
 
-        # The choice of a size is outside of the gradient: inside, what the backward pass keeps would be kept for every size.
+        # The choice of a size is outside of the gradient: inside, what the backward pass keeps would be kept
+        # for every size.
         with jax.named_scope("gradients"):
-            grads, (mean, metrics) = scoring.at_row_size(part.mask, sizes, lambda size: jax.grad(total, has_aux=True)(learner.params, size))
+            grads, (mean, metrics) = scoring.at_row_size(
+                part.mask, sizes, lambda size: jax.grad(total, has_aux=True)(learner.params, size)
+            )
         return optax.tree.cast(grads, jnp.float32), {"loss": mean, **jax.lax.stop_gradient(metrics)}
 
     if micro == n:
         grads, metrics = gradients(rows)
     else:
         parts = sharding.split_rows(rows, micro)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts)))
-        (grads, metrics), _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, gradients(part)), None), zeros, parts)
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts)),
+        )
+        (grads, metrics), _ = jax.lax.scan(
+            lambda acc, part: (jax.tree.map(jnp.add, acc, gradients(part)), None), zeros, parts
+        )
     count = jnp.maximum(metrics["loss"].count, 1)
     grads = jax.tree.map(lambda g: g / count, grads)
     with jax.named_scope("optimizer"):
@@ -224,7 +258,8 @@ def update(
     norm = optax.tree.norm(grads)
     sound = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
     metrics["grad_norm"] = Mean(norm, jnp.float32(1))
-    metrics = jax.tree.map(lambda x: jnp.where(sound, x, 0), metrics)  # they tell of the steps that were taken
+    # they tell of the steps that were taken
+    metrics = jax.tree.map(lambda x: jnp.where(sound, x, 0), metrics)
     metrics["skipped"] = Mean(1.0 - sound, jnp.float32(1))
     return jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, learner), metrics
 
@@ -240,7 +275,8 @@ def learn(
 ) -> tuple[Learner, Metrics]:
     """Several epochs over shuffled minibatches of questions; metrics are summed over all optimiser steps.
 
-    Shuffles and the rounding's noise are functions of `key` and of the place in here, not of what was learned or skipped before.
+    Shuffles and the rounding's noise are functions of `key` and of the place in here, not of what was learned
+    or skipped before.
     """
     n, epochs, minibatch = experience.tokens.shape[0], how.epochs, how.minibatch
     shuffles = [jax.random.permutation(jax.random.fold_in(key, epoch), n) for epoch in range(epochs)]
@@ -256,15 +292,21 @@ def learn(
     return learner, jax.tree.map(lambda x: x.sum(0), metrics)
 
 
-def compile_learn(config: Config, objective: Objective, tx: optax.GradientTransformation, learner_shardings: Learner):
-    """`learn` jitted for one learner: state donated, its shardings pinned (else the second step compiles again)."""
+def compile_learn(
+    config: Config, objective: Objective, tx: optax.GradientTransformation, learner_shardings: Learner
+):
+    """`learn` jitted for one learner: state donated, its shardings pinned (else the second step compiles
+    again).
+    """
     c = config.learn
     how = LearnSettings(objective, tx, c.epochs, c.minibatch, c.microbatch or c.minibatch, c.row_sizes)
     return jax.jit(partial(learn, how=how), donate_argnums=0, out_shardings=(learner_shardings, None))
 
 
 def offload(config: Config, learner: Learner, program: Any) -> tuple[Learner, Any]:
-    """With `learn.offload`: the learner's optimiser state waits in the host's memory, and comes to the device for `program` alone."""
+    """With `learn.offload`: the learner's optimiser state waits in the host's memory, and comes to the device
+    for `program` alone.
+    """
 
     def moved(learner: Learner, kind: str) -> Learner:
         return Learner(learner.params, sharding.to_memory(learner.opt_state, kind))
@@ -277,8 +319,11 @@ def offload(config: Config, learner: Learner, program: Any) -> tuple[Learner, An
 
 
 def adapt_kl(coef: Array, kl: Array, samples: int, config: KLConfig) -> Array:
-    """Ziegler et al. 2019 (arXiv 1909.08593), eq. 6: the coefficient follows the KL per response towards its target."""
+    """Ziegler et al. 2019 (arXiv 1909.08593), eq. 6: the coefficient follows the KL per response towards its
+    target.
+    """
     if config.target is None:
         return coef
-    error = jnp.nan_to_num(jnp.clip(kl / config.target - 1, -0.2, 0.2))  # a rollout without a KL moves nothing
+    # a rollout without a KL moves nothing
+    error = jnp.nan_to_num(jnp.clip(kl / config.target - 1, -0.2, 0.2))
     return coef * (1 + error * samples / config.horizon)

@@ -1,7 +1,7 @@
 """The loop around any kind of training: resume, compile, evaluate; then step, evaluate, record, save, stop.
 
-A `Job` says what a step is, what it logs and what evaluation reads. Reinforcement learning (train.py) and fine-tuning
-(sft.py) each make one; everything that a run writes is written from here.
+A `Job` says what a step is, what it logs and what evaluation reads. Reinforcement learning (train.py) and
+fine-tuning (sft.py) each make one; everything that a run writes is written from here.
 """
 
 import time
@@ -39,7 +39,8 @@ class StepResult:
     state: TrainState
     metrics: dict[str, Any]  # of this step: its line of metrics.jsonl
     learned: Experience  # the rows learned from: dumped where an update was not finite
-    logs: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows for other files, named in `log.LOGS`
+    # rows for other files, named in `log.LOGS`
+    logs: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     notices: Sequence[str] = ()
 
 
@@ -50,10 +51,12 @@ class Job:
     command: str  # "train" or "sft": the command line that goes on with the run
     parts: Parts
     steps: int
-    rows: tuple[list[Any], list[Any]]  # what is trained on, and its tokens: compared with inputs.json on resuming
+    # what is trained on, and its tokens: compared with inputs.json on resuming
+    rows: tuple[list[Any], list[Any]]
     sets: dict[str, Encoded]  # what is evaluated, by name
     state: TrainState  # at the start
-    step: Callable[[TrainState, int, log.Records], StepResult]  # (state, 0-based step, the last records) → result
+    # (state, 0-based step, the last records) → result
+    step: Callable[[TrainState, int, log.Records], StepResult]
     policy: Callable[[TrainState], Params]  # what evaluation reads: the sampler's parameters
     programs: Sequence[Program]  # what steps and evaluations call: compiled before the first step
     notices: Sequence[str] = ()  # about the data, for the console
@@ -72,8 +75,8 @@ class Session(NamedTuple):
 def run_job(job: Job, callbacks: Callback | Sequence[Callback] = ()) -> dict[str, Any]:
     """Run or resume a job to its last step, or until a callback or a signal stops it.
 
-    Returns the summary (`log.Run.finish`). Raises `Diverged` where updates are not finite in `MAX_SKIPS` steps in a row or
-    nothing is learned from the rewards any more, after saving a checkpoint.
+    Returns the summary (`log.Run.finish`). Raises `Diverged` where updates are not finite in `MAX_SKIPS`
+    steps in a row or nothing is learned from the rewards any more, after saving a checkpoint.
     """
     config = job.parts.config
     with (
@@ -100,8 +103,9 @@ def fingerprints(job: Job) -> dict[str, Any]:
 
 
 def resume(job: Job, run: log.Run, checkpoints: Checkpoints) -> tuple[TrainState, int, int]:
-    """The state of the newest checkpoint, its step, and how many of the last steps were skipped; the job's start and zeros
-    where there is none. Refuses inputs that have changed since (`inputs.check`)."""
+    """The state of the newest checkpoint, its step, and how many of the last steps were skipped; the job's
+    start and zeros where there is none. Refuses inputs that have changed since (`inputs.check`).
+    """
     config = job.parts.config
     sets: inputs.Sets = {"data": (config.data, *job.rows)}
     for name, encoded in job.sets.items():
@@ -110,12 +114,18 @@ def resume(job: Job, run: log.Run, checkpoints: Checkpoints) -> tuple[TrainState
     state, done = checkpoints.restore_newest(job.state)
     skips = run.resume(done)
     changed = [f"going on with what is not as it was: {line}" for line in accepted]
-    for text in [*job.notices, *changed, *(f"eval.sets.{name}: {encoded.told}" for name, encoded in job.sets.items())]:
+    for text in [
+        *job.notices,
+        *changed,
+        *(f"eval.sets.{name}: {encoded.told}" for name, encoded in job.sets.items()),
+    ]:
         run.notify(text)
     return state, done, skips
 
 
-def take_steps(job: Job, session: Session, state: TrainState, done: int, skips: int, callbacks: Sequence[Callback]) -> None:
+def take_steps(
+    job: Job, session: Session, state: TrainState, done: int, skips: int, callbacks: Sequence[Callback]
+) -> None:
     """The steps after `done`, each recorded and, where it is due, evaluated and saved."""
     run, checkpoints, every = session.run, session.checkpoints, job.parts.config.checkpoint.every
     history = run.history(monitors.WINDOW)
@@ -142,8 +152,12 @@ def take_steps(job: Job, session: Session, state: TrainState, done: int, skips: 
             break
 
 
-def take_step(job: Job, session: Session, state: TrainState, n: int, history: log.Records, first: bool) -> StepResult:
-    """Step n, timed and, where it is due, evaluated. Reports what was compiled in it: after the first, nothing should be."""
+def take_step(
+    job: Job, session: Session, state: TrainState, n: int, history: log.Records, first: bool
+) -> StepResult:
+    """Step n, timed and, where it is due, evaluated. Reports what was compiled in it: after the first,
+    nothing should be.
+    """
     run, compiles = session.run, session.compiles
     compiles.drain()  # what a checkpoint or a dump compiled is not the step's
     if not first:
@@ -160,7 +174,9 @@ def take_step(job: Job, session: Session, state: TrainState, n: int, history: lo
         result.metrics.update(evaluate.evaluate_sets(job.parts, job.policy(result.state), job.sets, run))
     if (compiled := compiles.drain()) and not first:
         names, seconds = ", ".join(sorted({name for name, _ in compiled})), sum(s for _, s in compiled)
-        run.notify(f"step {n}: compiled {names} in mid-run, {seconds:.1f} s lost; JAX's log above says what changed")
+        run.notify(
+            f"step {n}: compiled {names} in mid-run, {seconds:.1f} s lost; JAX's log above says what changed"
+        )
     return result
 
 
@@ -168,8 +184,13 @@ def record(run: log.Run, n: int, result: StepResult) -> None:
     """Write the step's logs; report a reward that failed; dump the rows of an update that was not finite."""
     metrics, logs = result.metrics, result.logs
     if errors := [row["reward_error"] for row in logs.get("samples", []) if "reward_error" in row]:
-        share = f"{metrics['reward_failed']:.1%} of the completions, {metrics['unlearned']:.1%} are not learned from"
-        run.notify(f"step {n}: the reward failed on {share}; they are in samples.jsonl. The first: {errors[0]}")
+        share = (
+            f"{metrics['reward_failed']:.1%} of the completions, {metrics['unlearned']:.1%} "
+            "are not learned from"
+        )
+        run.notify(
+            f"step {n}: the reward failed on {share}; they are in samples.jsonl. The first: {errors[0]}"
+        )
     if log.skipped(metrics):
         path = dump(run.path, n, result.learned)
         run.notify(f"step {n}: an update was not finite, and skipped; its rows are in {path}")
@@ -180,17 +201,24 @@ def record(run: log.Run, n: int, result: StepResult) -> None:
 def why_diverged(job: Job, n: int, metrics: dict[str, Any], skips: int) -> str | None:
     """Why a run must not go on after step n, and the remedy; None where it may."""
     if skips >= MAX_SKIPS:
-        remedy = "lower the rates or learn.*.clip_norm, look into the rows, and start again under another name="
+        remedy = (
+            "lower the rates or learn.*.clip_norm, look into the rows, and start again under another name="
+        )
         return f"{MAX_SKIPS} steps in a row had updates that were not finite; {remedy}"
     if n < job.steps and monitors.stalled(metrics, job.parts.config):
-        remedy = "look at samples.jsonl, and mend prompt, format, rewards or rates; log.stop_constant=0 goes on regardless"
+        remedy = (
+            "look at samples.jsonl, and mend prompt, format, rewards or rates; "
+            "log.stop_constant=0 goes on regardless"
+        )
         idle = f"nothing was learned from the rewards in {metrics['monitor/constant_reward']} steps in a row"
         return f"{idle}; {monitors.why_idle(metrics, job.parts.config)}: {remedy}"
     return None
 
 
 def dump(folder: Path, step: int, rows: Experience) -> Path:
-    """Write all rows of a step, one array of `skipped/<step>.npz` for each of `Experience`, such as `prompts.tokens`."""
+    """Write all rows of a step, one array of `skipped/<step>.npz` for each of `Experience`, such as
+    `prompts.tokens`.
+    """
     path = folder / "skipped" / f"{step}.npz"
     arrays = jax.tree.leaves_with_path(process_allgather(rows, tiled=True))
     if jax.process_index() == 0:

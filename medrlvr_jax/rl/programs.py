@@ -1,7 +1,8 @@
 """The compiled programs of a training: what they are, and their compilation before the first step.
 
-Which arguments they get is recorded by taking a step with shapes for arrays (`train.step_programs`): a training compiles
-from that what it is about to run, and `medrlvr plan` what a machine that is not here would run.
+Which arguments they get is recorded by taking a step with shapes for arrays (`train.step_programs`): a
+training compiles from that what it is about to run, and `medrlvr plan` what a machine that is not here would
+run.
 """
 
 import os
@@ -39,7 +40,9 @@ class Programs:
     critic_tx: Any
 
     def wrapped(self, wrap: Callable[[str, Any], Any]) -> "Programs":
-        """The same with `wrap(name, function)` in place of each function: to time the calls, or to record them."""
+        """The same with `wrap(name, function)` in place of each function: to time the calls, or to record
+        them.
+        """
         names = ("generate", "assess", "make_experience", "learn_policy", "learn_critic")
         functions = {name: getattr(self, name) for name in names}
         wrapped = {name: wrap(name, function) for name, function in functions.items() if function}
@@ -48,10 +51,14 @@ class Programs:
 
 
 def make_programs(parts: Parts, steps: int) -> Programs:
-    """Nothing is compiled or allocated yet. Schedules end with the run: while the critic warms up, the policy's stands still."""
+    """Nothing is compiled or allocated yet. Schedules end with the run: while the critic warms up, the
+    policy's stands still.
+    """
     config = parts.config
     check_rl(config)
-    policy_tx = make_optimizer(config.learn.policy, build.updates_in(config, steps - config.learn.critic_warmup))
+    policy_tx = make_optimizer(
+        config.learn.policy, build.updates_in(config, steps - config.learn.critic_warmup)
+    )
     placed = build.places(build.abstract_learner(parts, parts.cfg, policy_tx))
     learn_policy = compile_learn(config, policy_objective(config, parts.cfg), policy_tx, placed)
     critic_tx, learn_critic = None, None
@@ -71,12 +78,15 @@ def make_programs(parts: Parts, steps: int) -> Programs:
     )
 
 
-def compile_ahead(programs: Sequence[Program], parts: Parts, progress: Callable[[str, int, int], None]) -> str:
+def compile_ahead(
+    programs: Sequence[Program], parts: Parts, progress: Callable[[str, int, int], None]
+) -> str:
     """Compile all; the calls that follow find them in JAX's own cache. Returns what it took, in words.
 
-    As many at a time as there are pairs of cores: XLA keeps about two busy with one, and a gigabyte of the host's memory. A program that
-    does not fit is known before anything runs. All processes begin them in one order, so that none waits for what another has not begun
-    (GPUs' tuning is shared). `progress`: (what, done, of how many).
+    As many at a time as there are pairs of cores: XLA keeps about two busy with one, and a gigabyte of the
+    host's memory. A program that does not fit is known before anything runs. All processes begin them in one
+    order, so that none waits for what another has not begun (GPUs' tuning is shared). `progress`: (what,
+    done, of how many).
     """
     began, took = time.monotonic(), {}
 
@@ -92,11 +102,18 @@ def compile_ahead(programs: Sequence[Program], parts: Parts, progress: Callable[
             try:
                 future.result()
             except jax.errors.JaxRuntimeError as e:
-                pool.shutdown(wait=False, cancel_futures=True)  # those not begun: the reason is not kept waiting for them
+                # those not begun: the reason is not kept waiting for them
+                pool.shutdown(wait=False, cancel_futures=True)
                 if "RESOURCE_EXHAUSTED" not in str(e):
                     raise
-                said, remedy = str(e).split("\n")[0][:300], "`medrlvr plan CONFIG --topology …` says by how much, and what would help"
+                said, remedy = (
+                    str(e).split("\n")[0][:300],
+                    "`medrlvr plan CONFIG --topology …` says by how much, and what would help",
+                )
                 raise ConfigError(f"{waiting[future]} does not fit this machine: {said}; {remedy}") from None
             progress("compiling", done, len(programs))
     slowest = max(took, key=lambda name: took[name])
-    return f"{len(programs)} programs compiled in {time.monotonic() - began:.0f} s; longest was {slowest}, {took[slowest]:.0f} s"
+    return (
+        f"{len(programs)} programs compiled in {time.monotonic() - began:.0f} s; longest was "
+        f"{slowest}, {took[slowest]:.0f} s"
+    )

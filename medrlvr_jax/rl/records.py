@@ -1,4 +1,6 @@
-"""What a training step leaves on record: metrics, samples, pass counts and alarms, gathered from all processes."""
+"""What a training step leaves on record: metrics, samples, pass counts and alarms, gathered from all
+processes.
+"""
 
 import textwrap
 from itertools import chain
@@ -37,11 +39,16 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
         rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
     rows |= {f"reward/{name}": np.where(failed, 0, column) for name, column in v.components.items()}
     totals = gather({name: float(column.sum()) for name, column in rows.items()})  # one set from each process
-    shared = [name for name in rows if all(name in total for total in totals)]  # a process without rows cannot say that stages are none
+    # a process without rows cannot say that stages are none
+    shared = [name for name in rows if all(name in total for total in totals)]
     sums = {name: sum(total[name] for total in totals) for name in shared}
     n = int(sums.pop("completions"))
-    out = {name: total / n for name, total in sums.items()} | {"completions": n, "tokens": int(sums["response_length"])}
-    paid = ("reward", *(f"reward/{name}" for name in v.components))  # over completions on which no reward failed
+    out = {name: total / n for name, total in sums.items()} | {
+        "completions": n,
+        "tokens": int(sums["response_length"]),
+    }
+    # over completions on which no reward failed
+    paid = ("reward", *(f"reward/{name}" for name in v.components))
     out |= {name: sums[name] / max(n - sums["reward_failed"], 1) for name in paid}
     stats = sharding.to_host(stats)
     critic = stats.get("critic")
@@ -58,7 +65,10 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
 def tell(said: list[monitors.Alarm], scored: Scored, metrics: dict[str, float], config: Config) -> list[str]:
     """Each alarm in words, with the rows that show it best, from whichever processes have them."""
     found = [
-        [[int(scored.places[i]), scored.completions[i]] for i in monitors.examples(alarm, scored, metrics, config.sample.samples)]
+        [
+            [int(scored.places[i]), scored.completions[i]]
+            for i in monitors.examples(alarm, scored, metrics, config.sample.samples)
+        ]
         for alarm in said
     ]
     told = gather(found) if said else []
@@ -71,8 +81,9 @@ def tell(said: list[monitors.Alarm], scored: Scored, metrics: dict[str, float], 
 
 
 def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[dict[str, Any]]:
-    """Records for samples.jsonl: the first sample of questions spread over the step's batch, from whichever process has each; and, at
-    any step, completions on which the user's reward failed."""
+    """Records for samples.jsonl: the first sample of questions spread over the step's batch, from whichever
+    process has each; and, at any step, completions on which the user's reward failed.
+    """
     c = parts.config
     index = step_batch(c, len(encoded.questions), step)
     wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
@@ -84,16 +95,30 @@ def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[d
 
 
 def passes(scored: Scored, samples: int) -> dict[str, Any]:
-    """The step's record for questions.jsonl: how many of each question's samples were right (`medrlvr difficulty --history`)."""
-    own = zip((scored.places // samples).tolist(), scored.questions, scored.verdicts.correct.tolist(), strict=True)
+    """The step's record for questions.jsonl: how many of each question's samples were right (`medrlvr
+    difficulty --history`).
+    """
+    own = zip(
+        (scored.places // samples).tolist(), scored.questions, scored.verdicts.correct.tolist(), strict=True
+    )
     right: dict[tuple[int, str], int] = {}
-    for place, question, correct in chain.from_iterable(gather([(place, q.id, correct) for place, q, correct in own])):
+    for place, question, correct in chain.from_iterable(
+        gather([(place, q.id, correct) for place, q, correct in own])
+    ):
         right[place, question] = right.get((place, question), 0) + correct
     return {"samples": samples, "right": {name: n for (_, name), n in sorted(right.items())}}
 
 
-def sample_record(parts: Parts, encoded: Encoded, index: np.ndarray, scored: Scored, row: int) -> dict[str, Any]:
-    """One completion of the questions at `index`, by its place among this process's; `row` is then its place in the whole batch."""
+def sample_record(
+    parts: Parts, encoded: Encoded, index: np.ndarray, scored: Scored, row: int
+) -> dict[str, Any]:
+    """One completion of the questions at `index`, by its place among this process's; `row` is then its place
+    in the whole batch.
+    """
     place = int(scored.places[row])
     tokens = encoded.tokens[index[place // parts.config.sample.samples]]
-    return {"row": place, "prompt": parts.tokenizer.show(tokens), "prompt_length": len(tokens)} | scored.record(row)
+    return {
+        "row": place,
+        "prompt": parts.tokenizer.show(tokens),
+        "prompt_length": len(tokens),
+    } | scored.record(row)

@@ -1,7 +1,8 @@
 """Supervised fine-tuning and pretraining: the second half of a training step, with another objective.
 
-Targets by `sft.target`: the answer alone (the paper's baseline), the rationale and the answer, or the responses that `text`
-lines bring (how the embedded model was pretrained). A batch is `sample.questions` rows, learned in minibatches.
+Targets by `sft.target`: the answer alone (the paper's baseline), the rationale and the answer, or the
+responses that `text` lines bring (how the embedded model was pretrained). A batch is `sample.questions` rows,
+learned in minibatches.
 """
 
 import dataclasses
@@ -44,13 +45,18 @@ from medrlvr_jax.runs import log
 from medrlvr_jax.types import Experience, TrainState
 
 
-def encode_pairs(parts: Parts, records: Records | None = None) -> tuple[list[tuple[list[int], list[int]]], int, str]:
+def encode_pairs(
+    parts: Parts, records: Records | None = None
+) -> tuple[list[tuple[list[int], list[int]]], int, str]:
     """(prompt, target) tokens of every row, how many were dropped for their length, and how the set was read.
 
     `records` stand in place of what `data.path` names."""
     c, tok = parts.config, parts.tokenizer
     if c.data.shuffle_options:
-        raise ConfigError("data.shuffle_options: fine-tuning encodes its rows once, and rationales may name letters; set it to false")
+        raise ConfigError(
+            "data.shuffle_options: fine-tuning encodes its rows once, and rationales may name "
+            "letters; set it to false"
+        )
     if c.sft.target == "text":
         examples, told = read_text(c.data, records)
         prompts = [ids or [tok.stop_ids[0]] for ids in tok.encode_texts([e.prompt for e in examples])]
@@ -69,7 +75,9 @@ def encode_pairs(parts: Parts, records: Records | None = None) -> tuple[list[tup
     return kept, len(rows) - len(kept), told
 
 
-def batch(rows: list[tuple[list[int], list[int]]], index: np.ndarray, widths: tuple[int, int], pad_id: int) -> Experience:
+def batch(
+    rows: list[tuple[list[int], list[int]]], index: np.ndarray, widths: tuple[int, int], pad_id: int
+) -> Experience:
     """Rows as experience with one response each; what only RL has is None."""
     prompts = text.pad_prompts([rows[i][0] for i in index], index.astype(np.uint32), widths[0], pad_id)
     tokens = np.full((len(index), 1, widths[1]), pad_id, np.int32)
@@ -80,8 +88,11 @@ def batch(rows: list[tuple[list[int], list[int]]], index: np.ndarray, widths: tu
     return Experience(prompts, tokens, mask, None, None, None, None, None)
 
 
-def sft(config: Config, data: Records | str | Path | None = None, callbacks: Callback | Sequence[Callback] = ()) -> dict[str, Any]:
-    """Run or resume a fine-tuning; writes `runs/<name>/` as `medrlvr sft` does. Arguments, result and errors are those of `train`.
+def sft(
+    config: Config, data: Records | str | Path | None = None, callbacks: Callback | Sequence[Callback] = ()
+) -> dict[str, Any]:
+    """Run or resume a fine-tuning; writes `runs/<name>/` as `medrlvr sft` does. Arguments, result and errors
+    are those of `train`.
 
     With `sft.target: text`, rows of `data` are dicts with the fields `prompt` and `response`.
     """

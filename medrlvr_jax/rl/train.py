@@ -1,4 +1,5 @@
-"""Med-RLVR (arXiv 2502.19655): reinforcement learning from verifiable rewards, PPO or GRPO by what the config holds.
+"""Med-RLVR (arXiv 2502.19655): reinforcement learning from verifiable rewards, PPO or GRPO by what the config
+holds.
 
     for each step:
         sample G responses to each of Q questions            generate.generate
@@ -10,9 +11,12 @@
 
 Departures from the paper as it is known, in one place:
 1. Its rates, β, batch and lengths are not published: the presets take OpenRLHF's usual ones.
-2. Minibatches are shuffled by question: the samples of one question stay together, for they share their prompt's computation.
-3. The critic starts as the policy's body with a value head of zeros; it sees the state before each token, as OpenRLHF's.
-4. The reward rule is `strict` unless the config says `paper`; `paper` has the loopholes that the paper reports as hacks.
+2. Minibatches are shuffled by question: the samples of one question stay together, for they share their
+   prompt's computation.
+3. The critic starts as the policy's body with a value head of zeros; it sees the state before each token, as
+   OpenRLHF's.
+4. The reward rule is `strict` unless the config says `paper`; `paper` has the loopholes that the paper
+   reports as hacks.
 """
 
 import dataclasses
@@ -56,21 +60,24 @@ def train(
     data: Records | str | Path | None = None,
     callbacks: Callback | Sequence[Callback] = (),
 ) -> dict[str, Any]:
-    """Run or resume a training by PPO, GRPO or their kin, as `config` says; writes `runs/<name>/` as `medrlvr train` does.
+    """Run or resume a training by PPO, GRPO or their kin, as `config` says; writes `runs/<name>/` as `medrlvr
+    train` does.
 
     `rewards`: what pays in place of `config.reward`'s rule: a callable, or a list of callables and of pairs
-    (callable, weight), whose weighted values are added; of several, each has a metric `reward/<name>` (`f`, then
-    `f_2`), its mean before the weight. Each is called with lists of N texts by keyword, those of `completions`,
-    `keys` (letters of the right options), `options` and `questions` that its signature names, and returns N
-    finite numbers. user.py says what follows where it does not. Accuracies and evaluations stay the rule's.
-    `data`: what to train on in place of `config.data.path`: `Question`s, or dicts with the fields of one of the formats in formats.py,
-    in a list or a `datasets.Dataset`; or a path as in `config.data.path`. The other settings of `config.data` hold for it too.
-    `callbacks`: called as f(step, metrics) after each step, which is 1, 2, …, with the step's line of metrics.jsonl; where one
-    returns True, the run saves a checkpoint and stops.
+    (callable, weight), whose weighted values are added; of several, each has a metric `reward/<name>` (`f`,
+    then `f_2`), its mean before the weight. Each is called with lists of N texts by keyword, those of
+    `completions`, `keys` (letters of the right options), `options` and `questions` that its signature names,
+    and returns N finite numbers. user.py says what follows where it does not. Accuracies and evaluations stay
+    the rule's. `data`: what to train on in place of `config.data.path`: `Question`s, or dicts with the fields
+    of one of the formats in formats.py, in a list or a `datasets.Dataset`; or a path as in
+    `config.data.path`. The other settings of `config.data` hold for it too. `callbacks`: called as f(step,
+    metrics) after each step, which is 1, 2, …, with the step's line of metrics.jsonl; where one returns True,
+    the run saves a checkpoint and stops.
 
-    Returns what summary.json holds; of a run that was stopped before its end, by a callback or by a signal (Ctrl-C), `name`, `steps`,
-    `done` and `exit_status`: the same call goes on from there. Raises `ConfigError` for settings, data and rewards that cannot be
-    used, `RewardError`, `Diverged`, `CheckpointError` and `Unwritable`.
+    Returns what summary.json holds; of a run that was stopped before its end, by a callback or by a signal
+    (Ctrl-C), `name`, `steps`, `done` and `exit_status`: the same call goes on from there. Raises
+    `ConfigError` for settings, data and rewards that cannot be used, `RewardError`, `Diverged`,
+    `CheckpointError` and `Unwritable`.
     """
     check.check_best(config)
     judges = None if rewards is None else user.from_callables(rewards)
@@ -93,7 +100,9 @@ def train(
 
 
 def check_lengths(parts: Parts, encoded: Encoded) -> None:
-    """Refuse data without a usable question, rows beyond the model's positions, and a critic's warm-up without end."""
+    """Refuse data without a usable question, rows beyond the model's positions, and a critic's warm-up
+    without end.
+    """
     config = parts.config
     if not encoded.questions:
         limit = f"prompt.max_tokens = {config.prompt.max_tokens}"
@@ -110,8 +119,11 @@ def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], judge: us
     steps = total_steps(parts.config, len(encoded.questions))
     programs = make_programs(parts, steps)
     training, state = start(parts, programs)
-    # Evaluation is of the policy itself: where rollouts are drawn from int8 weights, it has a sync_weights of its own.
-    sync_weights = programs.sync_weights if parts.sampler_cfg == parts.cfg else make_weight_sync(parts, parts.cfg)
+    # Evaluation is of the policy itself: where rollouts are drawn from int8 weights, it has a sync_weights of
+    # its own.
+    sync_weights = (
+        programs.sync_weights if parts.sampler_cfg == parts.cfg else make_weight_sync(parts, parts.cfg)
+    )
     ahead = step_programs(parts, programs, encoded.width) + evaluate.programs(parts, sets)
     if sets and sync_weights is not programs.sync_weights:
         ahead += sync_program(sync_weights)
@@ -175,14 +187,19 @@ def start(parts: Parts, programs: Programs) -> tuple[Training, TrainState]:
 
 
 def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
-    """The questions of step `step` with their options in their epoch's order, where `data.shuffle_options` asks for it."""
+    """The questions of step `step` with their options in their epoch's order, where `data.shuffle_options`
+    asks for it.
+    """
     if not encoded.shuffle:
         return encoded
     n = len(encoded.questions)
-    return reorder(parts, encoded, step_batch(parts.config, n, step), step // (n // parts.config.sample.questions))
+    return reorder(
+        parts, encoded, step_batch(parts.config, n, step), step // (n // parts.config.sample.questions)
+    )
 
 
-# --- a step: what the host does of it, then its five parts ---------------------------------------------------------------
+# --- a step: what the host does of it, then its five parts
+# ---------------------------------------------------------------
 
 
 class Keys(NamedTuple):
@@ -194,13 +211,16 @@ class Keys(NamedTuple):
 
 def step_keys(seed: int, step: int) -> Keys:
     key = jax.random.fold_in(jax.random.key(seed), step)
-    return Keys(key, jax.random.fold_in(key, 2**31))  # beyond every question's number: the two never share a key
+    # beyond every question's number: the two never share a key
+    return Keys(key, jax.random.fold_in(key, 2**31))
 
 
 def train_step(
     training: Training, encoded: Encoded, state: TrainState, step: int, judge: user.Rewards | None = None
 ) -> tuple[TrainState, dict[str, Any], Scored, Experience]:
-    """Step `step` of the method above: the new state, scalars on the device, what the host scored, the rows learned from."""
+    """Step `step` of the method above: the new state, scalars on the device, what the host scored, the rows
+    learned from.
+    """
     parts, config = training.parts, training.parts.config
     index, keys = step_batch(config, len(encoded.questions), step), step_keys(config.seed, step)
 
@@ -216,7 +236,9 @@ def train_step(
     after, stats, scored, experience = five_parts(training, state, prompts, keys, grade)
     if config.kl.target is not None:
         responses = config.sample.questions * config.sample.samples
-        after = dataclasses.replace(after, kl_coef=adapt_kl(state.kl_coef, stats["kl_response"], responses, config.kl))
+        after = dataclasses.replace(
+            after, kl_coef=adapt_kl(state.kl_coef, stats["kl_response"], responses, config.kl)
+        )
     return after, stats | {"kl_coef": state.kl_coef}, scored, experience
 
 
@@ -227,9 +249,11 @@ def five_parts(
     keys: Keys,
     grade: Callable[[Rollout], tuple[Array, Any]],
 ) -> tuple[TrainState, dict[str, Any], Any, Experience]:
-    """Draw, assess, grade, advantages, learn. `grade` takes a rollout to rewards [Q, G] and what else it found, on the host.
+    """Draw, assess, grade, advantages, learn. `grade` takes a rollout to rewards [Q, G] and what else it
+    found, on the host.
 
-    `step_programs` calls it with shapes in place of arrays: so nothing here computes but by a program of `training`.
+    `step_programs` calls it with shapes in place of arrays: so nothing here computes but by a program of
+    `training`.
     """
     rollout = draw(training, state, prompts, keys.sample)
     assessment = assess(training, state, prompts, rollout)  # only dispatched: it runs while the host grades
@@ -240,12 +264,16 @@ def five_parts(
 
 
 def draw(training: Training, state: TrainState, prompts: Prompts, key: Array) -> Rollout:
-    """Responses by the policy. The sampler's copy of it (`sync.WeightSync`) lives no longer than this call."""
+    """Responses by the policy. The sampler's copy of it (`sync.WeightSync`) lives no longer than this
+    call.
+    """
     parts, programs = training.parts, training.programs
     params = programs.sync_weights(lora.join(training.frozen.base, state.policy.params))
     stop_ids, pad_id = parts.tokenizer.stop_ids, parts.tokenizer.pad_id
     sample = parts.config.sample
-    return programs.generate(params, parts.sampler_cfg, prompts, key, sample, stop_ids, pad_id, entropies=False)
+    return programs.generate(
+        params, parts.sampler_cfg, prompts, key, sample, stop_ids, pad_id, entropies=False
+    )
 
 
 def assess(training: Training, state: TrainState, prompts: Prompts, rollout: Rollout) -> Assessment:
@@ -259,15 +287,24 @@ def assess(training: Training, state: TrainState, prompts: Prompts, rollout: Rol
 
 
 def advantages(
-    training: Training, state: TrainState, prompts: Prompts, rollout: Rollout, assessment: Assessment, rewards: Array
+    training: Training,
+    state: TrainState,
+    prompts: Prompts,
+    rollout: Rollout,
+    assessment: Assessment,
+    rewards: Array,
 ) -> tuple[Experience, dict[str, Array]]:
     """Rewards [Q, G] and the assessment as rows to learn from; and the step's scalars."""
     settings = experience_settings(training.parts)
     return training.programs.make_experience(prompts, rollout, assessment, rewards, state.kl_coef, **settings)
 
 
-def learn(training: Training, state: TrainState, experience: Experience, key: Array) -> tuple[TrainState, dict[str, Any]]:
-    """Policy and critic after their epochs over the rows, with their metrics. A program that is None leaves its learner."""
+def learn(
+    training: Training, state: TrainState, experience: Experience, key: Array
+) -> tuple[TrainState, dict[str, Any]]:
+    """Policy and critic after their epochs over the rows, with their metrics. A program that is None leaves
+    its learner.
+    """
     programs, base = training.programs, training.frozen.base
     policy, critic, metrics = state.policy, state.critic, {}
     if programs.learn_policy:
@@ -278,7 +315,9 @@ def learn(training: Training, state: TrainState, experience: Experience, key: Ar
 
 
 def step_programs(parts: Parts, programs: Programs, width: int) -> list[Program]:
-    """All programs of a training step in their order, by taking one with shapes for arrays; prompts have `width` columns."""
+    """All programs of a training step in their order, by taking one with shapes for arrays; prompts have
+    `width` columns.
+    """
     config, mesh = parts.config, parts.mesh
 
     def learner(cfg: Any, tx: Any) -> Learner:

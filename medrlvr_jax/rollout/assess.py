@@ -1,4 +1,6 @@
-"""What the trainer's own pass says of responses: log-probs and entropy by the policy, log-probs by the reference, the critic's values."""
+"""What the trainer's own pass says of responses: log-probs and entropy by the policy, log-probs by the
+reference, the critic's values.
+"""
 
 import math
 from functools import partial
@@ -14,9 +16,16 @@ from medrlvr_jax.types import Assessment, Frozen, Params, Prompts, Rollout
 
 
 def assess_alone(policy: Params, parts: Parts, prompts: Prompts, rollout: Rollout) -> Assessment:
-    """What the policy, whole, says of responses that are there, by the training's own pass; no reference and no critic."""
+    """What the policy, whole, says of responses that are there, by the training's own pass; no reference and
+    no critic.
+    """
     learn, rows = parts.config.learn, len(rollout.tokens)
-    settings = {"cfg": parts.cfg, "critic_cfg": parts.critic_cfg, "temperature": 1.0, "slab": parts.config.model.logit_slab}
+    settings = {
+        "cfg": parts.cfg,
+        "critic_cfg": parts.critic_cfg,
+        "temperature": 1.0,
+        "slab": parts.config.model.logit_slab,
+    }
     sizes = (rollout.tokens.shape[1] * rollout.tokens.shape[2],)
     micro = math.gcd(rows, learn.microbatch or learn.minibatch)
     return assess(Frozen({}, None), policy, None, prompts, rollout, **settings, sizes=sizes, micro=micro)
@@ -39,8 +48,8 @@ def assess(
 ) -> Assessment:
     """What the trainer itself says of the rollout before learning: log-probs, the reference's, and values.
 
-    `policy` and `critic` are what is trained of them; the reference is computed without adapters. `micro` questions
-    at a time, each at the least of `sizes` that holds them (`scoring.at_row_size`).
+    `policy` and `critic` are what is trained of them; the reference is computed without adapters. `micro`
+    questions at a time, each at the least of `sizes` that holds them (`scoring.at_row_size`).
     """
 
     def read(rows, trained, cfg, size, of):

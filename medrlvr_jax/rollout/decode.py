@@ -1,6 +1,8 @@
-"""The decoder as the sampler uses it: prompts first, then one token of every sample at a time, with keys and values cached.
+"""The decoder as the sampler uses it: prompts first, then one token of every sample at a time, with keys and
+values cached.
 
-Q questions, P prompt columns, G samples of each, R response columns, E states; L layers, K KV heads, head size D.
+Q questions, P prompt columns, G samples of each, R response columns, E states; L layers, K KV heads, head
+size D.
 """
 
 from typing import cast
@@ -64,11 +66,13 @@ def decode_step(
 ) -> tuple[Float[Array, "Q G E"], Caches]:
     """The tokens of column t → the states that predict column t + 1, and the caches with column t filled.
 
-    `rope`: tables of the positions 0 … P + R − 1, made before the loop: inside it XLA:CPU computes sines in each layer.
+    `rope`: tables of the positions 0 … P + R − 1, made before the loop: inside it XLA:CPU computes sines in
+    each layer.
 
-    With `unroll`, `layers` holds one parameter tree per layer (`split_layers`), cut out once before the loop: on CPU and GPU
-    a scan copies every layer's weights and cache out of the stack at each token (twice the traffic in XLA's program for an
-    H100). On TPU they are read in place, and a scan compiles in a fraction of the time.
+    With `unroll`, `layers` holds one parameter tree per layer (`split_layers`), cut out once before the loop:
+    on CPU and GPU a scan copies every layer's weights and cache out of the stack at each token (twice the
+    traffic in XLA's program for an H100). On TPU they are read in place, and a scan compiles in a fraction of
+    the time.
     """
     dtype = cfg.execution.dtype
     x = constrain(params["embed"].astype(dtype)[tokens].astype(jnp.float32), "batch", None, None)
@@ -98,8 +102,8 @@ def decode_step(
 def split_layers(params: Params, cfg: DecoderConfig) -> Layers:
     """The layers' parameters as `decode_step` takes them.
 
-    With `unroll`, each is cut out, cast and gathered along `fsdp` before the loop over tokens, and no copy of the whole
-    stack exists beside them.
+    With `unroll`, each is cut out, cast and gathered along `fsdp` before the loop over tokens, and no copy of
+    the whole stack exists beside them.
     """
     if not cfg.execution.unroll:
         return params["layers"]

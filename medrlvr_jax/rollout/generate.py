@@ -1,15 +1,16 @@
-"""Jitted generation: prefill each prompt once, then a short chain of `while_loop`s until every row has stopped.
+"""Jitted generation: prefill each prompt once, then a short chain of `while_loop`s until every row has
+stopped.
 
-Noise is counter-based: the uniform behind a token is a function of (seed, step, question, sample, position) alone, so a
-sample is the same whatever the batch, the padding or the mesh.
+Noise is counter-based: the uniform behind a token is a function of (seed, step, question, sample, position)
+alone, so a sample is the same whatever the batch, the padding or the mesh.
 
-Attention reads what is filled, about: the rows' own keys and values begin with room for an eighth (or so) of the budget, and grow
-from loop to loop (`segment_ends`).
+Attention reads what is filled, about: the rows' own keys and values begin with room for an eighth (or so) of
+the budget, and grow from loop to loop (`segment_ends`).
 
-Rows that have stopped make room: when half of them have, the others move together into a loop of half the width, and so on
-down a short ladder; where the room grows they come back. A row that moves takes along its own copy of its prompt's keys and values,
-which its group shares before. Only on CPU, where a step costs what its rows cost: on TPU and GPU it costs reading the weights, and
-each loop is one more to compile.
+Rows that have stopped make room: when half of them have, the others move together into a loop of half the
+width, and so on down a short ladder; where the room grows they come back. A row that moves takes along its
+own copy of its prompt's keys and values, which its group shares before. Only on CPU, where a step costs what
+its rows cost: on TPU and GPU it costs reading the weights, and each loop is one more to compile.
 """
 
 from functools import partial
@@ -35,7 +36,9 @@ HALVINGS = 3  # each is another loop to compile
 
 
 class State(NamedTuple):
-    """Loop state before column t is drawn; columns below t are final. After the first narrowing Q counts rows, and G is 1."""
+    """Loop state before column t is drawn; columns below t are final. After the first narrowing Q counts
+    rows, and G is 1.
+    """
 
     t: Array  # int32 []
     drawn: Rollout
@@ -60,9 +63,10 @@ def generate(
 ) -> Rollout:
     """Draw `sample.samples` responses to each prompt; `key` is the step's, `fold_in(key(seed), step)`.
 
-    The stop token is part of the response. Log-probs are recorded where a token is drawn: under the distribution it was
-    drawn from, and, where top-k, top-p, greedy choice or a minimum length make that another one, under the policy itself.
-    `limits` int32 [Q, G] ends single rows before `max_new_tokens`. With `entropies`, the policy's at each token is recorded too.
+    The stop token is part of the response. Log-probs are recorded where a token is drawn: under the
+    distribution it was drawn from, and, where top-k, top-p, greedy choice or a minimum length make that
+    another one, under the policy itself. `limits` int32 [Q, G] ends single rows before `max_new_tokens`. With
+    `entropies`, the policy's at each token is recorded too.
     """
     rows, groups, length = prompts.tokens.shape[0], sample.samples, sample.max_new_tokens
     truncated = bool(sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0)
@@ -74,7 +78,13 @@ def generate(
     tokens = jnp.full((rows, groups, length), pad_id, jnp.int32)
     state = State(
         t=jnp.int32(0),
-        drawn=Rollout(tokens, jnp.zeros(tokens.shape, bool), zeros, zeros if truncated else None, zeros if entropies else None),
+        drawn=Rollout(
+            tokens,
+            jnp.zeros(tokens.shape, bool),
+            zeros,
+            zeros if truncated else None,
+            zeros if entropies else None,
+        ),
         running=jnp.ones((rows, groups), bool),
         uniforms=noise(key, prompts.ids, groups, length),
         limits=jnp.full((rows, groups), length) if limits is None else jnp.minimum(limits, length),
@@ -87,8 +97,8 @@ def generate(
         scores = constrain(decoder.logits(params, cfg, hidden), "batch", None, "vocab")
         uniforms = jax.lax.dynamic_index_in_dim(state.uniforms, state.t, axis=2, keepdims=False)
         token, drawn, policy, spread = draw(scores, uniforms, state.t, sample, stop_ids)
-        own = lambda x: jnp.where(state.running, x, 0.0)  # noqa: E731
-        put = lambda x, column: jax.lax.dynamic_update_slice_in_dim(x, column[:, :, None], state.t, axis=2)  # noqa: E731
+        own = lambda x: jnp.where(state.running, x, 0.0)
+        put = lambda x, column: jax.lax.dynamic_update_slice_in_dim(x, column[:, :, None], state.t, axis=2)
         d = state.drawn
         columns = Rollout(
             tokens=put(d.tokens, jnp.where(state.running, token, pad_id)),
@@ -102,7 +112,9 @@ def generate(
 
     def body(state: State) -> State:
         token = jax.lax.dynamic_index_in_dim(state.drawn.tokens, state.t - 1, axis=2, keepdims=False)
-        hidden, caches = decode.decode_step(params, cfg, layers, rope, token, state.prompts, state.caches, state.t - 1)
+        hidden, caches = decode.decode_step(
+            params, cfg, layers, rope, token, state.prompts, state.caches, state.t - 1
+        )
         return record(state._replace(caches=caches), hidden)
 
     shards = batch_ways(rows)
@@ -111,8 +123,9 @@ def generate(
         """Draw the columns from `begin` (some may be there) to below `until`, or until no row runs."""
         width = state.running.size // shards
         narrower = width // 2 if halvings and width % 2 == 0 and width // 2 >= NARROWEST else 0
-        busy = lambda s: s.running.reshape(shards, -1).sum(1).max()  # noqa: E731
-        rounds = until - begin  # so written because it is what a plan may read from the condition: see flops.py and hlo.py
+        busy = lambda s: s.running.reshape(shards, -1).sum(1).max()
+        # so written because it is what a plan may read from the condition: see flops.py and hlo.py
+        rounds = until - begin
         state = jax.lax.while_loop(lambda s: (s.t - begin < rounds) & (busy(s) > narrower), body, state)
         if not narrower:
             return state
@@ -128,7 +141,9 @@ def generate(
 
 
 def segment_ends(length: int) -> list[int]:
-    """How many tokens the rows' own caches have room for, loop by loop: the budget, its half, … down to less than 2 · SEGMENT."""
+    """How many tokens the rows' own caches have room for, loop by loop: the budget, its half, … down to less
+    than 2 · SEGMENT.
+    """
     ends = [length]
     while ends[0] >= 2 * SEGMENT:
         ends.insert(0, -(-ends[0] // 2))
@@ -145,7 +160,9 @@ def loops(length: int) -> list[tuple[int, int]]:
 
 
 def take_rows(state: State, place: Array) -> State:
-    """The rows at `place` [shards, n], places among a shard's rows: [shards·n, 1, …] of what is a row's, [shards·n, …] of a question's."""
+    """The rows at `place` [shards, n], places among a shard's rows: [shards·n, 1, …] of what is a row's,
+    [shards·n, …] of a question's.
+    """
     groups = state.running.shape[1]
 
     def take(x, place):
@@ -158,7 +175,10 @@ def take_rows(state: State, place: Array) -> State:
     def of_row(x):
         return take(x.reshape(-1, *x.shape[2:]), place)[:, None]
 
-    caches = [Cache(of_question(c.prompt_k), of_question(c.prompt_v), of_row(c.own_k), of_row(c.own_v)) for c in state.caches]
+    caches = [
+        Cache(of_question(c.prompt_k), of_question(c.prompt_v), of_row(c.own_k), of_row(c.own_v))
+        for c in state.caches
+    ]
     return state._replace(
         drawn=jax.tree.map(of_row, state.drawn),
         running=of_row(state.running),
@@ -177,7 +197,10 @@ def put_rows(state: State, place: Array, rows: State) -> State:
         new = new.reshape(*place.shape, *x.shape[2:])
         return jax.vmap(lambda x, i, new: x.at[i].set(new))(split, place, new).reshape(x.shape)
 
-    caches = [c._replace(own_k=put(c.own_k, n.own_k), own_v=put(c.own_v, n.own_v)) for c, n in zip(state.caches, rows.caches, strict=True)]
+    caches = [
+        c._replace(own_k=put(c.own_k, n.own_k), own_v=put(c.own_v, n.own_v))
+        for c, n in zip(state.caches, rows.caches, strict=True)
+    ]
     drawn, running = jax.tree.map(put, (state.drawn, state.running), (rows.drawn, rows.running))
     return state._replace(t=rows.t, drawn=drawn, running=running, caches=caches)
 
@@ -185,7 +208,7 @@ def put_rows(state: State, place: Array, rows: State) -> State:
 def noise(key: Array, ids: Array, groups: int, length: int) -> Array:
     """One uniform per (question, sample, position): [Q, G, R]."""
     each = jax.vmap(jax.random.fold_in, (None, 0))
-    of_question = lambda key: jax.vmap(each, (0, None))(each(key, jnp.arange(groups)), jnp.arange(length))  # noqa: E731
+    of_question = lambda key: jax.vmap(each, (0, None))(each(key, jnp.arange(groups)), jnp.arange(length))
     return jax.vmap(jax.vmap(jax.vmap(jax.random.uniform)))(jax.vmap(of_question)(each(key, ids)))
 
 
@@ -193,9 +216,12 @@ def is_stop(token: Array, stop_ids: tuple[int, ...]) -> Array:
     return jnp.isin(token, jnp.array(stop_ids, jnp.int32))
 
 
-def draw(scores: Array, uniforms: Array, t: Array, sample: SampleConfig, stop_ids: tuple[int, ...]) -> tuple[Array, Array, Array, Array]:
-    """One token per row from float32 scores [Q, G, V] and uniforms [Q, G]; its log-prob as drawn, and under the policy (at the same
-    temperature); the policy's entropy."""
+def draw(
+    scores: Array, uniforms: Array, t: Array, sample: SampleConfig, stop_ids: tuple[int, ...]
+) -> tuple[Array, Array, Array, Array]:
+    """One token per row from float32 scores [Q, G, V] and uniforms [Q, G]; its log-prob as drawn, and under
+    the policy (at the same temperature); the policy's entropy.
+    """
     policy = scores / (sample.temperature or 1.0)
     policy_total = jax.nn.logsumexp(policy, axis=-1)
     allowed = policy
@@ -219,9 +245,11 @@ def pick(x: Array, index: Array) -> Array:
 
 
 def truncate(weights: Array, top_k: int, top_p: float) -> Array:
-    """Zero all but the top k, then all but the smallest set that holds top_p of the rest; ties at the border stay.
+    """Zero all but the top k, then all but the smallest set that holds top_p of the rest; ties at the border
+    stay.
 
-    Exact and without a sort: positive floats order as their bit patterns do, so 31 halvings find the border itself.
+    Exact and without a sort: positive floats order as their bit patterns do, so 31 halvings find the border
+    itself.
     """
     if top_k and top_k < weights.shape[-1]:
         weights = _keep_heaviest(weights, lambda kept: kept.sum(-1, dtype=jnp.int32) >= top_k)
@@ -247,9 +275,11 @@ def _keep_heaviest(weights: Array, enough) -> Array:
 
 
 def inverse_cdf(weights: Array, uniforms: Array) -> Array:
-    """The index whose share of the cumulative weights [..., V] holds `uniforms` [...] of the total; never one of weight 0.
+    """The index whose share of the cumulative weights [..., V] holds `uniforms` [...] of the total; never one
+    of weight 0.
 
-    One uniform per row in place of a Gumbel per word. Two levels (blocks, then inside one) keep the sums short and exact.
+    One uniform per row in place of a Gumbel per word. Two levels (blocks, then inside one) keep the sums
+    short and exact.
     """
     padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % BLOCK)])
     blocks = padded.reshape(*weights.shape[:-1], -1, BLOCK)
@@ -264,9 +294,11 @@ def inverse_cdf(weights: Array, uniforms: Array) -> Array:
 
 
 def _first_above(ends: Array, parts: Array, target: Array) -> Array:
-    """The first index that weighs anything from where the running end exceeds target on; past the end, the last one that does.
+    """The first index that weighs anything from where the running end exceeds target on; past the end, the
+    last one that does.
 
-    Running ends are rounded, each in its own order: they may grow, or pass the target, at an index of weight 0.
+    Running ends are rounded, each in its own order: they may grow, or pass the target, at an index of weight
+    0.
     """
     index, first = jnp.arange(parts.shape[-1]), (ends <= target[..., None]).sum(-1, keepdims=True)
     last = jnp.where(parts > 0, index, 0).max(-1, keepdims=True)

@@ -25,10 +25,12 @@ class Program(NamedTuple):
 
 
 class Recorder:
-    """Stands in for jitted functions that are called with shapes (ShapeDtypeStructs with shardings) in place of arrays.
+    """Stands in for jitted functions that are called with shapes (ShapeDtypeStructs with shardings) in place
+    of arrays.
 
-    Each call is kept as a `Program` and returns its results as shapes: traced, never compiled. They lie as the function's
-    `out_shardings` say or, where it has none, by rows, as every result of a rollout does (`sharding.by_rows`).
+    Each call is kept as a `Program` and returns its results as shapes: traced, never compiled. They lie as
+    the function's `out_shardings` say or, where it has none, by rows, as every result of a rollout does
+    (`sharding.by_rows`).
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, on_device: Any = ()):
@@ -78,4 +80,6 @@ def draw_program(parts: Parts, sample: SampleConfig, width: int, name: str) -> P
 
 def sync_program(sync_weights: WeightSync) -> list[Program]:
     """The copy to the sampling layout, if there is anything to copy."""
-    return [Program("sync_weights", sync_weights.program, (sync_weights.moved,))] if sync_weights.moved else []
+    return (
+        [Program("sync_weights", sync_weights.program, (sync_weights.moved,))] if sync_weights.moved else []
+    )

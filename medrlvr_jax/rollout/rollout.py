@@ -1,6 +1,8 @@
-"""From questions to scored responses: encode → generate → decode and score. Evaluation is this, and training begins with it.
+"""From questions to scored responses: encode → generate → decode and score. Evaluation is this, and training
+begins with it.
 
-Of a batch, a process encodes the rows that its devices hold. A row that several processes hold is decoded and scored by one of them.
+Of a batch, a process encodes the rows that its devices hold. A row that several processes hold is decoded and
+scored by one of them.
 """
 
 import dataclasses
@@ -43,7 +45,8 @@ class Encoded:
     tokens: list[list[int]]
     ids: np.ndarray  # uint32
     dropped: int
-    width: int  # columns of a batch of prompts, whichever questions it holds and in whatever order their options stand
+    # columns of a batch of prompts, whichever questions it holds and in whatever order their options stand
+    width: int
     shuffle: bool = False  # whether its options are to be shuffled: see `reorder`
     repeats: dict[str, str] = dataclasses.field(default_factory=dict)  # see `question.repeats`
     told: str = ""  # how the set was read, for the console: see `load.read`
@@ -54,12 +57,16 @@ class Encoded:
         return self.width if self.shuffle else max(map(len, self.tokens), default=0)
 
     def prompts(self, index: Sequence[int] | np.ndarray, pad_id: int) -> Prompts:
-        return text.pad_prompts([self.tokens[i] for i in index], self.ids[np.asarray(index)], self.width, pad_id)
+        return text.pad_prompts(
+            [self.tokens[i] for i in index], self.ids[np.asarray(index)], self.width, pad_id
+        )
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What this process scored of a rollout: N flat rows, question by question. No other process scored any of them."""
+    """What this process scored of a rollout: N flat rows, question by question. No other process scored any
+    of them.
+    """
 
     questions: list[Question]  # [N]
     places: np.ndarray  # int [N], each row's place among the Q·G of the whole batch
@@ -67,9 +74,11 @@ class Scored:
     verdicts: Verdicts  # of the same rows
     lengths: np.ndarray  # int [N], tokens up to and including the stop token
     stopped: np.ndarray  # bool [N], False where the budget cut the response
-    stages: list[str | None]  # [N], which of the paper's six stages each completion shows; None of open questions, and under `direct`
+    # [N], which of the paper's six stages each completion shows; None of open questions, and under `direct`
+    stages: list[str | None]
     failed: dict[int, str]  # rows on which the user's own reward failed, and why; their reward is NaN
-    entropy: np.ndarray | None = None  # float [N], the policy's, in nats, mean over the response's tokens; None where it was not taken
+    # float [N], the policy's, in nats, mean over the response's tokens; None where it was not taken
+    entropy: np.ndarray | None = None
 
     def record(self, row: int) -> dict[str, Any]:
         """One completion as a JSON object: what samples.jsonl and an evaluation's answers both say of it."""
@@ -94,7 +103,9 @@ class Scored:
 
 
 def encode(tokenizer: Tokenizer, questions: list[Question], config: Config, shuffle: bool = False) -> Encoded:
-    if config.reward.mode == "paper" and (open_one := next((q for q in questions if q.value is not None), None)):
+    if config.reward.mode == "paper" and (
+        open_one := next((q for q in questions if q.value is not None), None)
+    ):
         problem = f"it pays for letters alone, and question {open_one.id} is open"
         raise ConfigError(f"reward.mode: paper: {problem}; set reward.mode=strict or direct")
     tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt)
@@ -106,13 +117,17 @@ def encode(tokenizer: Tokenizer, questions: list[Question], config: Config, shuf
 
 
 def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Encoded:
-    """`encoded` with other orders of options in the questions at `index`, as far as this process holds them. `draw`: epoch or sample.
+    """`encoded` with other orders of options in the questions at `index`, as far as this process holds them.
+    `draw`: epoch or sample.
 
     An order whose prompt has more tokens than fit is not taken: the question then stands as in its file.
     """
     own = index[own_rows(len(index), parts.mesh)[0]].tolist()
     wanted = [shuffled(encoded.questions[i], parts.config.seed, draw) for i in own]
-    rows, limit = text.encode_questions(parts.tokenizer, wanted, parts.config.prompt), min(encoded.width, parts.config.prompt.max_tokens)
+    rows, limit = (
+        text.encode_questions(parts.tokenizer, wanted, parts.config.prompt),
+        min(encoded.width, parts.config.prompt.max_tokens),
+    )
     questions, tokens = list(encoded.questions), list(encoded.tokens)
     for i, question, row in zip(own, wanted, rows, strict=True):
         if len(row) <= limit:
@@ -123,12 +138,18 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
 
 
 def score_rollout(
-    parts: Parts, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array | None = None, judge: Rewards | None = None
+    parts: Parts,
+    encoded: Encoded,
+    index: np.ndarray,
+    rollout: Rollout,
+    coin: Array | None = None,
+    judge: Rewards | None = None,
 ) -> Scored:
-    """Host work: bring this process's tokens over, decode, score. `index` names the questions of the whole rollout.
+    """Host work: bring this process's tokens over, decode, score. `index` names the questions of the whole
+    rollout.
 
-    Training alone pays by other things than the rule: by `judge`, the user's own rewards, or by `coin`, its key for the control
-    `reward.random`. Evaluation has neither.
+    Training alone pays by other things than the rule: by `judge`, the user's own rewards, or by `coin`, its
+    key for the control `reward.random`. Evaluation has neither.
     """
     tokenizer = parts.tokenizer
     own, counted = own_rows(len(index), parts.mesh)
@@ -141,18 +162,30 @@ def score_rollout(
     lengths = flat_mask.sum(1)
     last = flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)]
     questions = [encoded.questions[i] for i in index[own] for _ in range(groups)]
-    keys, options, rule = [q.reference for q in questions], [q.options for q in questions], parts.config.reward
+    keys, options, rule = (
+        [q.reference for q in questions],
+        [q.options for q in questions],
+        parts.config.reward,
+    )
     verdicts = grade(completions, questions, rule)
     shown: list[str | None] = [None] * len(completions)
     if rule.mode != "direct":
-        lenient = verdicts if rule.mode == "paper" else parse(completions, "paper", [LETTERS[: len(row)] for row in options])
+        lenient = (
+            verdicts
+            if rule.mode == "paper"
+            else parse(completions, "paper", [LETTERS[: len(row)] for row in options])
+        )
         rows = zip(completions, lenient.format_ok.tolist(), options, strict=True)
         shown = [stages.stage(*row) if row[-1] else None for row in rows]
     failed: dict[int, str] = {}
     if judge is not None:
-        paid = judge.score(list(zip(completions, keys, options, (q.question for q in questions), strict=True)))
+        paid = judge.score(
+            list(zip(completions, keys, options, (q.question for q in questions), strict=True))
+        )
         failed, components = paid.failed, {name: np.array(column) for name, column in paid.components.items()}
-        verdicts = dataclasses.replace(verdicts, reward=np.array(paid.reward, np.float32), components=components)
+        verdicts = dataclasses.replace(
+            verdicts, reward=np.array(paid.reward, np.float32), components=components
+        )
     elif rule.random is not None and coin is not None:
         paid = toss(np.asarray(jax.random.key_data(coin)), encoded.ids[index[own]], groups, rule)
         verdicts = dataclasses.replace(verdicts, reward=paid.ravel(), components={})
@@ -168,22 +201,40 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
 
 
 def draw(
-    decode_params: Params, cfg: DecoderConfig, parts: Parts, prompts: Prompts, key: Array, sample: SampleConfig, entropies: bool = False
+    decode_params: Params,
+    cfg: DecoderConfig,
+    parts: Parts,
+    prompts: Prompts,
+    key: Array,
+    sample: SampleConfig,
+    entropies: bool = False,
 ) -> Rollout:
     """Responses to `prompts` by a sampler `cfg`."""
     tokenizer = parts.tokenizer
-    return generate(decode_params, cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id, entropies=entropies)
+    return generate(
+        decode_params, cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id, entropies=entropies
+    )
 
 
 def sample_and_score(
-    decode_params: Params, parts: Parts, encoded: Encoded, index: np.ndarray, key: Array, sample: SampleConfig, entropies: bool = False
+    decode_params: Params,
+    parts: Parts,
+    encoded: Encoded,
+    index: np.ndarray,
+    key: Array,
+    sample: SampleConfig,
+    entropies: bool = False,
 ) -> Scored:
     """Evaluation's whole job. With `entropies`, also the mean entropy of each response."""
-    rollout = draw(decode_params, parts.cfg, parts, place_prompts(parts, encoded, index), key, sample, entropies)
+    rollout = draw(
+        decode_params, parts.cfg, parts, place_prompts(parts, encoded, index), key, sample, entropies
+    )
     scored = score_rollout(parts, encoded, index, rollout)
     if not entropies:
         return scored
     _, counted = own_rows(len(index), parts.mesh)
     flat = (-1, rollout.tokens.shape[-1])
-    entropy, mask = (x[counted].reshape(flat) for x in fetch_rows((rollout.entropy, rollout.mask), parts.mesh))
+    entropy, mask = (
+        x[counted].reshape(flat) for x in fetch_rows((rollout.entropy, rollout.mask), parts.mesh)
+    )
     return dataclasses.replace(scored, entropy=entropy.sum(1) / np.maximum(mask.sum(1), 1))

@@ -1,7 +1,8 @@
 """From the training layout of the weights to the sampling layout, once per rollout.
 
-Training shards every matrix over `fsdp` and keeps `param_dtype`. The sampler reads all weights for each token, so it takes
-a copy whole along `fsdp`, in the arithmetic's dtype: no token pays an all-gather or a cast.
+Training shards every matrix over `fsdp` and keeps `param_dtype`. The sampler reads all weights for each
+token, so it takes a copy whole along `fsdp`, in the arithmetic's dtype: no token pays an all-gather or a
+cast.
 """
 
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ Path = tuple[str, ...]  # in the parameter tree
 
 
 def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
-    """What `generate` takes, as ShapeDtypeStructs: whole along `fsdp` and in the arithmetic's dtype, except for norms and
-    biases, which keep theirs.
+    """What `generate` takes, as ShapeDtypeStructs: whole along `fsdp` and in the arithmetic's dtype, except
+    for norms and biases, which keep theirs.
 
-    The layers stay as they are where `unroll` cuts and gathers them one by one (`decode.split_layers`), and stay in shards
-    where `sample.layout` says so. int8 matrices have float32 scales.
+    The layers stay as they are where `unroll` cuts and gathers them one by one (`decode.split_layers`), and
+    stay in shards where `sample.layout` says so. int8 matrices have float32 scales.
     """
     model = parts.config.model
     sharded = flat(abstract_params(parts, cfg, sharding.TRAIN))
@@ -48,9 +49,9 @@ def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
 class WeightSync:
     """A function from a model's parameters to what `generate` takes (`abstract_decode`).
 
-    Parameters that already have the sampler's dtype and sharding are passed through: a frozen bfloat16 base on one chip is
-    never copied. Adapters stay beside their matrices: a sum rounded to bfloat16 would lose the small ones, and the sampler's
-    log-probs would not be the trainer's.
+    Parameters that already have the sampler's dtype and sharding are passed through: a frozen bfloat16 base
+    on one chip is never copied. Adapters stay beside their matrices: a sum rounded to bfloat16 would lose the
+    small ones, and the sampler's log-probs would not be the trainer's.
     """
 
     program: Any  # jitted: the parameters named by `moved` → their copies
@@ -95,6 +96,8 @@ def make_weight_sync(parts: Parts, cfg: DecoderConfig) -> WeightSync:
         """Layer by layer: all at once, XLA holds what it gathers a second time beside the result."""
         stacked = {path: params[path] for path in shards}
         placed = jax.lax.map(lambda layer: place_all(quantized(layer), of_layer), stacked) if stacked else {}
-        return place_all(params, {path: place for path, place in places.items() if path not in layers}) | placed
+        return (
+            place_all(params, {path: place for path, place in places.items() if path not in layers}) | placed
+        )
 
     return WeightSync(jax.jit(sync_weights, out_shardings=places), moved)

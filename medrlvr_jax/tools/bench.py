@@ -122,7 +122,9 @@ def lengths(args: argparse.Namespace) -> np.ndarray | None:
 
 
 def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    params = make_weight_sync(parts, parts.sampler_cfg)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
+    params = make_weight_sync(parts, parts.sampler_cfg)(
+        lora.join(load_base(parts), load_params(parts, parts.cfg))
+    )
     prompts = place_prompts(parts, encoded_questions(args, parts), np.arange(args.questions))
     limits = lengths(args)
     stops = (parts.cfg.vocab,)  # none that can be drawn: how long a row gets is the case's to say
@@ -157,7 +159,7 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     training, state = train.start(parts, make_programs(parts, 1))
     shape = (args.questions, args.samples, args.new)
     rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     width, most = args.prompt, lengths(args)
     mask = np.ones(shape, bool) if most is None else np.arange(args.new) < most[..., None]
     rows = Experience(
@@ -258,7 +260,7 @@ def reward_case(rows: int = 100_000) -> dict[str, Any]:
     with a loop."""
     rng = random.Random(0)
     words = "fever chest pain dyspnea troponin INR < 2.0 warfarin β-blocker hypertension option".split()
-    think = lambda: " ".join(rng.choices(words, k=rng.randint(30, 250)))  # noqa: E731
+    think = lambda: " ".join(rng.choices(words, k=rng.randint(30, 250)))
     texts = [f"<think>{think()}</think>\n<answer>{rng.choice('ABCDX')}</answer>" for _ in range(rows)]
     keys, options, out = rng.choices("ABCD", k=rows), [OPTIONS] * rows, {}
     for mode in ("strict", "paper"):

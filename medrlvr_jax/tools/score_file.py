@@ -98,7 +98,8 @@ def _record(row: dict[str, Any] | DataError) -> tuple[str, Question]:
     if not isinstance(completion, str):
         shown = reprlib.repr(completion)
         raise DataError(
-            f'field completion: {shown} is not a text; an empty completion is ""; the line has {field_names(row)}'
+            f'field completion: {shown} is not a text; an empty completion is ""; '
+            f"the line has {field_names(row)}"
         )
     if "kind" in row and "options" not in row:
         return completion, Question("", "", value=check_value(row))

@@ -1,12 +1,14 @@
-"""The embedded model's tokenizer and config.json: about one token a word of the world, bytes for all other text.
+"""The embedded model's tokenizer and config.json: about one token a word of the world, bytes for all other
+text.
 
-A byte-level BPE without merges. Its vocabulary is the 256 bytes, the four tags and the world's words, each with the
-space before it. `ignore_merges` takes a piece of text as one token if it is in the vocabulary (as Llama 3's tokenizer
-does), else byte by byte. So decoding gives back any text exactly, and where a piece ends is decided by `PIECES` alone:
+A byte-level BPE without merges. Its vocabulary is the 256 bytes, the four tags and the world's words, each
+with the space before it. `ignore_merges` takes a piece of text as one token if it is in the vocabulary (as
+Llama 3's tokenizer does), else byte by byte. So decoding gives back any text exactly, and where a piece ends
+is decided by `PIECES` alone:
 
     <think> …      a tag is one token, an ordinary one: the model has to learn to write it
-    "C."           an option's letter and its point are one token, right before the option's name in "\\nC. drug"
-                   and right after it in the reasoning's "drug C.", so that attention can match the two
+    "C."           an option's letter and its point are one token, right before the option's name in "\\nC.
+                   drug" and right after it in the reasoning's "drug C.", so that attention can match the two
     " drug"        a word brings the space before it, a hyphen too ("-year-old")
     " 34"          so do numbers of two digits
 """
@@ -49,7 +51,9 @@ def build() -> Tokenizer:
 
 
 def write(folder: Path = FOLDER) -> None:
-    """Write tokenizer.json, tokenizer_config.json, config.json and generation_config.json for transformers."""
+    """Write tokenizer.json, tokenizer_config.json, config.json and generation_config.json for
+    transformers.
+    """
     tokenizer = build()
     ids = {"eos_token_id": tokenizer.token_to_id(EOS), "pad_token_id": tokenizer.token_to_id(PAD)}
     size = tokenizer.get_vocab_size()

@@ -1,24 +1,27 @@
-"""The embedded world: a table of textbook medicine, vignettes that need two steps through it, a tiny model's corpus.
+"""The embedded world: a table of textbook medicine, vignettes that need two steps through it, a tiny model's
+corpus.
 
     findings → condition → first-line drug                             kind `drug`
     … → the patient's history rules it out → the alternative           kind `alternative`
     … → the class of the drug                                          kind `class`
     … → which usual drug is it that the history rules out              kind `avoid`
 
-`embedded/knowledge.yaml` is the table (knowledge.py reads it). A case is a `Key`: condition, set of findings, history.
-Each key is in one of `train`, `in_distribution`, `out_of_distribution` and `corpus`, so no two sets share a case,
-the text of pre-training included. In train most cases have typical findings. Out of distribution has findings that
-are never together elsewhere, harmless histories never seen with that condition in train, other wordings, other
-shares of the kinds, and up to ten options: memorised cases are worth nothing there, learned reasoning is.
+`embedded/knowledge.yaml` is the table (knowledge.py reads it). A case is a `Key`: condition, set of findings,
+history. Each key is in one of `train`, `in_distribution`, `out_of_distribution` and `corpus`, so no two sets
+share a case, the text of pre-training included. In train most cases have typical findings. Out of
+distribution has findings that are never together elsewhere, harmless histories never seen with that condition
+in train, other wordings, other shares of the kinds, and up to ten options: memorised cases are worth nothing
+there, learned reasoning is.
 
-`leaking` is train with half of its rationales replaced by the bare answer: a policy fine-tuned on it hacks half the
-time.
+`leaking` is train with half of its rationales replaced by the bare answer: a policy fine-tuned on it hacks
+half the time.
 
-The corpus teaches the base model the facts and the reasoning, and leaves its format unreliable: most worked cases do
-not use the tags, some use them wrongly, some guess. The base samples likewise; RL has to find out what pays.
+The corpus teaches the base model the facts and the reasoning, and leaves its format unreliable: most worked
+cases do not use the tags, some use them wrongly, some guess. The base samples likewise; RL has to find out
+what pays.
 
-All draws come from `random.Random(str).random()`, which Python keeps the same in all versions; NumPy's Generator
-does not.
+All draws come from `random.Random(str).random()`, which Python keeps the same in all versions; NumPy's
+Generator does not.
 
     python -m medrlvr_jax.world show [SET] [n]      print some of train, … or corpus
     python -m medrlvr_jax.world tokenizer           rewrite embedded/*.json (words.py)
@@ -58,7 +61,8 @@ LISTS = 0.25  # share of lettered lists, of drugs or of classes
 LISTED = (2, 3, 4, 5, 6, 7, 8, 10)  # their lengths, drawn evenly
 # The others are worked cases …
 FOREIGN = 0.25  # … of which this share is worded, and has options, as in out_of_distribution
-STYLES = {  # … whose responses are written so: the base's format rate is tagged + guess, accuracy tagged + guess / 5
+# … whose responses are written so: the base's format rate is tagged + guess, accuracy tagged + guess / 5
+STYLES = {
     "plain": 0.53,  # reasoning, no tags
     "bare": 0.06,  # the answer alone
     "tagged": 0.25,  # as RL wants it
@@ -160,7 +164,9 @@ def corpus(n: int = CORPUS, seed: int = SEED) -> list[Example]:
 
 
 def stream(seed: int = SEED) -> Iterator[Example]:
-    """The endless corpus: facts, and worked cases in the `STYLES`, with the prompts of RL's template `none`."""
+    """The endless corpus: facts, and worked cases in the `STYLES`, with the prompts of RL's template
+    `none`.
+    """
     from medrlvr_jax.data.prompts import render
 
     rng = _rng("corpus", seed)
@@ -190,8 +196,8 @@ def stream(seed: int = SEED) -> Iterator[Example]:
 def lists(n: int = 64_000) -> list[Example]:
     """Short lettered lists of drugs, for the start of pre-training.
 
-    On two or three names a small model learns within minutes how names and letters bind; on longer lists alone it
-    had not after half an hour.
+    On two or three names a small model learns within minutes how names and letters bind; on longer lists
+    alone it had not after half an hour.
     """
     rng = _rng("lists")
     return [listing(rng, list(table().drugs), _pick(rng, (2, 2, 2, 3, 4))) for _ in range(n)]
@@ -268,8 +274,8 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
         + ask
     )
 
-    # The lure is the drug one step short: always the first line where it is barred; or, often, the alternative where
-    # the first line is right, if no clinician would start with it.
+    # The lure is the drug one step short: always the first line where it is barred; or, often, the
+    # alternative where the first line is right, if no clinician would start with it.
     right, lure, defended = drug, other if drug == condition.first else condition.first, set(condition.also)
     others = wrong_options(condition.name, right, kind == "class")
     if kind == "class":
@@ -297,11 +303,12 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
 
 @cache
 def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
-    """The cases of each split, by what the history does and whether a finding is rare; each case is in one split.
+    """The cases of each split, by what the history does and whether a finding is rare; each case is in one
+    split.
 
-    Sets of findings: typical ones are in all splits but OOD; of those with a rare finding some are only in OOD, some
-    are shared by train and its held-out set. Histories: a third of a condition's harmless ones, and the last of
-    several contraindications, are never with it in train. The corpus has the rest.
+    Sets of findings: typical ones are in all splits but OOD; of those with a rare finding some are only in
+    OOD, some are shared by train and its held-out set. Histories: a third of a condition's harmless ones, and
+    the last of several contraindications, are never with it in train. The corpus has the rest.
     """
     out: dict[str, dict[tuple[str, bool], list[Key]]] = {
         split: {(s, r): [] for s in ("none", "clear", "barred") for r in (False, True)}
@@ -353,7 +360,9 @@ def _by_condition(keys: Sequence[Key]) -> list[list[Key]]:
 
 
 def _dealt(rng: Random, keys: Sequence[Key]) -> Iterator[Key]:
-    """The keys, endlessly, in rounds with one of each condition: none is asked about much more than others."""
+    """The keys, endlessly, in rounds with one of each condition: none is asked about much more than
+    others.
+    """
     while True:
         for taken in itertools.zip_longest(*(_shuffled(rng, row) for row in _by_condition(keys))):
             yield from _shuffled(rng, [key for key in taken if key])
