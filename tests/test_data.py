@@ -74,6 +74,10 @@ def read(path, **fields):
     return load(SetConfig(path=path, **fields))
 
 
+def load_python(rows):
+    return data.read(SetConfig(path=readers.PYTHON), rows)[0]
+
+
 def texts(config):
     return read_text(config)[0]
 
@@ -94,10 +98,13 @@ def test_plain(file):
         "answer": " b ",
         "subject": "diet",
         "rationale": "No collagen.",
+        "facts": ["vitamin C", ["no collagen", "collagen fails"]],
     }
     first, second = read(file("own.jsonl", [PLAIN, "", listed]))
     assert first == Question("own-1", "Which vitamin is scarce in scurvy?", ("A", "C", "D"), 1)
-    assert second == Question("s1", PLAIN["question"], ("A", "C"), 1, "diet", "No collagen.")
+    facts = (("vitamin C",), ("no collagen", "collagen fails"))
+    assert second == Question("s1", PLAIN["question"], ("A", "C"), 1, "diet", "No collagen.", facts=facts)
+    assert load_python([second]) == [second]
 
 
 def test_plain_as_json_csv_and_parquet(file, tmp_path):
@@ -387,6 +394,8 @@ def test_csv_by_commas_semicolons_or_tabs(file, mark):
         (PLAIN | {"options": ["x", "x "]}, "field options: ('x', 'x') has one text twice"),
         (PLAIN | {"id": [1]}, "field id: [1] is neither a string nor an integer"),
         (PLAIN | {"rationale": 3}, "field rationale: 3 is not a string"),
+        (PLAIN | {"facts": "x"}, "field facts: 'x' is not a list"),
+        (PLAIN | {"facts": ["x", ["y", 1]]}, "field facts 2: 1 is not a string"),
         ('{"question": "a", "question": "b"}', "field 'question' is given twice"),
         ('{"question": ', "not JSON: Expecting value"),
         ('["question"]', "a record is an object with fields"),
@@ -662,6 +671,8 @@ def test_real_keys_repeats_and_mmlu():
 
 
 def test_a_fingerprint_tells_rows_apart():
+    plain, told = Question("1", "?", ("a", "b"), 0), Question("1", "?", ("a", "b"), 0, facts=(("x",),))
+    assert fingerprint([plain]) != fingerprint([told])
     one, other = Question("1", "?", ("a", "b"), 0), Question("1", "?", ("a", "b"), 1)
     assert fingerprint([one, other]) == fingerprint([one, other]) != fingerprint([other, one])
     assert fingerprint([([1, 2], [3])]) == {

@@ -3,9 +3,10 @@
 | format     | fields                                                                                       |
 |------------|----------------------------------------------------------------------------------------------|
 | `plain`    | your own data: question, options (a list, or {"A": …}), answer (the letter);                 |
-|            | optional: id, subject, rationale                                                             |
+|            | optional: id, subject, rationale, facts (what a good thought states: each a text, or a list  |
+|            | of the texts that state it)                                                                  |
 | `open`     | your own data without options: question, kind, answer; optional: lower, upper, tolerance,    |
-|            | unit, labels, aliases, order (values.py), id, subject, rationale                             |
+|            | unit, labels, aliases, order (values.py), id, subject, rationale, facts                      |
 | `medqa`    | question, options {"A": …}, answer_idx (the letter), answer (that option's text, checked)    |
 | `mmlu_pro` | question, options (a list), answer (the letter), answer_index;                               |
 |            | of several categories only `health` is used                                                  |
@@ -103,6 +104,18 @@ def _letter(row: Row, field: str, options: tuple[str, ...]) -> int:
             problem += f"; it is the text of option {LETTERS[options.index(value.strip())]}: give the letter"
         raise _wrong(field, value, problem)
     return LETTERS.index(letter)
+
+
+def _facts(row: Row) -> tuple[tuple[str, ...], ...]:
+    """What a good thought states: each fact a text, or the texts that state it."""
+    facts = row.get("facts") or ()
+    if not isinstance(facts, list | tuple):
+        raise _wrong("facts", facts, "is not a list; give a list of texts, or of lists of texts")
+    wordings = [fact if isinstance(fact, list | tuple) and fact else [fact] for fact in facts]
+    return tuple(
+        tuple(_text({(name := f"facts {i}"): text}, name) for text in fact)
+        for i, fact in enumerate(wordings, 1)
+    )
 
 
 def check_value(row: Row) -> Reference:
@@ -219,12 +232,12 @@ class Format(NamedTuple):
 PUBMEDQA = ["QUESTION, CONTEXTS, final_decision", "question, context, final_decision"]
 MEDCALC = "Patient Note, Question, Ground Truth Answer, Output Type, Lower Limit, Upper Limit"
 FORMATS = {
-    "plain": Format(_plain, ["question, options, answer"], rationale="rationale"),
+    "plain": Format(_plain, ["question, options, answer"], rationale="rationale", also="facts"),
     "open": Format(
         check_value,
         ["question, kind, answer"],
         rationale="rationale",
-        also="lower, upper, tolerance, unit, labels, aliases, order",
+        also="lower, upper, tolerance, unit, labels, aliases, order, facts",
     ),
     "medqa": Format(_medqa, ["question, options, answer_idx"], subject="meta_info", also="answer"),
     "mmlu_pro": Format(_mmlu_pro, ["question, options, answer, answer_index"], "question_id", "category"),
@@ -278,9 +291,10 @@ def _question(row: Row, default_id: str, key: Choice | Reference, form: Format) 
         raise _wrong(form.id, name, "is neither a string nor an integer; give one of these")
     name, text = default_id if name in (None, "") else str(name), _text(row, "question")
     subject, rationale = optional(form.subject), optional(form.rationale) or None
+    facts = _facts(row) if "facts" in form.also else ()
     if isinstance(key, Reference):
-        return Question(name, text, subject=subject, rationale=rationale, value=key)
-    return Question(name, text, *key, subject, rationale)
+        return Question(name, text, subject=subject, rationale=rationale, value=key, facts=facts)
+    return Question(name, text, *key, subject, rationale, facts=facts)
 
 
 def options_and_key(row: Row) -> Choice:

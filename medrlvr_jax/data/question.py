@@ -39,6 +39,8 @@ class Question:
     rationale: str | None = None
     order: str = ""  # after shuffling: the letter that each option has in the file
     value: Reference | None = None  # the right answer of an open question
+    # What a good thought states, each fact as the texts that state it: for a process reward.
+    facts: tuple[tuple[str, ...], ...] = ()
 
     @property
     def reference(self) -> str:
@@ -114,8 +116,8 @@ def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
     digest, n = hashlib.sha256(), 0
     for row in rows:
         tree = to_jsonable_python(row, fallback=str)
-        if isinstance(row, Question) and row.value is None:
-            del tree["value"]  # so that runs of before open questions have the same fingerprint
+        if isinstance(row, Question):  # fields of later versions count only where they are given
+            tree = {name: x for name, x in tree.items() if x or name not in ("value", "facts")}
         text = json.dumps(tree, ensure_ascii=False, sort_keys=True)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
         n += 1

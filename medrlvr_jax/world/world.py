@@ -124,6 +124,7 @@ class Vignette(NamedTuple):
     options: tuple[str, ...]
     answer: int
     why: str  # the reasoning, which ends in "… C."
+    facts: tuple[tuple[str, ...], ...]  # its steps between findings and answer, each in all its wordings
 
 
 def questions(split: str) -> list[Question]:
@@ -145,7 +146,8 @@ def questions(split: str) -> list[Question]:
                 rng, [key for key in pools()[split][status, rare] if kind != "class" or _has_class(key)]
             )
         v = vignette(rng, next(decks[kind, status, rare]), kind, wording)
-        out.append(Question(f"{split}-{i:04d}", v.question, v.options, v.answer, kind, v.why))
+        id = f"{split}-{i:04d}"
+        out.append(Question(id, v.question, v.options, v.answer, kind, v.why, facts=v.facts))
     return out
 
 
@@ -290,15 +292,18 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
     options = tuple(_shuffled(rng, [right, *wrong[:n]]))
     answer = options.index(right)
 
-    why = [f"here {', '.join(findings)} suggest {condition.name}.", f"first line {condition.first}."]
+    steps = [f"first line {condition.first}"]
     if history:
-        why.append(f"{history} rules it out." if barred else f"{history} allows it.")
+        steps.append(f"{history} rules it out" if barred else f"{history} allows it")
     if barred and kind != "avoid":
-        why.append(f"use {drug}.")
+        steps.append(f"use {drug}")
     if kind == "class":
-        why.append(f"class {right}.")
-    why.append(f"{right} {LETTERS[answer]}.")
-    return Vignette(key, kind, text, options, answer, " ".join(why))
+        steps.append(f"class {right}")
+    suggest = f"here {', '.join(findings)} suggest {condition.name}"
+    why = " ".join(f"{step}." for step in (suggest, *steps, f"{right} {LETTERS[answer]}"))
+    first_line = (steps[0], f"{condition.first} is the first line")  # as `facts` words it
+    facts = ((condition.name,), first_line, *((step,) for step in steps[1:]))
+    return Vignette(key, kind, text, options, answer, why, facts)
 
 
 @cache
