@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from medrlvr_jax.config.schema import AdvantageConfig, KLConfig
 from medrlvr_jax.rl import advantages as adv
+from medrlvr_jax.types import Assessment
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden.json").read_text())
 # [Q=2, G=3, R=5]
@@ -49,7 +50,8 @@ def step(config, rewards, mask=None, values=None, logprobs=None, ref=None, kl=NO
     rewards = np.float32(rewards)
     mask = np.ones((*rewards.shape, 2), bool) if mask is None else np.array(mask)
     logprobs = np.zeros(mask.shape, np.float32) if logprobs is None else logprobs
-    return jax.device_get(compute(config, kl, rewards, logprobs, ref, values, mask, np.float32(coef)))
+    assessment = Assessment(logprobs, np.zeros_like(logprobs), ref, values)
+    return jax.device_get(compute(config, kl, rewards, assessment, mask, np.float32(coef)))
 
 
 # One response

@@ -15,6 +15,7 @@ from medrlvr_jax.rewards import score, stages
 from medrlvr_jax.rl import records
 from medrlvr_jax.rl.advantages import compute
 from medrlvr_jax.rollout.rollout import Scored
+from medrlvr_jax.types import Assessment
 
 TREE = {
     "name": "run",
@@ -185,14 +186,9 @@ def test_rewards_that_clipping_makes_equal_are_an_alarm_in_the_first_step_and_a_
     config = settings(
         advantage={"estimator": "group"}, learn={"policy": {"lr": 1e-4}}, log={"stop_constant": 2}
     )
-    rewards, mask, zeros = (
-        np.float32([[100, 150], [120, 200]]),
-        np.ones((2, 2, 3), bool),
-        np.zeros((2, 2, 3), np.float32),
-    )
-    advantages, _, stats = compute(
-        config.advantage, config.kl, rewards, zeros, None, None, mask, np.float32(0)
-    )
+    rewards, zeros = np.float32([[100, 150], [120, 200]]), np.zeros((2, 2, 3), np.float32)
+    assessment, mask = Assessment(zeros, zeros, None, None), np.ones((2, 2, 3), bool)
+    advantages, _, stats = compute(config.advantage, config.kl, rewards, assessment, mask, np.float32(0))
     metrics = {name: float(value) for name, value in stats.items()}
     assert (
         not advantages.any()

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from medrlvr_jax.config.schema import COMPARING, AdvantageConfig, KLConfig
-from medrlvr_jax.types import Array
+from medrlvr_jax.types import Array, Assessment
 
 MAX_EXPONENT = 20.0  # e²⁰ ≈ 5·10⁸ is past any honest ratio of probabilities; float32 overflows at e⁸⁸
 
@@ -160,22 +160,21 @@ def compute(
     config: AdvantageConfig,
     kl: KLConfig,
     rewards: Array,
-    logprobs: Array,
-    ref_logprobs: Array | None,
-    values: Array | None,
+    assessment: Assessment,
     mask: Array,
     kl_coef: Array,
 ) -> tuple[Array, Array | None, dict[str, Array]]:
     """A whole step's advantages and, if there are values to fit, returns; both [Q, G, R] and 0 off the mask.
 
-    rewards [Q, G] float, the others [Q, G, R]; ref_logprobs None: no penalty; values None: no critic. The
-    statistics are scalars over the step's learned responses, those with a token in the mask: `reward` and
-    `reward_std` before clipping; `reward_clipped`, the share that clipping changed; of the clipped rewards,
-    which are what is learned from, `equal_groups`, the share of questions whose samples all earn the same,
-    and `no_contrast`, 1 where none differ of those that the estimator compares (samples of one question, or
-    else all of the step); `kl_penalty`, the mean of what was subtracted; `advantage_mean` and `advantage_std`
-    over tokens before whitening.
+    rewards [Q, G] float, mask [Q, G, R]. Without the assessment's ref_logprobs there is no penalty, without
+    its values no critic. The statistics are scalars over the step's learned responses, those with a token in
+    the mask: `reward` and `reward_std` before clipping; `reward_clipped`, the share that clipping changed; of
+    the clipped rewards, which are what is learned from, `equal_groups`, the share of questions whose samples
+    all earn the same, and `no_contrast`, 1 where none differ of those that the estimator compares (samples of
+    one question, or else all of the step); `kl_penalty`, the mean of what was subtracted; `advantage_mean`
+    and `advantage_std` over tokens before whitening.
     """
+    logprobs, ref_logprobs, values = assessment.logprobs, assessment.ref_logprobs, assessment.values
     clipped = jnp.clip(rewards, -config.reward_clip, config.reward_clip)
     shaped = _each(partial(token_rewards, kl_coef=kl_coef, kl=kl))(clipped, logprobs, ref_logprobs, mask)
     penalty = jnp.zeros_like(clipped)

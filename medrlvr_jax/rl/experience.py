@@ -55,9 +55,7 @@ def make_experience(
     if advantage.estimator in COMPARING:
         kept = jnp.broadcast_to(kept.all(-1, keepdims=True), kept.shape)
     learned = mask & kept[..., None]
-    adv, returns, stats = advantages.compute(
-        advantage, kl, rewards, a.logprobs, a.ref_logprobs, a.values, learned, kl_coef
-    )
+    adv, returns, stats = advantages.compute(advantage, kl, rewards, a, learned, kl_coef)
     sampler = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
     gap = jnp.where(mask, a.logprobs - sampler, 0.0)
     stats |= {
