@@ -9,9 +9,10 @@ import inspect
 import io
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,8 @@ from cyclopts import App, Group, Parameter
 from cyclopts.validators import Number
 
 import medrlvr_jax
-from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host import environment
+from medrlvr_jax.host.errors import ConfigError, MedrlvrError
 
 TRAIN, EVALUATE, INSPECT, HELP = map(Group.create_ordered, ("Train", "Evaluate", "Check and inspect", "Help"))
 app = App(
@@ -69,24 +71,50 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             show(app.console, names[0])
         return 0 if argv else 2
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from medrlvr_jax.config import check
-    from medrlvr_jax.host import processes
-    from medrlvr_jax.host.errors import Diverged, Unwritable
-    from medrlvr_jax.rewards.user import RewardError
-    from medrlvr_jax.runs.checkpoint import CheckpointError
-
-    expected = (ConfigError, CheckpointError, Diverged, RewardError, Unwritable)
-    name, settings = function.__name__.strip("_"), arguments.arguments.get("settings", ())
-    for setting in settings:
-        if not check.reads(name, setting.partition("=")[0]):
-            print(f"medrlvr {name}: {setting}: this command does not read it", file=sys.stderr)
+    name, distributed = function.__name__.strip("_"), bool(arguments.arguments.get("distributed"))
+    environment.prepare(cache=not distributed)  # JAX would fill one process's cache, and the others wait
     try:
-        with processes.distributed_run(expected) if arguments.arguments.get("distributed") else nullcontext():
+        warn_of_unread(name, arguments.arguments.get("settings", ()))
+        with run_distributed() if distributed else stopped_without_traceback():
             return function(*arguments.args, **arguments.kwargs)
-    except expected as e:
+    except MedrlvrError as e:
         print(f"medrlvr {name}: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
+
+
+def warn_of_unread(command: str, settings: Sequence[str]) -> None:
+    """Name the settings given on the command line that exist and that the command does not read."""
+    from medrlvr_jax.config import check
+
+    for setting in settings:
+        if not check.reads(command, setting.partition("=")[0]):
+            print(f"medrlvr {command}: {setting}: this command does not read it", file=sys.stderr)
+
+
+def run_distributed() -> AbstractContextManager[None]:
+    from medrlvr_jax.host.processes import distributed_run
+
+    return distributed_run()
+
+
+@contextmanager
+def stopped_without_traceback() -> Iterator[None]:
+    """While no other handler takes it (see `runs.log.Run`), Ctrl-C ends the process at once.
+
+    Python's own handler would raise KeyboardInterrupt and wait until XLA's threads have compiled.
+    """
+
+    def stop(number: int, _: object) -> None:
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress line hides it
+        print(f"{show_cursor}\nstopped at once", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(128 + number)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def takes_settings(sub: App) -> bool:
@@ -113,6 +141,15 @@ def apart(words: list[str] | None, settings: Sequence[str]) -> tuple[list[str], 
     return [word for word in words if "=" not in word], [*settings, *(word for word in words if "=" in word)]
 
 
+def check_source(source: Path, settings: Sequence[str], command: str) -> None:
+    """Refuse unusable settings before JAX is imported, which takes seconds."""
+    from medrlvr_jax.config.load import load
+
+    config = source / "config.yaml" if source.is_dir() else source
+    if config.is_file() or not source.is_dir():  # the command itself says what a folder lacks
+        load(config, settings, command)
+
+
 @command(TRAIN)
 def train(config: Config, /, *settings: Settings, distributed: Distributed = False) -> int:
     """Train a model by reinforcement learning: PPO, GRPO and relatives.
@@ -128,9 +165,11 @@ def train(config: Config, /, *settings: Settings, distributed: Distributed = Fal
     Resume: give the same command again; it goes on from the newest checkpoint.
     """
     from medrlvr_jax.config.load import load
+
+    checked = load(config, settings, "train")  # before JAX is imported, which takes seconds
     from medrlvr_jax.rl.train import train
 
-    return finish(train(load(config, settings, "train")))
+    return finish(train(checked))
 
 
 @command(TRAIN)
@@ -143,9 +182,11 @@ def sft(config: Config, /, *settings: Settings, distributed: Distributed = False
         medrlvr sft configs/pretrain_lists.yaml
     """
     from medrlvr_jax.config.load import load
+
+    checked = load(config, settings, "sft")
     from medrlvr_jax.rl.sft import sft
 
-    return finish(sft(load(config, settings, "sft")))
+    return finish(sft(checked))
 
 
 @command(TRAIN)
@@ -208,6 +249,7 @@ def eval_(
     Args:
         out: The folder to write. Default: RUN/eval-STEP.
     """
+    check_source(source, settings, "eval")
     from medrlvr_jax.evaluation.evaluate import evaluate_source
 
     return evaluate_source(source, list(settings), step, out)
@@ -236,6 +278,7 @@ def probe(
         out: The folder to write: one JSONL for each set, and probe.json. Default: RUN/probe-STEP.
         scorer: The model that computes InfoGain: a directory or hub name. Compare models by the same one.
     """
+    check_source(source, settings, "probe")
     from medrlvr_jax.evaluation.probe import probe_source
 
     return probe_source(source, list(settings), step, out, scorer)
@@ -291,6 +334,7 @@ def difficulty(
             run's questions.jsonl, for data.pass_count={file: FILE, order: variance, top: 16}.
         out: The JSONL to write. Default: RUN/difficulty-STEP.jsonl, with --history RUN/history.jsonl.
     """
+    check_source(source, settings, "difficulty")
     from medrlvr_jax.evaluation.difficulty import difficulty_source, from_history
 
     if history:
@@ -333,9 +377,11 @@ def doctor(config: str | None = None, /, *settings: Settings) -> int:
         config: Also check what this config needs.
     """
     from medrlvr_jax.config.load import load
+
+    checked = load(config, settings) if config else None
     from medrlvr_jax.tools.doctor import report
 
-    lines, ok = report(load(config, settings) if config else None)
+    lines, ok = report(checked)
     print("\n".join(lines))
     return 0 if ok else 1
 
@@ -368,13 +414,15 @@ def plan(
         json: Print everything as one JSON object.
     """
     from medrlvr_jax.config.load import load
-    from medrlvr_jax.plan.plan import run
 
     sizes, every = apart(sweep, settings)
     if len(sizes) > 1 or not all(size.isdecimal() for size in sizes):
         raise ConfigError(f"--sweep: {' '.join(sizes)} must be one whole number, such as --sweep 8")
     attempts = 0 if sweep is None else int((sizes or ["8"])[0])
-    return run(load(config, every, "plan"), topology, attempts, json, questions, quick)
+    checked = load(config, every, "plan")
+    from medrlvr_jax.plan.plan import run
+
+    return run(checked, topology, attempts, json, questions, quick)
 
 
 @command(INSPECT)

@@ -181,3 +181,14 @@ def test_settings_stand_before_and_after_options():
         _, bound, _ = app.parse_args(["train", *words.split()])
         assert bound.arguments == {"config": "c.yaml", "settings": ("a=1", "b=-2"), "distributed": True}
     assert apart(["ppo", "seeds=[0]", "grpo"], ["name=x"]) == (["ppo", "grpo"], ["name=x", "seeds=[0]"])
+
+
+def test_settings_are_checked_before_jax_is_imported(tmp_path):
+    code = "import sys; from medrlvr_jax.cli import main; status = main(sys.argv[1:])"
+    code += "; sys.exit('jax' in sys.modules or status != 2)"
+    for command in ("train", "sft", "eval", "plan"):
+        topology = ["--topology", "v5e:2x4"] if command == "plan" else []
+        words = [command, "quickstart", "reward.mod=strict", *topology]
+        assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True).returncode == 0, (
+            command
+        )

@@ -1,13 +1,17 @@
 """Errors that end a command with a message and no traceback."""
 
 
-class ConfigError(ValueError):
+class MedrlvrError(Exception):
+    """Anything that a user can remedy. The message alone says what is wrong, and how."""
+
+
+class ConfigError(MedrlvrError, ValueError):
     """An unusable setting; the message names the field, the value and the remedy."""
 
 
-class Diverged(RuntimeError):
+class Diverged(MedrlvrError, RuntimeError):
     """A run that cannot continue: its updates are not finite, or its rewards are constant."""
 
 
-class Unwritable(RuntimeError):
+class Unwritable(MedrlvrError, RuntimeError):
     """A run's folder cannot be written: the disk is full, read-only or gone."""

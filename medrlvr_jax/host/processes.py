@@ -27,7 +27,7 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host.errors import ConfigError, MedrlvrError
 
 JOIN = 300  # seconds to wait for the other processes at the start
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
@@ -71,16 +71,13 @@ def initialize() -> None:
 
 
 @contextmanager
-def distributed_run(expected: tuple[type[BaseException], ...]) -> Iterator[None]:
-    """`initialize`, then end all processes together: each waits for the others, or `abort` ends them.
-
-    `expected`: errors that need no traceback.
-    """
+def distributed_run() -> Iterator[None]:
+    """`initialize`, then end all processes together: each waits for the others, or `abort` ends them."""
     initialize()
     try:
         yield
     except BaseException as e:
-        abort(e, expected)
+        abort(e)
     jax.distributed.shutdown()
 
 
@@ -127,12 +124,12 @@ def require_equal(look: Callable[[], dict[str, Any]]) -> None:
             raise ConfigError(f"{name}: {a}, {b}; give all processes the same command and the same files")
 
 
-def abort(error: BaseException, expected: tuple[type[BaseException], ...]) -> NoReturn:
-    """End this process and all others because of `error`. Errors of the `expected` types print no
+def abort(error: BaseException) -> NoReturn:
+    """End this process and all others because of `error`. A `MedrlvrError` prints no
     traceback."""
     index, host = jax.process_index(), socket.gethostname()
     name = f"process {index} on {host}"
-    if isinstance(error, expected):
+    if isinstance(error, MedrlvrError):
         print(f"medrlvr: {name}: {error}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)

@@ -53,7 +53,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host.errors import ConfigError, MedrlvrError
 
 START = 120  # seconds that importing the function may take
 LEAST = 16  # a part has at least 1 / LEAST of the deadline
@@ -66,7 +66,7 @@ Function = Callable[..., Iterable[float]]
 Given = Function | Sequence[Function | tuple[Function, float]]  # callables, each with a weight or not
 
 
-class RewardError(RuntimeError):
+class RewardError(MedrlvrError, RuntimeError):
     """A user's function that failed on every row, or that does not return one value for each."""
 
 

@@ -32,6 +32,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from medrlvr_jax.config.schema import CheckpointConfig
+from medrlvr_jax.host.errors import MedrlvrError
 from medrlvr_jax.host.files import read_json, reading, write_json, write_text
 from medrlvr_jax.host.processes import from_leader, gather
 
@@ -42,7 +43,7 @@ RETIRED = {"step"}  # leaves of older checkpoints that nothing reads any more
 OTHER_CHECKPOINT = "take another of the run's checkpoints"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(MedrlvrError, RuntimeError):
     """A checkpoint that cannot be written or read, or that belongs to another model."""
 
 
