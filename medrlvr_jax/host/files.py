@@ -110,23 +110,23 @@ def read_json(path: Path, remedy: str = "repair it, or copy it again") -> dict[s
 
 def write_json(path: Path, tree: Any) -> None:
     """Write atomically; arrays become lists, and NaN and ±inf null."""
-    write_text(path, json.dumps(_plain(tree), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(tree), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """For JSON: arrays as lists; NaN and ±inf, which JSON lacks, as null."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Append lines to a JSONL file and wait for the disk; call it once a step."""
-    lines = [json.dumps(_plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records]
+    lines = [json.dumps(plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records]
     with named_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write("".join(lines))
         file.flush()

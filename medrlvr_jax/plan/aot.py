@@ -1,8 +1,6 @@
-"""The programs of a training step as shapes, compiled for a machine that need not be here, and what the
-compiler says of them.
+"""The programs of a training step, as shapes, compiled for a machine that need not exist, and their figures.
 
-Each is the very program that a training runs (test_plan.py holds them to be equal); `plan.py` prints what is
-found.
+Each is the same program as in training (test_plan.py compares them); `plan.py` prints the figures.
 """
 
 import hashlib
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh
 
 from medrlvr_jax.build import Parts, lay_out
 from medrlvr_jax.config.schema import Config
@@ -26,30 +25,32 @@ from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import width
 from medrlvr_jax.types import Prompts
 
+Mesh = jax.sharding.Mesh | AbstractMesh
+
 
 class Stops(NamedTuple):
-    """In place of a tokenizer; the programs do not depend on which words these are."""
+    """Stands in for a tokenizer; the programs do not depend on which tokens these are."""
 
     stop_ids: tuple[int, ...] = (0,)
     pad_id: int = 0
 
 
 class Figures(NamedTuple):
-    """What is known of one compiled program. Bytes, FLOPs and seconds are per device and step."""
+    """One compiled program. Bytes, FLOPs and seconds are per device and step."""
 
     name: str
     compile_s: float
     arguments: float
     outputs: float  # beyond what they take over from donated arguments
     temporaries: float
-    others: float
+    others: float  # what else is in memory
     usable: float
     flops: float  # as executed
     useful: float = math.nan  # without recomputation
     traffic: float = math.nan
     collectives: tuple[hlo.Collective, ...] = ()
     times: dict[str, float] = {}  # noqa: RUF012  # compute, memory, network
-    # the compiler found no way to fit it alone; `temporaries` are then its own sum, and no times are known
+    # the compiler cannot fit it even alone; `temporaries` are then the compiler's sum, and no times are known
     refused: bool = False
 
     @property
@@ -70,7 +71,7 @@ class Figures(NamedTuple):
 
 
 def prepare(config: Config, machine: Machine) -> Parts:
-    """As `build.build`, over devices that need not exist, from the model's config.json alone."""
+    """Like `build.build`, but over devices that need not exist, and from the model's config.json alone."""
     return lay_out(config, Stops(), families.known(config.model.path), machines.devices(machine))
 
 
@@ -80,7 +81,7 @@ def planned(parts: Parts, steps: int) -> list[Program]:
 
 
 def bytes_of(tree: Any) -> float:
-    """Per device; arrays without a sharding are whole everywhere."""
+    """Bytes on each device; an array without a sharding is on each in full."""
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
     return float(sum(math.prod(_shard(a)) * a.dtype.itemsize for a in arrays))
 
@@ -97,60 +98,66 @@ def compile_program(
     quick: bool = False,
     options: dict | None = None,
 ) -> Figures:
-    """Compile one program for the machine and read its figures; one that is in the cache already only changes
-    its surroundings.
+    """Compile one program for the machine and read its figures.
 
-    `options`: the compiler's, in place of those for a machine that is not here.
+    `cache`: figures by the program's text; of a program that is in it, only `others` is counted anew.
+    `quick`: with the compiler's least effort. `options`: the compiler's, in place of those for a machine that
+    is compiled for and not run on.
     """
-    chip, mesh, n = machine.chip, parts.mesh, parts.mesh.size
+    mesh, platform = parts.mesh, machine.chip.platform
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.args, **program.kwargs)
         lowered = traced.lower()
-    done = flops.traced_flops(traced.jaxpr, visited(program, parts)) / n
-    arguments, others = bytes_of((program.args, program.kwargs)), bytes_of(program.others)
-    text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    text, others = hashlib.sha256(lowered.as_text().encode()).hexdigest(), bytes_of(program.others)
     if text in cache:
         return cache[text]._replace(others=others)
+    figures = Figures(
+        name=program.name,
+        compile_s=0.0,
+        arguments=bytes_of((program.args, program.kwargs)),
+        outputs=0.0,
+        temporaries=0.0,
+        others=others,
+        usable=machine.chip.usable,
+        flops=flops.traced_flops(traced.jaxpr, visited(program, parts)) / mesh.size,
+        useful=flops.useful(program, parts) / mesh.size,
+    )
     if options is None:
-        options = machines.COMPILE[chip.platform] | (machines.QUICK[chip.platform] if quick else {})
+        options = machines.COMPILE[platform] | (machines.QUICK[platform] if quick else {})
     began = time.monotonic()
     try:
-        # of a call's cache key as well: on a machine that is here, it finds what is compiled now
+        # the mesh is part of a call's cache key: on the machine itself, the call finds what is compiled now
         with jax.set_mesh(mesh):
             compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as e:
-        lacked = refusal(str(e), arguments)
-        if lacked is None:
+        temporaries = refusal(str(e), figures.arguments)
+        if temporaries is None:
             raise
-        empty = Figures(
-            program.name, time.monotonic() - began, arguments, 0.0, lacked, others, chip.usable, done
-        )
-        cache[text] = empty._replace(useful=flops.useful(program, parts) / n, refused=True)
-        return cache[text]
-    seconds, memory = time.monotonic() - began, compiled.memory_analysis()
-    moved = hlo.read(compiled.as_text(), dict(mesh.shape))
-    cache[text] = Figures(
-        name=program.name,
-        compile_s=seconds,
+        figures = figures._replace(temporaries=temporaries, refused=True)
+    else:
+        figures = read(figures, compiled, mesh, machine)
+    cache[text] = figures._replace(compile_s=time.monotonic() - began)
+    return cache[text]
+
+
+def read(figures: Figures, compiled: Any, mesh: Mesh, machine: Machine) -> Figures:
+    """The figures with XLA's memory, traffic and collectives, and the times that follow."""
+    memory, moved = compiled.memory_analysis(), hlo.read(compiled.as_text(), dict(mesh.shape))
+    network = [
+        machine.seconds(c.bytes, c.group, crosses_nodes(c.axis, mesh, machine)) for c in moved.collectives
+    ]
+    return figures._replace(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        others=others,
-        usable=chip.usable,
-        flops=done,
-        useful=flops.useful(program, parts) / n,
         traffic=moved.bytes,
         collectives=tuple(moved.collectives),
         times={
-            "compute": done / chip.flops,
-            "memory": moved.bytes / chip.hbm_speed,
-            "network": sum(
-                machine.seconds(x.bytes, x.group, crosses_nodes(x.axis, mesh, machine))
-                for x in moved.collectives
-            ),
+            "compute": figures.flops / machine.chip.flops,
+            "memory": moved.bytes / machine.chip.hbm_speed,
+            "network": sum(network),
         },
     )
-    return cache[text]
 
 
 def visited(program: Program, parts: Parts) -> Mapping[str, float]:
@@ -159,36 +166,30 @@ def visited(program: Program, parts: Parts) -> Mapping[str, float]:
     """
     if not parts.cfg.execution.splash:
         return {}
-    sample = parts.config.sample
-    if program.name == "generate":
-        width = program.args[2].tokens.shape[1]
-        return attention.visited(width, 0, width)
-    if program.name.startswith(("assess", "learn")):
-        prompts = next(arg for arg in jax.tree.leaves(program.args, is_leaf=_is_prompts) if _is_prompts(arg))
-        return attention.visited(prompts.tokens.shape[1], sample.samples, sample.max_new_tokens)
-    return {}
-
-
-def _is_prompts(x: Any) -> bool:
-    return isinstance(x, Prompts)
+    is_prompts = lambda x: isinstance(x, Prompts)
+    prompts = next(filter(is_prompts, jax.tree.leaves(program.args, is_leaf=is_prompts)), None)
+    if prompts is None:
+        return {}
+    sample, width = parts.config.sample, prompts.tokens.shape[1]
+    rows = (0, width) if program.name == "generate" else (sample.samples, sample.max_new_tokens)
+    return attention.visited(width, *rows)
 
 
 def refusal(message: str, arguments: float) -> float | None:
-    """Bytes of temporaries that a program wants, from the TPU compiler's refusal; None where the message is
-    another.
+    """Bytes of temporaries that a program needs, from the TPU compiler's refusal; None for another message.
 
-    `Used 23.36G of 15.75G hbm` counts the arguments in, `HLO temporaries (1.00T)` does not.
+    `Used 23.36G of 15.75G hbm` includes the arguments, `HLO temporaries (1.00T)` does not.
     """
-    for pattern, counted in (
-        (r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", arguments),
-        (r"HLO temporaries \(([\d.]+)([KMGT])\)", 0.0),
-    ):
-        if found := re.search(pattern, message):
-            return float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]] - counted
-    return None
+    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    match = used or re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    if match is None:
+        return None
+    return float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]] - (
+        arguments if used else 0.0
+    )
 
 
-def crosses_nodes(axis: str, mesh: Any, machine: Machine) -> bool:
+def crosses_nodes(axis: str, mesh: Mesh, machine: Machine) -> bool:
     """Whether neighbours along these mesh axes sit in different nodes."""
     node = np.arange(mesh.size).reshape(tuple(mesh.shape.values())) // (mesh.size // machine.nodes)
     along = [list(mesh.shape).index(a) for a in axis.split("+") if a in mesh.shape]

@@ -22,11 +22,11 @@ from medrlvr_jax.types import Prompts
 def traced_flops(
     jaxpr: core.ClosedJaxpr | core.Jaxpr, visited: Mapping[str, float] = MappingProxyType({})
 ) -> float:
-    """Over all devices, recomputation included. Loops whose end depends on data count as all rounds that
-    their condition allows.
+    """FLOPs over all devices, recomputation included. A loop whose end depends on data counts with all rounds
+    that its condition allows.
 
-    A Pallas kernel counts as its body in each block of its grid; where it skips some, `visited` has the share
-    of the others, by a part of the kernel's name (`attention.visited`).
+    A Pallas kernel counts as its body in each block of its grid. Where it skips blocks, `visited` has the
+    share that it visits, by a part of the kernel's name (`attention.visited`).
     """
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -45,20 +45,15 @@ def traced_flops(
             share = next((share for part, share in visited.items() if part in p["name"]), 1.0)
             total += sum(inner) * prod(p["grid_mapping"].grid) * share
         else:
-            total += sum(inner) * {
-                "scan": p.get("length", 1),
-                "shard_map": getattr(p.get("mesh"), "size", 1),
-            }.get(name, 1)
+            times = {"scan": p.get("length", 1), "shard_map": getattr(p.get("mesh"), "size", 1)}
+            total += sum(inner) * times.get(name, 1)
     return total
 
 
 def _rounds(condition: core.ClosedJaxpr) -> int:
     """The bound in a loop condition such as `t - 129 < 128 and …`."""
-    bounds = [
-        e.invars[1].val
-        for e in condition.jaxpr.eqns
-        if e.primitive.name == "lt" and isinstance(e.invars[1], core.Literal)
-    ]
+    limits = [e.invars[1] for e in condition.jaxpr.eqns if e.primitive.name == "lt"]
+    bounds = [x.val for x in limits if isinstance(x, core.Literal)]
     if len(bounds) != 1:
         raise ValueError(f"a loop whose condition has {len(bounds)} bounds, and not one: {condition}")
     return int(bounds[0])
@@ -78,8 +73,7 @@ def weights(cfg: DecoderConfig) -> int:
 
 
 def useful(program: Program, parts: Parts) -> float:
-    """Of a rollout's or a step's program, without recomputation, over all devices; 0 for one that multiplies
-    no matrices."""
+    """FLOPs of a step's program over all devices, without recomputation; 0 if it multiplies no matrices."""
 
     def scoring(cfg: DecoderConfig, prompts: Prompts, responses: Any) -> float:
         (questions, prompt), (_, samples, new) = prompts.tokens.shape, responses.shape
@@ -102,8 +96,8 @@ def useful(program: Program, parts: Parts) -> float:
 
 def forward_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:
     """One scoring pass over `prompt | response 1 | … `: matrices, attention as it is computed (squares, not
-    triangles), and the words' scores of each response token (a critic has none but its head's dot
-    product)."""
+    triangles), and the logits of each response token (of a critic, one value).
+    """
     tokens = questions * (prompt + samples * new)
     pairs = questions * (prompt * prompt + samples * new * (prompt + new))
     words = cfg.embed * (1 if cfg.execution.value_head else cfg.vocab) * questions * samples * new
@@ -111,15 +105,10 @@ def forward_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int,
 
 
 def generate_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:
-    """Prefill, then each column attends to the prompt and to the room that its row's own cache has then, as
-    it is computed."""
-    rows = questions * samples
-    prefill = cfg.layers * (
-        weights(cfg) * questions * prompt + 2 * cfg.heads * cfg.head_dim * questions * prompt * prompt
-    )
-    seen = sum(
-        (until - begin) * (prompt + room)
-        for room, (begin, until) in zip(segment_ends(new), loops(new), strict=True)
-    )
-    steps = cfg.layers * rows * ((new - 1) * weights(cfg) + 2 * cfg.heads * cfg.head_dim * seen)
-    return 2.0 * (prefill + cfg.embed * cfg.vocab * rows * new + steps)
+    """Prefill, then each column's attention to the prompt and to all columns that the cache has then."""
+    rows, pair = questions * samples, 2 * cfg.heads * cfg.head_dim
+    prefill = questions * prompt * (weights(cfg) + pair * prompt)
+    loop_ends = zip(segment_ends(new), loops(new), strict=True)
+    pairs = sum((until - begin) * (prompt + room) for room, (begin, until) in loop_ends)
+    steps = rows * ((new - 1) * weights(cfg) + pair * pairs)
+    return 2.0 * (cfg.layers * (prefill + steps) + cfg.embed * cfg.vocab * rows * new)

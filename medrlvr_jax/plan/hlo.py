@@ -7,49 +7,21 @@ row has stopped) counts at that bound.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
-BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "f16": 2,
-    "bf16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-}
-BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "token": 0}
+BITS = {"pred": 8, "token": 0}  # of types whose name has no number
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?")
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Operations that move no bytes, and control flow, whose bodies are counted instead.
-FREE = {
-    "parameter",
-    "constant",
-    "get-tuple-element",
-    "tuple",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "after-all",
-    "iota",
-}
-FREE |= {"partition-id", "replica-id", "optimization-barrier", "add-dependency"}
-PLACEHOLDERS = (
-    "AllocateBuffer",
-    "AssumeGatherIndicesInBound",
-    "ConcatBitcast",
-    "AsyncCollectiveStart",
-    "AsyncCollectiveDone",
+FREE = set(
+    """parameter constant get-tuple-element tuple bitcast while conditional call after-all iota partition-id
+    replica-id optimization-barrier add-dependency""".split()
+)
+PLACEHOLDER = re.compile(  # custom calls that move no bytes
+    '"(?:AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast|AsyncCollective(?:Start|Done))"'
 )
 
 
@@ -65,9 +37,14 @@ class Instruction(NamedTuple):
         return re.findall(r"%([\w.\-]+)", self.inside)
 
 
+Computation = dict[str, Instruction]  # instructions by name, in order
+Computations = dict[str, Computation]
+
+
 class Collective(NamedTuple):
-    """Bytes that each device receives over a whole run of the program (rings: (n − 1)/n of the whole; an
-    all-reduce twice that)."""
+    """Bytes that each device receives in one run of the program. In a ring of n devices that is (n − 1)/n of
+    the result, for an all-reduce twice as much.
+    """
 
     kind: str
     axis: str  # mesh axes it crosses, joined by +
@@ -125,14 +102,13 @@ def _branches(i: Instruction) -> list[str]:
     return names + [name.strip(" %") for group in groups for name in group.split(",")]
 
 
-def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """Computations by name, each its instructions by name and in order; and the entry's name."""
-    computations: dict[str, dict[str, Instruction]] = {}
+def parse(text: str) -> tuple[Computations, str]:
+    """The computations, and the entry's name."""
+    computations: Computations = {}
     entry, current = "", None
     for line in text.splitlines():
-        if re.match(
-            r"\}(,|$)", line
-        ):  # and not `}}, …`: the attributes of a Pallas kernel take several lines
+        # and not at `}}, …`: the attributes of a Pallas kernel take several lines
+        if re.match(r"\}(,|$)", line):
             current = None
         elif current is None:
             if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
@@ -163,22 +139,26 @@ def _closing(text: str) -> int:
 
 
 def size(kind: str, memory_only: bool = False) -> float:
-    """Bytes of a type such as `(bf16[2,8]{1,0:T(8,128)}, s32[])`; `memory_only` leaves out what lives on the
-    chip's core (S(1) and up)."""
+    """Bytes of a type such as `(bf16[2,8]{1,0:T(8,128)}, s32[])`. `memory_only`: without arrays in memory on
+    the chip itself (S(1) and up).
+    """
     total = 0.0
     for dtype, dims, layout in ARRAY.findall(kind):
         if not (memory_only and re.search(r"S\([1-9]", layout)):
-            total += BYTES[dtype] * prod(int(d) for d in dims.split(",") if d)
+            bits = BITS[dtype] if dtype in BITS else int(re.findall(r"\d+", dtype)[0])
+            total += bits / 8 * prod(_numbers(dims))
     return total
 
 
-def trips(computations: dict, condition: str, body: str, attributes: str = "") -> int:
-    """How often a loop runs at most: what XLA noted, or the bound of the counter's `<` in the condition over
-    the counter's step."""
+def _numbers(text: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", text)]
+
+
+def trips(computations: Computations, condition: str, body: str, attributes: str = "") -> int:
+    """The most rounds of a loop: XLA's note, or the bound of the counter in the condition over its step."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes):
         return int(known[1])
-    found = set()
-    outer = computations[condition]
+    counts, outer = set(), computations[condition]
     for i in outer.values():
         inner = computations[_called(i, "calls")] if i.op == "fusion" else {}
         for j in [i, *inner.values()]:  # the comparison may sit in a fusion, its operands beside it or inside
@@ -186,24 +166,22 @@ def trips(computations: dict, condition: str, body: str, attributes: str = "") -
                 operands = [_origin(o, inner, outer, i) for o in j.operands]
                 bounds = [c for o in operands if (c := _constant(o)) is not None]
                 counters = [o for o in operands if o.op == "get-tuple-element"]
-                found |= {-(-n // _step(computations[body], counters)) for n in bounds}
-    if len(found) != 1:
-        raise ValueError(f"no single trip count in the loop condition {condition}: {sorted(found)}")
-    return found.pop()
+                counts |= {-(-n // _step(computations[body], counters)) for n in bounds}
+    if len(counts) != 1:
+        raise ValueError(f"no single trip count in the loop condition {condition}: {sorted(counts)}")
+    return counts.pop()
 
 
-def _origin(
-    name: str, inner: dict[str, Instruction], outer: dict[str, Instruction], call: Instruction
-) -> Instruction:
-    """What an operand is, looking through copies and the parameters of a fusion."""
+def _origin(name: str, inner: Computation, outer: Computation, call: Instruction) -> Instruction:
+    """The instruction behind an operand, through copies and the parameters of a fusion."""
     i = inner[name] if name in inner else outer[name]
     if i.op == "parameter" and name in inner:
         return _origin(call.operands[int(i.inside)], {}, outer, call)
     return _origin(i.operands[0], inner, outer, call) if i.op in ("copy", "bitcast", "convert") else i
 
 
-def _step(body: dict[str, Instruction], counters: list[Instruction]) -> int:
-    """By how much a round moves the counter: 2 where XLA has unrolled once; 1 where it cannot be seen."""
+def _step(body: Computation, counters: list[Instruction]) -> int:
+    """How far a round moves the counter: 2 where XLA has unrolled once; 1 where it cannot be read."""
     root = list(body.values())[-1]
     for counter in counters:
         place = int(re.search(r"index=(\d+)", counter.rest)[1])  # type: ignore[index]
@@ -226,9 +204,8 @@ def _called(i: Instruction, what: str) -> str:
     return match[1]
 
 
-def _traffic(i: Instruction, computation: dict[str, Instruction], computations: dict) -> float:
-    """Device memory read and written by one instruction; slices of a large array count as what they take or
-    replace."""
+def _traffic(i: Instruction, computation: Computation, computations: Computations) -> float:
+    """Device memory that one instruction reads and writes; of a sliced or updated array, the slice alone."""
     if i.op in ("dynamic-slice", "slice", "gather"):
         return 2 * size(i.type, True)
     if i.op == "dynamic-update-slice":
@@ -238,64 +215,59 @@ def _traffic(i: Instruction, computation: dict[str, Instruction], computations: 
     if i.op in ("copy-start", "slice-start"):  # (source, destination, …), either of which may be on the core
         source, taken = (m[0] for m in list(ARRAY.finditer(i.type))[:2])
         return size(taken) * ((size(source, True) > 0) + (size(taken, True) > 0))
-    if "custom_call_target" in i.rest and any(f'"{name}"' in i.rest for name in PLACEHOLDERS):
+    if "custom_call_target" in i.rest and PLACEHOLDER.search(i.rest):
         return 0
     read = sum(size(computation[o].type, True) for o in set(i.operands))
     return read + (read if i.op.endswith("-start") else size(i.type, True))
 
 
-def _fusion_traffic(i: Instruction, outer: dict[str, Instruction], computations: dict) -> float:
+def _fusion_traffic(i: Instruction, outer: Computation, computations: Computations) -> float:
     inner = computations[_called(i, "calls")]
     total = 0.0
     for j in inner.values():
-        if j.op == "parameter" and (whole := size(outer[i.operands[int(j.inside)]].type, True)):
-            total += min(whole, _taken(j.name, whole, inner, computations))
-    # What is updated in place is written in part; the array around it is neither read nor written.
+        if j.op == "parameter" and (full := size(outer[i.operands[int(j.inside)]].type, True)):
+            total += min(full, _read(j.name, full, inner, computations))
+    # Of an array that is updated in place, only the update is written.
     updates = [j for j in inner.values() if j.op == "dynamic-update-slice"]
     replaced, new = sum(size(j.type) for j in updates), sum(size(inner[j.operands[1]].type) for j in updates)
     written = size(i.type, True)
     return total + min(written, max(written - replaced, 0) + new)
 
 
-def _taken(name: str, whole: float, inner: dict[str, Instruction], computations: dict) -> float:
-    """Bytes of a fusion's parameter that it reads: slices of it alone, also those taken in a fusion within
-    the fusion."""
+def _read(name: str, full: float, inner: Computation, computations: Computations) -> float:
+    """Bytes that a fusion reads of its parameter `name`, which has `full` bytes: slices of it alone, also
+    those of a fusion within the fusion.
+    """
     readers = [u for u in inner.values() if name in u.operands]
-    total = 0.0 if readers else whole  # passed on as it is
+    total = 0.0 if readers else full  # the parameter is passed on
     for u in readers:
-        if (
-            u.op in ("bitcast", "convert") or "output_to_operand_aliasing={{}:" in u.rest
-        ):  # the last: other tiles of what lies there
-            wide = size(u.type)  # a slice of what is converted is read as narrow as it lies
-            total += _taken(u.name, wide, inner, computations) * whole / wide
+        # the last: the same memory in other tiles
+        if u.op in ("bitcast", "convert") or "output_to_operand_aliasing={{}:" in u.rest:
+            wide = size(u.type)  # of what is converted, a slice is read in the bytes that it has in memory
+            total += _read(u.name, wide, inner, computations) * full / wide
         elif u.op in ("dynamic-slice", "slice", "gather") and u.operands[0] == name:
             total += size(u.type)
         elif u.op == "fusion":
             deeper = computations[_called(u, "calls")]
             for j in deeper.values():
                 if j.op == "parameter" and u.operands[int(j.inside)] == name:
-                    total += _taken(j.name, whole, deeper, computations)
+                    total += _read(j.name, full, deeper, computations)
         elif not (u.op == "dynamic-update-slice" and u.operands[0] == name):
-            total += whole
+            total += full
     return total
 
 
 def _collective(
-    kind: str, i: Instruction, where: str, computation: dict, mesh: dict[str, int], times: float
+    kind: str, i: Instruction, where: str, computation: Computation, mesh: dict[str, int], times: float
 ) -> Collective:
     operands = i.operands[:1] if kind == "collective-permute" else i.operands
-    whole = sum(size(computation[o].type) for o in operands)
-    groups = list(groups_of(i.rest, prod(mesh.values())))
+    sent = sum(size(computation[o].type) for o in operands)
+    groups = groups_of(i.rest, prod(mesh.values()))
     n = max(map(len, groups))
-    if kind == "all-reduce" and "all-reduce-scatter" in where:  # how XLA:TPU writes a reduce-scatter
+    if kind == "all-reduce" and "all-reduce-scatter" in where:  # XLA:TPU's form of a reduce-scatter
         kind = "reduce-scatter"
-    share = {
-        "all-gather": n - 1,
-        "reduce-scatter": (n - 1) / n,
-        "all-reduce": 2 * (n - 1) / n,
-        "all-to-all": (n - 1) / n,
-    }
-    return Collective(kind, axes_of(groups, mesh), n, times * whole * share.get(kind, 1))
+    factors = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
+    return Collective(kind, axes_of(groups, mesh), n, times * sent * factors.get(kind, (n - 1) / n))
 
 
 def axes_of(groups: list[list[int]], mesh: dict[str, int]) -> str:
@@ -305,34 +277,26 @@ def axes_of(groups: list[list[int]], mesh: dict[str, int]) -> str:
     return "+".join(name for name, yes in zip(mesh, crossed, strict=True) if yes) or "none"
 
 
-def groups_of(attributes: str, devices: int) -> Iterator[list[int]]:
+def groups_of(attributes: str, devices: int) -> list[list[int]]:
     """Device groups in each of the forms XLA writes; for a permutation, its pairs."""
-    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
-        yield from (list(map(int, p.split(","))) for p in re.findall(r"\{(\d+,\d+)\}", pairs[1]))
-    elif listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes):
-        yield from [list(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", listed[1])] or [
-            list(range(devices))
-        ]
-    elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
-        yield from _iota(iota[2]).reshape([int(n) for n in iota[1].split(",")]).tolist()
-    elif named := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes
-    ):
+    pairs = r"(?:source_target_pairs|replica_groups)=\{((?:\{[\d,]*\},?)*)\}"
+    iotas = r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)"
+    names = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}"
+    if listed := re.search(pairs, attributes):
+        return [_numbers(g) for g in re.findall(r"\{([\d,]+)\}", listed[1])] or [list(range(devices))]
+    if iota := re.search(iotas, attributes):
+        return _iota(iota[2]).reshape(_numbers(iota[1])).tolist()
+    if named := re.search(names, attributes):
         sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
         over = re.findall(r"'(\w+)'", named[3])
-        grid = (_iota(named[2]) if named[2] else np.arange(prod(sizes.values()))).reshape(
-            tuple(sizes.values())
-        )
-        kept = [a for a, name in enumerate(sizes) if name not in over]
-        moved = [a for a, name in enumerate(sizes) if name in over]
-        yield from grid.transpose(kept + moved).reshape(-1, prod(sizes[name] for name in over)).tolist()
-    else:
-        raise ValueError(f"device groups in a form that is not known: {attributes[:200]}")
+        grid = _iota(named[2] or f"[{prod(sizes.values())}]").reshape(tuple(sizes.values()))
+        last = sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in over)  # its axes come last
+        return grid.transpose(last).reshape(-1, prod(sizes[name] for name in over)).tolist()
+    raise ValueError(f"device groups in a form that is not known: {attributes[:200]}")
 
 
 def _iota(text: str) -> np.ndarray:
     """`[4,2]T(1,0)`: 0 … 7 in four rows of two, transposed."""
     shape, _, order = text.partition("T")
-    sizes = [int(n) for n in re.findall(r"\d+", shape)]
-    grid = np.arange(prod(sizes)).reshape(sizes)
-    return grid.transpose([int(n) for n in re.findall(r"\d+", order)]) if order else grid
+    grid = np.arange(prod(_numbers(shape))).reshape(_numbers(shape))
+    return grid.transpose(_numbers(order)) if order else grid

@@ -1,12 +1,13 @@
 """Machines to plan for: their published speeds, and compile-only devices.
 
-Peak, memory and link speeds are per chip, from the makers' pages: v5e, v5p, v6e:
-docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}; "inter-chip interconnect bandwidth" there is both directions of
-all ports. H100 and H200 SXM: NVIDIA's data sheets (dense bfloat16; NVLink 900 GB/s both ways); between nodes
-one 400 Gb/s NIC a GPU, as DGX H100. L4, the cloud's 24 GB GPU: NVIDIA L4 data sheet (dense bfloat16; PCIe 4 ×
-16, 64 GB/s both ways); 100 Gb/s for eight, as Google's G2. `usable` is what XLA lets a program have: on TPU
-the limit in the compiler's own refusal; on GPU 90 % of the card, which needs
-XLA_PYTHON_CLIENT_MEM_FRACTION=.9 (the default is .75).
+Peak, memory and link speeds are per chip, as the makers publish them (dense bfloat16):
+- v5e, v5p, v6e: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, whose "inter-chip interconnect bandwidth" is
+  both directions of all ports;
+- H100 and H200 SXM: NVIDIA's data sheets (NVLink 900 GB/s both ways); between nodes one 400 Gb/s NIC a GPU,
+  as in a DGX H100;
+- L4: its data sheet (PCIe 4 × 16, 64 GB/s both ways); 100 Gb/s for eight, as in Google's G2.
+`usable` is the memory that XLA gives a program: on a TPU the limit in the compiler's refusal; on a GPU 90 %
+of the card, which needs XLA_PYTHON_CLIENT_MEM_FRACTION=.9 (the default is .75).
 """
 
 import importlib.util
@@ -64,17 +65,14 @@ CARDS = {
         clock_rate_ghz: 2.04 device_memory_size: 24152899584 cuda_compute_capability { major: 8 minor: 9 }""",
 }
 
-
 # The dot-merger threshold is that of launch/gpu_1x.sh and slurm_gpu.sbatch: merging matrices with a common
 # input (q, k, v; gate, up; adapters) would copy all of them side by side for each sampled token.
 COMPILE: dict[str, dict[str, Any]] = {
     "tpu": {},
     "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0},
 }
-QUICK = {
-    "tpu": {"exec_time_optimization_effort": -1.0},
-    "cuda": {},
-}  # from -1 to 1; a GPU's compiler does the same at each
+# The effort is from -1 to 1; the GPU's compiler does the same at each.
+QUICK = {"tpu": {"exec_time_optimization_effort": -1.0}, "cuda": {}}
 
 CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # either contains the compiler
 
@@ -90,69 +88,63 @@ class Machine:
     nodes: int  # islands of fast links: 1 for a TPU slice
 
     def seconds(self, received: float, group: int, crosses: bool) -> float:
-        """Time for a collective that brings `received` bytes to each of `group` chips; `crosses`: the group
-        spans nodes.
+        """Time for a collective that brings `received` bytes to each of `group` chips.
 
-        Across nodes, the members inside each node share its NICs: each brings in its part, and NVLink spreads
-        it.
+        `crosses`: the group spans nodes. Its members in one node share the node's NICs: each receives a part,
+        and NVLink brings it to the others.
         """
         inside = received / self.chip.link
-        if not crosses:
-            return inside
-        together = max(1, group // self.nodes)  # members of the group in one node
-        return max(inside, received / (self.chip.outer * together))
+        members = max(1, group // self.nodes)  # in one node
+        return max(inside, received / (self.chip.outer * members)) if crosses else inside
 
 
 def parse(topology: str) -> Machine:
     """`v5e:4x4`, `v5p:4x4x4`, `h100:8`, `h100:2x8` (nodes × GPUs)."""
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ConfigError(
-            f"--topology: {topology!r}: write CHIP:SHAPE, such as v5e:4x4 or h100:2x8;"
-            f" the chips are {', '.join(CHIPS)}"
-        )
-    sizes, chip = [int(n) for n in shape.split("x")], CHIPS[kind]
-    count = math.prod(sizes)
+        form = f"write CHIP:SHAPE, such as v5e:4x4 or h100:2x8; the chips are {', '.join(CHIPS)}"
+        raise ConfigError(f"--topology: {topology!r}: {form}")
+    sizes, chip = _sizes(topology), CHIPS[kind]
     if chip.platform == "cuda" and len(sizes) > 2:
-        raise ConfigError(
-            f"--topology: {topology!r}: GPUs are written GPUS or NODESxGPUS, such as {kind}:8 or {kind}:2x8"
-        )
-    return Machine(topology, chip, count, sizes[0] if chip.platform == "cuda" and len(sizes) == 2 else 1)
+        form = f"GPUs are written GPUS or NODESxGPUS, such as {kind}:8 or {kind}:2x8"
+        raise ConfigError(f"--topology: {topology!r}: {form}")
+    nodes = sizes[0] if chip.platform == "cuda" and len(sizes) == 2 else 1
+    return Machine(topology, chip, math.prod(sizes), nodes)
+
+
+def _sizes(topology: str) -> list[int]:
+    return [int(n) for n in topology.partition(":")[2].split("x")]
 
 
 def devices(machine: Machine) -> list[Any]:
-    """Compile-only devices: the real compiler's targets, with no such machine here. Needs the extra `plan`
-    (or `plan-cuda`)."""
-    packages, extra = (("libtpu",), "plan") if machine.chip.platform == "tpu" else (CUDA, "plan-cuda")
+    """Compile-only devices: targets of the machine's compiler, without the machine.
+
+    Needs the extra `plan` (or `plan-cuda`).
+    """
+    on_tpu, where = machine.chip.platform == "tpu", f"--topology: {machine.topology}"
+    packages, extra = (("libtpu",), "plan") if on_tpu else (CUDA, "plan-cuda")
     if not any(map(importlib.util.find_spec, packages)):
-        raise ConfigError(
-            f"--topology: {machine.topology}: no compiler for it here; pip install 'medrlvr-jax[{extra}]'"
-        )
+        raise ConfigError(f"{where}: its compiler is missing; pip install 'medrlvr-jax[{extra}]'")
     import jax
     from jax.experimental import topologies
 
-    if machine.chip.platform == "cuda":
+    if not on_tpu:
         jax.devices("cpu")  # starts the backends, which loads the plug-in
-        shape, kind = (
-            f"1x{machine.nodes}x{machine.count // machine.nodes}",
+        kind, shape = (
             machine.topology.partition(":")[0],
+            f"1x{machine.nodes}x{machine.count // machine.nodes}",
         )
         card = GPU % (CARDS[kind], machine.chip.kind)
-        found = topologies.get_topology_desc(
-            platform="cuda", topology_name=kind, target_config=card, topology=shape
-        )
-        return list(found.devices)
+        how = {"target_config": card, "topology": shape}
+        return list(topologies.get_topology_desc(platform="cuda", topology_name=kind, **how).devices)
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
+    # libtpu takes a host to have four chips, unless it is given
+    host = [*_sizes(machine.topology), 1, 1][:3]
+    how = {"chips_per_host_bounds": host} if machine.count < 4 else {}
     try:
-        sizes = [int(n) for n in machine.topology.partition(":")[2].split("x")]
-        host = (
-            {"chips_per_host_bounds": [*sizes, 1, 1][:3]} if machine.count < 4 else {}
-        )  # else libtpu takes a host of four chips
         return list(
-            topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **host).devices
+            topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **how).devices
         )
     except jax.errors.JaxRuntimeError as e:
-        raise ConfigError(
-            f"--topology: {machine.topology}: the TPU compiler knows no such slice: {str(e)[:200]}"
-        ) from None
+        raise ConfigError(f"{where}: the TPU compiler knows no such slice: {str(e)[:200]}") from None

@@ -16,7 +16,6 @@ seconds, not 2 minutes. Peaks came out between 1.1 GiB less and 0.3 more there, 
 large. It is for trying settings, not for the last word.
 """
 
-import dataclasses
 import json
 import math
 import sys
@@ -29,17 +28,21 @@ import jax
 from medrlvr_jax.build import total_steps
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config, LoRAConfig
-from medrlvr_jax.host import tables
+from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.plan.aot import Figures, bytes_of, compile_program, planned, prepare
 from medrlvr_jax.plan.machines import GIB, QUICK, Machine, parse
 
 STEPS = 1000  # of a run whose length is not known: only the schedule's constants depend on it
-LEAST = (
-    "compiled with the least effort (--quick): memory is roughly what it will be, traffic and "
-    "times are too high"
+LEAST = "compiled with least effort (--quick): memory is approximate, traffic and times are too high"
+UNITS = (
+    "GiB, TFLOP and GB are per chip and step. From XLA: compile s, arguments, outputs, temporaries, HBM, "
+    "net. Computed by this library: the rest."
 )
-# of the train split, where the set itself is not at hand
+PROGRAM = ("program", "compile s", "arguments", "outputs", "temporaries", "others", "peak", "may use", "fits")
+WORK = ("TFLOP", "HBM GB", "net GB", "seconds ≥", "bound by")
+SWEEP = ("fits", "peak GiB", "in", "seconds ≥", "tokens/s ≤")
+# of the train split, where the set itself is not on this machine
 QUESTIONS = {"GBaker/MedQA-USMLE-4-options": 10_178}
 
 
@@ -59,14 +62,19 @@ class Plan(NamedTuple):
         return all(f.fits for f in self.programs)
 
     @property
+    def worst(self) -> Figures:
+        """The program that leaves least memory free, or lacks most."""
+        return max(self.programs, key=lambda f: f.peak - f.usable)
+
+    @property
     def seconds(self) -> float:
         return sum(f.seconds for f in self.programs)
 
     @property
-    def tokens(self) -> int:
-        """Response tokens of a step, at full length."""
+    def tokens_per_second(self) -> float:
+        """Response tokens, at full length."""
         c = self.config.sample
-        return c.questions * c.samples * c.max_new_tokens
+        return c.questions * c.samples * c.max_new_tokens / self.seconds
 
     @property
     def mfu(self) -> float:
@@ -85,309 +93,211 @@ def plan(
     """Compile the step's programs (or `only` those named) for the machine; `quick`: with the compiler's least
     effort.
     """
-    parts = prepare(config, machine)
-    figures = []
+    parts, figures = prepare(config, machine), []
     for program in planned(parts, steps or STEPS):
         if not only or program.name in only:
             print(f"compiling {program.name} for {machine.topology} …", file=sys.stderr, flush=True)
             figures.append(compile_program(program, parts, machine, {} if cache is None else cache, quick))
-    worst = max(figures, key=lambda f: f.peak - f.usable)
-    advice = [] if worst.fits else advise(config, machine, worst)
-    return Plan(
-        config,
-        machine,
-        dict(parts.mesh.shape),
-        figures,
-        advice,
-        steps,
-        quick and bool(QUICK[machine.chip.platform]),
-    )
+    quick = quick and bool(QUICK[machine.chip.platform])
+    result = Plan(config, machine, dict(parts.mesh.shape), figures, [], steps, quick)
+    return result if result.worst.fits else result._replace(advice=advise(config, machine, result.worst))
 
 
 def run(config: Config, topology: str, sweep: int, as_json: bool, questions: int | None, quick: bool) -> int:
     """The command: prints, and returns 0 if all fits, 3 if not."""
-    jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here is left alone
+    jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is left alone
     machine, steps = parse(topology), length(config, questions)
-    if sweep:
-        found = sorted(tried(config, machine, sweep, steps, quick), key=lambda p: (not p.fits, p.seconds))
-        print(json.dumps([as_tree(p) for p in found], indent=1) if as_json else sweep_table(found))
-        return 0 if found and found[0].fits else 3
-    made = plan(config, machine, steps=steps, quick=quick)
-    print(json.dumps(as_tree(made), indent=1) if as_json else table(made))
-    return 0 if made.fits else 3
+    if not sweep:
+        plans = [plan(config, machine, steps=steps, quick=quick)]
+        trees: Any = as_tree(plans[0])
+    else:
+        plans = sorted(tried(config, machine, sweep, steps, quick), key=lambda p: (not p.fits, p.seconds))
+        trees = [as_tree(p) for p in plans]
+    print(json.dumps(trees, indent=1) if as_json else sweep_table(plans) if sweep else table(plans[0]))
+    return 0 if plans and plans[0].fits else 3
 
 
 def length(config: Config, questions: int | None) -> int | None:
     """Steps of the configured training, where the number of questions is known or not needed."""
-    if config.steps:
-        return config.steps
     n = questions or QUESTIONS.get(config.data.path)
-    return total_steps(config, n) if n else None
+    return config.steps or (total_steps(config, n) if n else None)
 
 
-# --- what to change
-# --------------------------------------------------------------------------------------------------
+# --- what to change ---
 
 
-def variants(config: Config, machine: Machine) -> Iterator[tuple[str, Config, float]]:
-    """Settings that lower a program's memory: their text, the changed config, and the factor we expect on
-    temporaries.
-    """
+class Remedy(NamedTuple):
+    """Settings that may lower a program's memory."""
+
+    settings: tuple[str, ...]
+    note: str = ""
+    learning: float = 1.0  # the factor that we expect on the temporaries of learning's programs
+    sampling: float = 1.0  # and on those of the others
+
+
+def remedies(config: Config, machine: Machine) -> list[Remedy]:
+    """Some are not legal settings of this config, or change nothing in it."""
     c, m = config, config.mesh
     data = machine.count // (m.fsdp * m.tensor) if m.data == -1 else m.data
-
-    def changed(**sections: dict[str, Any]) -> Config:
-        tree = configs.to_tree(c)
-        for name, fields in sections.items():
-            tree[name] |= fields
-        return configs.from_tree(tree)
-
-    half_micro, half_step = (c.learn.microbatch or c.learn.minibatch) // 2, c.sample.questions // 2
-    candidates: list[tuple[str, dict[str, Any], float]] = [
-        (
-            f"mesh.fsdp={m.fsdp * 2} (and mesh.data={data // 2})",
-            {"mesh": {"fsdp": m.fsdp * 2, "data": data // 2}},
-            1.0,
-        ),
-        (
-            f"mesh.tensor={m.tensor * 2} (and mesh.fsdp={m.fsdp // 2})",
-            {"mesh": {"tensor": m.tensor * 2, "fsdp": m.fsdp // 2}},
-            1.0,
-        ),
-        (f"learn.microbatch={half_micro}", {"learn": {"microbatch": half_micro}}, 0.5),
-        (f"sample.questions={half_step}", {"sample": {"questions": half_step}}, 0.5),
-        (
-            "sample.layout=sharded (sampling is then many times slower)",
-            {"sample": {"layout": "sharded"}},
-            1.0,
-        ),
-        ("model.remat=full", {"model": {"remat": "full"}}, 0.5 if c.model.remat != "full" else 1.0),
-        ("learn.policy.moments=bfloat16", {"learn": {"policy": _moments(c.learn.policy)}}, 1.0),
+    learners = ("policy", "critic") if c.learn.critic else ("policy",)
+    microbatch = (c.learn.microbatch or c.learn.minibatch) // 2
+    out = [
+        Remedy((f"mesh.fsdp={m.fsdp * 2}", f"mesh.data={data // 2}")),
+        Remedy((f"mesh.tensor={m.tensor * 2}", f"mesh.fsdp={m.fsdp // 2}")),
+        Remedy((f"learn.microbatch={microbatch}",), learning=0.5),
+        Remedy((f"sample.questions={c.sample.questions // 2}",), sampling=0.5),
+        Remedy(("sample.layout=sharded",), "sampling is then many times slower"),
+        Remedy(("model.remat=full",), learning=0.5 if c.model.remat != "full" else 1.0),
+        Remedy(tuple(f"learn.{learner}.moments=bfloat16" for learner in learners)),
+        Remedy(("learn.offload=true",), "the host's memory must hold it"),
     ]
-    if c.learn.critic:
-        both = {"learn": {"policy": _moments(c.learn.policy), "critic": _moments(c.learn.critic)}}
-        candidates.append(("learn.policy.moments=bfloat16 and learn.critic.moments=bfloat16", both, 1.0))
-    if not c.learn.offload:
-        candidates.append(
-            ("learn.offload=true (the host's memory must hold it)", {"learn": {"offload": True}}, 1.0)
-        )
-    if not c.model.lora:
-        adapters = LoRAConfig()
-        text = (
-            f"model.param_dtype=bfloat16 model.lora={{rank: {adapters.rank}}} (adapters alone "
-            "learn, at rates some hundred times higher)"
-        )
-        candidates.append(
-            (text, {"model": {"lora": dataclasses.asdict(adapters), "param_dtype": "bfloat16"}}, 1.0)
-        )
-    for text, sections, factor in candidates:
-        try:
-            yield text, changed(**sections), factor
-        except ConfigError:  # not a legal setting here, so nothing to advise
-            continue
-
-
-def _moments(optimizer: Any) -> dict[str, Any]:
-    return dataclasses.asdict(optimizer) | {"moments": "bfloat16"}
+    if c.model.lora:
+        return out
+    lora = ("model.param_dtype=bfloat16", f"model.lora={{rank: {LoRAConfig().rank}}}")
+    return [*out, Remedy(lora, "adapters alone learn, at rates some hundred times higher")]
 
 
 def advise(config: Config, machine: Machine, worst: Figures) -> list[str]:
-    """The two settings that lower the worst program's memory most: by our count of what it holds, temporaries
-    taken in proportion.
+    """The two remedies that lower the worst program's memory most.
+
+    What it holds is counted exactly; its temporaries are taken in proportion.
     """
-    saved = []
-    for text, changed, factor in variants(config, machine):
+    gains = []
+    for remedy in remedies(config, machine):
         try:
-            held = resident(changed, machine)
-        except ConfigError:
+            held = resident(changed(config, *remedy.settings), machine)
+        except ConfigError:  # not a legal setting of this config
             continue
-        learns = worst.name.startswith("learn")
-        applies = {"learn.microbatch": learns, "model.remat": learns, "sample.questions": not learns}.get(
-            text.partition("=")[0], True
-        )
-        own = worst.outputs + worst.temporaries * (factor if applies else 1.0)
+        factor = remedy.learning if worst.name.startswith("learn") else remedy.sampling
         # a sync with nothing left to copy is no program
-        peak = held[worst.name] + own if worst.name in held else 0.0
-        saved.append((worst.peak - peak, text))
-    best = sorted((s for s in saved if s[0] > 0.01 * GIB), reverse=True)[:2]
-    enough = worst.peak - worst.usable
-    return [
-        f"{text}: about {gain / GIB:.1f} GiB less in {worst.name}{', enough there' * (gain >= enough)}"
-        for gain, text in best
-    ]
+        peak = held[worst.name] + worst.outputs + worst.temporaries * factor if worst.name in held else 0.0
+        gains.append((worst.peak - peak, remedy))
+    lines = []
+    for gain, remedy in sorted((g for g in gains if g[0] > 0.01 * GIB), reverse=True)[:2]:
+        text = " ".join(remedy.settings) + (f" ({remedy.note})" if remedy.note else "")
+        enough = ", enough there" if gain >= worst.peak - worst.usable else ""
+        lines.append(f"{text}: about {gain / GIB:.1f} GiB less in {worst.name}{enough}")
+    return lines
+
+
+def changed(config: Config, *settings: str) -> Config:
+    """The config with some settings replaced; raises ConfigError where they are not legal in it."""
+    return configs.load(configs.to_tree(config), settings, "plan")
 
 
 def resident(config: Config, machine: Machine) -> dict[str, float]:
-    """Bytes per device that each program finds in memory, its arguments included, without compiling
-    anything.
+    """Bytes per device that are in memory when each program begins, its arguments included. Compiles
+    nothing.
     """
     return {p.name: bytes_of((p.args, p.kwargs, p.others)) for p in planned(prepare(config, machine), STEPS)}
 
 
 def to_try(config: Config, machine: Machine) -> Iterator[Config]:
-    """Meshes whose states alone fit × micro-batches × remat: each begins with what is likely to be quick, and
-    what is near the beginning of all three comes first, so that few tries see several of each.
+    """Meshes whose states alone fit × micro-batches × remat. Each of the three begins with what is likely to
+    be quick; what is near the beginning of all three comes first, so that few tries see several of each.
     """
-    ways = [2**i for i in range(machine.count.bit_length()) if machine.count % 2**i == 0]
-    micro = [m for m in range(config.learn.minibatch, 0, -1) if config.learn.minibatch % m == 0]
-    kinds = [(size, remat) for size in micro for remat in ("dots", "full")]
+    sizes = [2**i for i in range(machine.count.bit_length())]
+    meshes = [(t, f) for t, f in product(sizes, sizes) if machine.count % (f * t) == 0]
+    legal = [of_mesh for t, f in meshes if (of_mesh := variants(config, machine, f, t))]
+    ranked = [(place, rank, variant) for place, of_mesh in enumerate(legal) for rank, variant in of_mesh]
+    return (variant for _, _, variant in sorted(ranked, key=lambda r: (r[0] + r[1], r[1])))
 
-    def legal(fsdp: int, tensor: int) -> list[tuple[int, Config]]:
-        found = []
-        for size, remat in kinds:
-            tree = configs.to_tree(config)
-            tree["mesh"] |= {"data": -1, "fsdp": fsdp, "tensor": tensor}
-            tree["learn"]["microbatch"], tree["model"]["remat"] = size, remat
-            try:
-                changed = configs.from_tree(tree)
-                # neither size nor remat moves it
-                held = max(resident(changed, machine).values()) if not found else 0.0
-            except ConfigError:  # sizes that do not divide
-                continue
-            if held >= machine.chip.usable:
+
+def variants(config: Config, machine: Machine, fsdp: int, tensor: int) -> list[tuple[int, Config]]:
+    """On one mesh, the legal micro-batches and remat policies, each after its rank: 0 for the quickest. None
+    where the states alone do not fit.
+    """
+    mesh = ("mesh.data=-1", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}")
+    sizes = [m for m in range(config.learn.minibatch, 0, -1) if config.learn.minibatch % m == 0]
+    out: list[tuple[int, Config]] = []
+    for (rank, size), (slower, remat) in product(enumerate(sizes), enumerate(("dots", "full"))):
+        try:
+            variant = changed(config, *mesh, f"learn.microbatch={size}", f"model.remat={remat}")
+            # the states are the same at each size and policy
+            if not out and max(resident(variant, machine).values()) >= machine.chip.usable:
                 return []
-            found.append((micro.index(size) + (remat == "full"), changed))
-        return found
-
-    meshes = [
-        found for t, f in product(ways, ways) if machine.count % (f * t) == 0 and (found := legal(f, t))
-    ]
-    ranked = [
-        ((place + rank, rank), changed) for place, found in enumerate(meshes) for rank, changed in found
-    ]
-    return (changed for _, changed in sorted(ranked, key=lambda pair: pair[0]))
+        except ConfigError:  # sizes that do not divide
+            continue
+        out.append((rank + slower, variant))
+    return out
 
 
 def tried(config: Config, machine: Machine, limit: int, steps: int | None, quick: bool) -> Iterator[Plan]:
     """Plans of the first `limit` of `to_try`."""
     cache: dict[str, Figures] = {}
-    for changed in islice(to_try(config, machine), limit):
-        yield plan(changed, machine, steps=steps, cache=cache, quick=quick)
+    for variant in islice(to_try(config, machine), limit):
+        yield plan(variant, machine, steps=steps, cache=cache, quick=quick)
 
 
-# --- printing
-# --------------------------------------------------------------------------------------------------------
+# --- printing ---
 
 
 def table(p: Plan) -> str:
-    """The plan for people."""
+    """The plan as text."""
     mesh = " × ".join(f"{k} {n}" for k, n in p.mesh.items())
-    lines = [f"{p.config.name} on {p.machine.topology} ({p.machine.count} chips), mesh {mesh}", ""]
-    head = (
-        "program",
-        "compile s",
-        "arguments",
-        "outputs",
-        "temporaries",
-        "others",
-        "peak",
-        "may use",
-        "fits",
-        "TFLOP",
-        "HBM GB",
-    )
     rows = []
     for f in p.programs:
         memory = (f.arguments, f.outputs, f.temporaries, f.others, f.peak, f.usable)
         work = (f.flops / 1e12, f.traffic / 1e9, sum(c.bytes for c in f.collectives) / 1e9, f.seconds)
         sizes = (f"{x / GIB:.2f}" for x in memory)
-        rows.append(
-            (f.name, f"{f.compile_s:.0f}", *sizes, "yes" if f.fits else "NO", *map(_figure, work), f.bound)
-        )
-    lines.append(tables.plain((*head, "net GB", "seconds ≥", "bound by"), rows))
-    lines += [
-        "",
-        "GiB, TFLOP and GB per chip and step. XLA's: compile s, arguments, outputs, temporaries, "
-        "HBM, net. Ours: the rest.",
-        "",
-    ]
-    lines.append(tables.plain(("collectives", "kind", "axis", "chips", "GB"), _collectives(p)))
-    return "\n".join([*lines, "", *verdict(p), *([LEAST] if p.quick else [])])
-
-
-def _collectives(p: Plan) -> list[tuple]:
-    return [
+        rows.append((f.name, f"{f.compile_s:.0f}", *sizes, yes(f.fits), *map(_figure, work), f.bound))
+    collectives = [
         (f.name, c.kind, c.axis, str(c.group), _figure(c.bytes / 1e9))
         for f in p.programs
         for c in f.collectives
         if c.bytes > 1e6
     ]
+    lines = [f"{p.config.name} on {p.machine.topology} ({p.machine.count} chips), mesh {mesh}", ""]
+    lines += [tables.plain((*PROGRAM, *WORK), rows), "", UNITS, ""]
+    lines += [tables.plain(("collectives", "kind", "axis", "chips", "GB"), collectives), "", *verdict(p)]
+    return "\n".join(lines + [LEAST] * p.quick)
 
 
 def verdict(p: Plan) -> list[str]:
     """What the figures come to: the step and the training, or what does not fit and what to do."""
     if not p.fits:
         out = []
-        for f in p.programs:
-            if not f.fits:
-                need = (
-                    f"{f.name} needs {f.peak / GIB:.2f} GiB of {f.usable / GIB:.2f}: "
-                    f"{(f.peak - f.usable) / GIB:.2f} too much"
-                )
-                out.append(
-                    f"does not fit: {need}" + (" (the compiler refuses it even alone)" if f.refused else "")
-                )
+        for f in (f for f in p.programs if not f.fits):
+            need = f"{f.name} needs {f.peak / GIB:.2f} GiB of {f.usable / GIB:.2f}"
+            refused = " (the compiler refuses it even alone)" if f.refused else ""
+            out.append(f"does not fit: {need}: {(f.peak - f.usable) / GIB:.2f} too much{refused}")
         return out + [f"would help: {line}" for line in p.advice]
-    share = ", ".join(
+    parts = [
         f"{f.name} {100 * f.seconds / p.seconds:.0f} %" for f in p.programs if f.seconds > 0.005 * p.seconds
-    )
-    tightest = max(p.programs, key=lambda f: f.peak / f.usable)
-    out = [
-        f"fits: at most {tightest.peak / GIB:.2f} of {tightest.usable / GIB:.2f} GiB, in {tightest.name}",
-        f"step: at least {_figure(p.seconds)} s; {share}",
-        f"at best {p.tokens / p.seconds:,.0f} response tokens/s, model-FLOP utilisation {100 * p.mfu:.0f} %",
     ]
-    if p.steps is None:
-        return [
-            *out,
-            f"training: the number of questions of {p.config.data.path} is not known here; give "
-            "--questions N",
-        ]
+    tightest = max(p.programs, key=lambda f: f.peak / f.usable)
+    rate = f"at best {p.tokens_per_second:,.0f} response tokens/s"
+    path, hours = p.config.data.path, (p.steps or 0) * p.seconds / 3600
+    training = f"the number of questions of {path} is not known here; give --questions N"
+    if p.steps is not None:
+        training = f"{p.steps:,} steps, at least {_figure(hours)} h, evaluation apart"
     return [
-        *out,
-        f"training: {p.steps:,} steps, at least {_figure(p.steps * p.seconds / 3600)} h, evaluation apart",
+        f"fits: at most {tightest.peak / GIB:.2f} of {tightest.usable / GIB:.2f} GiB, in {tightest.name}",
+        f"step: at least {_figure(p.seconds)} s; {', '.join(parts)}",
+        f"{rate}, model-FLOP utilisation {100 * p.mfu:.0f} %",
+        f"training: {training}",
     ]
 
 
 def sweep_table(plans: list[Plan]) -> str:
-    head = (
-        "slice",
-        "data",
-        "fsdp",
-        "tensor",
-        "microbatch",
-        "remat",
-        "fits",
-        "peak GiB",
-        "in",
-        "seconds ≥",
-        "tokens/s ≤",
-    )
+    """Plans of one config, the best first."""
+    if not plans:
+        return "no mesh of this machine holds the training states, or none divides the sizes of this config"
     rows = []
     for p in plans:
-        c, worst = p.config, max(p.programs, key=lambda f: f.peak - f.usable)
-        sizes = (
-            *map(str, p.mesh.values()),
-            str(c.learn.microbatch),
-            c.model.remat,
-            "yes" if p.fits else "NO",
-        )
-        rows.append(
-            (*sizes, f"{worst.peak / GIB:.2f}", worst.name, _figure(p.seconds), _figure(p.tokens / p.seconds))
-        )
-    if not rows:
-        return "no mesh of this machine holds the training states, or none divides the sizes of this config"
+        settings = (*map(str, p.mesh.values()), str(p.config.learn.microbatch), p.config.model.remat)
+        peak, rates = f"{p.worst.peak / GIB:.2f}", map(_figure, (p.seconds, p.tokens_per_second))
+        rows.append((*settings, yes(p.fits), peak, p.worst.name, *rates))
     c = plans[0].config
-    mesh, learn = (
-        f"mesh={{data: -1, fsdp: {c.mesh.fsdp}, tensor: {c.mesh.tensor}}}",
-        f"learn.microbatch={c.learn.microbatch}",
-    )
-    best = (
-        f"cheapest that fits: {mesh} {learn} model.remat={c.model.remat}"
-        if plans[0].fits
-        else "none of these fits"
-    )
-    return "\n".join([tables.plain(head, rows), "", best, *([LEAST] if plans[0].quick else [])])
+    mesh = f"mesh={{data: -1, fsdp: {c.mesh.fsdp}, tensor: {c.mesh.tensor}}}"
+    settings = f"{mesh} learn.microbatch={c.learn.microbatch} model.remat={c.model.remat}"
+    best = f"cheapest that fits: {settings}" if plans[0].fits else "none of these fits"
+    head = (*plans[0].mesh, "microbatch", "remat", *SWEEP)
+    return "\n".join([tables.plain(head, rows), "", best, *[LEAST] * plans[0].quick])
+
+
+def yes(fits: bool) -> str:
+    return "yes" if fits else "NO"
 
 
 def _figure(x: float) -> str:
@@ -395,18 +305,13 @@ def _figure(x: float) -> str:
 
 
 def as_tree(p: Plan) -> dict[str, Any]:
-    """The plan for machines; numbers that are not known are null."""
-    programs = []
-    for f in p.programs:
-        more = {"collectives": [c._asdict() for c in f.collectives], "peak": f.peak, "fits": f.fits}
-        programs.append(f._asdict() | more | {"bound": f.bound, "seconds": f.seconds})
-    out = {
-        "topology": p.machine.topology,
-        "mesh": p.mesh,
-        "fits": p.fits,
-        "seconds": p.seconds,
-        "tokens_per_second": p.tokens / p.seconds,
-    }
-    out |= {"mfu": p.mfu, "steps": p.steps, "quick": p.quick}
-    out |= {"programs": programs, "advice": p.advice, "config": configs.to_tree(p.config)}
-    return json.loads(json.dumps(out), parse_constant=lambda _: None)
+    """The plan for JSON; numbers that are not known are null."""
+    out = {name: getattr(p, name) for name in ("mesh", "fits", "seconds", "tokens_per_second", "mfu")}
+    out |= {"steps": p.steps, "quick": p.quick, "advice": p.advice, "config": configs.to_tree(p.config)}
+    out["programs"] = [
+        f._asdict()
+        | {name: getattr(f, name) for name in ("peak", "fits", "bound", "seconds")}
+        | {"collectives": [c._asdict() for c in f.collectives]}
+        for f in p.programs
+    ]
+    return files.plain({"topology": p.machine.topology} | out)
