@@ -351,6 +351,71 @@ def test_csv_by_commas_semicolons_or_tabs(file, mark):
     )
 
 
+# ---- the fields of other files ----
+
+CASE = {
+    "case": {"text": "Chest pain.", "truth": 2},
+    "op1": "angina",
+    "op2": "reflux",
+    "op3": "",
+    "kind": "case",
+    "tags": ["heart"],
+}
+FIELDS_OF = {"question": "case.text", "answer": "case.truth", "options": ["op1", "op2", "op3"], "kind": None}
+
+
+def test_fields_under_other_names_and_records_chosen_by_theirs(file):
+    rows = [CASE, CASE | {"tags": ["lung", "heart"], "op3": "cough"}, CASE | {"tags": ["skin"]}]
+    choice = {
+        "where": {"tags": ["heart", "nerve"]},
+        "constants": {"answer_as": "from_1"},
+        "fields": FIELDS_OF,
+    }
+    path = file("cases.jsonl", rows)
+    assert read(path, **choice) == [
+        Question("cases-1", "Chest pain.", ("angina", "reflux"), 1),
+        Question("cases-2", "Chest pain.", ("angina", "reflux", "cough"), 1),
+    ]
+    report = told(path, **choice)
+    assert "format plain; not read: kind\n" in report and "records that where leaves out: 1" in report
+    assert (
+        read(path, where={"op3": "cough"}, fields=FIELDS_OF, constants={"answer_as": "from_0"})[0].answer == 2
+    )
+    open_one = {"fields": {"question": "case.text", "answer": "case.truth"}, "constants": {"kind": "number"}}
+    assert read(path, **open_one)[2].value.value == 2
+    refused = [
+        ({"fields": {"qestion": "q"}}, "fields.qestion: no format reads a field of this name; did you mean question?"),
+        ({"fields": {"id": "a"}, "constants": {"id": 1}}, "constants.id: given in fields, too"),
+        ({"fields": {"question": "case.txt"}}, "line 1: field case.txt, read as question: needed, and not there"),
+        ({"where": {"tags": "bone"}}, "where {'tags': 'bone'} leaves no record; in them, tags is ['heart'], ["),
+        ({"where": {"tag": "bone"}}, "in them, tag is absent"),
+    ]  # fmt: skip
+    for spec, message in refused:
+        assert message in complaint(path, **spec)
+    assert "where: embedded:train has no records" in complaint("embedded:train", where={"a": 1})
+
+
+def test_answers_by_number_or_text_where_the_set_says_so(file):
+    rows = [PLAIN | {"answer": 1}, PLAIN | {"answer": "2"}]
+    assert [q.answer for q in read(file("own.jsonl", rows), constants={"answer_as": "from_1"})] == [0, 1]
+    assert [q.answer for q in read(file("own.jsonl", rows), constants={"answer_as": "from_0"})] == [1, 2]
+    assert read(file("own.jsonl", [PLAIN | {"answer": "C "}]), constants={"answer_as": "text"})[0].answer == 1
+    for how, message in (
+        ("from_1", "'B' is not the number of one of its 3 options, counted from 1"),
+        ("text", "'B' is not the text of one of its 3 options"),
+        ("index", "field answer_as: 'index' is none of letter, from_0, from_1, text"),
+    ):
+        assert message in complaint(file("own.jsonl", PLAIN), constants={"answer_as": how})
+
+
+def test_bad_records_are_skipped_and_counted_where_that_is_allowed(file):
+    path = file("own.jsonl", [PLAIN | {"id": "a"}, "{", PLAIN | {"id": "a"}, *[PLAIN | {"answer": "X"}] * 20])
+    assert len(read(path, on_bad="skip")) == 1
+    report = told(path, on_bad="skip")
+    assert "cannot be read: 22\n  the first skipped: line 2: not JSON: " in report
+    assert complaint(file("own.jsonl", ["{", "{"]), on_bad="skip").count("not JSON") == 2
+
+
 # ---- complaints ----
 
 
@@ -464,22 +529,27 @@ def test_paths(file, tmp_path):
         assert told in complaint(path)
 
 
-def test_hub_sets_go_through_load_dataset_and_name_their_splits(monkeypatch):
+def test_hub_sets_go_through_datasets_and_name_their_splits_and_commit(monkeypatch):
     import datasets
 
     rows = datasets.Dataset.from_list([MEDQA])
     asked = []
 
-    def load_dataset(path, subset, split):
-        asked.append((path, subset, split))
-        return rows if split else datasets.DatasetDict(train=rows, test=rows)
+    class Builder:
+        hash, download_and_prepare = "1f2e3d", lambda self: None
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read("org/medqa", subset="en", split="test") == [
-        Question("medqa-en-test-1", "Which nerve?", ("Ulnar", "Radial"), 1, "step1")
-    ]
-    assert "split None: set split to one of train, test" in complaint("org/medqa")
-    assert asked == [("org/medqa", "en", "test"), ("org/medqa", None, None)]
+        def __init__(self, path, subset, revision):
+            asked.append((path, subset, revision))
+
+        def as_dataset(self, split):
+            return rows if split else datasets.DatasetDict(train=rows, test=rows)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
+    questions, report = data.read(SetConfig(path="org/medqa", subset="en", split="test", revision="v1"))
+    assert questions == [Question("medqa-en-test-1", "Which nerve?", ("Ulnar", "Radial"), 1, "step1")]
+    assert "\n  revision 1f2e3d\n" in report
+    assert "split None, revision None: set split to one of train, test" in complaint("org/medqa")
+    assert asked == [("org/medqa", "en", "v1"), ("org/medqa", None, None)]
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)

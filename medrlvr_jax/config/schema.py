@@ -86,6 +86,16 @@ class SetConfig:
     ] = "auto"
     subset: str | None = None  # The hub's configuration name.
     split: str | None = None  # The hub's split. Files have none.
+    revision: str | None = None  # The hub's commit, branch or tag. null: the newest. A run prints the commit.
+    # The format's fields by those of the file: {question: q, options: [op1, op2], answer: gold}. `a.b` is
+    # field b of the object a; null: do not read that field.
+    fields: dict[str, str | list[str] | None] = Field(default_factory=dict)
+    # Fields that are the same for every record, such as {kind: number, tolerance: 0.05}.
+    constants: dict[str, Any] = Field(default_factory=dict)
+    # Use only records whose fields have these values: {split: test, type: [decimal, date]}.
+    where: dict[str, Any] = Field(default_factory=dict)
+    # Records that cannot be read. refuse: stop and list them; skip: leave them out and count them.
+    on_bad: Literal["refuse", "skip"] = "refuse"
     limit: Count | None = None  # Use only the first N questions. null: all.
     shuffle_options: bool = False  # Shuffle options anew in each epoch, and in each sample of an evaluation.
     pass_count: PassCountConfig | None = None  # Choose or order questions by difficulty. null: neither.

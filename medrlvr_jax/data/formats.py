@@ -2,9 +2,9 @@
 
 | format     | fields                                                                                       |
 |------------|----------------------------------------------------------------------------------------------|
-| `plain`    | your own data: question, options (a list, or {"A": …}), answer (the letter);                 |
-|            | optional: id, subject, rationale, facts (what a good thought states: each a text, or a list  |
-|            | of the texts that state it)                                                                  |
+| `plain`    | your own data: question, options (a list, or {"A": …}), answer (the letter, or as answer_as  |
+|            | says: from_0, from_1, text); optional: id, subject, rationale, facts (what a good thought    |
+|            | states: each a text, or a list of the texts that state it)                                   |
 | `open`     | your own data without options: question, kind, answer; optional: lower, upper, tolerance,    |
 |            | unit, labels, aliases, order (values.py), id, subject, rationale, facts                      |
 | `medqa`    | question, options {"A": …}, answer_idx (the letter), answer (that option's text, checked)    |
@@ -131,11 +131,30 @@ def check_value(row: Row) -> Reference:
 
 
 def _plain(row: Row) -> Choice:
-    options = _options(row, "options")
+    options, key = options_and_key(row)
     if len(set(unlabelled(options))) < len(options):
         problem = "has one text twice: a right answer could count as wrong; change one"
         raise _wrong("options", options, problem)
-    return options, _letter(row, "answer", options)
+    return options, key
+
+
+def _place(row: Row, field: str, options: tuple[str, ...]) -> int:
+    """The index of the right option, which the field gives as `answer_as` says: by default its letter."""
+    how = row.get("answer_as") or "letter"
+    if how == "letter":
+        return _letter(row, field, options)
+    if how == "text":
+        text = _text(row, field)
+        if text not in options:
+            raise _wrong(field, text, f"is not the text of one of its {len(options)} options")
+        return options.index(text)
+    if how not in ("from_0", "from_1"):
+        raise _wrong("answer_as", how, "is none of letter, from_0, from_1, text; give one of these")
+    first, number = int(how[-1]), _integer(_needed(row, field))
+    if number is None or not first <= number < len(options) + first:
+        problem = f"is not the number of one of its {len(options)} options, counted from {first}"
+        raise _wrong(field, row[field], problem)
+    return number - first
 
 
 def _medqa(row: Row) -> Choice:
@@ -228,11 +247,17 @@ class Format(NamedTuple):
     also: str = ""  # further fields that are read
     number: tuple[str, int] | None = None  # the field where the key may be a number; the first's number
 
+    @property
+    def fields(self) -> set[str]:
+        """All fields that are read."""
+        names = {self.id, self.subject, self.rationale, *", ".join([self.also, *self.required]).split(", ")}
+        return names - {""}
+
 
 PUBMEDQA = ["QUESTION, CONTEXTS, final_decision", "question, context, final_decision"]
 MEDCALC = "Patient Note, Question, Ground Truth Answer, Output Type, Lower Limit, Upper Limit"
 FORMATS = {
-    "plain": Format(_plain, ["question, options, answer"], rationale="rationale", also="facts"),
+    "plain": Format(_plain, ["question, options, answer"], rationale="rationale", also="answer_as, facts"),
     "open": Format(
         check_value,
         ["question, kind, answer"],
@@ -298,9 +323,9 @@ def _question(row: Row, default_id: str, key: Choice | Reference, form: Format) 
 
 
 def options_and_key(row: Row) -> Choice:
-    """The options and the key of a record with `options` and the letter `answer`, by the rules of `plain`."""
-    options = unlabelled(_options(row, "options"))
-    return options, _letter(row, "answer", options)
+    """The options and the key of a record with `options` and `answer`."""
+    options = _options(row, "options")
+    return options, _place(row, "answer", options)
 
 
 # ---- which format a record has ----
@@ -326,6 +351,4 @@ def detect(row: Row, where: str) -> str:
 
 def unread(fields: Iterable[str], name: str) -> list[str]:
     """Those of a set's fields that format `name` does not read."""
-    form = FORMATS[name]
-    read = {form.id, form.subject, form.rationale, *", ".join([form.also, *form.required]).split(", ")}
-    return [field for field in fields if field not in read]
+    return [field for field in fields if field not in FORMATS[name].fields]

@@ -17,6 +17,7 @@ from typing import Any
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.data import batches, formats
+from medrlvr_jax.data.fields import Choice
 from medrlvr_jax.data.question import LETTERS, DataError, Example, Question, brings_letters, unlabelled
 from medrlvr_jax.data.readers import PYTHON, Records, given_records, open_records
 from medrlvr_jax.data.values import KINDS
@@ -63,6 +64,8 @@ def _read(config: SetConfig, allowed: list[str], records: Records | None) -> tup
     if not colon or source not in SOURCES:
         items, notes = _collect(config, allowed, records)
         return items[: config.limit], notes
+    if renamed := next((s for s in ("fields", "constants", "where") if getattr(config, s)), None):
+        raise DataError(f"{renamed}: {config.path} has no records whose fields could be meant; take it out")
     sets = SOURCES[source].texts if allowed == ["text"] else SOURCES[source].questions
     if name not in sets:
         names = " or ".join(f"{source}:{known}" for known in sets)
@@ -70,43 +73,73 @@ def _read(config: SetConfig, allowed: list[str], records: Records | None) -> tup
     return sets[name]()[: config.limit], []
 
 
+class Collected:
+    """The items of a set as they are read, the complaints about others, and how they were read."""
+
+    def __init__(self, config: SetConfig, unit: str, stem: str):
+        self.config, self.unit, self.stem, self.name = config, unit, stem, config.format
+        self.items: list[Any] = []
+        self.errors: list[str] = []
+        self.lines: dict[str, int] = {}  # by id
+        self.fields: dict[str, None] = {}
+        self.tally = Counter[str]()
+
+    def add(self, number: int, row: Any, allowed: list[str]) -> None:
+        """Check one row, by the format that the first row tells if the setting is `auto`."""
+        where = f"{self.config.path}, {self.unit} {number}"
+        self.name = _format(self.name, row, where, allowed)
+        try:
+            item = _item(row, self.name, f"{self.stem}-{number}")
+            if isinstance(item, Question):
+                if self.lines.setdefault(item.id, number) != number:
+                    problem = f"id {item.id!r} is already that of {self.unit} {self.lines[item.id]}"
+                    raise DataError(f"{problem}; give each its own, or none")
+                item = _without_letters(item, self.tally)
+        except DataError as e:
+            auto = self.config.format == "auto" and isinstance(row, dict)
+            unlike = auto and not formats.fits(row, self.name)
+            note = f"; format {self.name} was told by the first record alone" * unlike
+            self.errors.append(f"{where}: {e}{note}")
+            return
+        self.items.append(item)
+        if isinstance(row, dict):
+            self.fields |= dict.fromkeys(row)
+            number_field = formats.FORMATS[self.name].number
+            self.tally["numbers"] += bool(number_field) and not str(row[number_field[0]]).strip().isalpha()
+
+
 def _collect(config: SetConfig, allowed: list[str], records: Records | None) -> tuple[list[Any], list[str]]:
     """Read and check every record; raise the first ten errors together. Also notes on how they were read."""
     if records is None:
-        unit, rows = open_records(config)
+        unit, rows, revision = open_records(config)
         stem = "-".join(filter(None, (Path(config.path).stem, config.subset, config.split)))
     else:
-        unit, rows, stem = "row", given_records(records), "row"
-    name, items, errors, lines, fields, tally = config.format, [], [], {}, {}, Counter()
-    for number, row in rows:
-        where = f"{config.path}, {unit} {number}"
-        name = _format(name, row, where, allowed)
-        try:
-            item = _item(row, name, f"{stem}-{number}")
-            if isinstance(item, Question):
-                if lines.setdefault(item.id, number) != number:
-                    problem = f"id {item.id!r} is already that of {unit} {lines[item.id]}"
-                    raise DataError(f"{problem}; give each its own, or none")
-                item = _without_letters(item, tally)
-            items.append(item)
-        except DataError as e:
-            unlike = config.format == "auto" and isinstance(row, dict) and not formats.fits(row, name)
-            errors.append(f"{where}: {e}" + f"; format {name} was told by the first record alone" * unlike)
-            if len(errors) == MAX_ERRORS:
-                errors.append("(there may be more: reading stopped here)")
-                break
-            continue
-        if isinstance(row, dict):
-            fields |= dict.fromkeys(row)
-            number_field = formats.FORMATS[name].number
-            tally["numbers"] += bool(number_field) and not str(row[number_field[0]]).strip().isalpha()
-    if not items and errors and (damage := files.diagnose(Path(config.path).expanduser())):
+        unit, rows, revision, stem = "row", given_records(records), None, "row"
+    read, choice = Collected(config, unit, stem), Choice(config)
+    for number, row in choice.records(rows):
+        read.add(number, row, allowed)
+        if len(read.errors) == MAX_ERRORS and config.on_bad == "refuse":
+            read.errors.append("(there may be more: reading stopped here)")
+            break
+    if not read.items and read.errors and (damage := files.diagnose(Path(config.path).expanduser())):
         raise DataError(f"{config.path}: {damage}")
-    if errors or not items:
-        raise DataError("\n".join(errors) or f"{config.path}: there is not one record in it")
-    notes = _notes(name, formats.unread(fields, name), tally)
+    if read.errors and (config.on_bad == "refuse" or not read.items):
+        raise DataError("\n".join(read.errors[: MAX_ERRORS + 1]))
+    if not read.items:
+        raise DataError(
+            f"{config.path}: " + (choice.nothing() if choice.left_out else "there is not one record in it")
+        )
+    notes = [f"revision {revision}"] if revision else []
+    unread = [field for field in formats.unread(read.fields, read.name) if field not in choice.read]
+    notes += _notes(read.name, unread, read.tally)
+    if choice.left_out:
+        notes.append(f"records that where leaves out: {choice.left_out:,}")
+    if read.errors:
+        first = read.errors[0].removeprefix(f"{config.path}, ")
+        notes += [f"skipped, since they cannot be read: {len(read.errors):,}", f"the first skipped: {first}"]
+    items = read.items
     # On the hub MMLU-Pro is one set of 14 categories, of which the paper uses Health.
-    categories = {q.subject for q in items} if name == "mmlu_pro" else set()
+    categories = {q.subject for q in items} if read.name == "mmlu_pro" else set()
     if len(categories) > 1 and "health" in categories:
         items = [q for q in items if q.subject == "health"]
         notes.append(f"of {len(categories)} categories, only health is used")

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data.question import LETTERS, DataError, Example, Question
@@ -23,8 +23,14 @@ MAX_LINE = 16 * 2**20  # bytes: longer than any question, so the file is of anot
 BOM = b"\xef\xbb\xbf"  # the mark that Windows programs put before UTF-8
 
 
-def open_records(config: SetConfig) -> tuple[str, Rows]:
-    """(the unit that records are counted in, the records) of a local file or of a data set on the hub."""
+class Source(NamedTuple):
+    unit: str  # in which its records are counted
+    rows: Rows
+    revision: str | None = None  # the hub's commit
+
+
+def open_records(config: SetConfig) -> Source:
+    """The records of a local file or of a data set on the hub."""
     if config.path == PYTHON:
         remedy = "give them again, as train(config, data=rows), or set path to a file"
         raise DataError(f"path {PYTHON!r}: these rows were given in Python, and no file holds them; {remedy}")
@@ -33,10 +39,10 @@ def open_records(config: SetConfig) -> tuple[str, Rows]:
         unit, reader = READERS[path.suffix]
         with files.reading(path, "make it readable for this user", DataError):
             path.open("rb").close()
-        return unit, reader(path)
+        return Source(unit, reader(path))
     hub_name = config.path.count("/") < 2 and not config.path.startswith(("/", "./", "../", "~"))
     if hub_name and path.suffix not in READERS and not path.exists():
-        return "row", _hub(config)
+        return _hub(config)
     problem = "a folder" if path.is_dir() else "a file of another kind" if path.exists() else "no such file"
     remedy = f"give a {' '.join(READERS)} file, a hub name or embedded:train"
     raise DataError(f"path {config.path!r}: {problem}; {remedy}")
@@ -187,16 +193,19 @@ def _parquet(path: Path) -> Rows:
     yield from _dataset(table)
 
 
-def _hub(config: SetConfig) -> Rows:
+def _hub(config: SetConfig) -> Source:
     import datasets
 
-    source = f"path {config.path!r}, subset {config.subset!r}, split {config.split!r}"
+    names = ("path", "subset", "split", "revision")
+    source = ", ".join(f"{name} {getattr(config, name)!r}" for name in names)
     remedy = "neither a file here nor a data set that the hub gave: correct the name, or give a file"
     with files.reading(source, remedy, DataError):
-        loaded = datasets.load_dataset(config.path, config.subset, split=config.split)
+        builder = datasets.load_dataset_builder(config.path, config.subset, revision=config.revision)
+        builder.download_and_prepare()
+        loaded = builder.as_dataset(config.split)
     if not isinstance(loaded, datasets.Dataset):
         raise DataError(f"{source}: set split to one of {', '.join(map(str, loaded))}")
-    yield from _dataset(loaded)
+    return Source("row", _dataset(loaded), builder.hash)
 
 
 def _dataset(rows: Any) -> Rows:

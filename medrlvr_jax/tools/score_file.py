@@ -10,7 +10,7 @@ from typing import Any
 
 from medrlvr_jax.config.schema import RewardConfig
 from medrlvr_jax.data.formats import check_value, field_names, options_and_key
-from medrlvr_jax.data.question import DataError, Question
+from medrlvr_jax.data.question import DataError, Question, unlabelled
 from medrlvr_jax.data.readers import read_json
 from medrlvr_jax.rewards import grade
 
@@ -103,4 +103,5 @@ def _record(row: dict[str, Any] | DataError) -> tuple[str, Question]:
         )
     if "kind" in row and "options" not in row:
         return completion, Question("", "", value=check_value(row))
-    return completion, Question("", "", *options_and_key(row))
+    options, key = options_and_key(row)
+    return completion, Question("", "", unlabelled(options), key)
