@@ -528,7 +528,7 @@ def test_a_load_needs_little_more_than_the_parameters(tmp_path):
     sizes = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8}
     cfg = config_of(large, BASE | {"model_type": "llama"} | sizes)
     header, end = {}, 0
-    for name, (_, _, shape) in hf._names(cfg, hf._shapes(cfg)).items():
+    for name, (_, _, shape) in hf._names(hf._shapes(cfg)).items():
         header[name] = {
             "dtype": "BF16",
             "shape": shape,

@@ -9,8 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # imported where a setting asks for them, or in a notebook, which has IPython
-OPTIONAL = {"tensorboardX", "wandb", "IPython"}
-MODULES = {"orbax-checkpoint": "orbax", "pyyaml": "yaml"}  # where a distribution's name is not its module's
+OPTIONAL = {"tensorboardX", "wandb", "IPython", "pydicom"}
+MODULES = {
+    "orbax-checkpoint": "orbax",
+    "pyyaml": "yaml",
+    "pillow": "PIL",
+}  # where a distribution's name is not its module's
 
 
 def imported(source: str) -> set[str]:

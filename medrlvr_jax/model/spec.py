@@ -47,6 +47,39 @@ class Execution:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """A tower as `vision_config` in config.json and preprocessor_config.json give it, with our names."""
+
+    kind: Literal["qwen2_vl", "qwen2_5_vl"]
+    layers: int
+    embed: int
+    heads: int
+    ffn: int
+    out: int  # the decoder's width
+    image_token: int  # the token that stands in the prompt for each image token
+    image_start: int
+    image_end: int
+    patch: int = 14  # pixels of a patch's side
+    merge: int = 2  # patches of an image token's side
+    frames: int = 2  # a still image is seen as this many equal frames
+    window: int = 8  # patches of a window's side
+    full_layers: tuple[int, ...] = ()  # layers that attend within the image
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue, from 0 to 1
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    min_pixels: int = 56 * 56  # smaller images are enlarged
+    max_pixels: int = 28 * 28 * 1280  # larger images are reduced
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed // self.heads
+
+    @property
+    def factor(self) -> int:
+        """Pixels of an image token's side."""
+        return self.patch * self.merge
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """The architecture as config.json gives it, with our names; and how it is executed."""
 
@@ -64,6 +97,9 @@ class DecoderConfig:
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
     max_positions: int | None = None  # the longest row that the model was made for; None: not known
+    # Rotary frequencies that follow a position in time, by row and by column (M-RoPE); None: all follow one.
+    rope_sections: tuple[int, ...] | None = None
+    vision: VisionConfig | None = None  # None: the model sees no images
     execution: Execution = Execution()
 
     def run_with(self, **changes: Any) -> "DecoderConfig":
@@ -86,7 +122,7 @@ class Parameter(NamedTuple):
     tensor: str = ""  # its name in a Hugging Face file; for a layer's, what follows "model.layers.{i}."
     tensor_axes: str = ""  # the tensor's axes, as einops writes them: "(heads head_dim) embed" is a matrix
     stacked: bool = True  # each layer has one
-    exists: Callable[[DecoderConfig], Any] = lambda cfg: True
+    exists: Callable[[Any], Any] = lambda cfg: True  # of a configuration
 
     @property
     def decays(self) -> bool:

@@ -37,6 +37,7 @@ from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
+from medrlvr_jax.model import vision
 from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig, Parameter, RopeScaling, abstract, path_of
 from medrlvr_jax.types import Params
 
@@ -52,17 +53,25 @@ class Entry(NamedTuple):
 
 
 AXES = {"vocab": "v", "embed": "e", "width": "e", "heads": "h", "kv_heads": "h", "head_dim": "d", "ffn": "f"}
+AXES |= {"channels": "c", "frames": "t", "rows": "y", "columns": "x"}  # of the tower's patches
+AXES |= {"three": "n", "square": "s", "merged": "m", "out": "o"}
 
 
-def _entry(row: Parameter) -> Entry:
-    """The row of spec.py's table with a letter an axis: "(heads head_dim) embed" is "hd e"."""
+def _entry(row: Parameter, prefix: str = "", of_layer: str = "model.layers.{i}.") -> Entry:
+    """A row of a table of parameters with a letter an axis: "(heads head_dim) embed" is "hd e"."""
     groups = [joined or single for joined, single in re.findall(r"\((.*?)\)|(\S+)", row.tensor_axes)]
     theirs = ("".join(AXES[axis] for axis in group.split()) for group in groups)
-    name = f"model.layers.{{i}}.{row.tensor}" if row.stacked else row.tensor
+    name = f"{of_layer if row.stacked else prefix}{row.tensor}"
     return Entry(name, " ".join(theirs), " ".join(AXES[axis] for axis in row.axes.split()))
 
 
 TABLE = {path_of(name): _entry(row) for name, row in PARAMETERS.items() if row.tensor}
+TABLE |= {
+    ("vision", *vision.path_of(name)): _entry(row, "visual.", "visual.blocks.{i}.")
+    for name, row in vision.PARAMETERS.items()
+}
+# How transformers 5 names what the published files name otherwise; both are read, and the latter written.
+RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
 EMBED, HEAD = TABLE["embed",].name, TABLE["head",].name
 # computed, never learned
 BUFFERS = ("model.rotary_emb.inv_freq", "model.layers.{i}.self_attn.rotary_emb.inv_freq")
@@ -78,6 +87,7 @@ SAMPLED = 4096  # bytes of a tensor that `_digests` reads in each of three place
 SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers had it
 
 FAMILIES = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}, "llama": {}}
+SEEING = ("qwen2_vl", "qwen2_5_vl")  # Qwen2 with a vision tower
 ONLY = {  # settings that would change the arithmetic, and the one value that does not
     "hidden_act": "silu",
     "attention_bias": False,
@@ -96,6 +106,8 @@ SIDE_FILES = (
     "added_tokens.json",
     "vocab*",
     "merges.txt",
+    "*preprocessor_config.json",
+    "processor_config.json",
     "*.jinja",
     "generation_config.json",
 )
@@ -134,16 +146,22 @@ def read_config(path: str | Path) -> DecoderConfig:
             else "a Hugging Face directory has one"
         )
         raise ConfigError(f"{file}: not there; {remedy}")
-    said = files.read_json(file)
+    given = files.read_json(file)
+    kind = given.get("model_type")
+    sees = kind in SEEING
+    # transformers 5 writes the decoder's settings into a section; the published files have them beside it.
+    said = given | (given.get("text_config") or {}) if sees else given
+    said |= {key: given[key] for key in ("model_type", "tie_word_embeddings") if key in given}
 
     def need(key: str, where: dict[str, Any] = said) -> Any:
         if where.get(key) is None:
             raise ConfigError(f"{file}: {key}: needed, and not given")
         return where[key]
 
-    kind = need("model_type")
-    if kind not in FAMILIES:
-        raise ConfigError(f"{file}: model_type: {kind!r}: this decoder computes {', '.join(FAMILIES)}")
+    need("model_type")
+    if kind not in (*FAMILIES, *SEEING):
+        names = ", ".join([*FAMILIES, *SEEING])
+        raise ConfigError(f"{file}: model_type: {kind!r}: this decoder computes {names}")
     # transformers 5 writes rope_parameters; 4 wrote rope_scaling (type, then rope_type) beside a rope_theta;
     # 5 reads them in this order.
     rope = {"rope_theta": said.get("rope_theta")} | (
@@ -157,10 +175,11 @@ def read_config(path: str | Path) -> DecoderConfig:
         if got is not None
     ]
     found += [("layer_types", got, "full_attention") for got in said.get("layer_types") or ()]
-    found += [("rope_type", rope_type, "default or llama3")] if rope_type not in ("default", "llama3") else []
+    rope_types = ("default", "mrope") if sees else ("default", "llama3")
+    found += [("rope_type", rope_type, " or ".join(rope_types))] if rope_type not in rope_types else []
     for key, got, value in found:
         # Qwen2 has query, key and value biases whatever attention_bias says.
-        if got != value and (kind, key) != ("qwen2", "attention_bias"):
+        if got != value and (key != "attention_bias" or kind not in ("qwen2", *SEEING)):
             raise ConfigError(f"{file}: {key}: {got!r}: this decoder computes only {value!r}")
     need("hidden_act")
     if kind == "qwen3":
@@ -180,7 +199,9 @@ def read_config(path: str | Path) -> DecoderConfig:
         tied=need("tie_word_embeddings"),
         rope_scaling=RopeScaling(*(need(key, rope) for key in stretch)) if rope_type == "llama3" else None,
         max_positions=said.get("max_position_embeddings"),  # of a stretched rope: after the stretching
-        **FAMILIES[kind],
+        **FAMILIES["qwen2" if sees else need("model_type")],
+        rope_sections=tuple(need("mrope_section", rope)) if sees else None,
+        vision=vision.read_config(given, file.parent) if sees else None,
     )
 
 
@@ -200,12 +221,14 @@ class Tensor(NamedTuple):
 
 def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: Any) -> Params:
     """The parameters of a directory as `dtype`, each laid out by its sharding. A critic gets the same body
-    and a value head of zeros.
+    and a value head of zeros. `shardings` of `{"vision": …}` alone give the vision tower alone.
     """
-    shapes, places, loaded = _shapes(cfg), _flat(shardings), {}
+    places, loaded = _flat(shardings), {}
+    shapes = _shapes(cfg) | _tower_shapes(cfg)
+    shapes = {path: shape for path, shape in shapes.items() if path in places}
     with ExitStack() as opened:
         tensors = _open(resolve(path), opened)
-        _check(tensors, cfg, shapes)
+        _check(tensors, cfg)
         require_equal(
             lambda: {
                 f"weights of {Path(path).name}, {name}": digest for name, digest in _digests(tensors).items()
@@ -243,9 +266,9 @@ def _read(
     if key == ("value",):
         return np.zeros([len(b) for b in bounds], dtype)
     out = np.empty([len(b) for b in bounds], dtype)
-    if key[0] != "layers":
+    if "layers" not in key:
         _fill(out, tensors[TABLE[key].name], TABLE[key], shape, bounds)
-    for row, i in enumerate(bounds[0] if key[0] == "layers" else ()):
+    for row, i in enumerate(bounds[0] if "layers" in key else ()):
         _fill(out[row], tensors[TABLE[key].name.format(i=i)], TABLE[key], shape[1:], bounds[1:])
     return out
 
@@ -275,20 +298,27 @@ def _shapes(cfg: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
     return {path: box.value.shape for path, box in _flat(abstract(cfg)).items()}
 
 
+@cache
+def _tower_shapes(cfg: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
+    """The same of the vision tower; {} without one."""
+    tree = {"vision": vision.abstract(cfg.vision)} if cfg.vision else {}
+    return {path: box.value.shape for path, box in _flat(tree).items()}
+
+
 def _flat(tree: Params) -> dict[tuple, Any]:
     return dict(flatten_dict(tree))
 
 
 def _names(
-    cfg: DecoderConfig, shapes: dict[tuple, tuple[int, ...]]
+    shapes: dict[tuple, tuple[int, ...]],
 ) -> dict[str, tuple[tuple, int | None, tuple[int, ...]]]:
     """Tensor name -> path, layer and the shape it has in the file."""
     out = {}
     for key in shapes:
         if key == ("value",):
             continue
-        layers = range(cfg.layers) if key[0] == "layers" else (None,)
-        size = dict(zip(TABLE[key].ours.split(), shapes[key][key[0] == "layers" :], strict=True))
+        layers = range(shapes[key][0]) if "layers" in key else (None,)
+        size = dict(zip(TABLE[key].ours.split(), shapes[key]["layers" in key :], strict=True))
         for i in layers:
             name = TABLE[key].name.format(i=i)
             if name in out:
@@ -306,7 +336,7 @@ def _say(key: tuple, layer: int | None) -> str:
 def check_weights(path: str | Path, cfg: DecoderConfig) -> None:
     """Refuse a directory whose weights `load_params` would refuse; only headers are read."""
     with ExitStack() as opened:
-        _check(_open(resolve(path), opened), cfg, _shapes(cfg))
+        _check(_open(resolve(path), opened), cfg)
 
 
 def passed_over(path: str | Path) -> list[str]:
@@ -357,7 +387,10 @@ def _open(path: Path, opened: ExitStack) -> dict[str, Tensor]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        for name, t in header.items():
+        for given, t in header.items():
+            name = given
+            for new, published in RENAMED.items():
+                name = published + name.removeprefix(new) if name.startswith(new) else name
             if name in out:
                 raise ConfigError(
                     f"{name}: set twice, by {Path(out[name].file.name).name} and by {source.name}"
@@ -376,11 +409,11 @@ def _is_buffer(name: str) -> bool:
     return name in [pattern.format(i=layer) for pattern in BUFFERS]
 
 
-def _check(tensors: dict[str, Tensor], cfg: DecoderConfig, shapes: dict[tuple, tuple[int, ...]]) -> None:
+def _check(tensors: dict[str, Tensor], cfg: DecoderConfig) -> None:
     """Every tensor has its parameter, every parameter its tensor, and the shapes agree; else all that is
     wrong, by name.
     """
-    names, wrong = _names(cfg, shapes), []
+    names, wrong = _names(_shapes(cfg) | _tower_shapes(cfg)), []
     for name, (key, i, shape) in names.items():
         if name not in tensors:
             wrong.append(f"{name}: missing; {_say(key, i)} needs it, of shape {shape}")
@@ -446,10 +479,13 @@ def save_params(
         )
     stored, writer = jnp.dtype(dtype or flat["embed",].dtype), jax.process_index() == 0
     partial_dir = _begin(out)
-    shards = _shards({name: shape for name, (_, _, shape) in _names(cfg, shapes).items()}, stored.itemsize)
-    for file, tensors in shards.items():
-        with open(partial_dir / file if writer else os.devnull, "wb") as f:
-            _write(f, tensors, stored, _to_theirs(flat, cfg, shapes, tensors, stored))
+    shapes |= _tower_shapes(cfg)
+    shards = _shards({name: shape for name, (_, _, shape) in _names(shapes).items()}, stored.itemsize)
+    with ExitStack() as opened:
+        frozen = _open(source, opened) if cfg.vision else {}
+        for file, tensors in shards.items():
+            with open(partial_dir / file if writer else os.devnull, "wb") as f:
+                _write(f, tensors, stored, _to_theirs(flat, frozen, shapes, tensors, stored))
     if writer:
         if len(shards) > 1:
             total = sum(map(prod, shapes.values())) * stored.itemsize
@@ -544,14 +580,17 @@ def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> dict[str, dict
 
 
 def _to_theirs(
-    flat: dict, cfg: DecoderConfig, shapes: dict, wanted: dict, dtype: np.dtype
+    flat: dict, frozen: dict[str, Tensor], shapes: dict, wanted: dict, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
     """The file's tensors in the order wanted, one on the host at a time; `process_allgather` since a process
-    may hold only a part.
+    may hold only a part. A parameter that is not in `flat` was never trained: it is copied from `frozen`.
     """
-    names = _names(cfg, shapes)
+    names = _names(shapes)
     for name in wanted:
         key, i, shape = names[name]
+        if key not in flat:
+            yield np.ascontiguousarray(frozen[name].rows(0, shape[0]), dtype)
+            continue
         entry = TABLE[key]
         value = np.asarray(process_allgather(flat[key] if i is None else flat[key][i], tiled=True))
         value = value.transpose([entry.ours.split().index(a) for a in entry.theirs.replace(" ", "")])

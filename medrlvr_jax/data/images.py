@@ -1,0 +1,215 @@
+"""Images: reading them, and cutting them into the patches that a vision tower takes.
+
+Everything is numpy and Pillow, and equals transformers' `Qwen2VLImageProcessorPil` bit for bit. (With
+torchvision installed, transformers prefers another resizing, whose pixels differ a little.) An image is read
+upright (by its EXIF orientation), on white where it is transparent, and 16-bit grey at its whole range. What
+cannot be read, and what has several frames, is refused by name.
+
+DICOM files need the extra `dicom`. Stored values become grey by the first window of the file or, where it has
+none, from the least value to the largest; MONOCHROME1 is inverted.
+"""
+
+import math
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int32, UInt8
+from PIL import Image, ImageOps
+
+from medrlvr_jax.data.question import DataError
+from medrlvr_jax.host import files
+from medrlvr_jax.model.spec import VisionConfig
+from medrlvr_jax.model.vision import Images
+
+Source = str | bytes  # a file's path, or what such a file holds
+MAX_PIXELS = 89_478_485  # beyond it, a small file may ask for more memory than there is; Pillow's own limit
+ASPECT = 200  # of the longer side to the shorter, at most
+
+
+class Grid(NamedTuple):
+    """An image's size in image tokens."""
+
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.columns
+
+
+# ---- reading ----
+
+
+def name_of(source: Source) -> str:
+    return source if isinstance(source, str) else f"image of {len(source):,} bytes"
+
+
+def read_image(source: Source) -> Image.Image:
+    """The upright RGB image. `DataError` names the image, what is wrong with it, and the remedy."""
+    name = name_of(source)
+    if isinstance(source, str) and not Path(source).expanduser().is_file():
+        raise DataError(f"{name}: no such image; a path is relative to its data file's folder")
+    with files.reading(name, "it may be damaged or of an unknown kind: save it again as PNG", DataError):
+        data = Path(source).expanduser().read_bytes() if isinstance(source, str) else source
+        if data[128:132] == b"DICM":
+            return _dicom(data, name)
+        image = Image.open(BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            size = f"{image.width} × {image.height} pixels, where {MAX_PIXELS:,} fit"
+            raise DataError(f"{name}: it has {size}; make it smaller, or cut out what matters")
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # a camera's JPEG with previews: the first is the image
+            raise DataError(f"{name}: it has {frames} frames; save the one that matters as an image")
+        image.load()
+        if image.mode.startswith("I;16"):
+            return Image.fromarray(_to_bytes(np.asarray(image) / 65535)).convert("RGB")
+        if image.mode in ("I", "F"):
+            problem = f"its pixels are {image.mode} (32 bits), which have no agreed range"
+            raise DataError(f"{name}: {problem}; save it as 8 or 16 bits")
+        upright = ImageOps.exif_transpose(image)
+        if "A" in upright.getbands() or "transparency" in upright.info:
+            upright = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        return upright.convert("RGB")
+
+
+def _to_bytes(shares: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
+    """0 … 1 as 0 … 255, rounded."""
+    return np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8)
+
+
+def _dicom(data: bytes, name: str) -> Image.Image:
+    """One frame of a DICOM file, by DICOM PS3.3 C.11.1 (rescaling) and C.11.2.1.2 (windows)."""
+    try:
+        import pydicom
+    except ImportError:
+        raise DataError(f"{name}: reading DICOM needs pydicom; pip install 'medrlvr-jax[dicom]'") from None
+    from pydicom.pixels import apply_modality_lut, pixel_array
+
+    record = pydicom.dcmread(BytesIO(data))
+    if (frames := int(record.get("NumberOfFrames") or 1)) > 1:
+        raise DataError(f"{name}: it has {frames} frames; save the one that matters as an image")
+    values = pixel_array(record)
+    if values.ndim == 3:
+        return Image.fromarray(_to_bytes(values / (2 ** int(record.BitsStored) - 1))).convert("RGB")
+    values = np.asarray(apply_modality_lut(values, record), np.float64)
+    centre, width, function = (
+        record.get(field) for field in ("WindowCenter", "WindowWidth", "VOILUTFunction")
+    )
+    if centre is None or width is None:
+        least, largest = values.min(), values.max()
+        shares = (values - least) / max(largest - least, 1e-9)
+    else:
+        centre, width = (float(np.atleast_1d(np.array(value, float))[0]) for value in (centre, width))
+        if function == "SIGMOID":
+            shares = 1 / (1 + np.exp(-4 * (values - centre) / width))
+        elif function == "LINEAR_EXACT":
+            shares = (values - centre) / width + 0.5
+        else:
+            shares = (values - (centre - 0.5)) / max(width - 1, 1e-9) + 0.5
+    grey = _to_bytes(shares)
+    return Image.fromarray(255 - grey if record.PhotometricInterpretation == "MONOCHROME1" else grey).convert(
+        "RGB"
+    )
+
+
+# ---- sizes and patches ----
+
+
+def target_size(height: int, width: int, cfg: VisionConfig) -> tuple[int, int]:
+    """Height and width after resizing: whole image tokens, between `min_pixels` and `max_pixels` where that
+    can be, of about the same proportions.
+    """
+    if max(height, width) > ASPECT * min(height, width):
+        raise DataError(f"{width} × {height} pixels: one side is over {ASPECT} times the other; crop it")
+    factor, area, sides = cfg.factor, height * width, (height, width)
+    down, across = (round(side / factor) * factor for side in sides)
+    if down * across > cfg.max_pixels:
+        shrink = math.sqrt(area / cfg.max_pixels)
+        down, across = (max(factor, math.floor(side / shrink / factor) * factor) for side in sides)
+    elif down * across < cfg.min_pixels:
+        enlarge = math.sqrt(cfg.min_pixels / area)
+        down, across = (math.ceil(side * enlarge / factor) * factor for side in sides)
+    return down, across
+
+
+def grid_of(source: Source, cfg: VisionConfig) -> Grid:
+    """Read the image whole, so that a broken one is refused here, and count its image tokens."""
+    image = read_image(source)
+    try:
+        height, width = target_size(image.height, image.width, cfg)
+    except DataError as e:
+        raise DataError(f"{name_of(source)}: {e}") from None
+    return Grid(height // cfg.factor, width // cfg.factor)
+
+
+def patches(image: Image.Image, cfg: VisionConfig) -> tuple[UInt8[np.ndarray, "T square D"], Grid]:
+    """The resized image by image token, in rows from the top; of each token its merge² patches, and of each
+    patch D = 3 · patch² values: channel, row, column.
+    """
+    height, width = target_size(image.height, image.width, cfg)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    grid = Grid(height // cfg.factor, width // cfg.factor)
+    cut = pixels.reshape(grid.rows, cfg.merge, cfg.patch, grid.columns, cfg.merge, cfg.patch, 3)
+    cut = cut.transpose(0, 3, 1, 4, 6, 2, 5)  # row, column of tokens; row, column of patches; channel; y, x
+    return cut.reshape(grid.tokens, cfg.merge**2, 3 * cfg.patch**2), grid
+
+
+# ---- windows ----
+
+
+@lru_cache(maxsize=4096)
+def layout(grid: Grid, side: int) -> Int32[np.ndarray, "W side*side"]:
+    """For each window of side × side image tokens, from the top left, the numbers of its tokens in the image
+    (in rows from the top), densely; -1 in the rest of a window at the right or the lower edge.
+    """
+    number = np.arange(grid.tokens, dtype=np.int32).reshape(grid)
+    out = []
+    for row in range(0, grid.rows, side):
+        for column in range(0, grid.columns, side):
+            held = number[row : row + side, column : column + side].ravel()
+            out.append(np.pad(held, (0, side * side - len(held)), constant_values=-1))
+    return np.stack(out)
+
+
+def windows_of(grids: tuple[Grid, ...], cfg: VisionConfig) -> int:
+    """Windows that a question's images take."""
+    side = cfg.window // cfg.merge
+    return sum(math.ceil(grid.rows / side) * math.ceil(grid.columns / side) for grid in grids)
+
+
+def arrange(images: list[list[Image.Image]], windows: int, cfg: VisionConfig) -> Images:
+    """The images of each question in `windows` windows, as the tower takes them."""
+    side, square, depth = cfg.window // cfg.merge, cfg.merge**2, 3 * cfg.patch**2
+    pixels = np.zeros((len(images), windows, side * side, square, depth), np.uint8)
+    slots = np.zeros((*pixels.shape[:-1], 3), np.int32)
+    slots[..., 0] = -1
+    inner = np.stack(np.divmod(np.arange(square), cfg.merge), -1)  # row and column of a patch in its token
+    for q, of_question in enumerate(images):
+        start = 0
+        for number, image in enumerate(of_question):
+            cut, grid = patches(image, cfg)
+            held = layout(grid, side)
+            here, filled = slice(start, start + len(held)), held >= 0
+            pixels[q, here][filled] = cut[held[filled]]
+            token = np.stack(np.divmod(held[filled], grid.columns), -1)
+            places = token[:, None] * cfg.merge + inner
+            slots[q, here][filled] = np.concatenate([np.full_like(places[..., :1], number), places], -1)
+            start += len(held)
+    flat = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
+    return Images(flat(pixels), flat(slots))
+
+
+def token_slots(grids: tuple[Grid, ...], cfg: VisionConfig) -> Int32[np.ndarray, " T"]:
+    """Where each image token of a question, image after image, lies among those that the tower returns."""
+    side, start, out = cfg.window // cfg.merge, 0, []
+    for grid in grids:
+        held = layout(grid, side).ravel()
+        place = np.empty(grid.tokens, np.int32)
+        place[held[held >= 0]] = start + np.flatnonzero(held >= 0)
+        out.append(place)
+        start += len(held)
+    return np.concatenate(out) if out else np.zeros(0, np.int32)

@@ -1,0 +1,164 @@
+"""The tiny vision-language models of `test_vision.py`, and what transformers computes of them.
+
+`python tests/make_vision.py` (with torch) writes `data/vision.npz`, which stands in for transformers where
+torch is not installed. The weights are never stored: they follow from a seed.
+"""
+
+import json
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from make_parity import write
+from PIL import Image
+
+from medrlvr_jax.model import weights as hf
+
+GOLDEN = Path(__file__).parent / "data" / "vision.npz"
+NEW = 16  # greedy tokens
+TOP = {
+    "image_token_id": 90,
+    "video_token_id": 91,
+    "vision_start_token_id": 92,
+    "vision_end_token_id": 93,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    # where the published files have the decoder's settings
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "rope_theta": 1e6,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+}
+PATCHES = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 4}
+CONFIGS = {
+    "qwen2_5_vl": TOP
+    | {
+        "model_type": "qwen2_5_vl",
+        "tie_word_embeddings": False,
+        "vision_config": PATCHES
+        | {
+            "depth": 4,
+            "hidden_size": 64,
+            "intermediate_size": 100,
+            "out_hidden_size": 48,
+            "window_size": 112,
+            "fullatt_block_indexes": [1, 3],
+            "hidden_act": "silu",
+        },
+    },
+    "qwen2_vl": TOP
+    | {
+        "model_type": "qwen2_vl",
+        "vision_config": PATCHES
+        | {"depth": 3, "embed_dim": 64, "mlp_ratio": 2, "hidden_size": 48, "hidden_act": "quick_gelu"},
+    },
+}
+# Height and width of each question's images: two in the first; more rows than columns; padded; none.
+SIZES = [[(120, 260), (64, 64)], [(333, 190)], [(29, 200)], []]
+LIMIT = 28 * 28 * 60  # pixels
+
+
+def pictures() -> list[list[Image.Image]]:
+    draw = np.random.RandomState(5)
+    one = lambda size: Image.fromarray(draw.randint(0, 256, (*size, 3)).astype(np.uint8))
+    return [[one(size) for size in sizes] for sizes in SIZES]
+
+
+def rows(tokens: list[list[int]]) -> list[list[int]]:
+    """Questions' tokens; `tokens` gives the number of image tokens of each image."""
+    draw = np.random.RandomState(6)
+    out = []
+    for of_question in tokens:
+        row = draw.randint(1, 90, 3).tolist()
+        for n in of_question:
+            row += [92] + [90] * n + [93] + draw.randint(1, 90, 2).tolist()
+        out.append(row)
+    return out
+
+
+def weights(directory: Path) -> dict[str, np.ndarray]:
+    """A checkpoint for the config.json in a directory. At transformers' own start values attention is nearly
+    uniform, and no fault of it would show.
+    """
+    cfg = hf.read_config(directory)
+    draw, out = np.random.RandomState(3), {}
+    for name, (_, _, shape) in sorted(hf._names(hf._shapes(cfg) | hf._tower_shapes(cfg)).items()):
+        noise = draw.standard_normal(shape)
+        scaled = noise * 2.5 * np.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.5 + 0.2 * noise
+        out[name] = scaled.astype(np.float32)
+    return out
+
+
+def make(directory: Path, kind: str) -> Path:
+    write(directory, CONFIGS[kind], {})
+    size = {"min_pixels": 56 * 56, "max_pixels": LIMIT}
+    (directory / "preprocessor_config.json").write_text(json.dumps(size))
+    return write(directory, CONFIGS[kind], weights(directory))
+
+
+def reference(directory: Path) -> dict[str, np.ndarray]:
+    """What transformers computes in float32: each image's features, one after another; positions [Q, P, 3]
+    and the next [Q]; logits [Q, P, V], 0 on padding; greedy tokens [Q, NEW].
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    model, problems = AutoModelForImageTextToText.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(problems.values()), problems
+    size = {"shortest_edge": 56 * 56, "longest_edge": LIMIT}
+    process = Qwen2VLImageProcessorPil(size=size)
+    made = process(images=list(chain.from_iterable(pictures())), return_tensors="pt")
+    counts, tokens = iter((made["image_grid_thw"].prod(1) // 4).tolist()), []
+    for of_question in SIZES:
+        tokens.append([next(counts) for _ in of_question])
+    ids, mask = pad(rows(tokens))
+    ids, mask = torch.tensor(ids), torch.tensor(mask)
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == 90).long()}
+    inputs |= {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
+    with torch.no_grad():
+        features = model.model.get_image_features(made["pixel_values"], made["image_grid_thw"]).pooler_output
+        positions, deltas = model.model.get_rope_index(
+            ids, inputs["mm_token_type_ids"], made["image_grid_thw"], attention_mask=mask
+        )
+        logits = model(**inputs).logits
+        grown = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    return {
+        "features": torch.cat(list(features)).numpy(),
+        "positions": np.moveaxis(positions.numpy(), 0, -1).astype(np.int32),
+        "next": (mask.sum(1) + deltas[:, 0]).numpy().astype(np.int32),
+        "logits": np.where(mask[..., None], logits.numpy(), 0),
+        "greedy": grown[:, ids.shape[1] :].numpy().astype(np.int32),
+    }
+
+
+def pad(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Left-padded tokens and mask [Q, P]."""
+    width = max(map(len, rows))
+    ids = np.array([[0] * (width - len(row)) + row for row in rows])
+    return ids, np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    golden = {}
+    for kind in CONFIGS:
+        with tempfile.TemporaryDirectory() as directory:
+            result = reference(make(Path(directory), kind))
+        print(kind, {key: (value.shape, float(np.abs(value).max())) for key, value in result.items()})
+        print(result["greedy"])
+        golden |= {f"{kind}.{key}": value for key, value in result.items()}
+    np.savez_compressed(GOLDEN, **golden)
