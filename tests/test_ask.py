@@ -13,7 +13,7 @@ from byte_tokenizer import byte_tokenizer
 from test_text import make
 
 from medrlvr_jax.data.tokenizer import wrap
-from medrlvr_jax.model import decoder, spec
+from medrlvr_jax.model import decoder, scoring, spec
 from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rewards import joins
 from medrlvr_jax.rollout import ask
@@ -120,51 +120,78 @@ def test_scores_by_hand():
         np.testing.assert_allclose(ask.reduced(logprobs, answer, score), [[value, 0.0]], rtol=1e-6)
 
 
+def test_endings_by_hand():
+    """Rows of 4 tokens: two keep some and get an ending; none is asked where there is no join or no room."""
+    tokens = np.arange(16, dtype=np.int32).reshape(1, 4, 4)
+    joined = [joins.Join(2, [91, 92, 93], 1), joins.Join(0, [94], 0), None, joins.Join(4, [95, 96], 0)]
+    ending = jax.tree.map(lambda x: x[None], ask.endings(joined, width=3, room=5))
+    rows, answer = ask.with_ending(PROMPTS, tokens, ending, length=5)
+    filled = np.where(rows.mask, rows.tokens, -1)[0].tolist()
+    assert filled == [[0, 1, 91, 92, 93], [94, -1, -1, -1, -1], [-1] * 5, [-1] * 5]
+    assert np.where(answer, rows.tokens, -1)[0, :2].tolist() == [[-1, -1, -1, 92, 93], [94, -1, -1, -1, -1]]
+    assert not answer[0, 2:].any()
+
+
+Q, G, R = 4, 3, 9
+RNG = np.random.default_rng(0)
+PROMPTS = Prompts(
+    RNG.integers(3, 40, (Q, 7)).astype(np.int32),
+    np.arange(7) >= np.array([0, 2, 4, 1])[:, None],
+    np.arange(Q, dtype=np.uint32),
+)
+LETTERS = (7, 11, 5, 30)
+
+
 @pytest.fixture(scope="module")
-def asked():
-    """Parameters, prompts and answers: 4 questions, 3 responses of 1 to 9 tokens, two of them empty."""
-    params, rng = spec.init(CFG, jax.random.key(0)), np.random.default_rng(0)
-    params = jax.tree.map(lambda p: p * 4, params)
-    mask = np.arange(7) >= np.array([0, 2, 4, 1])[:, None]
-    prompts = Prompts(rng.integers(3, 40, (4, 7)).astype(np.int32), mask, np.arange(4, dtype=np.uint32))
-    ends = rng.integers(1, 10, (4, 3))
+def params():
+    return jax.tree.map(lambda p: p * 4, spec.init(CFG, jax.random.key(0)))
+
+
+def answers(longest):
+    """12 responses of 1 to 9 tokens, answers of 1 to `longest` tokens; two are empty."""
+    rng = np.random.default_rng(1)
+    ends = rng.integers(1, R + 1, (Q, G))
     ends[1, 2] = ends[3, 0] = 0
-    columns = np.arange(9)
-    starts = np.maximum(ends - rng.integers(1, 4, (4, 3)), 0)
-    tokens = rng.integers(3, 40, (4, 3, 9)).astype(np.int32)
-    inside = columns < ends[..., None]
-    return params, prompts, ask.Answers(tokens, inside, inside & (columns >= starts[..., None]))
+    column, tokens = np.arange(R), rng.integers(3, 40, (Q, G, R)).astype(np.int32)
+    starts = np.maximum(ends - rng.integers(1, longest + 1, (Q, G)), 0)
+    mask = column < ends[..., None]
+    return ask.Answers(scoring.Rows(PROMPTS, tokens, mask), mask & (column >= starts[..., None]))
 
 
-def by_tokens(asked):
-    """The log-softmax before each answer token: {(question, sample, column): [vocabulary]}."""
-    params, prompts, answers = asked
+def by_tokens(params, rows):
+    """{(question, sample, column): the log-softmax [vocabulary] before each token of an answer}."""
     out = {}
-    for q, g, column in zip(*np.nonzero(answers.answer), strict=True):
-        row = np.concatenate([prompts.tokens[q][prompts.mask[q]], answers.tokens[q, g, :column]])
+    for q, g, column in zip(*np.nonzero(rows.answer), strict=True):
+        row = np.concatenate([PROMPTS.tokens[q][PROMPTS.mask[q]], rows.rows.tokens[q, g, :column]])
         alone = Prompts(row[None], np.ones((1, len(row)), bool), np.zeros(1, np.uint32))
         states, _ = decoder.forward(params, CFG, alone)
-        out[q, g, column] = jax.nn.log_softmax(decoder.logits(params, CFG, states[0, -1]))
+        out[q, g, column] = np.asarray(jax.nn.log_softmax(decoder.logits(params, CFG, states[0, -1])))
     return out
 
 
-@pytest.mark.parametrize(("sizes", "micro"), [((27,), 4), ((18, 27), 2)])
-def test_the_policy_is_asked_about_answers(asked, sizes, micro):
-    params, prompts, answers = asked
-    single = by_tokens(asked)
-    mean, letters = np.zeros((4, 3)), np.zeros((4, 3), int)
-    offered, ids = np.array([2, 4, 3, 4], np.int32), (7, 11, 5, 30)
-    last = answers.answer & (np.cumsum(answers.answer, -1) == answers.answer.sum(-1, keepdims=True))
-    for (q, g, column), logprobs in single.items():
-        mean[q, g] += np.exp(logprobs[answers.tokens[q, g, column]]) / answers.answer[q, g].sum()
-        if last[q, g, column]:
-            letters[q, g] = np.argmax(logprobs[np.array(ids[: offered[q]])])
-    how = {"cfg": CFG, "sizes": sizes, "micro": micro}
-    scores = ask.answer_scores(
-        {}, params, prompts, answers, score="mean", temperature=1.0, slab=10_000, **how
-    )
+HOW = [ask.Pass(CFG, 1.0, 10_000, (), 4), ask.Pass(CFG, 1.0, 10_000, (0.7,), 2)]
+
+
+@pytest.mark.parametrize("how", HOW, ids=("whole", "in parts"))
+def test_scores_are_the_models(params, how):
+    rows, mean = answers(3), np.zeros((Q, G))
+    for (q, g, column), logprobs in by_tokens(params, rows).items():
+        mean[q, g] += np.exp(logprobs[rows.rows.tokens[q, g, column]]) / rows.answer[q, g].sum()
+    scores = jax.jit(ask.answer_scores, static_argnums=(2, 3))(params, rows, "mean", how)
     np.testing.assert_allclose(scores, mean, atol=1e-5)
-    one_token = ask.Answers(answers.tokens, answers.mask, last)
-    best = ask.best_letters({}, params, prompts, one_token, offered, letters=ids, **how)
-    np.testing.assert_array_equal(best, letters)
-    assert len(set(letters.ravel().tolist())) > 1
+    assert mean.max() > 0.01 and scores[1, 2] == scores[3, 0] == 0
+
+
+@pytest.mark.parametrize("how", HOW, ids=("whole", "in parts"))
+def test_letters_are_the_models(params, how):
+    """Every answer is letter 1; the model prefers another of those offered, or it does not."""
+    rows, offered = answers(1), np.array([2, 4, 3, 4], np.int32)
+    tokens = np.where(rows.answer, LETTERS[1], rows.rows.tokens)
+    rows = ask.Answers(rows.rows._replace(tokens=tokens), rows.answer)
+    expected = np.zeros((Q, G), bool)
+    for (q, g, _), logprobs in by_tokens(params, rows).items():
+        expected[q, g] = np.argmax(logprobs[np.array(LETTERS[: offered[q]])]) != 1
+    each = np.broadcast_to(offered[:, None], (Q, G))
+    found = jax.jit(ask.differs, static_argnums=(3, 4))(params, rows, each, LETTERS, how)
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < expected.sum() < 10

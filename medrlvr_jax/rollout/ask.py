@@ -1,69 +1,89 @@
 """What the policy says of answers that it did not give, after its own thoughts: one pass over a step's rows.
 
-`Answers` are the responses of a rollout, each with another ending (rewards/joins.py): they are scored as the
-rollout itself is, all of a group behind one prompt.
+The host names for each row an `Ending` (rewards/joins.py); the device puts it behind the response's first
+tokens and scores the new rows as it scores the rollout: all of a group behind one prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from medrlvr_jax.model import decoder, lora, scoring
+from medrlvr_jax.model import decoder, scoring
 from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.rewards.joins import Join
 from medrlvr_jax.sharding import by_rows, join_rows, split_rows
 from medrlvr_jax.types import Array, Params, Prompts, pytree
 
+T = TypeVar("T")
 Score = Literal["mean", "geometric", "product", "logmean"]
 
 
 @pytree
-class Answers:
+class Ending:
+    """For each row, what stands behind its first tokens; nothing of a row that is not asked about."""
+
+    kept: Int32[Array, "*rows"]  # tokens of the response that stay
+    ids: Int32[Array, "*rows L"]
+    start: Int32[Array, "*rows"]  # the first of `ids` that is of the answer
+    size: Int32[Array, "*rows"]  # how many of `ids` there are
+
+
+class Answers(NamedTuple):
     """Responses up to an answer. A row without one is empty."""
 
-    tokens: Int32[Array, "Q G R"]
-    mask: Bool[Array, "Q G R"]  # True up to the answer's last token
+    rows: scoring.Rows
     answer: Bool[Array, "Q G R"]  # the answer's own tokens
 
 
-class Rows(NamedTuple):
-    """Questions and answers to them."""
+class Pass(NamedTuple):
+    """The static settings of a pass over rows."""
 
-    responses: scoring.Rows
-    answer: Array  # bool [Q, G, R]
-    offered: Any  # int32 [Q], how many letters each question offers; None: no letters
+    cfg: DecoderConfig
+    temperature: float
+    slab: int
+    shares: tuple[float, ...]  # see `scoring.row_sizes`
+    micro: int  # questions at a time
 
 
-@partial(jax.jit, static_argnames=("cfg", "score", "temperature", "slab", "sizes", "micro"))
-def answer_scores(
-    base: Params,
-    policy: Params,
-    prompts: Prompts,
-    answers: Answers,
-    *,
-    cfg: DecoderConfig,
-    score: Score,
-    temperature: float,
-    slab: int,
-    sizes: tuple[int, ...],
-    micro: int,
-) -> Float32[Array, "Q G"]:
-    """How probable the policy finds each answer: `reduced` over its tokens."""
-    params = lora.join(base, policy)
+def endings(joined: Sequence[Join | None], width: int, room: int) -> Ending:
+    """[N, …] from N joins. None is not asked about, nor a row of more than `width` ids or `room` tokens."""
+    fits = [
+        j if j and len(j.ids) <= width and j.kept + len(j.ids) <= room else Join(0, [], 0) for j in joined
+    ]
+    ids = np.zeros((len(fits), width), np.int32)
+    for row, j in zip(ids, fits, strict=True):
+        row[: len(j.ids)] = j.ids
+    kept, start, size = np.array([(j.kept, j.start, len(j.ids)) for j in fits], np.int32).reshape(-1, 3).T
+    return Ending(kept, ids, start, size)
+
+
+def with_ending(prompts: Prompts, tokens: Int32[Array, "Q G R"], ending: Ending, length: int) -> Answers:
+    """The responses' first tokens, each with its ending behind them, in `length` columns."""
+    column = jnp.broadcast_to(jnp.arange(length), (*tokens.shape[:2], length))
+    place = column - ending.kept[..., None]  # among the ending's ids
+    response = jnp.take_along_axis(tokens, jnp.minimum(column, tokens.shape[-1] - 1), axis=-1)
+    added = jnp.take_along_axis(ending.ids, jnp.clip(place, 0, ending.ids.shape[-1] - 1), axis=-1)
+    mask = place < ending.size[..., None]
+    answer = mask & (place >= ending.start[..., None])
+    return Answers(scoring.Rows(prompts, jnp.where(place < 0, response, added), mask), answer)
+
+
+def answer_scores(params: Params, answers: Answers, score: Score, how: Pass) -> Float32[Array, "Q G"]:
+    """How probable each answer is: `reduced` over its tokens."""
+    cfg = how.cfg
 
     def read(hidden: Array, tokens: Array) -> Array:
-        return scoring.token_logprobs(params, cfg, hidden, tokens, temperature, slab)[0]
+        return scoring.token_logprobs(params, cfg, hidden, tokens, how.temperature, how.slab)[0]
 
-    def at(rows: Rows, size: int) -> Array:
-        logprobs = scoring.at_responses(params, cfg, rows.responses, size, read)
-        return reduced(logprobs, rows.answer, score)
+    def at(part: Answers, size: int) -> Array:
+        return reduced(scoring.at_responses(params, cfg, part.rows, size, read), part.answer, score)
 
-    with jax.named_scope("answer_scores"):
-        rows = Rows(scoring.Rows(prompts, answers.tokens, answers.mask), answers.answer, None)
-        return _in_parts(rows, at, sizes, micro)
+    return _in_parts(answers, answers.rows.mask, at, how)
 
 
 def reduced(
@@ -87,49 +107,43 @@ def reduced(
             return total / some
 
 
-@partial(jax.jit, static_argnames=("cfg", "letters", "sizes", "micro"))
-def best_letters(
-    base: Params,
-    policy: Params,
-    prompts: Prompts,
+def differs(
+    params: Params,
     answers: Answers,
-    offered: Int32[Array, " Q"],
-    *,
-    cfg: DecoderConfig,
+    offered: Int32[Array, "Q G"],
     letters: tuple[int, ...],
-    sizes: tuple[int, ...],
-    micro: int,
-) -> Int32[Array, "Q G"]:
-    """Which of the tokens `letters`, of the first `offered` of them, is most probable in the place of each
-    answer, which is one token; 0 where there is none.
-    """
-    params = lora.join(base, policy)
-    name = "embed" if cfg.tied else "head"
-    table = params[name][jnp.array(letters)] if cfg.tied else params[name][:, jnp.array(letters)]
-    letters_only = {**params, name: table}
+    how: Pass,
+) -> Bool[Array, "Q G"]:
+    """Whether another letter than the answer, which is one token, is the most probable in its place.
 
-    def at(rows: Rows, size: int) -> Array:
-        known = jnp.arange(len(letters)) < rows.offered[:, None, None, None]
+    `letters`: the token of each letter; `offered`: how many of them the question has. False where there is no
+    answer.
+    """
+    cfg, ids = how.cfg, jnp.array(letters)
+    table = {"embed": params["embed"][ids]} if cfg.tied else {"head": params["head"][:, ids]}
+
+    def at(part: tuple[Answers, Array], size: int) -> Array:
+        (rows, answer), offered = part
+        known = jnp.arange(len(letters)) < offered[:, :1, None, None]
 
         def read(hidden: Array, tokens: Array) -> Array:
-            scores = decoder.logits(letters_only, cfg, hidden)
-            return jnp.where(known, scores, -jnp.inf).argmax(-1).astype(jnp.int32)
+            scores = decoder.logits({**params, **table}, cfg, hidden)
+            return (ids[jnp.where(known, scores, -jnp.inf).argmax(-1)] != tokens).astype(jnp.int32)
 
-        return jnp.where(rows.answer, scoring.at_responses(params, cfg, rows.responses, size, read), 0).sum(
-            -1
-        )
+        return (answer & (scoring.at_responses(params, cfg, rows, size, read) > 0)).any(-1)
 
-    with jax.named_scope("best_letters"):
-        rows = Rows(scoring.Rows(prompts, answers.tokens, answers.mask), answers.answer, offered)
-        return _in_parts(rows, at, sizes, micro)
+    return _in_parts((answers, offered), answers.rows.mask, at, how)
 
 
-def _in_parts(rows: Rows, at: Callable[[Rows, int], Array], sizes: tuple[int, ...], micro: int) -> Array:
-    """`at` of `micro` questions at a time, each part at the least of `sizes` that holds its rows."""
+def _in_parts(tree: T, mask: Array, at: Callable[[T, int], Array], how: Pass) -> Array:
+    """`at` of `how.micro` questions of the tree at a time, each part at the least row size that holds it."""
+    questions, groups, length = mask.shape
+    sizes = scoring.row_sizes(how.shares, groups, length)
 
-    def part(rows: Rows) -> Array:
-        return scoring.at_row_size(rows.responses.mask, sizes, partial(at, rows))
+    def part(pair: tuple[T, Array]) -> Array:
+        tree, mask = pair
+        return scoring.at_row_size(mask, sizes, partial(at, tree))
 
-    if micro == len(rows.answer):
-        return by_rows(part(rows))
-    return by_rows(join_rows(jax.lax.map(part, split_rows(rows, micro))))
+    if how.micro == questions:
+        return by_rows(part((tree, mask)))
+    return by_rows(join_rows(jax.lax.map(part, split_rows((tree, mask), how.micro))))
