@@ -39,6 +39,7 @@ from medrlvr_jax.evaluation.evaluate import evaluate, load_sets, new_folder, ope
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather
+from medrlvr_jax.rewards.joins import sentences
 from medrlvr_jax.rollout.assess import assess_alone
 from medrlvr_jax.rollout.rollout import Encoded, encode, width
 from medrlvr_jax.rollout.sync import make_weight_sync
@@ -62,18 +63,6 @@ def cut(thought: str, share: float) -> str:
     """The first `share` of its words, to the nearest word, each with the white space before it."""
     words = re.findall(r"\s*\S+", thought)
     return "".join(words[: round(share * len(words))])
-
-
-def sentences(thought: str) -> list[str]:
-    """The thought up to the end of each sentence, clause or line, the last being all of it."""
-    ends = [m.end() for m in re.finditer(r"[.!?;](?=\s)|\n", thought)]
-    pieces = [thought[a:b] for a, b in zip([0, *ends], [*ends, len(thought)], strict=True)]
-    out, so_far = [], ""
-    for piece in pieces:
-        so_far += piece
-        if re.search(r"\w", piece):
-            out.append(so_far)
-    return [*out[:-1], thought] if out else []
 
 
 def forced(context: str | None, seam: str) -> str:
