@@ -231,9 +231,8 @@ def evaluate(
         raise ConfigError(
             f"questions: none fits {limit}; load the model with settings={{'prompt.max_tokens': …}}"
         )
-    check_positions(
-        parts, encoded.longest, evaluation.how(parts.config, encoded).max_new_tokens, "max_new_tokens"
-    )
+    new = evaluation.rollout_settings(parts.config, encoded).max_new_tokens
+    check_positions(parts, encoded.longest, new, "max_new_tokens")
     with jax.set_mesh(parts.mesh):
         return Evaluation(*evaluation.evaluate(parts, loaded.sync_weights(loaded.params), encoded))
 

@@ -288,10 +288,11 @@ def test_what_could_have_been_shown_is_told_from_the_scatter_of_the_differences(
     a, b = (rng.random((1273, 16)) < easiness for _ in range(2))
     found = stats.paired_difference(a, b)
     assert (
-        found.detectable == pytest.approx(2.8 * np.std(a.mean(1) - b.mean(1)) / np.sqrt(1273), rel=0.03)
-        and found.detectable < 0.011
+        found.minimum_detectable
+        == pytest.approx(2.8 * np.std(a.mean(1) - b.mean(1)) / np.sqrt(1273), rel=0.03)
+        and found.minimum_detectable < 0.011
     )
-    assert (found.high - found.low) / 2 < found.detectable
+    assert (found.high - found.low) / 2 < found.minimum_detectable
 
 
 def test_questions_dropped_and_answers_cut_off_are_told(tmp_path):

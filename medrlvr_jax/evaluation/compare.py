@@ -35,8 +35,8 @@ def evaluation(folder: Path) -> Path:
 def how_asked(log: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     """From eval.json, what must be the same for two evaluations of a set to differ by their model alone."""
     if "config" not in log:
-        why = "does not say how it was made, as an older version wrote it; evaluate again"
-        raise ConfigError(f"{folder}/eval.json {why}")
+        why = "does not say how it was made, as an older version wrote it"
+        raise ConfigError(f"{folder}/eval.json {why}; evaluate again")
     config = configs.flat(log["config"])
     length = config["eval.max_new_tokens"] or config["sample.max_new_tokens"]
     asked = {field: config[field] for field in SAME}
@@ -45,7 +45,7 @@ def how_asked(log: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
 
 
 def differences(a: Path, b: Path, name: str, one: Answers, other: Answers) -> list[str]:
-    """In what, beside the model, the two evaluations of a set differ."""
+    """How the two evaluations of a set differ, beside the model."""
     try:
         first, second = (how_asked(read_log(folder), folder, name) for folder in (a, b))
         out = [f"{k}: {value!r} in A, {second[k]!r} in B" for k, value in first.items() if value != second[k]]
@@ -86,7 +86,7 @@ def compare_sets(a: Answers, b: Answers) -> dict[str, Any]:
         "only_a": only_a,
         "only_b": only_b,
         "p": p,
-        "detectable": difference.detectable,
+        "minimum_detectable": difference.minimum_detectable,
         "boundary": stats.boundary(one, other) if alike else None,  # more samples solve more
     }
 
@@ -135,7 +135,7 @@ def show(comparison: dict[str, Any]) -> str:
         accuracies = [percent(c[k]) for k in ("a", "b", "difference")]
         ps = [f"{c[p]:.2g}" if p in c else "–" for p in ("p", "p_holm")]
         rows.append([name, f"{c['n']:,}", *accuracies, *ps, *(str(edge[k]) for k in EDGE)])
-        least = f"a difference of {100 * c['detectable']:.1f} points or more with 80 % power"
+        least = f"a difference of {100 * c['minimum_detectable']:.1f} points or more with 80 % power"
         notes.append(f"{name}: {c['n']:,} questions show {least}")
     for name, c in comparison.items():
         notes += [f"{name}: not asked alike: {line}" for line in c["differences"]]

@@ -1,12 +1,11 @@
-"""Which test questions stand in the training set, in whole or in large part: `medrlvr contamination TRAIN
-TEST …`.
+"""Which test questions are in the training set, exactly or nearly: `medrlvr contamination TRAIN TEST …`.
 
-A config in place of the paths: its own sets. Two signs, both of the stem (the question without its options),
-in lower-case words without punctuation or accents:
+A config in place of the paths stands for its sets. Two signs, both of the stem (the question without its
+options), in lower-case words without punctuation or accents:
 
-    containment   of the two stems' 8-grams, the share of the shorter one's that the longer one has too; above
-                  `THRESHOLD` the question counts as contaminated
-    same stem     the whole stem is that of a training question, also where it is too short for an 8-gram
+    containment   the share of the shorter stem's 8-grams that the longer stem has too; above `THRESHOLD` the
+                  question counts as contaminated
+    same stem     all words of the stem are those of a training question's, also if they are fewer than 8
 
 8-grams that more than 1 % of all stems have ("which of the following is the most likely …") do not count. A
 stem with fewer than `DISTINCT` other 8-grams counts only if the two questions also have an option in common.
@@ -50,12 +49,9 @@ class Overlap(NamedTuple):
 
 
 def words(stem: str) -> list[str]:
-    """Lower-case words; "Crohn's" and "Crohn’s", "naïve" and "naive" are one."""
-    plain = unicodedata.normalize("NFKD", stem)
-    return re.findall(
-        r"[^\W_]+",
-        "".join(c for c in plain if not unicodedata.combining(c)).lower().replace("’", "'").replace("'", ""),
-    )
+    """Lower-case words; "Crohn's" and "Crohn’s" are the same, and "naïve" and "naive"."""
+    letters = [c for c in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(c)]
+    return re.findall(r"[^\W_]+", re.sub("['’]", "", "".join(letters).lower()))
 
 
 def grams(stem: list[str]) -> set[tuple[str, ...]]:
@@ -89,25 +85,25 @@ class Index:
         self._ids.append(question.id)
         self._options.append(option_words(question))
         self._stems.setdefault(tuple(stem), []).append(number)
-        own = grams(stem) - self._ignored
-        self._sizes.append(len(own))
-        for gram in own:
+        counted = grams(stem) - self._ignored
+        self._sizes.append(len(counted))
+        for gram in counted:
             self._grams.setdefault(gram, []).append(number)
 
     def look_up(self, question: Question) -> Overlap | None:
-        """The training question that this one overlaps with most, the same stem first; None: none counts."""
+        """The training question that this one overlaps with most, the same stem first; or None."""
         stem, options = words(question.question), option_words(question)
-        own, same = grams(stem) - self._ignored, self._stems.get(tuple(stem), [])
-        shared = Counter(number for gram in own for number in self._grams.get(gram, ()))
-        best: tuple[bool, float, int] | None = None
+        counted, same = grams(stem) - self._ignored, self._stems.get(tuple(stem), [])
+        shared = Counter(number for gram in counted for number in self._grams.get(gram, ()))
+        matches: list[tuple[bool, float, int]] = []
         for number in {*same, *shared}:
-            least = min(len(own), self._sizes[number])
+            least = min(len(counted), self._sizes[number])
             share = 1.0 if number in same else shared[number] / least
             if share > THRESHOLD and (least >= DISTINCT or options & self._options[number]):
-                best = max(best or (False, 0.0, 0), (number in same, share, -number))
-        if best is None:
+                matches.append((number in same, share, -number))
+        if not matches:
             return None
-        is_same, share, number = best
+        is_same, share, number = max(matches)
         return Overlap(question.id, self._ids[-number], share, is_same, len(options & self._options[-number]))
 
 
@@ -117,39 +113,27 @@ def overlaps(train: list[Question], tests: dict[str, list[Question]]) -> dict[st
     for question in train:
         within.append(index.look_up(question))
         index.add(question)
-    found = {"(train)": within} | {
-        name: [index.look_up(q) for q in questions] for name, questions in tests.items()
-    }
-    return {name: [overlap for overlap in some if overlap] for name, some in found.items()}
+    of_tests = {name: map(index.look_up, questions) for name, questions in tests.items()}
+    return {name: [o for o in results if o] for name, results in {"(train)": within, **of_tests}.items()}
 
 
 def clean_scores(
-    folder: Path, found: dict[str, list[Overlap]], tests: dict[str, list[Question]]
+    folder: Path, overlapping: dict[str, list[Overlap]], tests: dict[str, list[Question]]
 ) -> dict[str, Any]:
-    """For each of an evaluation's sets that is in `tests`: accuracy on all, and without those in `found`."""
+    """For each of an evaluation's sets that is in `tests`: accuracy on all, and without the overlapping."""
     out, ids = {}, {name: {q.id for q in questions} for name, questions in tests.items()}
     for path in sorted(folder.glob("*.jsonl")):
-        a = answers.read(path)
-        name = next(
-            (n for n in sorted(tests, key=lambda n: n != path.stem) if set(a.ids.tolist()) <= ids[n]), None
-        )
+        a, names = answers.read(path), sorted(tests, key=lambda name: name != path.stem)
+        name = next((name for name in names if set(a.ids.tolist()) <= ids[name]), None)
         if name is None:
             continue
-        clean = ~np.isin(a.ids, [o.id for o in found[name]])
-        scores = {
-            "all": stats.accuracy(a.correct)._asdict(),
-            "clean": None,
-            "n": len(clean),
-            "n_clean": int(clean.sum()),
-        }
-        out[path.stem] = scores | (
-            {"clean": stats.accuracy(a.correct[clean])._asdict()} if clean.any() else {}
-        )
+        clean = ~np.isin(a.ids, [o.id for o in overlapping[name]])
+        scores = {"n": len(clean), "all": stats.accuracy(a.correct)._asdict(), "n_clean": int(clean.sum())}
+        scores["clean"] = stats.accuracy(a.correct[clean])._asdict() if clean.any() else None
+        out[path.stem] = scores
     if not out:
-        raise ConfigError(
-            f"{folder}: no set of answers there is of {', '.join(tests)}; give a folder that "
-            "`medrlvr eval` wrote of them"
-        )
+        remedy = "give a folder that `medrlvr eval` wrote of them"
+        raise ConfigError(f"{folder}: no set of answers there is of {', '.join(tests)}; {remedy}")
     return out
 
 
@@ -168,39 +152,29 @@ def read_sets(paths: list[str]) -> tuple[list[Question], dict[str, list[Question
 def contamination(paths: list[str], folder: Path | None) -> dict[str, Any]:
     """For JSON: each set's size and contaminated questions, and an evaluation's accuracies without them."""
     train, tests = read_sets(paths)
-    found, sizes = (
-        overlaps(train, tests),
-        {"(train)": len(train)} | {name: len(questions) for name, questions in tests.items()},
-    )
+    overlapping, questions = overlaps(train, tests), {"(train)": train, **tests}
     out: dict[str, Any] = {
         "sets": {
-            name: {"n": sizes[name], "found": [o._asdict() for o in some]} for name, some in found.items()
+            name: {"n": len(questions[name]), "found": [o._asdict() for o in some]}
+            for name, some in overlapping.items()
         }
     }
-    return out | ({"scores": clean_scores(folder, found, tests)} if folder else {})
+    return out | ({"scores": clean_scores(folder, overlapping, tests)} if folder else {})
 
 
-def show(found: dict[str, Any]) -> str:
+def show(result: dict[str, Any]) -> str:
+    """What `contamination` returns, as tables."""
     rows = []
-    for name, s in found["sets"].items():
-        same = sum(o["same_stem"] for o in s["found"])
-        other = sum(
-            not o["options_in_common"] for o in s["found"]
-        )  # perhaps another question about much the same case
-        together = f"{len(s['found']):,} ({100 * len(s['found']) / s['n']:.1f} %)"
-        rows.append([name, f"{s['n']:,}", f"{same:,}", f"{len(s['found']) - same:,}", together, f"{other:,}"])
-    columns = (
-        "set",
-        "questions",
-        "same stem",
-        f"8-grams > {THRESHOLD:.0%}",
-        "together",
-        "of these no option in common",
-    )
-    out = [tables.plain(columns, rows)]
-    if "scores" in found:
+    for name, s in result["sets"].items():
+        n, same = len(s["found"]), sum(o["same_stem"] for o in s["found"])
+        other = sum(not o["options_in_common"] for o in s["found"])  # perhaps another question about the case
+        together = f"{n:,} ({100 * n / s['n']:.1f} %)"
+        rows.append([name, f"{s['n']:,}", f"{same:,}", f"{n - same:,}", together, f"{other:,}"])
+    signs = ("same stem", f"8-grams > {THRESHOLD:.0%}", "together", "of these no option in common")
+    out = [tables.plain(("set", "questions", *signs), rows)]
+    if "scores" in result:
         rows = []
-        for name, s in found["scores"].items():
+        for name, s in result["scores"].items():
             clean = answers.percent(s["clean"]) if s["clean"] else "–"
             rows.append([name, f"{s['n']:,}", answers.percent(s["all"]), f"{s['n_clean']:,}", clean])
         out.append(tables.plain(("answers", "questions", "accuracy", "clean", "accuracy"), rows))

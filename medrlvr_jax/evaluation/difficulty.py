@@ -15,9 +15,8 @@ answers to each question in each pass over the data, x_1 … x_K, and computes
 """
 
 import dataclasses
-import json
 from collections import Counter
-from itertools import chain, groupby, zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +26,10 @@ import numpy as np
 from medrlvr_jax.build import check_positions
 from medrlvr_jax.config.load import load
 from medrlvr_jax.data import load as data
-from medrlvr_jax.evaluation.evaluate import ask, home, open_source
+from medrlvr_jax.evaluation.evaluate import ask, open_source, run_folder
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.host.processes import from_leader, gather
+from medrlvr_jax.host.processes import from_leader, gather_rows
 from medrlvr_jax.rollout.rollout import encode
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs.console import Console
@@ -43,87 +42,63 @@ def difficulty_source(
     counts.
     """
     parts, params, step = open_source(source, settings, step, "difficulty")
-    c = parts.config
-    sampled = dataclasses.replace(
-        c.eval, samples=samples, temperature=c.sample.temperature, max_new_tokens=c.sample.max_new_tokens
-    )
-    parts = dataclasses.replace(parts, config=dataclasses.replace(c, eval=sampled))
+    c, new = parts.config, parts.config.sample.max_new_tokens
+    sampled = {"samples": samples, "temperature": c.sample.temperature, "max_new_tokens": new}
+    evaluation = dataclasses.replace(c.eval, **sampled)
+    parts = dataclasses.replace(parts, config=dataclasses.replace(c, eval=evaluation))
     questions = data.load(dataclasses.replace(c.data, pass_count=None))
     encoded = encode(parts.tokenizer, questions, c)
-    check_positions(parts, encoded.longest, c.sample.max_new_tokens, "sample.max_new_tokens")
-    path, model = (
-        out or home(source, parts) / f"difficulty-{step}.jsonl",
-        f"{c.model.path}, {source}, step {step}",
-    )
-    ids, n, size = [q.id for q in encoded.questions], len(encoded.questions), c.eval.batch
-    found = from_leader(lambda: done_before(path, ids, samples, model))
-    writes, console = jax.process_index() == 0, Console(1)
-    if writes:
+    check_positions(parts, encoded.longest, new, "sample.max_new_tokens")
+    path = out or run_folder(source, parts) / f"difficulty-{step}.jsonl"
+    about = {"samples": samples, "model": f"{c.model.path}, {source}, step {step}"}
+    ids, size = [q.id for q in encoded.questions], c.eval.batch
+    counts = from_leader(lambda: done_before(path, ids, about))
+    leads, console = jax.process_index() == 0, Console(1)
+    if leads:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        files.append(path, found)  # without a last line that was torn
+        files.write_text(path, files.jsonl(counts))  # without a last line that a crash cut
     with jax.set_mesh(parts.mesh):
         decode_params = make_weight_sync(parts, parts.cfg)(params)
-        for start in range(len(found), n, size):
-            rows = ask(parts, decode_params, encoded, np.arange(start, min(start + size, n)))
-            new = count(
-                [row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda r: r[0])],
-                samples,
-                model,
-            )
-            if writes:
-                files.append(path, new)
-            found += new
-            console.progress("difficulty", len(found), n)
+        for start in range(len(counts), len(ids), size):
+            index = np.arange(start, min(start + size, len(ids)))
+            batch = count(gather_rows(ask(parts, decode_params, encoded, index)), about)
+            if leads:
+                files.append(path, batch)
+            counts += batch
+            console.progress("difficulty", len(counts), len(ids))
     console.close()
-    if writes:
-        kept = set(ids)
-        files.append(
-            path,
-            [
-                {"id": q.id, "right": None, "samples": samples, "model": model}
-                for q in questions
-                if q.id not in kept
-            ],
-        )
-        print(show(found, samples, len(questions) - n))
-        print(
-            f"counts: {path}; train on some with data.pass_count='{{file: {path}, keep: [1, {samples - 1}]}}'"
-        )
+    if leads:
+        asked = set(ids)
+        files.append(path, [{"id": q.id, "right": None} | about for q in questions if q.id not in asked])
+        print(show(counts, samples, len(questions) - len(ids)))
+        choice = f"{{file: {path}, keep: [1, {samples - 1}]}}"
+        print(f"counts: {path}; train on some with data.pass_count='{choice}'")
     return 0
 
 
 def from_history(run: Path, out: Path | None) -> int:
     """`medrlvr difficulty RUN --history`."""
     if not (run / "questions.jsonl").is_file():
-        raise ConfigError(
-            f"{run}: no questions.jsonl in it; --history is for the folder of a run of `medrlvr train`"
-        )
+        remedy = "--history is for the folder of a run of `medrlvr train`"
+        raise ConfigError(f"{run}: no questions.jsonl in it; {remedy}")
     steps = files.read_jsonl(run / "questions.jsonl")
-    found = scores(steps)
-    path, last = out or run / "history.jsonl", steps[-1]["step"] if steps else 0
-    if not any(row["passes"] > 1 for row in found):
-        raise ConfigError(
-            f"{run}: no question came twice in its {last} steps: a history needs two passes over "
-            "the data or more"
-        )
-    came, model = {row["id"] for row in found}, f"{run}, steps 1 to {last}"
-    rest = [
-        {"id": q.id, "right": None} for q in data.load(load(run / "config.yaml").data) if q.id not in came
+    rows, last = scores(steps), steps[-1]["step"] if steps else 0
+    if not any(row["passes"] > 1 for row in rows):
+        why = "a history needs two passes over the data or more"
+        raise ConfigError(f"{run}: no question came twice in its {last} steps: {why}")
+    path, model, used = out or run / "history.jsonl", f"{run}, steps 1 to {last}", {row["id"] for row in rows}
+    questions = data.load(load(run / "config.yaml").data)
+    rest = [{"id": q.id, "right": None} for q in questions if q.id not in used]
+    files.write_text(path, files.jsonl(row | {"model": model} for row in rows + rest))
+    ranked = sorted(rows, key=lambda row: -row["variance"])[:10]
+    figures = {"accuracy": ".3f", "variance": ".4f", "impact": ".3f"}
+    table = [
+        [r["id"], str(r["passes"]), *(f"{r[name]:{form}}" for name, form in figures.items())] for r in ranked
     ]
-    files.write_text(
-        path, "".join(json.dumps(row | {"model": model}, ensure_ascii=False) + "\n" for row in found + rest)
-    )
-    ranked = sorted(found, key=lambda row: -row["variance"])
-    shown = (
-        (r["id"], r["passes"], f"{r['accuracy']:.3f}", f"{r['variance']:.4f}", f"{r['impact']:.3f}")
-        for r in ranked[:10]
-    )
-    columns = ("highest variance", "passes", "accuracy", "variance", "impact")
-    print(tables.plain(columns, [list(map(str, row)) for row in shown]))
-    use = f"{{file: {path}, order: variance, top: {min(16, len(found))}}}"
+    print(tables.plain(("highest variance", "passes", *figures), table))
+    choice = f"{{file: {path}, order: variance, top: {min(16, len(rows))}}}"
     never = f", and {len(rest):,} that never came" if rest else ""
-    print(f"{len(found):,} questions{never}: {path}; train on the first of them with data.pass_count='{use}'")
+    print(f"{len(rows):,} questions{never}: {path}; train on the first ones with data.pass_count='{choice}'")
     return 0
 
 
@@ -144,43 +119,39 @@ def scores(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
         x, m = np.array(curve), means[: len(curve)]
         room = float(((1 - m) ** 2).sum())
         impact = 1 - float(((x - m) ** 2).sum()) / room if room else 1.0
-        said = {"passes": len(x), "accuracy": float(x.mean()), "variance": float(x.var()), "impact": impact}
-        out.append({"id": name, "right": last[name][0], "samples": last[name][1]} | said)
+        right, samples = last[name]
+        moments = {"accuracy": float(x.mean()), "variance": float(x.var()), "impact": impact}
+        out.append({"id": name, "right": right, "samples": samples, "passes": len(x)} | moments)
     return out
 
 
-def count(rows: list[dict[str, Any]], samples: int, model: str) -> list[dict[str, Any]]:
-    """Rows of answers, question by question, as one line each."""
+def count(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line for each question, from its rows of answers, which follow each other."""
     out = []
     for name, group in groupby(rows, key=lambda r: r["id"]):
-        mine = list(group)
-        right, formatted = sum(r["correct"] for r in mine), sum(r["format_ok"] for r in mine)
-        out.append({"id": name, "right": right, "format_ok": formatted, "samples": samples, "model": model})
+        answers = list(group)
+        right, formatted = sum(r["correct"] for r in answers), sum(r["format_ok"] for r in answers)
+        out.append({"id": name, "right": right, "format_ok": formatted} | about)
     return out
 
 
-def done_before(path: Path, ids: list[str], samples: int, model: str) -> list[dict[str, Any]]:
-    """The lines of a count that was cut off: of the same questions, samples and model, or it is refused."""
+def done_before(path: Path, ids: list[str], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of an interrupted count. Refused if it is of other questions, samples or another model."""
     if not path.exists():
         return []
     lines = [line for line in files.read_jsonl(path) if line["right"] is not None]
     same = [line["id"] for line in lines] == ids[: len(lines)]
-    if not same or any((line["samples"], line["model"]) != (samples, model) for line in lines):
-        raise ConfigError(
-            f"{path}: it holds counts of other questions, samples or of another model; give "
-            "another --out, or remove it"
-        )
+    if not same or any(line | about != line for line in lines):
+        why = "it holds counts of other questions, samples or of another model"
+        raise ConfigError(f"{path}: {why}; give another --out, or remove it")
     return lines
 
 
-def show(found: list[dict[str, Any]], samples: int, dropped: int) -> str:
+def show(counts: list[dict[str, Any]], samples: int, dropped: int) -> str:
     """How many questions have each count."""
-    times = Counter(line["right"] for line in found)
-    rows = [
-        [f"{right} of {samples}", f"{times[right]:,}", f"{100 * times[right] / len(found):.1f} %"]
-        for right in range(samples + 1)
-    ]
-    table = tables.plain(("right samples", "questions", "share"), rows)
-    return table + (
-        f"\n{dropped:,} questions were not asked: longer than prompt.max_tokens" if dropped else ""
-    )
+    questions = Counter(line["right"] for line in counts)
+    share = lambda right: f"{100 * questions[right] / len(counts):.1f} %"
+    rows = [[f"{i} of {samples}", f"{questions[i]:,}", share(i)] for i in range(samples + 1)]
+    text = tables.plain(("right samples", "questions", "share"), rows)
+    long = f"\n{dropped:,} questions were not asked: longer than prompt.max_tokens"
+    return text + (long if dropped else "")

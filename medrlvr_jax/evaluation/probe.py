@@ -234,7 +234,7 @@ def summarise(rows: list[dict[str, Any]], scorer: str | None = None) -> dict[str
             "scorer": scorer,
             "questions": len(nats),
             "sentences": sum(map(len, nats)),
-            "nats": stats.bootstrap(means)._asdict(),
+            "nats": stats.mean(means)._asdict(),
             "median_nats": float(np.median(np.concatenate(nats))),
             "median_perplexity": float(np.median(np.concatenate(falls))),
             "positive": float((np.concatenate(nats) > 0).mean()),

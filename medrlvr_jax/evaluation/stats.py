@@ -12,7 +12,6 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Bool, Float64, Int, Num, Shaped
 
-DRAWS = 10_000  # bootstrap resamples
 ROOM = 0.1  # pass@k beyond chance is given only where chance leaves at least this much
 Z95 = 1.959964
 
@@ -26,7 +25,7 @@ class Interval(NamedTuple):
 
 
 def wilson(correct: float, n: float, z: float = Z95) -> tuple[float, float]:
-    """The Wilson score interval of a share; (0, 1) for n = 0. Counts need not be whole, as scipy's must.
+    """The Wilson score interval of a share; (0, 1) for n = 0. Counts may be fractions, unlike scipy's.
 
     (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), with p = correct / n. Unlike p ± z √(p(1−p)/n) it never
     leaves [0, 1] and does not shrink to a point at 0 of n. E. B. Wilson, J. Am. Stat. Assoc. 22 (1927)
@@ -42,13 +41,13 @@ def wilson(correct: float, n: float, z: float = Z95) -> tuple[float, float]:
 def mean_share(values: Values) -> Interval:
     """The mean of values in [0, 1] and its interval: over questions, or of k runs over both (`contrast`).
 
-    It is Wilson's, of as many questions as would give the mean's variance σ² if each were wholly right or
-    wholly wrong: p(1−p) / σ². Of one answer a question that is n. For σ² / p(1−p), two questions of value 1
-    and two of 0 are added (as Agresti & Coull, Am. Stat. 52, 1998, do): a handful of right answers would not
-    determine it, and equal values would make it 0.
+    It is Wilson's, for as many questions as would give the mean's variance σ² if the value of each were 0 or
+    1: p(1−p) / σ². With one answer a question that is n. For σ² / p(1−p), two questions of value 1 and two of
+    0 are added, as Agresti & Coull (Am. Stat. 52, 1998) do: few right answers do not determine it, and equal
+    values would make it 0.
     """
     x = np.asarray(values, np.float64).reshape(len(values), -1)
-    (n, k), mean, padded = x.shape, float(x.mean()), np.concatenate([x.mean(1), [0.0, 0.0, 1.0, 1.0]])
+    (n, k), share, padded = x.shape, float(x.mean()), np.concatenate([x.mean(1), [0.0, 0.0, 1.0, 1.0]])
     scale = float(padded.mean() * (1 - padded.mean()))
     questions, seeds = float(padded.var()) / n, 0.0
     if k > 1:
@@ -57,15 +56,14 @@ def mean_share(values: Values) -> Interval:
     size = scale / (questions + seeds)
     freedom = _freedom([(questions, math.inf), (seeds, k - 1)]) if seeds else math.inf
     z = float(scipy.stats.t.ppf(0.975, freedom)) if seeds else Z95
-    return Interval(mean, *wilson(mean * size, size, z))
+    return Interval(share, *wilson(share * size, size, z))
 
 
-def bootstrap(values: Num[np.ndarray, " n"], seed: int = 0, draws: int = DRAWS) -> Interval:
-    """Mean of per-question values and its percentile interval over resampled questions (Efron 1979)."""
-    x = np.sort(np.asarray(values, np.float64))
-    counts = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=draws)
-    low, high = np.quantile(counts @ x / len(x), (0.025, 0.975))
-    return Interval(float(np.mean(values, dtype=np.float64)), float(low), float(high))
+def mean(values: Num[np.ndarray, " n"]) -> Interval:
+    """The mean of per-question values of any size, and Student's t interval; infinite for a single value."""
+    x, n = np.asarray(values, np.float64), len(values)
+    half = float(scipy.stats.t.ppf(0.975, n - 1) * x.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
+    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
 
 
 def accuracy(correct: Values) -> Interval:
@@ -100,8 +98,8 @@ class Contrast(NamedTuple):
         return float(scipy.stats.t.sf((margin - abs(self.centre)) / self.error, self.freedom))
 
     @property
-    def detectable(self) -> float:
-        """The least true difference that is shown at two-sided 5 % with 80 % power."""
+    def minimum_detectable(self) -> float:
+        """The least true difference that is significant (two-sided, 5 %) with 80 % power."""
         return float(scipy.stats.t.ppf([0.975, 0.8], self.freedom).sum() * self.error)
 
 
@@ -109,11 +107,10 @@ def contrast(a: Values, b: Values, fixed: tuple[bool, bool] = (False, False)) ->
     """The mean of a [n, k] less that of b [n, l]: the same n questions, answered by k and by l runs.
 
     Questions and seeds are both random: two-way random effects, Var = σ²_question / n + σ²_run (1/k + 1/l).
-    The variance of the questions' differences, less the part of it that is the runs' scatter on each
-    question, is added to the variance of the runs' means, which holds this scatter. Runs of both arms are
-    taken to scatter alike, as those of equal methods do; where only one arm has several, the other's are
-    taken to scatter as they do. An arm that is `fixed` is a model asked as it is, and has no seeds. Where no
-    arm has several runs, the result is about these very runs. Half a question of each kind (both right,
+    The runs' scatter on each question is part of the variance of the questions' differences and of that of
+    the runs' means; it is subtracted from the former. The runs of both arms are assumed to scatter alike, as
+    those of equal methods do. An arm that is `fixed` is a model that is not trained, and has no seeds. If no
+    arm has several runs, the result is about these two runs only. Half a question of each kind (both right,
     neither, only a, only b) is added, as Agresti & Min (Stat. Med. 24, 2005) do, so that the interval of
     equal answers is no point.
     """
@@ -143,20 +140,19 @@ def paired_difference(a: Values, b: Values) -> Contrast:
 
 
 def _over_runs(x: Float64[np.ndarray, "n k"]) -> tuple[float, float]:
-    """The variance of the k runs' means, and that of what neither question nor run explains."""
+    """The variance of the k runs' means, and the residual variance beside questions and runs."""
     n, k = x.shape
     residual = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
     return float(x.mean(0).var(ddof=1)), float((residual**2).sum()) / max((n - 1) * (k - 1), 1)
 
 
 def _freedom(parts: list[tuple[float, float]]) -> float:
-    """Degrees of freedom of a sum of variances, each with its own degrees: 1 / Σ share^1.25 / degrees.
+    """Degrees of freedom of a sum of variances, each with its degrees: 1 / Σ share^1.25 / degrees.
 
     Satterthwaite (Biometrics 2, 1946) squares the shares, which he takes as known. Estimated from three seeds
-    they are not: the square then calls one base different from three runs that scatter much in 7 to 8 % of
-    cases without a difference; an exponent of 1 gives under 4 % where they scatter little. 1.25 gives 4 to 6
-    % for three seeds or more (tests/size.py), and 8 % where one arm's runs scatter many times as much as the
-    other's.
+    they are not. False positives of a 5 % test, by tests/size.py: the square gives 7 to 8 % for a base
+    against three runs that scatter much, an exponent of 1 less than 4 % where they scatter little; 1.25 gives
+    4 to 6 % for three seeds or more, and 8 % where one arm's runs scatter many times as much as the other's.
     """
     total = sum(variance for variance, _ in parts)
     return 1 / max(sum((variance / total) ** 1.25 / free for variance, free in parts if variance > 0), 1e-9)
@@ -214,7 +210,7 @@ def majority(answers: Shaped[np.ndarray, "n k"], key: Shaped[np.ndarray, " n"]) 
 
 
 def answer_entropy(answers: Shaped[np.ndarray, "n k"]) -> Float64[np.ndarray, " n"]:
-    """Per question, −Σ p log p over its distinct answers, in nats; no answer counts as one of them."""
+    """Per question, −Σ p log p over its distinct answers, in nats; to give no answer is one of them."""
     return np.array([scipy.stats.entropy(np.unique(row, return_counts=True)[1]) for row in answers])
 
 
@@ -223,7 +219,7 @@ def consistency(
 ) -> tuple[Bool[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
     """Of a question's answers to k orders of its options: are all the same option, and what share of pairs?
 
-    No answer is the same as nothing.
+    Where no answer was given, it equals no other.
     """
     k = answers.shape[1]
     given = answers != ""
@@ -232,7 +228,7 @@ def consistency(
 
 
 def boundary(base: Bool[np.ndarray, "n k"], trained: Bool[np.ndarray, "n k"]) -> dict[str, float]:
-    """What training kept, gained and lost of the questions that k samples solve at least once.
+    """How training changed which questions are solved by at least one of k samples.
 
     Invisible Leash (arXiv 2507.14843): P both, E only trained, S only base; support retention SRR = P/(P+S),
     net discovery NDR = E/(P+E), SDS their harmonic mean, net change NSCR = (E−S)/(P+E+S). The

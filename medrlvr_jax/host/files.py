@@ -17,8 +17,7 @@ PEEK = 256  # bytes read to recognise a file whose content is not what its name 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: readers, and a run after a crash, see the old content or the new, never
-    half."""
+    """Replace a file atomically: readers, and a run after a crash, see the old content or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with named_errors(path):
         try:
@@ -34,13 +33,14 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError (disk full, read-only or gone) into `Unwritable`. No function here overwrites in
-    place."""
+    """Turn an OSError (disk full, read-only or gone) into `Unwritable`. No function of this file overwrites
+    in place.
+    """
     try:
         yield
     except OSError as e:
-        remedy = "what was saved before is untouched: mend that,"
-        remedy += " and the same command goes on from the newest checkpoint"
+        again = "the same command goes on from the newest checkpoint"
+        remedy = f"what was saved before is untouched: mend that, and {again}"
         raise Unwritable(f"{path} cannot be written: {e.strerror or e}; {remedy}") from e
 
 
@@ -58,25 +58,20 @@ def reading(source: str | Path, remedy: str, error: type[Exception] = ConfigErro
     except (ConfigError, error):  # has a remedy already
         raise
     except BaseException as e:
-        if (
-            not isinstance(e, Exception) and type(e).__name__ != "PanicException"
-        ):  # pyo3's panic is a BaseException
+        # PanicException is pyo3's, a BaseException
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        cause = e.strerror or str(e) if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
-        raise error(
-            f"{source}: cannot be read: {cause[:500].rstrip('. ')}; {diagnose(source) or remedy}"
-        ) from e
+        text = e.strerror or str(e) if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
+        cause = f"cannot be read: {text[:500].rstrip('. ')}"
+        raise error(f"{source}: {cause}; {diagnose(source) or remedy}") from e
 
 
 def diagnose(source: str | Path) -> str | None:
-    """How a file, or one of a folder's JSON files, was damaged in transfer, and the remedy; None if it looks
-    sound."""
+    """How a file, or one of a folder's JSON files, was damaged in transfer, and the remedy; or None."""
     try:
         if (folder := Path(source)).is_dir():
-            causes = (
-                (file.name, diagnose(file) or _not_json(file)) for file in sorted(folder.glob("*.json"))
-            )
-            return next((f"{name}: {cause}" for name, cause in causes if cause), None)
+            causes = ((file, diagnose(file) or _not_json(file)) for file in sorted(folder.glob("*.json")))
+            return next((f"{file.name}: {cause}" for file, cause in causes if cause), None)
         with open(source, "rb") as file:
             start = file.read(PEEK).lstrip().lower()
     except (OSError, ValueError):  # no such file, or not a path
@@ -124,18 +119,22 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def jsonl(records: Iterable[dict[str, Any]]) -> str:
+    """A line for each record; NaN and ±inf become null."""
+    return "".join(json.dumps(plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+
+
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Append lines to a JSONL file and wait for the disk; call it once a step."""
-    lines = [json.dumps(plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records]
+    text = jsonl(records)
     with named_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write("".join(lines))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All complete lines. A last line without a newline is dropped: a crash cut it, or it is being
-    written."""
+    """All complete lines. A last one without newline is dropped: a crash cut it, or it is being written."""
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     records = []
     for number, line in enumerate(lines, 1):
@@ -147,5 +146,4 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def rewind(path: Path, step: int) -> None:
     """Drop the records after `step`, and an incomplete last line, in one atomic move; 0 drops all records."""
     if path.exists():
-        records = [r for r in read_jsonl(path) if step and r["step"] <= step]
-        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        write_text(path, jsonl(r for r in read_jsonl(path) if step and r["step"] <= step))

@@ -1,5 +1,4 @@
-"""Several processes as one program, through `jax.distributed`: how they connect, share small values and end
-together.
+"""Several processes that run as one program, by `jax.distributed`: connect, share small values, end together.
 
 All processes run the same command; process 0 writes what is written once. A run ends in one of three ways:
 - A process that fails sends its number and reason to the others, which then stop: at once for a refused
@@ -20,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NoReturn
 
 import jax
@@ -92,9 +92,13 @@ def gather(value: Any) -> list[Any]:
     sizes = process_allgather(np.int32(len(data)))
     padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few shapes to compile
     padded[: len(data)] = data
-    return [
-        json.loads(row[:size].tobytes()) for row, size in zip(process_allgather(padded), sizes, strict=True)
-    ]
+    rows = zip(process_allgather(padded), sizes, strict=True)
+    return [json.loads(row[:size].tobytes()) for row, size in rows]
+
+
+def gather_rows(rows: list[tuple[int, Any]]) -> list[Any]:
+    """The rows of all processes, in the order of the number before each. All must call it together."""
+    return [row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda pair: pair[0])]
 
 
 def from_leader(look: Callable[[], Any]) -> Any:
@@ -125,8 +129,7 @@ def require_equal(look: Callable[[], dict[str, Any]]) -> None:
 
 
 def abort(error: BaseException) -> NoReturn:
-    """End this process and all others because of `error`. A `MedrlvrError` prints no
-    traceback."""
+    """End this process and all others because of `error`. A `MedrlvrError` prints no traceback."""
     index, host = jax.process_index(), socket.gethostname()
     name = f"process {index} on {host}"
     if isinstance(error, MedrlvrError):
@@ -136,15 +139,13 @@ def abort(error: BaseException) -> NoReturn:
     if isinstance(error, Exception) and not isinstance(error, ConfigError):
         # Another process's death may have broken a collective: then JAX names it and ends this one.
         wait = HEARTBEAT + 10
-        print(
-            f"medrlvr: {name}: waiting {wait} s for word of which process failed", file=sys.stderr, flush=True
-        )
+        waiting = f"waiting {wait} s for word of which process failed"
+        print(f"medrlvr: {name}: {waiting}", file=sys.stderr, flush=True)
         time.sleep(wait)
     status = 2 if isinstance(error, ConfigError) else 1
+    failure = json.dumps([index, host, status, f"{type(error).__name__}: {error}"])
     try:
-        _client().key_value_set(
-            FAILURE, json.dumps([index, host, status, f"{type(error).__name__}: {error}"])
-        )
+        _client().key_value_set(FAILURE, failure)
         time.sleep(GRACE)
     except jax.errors.JaxRuntimeError:  # another process has failed first, for its own reason
         time.sleep(GRACE if index == 0 else 0)
@@ -175,6 +176,5 @@ def _exit(status: int) -> NoReturn:
 
 
 def _client() -> Any:
-    """The coordination service's key-value store. JAX has no public name for it; Orbax imports it from here
-    too."""
+    """The coordination service's key-value store. JAX has no public name for it; Orbax imports it alike."""
     return distributed.global_state.client

@@ -20,9 +20,8 @@ def plain(head: Sequence[str], rows: Rows, title: str | None = None) -> str:
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
-    rich.console.Console(file=text, width=10_000, markup=False).print(
-        table
-    )  # wider than any table: nothing is cut
+    console = rich.console.Console(file=text, width=10_000, markup=False)  # wider than any table
+    console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().split("\n")).strip("\n")
 
 

@@ -157,7 +157,6 @@ def against_sft(outcomes: Outcomes, named: Claims) -> Tests:
                 "p_margin": c.within(named.margin),
                 "standard_error": c.error,
                 "degrees_of_freedom": c.freedom,
-                "detectable": c.detectable,
                 "over": "questions" if one_run else "questions and seeds",
             }
     for test, p in zip(tests.values(), stats.holm([t["p"] for t in tests.values()]), strict=True):
