@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -246,10 +247,36 @@ def test_console_prints_a_line_a_step_where_there_is_no_terminal():
     console.close()
     first, notice, slow, second, last = file.getvalue().splitlines()
     # a step that was slow once does not tell of the rest
-    assert slow.endswith("9:58:30 left") and second.endswith("0:19:54 left")
+    assert "9:58:30 left" in slow and "0:19:54 left" in second
     assert first == "step 0/400  eval dev: correct 1/4, format 2/4"
     assert notice == "7 questions dropped [too long]"
-    assert last == "step 3/400  3.00 s  1,834 tok/s  reward +nan  correct 48.1%  0:19:51 left"
+    assert last == "step 3/400  1 %  0:19:51 left  reward +nan  correct 48.1%  3.00 s  1,834 tok/s"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_terminal_always_shows_step_share_and_time_left(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, metrics = Terminal(), {"seconds": 3.0, "reward": 0.5, "accuracy": 0.481, "format_ok": 1.0}
+    console = Console(400, terminal)
+    console.begin(100)
+    console.notify("going on")
+    for step in range(101, 141):
+        console.step(step, metrics | {"kl": 0.1, "response_length": 99, "tokens_per_second": 1234})
+    console.progress("eval dev", 3, 9, "a program")
+    console.notify("end")
+    console.close()
+    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n").split("\n")
+    assert max(map(len, lines)) <= columns
+    assert any(line.startswith("step 100/400  25 %") for line in lines)  # it begins where it goes on
+    assert any(line.startswith("step 140/400  35 %  0:13:00 left  0:00:00  eval dev") for line in lines)
+    # what is not written over: every 20th step of 400
+    assert re.findall(r"step (\d+)/400[^\r\n]*reward[^\r\n]*\n", terminal.getvalue()) == ["120", "140"]
 
 
 def test_trackers(tmp_path, monkeypatch):
@@ -258,15 +285,14 @@ def test_trackers(tmp_path, monkeypatch):
         run.resume(0)
         run.record(1, {"reward": 0.5, "kl": None, "policy/clip_fraction": 0.1})
     [events] = (run.path / "tensorboard").iterdir()
-    assert b"policy/clip_fraction" in events.read_bytes()
+    assert all(name in events.read_bytes() for name in (b"policy/clip_fraction", b"train/reward"))
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     for settings, extra in (({"tensorboard": True}, "tensorboard"), ({"wandb": "project"}, "wandb")):
         with (
             pytest.raises(ConfigError, match=rf"log\.{extra}.*medrlvr-jax\[{extra}\]"),
-            log.Run(config(tmp_path, log=settings), 3) as run,
         ):
-            run.resume(0)
+            log.check(config(tmp_path, log=settings), "train")
 
 
 def test_wandb_gets_the_settings_and_the_numbers(tmp_path, monkeypatch):
@@ -288,13 +314,30 @@ def test_wandb_gets_the_settings_and_the_numbers(tmp_path, monkeypatch):
         run.resume(0)
         run.record(1, {"reward": 0.5})
     assert calls[0]["project"] == "medicine" and calls[0]["config"]["seed"] == 0
-    assert calls[1:] == [(1, {"reward": 0.5}), "finish"]
+    assert calls[1:] == [(1, {"train/reward": 0.5}), "finish"]
     # going on is the same run there, one of its name in another folder is not
     for place in (tmp_path, tmp_path, tmp_path / "elsewhere"):
         with log.Run(config(place, log={"wandb": "medicine"}), 3) as run:
             run.resume(0)
     first, again, _, other = [call["id"] for call in calls if isinstance(call, dict)]
     assert len(first) == 32 and first == again != other
+
+
+def test_wandb_without_a_login_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    c = config(tmp_path, log={"wandb": "medicine"})
+    with pytest.raises(ConfigError, match=r"log\.wandb: medicine needs a login.*wandb login"):
+        log.check(c, "train")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key")
+    log.check(c, "train")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.hospital.example")
+    with pytest.raises(ConfigError, match="needs a login"):
+        log.check(c, "train")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log.check(c, "train")
 
 
 def test_long_work_says_how_far_it_is(monkeypatch):

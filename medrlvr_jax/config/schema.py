@@ -272,7 +272,10 @@ class LogConfig:
     stop_constant: Size = 20
     profile: tuple[Count, Count] | None = None  # First and last step that jax.profiler traces. null: none.
     tensorboard: bool = False  # Also write TensorBoard events (pip install '.[tensorboard]').
-    wandb: str | None = None  # The Weights & Biases project to log to. null: none.
+    # The Weights & Biases project to log to (pip install '.[wandb]', and `wandb login`). null: none.
+    wandb: str | None = None
+    # The trackio project to log to (pip install '.[trackio]'); trackio keeps it on this machine. null: none.
+    trackio: str | None = None
 
 
 @section

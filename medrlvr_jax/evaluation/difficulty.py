@@ -53,7 +53,7 @@ def difficulty_source(
     about = {"samples": samples, "model": f"{c.model.path}, {source}, step {step}"}
     ids, size = [q.id for q in encoded.questions], c.eval.batch
     counts = from_leader(lambda: done_before(path, ids, about))
-    leads, console = jax.process_index() == 0, Console(1)
+    leads, console = jax.process_index() == 0, Console()
     if leads:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, files.jsonl(counts))  # without a last line that a crash cut

@@ -248,7 +248,7 @@ def evaluate_source(
     parts, params, step = open_source(source, settings, step, "eval")
     sets = required_sets(parts)
     folder = new_folder(source, parts, f"eval-{step}", out, "eval.json")
-    leads, console, results, statistics = jax.process_index() == 0, Console(len(sets)), {}, {}
+    leads, console, results, statistics = jax.process_index() == 0, Console(), {}, {}
     with jax.set_mesh(parts.mesh):
         decode_params = make_weight_sync(parts, parts.cfg)(params)
         for name, encoded in sets.items():

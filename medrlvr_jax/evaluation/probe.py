@@ -281,7 +281,7 @@ def probe_source(
     if not encoded:
         raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")
     folder = new_folder(source, parts, f"probe-{step}", out, "probe.json")
-    leads, console, probed = jax.process_index() == 0, Console(len(encoded)), {}
+    leads, console, probed = jax.process_index() == 0, Console(), {}
     judge = open_scorer(scorer, source, settings) if scorer else None
     with jax.set_mesh(parts.mesh):
         decode_params = make_weight_sync(parts, parts.cfg)(params)

@@ -79,26 +79,33 @@ def make_programs(parts: Parts, steps: int) -> Programs:
 
 
 def compile_ahead(
-    programs: Sequence[Program], parts: Parts, progress: Callable[[str, int, int], None]
+    programs: Sequence[Program], parts: Parts, progress: Callable[[str, int, int, str], None]
 ) -> str:
     """Compile all; the calls that follow find them in JAX's own cache. Returns what it took, in words.
 
     As many at a time as there are pairs of cores: XLA keeps about two busy with one, and a gigabyte of the
     host's memory. A program that does not fit is known before anything runs. All processes begin them in one
     order, so that none waits for what another has not begun (GPUs' tuning is shared). `progress`: (what,
-    done, of how many).
+    done, of how many, waiting for what).
     """
     began, took = time.monotonic(), {}
+    started: list[str] = []
+
+    def report() -> None:
+        awaited = [name for name in started if name not in took]
+        progress("compiling", len(took), len(programs), ", ".join(awaited))
 
     def one(program: Program) -> None:
         start = time.monotonic()
+        started.append(program.name)
+        report()
         with jax.set_mesh(parts.mesh):
             program.function.lower(*program.args, **program.kwargs).compile()
         took[program.name] = time.monotonic() - start
 
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         waiting = {pool.submit(one, program): program.name for program in programs}
-        for done, future in enumerate(as_completed(waiting), 1):
+        for future in as_completed(waiting):
             try:
                 future.result()
             except jax.errors.JaxRuntimeError as e:
@@ -111,7 +118,7 @@ def compile_ahead(
                     "`medrlvr plan CONFIG --topology …` says by how much, and what would help",
                 )
                 raise ConfigError(f"{waiting[future]} does not fit this machine: {said}; {remedy}") from None
-            progress("compiling", done, len(programs))
+            report()
     slowest = max(took, key=lambda name: took[name])
     return (
         f"{len(programs)} programs compiled in {time.monotonic() - began:.0f} s; longest was "

@@ -42,6 +42,7 @@ from medrlvr_jax.rollout.program import Program, a_key, array, sync_program
 from medrlvr_jax.rollout.rollout import Encoded, width
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
+from medrlvr_jax.runs.console import stage
 from medrlvr_jax.types import Experience, TrainState
 
 
@@ -97,16 +98,20 @@ def sft(
     With `sft.target: text`, rows of `data` are dicts with the fields `prompt` and `response`.
     """
     check.check_best(config, of_steps=())  # they draw no responses
+    log.check(config, "sft")
     spec, records = given(config.data, data)
     config = dataclasses.replace(config, data=spec)
     parts = build(config)
-    rows, dropped, how_read = encode_pairs(parts, records)
+    with stage(f"reading {config.data.path} and the sets of eval.sets"):
+        rows, dropped, how_read = encode_pairs(parts, records)
+        sets = evaluate.load_sets(parts)
     notices = [f"data: {how_read}"]
     if dropped:
         notices.append(f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens")
-    sets = evaluate.load_sets(parts)
     with jax.set_mesh(parts.mesh):
-        return run_job(dataclasses.replace(make_job(parts, rows, sets), notices=notices), callbacks)
+        with stage(f"loading {config.model.path}"):
+            job = make_job(parts, rows, sets)
+        return run_job(dataclasses.replace(job, notices=notices), callbacks)
 
 
 def make_job(parts: Parts, rows: list[tuple[list[int], list[int]]], sets: dict[str, Encoded]) -> Job:

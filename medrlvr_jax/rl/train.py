@@ -51,6 +51,8 @@ from medrlvr_jax.rollout.assess import assess_settings
 from medrlvr_jax.rollout.program import Program, Recorder, a_key, abstract_prompts, array, sync_program
 from medrlvr_jax.rollout.rollout import Encoded, Scored, encode, place_prompts, reorder, score_rollout
 from medrlvr_jax.rollout.sync import make_weight_sync
+from medrlvr_jax.runs import log
+from medrlvr_jax.runs.console import stage
 from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Learner, Prompts, Rollout, TrainState
 
 
@@ -80,21 +82,24 @@ def train(
     `CheckpointError` and `Unwritable`.
     """
     check.check_best(config)
+    log.check(config, "train")
     judges = None if rewards is None else user.from_callables(rewards)
     spec, given_rows = given(config.data, data)
     config = dataclasses.replace(config, data=spec)
     parts = build.build(config)
-    questions, how_read = read(config.data, given_rows)
-    encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options)
-    check_lengths(parts, encoded)
-    sets = evaluate.load_sets(parts)
+    with stage(f"reading {config.data.path} and the sets of eval.sets"):
+        questions, how_read = read(config.data, given_rows)
+        encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options)
+        check_lengths(parts, encoded)
+        sets = evaluate.load_sets(parts)
     notices = [f"data: {how_read}"]
     if encoded.dropped:
         notices.append(f"{encoded.dropped} questions dropped: longer than prompt.max_tokens")
     if trap := beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
         notices.append("; ".join(trap))
     with user.started(config.reward, judges) as judge, jax.set_mesh(parts.mesh):
-        job = make_job(parts, encoded, sets, judge)
+        with stage(f"loading {config.model.path}"):
+            job = make_job(parts, encoded, sets, judge)
         job = dataclasses.replace(job, notices=notices, rewards=judges.record if judges else ())
         return run_job(job, callbacks)
 

@@ -1,39 +1,34 @@
-"""What a run shows in progress: lines or a bar on the terminal, and the trackers that the config names."""
+"""What a command shows in progress: on a terminal a last line that is always up to date, elsewhere lines."""
 
 import statistics
 import sys
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
-import jax
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-from medrlvr_jax.config import load as configs
-from medrlvr_jax.config.schema import Config
-from medrlvr_jax.host import files
-from medrlvr_jax.host.errors import ConfigError
+from rich.live import Live
+from rich.text import Text
 
 QUIET = 30  # seconds without a line, after which long work prints its progress
-FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
-    ("seconds", lambda v: f"{v:.2f} s"),
-    ("tokens_per_second", lambda v: f"{v:,.0f} tok/s"),
-    ("loss", lambda v: f"loss {v:.4f}"),
+LINES = 20  # of a run's steps, about so many leave a line on a terminal
+FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (  # the first ones stay where a terminal is narrow
     ("reward", lambda v: f"reward {v:+.3f}"),
     ("accuracy", lambda v: f"correct {v:.1%}"),
     ("format_ok", lambda v: f"format {v:.1%}"),
+    ("loss", lambda v: f"loss {v:.4f}"),
     ("kl", lambda v: f"KL {v:.4f}"),
     ("response_length", lambda v: f"length {v:.0f}"),
+    ("seconds", lambda v: f"{v:.2f} s"),
+    ("tokens_per_second", lambda v: f"{v:,.0f} tok/s"),
 )
 
 
-def line(metrics: dict[str, float]) -> str:
-    """The metrics of `FIELDS` that a step has, as one line."""
-    return "  ".join(show(metrics[key]) for key, show in FIELDS if metrics.get(key) is not None)
+def in_words(metrics: dict[str, Any]) -> list[str]:
+    """The metrics of `FIELDS` that a step has."""
+    return [show(metrics[key]) for key, show in FIELDS if metrics.get(key) is not None]
 
 
 def before_after(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -41,76 +36,136 @@ def before_after(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str,
     last evaluation."""
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
+        when = "after" if record["step"] else "before"
         for key, value in record.items():
             if key.startswith("eval."):
                 name, count = key.removeprefix("eval.").rsplit(".", 1)
-                out.setdefault(name, {}).setdefault("after" if record["step"] else "before", {})[count] = (
-                    value
-                )
+                out.setdefault(name, {}).setdefault(when, {})[count] = value
     return out
 
 
 class Console:
-    """Progress on stderr: a bar on a terminal, else one line a step. Silent on processes other than 0.
+    """Progress on stderr. Silent on processes other than 0.
 
-    In a notebook, where stderr is red: messages on stdout, and progress on one line that is overwritten.
+    On a terminal, however narrow, the last line has the step, the share that is done and the time left; then,
+    as far as they fit, what is going on or the last step's metrics. Every few steps a line stays. Without a
+    terminal there is one line a step. In a notebook, where stderr is red, messages are on stdout, and
+    progress is one line that is overwritten.
+
+    `total`: the steps of the run; 0 where there are none, as for a command that evaluates.
     """
 
-    def __init__(self, total: int, file: TextIO | None = None):
-        quiet, notebook = jax.process_index() > 0, file is None and rich.console.Console().is_jupyter
+    def __init__(self, total: int = 0, file: TextIO | None = None):
+        notebook = file is None and rich.console.Console().is_jupyter
         self._rich = rich.console.Console(
             file=file or (sys.stdout if notebook else sys.stderr),
-            quiet=quiet,
+            quiet=not _is_leader(),
             highlight=False,
             soft_wrap=True,
             force_jupyter=False,
         )
-        self._line = Line() if notebook and not quiet else None
-        self._total = total
-        self._last_message = time.monotonic()
+        self._total, self._done, self._metrics = total, 0, list[str]()
         self._step_seconds: deque[float] = deque(maxlen=21)
-        self._bar = None
+        self._last_message = self._last_line = self._last_step = time.monotonic()
+        self._work, self._work_began, self._work_shown = "", 0.0, ""
+        self._line = Line() if notebook and not self._rich.quiet else None
+        self._live = None
         if self._rich.is_terminal and not self._rich.quiet:
-            columns = (MofNCompleteColumn(), BarColumn(24), TextColumn("{task.description}", markup=False))
-            self._bar = Progress(*columns, console=self._rich)
-            self._task = self._bar.add_task("starting", total=total)
-            self._bar.start()
+            self._live = Live(
+                get_renderable=lambda: Text(self._status(), no_wrap=True, overflow="crop"),
+                console=self._rich,
+                refresh_per_second=2,
+                transient=True,
+            )
+            self._live.start()
+
+    def begin(self, done: int) -> None:
+        """Steps that an earlier start of the run has done."""
+        self._done = done
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Show a step's metrics and, if it was evaluated, a line for each evaluation set."""
-        text, place = line(metrics), f"step {step}/{self._total}"
+        self._done, self._metrics, self._work = step, in_words(metrics), ""
+        self._last_step = time.monotonic()
         if "seconds" in metrics:
             self._step_seconds.append(metrics["seconds"])
-            text += f"  {clock(statistics.median_low(self._step_seconds) * (self._total - step))} left"
         if self._line:
-            self._line.write(f"{place}  {text}")
-        elif self._bar:
-            self._bar.update(self._task, completed=step, description=text)
-        elif text:
-            self.notify(f"{place}  {text}")
+            self._line.write(self._status())
+        elif self._metrics and (not self._live or self._stays(step)):
+            self._last_line = time.monotonic()
+            width = self._rich.width if self._live else None
+            self.notify(fitted([*self._place(), *self._metrics], width))
         for name, counts in before_after([{"step": step, **metrics}]).items():
             c = next(iter(counts.values()))
             shares = f"correct {c['correct']}/{c['n']}, format {c['format_ok']}/{c['n']}"
             cut = f", cut off {c['truncated']}/{c['n']}" if c.get("truncated") else ""
-            self.notify(f"{place}  eval {name}: {shares}{cut}")
+            self.notify(f"step {step}/{self._total}  eval {name}: {shares}{cut}")
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Show the progress of work within a step: on the bar, or as a line every `QUIET` seconds."""
+    def progress(self, what: str, done: int, total: int, awaited: str = "") -> None:
+        """Show long work within a step or before the first: in the last line, or as a line every `QUIET`
+        seconds. `awaited`: what it waits for now.
+        """
+        if what != self._work:
+            self._work, self._work_began = what, time.monotonic()
+        self._work_shown = f"{what}  {done}/{total}" if total else what
+        self._work_shown += f", waiting for {awaited}" if awaited else ""
         if self._line:
-            self._line.write(f"{what}  {done}/{total}")
-        elif self._bar:
-            self._bar.update(self._task, description=f"{what}  {done}/{total}")
-        elif time.monotonic() - self._last_message > QUIET and done < total:
-            self.notify(f"{what}  {done}/{total}")
+            self._line.write(self._status())
+        elif not self._live and time.monotonic() - self._last_message > QUIET and done < total:
+            self.notify(self._work_shown)
 
     def notify(self, text: str) -> None:
         """Print a message."""
         self._last_message = time.monotonic()
-        self._rich.print(text, markup=False)
+        if self._live:
+            self._live.refresh()  # rich prints the last line again as it was drawn last
+        self._rich.print(text, markup=False, soft_wrap=not self._live)  # a terminal breaks lines at words
 
     def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.stop()
+
+    def _stays(self, step: int) -> bool:
+        late = time.monotonic() - self._last_line > 2 * QUIET
+        return step in (1, self._total) or step % max(1, self._total // LINES) == 0 or late
+
+    def _status(self) -> str:
+        """The last line of a terminal."""
+        waited = f"{clock(time.monotonic() - self._work_began)}  {self._work_shown}"
+        return fitted([*self._place(), *([waited] if self._work else self._metrics)], self._rich.width)
+
+    def _place(self) -> list[str]:
+        """Step, share and time left."""
+        if not self._total:
+            return []
+        place = [f"step {self._done}/{self._total}", f"{100 * self._done / self._total:.0f} %"]
+        if self._step_seconds:
+            left = statistics.median_low(self._step_seconds) * (self._total - self._done)
+            place.append(f"{clock(max(0.0, left - (time.monotonic() - self._last_step)))} left")
+        return place
+
+
+def fitted(parts: Sequence[str], width: int | None) -> str:
+    """As many of the parts as fit into `width` columns, and as much of the first that does not."""
+    text = "  ".join(parts)
+    return text if width is None or len(text) < width else f"{text[: width - 2]}…"
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Show on a terminal what a command does before its first step, and for how long already."""
+    console = Console()
+    console.progress(what, 0, 0)
+    try:
+        yield
+    finally:
+        console.close()
+
+
+def _is_leader() -> bool:
+    """Whether this is process 0; so it is while JAX is not imported yet."""
+    jax = sys.modules.get("jax")
+    return jax is None or jax.process_index() == 0
 
 
 class Line:
@@ -133,61 +188,3 @@ def clock(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}"
-
-
-# --- trackers ---------------------------------------------------------------------------------------------
-
-
-class Tracker:
-    """The metrics to TensorBoard and Weights & Biases, if `log` names them; process 0 only."""
-
-    def __init__(self, path: Path, config: Config, done: int):
-        leader = jax.process_index() == 0
-        self._board = _tensorboard(path / "tensorboard", done) if leader and config.log.tensorboard else None
-        self._wandb = _wandb(path, config) if leader and config.log.wandb else None
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Send the step's metrics that have a value."""
-        numbers = {k: float(v) for k, v in metrics.items() if v is not None}
-        if self._board:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(numbers, step=step)
-
-    def close(self) -> None:
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish()
-
-
-def _tensorboard(path: Path, done: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        remedy = "pip install 'medrlvr-jax[tensorboard]', or set it to false"
-        raise ConfigError(f"log.tensorboard: true needs tensorboardX: {remedy}") from None
-    return SummaryWriter(
-        str(path), purge_step=done + 1
-    )  # a resumed run replaces what came after its checkpoint
-
-
-def _wandb(path: Path, config: Config) -> Any:
-    project = config.log.wandb
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        remedy = "pip install 'medrlvr-jax[wandb]', or set it to null"
-        raise ConfigError(f"log.wandb: {project} needs wandb: {remedy}") from None
-    file = path / "wandb_id"  # one per folder: a run of the same name in another folder is another run
-    if not file.exists():
-        files.write_text(file, uuid.uuid4().hex)
-    return wandb.init(
-        project=project,
-        name=config.name,
-        id=file.read_text(encoding="utf-8"),
-        resume="allow",
-        dir=str(path),
-        config=configs.to_tree(config),
-    )

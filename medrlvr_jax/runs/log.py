@@ -36,20 +36,14 @@ from medrlvr_jax.config.schema import Config
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather
-from medrlvr_jax.runs.console import Console, Tracker, before_after
+from medrlvr_jax.runs import trackers
+from medrlvr_jax.runs.console import Console, before_after
 
 Records = list[dict[str, Any]]
 COMMAND = "# medrlvr "  # begins the first line of config.yaml; the command's name follows
 LOGS = ("metrics", "samples", "questions")
-MAY_CHANGE = (
-    "runs",
-    "steps",
-    "passes",
-    "checkpoint",
-    "log",
-    "eval",
-    "mesh",
-)  # settings that a resume may change
+# settings that a resume may change
+MAY_CHANGE = ("runs", "steps", "passes", "checkpoint", "log", "eval", "mesh")
 
 
 class Run:
@@ -70,7 +64,7 @@ class Run:
         self._config, self._steps, self._began = config, steps, time.time()
         self._lock = open_folder(self.path, config, command) if jax.process_index() == 0 else None
         self._console = Console(steps)
-        self._tracker: Tracker | None = None
+        self._tracker: trackers.Tracker | None = None
         self._signal, self._stop_called, self._done = 0, False, 0
 
     def __enter__(self) -> "Run":
@@ -112,7 +106,10 @@ class Run:
             if done:
                 records = files.read_jsonl(self.path / "metrics.jsonl")
                 skips = sum(1 for _ in itertools.takewhile(skipped, reversed(records)))
-        self._done, self._tracker = done, Tracker(self.path, self._config, done)
+        self._done = done
+        if self._lock:
+            self._tracker = trackers.Tracker(self.path, self._config, done)
+        self._console.begin(done)
         if done:
             self.notify(f"{self.path}: going on after step {done}")
         return gather(skips)[0]
@@ -130,7 +127,7 @@ class Run:
             for name, rows in (logs | {"metrics": [metrics]}).items():
                 files.append(self.path / f"{name}.jsonl", [{"step": step, **row} for row in rows])
         if self._tracker:
-            self._tracker.log(step, metrics)
+            self._tracker.log(step, metrics, list(logs.get("samples", ())))
         self._console.step(step, metrics)
         self._done = step
         self.check_signals()
@@ -142,8 +139,8 @@ class Run:
     def notify(self, text: str) -> None:
         self._console.notify(text)
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        self._console.progress(what, done, total)
+    def progress(self, what: str, done: int, total: int, awaited: str = "") -> None:
+        self._console.progress(what, done, total, awaited)
 
     def finish(self) -> dict[str, Any]:
         """Write and return the summary.
@@ -185,18 +182,34 @@ def open_folder(path: Path, config: Config, command: str) -> TextIO:
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)
     try:
-        if (path / "config.yaml").exists():
-            if (by := begun_by(path)) not in (None, command):
-                remedy = "which would go on from the other's checkpoint; give this run another name="
-                raise ConfigError(
-                    f"name: {path} was begun by `medrlvr {by}`, and this is `medrlvr {command}`, {remedy}"
-                )
-            check_same(path / "config.yaml", config)
+        check_folder(path, config, command)
         files.write_text(path / "config.yaml", f"{COMMAND}{command}\n{configs.dump(config)}")
     except BaseException:
         lock.close()
         raise
     return lock
+
+
+def check(config: Config, command: str) -> None:
+    """Refuse, before anything is loaded, what a run of these settings would be refused for when it begins."""
+    if jax.process_index() == 0:
+        path = Path(config.runs) / config.name
+        if holder := lock_holder(path):
+            raise ConfigError(_in_use(path, holder))
+        check_folder(path, config, command)
+        trackers.check(config)
+
+
+def check_folder(path: Path, config: Config, command: str) -> None:
+    """Refuse a folder that another command or other settings began."""
+    if not (path / "config.yaml").exists():
+        return
+    if (by := begun_by(path)) not in (None, command):
+        remedy = "which would go on from the other's checkpoint; give this run another name="
+        raise ConfigError(
+            f"name: {path} was begun by `medrlvr {by}`, and this is `medrlvr {command}`, {remedy}"
+        )
+    check_same(path / "config.yaml", config)
 
 
 def begun_by(path: Path) -> str | None:
@@ -217,12 +230,15 @@ def _take_lock(path: Path) -> TextIO:
     except BlockingIOError:
         holder = _holder(lock)
         lock.close()
-        remedy = "wait for it, stop it, or give this run another name="
-        raise ConfigError(f"name: {path} is in use by {holder}; {remedy}") from None
+        raise ConfigError(_in_use(path, holder)) from None
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return lock
+
+
+def _in_use(path: Path, holder: str) -> str:
+    return f"name: {path} is in use by {holder}; wait for it, stop it, or give this run another name="
 
 
 def _holder(lock: TextIO) -> str:

@@ -6,7 +6,6 @@ are trained again, which gives it bit for bit.
 """
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rollout.rollout import encode, place_prompts, score_rollout
 from medrlvr_jax.runs import inputs
 from medrlvr_jax.runs.checkpoint import restore_before
-from medrlvr_jax.runs.console import QUIET, Console, clock
+from medrlvr_jax.runs.console import Console, clock
 
 
 def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
             f"--row {row}: a step of {run} has rows 0 to {n - 1},"
             f" sample.samples = {c.sample.samples} to a question"
         )
-    parts, console = build(c), Console(step)
+    parts, console = build(c), Console()
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options)
     inputs.check_replay(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)})
     with user.started(c.reward) as judge, jax.set_mesh(parts.mesh):
@@ -58,12 +57,9 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
                 f"checkpoint {step - 1} is not kept: training steps {done + 1} to {step - 1} again,"
                 f" which took {seconds} then"
             )
-        said = time.monotonic()
         for k in range(done, step - 1):
             state, *_ = train.train_step(training, train.at_epoch(parts, encoded, k), state, k, judge)
-            if time.monotonic() - said > QUIET:
-                said = time.monotonic()
-                console.notify(f"step {k + 1}/{step - 1}")
+            console.progress("training steps again", k + 1, step - 1)
         encoded, index = (
             train.at_epoch(parts, encoded, step - 1),
             step_batch(c, len(encoded.questions), step - 1),

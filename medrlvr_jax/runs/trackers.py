@@ -1,0 +1,115 @@
+"""The metrics of a run to TensorBoard, Weights & Biases and trackio, where `log` names them; process 0 only.
+
+A run that resumes goes on in the same run there: TensorBoard's events after the checkpoint are replaced, and
+the other two are given the id in `<run>/wandb_id`, one for each folder, so that runs of one name do not
+collide.
+"""
+
+import importlib.util
+import netrc
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.schema import Config
+from medrlvr_jax.host import files
+from medrlvr_jax.host.errors import ConfigError
+
+# Of each setting: the package that it needs, and the value that turns it off.
+PACKAGES = {
+    "tensorboard": ("tensorboardX", "false"),
+    "wandb": ("wandb", "null"),
+    "trackio": ("trackio", "null"),
+}
+Rows = Sequence[Mapping[str, Any]]
+
+
+def check(config: Config) -> None:
+    """Refuse a tracker whose package or login is missing."""
+    for name, (package, off) in PACKAGES.items():
+        value = getattr(config.log, name)
+        if value and not importlib.util.find_spec(package):
+            remedy = f"pip install 'medrlvr-jax[{name}]', or set it to {off}"
+            raise ConfigError(f"log.{name}: {value} needs {package}, which is not installed; {remedy}")
+    if config.log.wandb and not _wandb_login():
+        remedy = "run `wandb login`, or set WANDB_MODE=offline (`wandb sync` uploads later)"
+        raise ConfigError(f"log.wandb: {config.log.wandb} needs a login, and there is none; {remedy}")
+
+
+def _wandb_login() -> bool:
+    """Whether W&B is not to be reached, or there is a key for it where `wandb login` leaves one."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    chosen = os.environ.get("NETRC")
+    for path in [Path(chosen)] if chosen else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        if path.is_file():
+            with files.reading(path, "repair it, or set WANDB_API_KEY"):
+                return netrc.netrc(str(path)).authenticators(host) is not None
+    return False
+
+
+def tag(metric: str) -> str:
+    """A metric's name as trackers group it, by its first part: `eval/dev/accuracy`, `train/reward`."""
+    if metric.startswith("eval."):
+        return "eval/" + "/".join(metric.removeprefix("eval.").rsplit(".", 1))
+    return metric if "/" in metric else f"train/{metric}"
+
+
+class Tracker:
+    """The trackers of one run. `done`: the step after which it goes on."""
+
+    def __init__(self, folder: Path, config: Config, done: int):
+        self._board, self._others = None, []
+        if config.log.tensorboard:
+            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            settings = {k: str(v) for k, v in configs.flat(configs.to_tree(config)).items()}
+            self._board.add_text("settings", _as_code("\n".join(f"{k}: {v}" for k, v in settings.items())))
+        run_id = _run_id(folder) if config.log.wandb or config.log.trackio else ""
+        tree = configs.to_tree(config)
+        if project := config.log.wandb:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            place = {"id": run_id, "resume": "allow", "dir": str(folder)}
+            self._others.append(wandb.init(project=project, name=config.name, config=tree, **place))
+        if project := config.log.trackio:
+            import trackio  # pyright: ignore[reportMissingImports]
+
+            name = f"{config.name}-{run_id[:6]}"  # a run's name is its id there
+            self._others.append(trackio.init(project=project, name=name, config=tree, resume="allow"))
+
+    def log(self, step: int, metrics: Mapping[str, Any], samples: Rows = ()) -> None:
+        """Send the step's metrics that have a value, and to TensorBoard its samples as text."""
+        numbers = {tag(k): float(v) for k, v in metrics.items() if v is not None}
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+            for place, row in enumerate(samples):
+                text = f"{row['prompt']}\n{row['completion']}\n\nkey {row['key']}, reward {row['reward']}"
+                self._board.add_text(f"samples/{place}", _as_code(text), step)
+        for tracker in self._others:
+            tracker.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+        for tracker in self._others:
+            tracker.finish()
+
+
+def _run_id(folder: Path) -> str:
+    file = folder / "wandb_id"
+    if not file.exists():
+        files.write_text(file, uuid.uuid4().hex)
+    return file.read_text(encoding="utf-8")
+
+
+def _as_code(text: str) -> str:
+    """A text as TensorBoard's Markdown shows it unchanged: indented by four."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
