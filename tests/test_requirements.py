@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # imported where a setting asks for them, or in a notebook, which has IPython
-OPTIONAL = {"tensorboardX", "wandb", "IPython", "pydicom"}
+OPTIONAL = {"tensorboardX", "wandb", "trackio", "IPython", "pydicom"}
 MODULES = {
     "orbax-checkpoint": "orbax",
     "pyyaml": "yaml",
