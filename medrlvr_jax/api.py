@@ -27,7 +27,9 @@ from medrlvr_jax.evaluation import evaluate as evaluation
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
 from medrlvr_jax.model.spec import DecoderConfig
-from medrlvr_jax.rollout.rollout import draw, encode, width
+from medrlvr_jax.rollout.generate import draw_settings
+from medrlvr_jax.rollout.generate import generate as draw
+from medrlvr_jax.rollout.rollout import encode, width
 from medrlvr_jax.rollout.sync import WeightSync, make_weight_sync
 from medrlvr_jax.types import Params
 
@@ -185,9 +187,8 @@ def generate(
                 columns,
                 parts.tokenizer.pad_id,
             )
-            rollout = draw(
-                params, parts.cfg, parts, sharding.place_rows(given, size, parts.mesh), key, sample
-            )
+            given = sharding.place_rows(given, size, parts.mesh)
+            rollout = draw(params, given, key, draw_settings(parts, parts.cfg, sample))
             drawn = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
             tokens, mask, logprobs = sharding.to_host((rollout.tokens, rollout.mask, drawn))
             for row, i in enumerate(index):

@@ -20,7 +20,7 @@ from medrlvr_jax.config.schema import LoRAConfig, OptimConfig, SampleConfig
 from medrlvr_jax.model import attention, decoder, scoring, spec
 from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import learn
-from medrlvr_jax.rollout import generate
+from medrlvr_jax.rollout import draw
 
 # (arithmetic, matmul precision) → bound. float32 by default is TF32 on NVIDIA's cards and one pass of
 # bfloat16 on a TPU.
@@ -142,7 +142,7 @@ def decoded(dtype: str, small: bool) -> float:
     wanted = np.einsum("qgkhp,qkpd->qgkhd", p[..., :prompt], pv64) + np.einsum(
         "qgkhr,qgkrd->qgkhd", p[..., prompt:], ov64
     )
-    return far(jax.jit(attention.decode)(q, pk, pv, ok, ov, jnp.asarray(mask), jnp.int32(t)), wanted)
+    return far(jax.jit(attention.decode)(q, (pk, pv), (ok, ov), jnp.asarray(mask), jnp.int32(t)), wanted)
 
 
 CFG = DecoderConfig(
@@ -339,7 +339,7 @@ def drawn(how: dict, small: bool) -> float:
 
 def noised() -> float:
     """The uniforms of sampling are the same bits on every machine."""
-    make = lambda: jax.jit(generate.noise, static_argnums=(2, 3))(
+    make = lambda: jax.jit(draw.noise, static_argnums=(2, 3))(
         jax.random.key(5), jnp.arange(4, dtype=jnp.uint32), 3, 50
     )
     found = np.asarray(make())

@@ -95,7 +95,8 @@ def gap(
         return scoring.at_responses(params, cfg, rows, size, read)[0]
 
     with jax.set_mesh(mesh):
-        rollout = generate.generate(params, cfg, batch, jax.random.key(0), how, STOPS, PAD)
+        settings = generate.DrawSettings(cfg, how, STOPS, PAD)
+        rollout = generate.generate(params, batch, jax.random.key(0), settings)
         whole = c["samples"] * c["length"]
         size = int(rollout.mask.sum((1, 2)).max()) if c["packed"] else whole
         assert not c["packed"] or size < whole, "nothing to pack"

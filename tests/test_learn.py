@@ -99,13 +99,12 @@ class Loop:
         prompts = sharding.place_rows(jax.tree.map(lambda x: x[own], prompts), Q, mesh)
         self.key = jax.random.fold_in(jax.random.key(0), self.step)
         whole = lora.join(self.frozen.base, self.policy.params)
-        rollout = generate.generate(
-            self.sync_weights(whole), self.parts.sampler_cfg, prompts, self.key, c.sample, STOPS, PAD
-        )
+        settings = generate.DrawSettings(self.parts.sampler_cfg, c.sample, STOPS, PAD)
+        rollout = generate.generate(self.sync_weights(whole), prompts, self.key, settings)
         critic = self.critic and self.critic.params
         frozen = sharding.to_memory(self.frozen, "device")
-        kinds = assess_settings(self.parts) | {"slab": 64}
-        assessment = assess(frozen, self.policy.params, critic, prompts, rollout, **kinds)
+        settings = dataclasses.replace(assess_settings(self.parts), slab=64)
+        assessment = assess(frozen, self.policy.params, critic, prompts, rollout, settings)
         self.rewards = sharding.place_rows(
             self.score(sharding.fetch_rows(rollout.tokens, mesh)).astype(np.float32), Q, mesh
         )

@@ -61,12 +61,12 @@ def test_decoding_is_scoring(params, batch, unroll):
     cfg = CFG.run_with(unroll=unroll)
     prompts, tokens = batch
     hidden = scoring.hidden_states(params, CFG, prompts, tokens)
-    state, cache = decode.prefill(params, cfg, prompts)
+    state, prompt_caches = decode.prefill(params, cfg, prompts)
     np.testing.assert_allclose(state, hidden[:, 0, 0], atol=1e-5)
-    caches, layers = decode.start_caches(cfg, cache, G, R), decode.split_layers(params, cfg)
-    rope = decoder.rope_tables(np.arange(P + R), cfg)
+    caches, weights = decode.empty_caches(cfg, Q, G, R), decode.prepare(params, cfg, P + R)
     for t in range(R - 1):
-        state, caches = decode.decode_step(params, cfg, layers, rope, tokens[:, :, t], prompts, caches, t)
+        column = tokens[:, :, t]
+        state, caches = decode.decode_step(weights, cfg, column, prompts, prompt_caches, caches, t)
         np.testing.assert_allclose(state, hidden[:, :, t + 1], atol=1e-5)
 
 

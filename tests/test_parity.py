@@ -79,22 +79,19 @@ def batch(c):
 
 def greedy(params, cfg, c):
     """`prefill`, then one `decode_step` a token, two samples of each question side by side."""
-    groups, layers = 2, decode.split_layers(params, cfg)
-    hidden, prompt = jax.jit(partial(decode.prefill, cfg=cfg))(params, prompts=batch(c))
-    caches, rope = (
-        decode.start_caches(cfg, prompt, groups, NEW),
-        decoder.rope_tables(jnp.arange(c.prompts.shape[1] + NEW), cfg),
-    )
+    groups, weights = 2, decode.prepare(params, cfg, c.prompts.shape[1] + NEW)
+    hidden, prompt_caches = jax.jit(partial(decode.prefill, cfg=cfg))(params, prompts=batch(c))
+    caches = decode.empty_caches(cfg, len(c.prompts), groups, NEW)
 
     @jax.jit
-    def step(params, layers, tokens, caches, t):
-        hidden, grown = decode.decode_step(params, cfg, layers, rope, tokens, batch(c), caches, t)
-        return jnp.argmax(decoder.logits(params, cfg, hidden), -1), grown
+    def step(weights, tokens, caches, t):
+        hidden, grown = decode.decode_step(weights, cfg, tokens, batch(c), prompt_caches, caches, t)
+        return jnp.argmax(decoder.logits(weights.params, cfg, hidden), -1), grown
 
     tokens = jnp.repeat(jnp.argmax(decoder.logits(params, cfg, hidden), -1)[:, None], groups, 1)
     out = [tokens]
     for t in range(NEW - 1):
-        tokens, caches = step(params, layers, tokens, caches, t)
+        tokens, caches = step(weights, tokens, caches, t)
         out.append(tokens)
     both = np.stack(out, -1)
     np.testing.assert_array_equal(both[:, 0], both[:, 1])

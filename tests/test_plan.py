@@ -25,8 +25,7 @@ from medrlvr_jax.plan import aot, flops, machines, plan
 from medrlvr_jax.rl import train
 from medrlvr_jax.rl.programs import compile_ahead, make_programs
 from medrlvr_jax.rl.train import step_programs
-from medrlvr_jax.rollout import generate as sample
-from medrlvr_jax.rollout import rollout
+from medrlvr_jax.rollout import generate, loops, rollout
 from medrlvr_jax.rollout.program import Program, array
 from medrlvr_jax.types import Prompts
 
@@ -113,9 +112,10 @@ def test_flops_of_programs_are_the_formulas():
     key, cfg = jax.eval_shape(lambda: jax.random.key(0)), CFG.run_with(narrow=False)
     for new in (R, 300):  # one loop, and two
         drawn = SampleConfig(questions=Q, samples=G, max_new_tokens=new)
-        jaxpr = sample.generate.trace(shapes(cfg), cfg, prompts, key, drawn, (1,), 0).jaxpr
+        settings = generate.DrawSettings(cfg, drawn, (1,), 0)
+        jaxpr = generate.generate.trace(shapes(cfg), prompts, key, settings).jaxpr
         assert flops.traced_flops(jaxpr) == flops.generate_flops(cfg, Q, P, G, new)
-    assert sample.loops(300) == [(1, 151), (151, 300)] and sample.loops(R) == [(1, R)]
+    assert loops.columns_of_loops(300) == [(1, 151), (151, 300)] and loops.columns_of_loops(R) == [(1, R)]
 
 
 def test_the_programs_are_those_that_train(tiny, monkeypatch):

@@ -207,7 +207,11 @@ def test_scores_and_weighted_sums_are_float32s():
     parts = (x[:, s] for s in (slice(first), slice(first, None)) for x in (k, v))
     pk, pv, ok, ov = (by_heads(x) for x in parts)
     one = attention.decode(
-        q[:, -1:], pk.swapaxes(2, 3), pv, ok[own].swapaxes(3, 4), ov[own], mask[:, :first], n - first - 1
+        q[:, -1:],
+        (pk.swapaxes(2, 3), pv),
+        (ok[own].swapaxes(3, 4), ov[own]),
+        mask[:, :first],
+        n - first - 1,
     )
     for found, expected in ((whole, want), (one, want[:, -1:])):
         np.testing.assert_allclose(

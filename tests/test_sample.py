@@ -8,7 +8,8 @@ import pytest
 from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.model import decoder, scoring, spec
 from medrlvr_jax.model.spec import DecoderConfig
-from medrlvr_jax.rollout import decode, generate
+from medrlvr_jax.rollout import decode, draw, generate, loops
+from medrlvr_jax.rollout.generate import DrawSettings
 from medrlvr_jax.types import Prompts
 
 CFG = DecoderConfig(
@@ -41,16 +42,8 @@ def prompts():
 
 def run(params, prompts, step=0, entropies=False, **settings):
     config = SampleConfig(questions=Q, **({"samples": G, "max_new_tokens": R} | settings))
-    return generate.generate(
-        params,
-        CFG,
-        prompts,
-        jax.random.fold_in(jax.random.key(0), step),
-        config,
-        STOPS,
-        PAD,
-        entropies=entropies,
-    )
+    key = jax.random.fold_in(jax.random.key(0), step)
+    return generate.generate(params, prompts, key, DrawSettings(CFG, config, STOPS, PAD, entropies))
 
 
 @pytest.mark.parametrize(
@@ -133,10 +126,10 @@ def test_inverse_cdf_draws_each_word_by_its_weight(words):
     weights[0] = 0.0
     n = 20_000
     uniforms = (np.arange(n, dtype=np.float32) + 0.5) / n
-    drawn = jax.jit(jax.vmap(lambda u: generate.inverse_cdf(jnp.asarray(weights), u)))(uniforms)
+    drawn = jax.jit(jax.vmap(lambda u: draw.inverse_cdf(jnp.asarray(weights), u)))(uniforms)
     shares = np.bincount(drawn, minlength=words) / n
     np.testing.assert_allclose(shares, weights / weights.sum(), atol=1.5 / n)
-    ends = jax.vmap(lambda u: generate.inverse_cdf(jnp.asarray(weights), u))(
+    ends = jax.vmap(lambda u: draw.inverse_cdf(jnp.asarray(weights), u))(
         np.array([0.0, np.nextafter(np.float32(1), np.float32(0))])
     )
     assert (weights[np.asarray(ends)] > 0).all()
@@ -149,36 +142,36 @@ def test_rounding_draws_no_word_of_weight_zero():
     rng = np.random.default_rng(0)
     weights = np.zeros(151_936, np.float32)
     weights[rng.choice(len(weights), 50, replace=False)] = np.exp(2.5 * rng.normal(size=50))
-    ends = np.asarray(jax.jit(jnp.cumsum)(jnp.asarray(weights).reshape(-1, generate.BLOCK).sum(-1)))
+    ends = np.asarray(jax.jit(jnp.cumsum)(jnp.asarray(weights).reshape(-1, draw.BLOCK).sum(-1)))
     below, above = np.float32(0), np.float32(1)
     edges = ends / ends[-1]
     uniforms = np.concatenate([edges, np.nextafter(edges, below), np.nextafter(edges, above)])
     uniforms = np.unique(uniforms[uniforms < 1])
-    drawn = np.asarray(jax.jit(jax.vmap(lambda u: generate.inverse_cdf(jnp.asarray(weights), u)))(uniforms))
+    drawn = np.asarray(jax.jit(jax.vmap(lambda u: draw.inverse_cdf(jnp.asarray(weights), u)))(uniforms))
     assert (weights[drawn] > 0).all() and len(np.unique(drawn)) == 50
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
 def test_top_k_keeps_k_and_ties(k):
     weights = np.random.default_rng(0).permutation(64).astype(np.float32) + 1
-    kept = np.asarray(generate.truncate(jnp.asarray(weights), k, 1.0))
+    kept = np.asarray(draw.truncate(jnp.asarray(weights), k, 1.0))
     assert set(kept[kept > 0]) == set(np.sort(weights)[-min(k, 64) :])
     tied = np.array([3.0, 2.0, 2.0, 1.0], np.float32)
-    np.testing.assert_array_equal(generate.truncate(jnp.asarray(tied), 2, 1.0), [3, 2, 2, 0])
+    np.testing.assert_array_equal(draw.truncate(jnp.asarray(tied), 2, 1.0), [3, 2, 2, 0])
 
 
 def test_top_p_keeps_the_smallest_set():
     np.testing.assert_array_equal(
-        generate.truncate(jnp.asarray([0.1, 0.5, 0.25, 0.15], jnp.float32), 0, 0.7), [0, 0.5, 0.25, 0]
+        draw.truncate(jnp.asarray([0.1, 0.5, 0.25, 0.15], jnp.float32), 0, 0.7), [0, 0.5, 0.25, 0]
     )
     np.testing.assert_array_equal(
-        generate.truncate(jnp.asarray([0.1, 0.5, 0.25, 0.15], jnp.float32), 0, 0.2), [0, 0.5, 0, 0]
+        draw.truncate(jnp.asarray([0.1, 0.5, 0.25, 0.15], jnp.float32), 0, 0.2), [0, 0.5, 0, 0]
     )
 
 
 def test_segments_halve_down_to_the_shortest():
-    assert generate.segment_ends(48) == [48] and generate.segment_ends(255) == [255]
-    assert generate.segment_ends(300) == [150, 300] and generate.segment_ends(1024) == [128, 256, 512, 1024]
+    assert loops.segment_ends(48) == [48] and loops.segment_ends(255) == [255]
+    assert loops.segment_ends(300) == [150, 300] and loops.segment_ends(1024) == [128, 256, 512, 1024]
 
 
 def test_rows_that_stop_make_room_and_change_nothing(params, prompts, monkeypatch):
@@ -188,13 +181,14 @@ def test_rows_that_stop_make_room_and_change_nothing(params, prompts, monkeypatc
     rng = np.random.default_rng(1)
     limits = np.clip(np.exp(rng.normal(2.5, 0.9, (Q, 16))), 1, 40).astype(np.int32)
     results = []
-    for halvings, segment in ((generate.HALVINGS, 8), (0, 40)):
-        monkeypatch.setattr(generate, "HALVINGS", halvings)
-        monkeypatch.setattr(generate, "SEGMENT", segment)
-        draw = jax.jit(generate.generate.__wrapped__, static_argnums=(1, 4, 5, 6))  # a program of its own
-        config = SampleConfig(questions=Q, samples=16, max_new_tokens=40, top_k=30)
-        results.append(draw(params, CFG, prompts, jax.random.key(3), config, STOPS, PAD, limits))
-        text = draw.lower(params, CFG, prompts, jax.random.key(3), config, STOPS, PAD, limits).as_text()
+    config = SampleConfig(questions=Q, samples=16, max_new_tokens=40, top_k=30)
+    args = params, prompts, jax.random.key(3), DrawSettings(CFG, config, STOPS, PAD), limits
+    for halvings, segment in ((loops.HALVINGS, 8), (0, 40)):
+        monkeypatch.setattr(loops, "HALVINGS", halvings)
+        monkeypatch.setattr(loops, "SEGMENT", segment)
+        program = jax.jit(generate.generate.__wrapped__, static_argnums=3)  # a program of its own
+        results.append(program(*args))
+        text = program.lower(*args).as_text()
         assert text.count("stablehlo.while") >= (1 + halvings) * (3 if segment == 8 else 1)
     a, b = results
     np.testing.assert_array_equal(a.tokens, b.tokens)

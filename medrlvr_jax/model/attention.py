@@ -146,14 +146,13 @@ def weigh(parts: list[tuple[Array, Array]]) -> tuple[list[Array], Array]:
 
 
 def decode(
-    q: Array, prompt_k: Array, prompt_v: Array, own_k: Array, own_v: Array, prompt_mask: Array, t: Array
+    q: Array, prompt: tuple[Array, Array], own: tuple[Array, Array], prompt_mask: Array, t: Array
 ) -> Array:
     """One token of each sample, q [Q, G, K, h, D], over its prompt's keys [Q, K, D, P] and values [Q, K, P,
-    D], and columns 0 … t of its own [Q, G, K, D, R] and [Q, G, K, R, D].
-
-    Two parts with one maximum and one sum. Keys lie with their positions last, so that a product with them
-    runs along memory as one with the values does: on CPU, those [.., R, D] took 4 to 6 times as long.
+    D], and columns 0 … t of its own [Q, G, K, D, R] and [Q, G, K, R, D]: two parts with one maximum and one
+    sum.
     """
+    (prompt_k, prompt_v), (own_k, own_v) = prompt, own
     by_heads = lambda y: y.swapaxes(1, 2)
     with_prompt = float_einsum("qkghd,qkdp->qkghp", by_heads(q), prompt_k)
     with_own = float_einsum("qgkhd,qgkdr->qgkhr", q, own_k)

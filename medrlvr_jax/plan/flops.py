@@ -14,7 +14,7 @@ from jax.extend import core
 
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model.spec import DecoderConfig
-from medrlvr_jax.rollout.generate import loops, segment_ends
+from medrlvr_jax.rollout.loops import columns_of_loops, segment_ends
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.types import Prompts
 
@@ -108,7 +108,7 @@ def generate_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int
     """Prefill, then each column's attention to the prompt and to all columns that the cache has then."""
     rows, pair = questions * samples, 2 * cfg.heads * cfg.head_dim
     prefill = questions * prompt * (weights(cfg) + pair * prompt)
-    loop_ends = zip(segment_ends(new), loops(new), strict=True)
+    loop_ends = zip(segment_ends(new), columns_of_loops(new), strict=True)
     pairs = sum((until - begin) * (prompt + room) for room, (begin, until) in loop_ends)
     steps = rows * ((new - 1) * weights(cfg) + pair * pairs)
     return 2.0 * (cfg.layers * (prefill + steps) + cfg.embed * cfg.vocab * rows * new)

@@ -48,6 +48,7 @@ from medrlvr_jax.rl.learn import adapt_kl, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
 from medrlvr_jax.rl.programs import Programs, make_programs
 from medrlvr_jax.rollout.assess import assess_settings
+from medrlvr_jax.rollout.generate import draw_settings
 from medrlvr_jax.rollout.program import Program, Recorder, a_key, abstract_prompts, array, sync_program
 from medrlvr_jax.rollout.rollout import Encoded, Scored, encode, place_prompts, reorder, score_rollout
 from medrlvr_jax.rollout.sync import make_weight_sync
@@ -274,11 +275,8 @@ def draw(training: Training, state: TrainState, prompts: Prompts, key: Array) ->
     """
     parts, programs = training.parts, training.programs
     params = programs.sync_weights(lora.join(training.frozen.base, state.policy.params))
-    stop_ids, pad_id = parts.tokenizer.stop_ids, parts.tokenizer.pad_id
-    sample = parts.config.sample
-    return programs.generate(
-        params, parts.sampler_cfg, prompts, key, sample, stop_ids, pad_id, entropies=False
-    )
+    settings = draw_settings(parts, parts.sampler_cfg, parts.config.sample)
+    return programs.generate(params, prompts, key, settings)
 
 
 def assess(training: Training, state: TrainState, prompts: Prompts, rollout: Rollout) -> Assessment:
@@ -288,7 +286,7 @@ def assess(training: Training, state: TrainState, prompts: Prompts, rollout: Rol
         frozen = sharding.to_memory(frozen, "device")
     critic = state.critic and state.critic.params
     settings = assess_settings(parts)
-    return training.programs.assess(frozen, state.policy.params, critic, prompts, rollout, **settings)
+    return training.programs.assess(frozen, state.policy.params, critic, prompts, rollout, settings)
 
 
 def advantages(

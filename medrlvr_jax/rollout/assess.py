@@ -1,10 +1,10 @@
-"""What the trainer's own pass says of responses: log-probs and entropy by the policy, log-probs by the
+"""What the trainer's own pass computes of responses: log-probs and entropy by the policy, log-probs by the
 reference, the critic's values.
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 
@@ -12,88 +12,84 @@ from medrlvr_jax.build import Parts
 from medrlvr_jax.model import lora, scoring
 from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.sharding import by_rows, join_rows, split_rows
-from medrlvr_jax.types import Assessment, Frozen, Params, Prompts, Rollout
+from medrlvr_jax.types import Array, Assessment, Frozen, Params, Prompts, Rollout
+
+
+@dataclass(frozen=True)
+class AssessSettings:
+    """How responses are assessed: constants of the compiled program."""
+
+    cfg: DecoderConfig
+    critic_cfg: DecoderConfig
+    temperature: float
+    slab: int  # tokens: see `scoring.token_logprobs`
+    sizes: tuple[int, ...]  # tokens of a row: see `scoring.at_row_size`
+    micro: int  # questions at a time
+
+
+def assess_settings(parts: Parts) -> AssessSettings:
+    """Of a training step."""
+    c = parts.config
+    sizes = scoring.row_sizes(c.learn.row_sizes, c.sample.samples, c.sample.max_new_tokens)
+    q, micro = c.sample.questions, c.learn.microbatch or c.learn.minibatch
+    micro = max(micro * k for k in range(1, 5) if q % (micro * k) == 0)  # a forward pass alone keeps less
+    return AssessSettings(parts.cfg, parts.critic_cfg, c.sample.temperature, c.model.logit_slab, sizes, micro)
 
 
 def assess_alone(policy: Params, parts: Parts, prompts: Prompts, rollout: Rollout) -> Assessment:
-    """What the policy, whole, says of responses that are there, by the training's own pass; no reference and
-    no critic.
-    """
-    learn, rows = parts.config.learn, len(rollout.tokens)
-    settings = {
-        "cfg": parts.cfg,
-        "critic_cfg": parts.critic_cfg,
-        "temperature": 1.0,
-        "slab": parts.config.model.logit_slab,
-    }
-    sizes = (rollout.tokens.shape[1] * rollout.tokens.shape[2],)
-    micro = math.gcd(rows, learn.microbatch or learn.minibatch)
-    return assess(Frozen({}, None), policy, None, prompts, rollout, **settings, sizes=sizes, micro=micro)
+    """The policy's part for responses from anywhere, at temperature 1; no reference and no critic."""
+    c, (questions, samples, length) = parts.config, rollout.tokens.shape
+    micro = math.gcd(questions, c.learn.microbatch or c.learn.minibatch)
+    settings = AssessSettings(
+        parts.cfg, parts.critic_cfg, 1.0, c.model.logit_slab, (samples * length,), micro
+    )
+    return assess(Frozen({}, None), policy, None, prompts, rollout, settings)
 
 
-@partial(jax.jit, static_argnames=("cfg", "critic_cfg", "temperature", "slab", "sizes", "micro"))
+@partial(jax.jit, static_argnames="settings")
 def assess(
     frozen: Frozen,
     policy: Params,
     critic: Params | None,
     prompts: Prompts,
     rollout: Rollout,
-    *,
-    cfg: DecoderConfig,
-    critic_cfg: DecoderConfig,
-    temperature: float,
-    slab: int,
-    sizes: tuple[int, ...],
-    micro: int,
+    settings: AssessSettings,
 ) -> Assessment:
-    """What the trainer itself says of the rollout before learning: log-probs, the reference's, and values.
-
-    `policy` and `critic` are what is trained of them; the reference is computed without adapters. `micro`
-    questions at a time, each at the least of `sizes` that holds them (`scoring.at_row_size`).
+    """A rollout before it is learned from. `policy` and `critic` are what is trained of them; the reference
+    is computed without adapters.
     """
+    cfg = settings.cfg
 
-    def read(rows, trained, cfg, size, of):
+    def logprobs_at(
+        rows: scoring.Rows, trained: Params, cfg: DecoderConfig, size: int
+    ) -> tuple[Array, Array]:
         params = lora.join(frozen.base, trained)
-        return scoring.at_responses(params, cfg, rows, size, partial(of, params, cfg))
+        read = partial(
+            scoring.token_logprobs, params, cfg, temperature=settings.temperature, slab=settings.slab
+        )
+        return scoring.at_responses(params, cfg, rows, size, read)
 
-    def logprobs(params, cfg, hidden, tokens):
-        return scoring.token_logprobs(params, cfg, hidden, tokens, temperature, slab)
-
-    def values(params, cfg, hidden, tokens):
-        return scoring.values(params, cfg, hidden)
+    def values_at(rows: scoring.Rows, trained: Params, size: int) -> Array:
+        params, critic_cfg = lora.join(frozen.base, trained), settings.critic_cfg
+        read = lambda hidden, _: scoring.values(params, critic_cfg, hidden)
+        return scoring.at_responses(params, critic_cfg, rows, size, read)
 
     def at(rows: scoring.Rows, size: int) -> Assessment:
-        ref = found = None
+        ref_logprobs = values = None
         with jax.named_scope("assess_policy"):
-            own, entropy = read(rows, policy, cfg, size, logprobs)
+            logprobs, entropy = logprobs_at(rows, policy, cfg, size)
         with jax.named_scope("assess_reference"):
             if frozen.reference is not None:
-                ref, _ = read(rows, frozen.reference, lora.off(cfg), size, logprobs)
+                ref_logprobs, _ = logprobs_at(rows, frozen.reference, lora.off(cfg), size)
         with jax.named_scope("assess_critic"):
             if critic is not None:
-                found = read(rows, critic, critic_cfg, size, values)
-        return Assessment(own, entropy, ref, found)
+                values = values_at(rows, critic, size)
+        return Assessment(logprobs, entropy, ref_logprobs, values)
 
     def part(rows: scoring.Rows) -> Assessment:
-        return scoring.at_row_size(rows.mask, sizes, partial(at, rows))
+        return scoring.at_row_size(rows.mask, settings.sizes, partial(at, rows))
 
     rows = scoring.Rows(prompts, rollout.tokens, rollout.mask)
-    if micro == len(rows.tokens):
+    if settings.micro == len(rows.tokens):
         return by_rows(part(rows))
-    return by_rows(join_rows(jax.lax.map(part, split_rows(rows, micro))))
-
-
-def assess_settings(parts: Parts) -> dict[str, Any]:
-    """The static arguments of `assess`."""
-    c = parts.config
-    sizes = scoring.row_sizes(c.learn.row_sizes, c.sample.samples, c.sample.max_new_tokens)
-    q, micro = c.sample.questions, c.learn.microbatch or c.learn.minibatch
-    micro = max(micro * k for k in range(1, 5) if q % (micro * k) == 0)  # a forward pass alone keeps less
-    return {
-        "cfg": parts.cfg,
-        "critic_cfg": parts.critic_cfg,
-        "temperature": c.sample.temperature,
-        "slab": c.model.logit_slab,
-        "sizes": sizes,
-        "micro": micro,
-    }
+    return by_rows(join_rows(jax.lax.map(part, split_rows(rows, settings.micro))))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from medrlvr_jax import sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import SampleConfig
-from medrlvr_jax.rollout.generate import generate
+from medrlvr_jax.rollout.generate import draw_settings, generate
 from medrlvr_jax.rollout.sync import WeightSync, abstract_decode
 from medrlvr_jax.types import Prompts
 
@@ -71,15 +71,13 @@ def abstract_prompts(parts: Parts, questions: int, width: int) -> Prompts:
 
 
 def draw_program(parts: Parts, sample: SampleConfig, width: int, name: str) -> Program:
-    """`generate` as an evaluation calls it, by `rollout.draw`."""
+    """`generate` as an evaluation calls it, by `rollout.sample_and_score`."""
     params, prompts = abstract_decode(parts, parts.cfg), abstract_prompts(parts, sample.questions, width)
-    stop_ids, pad_id = parts.tokenizer.stop_ids, parts.tokenizer.pad_id
-    args = params, parts.cfg, prompts, a_key(parts), sample, stop_ids, pad_id
-    return Program(name, generate, args, {"entropies": False})
+    settings = draw_settings(parts, parts.cfg, sample)
+    return Program(name, generate, (params, prompts, a_key(parts), settings))
 
 
 def sync_program(sync_weights: WeightSync) -> list[Program]:
     """The copy to the sampling layout, if there is anything to copy."""
-    return (
-        [Program("sync_weights", sync_weights.program, (sync_weights.moved,))] if sync_weights.moved else []
-    )
+    moved = sync_weights.moved
+    return [Program("sync_weights", sync_weights.program, (moved,))] if moved else []

@@ -21,12 +21,11 @@ from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
-from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rewards import Verdicts, grade, parse, stages
 from medrlvr_jax.rewards.base import toss
 from medrlvr_jax.rewards.parse import judged_beginning
 from medrlvr_jax.rewards.user import Rewards
-from medrlvr_jax.rollout.generate import generate
+from medrlvr_jax.rollout.generate import draw_settings, generate
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
 
@@ -200,22 +199,6 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
     return place_rows(encoded.prompts(index[own], parts.tokenizer.pad_id), len(index), parts.mesh)
 
 
-def draw(
-    decode_params: Params,
-    cfg: DecoderConfig,
-    parts: Parts,
-    prompts: Prompts,
-    key: Array,
-    sample: SampleConfig,
-    entropies: bool = False,
-) -> Rollout:
-    """Responses to `prompts` by a sampler `cfg`."""
-    tokenizer = parts.tokenizer
-    return generate(
-        decode_params, cfg, prompts, key, sample, tokenizer.stop_ids, tokenizer.pad_id, entropies=entropies
-    )
-
-
 def sample_and_score(
     decode_params: Params,
     parts: Parts,
@@ -226,9 +209,8 @@ def sample_and_score(
     entropies: bool = False,
 ) -> Scored:
     """Evaluation's whole job. With `entropies`, also the mean entropy of each response."""
-    rollout = draw(
-        decode_params, parts.cfg, parts, place_prompts(parts, encoded, index), key, sample, entropies
-    )
+    settings = draw_settings(parts, parts.cfg, sample, entropies)
+    rollout = generate(decode_params, place_prompts(parts, encoded, index), key, settings)
     scored = score_rollout(parts, encoded, index, rollout)
     if not entropies:
         return scored

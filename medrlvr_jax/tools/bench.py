@@ -41,8 +41,8 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.rewards import score
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.programs import make_programs
-from medrlvr_jax.rollout.generate import generate
-from medrlvr_jax.rollout.rollout import Encoded, draw, place_prompts, width
+from medrlvr_jax.rollout.generate import DrawSettings, draw_settings, generate
+from medrlvr_jax.rollout.rollout import Encoded, place_prompts, width
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.sharding import place_rows
 from medrlvr_jax.types import Experience, Prompts
@@ -129,17 +129,10 @@ def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     limits = lengths(args)
     stops = (parts.cfg.vocab,)  # none that can be drawn: how long a row gets is the case's to say
 
+    settings = DrawSettings(parts.sampler_cfg, parts.config.sample, stops, parts.tokenizer.pad_id)
+
     def run():
-        return generate(
-            params,
-            parts.sampler_cfg,
-            prompts,
-            jax.random.key(0),
-            parts.config.sample,
-            stops,
-            parts.tokenizer.pad_id,
-            limits,
-        )
+        return generate(params, prompts, jax.random.key(0), settings, limits)
 
     times = clock(run, args.runs)
     mask, weights = run().mask, sum(p.size for p in jax.tree.leaves(params))
@@ -238,7 +231,8 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
     def alone():
         batches = [place_prompts(parts, encoded, np.arange(i, i + size)) for i in range(0, 4 * size, size)]
-        return [draw(params, parts.cfg, parts, prompts, jax.random.key(0), sample) for prompts in batches]
+        settings = draw_settings(parts, parts.cfg, sample)
+        return [generate(params, prompts, jax.random.key(0), settings) for prompts in batches]
 
     pairs = list(zip(*by_turns([whole, alone], args.runs), strict=True))
     overhead = statistics.median(a / b - 1 for a, b in pairs)

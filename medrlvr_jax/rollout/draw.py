@@ -1,0 +1,120 @@
+"""One token from a row of logits: its noise, truncation, and the choice.
+
+Noise is counter-based: the uniform behind a token is a function of (seed, step, question, sample, position)
+alone, so a sample is the same whatever the batch, the padding or the mesh.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from medrlvr_jax.config.schema import SampleConfig
+from medrlvr_jax.model.scoring import entropy
+from medrlvr_jax.types import Array
+
+BLOCK = 128  # words per block of the two-level inverse CDF
+
+
+def noise(key: Array, ids: Array, groups: int, length: int) -> Array:
+    """One uniform per (question, sample, position): [Q, G, R]."""
+    each = jax.vmap(jax.random.fold_in, (None, 0))
+    of_question = lambda key: jax.vmap(each, (0, None))(each(key, jnp.arange(groups)), jnp.arange(length))
+    return jax.vmap(jax.vmap(jax.vmap(jax.random.uniform)))(jax.vmap(of_question)(each(key, ids)))
+
+
+def is_stop(token: Array, stop_ids: tuple[int, ...]) -> Array:
+    return jnp.isin(token, jnp.array(stop_ids, jnp.int32))
+
+
+def draw_token(
+    scores: Array, uniforms: Array, t: Array, sample: SampleConfig, stop_ids: tuple[int, ...]
+) -> tuple[Array, Array, Array, Array]:
+    """One token per row from float32 scores [Q, G, V] and uniforms [Q, G]; its log-prob as drawn, and under
+    the policy (at the same temperature); the policy's entropy.
+    """
+    policy = scores / (sample.temperature or 1.0)
+    policy_total = jax.nn.logsumexp(policy, axis=-1)
+    allowed = policy
+    if sample.min_new_tokens:
+        forbidden = jnp.zeros(scores.shape[-1], bool).at[jnp.array(stop_ids)].set(True)
+        allowed = jnp.where(forbidden & (t < sample.min_new_tokens), -jnp.inf, allowed)
+    if sample.temperature == 0:
+        token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
+        drawn = jnp.zeros(token.shape, jnp.float32)
+    else:
+        weights = truncate(jnp.exp(allowed - allowed.max(-1, keepdims=True)), sample.top_k, sample.top_p)
+        token = inverse_cdf(weights, uniforms)
+        drawn = jnp.log(pick(weights, token)) - jnp.log(weights.sum(-1))
+    chosen = pick(policy, token) - policy_total
+    return token, (drawn if truncated(sample) else chosen), chosen, entropy(policy, policy_total)
+
+
+def truncated(sample: SampleConfig) -> bool:
+    """Whether tokens are drawn from another distribution than the policy's at this temperature."""
+    return bool(sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0)
+
+
+def pick(x: Array, index: Array) -> Array:
+    return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+
+
+def truncate(weights: Array, top_k: int, top_p: float) -> Array:
+    """Zero all but the top k, then all but the smallest set that holds top_p of the rest. Ties at the border
+    stay.
+
+    Exact and without a sort: positive floats order as their bit patterns do, so 31 halvings find the border
+    itself.
+    """
+    if top_k and top_k < weights.shape[-1]:
+        weights = _keep_heaviest(weights, lambda kept: kept.sum(-1, dtype=jnp.int32) >= top_k)
+    if top_p < 1:
+        wanted = top_p * weights.sum(-1)
+        weights = _keep_heaviest(weights, lambda kept: jnp.where(kept, weights, 0).sum(-1) >= wanted)
+    return weights
+
+
+def _keep_heaviest(weights: Array, enough: Callable[[Array], Array]) -> Array:
+    """Keep weights at or above the highest border at which `enough(kept)` still holds."""
+    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds  # enough at low, not at high
+        middle = low + (high - low) // 2
+        holds = enough(bits >= middle[..., None])
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    start = jnp.zeros(weights.shape[:-1], jnp.int32), jnp.full(weights.shape[:-1], 0x7F800000, jnp.int32)
+    border, _ = jax.lax.fori_loop(0, 31, halve, start)
+    return jnp.where(bits >= border[..., None], weights, 0.0)
+
+
+def inverse_cdf(weights: Array, uniforms: Array) -> Array:
+    """The index whose share of the cumulative weights [..., V] holds `uniforms` [...] of the total; never one
+    of weight 0.
+
+    One uniform per row in place of a Gumbel per word. Two levels (blocks, then inside one) keep the sums
+    short and exact.
+    """
+    padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % BLOCK)])
+    blocks = padded.reshape(*weights.shape[:-1], -1, BLOCK)
+    sums = blocks.sum(-1)
+    ends = jnp.cumsum(sums, -1)
+    target = uniforms * ends[..., -1]
+    block = _first_above(ends, sums, target)
+    start = jnp.where(block > 0, pick(ends, jnp.maximum(block - 1, 0)), 0.0)
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    offset = _first_above(jnp.cumsum(inside, -1), inside, target - start)
+    return (block * BLOCK + offset).astype(jnp.int32)
+
+
+def _first_above(ends: Array, parts: Array, target: Array) -> Array:
+    """The first index that weighs anything from where the running end exceeds target on; past the end, the
+    last one that does.
+
+    Running ends are rounded, each in its own order: they may grow, or pass the target, at an index of weight
+    0.
+    """
+    index, first = jnp.arange(parts.shape[-1]), (ends <= target[..., None]).sum(-1, keepdims=True)
+    last = jnp.where(parts > 0, index, 0).max(-1, keepdims=True)
+    return jnp.where((parts > 0) & (index >= first), index, last).min(-1)
