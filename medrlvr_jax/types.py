@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
-from jaxtyping import Bool, Float32, Int32, UInt32
+from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
 Array = Any  # jax.Array on the device, numpy on the host
 Params = Any
@@ -41,19 +41,34 @@ class Mean(NamedTuple):
 
 
 @pytree
+class Vision:
+    """What the decoder reads of the images in a batch of prompts."""
+
+    features: Float[Array, "Q T E"]  # the vision tower's image tokens
+    slots: Int32[Array, "Q P"]  # which of the features stands in a column; -1: the column holds text
+    positions: Int32[Array, "Q P 3"]  # in time, by row and by column; 0 on padding
+    next_position: Int32[Array, " Q"]
+
+
+@pytree
 class Prompts:
     tokens: Int32[Array, "Q P"]  # left-padded
     mask: Bool[Array, "Q P"]  # False on padding
     ids: UInt32[Array, " Q"]  # the questions' own numbers: sampling noise is keyed by them
+    vision: Vision | None = None  # None: no question has an image
 
     @property
-    def positions(self) -> Int32[Array, "Q P"]:
-        """0, 1, … from the first token on; 0 on padding."""
+    def positions(self) -> Int32[Array, "Q P *axes"]:
+        """0, 1, … from the first token on; 0 on padding. With images, along three axes."""
+        if self.vision is not None:
+            return self.vision.positions
         return jax.numpy.maximum(jax.numpy.cumsum(self.mask, axis=1) - 1, 0)
 
     @property
     def next_position(self) -> Int32[Array, " Q"]:
-        """Of a response's first token."""
+        """Of a response's first token, along every axis."""
+        if self.vision is not None:
+            return self.vision.next_position
         return self.mask.sum(1)
 
 

@@ -4,20 +4,25 @@ Against transformers itself where torch is installed, else (and as well) against
 change of transformers is meant: `python tests/make_vision.py`.
 """
 
+import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from make_vision import CONFIGS, GOLDEN, SIZES, make, pictures, reference
+from make_vision import CONFIGS, GOLDEN, NEW, SIZES, make, pad, pictures, reference, rows
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.data import images
-from medrlvr_jax.model import vision
+from medrlvr_jax.model import decoder, scoring, spec, vision
 from medrlvr_jax.model import weights as hf
+from medrlvr_jax.rollout import decode
+from medrlvr_jax.types import Prompts
 
 TOLERANCE = 1e-5  # of the largest value
 
@@ -29,11 +34,12 @@ def directory(tmp_path_factory):
 
 @cache
 def load(path):
-    """Configuration and tower of a directory."""
+    """Configuration, tower and decoder of a directory."""
     cfg = hf.read_config(path)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    places = sharding.shardings(vision.abstract(cfg.vision), mesh, sharding.TRAIN)
-    return cfg, hf.load_params(path, cfg, {"vision": places}, "float32")["vision"]
+    whole = spec.abstract(cfg) | {"vision": vision.abstract(cfg.vision)}
+    params = hf.load_params(path, cfg, sharding.shardings(whole, mesh, sharding.TRAIN), "float32")
+    return cfg, params["vision"], {name: p for name, p in params.items() if name != "vision"}
 
 
 def grids(cfg):
@@ -55,21 +61,69 @@ def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max())
 
 
+def prompts_of(cfg, seen):
+    of_questions = grids(cfg)
+    tokens = rows([[grid.tokens for grid in row] for row in of_questions])
+    ids, mask = pad(tokens)
+    placed = images.place(tokens, of_questions, seen, ids.shape[1], cfg.vision)
+    return Prompts(ids.astype(np.int32), mask.astype(bool), np.arange(len(ids), dtype=np.uint32), placed)
+
+
 @cache
-def live(path):
+def ours(path):
+    """What `reference` computes of transformers."""
+    cfg, tower, params = load(path)
+    flat, seen = features(cfg, tower)
+    prompts = prompts_of(cfg, seen)
+    logits = jax.jit(lambda p: decoder.logits(p, cfg, decoder.forward(p, cfg, prompts)[0]))(params)
+    return {
+        "features": flat,
+        "positions": prompts.positions,
+        "next": prompts.next_position,
+        "logits": np.where(prompts.mask[..., None], logits, 0),
+        "greedy": greedy(params, cfg, prompts),
+    }
+
+
+def greedy(params, cfg, prompts):
+    """Prefill, then a token at a time; the trainer's pass over the result agrees with what chose it."""
+    n, width = prompts.tokens.shape
+    hidden, prompt = jax.jit(partial(decode.prefill, cfg=cfg))(params, prompts=prompts)
+    caches, layers = decode.start_caches(cfg, prompt, 1, NEW), decode.split_layers(params, cfg)
+    rope = decoder.rope_tables(jnp.arange(width + NEW), cfg)
+
+    @jax.jit
+    def step(params, tokens, caches, t):
+        states, grown = decode.decode_step(params, cfg, layers, rope, tokens, prompts, caches, t)
+        return decoder.logits(params, cfg, states), grown
+
+    logits = [decoder.logits(params, cfg, hidden)[:, None]]
+    for t in range(NEW - 1):
+        new, caches = step(params, jnp.argmax(logits[-1], -1), caches, t)
+        logits.append(new)
+    tokens = np.asarray(jnp.argmax(jnp.stack(logits, 2), -1))
+    states = jax.jit(lambda p: scoring.hidden_states(p, cfg, prompts, tokens))(params)
+    close(np.asarray(jnp.stack(logits, 2)), np.asarray(decoder.logits(params, cfg, states)))
+    return tokens.reshape(n, NEW)
+
+
+def agree(ours, theirs):
+    for name in ("positions", "next", "greedy"):
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    for name in ("features", "logits"):
+        close(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_as_transformers_was(kind, directory):
+    golden = np.load(GOLDEN)
+    agree(ours(directory(kind)), {name: golden[f"{kind}.{name}"] for name in ours(directory(kind))})
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_as_transformers_is(kind, directory):
     pytest.importorskip("torch")
-    return reference(path)
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_features_as_transformers_had_them(kind, directory):
-    close(features(*load(directory(kind)))[0], np.load(GOLDEN)[f"{kind}.features"])
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_features_as_transformers_has_them(kind, directory):
-    theirs = live(directory(kind))
-    close(features(*load(directory(kind)))[0], theirs["features"])
+    agree(ours(directory(kind)), reference(directory(kind)))
 
 
 FAULTS = {
@@ -83,15 +137,68 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_would_show(fault, directory):
-    cfg, tower = load(directory("qwen2_5_vl"))
+    cfg, tower, _ = load(directory("qwen2_5_vl"))
     wrong = features(replace(cfg, vision=FAULTS[fault](cfg.vision)), tower)[0]
     assert np.abs(wrong - np.load(GOLDEN)["qwen2_5_vl.features"]).max() > 0.05
+
+
+DECODER_FAULTS = {
+    "rows and columns swapped": lambda c, p: (replace(c, rope_axes=tuple(-a % 3 for a in c.rope_axes)), p),
+    "text's positions": lambda c, p: (replace(c, rope_axes=(0,) * len(c.rope_axes)), p),
+    "features in another order": lambda c, p: (
+        c,
+        replace(p, vision=replace(p.vision, slots=np.where(p.vision.slots < 0, -1, p.vision.slots ^ 1))),
+    ),
+    "one column to the left": lambda c, p: (
+        c,
+        replace(p, vision=replace(p.vision, slots=np.roll(p.vision.slots, -1, 1))),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", DECODER_FAULTS)
+def test_a_fault_of_the_decoder_would_show(fault, directory):
+    cfg, tower, params = load(directory("qwen2_vl"))
+    cfg, prompts = DECODER_FAULTS[fault](cfg, prompts_of(cfg, features(cfg, tower)[1]))
+    wrong = decoder.logits(params, cfg, decoder.forward(params, cfg, prompts)[0])
+    right = np.load(GOLDEN)["qwen2_vl.logits"]
+    assert np.abs(np.where(prompts.mask[..., None], wrong, 0) - right).max() > 0.05
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_is_exported_is_the_same_model(kind, directory, tmp_path):
+    """Ours is read by transformers, and what transformers saves, under its new names, by us."""
+    path, out = directory(kind), tmp_path / "ours"
+    cfg, _, params = load(path)
+    hf.save_params(params, cfg, path, out)
+    with (
+        safe_open(out / "model.safetensors", framework="np") as saved,
+        safe_open(path / "model.safetensors", framework="np") as source,
+    ):
+        assert set(saved.keys()) == set(source.keys())
+        assert all(np.array_equal(saved.get_tensor(n), source.get_tensor(n)) for n in source.keys())
+    assert (out / "preprocessor_config.json").read_bytes() == (path / "preprocessor_config.json").read_bytes()
+    pytest.importorskip("torch")
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    model.save_pretrained(tmp_path / "theirs")
+    saved = load_file(tmp_path / "theirs" / "model.safetensors")
+    new = {re.sub("^model.", "model.language_model.", name): t for name, t in saved.items()}
+    save_file(
+        {re.sub("^visual", "model.visual", name): t for name, t in new.items()},
+        tmp_path / "theirs" / "model.safetensors",
+    )
+    again = load(tmp_path / "theirs")
+    assert replace(again[0], vision=cfg.vision) == cfg
+    for one, other in zip(jax.tree.leaves(again[1:]), jax.tree.leaves(load(path)[1:]), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_parameter_of_the_tower_matters(kind, directory):
     """So a forgotten one would fail the tests above."""
-    cfg, tower = load(directory(kind))
+    cfg, tower, _ = load(directory(kind))
     arranged = images.arrange([pictures()[2]], 4, cfg.vision)
     see = jax.jit(lambda p: vision.tower(p, cfg.vision, arranged, jnp.float32))
     usual, draw = np.asarray(see(tower)), np.random.RandomState(0)
@@ -105,7 +212,7 @@ def test_every_parameter_of_the_tower_matters(kind, directory):
 
 def test_another_image_changes_nothing(directory):
     """An image's features do not depend on what else is in the question, in the batch or in empty slots."""
-    cfg, tower = load(directory("qwen2_5_vl"))
+    cfg, tower, _ = load(directory("qwen2_5_vl"))
     see = jax.jit(lambda x: vision.tower(tower, cfg.vision, x, jnp.float32))
     [both, *_] = pictures()
     together = np.asarray(see(images.arrange([both], 8, cfg.vision)))[0]

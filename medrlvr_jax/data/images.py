@@ -13,7 +13,7 @@ import math
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
@@ -23,6 +23,7 @@ from medrlvr_jax.data.question import DataError
 from medrlvr_jax.host import files
 from medrlvr_jax.model.spec import VisionConfig
 from medrlvr_jax.model.vision import Images
+from medrlvr_jax.types import Vision
 
 Source = str | bytes  # a file's path, or what such a file holds
 MAX_PIXELS = 89_478_485  # beyond it, a small file may ask for more memory than there is; Pillow's own limit
@@ -213,3 +214,43 @@ def token_slots(grids: tuple[Grid, ...], cfg: VisionConfig) -> Int32[np.ndarray,
         out.append(place)
         start += len(held)
     return np.concatenate(out) if out else np.zeros(0, np.int32)
+
+
+# ---- prompts ----
+
+
+def positions(
+    tokens: list[int], grids: tuple[Grid, ...], image_token: int
+) -> tuple[Int32[np.ndarray, "P 3"], int]:
+    """Each token's position in time, by row and by column, and that of the token after the prompt (M-RoPE).
+
+    Text counts on along all axes. An image's tokens share one time; after it, text goes on behind the larger
+    of its sides.
+    """
+    out, start, column = np.zeros((len(tokens), 3), np.int32), 0, 0
+    waiting = iter(grids)
+    while column < len(tokens):
+        if tokens[column] != image_token:
+            out[column] = start
+            column, start = column + 1, start + 1
+            continue
+        grid = next(waiting)
+        places = np.divmod(np.arange(grid.tokens), grid.columns)
+        out[column : column + grid.tokens] = start + np.stack([np.zeros_like(places[0]), *places], -1)
+        column, start = column + grid.tokens, start + max(grid)
+    return out, start
+
+
+def place(
+    rows: list[list[int]], grids: list[tuple[Grid, ...]], features: Any, width: int, cfg: VisionConfig
+) -> Vision:
+    """What the decoder reads of the images of left-padded prompts: `rows` are their tokens, `grids` their
+    images' sizes, `features` what the tower gives of them.
+    """
+    slots, places = np.full((len(rows), width), -1, np.int32), np.zeros((len(rows), width, 3), np.int32)
+    after = np.zeros(len(rows), np.int32)
+    for q, (tokens, of_question) in enumerate(zip(rows, grids, strict=True)):
+        start = width - len(tokens)
+        slots[q, start:][np.array(tokens) == cfg.image_token] = token_slots(of_question, cfg)
+        places[q, start:], after[q] = positions(tokens, of_question, cfg.image_token)
+    return Vision(features, slots, places, after)

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int8
 
 from medrlvr_jax.model import attention
 from medrlvr_jax.model.cpu import linear
 from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig
 from medrlvr_jax.sharding import constrain, gather
-from medrlvr_jax.types import Array, Params, Prompts
+from medrlvr_jax.types import Array, Params, Prompts, Vision
 
 Layer = Mapping[str, Array]
 # cosines and sines of the positions' angles
@@ -66,14 +67,18 @@ def rms_norm(
     return (x32 * scale.astype(jnp.float32)).astype(dtype)
 
 
-def rope_tables(positions: Int[Array, "*N"], cfg: DecoderConfig) -> Rope:
-    """Cosines and sines [*N, D/2] of the rotary angles at `positions` (Su et al. 2021, arXiv 2104.09864)."""
+def rope_tables(positions: Int[Array, "*N"], cfg: DecoderConfig, by_axis: bool = False) -> Rope:
+    """Cosines and sines [*N, D/2] of the rotary angles at `positions` (Su et al. 2021, arXiv 2104.09864).
+
+    `by_axis`: the positions are [*N, 3], and each frequency follows one axis (M-RoPE, arXiv 2409.12191).
+    """
     freqs = cfg.rope_theta ** (-jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
     if s := cfg.rope_scaling:
         turns = s.original_length * freqs / (2 * jnp.pi)
         blend = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
         freqs = blend * freqs + (1 - blend) * freqs / s.factor
-    angles = positions[..., None].astype(jnp.float32) * freqs
+    each = positions[..., np.array(cfg.rope_axes)] if by_axis else positions[..., None]
+    angles = each.astype(jnp.float32) * freqs
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -219,7 +224,9 @@ def forward(
     """
     packed, positions, groups = pack(prompts, tokens, columns)
     x = constrain(embed_lookup(params["embed"], packed, cfg), "batch", None, None)
-    rope = rope_tables(positions, cfg)
+    if prompts.vision is not None:
+        x = put_images(x, prompts.vision)
+    rope = rope_tables(positions, cfg, prompts.vision is not None)
 
     @partial(jax.checkpoint, policy=REMAT[cfg.execution.remat], prevent_cse=False)
     def step(x: Array, layer: Layer):
@@ -228,6 +235,14 @@ def forward(
 
     x, cache = jax.lax.scan(step, x, params["layers"])
     return rms_norm(x, params["norm"], cfg.norm_eps, cfg.execution.dtype), cache
+
+
+def put_images(x: Float32[Array, "Q N E"], vision: Vision) -> Float32[Array, "Q N E"]:
+    """The states with the vision tower's features in the columns of images, where they were zero."""
+    slots = vision.slots[..., None]
+    seen = jnp.take_along_axis(vision.features, jnp.maximum(slots, 0), axis=1).astype(x.dtype)
+    seen = jnp.where(slots >= 0, seen, 0)
+    return x + jnp.pad(seen, ((0, 0), (0, x.shape[1] - seen.shape[1]), (0, 0)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -269,18 +284,21 @@ embed_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 def pack(
     prompts: Prompts, tokens: Int[Array, "Q G R"] | None, columns: Int[Array, "Q G R"] | None
-) -> tuple[Int[Array, "Q N"], Int[Array, "Q N"], int]:
+) -> tuple[Int[Array, "Q N"], Int[Array, "Q N *axes"], int]:
     """`prompt | response 1 | … | response G` as one row, N = P + G·R: its tokens, their positions, and G.
 
-    Padding of the prompt becomes `NO_TOKEN`. `columns`: the column of each of `tokens` in its response; None:
-    0 … R − 1.
+    Padding and images of the prompt become `NO_TOKEN`. `columns`: the column of each of `tokens` in its
+    response; None: 0 … R − 1.
     """
-    known = jnp.where(prompts.mask, prompts.tokens, NO_TOKEN)
+    text = prompts.mask if prompts.vision is None else prompts.mask & (prompts.vision.slots < 0)
+    known = jnp.where(text, prompts.tokens, NO_TOKEN)
     if tokens is None:
         return known, prompts.positions, 0
     rows, groups, length = tokens.shape
     after = prompts.next_position[:, None, None] + (jnp.arange(length) if columns is None else columns)
     after = jnp.broadcast_to(after, tokens.shape).reshape(rows, -1)
+    if prompts.vision is not None:
+        after = jnp.broadcast_to(after[..., None], (*after.shape, 3))
     packed = jnp.concatenate([known, tokens.reshape(rows, -1)], 1)
     return packed, jnp.concatenate([prompts.positions, after], 1), groups
 

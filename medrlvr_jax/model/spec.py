@@ -97,8 +97,8 @@ class DecoderConfig:
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
     max_positions: int | None = None  # the longest row that the model was made for; None: not known
-    # Rotary frequencies that follow a position in time, by row and by column (M-RoPE); None: all follow one.
-    rope_sections: tuple[int, ...] | None = None
+    # With images: the position that each rotary frequency follows: in time (0), by row (1), by column (2).
+    rope_axes: tuple[int, ...] | None = None
     vision: VisionConfig | None = None  # None: the model sees no images
     execution: Execution = Execution()
 

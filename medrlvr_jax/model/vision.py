@@ -10,7 +10,7 @@ data/images.py makes `Images` on the host; the decoder reads the features in pla
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ class Images:
     pixels: UInt8[Array, "Q W S D"]  # of each patch: channel, row, column, flattened
     # of each patch: the number of its image within the question, or -1 in an empty slot; its row and column
     slots: Int32[Array, "Q W S 3"]
+
+
+def rope_axes(sections: Sequence[int]) -> tuple[int, ...]:
+    """The axis that each rotary frequency of the decoder follows: the first `sections[0]` time, then rows."""
+    return tuple(axis for axis, n in enumerate(sections) for _ in range(n))
 
 
 def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:

@@ -200,7 +200,7 @@ def read_config(path: str | Path) -> DecoderConfig:
         rope_scaling=RopeScaling(*(need(key, rope) for key in stretch)) if rope_type == "llama3" else None,
         max_positions=said.get("max_position_embeddings"),  # of a stretched rope: after the stretching
         **FAMILIES["qwen2" if sees else need("model_type")],
-        rope_sections=tuple(need("mrope_section", rope)) if sees else None,
+        rope_axes=vision.rope_axes(need("mrope_section", rope)) if sees else None,
         vision=vision.read_config(given, file.parent) if sees else None,
     )
 
