@@ -88,18 +88,17 @@ def ours(path):
 def greedy(params, cfg, prompts):
     """Prefill, then a token at a time; the trainer's pass over the result agrees with what chose it."""
     n, width = prompts.tokens.shape
-    hidden, prompt = jax.jit(partial(decode.prefill, cfg=cfg))(params, prompts=prompts)
-    caches, layers = decode.start_caches(cfg, prompt, 1, NEW), decode.split_layers(params, cfg)
-    rope = decoder.rope_tables(jnp.arange(width + NEW), cfg)
+    hidden, prompt_caches = jax.jit(partial(decode.prefill, cfg=cfg))(params, prompts=prompts)
+    weights, caches = decode.prepare(params, cfg, width + NEW), decode.empty_caches(cfg, n, 1, NEW)
 
     @jax.jit
-    def step(params, tokens, caches, t):
-        states, grown = decode.decode_step(params, cfg, layers, rope, tokens, prompts, caches, t)
-        return decoder.logits(params, cfg, states), grown
+    def step(weights, tokens, caches, t):
+        states, grown = decode.decode_step(weights, cfg, tokens, prompts, prompt_caches, caches, t)
+        return decoder.logits(weights.params, cfg, states), grown
 
     logits = [decoder.logits(params, cfg, hidden)[:, None]]
     for t in range(NEW - 1):
-        new, caches = step(params, jnp.argmax(logits[-1], -1), caches, t)
+        new, caches = step(weights, jnp.argmax(logits[-1], -1), caches, t)
         logits.append(new)
     tokens = np.asarray(jnp.argmax(jnp.stack(logits, 2), -1))
     states = jax.jit(lambda p: scoring.hidden_states(p, cfg, prompts, tokens))(params)
