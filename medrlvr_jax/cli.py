@@ -126,12 +126,12 @@ def command(group: Group) -> Callable[[Callable[..., int]], Callable[..., int]]:
     return lambda function: app.command(function, group=group, sort_key=function.__code__.co_firstlineno)
 
 
-def finish(summary: dict[str, Any]) -> int:
-    """Print the table of a finished run. A run that a signal stopped has that signal's exit status."""
-    from medrlvr_jax.report.pictures import table
+def finish(summary: dict[str, Any], folder: Path) -> int:
+    """Print a run's end; other processes than 0 have none. One that a signal stopped has its exit status."""
+    from medrlvr_jax.report.ending import ending
 
-    if summary.get("eval"):
-        print(table(summary))
+    if summary:
+        print(ending(summary, folder))
     return int(summary.get("exit_status", 0))
 
 
@@ -165,11 +165,13 @@ def train(config: Config, /, *settings: Settings, distributed: Distributed = Fal
     Resume: give the same command again; it goes on from the newest checkpoint.
     """
     from medrlvr_jax.config.load import load
+    from medrlvr_jax.runs.console import stage
 
     checked = load(config, settings, "train")  # before JAX is imported, which takes seconds
-    from medrlvr_jax.rl.train import train
+    with stage("starting JAX"):
+        from medrlvr_jax.rl.train import train
 
-    return finish(train(checked))
+    return finish(train(checked), Path(checked.runs, checked.name))
 
 
 @command(TRAIN)
@@ -182,11 +184,13 @@ def sft(config: Config, /, *settings: Settings, distributed: Distributed = False
         medrlvr sft configs/pretrain_lists.yaml
     """
     from medrlvr_jax.config.load import load
+    from medrlvr_jax.runs.console import stage
 
     checked = load(config, settings, "sft")
-    from medrlvr_jax.rl.sft import sft
+    with stage("starting JAX"):
+        from medrlvr_jax.rl.sft import sft
 
-    return finish(sft(checked))
+    return finish(sft(checked), Path(checked.runs, checked.name))
 
 
 @command(TRAIN)

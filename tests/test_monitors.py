@@ -148,13 +148,14 @@ def test_the_rows_named_are_the_worst_and_of_this_process():
     ) == [2]
 
 
-def test_an_alarm_is_said_when_it_begins_and_now_and_then():
+def test_an_alarm_is_reported_when_it_has_lasted_and_now_and_then():
     found, history, said = [monitors.Alarm("monitor/hacks", "")], [], []
     for step in range(25):
         lasted, news = monitors.mark([] if step == 3 else found, history)
         history.append(lasted)
         said += [step] * len(news)
-    assert said == [0, 4, 14, 24] and history[2] == {"alarm/hacks": 3} and history[4] == {"alarm/hacks": 1}
+    assert [n for n in range(1, 14) if monitors.is_due("reward_clipped", n)] == [1, 11]
+    assert said == [9, 19] and history[2] == {"alarm/hacks": 3} and history[4] == {"alarm/hacks": 1}
 
 
 def test_constant_rewards_are_counted_and_stop_a_run(folder, capsys):  # noqa: F811

@@ -1,13 +1,14 @@
 """Intervals against published values; pictures that draw what there is and do not touch pyplot."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.report import pictures
+from medrlvr_jax.report import ending, pictures
 
 
 def test_smooth_is_a_running_mean_with_fewer_values_at_the_ends():
@@ -27,16 +28,22 @@ def test_steps_that_only_some_runs_recorded():
     assert pictures.over_steps(runs, "entropy")[0] == []
 
 
-def test_table_has_before_and_after():
+def test_the_end_of_a_run_says_what_changed_where_it_lies_and_what_next():
     before, after = (
         {"n": 1273, "correct": 400, "format_ok": 0},
         {"n": 1273, "correct": 700, "format_ok": 1273},
     )
-    text = pictures.table(
-        {"name": "run", "eval": {"medqa": {"before": before, "after": after}, "late_only": {"after": after}}}
-    )
-    assert "31.4 % (28.9–34.0)" in text and "55.0 % (52.2–57.7)" in text and "100.0 % (99.7–100.0)" in text
-    assert "–" in text.splitlines()[-1] and "1,273" in text
+    sets = {"medqa": {"before": before, "after": after}, "late_only": {"after": after}}
+    sets["same"] = {"before": after, "after": after | {"correct": 710}}
+    text = ending.ending({"steps": 32, "seconds": 65, "eval": sets}, Path("runs/mine"))
+    assert "runs/mine: 32 steps in 0:01:05" in text and max(map(len, text.splitlines())) <= 80
+    medqa, late, same = text.split("\n\n")[1:4]
+    assert "31.4 % (28.9–34.0)  →  55.0 % (52.2–57.7)" in medqa and "→  100.0 % (99.7–100.0)" in medqa
+    assert "1,273" in medqa and medqa.endswith("beyond chance: +23.6 points.") and "–  →" in late
+    assert same.endswith("No clear change: +0.8 points, and the intervals overlap.")
+    assert "medrlvr report runs/mine" in text.split("\n\n")[4]
+    stopped = ending.ending({"steps": 32, "done": 5, "exit_status": 130}, Path("runs/mine"))
+    assert stopped == "runs/mine: step 5 of 32 is saved"
 
 
 @pytest.fixture

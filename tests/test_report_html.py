@@ -15,8 +15,8 @@ import yaml
 
 from medrlvr_jax import cli
 from medrlvr_jax.host import files
+from medrlvr_jax.report import ending
 from medrlvr_jax.report import page as report_html
-from medrlvr_jax.report import pictures
 from medrlvr_jax.rewards import stages
 
 EVIL = '<think>"&lt;</script><script>console.error("broken out")</script><img src=x onerror=console.error(1)>\u2028</think><answer>A</answer>'
@@ -73,7 +73,8 @@ def write_run(path, seed, steps=12, **changes):
         "monitor/leak": 0.1,
     } | shares
     records = [{"step": k, "reward": random.normal(), "seconds": 2.0} | step for k in range(1, steps + 1)]
-    records[3]["alarm/leak"] = 1
+    records[3]["alarm/leak"] = 6
+    records[5]["alarm/hacks"] = 1  # did not last
     evals = [
         {f"eval.dev.{k}": v for k, v in {"n": 50, "correct": c, "format_ok": 50}.items()}
         for c in (10, 30 + seed)
@@ -163,7 +164,7 @@ def test_intervals_are_over_questions_and_say_of_how_many(tmp_path):
     files.write_json(tmp_path / "eval" / "eval.json", {"eval": {"dev": counts}, "versions": {}})
     report_html.write_page([tmp_path / "eval"], tmp_path / "page.html")
     assert "838 of 1,600 answers to 100 questions: 52.4 % (45.2–59.8)" in (tmp_path / "page.html").read_text()
-    assert "52.4 % (45.2–59.8)" in pictures.table({"eval": {"dev": {"after": counts}}})
+    assert "52.4 % (45.2–59.8)" in "".join(ending.changes("dev", None, counts))
 
 
 def test_experiments_of_one_name_stay_apart(tmp_path):

@@ -22,28 +22,63 @@ from medrlvr_jax.rewards.penalties import leaks
 from medrlvr_jax.rollout.rollout import Scored
 
 WINDOW, ENOUGH = 20, 5  # a moving limit follows the median of the last WINDOW steps; it needs ENOUGH
-AGAIN = 10  # steps after which an alarm that lasts is repeated
+LASTS = 6  # an alarm is reported in the step in which it has lasted so long: a healthy run has shorter ones
+AGAIN = 10  # steps after which an alarm that lasts is reported again
 EXAMPLES = 2  # rows named in a notice, from each process
 AFTER_LEAK = 5  # words that follow an answer stated too early
 HEDGES, HEDGED = 3, 0.04  # a completion hedges from so many hedges on, if they are this share of its words
 REPEATS = 0.5  # share of repeated 4-grams, as in `stages`
 
-HIGH = {  # metric: the share above which it is an alarm, and the message
-    "monitor/hacks": (0.10, "direct-answer hacks and reasoning before <think>"),
-    "monitor/leak": (0.20, "the answer is stated well before the end of the thought"),
-    "monitor/hedging": (0.25, "hedging"),
-    "monitor/repetition": (0.10, "over half of the 4-grams repeat"),
-    "truncated": (0.25, "cut off by sample.max_new_tokens"),
-    "equal_groups": (0.80, "questions whose samples all have the same reward, which teach nothing"),
-    "reward_clipped": (0.10, "rewards cut by advantage.reward_clip; raise it, or scale the rewards"),
-    "sampler_ratio_far": (0.01, "tokens whose probability differs by over 10 % between sampler and trainer"),
+HIGH = {  # metric: the share above which it is an alarm, what it is a share of, and the remedy
+    "monitor/hacks": (
+        0.10,
+        "of the answers have no reasoning, or have it outside of <think>",
+        "look at them in samples.jsonl; reward.mode=strict and reward.before_penalty do not pay for them",
+    ),
+    "monitor/leak": (
+        0.20,
+        "of the thoughts state the answer long before their end",
+        "set reward.leak_penalty, such as 0.5",
+    ),
+    "monitor/hedging": (
+        0.25,
+        "of the responses hedge (perhaps, might be, unclear) where they should decide",
+        "lower learn.policy.lr or raise kl.coef, and begin again at an earlier checkpoint",
+    ),
+    "monitor/repetition": (
+        0.10,
+        "of the responses repeat themselves: over half of their runs of four words come again",
+        "lower learn.policy.lr or raise kl.coef, and begin again at an earlier checkpoint",
+    ),
+    "truncated": (
+        0.25,
+        "of the responses were cut off before their end",
+        "raise sample.max_new_tokens",
+    ),
+    "equal_groups": (
+        0.80,
+        "of the questions gave all their samples the same reward, which teaches nothing",
+        "choose questions by data.pass_count (medrlvr difficulty), or raise sample.samples",
+    ),
+    "reward_clipped": (
+        0.10,
+        "of the rewards were cut by advantage.reward_clip",
+        "raise it, or scale the rewards",
+    ),
+    "sampler_ratio_far": (
+        0.01,
+        "of the tokens differ by over 10 % in probability between sampler and trainer",
+        "set loss.sampler_cap, 2.0 is usual; it should not happen in float32",
+    ),
 }
 SAMPLER_FAR = {"float32": 0.01, "bfloat16": 0.05}  # by model.dtype: real models have up to 2.0 % in bfloat16
-MOVES = {  # metric: least and greatest multiple of its recent median, and a floor below which it never alarms
-    "response_length": (0.5, 2.0, 0.0),
-    "entropy": (0.33, 3.0, 0.02),
-    "kl": (0.0, 4.0, 0.05),
+STEADY = "lower learn.policy.lr or raise kl.coef if the responses got worse with it"
+MOVES = {  # metric: what it is; least and greatest multiple of its recent median; a floor that never alarms
+    "response_length": ("tokens of a response", 0.5, 2.0, 0.0),
+    "entropy": ("entropy (how undecided the model is between next words)", 0.33, 3.0, 0.02),
+    "kl": ("kl (how far the model is from where it started)", 0.0, 4.0, 0.05),
 }
+AT_ONCE = ("constant_reward", "reward_clipped", "sampler_ratio_far")  # faults of the set-up
 RARE = 5  # fewer keys of a letter than this are too few for χ²
 LETTER_P, LETTER_SHIFT = 1e-3, 0.15  # limits of `watch`'s two metrics; both must be passed
 
@@ -159,12 +194,12 @@ def alarms(metrics: dict[str, Any], history: Sequence[dict[str, Any]], config: C
     skipped = {"equal_groups", "reward_clipped"} if idle else set()  # the last alarm below reports them
     if config.sample.weights != "same":
         skipped.add("sampler_ratio_far")  # the sampler is another policy on purpose, and corrected for
-    for name, (limit, text) in HIGH.items():
+    for name, (limit, text, remedy) in HIGH.items():
         limit = SAMPLER_FAR[config.model.dtype] if name == "sampler_ratio_far" else limit
         value = _number(metrics, name)
         if name not in skipped and value > limit:
-            out.append(Alarm(name, f"{100 * value:.1f} % {text} (limit {100 * limit:.0f} %)"))
-    for name, (low, high, floor) in MOVES.items():
+            out.append(Alarm(name, f"{100 * value:.1f} % {text} (limit {100 * limit:.0f} %); {remedy}"))
+    for name, (what, low, high, floor) in MOVES.items():
         value, before = _number(metrics, name), [_number(r, name) for r in history[-WINDOW:]]
         before = [x for x in before if math.isfinite(x)]
         if not math.isfinite(value) or len(before) < ENOUGH:
@@ -172,12 +207,16 @@ def alarms(metrics: dict[str, Any], history: Sequence[dict[str, Any]], config: C
         usual = statistics.median(before)
         if value < low * usual or (value > high * usual and value > floor):
             times = f"{value / usual:.2g} times" if usual else "after"
-            text = f"{name} {value:.4g}, {times} the median of the last steps, {usual:.4g}"
+            text = f"{what}: {value:.4g}, {times} the median of the last steps, {usual:.4g}; {STEADY}"
             out.append(Alarm(name, text, value > usual))
     p, shift = _number(metrics, "monitor/letter_p"), _number(metrics, "monitor/letter_shift")
     if p < LETTER_P and shift > LETTER_SHIFT:
-        text = "of the answers would have to change their letter to be as frequent as the keys"
-        out.append(Alarm("monitor/letter_shift", f"{100 * shift:.0f} % {text} (χ² p = {p:.1g})"))
+        text = "the model prefers some letters whatever the question:"
+        text += (
+            f" {100 * shift:.0f} % of its answers would have to change their letter to be spread as the keys"
+        )
+        remedy = "set data.shuffle_options=true"
+        out.append(Alarm("monitor/letter_shift", f"{text} (χ² p = {p:.1g}); {remedy}"))
     if idle and not constant_by_choice(config):
         stop = config.log.stop_constant
         after = f"; after {stop} such steps in a row the run stops (log.stop_constant)" if stop else ""
@@ -193,14 +232,20 @@ def _number(record: dict[str, Any], name: str) -> float:
 
 
 def mark(found: Sequence[Alarm], history: Sequence[dict[str, Any]]) -> tuple[dict[str, int], list[Alarm]]:
-    """How many steps each alarm has lasted, as metrics `alarm/…`; and those to report now.
-
-    An alarm is reported when it begins, and every `AGAIN` steps while it lasts.
-    """
+    """How many steps each alarm has lasted, as metrics `alarm/…`; and those to report now (`is_due`)."""
     before = history[-1] if history else {}
     names = [f"alarm/{alarm.name.removeprefix('monitor/')}" for alarm in found]
     lasted = {name: 1 + (before.get(name) or 0) for name in names}
-    return lasted, [alarm for alarm, name in zip(found, names, strict=True) if lasted[name] % AGAIN == 1]
+    due = [alarm for alarm, name in zip(found, names, strict=True) if is_due(alarm.name, lasted[name])]
+    return lasted, due
+
+
+def is_due(name: str, lasted: int) -> bool:
+    """Whether an alarm is reported that has lasted so many steps: once it has lasted `LASTS`, those of
+    `AT_ONCE` when they begin, and then every `AGAIN` steps.
+    """
+    first = 1 if name.removeprefix("monitor/") in AT_ONCE else LASTS
+    return lasted >= first and (lasted - first) % AGAIN == 0
 
 
 def examples(alarm: Alarm, scored: Scored, metrics: dict[str, Any], samples: int) -> list[int]:

@@ -21,9 +21,11 @@ from matplotlib.figure import Figure
 
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.evaluation.answers import percent
+from medrlvr_jax.evaluation.monitors import is_due
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import read_json, read_jsonl, write_text
 from medrlvr_jax.report import pictures
+from medrlvr_jax.report.ending import interval
 from medrlvr_jax.rewards.stages import STAGES
 from medrlvr_jax.runs.console import before_after, clock
 from medrlvr_jax.runs.log import Records
@@ -193,7 +195,7 @@ def accuracies(groups: Sequence[Group], folder: Path) -> list[Picture]:
         arms = [(arm, color, counts) for arm, color, counts in arms if counts]
         if not arms:
             continue
-        bars = [(arm, color, [pictures.interval(c) for c in counts]) for arm, color, counts in arms]
+        bars = [(arm, color, [interval(c) for c in counts]) for arm, color, counts in arms]
         means = [f"{100 * np.mean([share.value for share in shares]):.1f} %" for _, _, shares in bars]
         each = ["\n".join(map(in_words, counts)) for _, _, counts in arms]
         rows = [(arm, runs, mean) for (arm, _, _), runs, mean in zip(arms, each, means, strict=True)]
@@ -208,7 +210,7 @@ def in_words(counts: dict[str, Any]) -> str:
     """An evaluation's accuracy with its interval over questions: "30 of 50: 60.0 % (46.2–72.4)"."""
     n, questions = counts["n"], counts.get("questions", counts["n"])
     asked = f"{n:,}" if n == questions else f"{n:,} answers to {questions:,} questions"
-    return f"{counts['correct']:,} of {asked}: {percent(pictures.interval(counts)._asdict())}"
+    return f"{counts['correct']:,} of {asked}: {percent(interval(counts)._asdict())}"
 
 
 def stages(groups: Sequence[Group], folder: Path) -> list[Picture]:
@@ -237,9 +239,10 @@ def alarms(runs: Sequence[Run]) -> list[tuple[str, str, int, int, int]] | None:
     rows = []
     for run in runs:
         for name in sorted({k for r in run.records for k in r if k.startswith("alarm/")}):
-            steps = [r["step"] for r in run.records if r.get(name)]
-            alarm = name.removeprefix("alarm/").replace("_", " ")
-            rows.append((run.name, alarm, len(steps), steps[0], steps[-1]))
+            alarm, raised = name.removeprefix("alarm/"), [r for r in run.records if r.get(name)]
+            if any(is_due(alarm, r[name]) for r in raised):  # else it never lasted long enough to be reported
+                first, last = raised[0]["step"], raised[-1]["step"]
+                rows.append((run.name, alarm.replace("_", " "), len(raised), first, last))
     return rows
 
 

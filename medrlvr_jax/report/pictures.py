@@ -1,7 +1,4 @@
-"""What runs came to, as pictures and a table: curves, stages, accuracies with their intervals.
-
-page.py shows them on one page; `medrlvr train` prints the table.
-"""
+"""What runs came to, as pictures: curves, stages, accuracies with their intervals. page.py shows them."""
 
 import io
 import math
@@ -18,11 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from medrlvr_jax.evaluation.answers import percent, remarks
-from medrlvr_jax.evaluation.stats import Interval, wilson
-from medrlvr_jax.host import tables
+from medrlvr_jax.evaluation.stats import Interval
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import read_jsonl
+from medrlvr_jax.report.ending import interval
 from medrlvr_jax.rewards.stages import STAGES
 from medrlvr_jax.runs.log import Records
 
@@ -61,35 +57,6 @@ MORE = (  # on the page, after PANELS
     Panel("clip_fraction", "Clip fraction of the surrogate", share=True),
     Panel("policy/grad_norm", "Gradient norm of the policy"),
 )
-
-
-def table(summary: dict[str, Any]) -> str:
-    """Accuracy and format rate on each set, before and after training, with 95 % intervals over questions."""
-    rows, notes = [], []
-    for name, when in summary["eval"].items():
-        before, after = when.get("before"), when.get("after")
-        shares = [_share(counts, key) for key in ("accuracy", "format") for counts in (before, after)]
-        last = after or before or {}
-        rows.append([name, f"{last.get('questions', last.get('n', 0)):,}", *shares])
-        notes += remarks(name, last)
-    head = ("set", "questions", "accuracy before", "after", "format before", "after")
-    return "\n".join([tables.plain(head, rows, summary.get("name")), *notes])
-
-
-def _share(counts: dict[str, Any] | None, key: str) -> str:
-    return percent(interval(counts, key)._asdict()) if counts and counts["n"] else "–"
-
-
-def interval(counts: dict[str, Any], key: str = "accuracy") -> Interval:
-    """The share of right answers, or of those in the `format`, with its 95 % interval over questions.
-
-    `counts` are an evaluation's (`evaluate.summarise`). Logs of older versions have no interval. Theirs is
-    Wilson's over the answers, which is right for one answer a question.
-    """
-    count, share = {"accuracy": ("correct", "accuracy"), "format": ("format_ok", "format_rate")}[key]
-    if f"{key}_low" in counts:
-        return Interval(counts[share], counts[f"{key}_low"], counts[f"{key}_high"])
-    return Interval(counts[count] / counts["n"], *wilson(counts[count], counts["n"]))
 
 
 # --- curves ---

@@ -1,0 +1,71 @@
+"""The end of `medrlvr train` and `sft` on the screen: what changed, where the run lies, what comes next."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medrlvr_jax.evaluation.answers import percent, remarks
+from medrlvr_jax.evaluation.stats import Interval, wilson
+from medrlvr_jax.runs.console import clock
+
+MEASURES = (("accuracy", "right answers"), ("format", "in the format"))
+
+
+def ending(summary: dict[str, Any], folder: Path) -> str:
+    """The end of a run in at most 80 columns. `summary`: what `runs.log.Run.finish` returns."""
+    if "exit_status" in summary:  # stopped before its end; the console has said so
+        return f"{folder}: step {summary['done']} of {summary['steps']} is saved"
+    took = f" in {clock(summary['seconds'])}" if "seconds" in summary else ""
+    lines = ["", f"{folder}: {summary['steps']} steps{took}"]
+    for name, when in summary["eval"].items():
+        lines += ["", *changes(name, when.get("before"), when.get("after"))]
+    if not summary["eval"]:
+        lines += ["", "Nothing was evaluated: eval.sets names no set."]
+    return "\n".join([*lines, "", *next_commands(folder, bool(summary["eval"]))])
+
+
+def changes(name: str, before: dict[str, Any] | None, after: dict[str, Any] | None) -> Iterator[str]:
+    """Accuracy and format rate on a set, before and after training, and whether the accuracy changed."""
+    last = after or before or {}
+    yield f"{name}, {last.get('questions', last.get('n', 0)):,} questions (95 % intervals)"
+    for key, words in MEASURES:
+        yield f"  {words:14} {_share(before, key):>20}  →  {_share(after, key)}"
+    if before and after and before["n"] and after["n"]:
+        yield f"  {verdict(interval(before), interval(after))}"
+    yield from remarks(name, last)
+
+
+def verdict(before: Interval, after: Interval) -> str:
+    """Whether two intervals are apart. They overlap in some cases that a paired test tells apart."""
+    points = f"{100 * (after.value - before.value):+.1f} points"
+    if after.low > before.high:
+        return f"More answers are right than before, beyond chance: {points}."
+    if after.high < before.low:
+        return f"Fewer answers are right than before, beyond chance: {points}."
+    return f"No clear change: {points}, and the intervals overlap."
+
+
+def next_commands(folder: Path, evaluated: bool) -> Iterator[str]:
+    yield "Next:"
+    yield f"  medrlvr report {folder}"
+    yield "      curves, alarms and answers, as a page in report.html"
+    yield f"  medrlvr eval {folder}" + ("" if evaluated else " eval.sets.mine.path=FILE")
+    yield "      each answer, by subject and letter; then `medrlvr compare RUN RUN`"
+    yield f"  medrlvr export {folder} DIRECTORY"
+    yield "      the model for transformers, vLLM and others"
+
+
+def _share(counts: dict[str, Any] | None, key: str) -> str:
+    return percent(interval(counts, key)._asdict()) if counts and counts["n"] else "–"
+
+
+def interval(counts: dict[str, Any], key: str = "accuracy") -> Interval:
+    """The share of right answers, or of those in the `format`, with its 95 % interval over questions.
+
+    `counts` are an evaluation's (`evaluate.summarise`). Logs of older versions have no interval. Theirs is
+    Wilson's over the answers, which is right for one answer a question.
+    """
+    count, share = {"accuracy": ("correct", "accuracy"), "format": ("format_ok", "format_rate")}[key]
+    if f"{key}_low" in counts:
+        return Interval(counts[share], counts[f"{key}_low"], counts[f"{key}_high"])
+    return Interval(counts[count] / counts["n"], *wilson(counts[count], counts["n"]))
