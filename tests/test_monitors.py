@@ -53,7 +53,7 @@ def scored(completions, keys, samples):
         for c, ok in zip(completions, verdicts.format_ok, strict=True)
     ]
     lengths = np.array([len(c.split()) for c in completions])
-    return Scored(questions, np.arange(n), completions, verdicts, lengths, np.ones(n, bool), shown, {})
+    return Scored(questions, np.arange(n), completions, verdicts, lengths, np.ones(n, bool), shown)
 
 
 def test_flags_of_each_completion():

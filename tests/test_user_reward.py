@@ -17,10 +17,11 @@ from test_train import NO_EVAL, folder, lines, main  # noqa: F401  (a fixture)
 
 from medrlvr_jax import build, sharding
 from medrlvr_jax.config import load as configs
-from medrlvr_jax.config.schema import AdvantageConfig, KLConfig, LossConfig, RewardConfig
+from medrlvr_jax.config.reward import FunctionConfig, RewardConfig
+from medrlvr_jax.config.schema import AdvantageConfig, KLConfig, LossConfig
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rewards import user
+from medrlvr_jax.rewards import grade, judges, user
 from medrlvr_jax.rewards.user import RewardError, UserReward
 from medrlvr_jax.rl import experience
 from medrlvr_jax.rollout.rollout import encode, score_rollout
@@ -38,7 +39,7 @@ def worker():
     """One worker for all functions, as starting one takes a second: it is told another name each time it is
     started anew.
     """
-    made = UserReward(RewardConfig(fn="rewards_of_users:length", deadline=2.0))
+    made = UserReward(FunctionConfig(fn="rewards_of_users:length", deadline=2.0))
     yield made
     made.close()
 
@@ -129,9 +130,9 @@ def test_an_edited_module_is_read_anew(tmp_path, monkeypatch):
         (tmp_path / "edited_reward.py").write_text(
             f"def f(completions, *_):\n    return [{value}] * len(completions)\n"
         )
-        with user.started(RewardConfig(fn="edited_reward:f")) as judge:
-            assert judge.score(rows(2)) == ([value] * 2, {}, {})
-        assert not judge.scorers[0][0]._process.is_alive()
+        with judges.started(RewardConfig(fn="edited_reward:f")) as [term]:
+            assert term.judge.score(rows(2)) == ([value] * 2, {})
+        assert not term.judge._process.is_alive()
 
 
 def test_a_completion_that_hangs_it_costs_its_row_within_the_stated_time(worker):
@@ -151,12 +152,16 @@ def test_several_are_weighted_and_each_has_a_name_of_its_own():
     def f_2(keys):
         return [2.0] * len(keys)
 
-    got = user.from_callables([f, (f, 0.5), (f_2, -1)]).score(rows(2, 1))
-    assert (
-        list(got.components) == ["f", "f_2", "f_2_2"] and got.reward[0] == -0.5 and math.isnan(got.reward[1])
-    )
-    assert got.components["f_2_2"] == [2.0, 2.0] and got.failed == {1: "f: it returned nan"}
-    assert user.from_callables((f,)).score(rows(1)) == ([1.0], {}, {})
+    def paid(rewards, completions):
+        questions = [Question("", "?", ("a", "b"), 0)] * len(completions)
+        return grade(completions, questions, terms=judges.from_callables(rewards))
+
+    got = paid([f, (f, 0.5), (f_2, -1)], ["fine", POISON])
+    assert list(got.components) == list(got.several) == ["f", "f_2", "f_2_2"]
+    assert got.reward[0] == -0.5 and math.isnan(got.reward[1])
+    assert got.components["f_2_2"].tolist() == [2.0, 2.0] and got.failed == {1: "f: it returned nan"}
+    got = paid((f,), ["fine"])
+    assert got.reward.tolist() == [1.0] and got.failed == got.several == {}
 
 
 def test_one_that_fails_on_all_ends_the_run(worker):
@@ -177,7 +182,7 @@ def test_one_that_fails_on_all_ends_the_run(worker):
 )
 def test_what_cannot_be_imported_is_refused(name, said):
     with pytest.raises(ConfigError, match=rf"reward.fn: {name}: .*{said}"):
-        UserReward(RewardConfig(fn=name))
+        UserReward(FunctionConfig(fn=name))
 
 
 def test_failed_rows_are_not_learned_from():
@@ -194,7 +199,8 @@ def test_failed_rows_are_not_learned_from():
         assessment = Assessment(zeros, zeros, None, zeros if estimator == "gae" else None)
         kinds = AdvantageConfig(estimator=estimator, whiten=False), KLConfig(coef=0.0), LossConfig()
         made, stats = experience.make_experience(
-            prompts, rollout, assessment, rewards, np.float32(0), config=kinds
+            *(prompts, rollout, assessment, rewards[..., None], (), np.float32(0)),
+            config=experience.ExperienceConfig(*kinds),
         )
         want = np.ones((q, g), bool)
         want[2, 1 if left == 1 else slice(None)] = False
@@ -231,7 +237,7 @@ def test_evaluation_judges_by_the_rule_alone():
         Rollout(tokens, tokens >= 0, np.zeros(tokens.shape, np.float32), None), 1, parts.mesh
     )
     scored = score_rollout(parts, encoded, np.arange(1), rollout)
-    assert scored.verdicts.reward.tolist() == [1.0] and scored.failed == {}
+    assert scored.verdicts.reward.tolist() == [1.0] and scored.verdicts.failed == {}
 
 
 def test_a_run_with_a_function_that_fails_now_and_then(folder, capsys, monkeypatch):  # noqa: F811

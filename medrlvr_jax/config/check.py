@@ -6,7 +6,15 @@ checks and lists in its help only what it reads.
 
 import difflib
 from collections.abc import Iterator
+from typing import Any
 
+from medrlvr_jax.config.reward import (
+    AnswerConfig,
+    FormatConfig,
+    PenaltyConfig,
+    RewardConfig,
+    RuleConfig,
+)
 from medrlvr_jax.config.schema import COMPARING, EVAL_SHARES, STEP_SHARES, Config
 from medrlvr_jax.host.errors import ConfigError
 
@@ -44,11 +52,7 @@ def problems(c: Config) -> Iterator[tuple[str, str]]:
     for name, value in (("system", c.prompt.system), ("template_args", c.prompt.template_args or None)):
         if value is not None and not c.prompt.chat:
             yield f"prompt.{name}", "it needs the chat template; set prompt.chat to true, or take it out"
-    pays_alone = [name for name in ("fn", "random") if getattr(c.reward, name) is not None]
-    penalties = [name for name in ("leak_penalty", "before_penalty") if getattr(c.reward, name)]
-    if pays_alone and len(pays_alone + penalties) > 1:
-        others = "take the other of fn, random, leak_penalty and before_penalty out"
-        yield f"reward.{pays_alone[0]}", f"it alone says what is paid; {others}"
+    yield from _reward(c.reward)
     if c.model.lora and not c.model.lora.targets:
         yield "model.lora.targets", "[] would train nothing; name some matrices, or set model.lora to null"
     yield from _sampling(c)
@@ -56,6 +60,52 @@ def problems(c: Config) -> Iterator[tuple[str, str]]:
     if c.log.profile and c.log.profile[0] > c.log.profile[1]:
         yield "log.profile", f"{list(c.log.profile)}: the first step comes first, then the last"
     yield from _sets(c)
+
+
+# Settings of one reward that reward.components replace, and how a component says the same.
+REPLACED = {
+    "unformatted": "{{kind: rule, unformatted: {}}}",
+    "wrong": "{{kind: rule, wrong: {}}}",
+    "correct": "{{kind: rule, correct: {}}}",
+    "leak_penalty": "{{kind: leak, weight: {}}}",
+    "before_penalty": "{{kind: before, weight: {}}}",
+    "fn": "{{kind: function, fn: {}}}",
+    "random": None,
+}
+
+
+def _reward(reward: RewardConfig) -> Iterator[tuple[str, str]]:
+    pays_alone = [name for name in ("fn", "random") if getattr(reward, name) is not None]
+    penalties = [name for name in ("leak_penalty", "before_penalty") if getattr(reward, name)]
+    if pays_alone and len(pays_alone + penalties) > 1:
+        others = "take the other of fn, random, leak_penalty and before_penalty out"
+        yield f"reward.{pays_alone[0]}", f"it alone says what is paid; {others}"
+    if not reward.components:
+        return
+    for name, spelling in REPLACED.items():
+        if (value := getattr(reward, name)) != getattr(RewardConfig(), name):
+            remedy = f"write {spelling.format(value)} among them" if spelling else "take one of the two out"
+            yield f"reward.{name}", f"{value}: reward.components say what is paid; {remedy}"
+    paying = [part for part in reward.components if part.weight and not isinstance(part, PenaltyConfig)]
+    if not paying:
+        why = "weights of 0 and penalties alone pay nothing"
+        yield "reward.components", f"{why}; add one that pays, such as {{kind: rule}}"
+    for i, part in enumerate(reward.components):
+        if constant := _constant(part):
+            remedy = "it teaches nothing; let them differ, or take it out"
+            yield f"reward.components.{i}", f"{part.kind}: {constant}; {remedy}"
+
+
+def _constant(part: Any) -> str | None:
+    """Why a component has one value for every completion, if it has."""
+    match part:
+        case RuleConfig() if part.unformatted == part.wrong == part.correct:
+            return f"unformatted, wrong and correct are all {part.correct:g}"
+        case FormatConfig() if part.broken == part.kept:
+            return f"broken and kept are both {part.kept:g}"
+        case AnswerConfig() if part.wrong == part.correct:
+            return f"wrong and correct are both {part.correct:g}"
+    return None
 
 
 def _sampling(c: Config) -> Iterator[tuple[str, str]]:

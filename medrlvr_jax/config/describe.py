@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from medrlvr_jax.config.check import reads
-from medrlvr_jax.config.load import section_class
+from medrlvr_jax.config.load import section_class, section_kinds
 from medrlvr_jax.config.schema import Config
 
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -63,6 +63,8 @@ def sections(cls: type = Config, name: str = "") -> list[Section]:
     notes, kinds = explanations(cls), get_type_hints(cls, include_extras=True)
     settings, inner = [], []
     for field in dataclasses.fields(cls):
+        if field.name == "kind" and name.endswith(default_text(field).strip("`")):
+            continue  # the section's name says it
         path, kind = f"{name}.{field.name}" if name else field.name, kinds[field.name]
         holds, text, at = section_class(kind), notes[field.name], None
         if holds:
@@ -70,6 +72,8 @@ def sections(cls: type = Config, name: str = "") -> list[Section]:
             at = SAME.get(at, at)
             text = text or inspect.cleandoc(holds.__doc__ or "").split("\n")[0]
             inner += sections(holds, at)
+        for tag, item in section_kinds(kinds[field.name]).items():
+            inner += sections(item, f"{path}.{tag}")
         settings.append(Setting(path, kind_text(kind), default_text(field), text, at))
     once: dict[type, Section] = {}
     for section in [Section(name, cls, inspect.cleandoc(cls.__doc__ or ""), settings), *inner]:
@@ -80,6 +84,8 @@ def sections(cls: type = Config, name: str = "") -> list[Section]:
 def kind_text(kind: Any) -> str:
     """A type in words: numbers with their bounds, the values of a Literal, lists by their items."""
     origin, args = get_origin(kind), get_args(kind)
+    if kinds := section_kinds(kind):
+        return f"list of sections, each with a kind: {' | '.join(f'`{tag}`' for tag in kinds)}"
     if origin is Annotated:
         return " ".join([kind_text(args[0]), *_bounds(args[1:])])
     if origin is Literal:
@@ -118,7 +124,11 @@ def default_text(field: Any) -> str:
 
 
 def explanations(cls: type) -> dict[str, str]:
-    """The comment of each field of a dataclass."""
+    """The comment of each field of a dataclass and of its bases."""
+    return {name: note for base in reversed(cls.__mro__[:-1]) for name, note in _comments(base).items()}
+
+
+def _comments(cls: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(cls))
     comments: dict[int, tuple[str, bool]] = {}  # line: the comment, and whether it has the line to itself
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -13,6 +13,8 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from medrlvr_jax.config import check
+from medrlvr_jax.config.reward import PRESETS as REWARDS
+from medrlvr_jax.config.reward import RewardConfig
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
@@ -45,6 +47,7 @@ def load(
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{name}: a mapping of settings is needed, got {type(tree).__name__}")
     tree = dict(tree)
+    spell_out_reward(tree)
     if isinstance(overrides, Mapping):
         merge(tree, overrides)
     else:
@@ -105,6 +108,7 @@ def _repeated_keys(root: yaml.Node | None) -> Iterator[str]:
 def from_tree(tree: dict[str, Any], source: str = "config", command: str | None = None) -> Config:
     """Build and check a `Config` from nested dicts. `command`: as in `load`."""
     tree = copy.deepcopy(tree)
+    spell_out_reward(tree)
     for name, value in UNREAD.items():
         section = tree.get(name.partition(".")[0]) or {}
         if not check.reads(command, name) and isinstance(section, dict) and name not in flat(tree):
@@ -117,6 +121,19 @@ def from_tree(tree: dict[str, Any], source: str = "config", command: str | None 
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
     return config
+
+
+def spell_out_reward(tree: dict[str, Any]) -> None:
+    """Replace the short forms of `reward`, a list of components or a preset's name, by a section."""
+    reward = tree.get("reward")
+    if isinstance(reward, list):
+        tree["reward"] = {"components": reward}
+    elif isinstance(reward, str):
+        if reward not in REWARDS:
+            near = difflib.get_close_matches(reward, REWARDS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(REWARDS)}"
+            raise ConfigError(f"reward: {reward!r}: no such preset; {hint}")
+        tree["reward"] = copy.deepcopy(REWARDS[reward])
 
 
 def to_tree(config: Any) -> dict[str, Any]:
@@ -149,6 +166,7 @@ def override(tree: dict[str, Any], item: str) -> None:
     if kinds <= {str, type(None)} and not isinstance(value, str | list | dict | None):
         value = text.strip()  # name=2024 names a run, though YAML reads a number
     _put(tree, path, value, item)
+    spell_out_reward(tree)
 
 
 def merge(tree: dict[str, Any], overrides: Mapping[str, Any], above: tuple[str, ...] = ()) -> None:
@@ -160,6 +178,7 @@ def merge(tree: dict[str, Any], overrides: Mapping[str, Any], above: tuple[str, 
             merge(tree, value, path)
         else:
             _put(tree, path, str(value) if isinstance(value, PurePath) else value, ".".join(path))
+            spell_out_reward(tree)
 
 
 def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any, item: str) -> None:
@@ -180,11 +199,22 @@ def section_class(kind: Any) -> type | None:
     return next((k for k in kinds if dataclasses.is_dataclass(k) and isinstance(k, type)), None)
 
 
+def section_kinds(kind: Any) -> dict[str, type]:
+    """Of a list whose items are sections told apart by their `kind`: the section of each kind."""
+    item = next(iter(get_args(kind)), None)
+    if get_origin(kind) is not tuple or not (classes := get_args(next(iter(get_args(item)), None))):
+        return {}
+    return {get_args(get_type_hints(cls)["kind"])[0]: cls for cls in classes if isinstance(cls, type)}
+
+
 def _section_at(path: Sequence[Any]) -> Any:
     """The section that the dotted name `path` leads to, or lies in."""
     cls: Any = Config
+    kinds: dict[str, type] = {}
     for key in path:
-        cls = section_class(get_type_hints(cls).get(key)) or cls
+        kind = get_type_hints(cls, include_extras=True).get(key)
+        cls = kinds.get(key) or section_class(kind) or cls
+        kinds = section_kinds(kind) or kinds
     return cls
 
 
@@ -197,6 +227,15 @@ def _complaint(error: Any) -> str:
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         return f"{name}: no such setting; {hint}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        context, kinds = (
+            error["ctx"],
+            section_kinds(get_type_hints(RewardConfig, include_extras=True)[path[1]]),
+        )
+        wrong = f"{context['tag']!r}: no such kind" if "tag" in context else "needed, and not given"
+        return f"{name}.kind: {wrong}; there are {', '.join(kinds)}"
+    if kind == "model_attributes_type":
+        return f"{name}: {value!r} is a value where a section with kind is needed, such as {{kind: rule}}"
     if kind in ("missing", "missing_argument"):
         return f"{name}: needed, and not given"
     if kind in ("dataclass_type", "dataclass_exact_type"):

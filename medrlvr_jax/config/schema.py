@@ -1,33 +1,19 @@
-"""The settings of a run: small frozen dataclasses. each field is checked by its type, the rest in load.py.
+"""The settings of a run: small frozen dataclasses. Each field is checked by its type, the rest in load.py.
 
 The comment beside or above a field is its documentation: `--help` and the reference show it.
 """
 
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-T = TypeVar("T")
+from medrlvr_jax.config.reward import RewardConfig
+from medrlvr_jax.config.section import Count, Name, Positive, Share, Size, Weight, section
 
-
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
-def section(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose fields are checked, and which refuses others."""
-    config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    return dataclass(frozen=True, kw_only=True, config=config)(cls)  # pyright: ignore[reportReturnType]
-
-
-Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=0)]
-Weight = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-# The name of a file or folder. It cannot lead out of the folder that holds it.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of each layer
 
-COMPARING = ("group", "group_mean", "rloo", "reinforce_pp_baseline")  # estimators that compare samples
+# Estimators that compare samples of one question.
+COMPARING = ("group", "group_mean", "gdpo", "rloo", "reinforce_pp_baseline")
 
 # Metrics that checkpoint.best may name: of an evaluation, as eval.SET.SHARE, and of a training step.
 EVAL_SHARES = ("accuracy", "format_rate", "response_length")
@@ -135,34 +121,21 @@ class SampleConfig:
 
 
 @section
-class RewardConfig:
-    """Med-RLVR's rule: first the format, then the letter (rewards/base.py)."""
-
-    # strict: one thought and one answer; paper: the paper's lenient rule; direct: an answer, no thought.
-    mode: Literal["strict", "paper", "direct"] = "strict"
-    unformatted: float = -1.0  # Reward of a completion that breaks the format.
-    wrong: float = 0.0  # Reward of a wrong answer in the right format. As `correct`: pays for format alone.
-    correct: float = 1.0  # Reward of the right answer in the right format.
-    # A control: pay `correct` with this probability and `wrong` otherwise, for any completion. null: off.
-    random: Share | None = None
-    leak_penalty: Weight = 0.0  # Subtracted if the thought states the answer. 0.5 in arXiv 2509.15557.
-    before_penalty: Weight = 0.0  # Subtracted if over 15 words stand before <think>. 0.3 in arXiv 2509.15557.
-    # Your own reward function for training, as package.module:function. A config runs the code that it names.
-    fn: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
-    deadline: Positive = 60.0  # Seconds that fn may take for a batch.
-
-
-@section
 class AdvantageConfig:
     """From rewards to one advantage per token."""
 
-    # gae: PPO, needs learn.critic; group: GRPO; group_mean: Dr.GRPO; rloo: RLOO; reinforce_pp…: REINFORCE++.
-    estimator: Literal["gae", "group", "group_mean", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "gae"
+    # gae: PPO, needs learn.critic; group: GRPO; group_mean: Dr.GRPO; gdpo: GRPO for each component of the
+    # reward by itself (arXiv 2601.05242); rloo: RLOO; reinforce_pp…: REINFORCE++.
+    estimator: Literal[
+        "gae", "group", "group_mean", "gdpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"
+    ] = "gae"
     gamma: Share = 1.0  # Discount γ.
     lam: Share = 1.0  # λ of GAE.
-    whiten: bool = True  # gae, reinforce_pp…: scale a step's advantages to mean 0 and variance 1 over tokens.
-    std_ddof: Literal[0, 1] = 1  # group: std divides by G − this. 1: verl, TRL, OpenRLHF; 0: simply, EasyDeL.
-    std_eps: Weight = 1e-6  # group: added to std. 1e-6 in verl, 1e-4 in TRL, 1e-9 in OpenRLHF.
+    # gae, gdpo, reinforce_pp…: scale a step's advantages to mean 0 and variance 1 over tokens.
+    whiten: bool = True
+    # group, gdpo: std divides by G − this. 1: verl, TRL, OpenRLHF; 0: simply, EasyDeL.
+    std_ddof: Literal[0, 1] = 1
+    std_eps: Weight = 1e-6  # group, gdpo: added to std. 1e-6 in verl, 1e-4 in TRL, 1e-9 in OpenRLHF.
     reward_clip: Positive = 10.0  # Rewards are clipped to ± this.
 
 

@@ -172,7 +172,8 @@ def why_idle(metrics: dict[str, Any], config: Config) -> str:
 def constant_by_choice(config: Config) -> bool:
     """A control run: the settings leave no other reward than one."""
     reward = config.reward
-    return reward.fn is None and reward.unformatted == reward.wrong == reward.correct
+    by_rule = reward.fn is None and not reward.components
+    return by_rule and reward.unformatted == reward.wrong == reward.correct
 
 
 def stalled(metrics: dict[str, Any], config: Config) -> bool:

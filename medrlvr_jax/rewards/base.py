@@ -1,61 +1,109 @@
-"""The rule's reward: parse, grade, weigh. One function scores training and evaluation.
+"""A completion's reward: parse, grade, weigh. One function scores training and evaluation.
 
-    reward = unformatted | wrong | correct  −  leak_penalty · leak  −  before_penalty · before
-
-The first term depends on the format, then on the answer (Med-RLVR, arXiv 2502.19655). parse.py has the
-formats, graders.py what makes an answer right, penalties.py the two penalties, user.py the rewards by
-a user's functions. Every reward is a sum of components, each times its weight; if there is more than one,
-the mean of each is a metric of its own.
+parse.py has the formats, graders.py what makes an answer right, components.py the terms of the sum,
+penalties.py two of them, judges.py and user.py the rewards by a user's functions.
 """
 
+import dataclasses
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, UInt
 
-from medrlvr_jax.config.schema import RewardConfig
+from medrlvr_jax.config.reward import RewardConfig
 from medrlvr_jax.data.question import LETTERS, DataError, Question
+from medrlvr_jax.rewards.components import Component, Graded, Tokens, pure, values
 from medrlvr_jax.rewards.graders import Grade, choice, value
 from medrlvr_jax.rewards.parse import parse
-from medrlvr_jax.rewards.penalties import penalised
 
 DEFAULT = RewardConfig()
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What the rule says of each of N completions."""
+    """What N completions are worth, and why."""
 
-    reward: Float32[np.ndarray, " N"]
-    penalty: Float64[np.ndarray, " N"]  # what `reward` lacks for a leak or for words before <think>
+    paid: Float64[np.ndarray, " N"]  # the sum of what pays; NaN where a component failed
+    penalty: Float64[np.ndarray, " N"]  # the sum of penalties, which is subtracted
     format_ok: Bool[np.ndarray, " N"]
     correct: Bool[np.ndarray, " N"]
     answer: np.ndarray  # str [N], the letter or the value; "" where the format failed
     reason: np.ndarray  # str [N], a key of parse.REASONS or of values.REASONS
-    components: Mapping[str, np.ndarray] = field(
-        default_factory=dict
-    )  # [N] each, unweighted; none if there is only one
+    components: Mapping[str, np.ndarray] = field(default_factory=dict)  # values [N], before the weight
+    failed: Mapping[int, str] = field(default_factory=dict)  # rows on which a component failed, and why
+
+    @cached_property
+    def reward(self) -> Float32[np.ndarray, " N"]:
+        return self.paid.astype(np.float32) - self.penalty.astype(np.float32)
+
+    @property
+    def several(self) -> Mapping[str, np.ndarray]:
+        """The components where there are several: a single one is the reward itself."""
+        return self.components if len(self.components) > 1 else {}
 
 
 def grade(
-    completions: Sequence[str], questions: Sequence[Question], config: RewardConfig = DEFAULT
+    completions: Sequence[str],
+    questions: Sequence[Question],
+    config: RewardConfig = DEFAULT,
+    tokens: Tokens | None = None,
+    terms: Sequence[Component] | None = None,
 ) -> Verdicts:
-    """Judge completion i as a response to question i, by the rule `config`. Each row is judged by itself.
+    """Judge completion i as a response to question i. Each row is judged by itself.
 
-    Raises `DataError` if the two differ in length, or if a completion is no text.
+    `terms`: what is paid, where that is not what `config` pays for a completion alone (`components.pure`).
+    Raises `DataError` if completions and questions differ in number, or if a completion is no text.
     """
     _check(completions, questions=questions)
+    graded = read(completions, questions, config, tokens)
+    terms = pure(config) if terms is None else terms
+    columns, failed = {}, {}
+    for term in terms:
+        if term.judge is None:
+            columns[term.name] = values(term.settings, graded)
+            continue
+        column, reasons = term.judge.judge(graded)
+        columns[term.name] = np.array(column, float)
+        prefix = f"{term.name}: " if len(terms) > 1 else ""
+        failed = {row: prefix + reason for row, reason in reasons.items()} | failed
+    paid, penalty = np.zeros(len(completions)), np.zeros(len(completions))
+    for term in terms:
+        if term.penalty:
+            penalty = penalty - term.weight * columns[term.name]
+        else:
+            paid = paid + term.weight * columns[term.name]
+    verdict = {name: getattr(graded, name) for name in ("format_ok", "correct", "answer", "reason")}
+    return Verdicts(paid, penalty, **verdict, components=columns, failed=failed)
+
+
+def read(
+    completions: Sequence[str], questions: Sequence[Question], config: RewardConfig, tokens: Tokens | None
+) -> Graded:
+    """Parse each completion once, and grade its answer once."""
     graders = [
         partial(value, reference=q.value)
         if q.value is not None
         else partial(choice, reference=q.reference, options=q.options)
         for q in questions
     ]
-    return _judge(completions, graders, [q.options for q in questions], config)
+    parsed = parse(completions, config.mode, [LETTERS[: len(q.options)] for q in questions])
+    rows = zip(parsed.format_ok, parsed.answer, parsed.reason, graders, strict=True)
+    grades = [grader(answer) if ok else Grade("", False, why) for ok, answer, why, grader in rows]
+    return Graded(
+        completions=completions,
+        questions=questions,
+        parsed=parsed,
+        graders=graders,
+        format_ok=np.array([g.answer != "" for g in grades], bool),
+        correct=np.array([g.correct for g in grades], bool),
+        answer=np.array([g.answer for g in grades], str),
+        reason=np.array([g.reason for g in grades], str),
+        tokens=tokens,
+    )
 
 
 def score(
@@ -69,46 +117,19 @@ def score(
     Raises `DataError` also if a row has too few or too many options, or a key that is none of them.
     """
     _check(completions, answers=answers, options=options)
+    questions = []
     for i, (key, row) in enumerate(zip(answers, options, strict=True)):
         if not 2 <= len(row) <= len(LETTERS) or key not in list(LETTERS[: len(row)]):
             remedy = "2 to 10 options and the letter of one are needed"
             raise DataError(f"row {i}: answer {reprlib.repr(key)} with {len(row)} options: {remedy}")
-    rows = zip(answers, options, strict=True)
-    return _judge(
-        completions, [partial(choice, reference=key, options=row) for key, row in rows], options, config
-    )
+        questions.append(Question("", "", tuple(row), LETTERS.index(key)))
+    return grade(completions, questions, config)
 
 
-def _judge(
-    completions: Sequence[str],
-    graders: Sequence[Callable[[str], Grade]],
-    options: Sequence[Sequence[str]],
-    config: RewardConfig,
-) -> Verdicts:
-    parsed = parse(completions, config.mode, [LETTERS[: len(row)] for row in options])
-    rows = zip(parsed.format_ok, parsed.answer, parsed.reason, graders, strict=True)
-    grades = [grader(answer) if ok else Grade("", False, why) for ok, answer, why, grader in rows]
-    format_ok, correct = (
-        np.array([g.answer != "" for g in grades], bool),
-        np.array([g.correct for g in grades], bool),
-    )
-    worth = np.array([config.unformatted, config.wrong, config.correct], np.float32)[
-        format_ok.astype(int) + correct
-    ]
-    penalty, components = np.zeros(len(grades)), {}
-    if config.leak_penalty or config.before_penalty:
-        hacks = {name: np.array(rows, bool) for name, rows in penalised(parsed).items()}
-        penalty = config.leak_penalty * hacks["leak"] + config.before_penalty * hacks["before"]
-        components = {"rule": worth} | hacks
-    return Verdicts(
-        reward=worth - penalty.astype(np.float32),
-        penalty=penalty,
-        format_ok=format_ok,
-        correct=correct,
-        answer=np.array([g.answer for g in grades], str),
-        reason=np.array([g.reason for g in grades], str),
-        components=components,
-    )
+def tossed(verdicts: Verdicts, rewards: Float32[np.ndarray, " N"]) -> Verdicts:
+    """The verdicts with the rewards of `toss` as all that is paid."""
+    paid = rewards.astype(float)
+    return dataclasses.replace(verdicts, paid=paid, penalty=np.zeros_like(paid), components={})
 
 
 def _check(completions: Sequence[str], **columns: Sequence[Any]) -> None:

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from medrlvr_jax.rewards.parse import Parsed
-
 WORDS_BEFORE = 15
 
 
@@ -76,11 +74,8 @@ def leaks(thoughts: Sequence[str]) -> list[re.Match[str] | None]:
     return [LEAK.search(thought) if may else None for thought, may in zip(thoughts, candidates, strict=True)]
 
 
-def penalised(parsed: Parsed) -> dict[str, list[bool]]:
-    """For each penalty, which of N completions it applies to."""
+def much_before(texts: Sequence[str]) -> list[bool]:
+    """Whether each text before <think> has over `WORDS_BEFORE` words."""
     # Bytes are split at ASCII's white space; a str would be split at Unicode's.
-    words = (text.encode("utf-8", "surrogatepass").split(None, WORDS_BEFORE) for text in parsed.before)
-    return {
-        "leak": [match is not None for match in leaks(parsed.thought)],
-        "before": [len(row) > WORDS_BEFORE for row in words],
-    }
+    words = (text.encode("utf-8", "surrogatepass").split(None, WORDS_BEFORE) for text in texts)
+    return [len(row) > WORDS_BEFORE for row in words]

@@ -37,7 +37,6 @@ import hashlib
 import importlib
 import importlib.machinery
 import inspect
-import itertools
 import json
 import math
 import multiprocessing
@@ -48,11 +47,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
 
-from medrlvr_jax.config.schema import RewardConfig
+from medrlvr_jax.config.reward import FunctionConfig
 from medrlvr_jax.host.errors import ConfigError, MedrlvrError
 
 START = 120  # seconds that importing the function may take
@@ -63,19 +61,10 @@ LARGEST = float.fromhex("0x1.fffffep127")  # of a float32
 Row = tuple[str, str, Sequence[str], str]  # completion, key, options, question
 ARGUMENTS = ("completions", "keys", "options", "questions")  # of every reward function, in this order
 Function = Callable[..., Iterable[float]]
-Given = Function | Sequence[Function | tuple[Function, float]]  # callables, each with a weight or not
 
 
 class RewardError(MedrlvrError, RuntimeError):
     """A user's function that failed on every row, or that does not return one value for each."""
-
-
-class Paid(NamedTuple):
-    """What a user's rewards say of N completions."""
-
-    reward: list[float]  # [N]; NaN where one of them failed
-    failed: dict[int, str]  # the rows that failed, and why
-    components: dict[str, list[float]]  # each reward's values [N], unweighted; none if there is only one
 
 
 class Scorer:
@@ -90,9 +79,8 @@ class Scorer:
 
         All processes call it together, each with its own rows of a batch, which may be none.
         """
-        from medrlvr_jax.host.processes import (
-            gather,
-        )  # the worker imports this module too; JAX would slow its start
+        # Not above: the worker imports this module too, and JAX would slow its start.
+        from medrlvr_jax.host.processes import gather
 
         rewards, failed, miscounts = [math.nan] * len(rows), {}, []
         left = PATIENCE * self._deadline
@@ -132,6 +120,16 @@ class Scorer:
             )
         return rewards, failed
 
+    def judge(self, graded: Any) -> tuple[list[float], dict[int, str]]:
+        """`score`, as `components.Judge` has it; `graded` is a `components.Graded`."""
+        questions = graded.questions
+        keys, options = [q.reference for q in questions], [q.options for q in questions]
+        texts = [q.question for q in questions]
+        return self.score(list(zip(graded.completions, keys, options, texts, strict=True)))
+
+    def close(self) -> None:
+        """End what runs for it."""
+
     def _call(self, rows: list[Row], seconds: float) -> tuple[dict[str, Any], float]:
         """What `_values` makes of the function's result, or `error`; and the seconds it took."""
         raise NotImplementedError
@@ -141,79 +139,17 @@ class InProcess(Scorer):
     """A callable of this process."""
 
     def __init__(self, function: Function):
-        self.name, self._function = name_of(function), function
+        self.name, self.function = name_of(function), function
         self._parameters = _parameters(function)
 
     def _call(self, rows: list[Row], seconds: float) -> tuple[dict[str, Any], float]:
         columns: dict[str, list[Any]] = dict(zip(ARGUMENTS, map(list, zip(*rows, strict=True)), strict=True))
         columns["options"] = list(map(list, columns["options"]))
         try:
-            result = self._function(**{name: list(columns[name]) for name in self._parameters})
+            result = self.function(**{name: list(columns[name]) for name in self._parameters})
             return _values(result, len(rows)), 0.0
         except Exception as e:
             return {"error": _reason(e)}, 0.0
-
-
-class Rewards:
-    """What pays in place of the rule: scorers, whose values are added, each times its weight."""
-
-    def __init__(self, scorers: Sequence[tuple[Scorer, float]], record: list[dict[str, Any]] | None = None):
-        self.scorers = scorers
-        self.record = record or []  # of callables, for inputs.json: name, weight, digest of the source text
-        self.names: list[str] = []  # of the metrics `reward/…`; the second `f` is `f_2`
-        for scorer, _ in scorers:
-            short = scorer.name.rpartition(".")[2]
-            names = (short if n == 1 else f"{short}_{n}" for n in itertools.count(1))
-            self.names.append(next(name for name in names if name not in self.names))
-
-    def score(self, rows: Sequence[Row]) -> Paid:
-        """Rewards of N rows: a row fails if a scorer fails on it. All processes call it together."""
-        total, failed, components = [0.0] * len(rows), {}, {}
-        several = len(self.scorers) > 1
-        for name, (scorer, weight) in zip(self.names, self.scorers, strict=True):
-            components[name], reasons = scorer.score(rows)
-            total = [so_far + weight * value for so_far, value in zip(total, components[name], strict=True)]
-            failed = {
-                row: f"{name}: {reason}" if several else reason for row, reason in reasons.items()
-            } | failed
-        return Paid(total, failed, components if several else {})
-
-
-def from_callables(rewards: Given) -> Rewards:
-    """`Rewards` of one callable, or of a sequence of callables and of pairs (callable, weight).
-
-    Raises `ConfigError` for anything else, and for a callable that needs an argument not among `ARGUMENTS`.
-    """
-    items = [rewards] if callable(rewards) else list(rewards)
-    if not items:
-        remedy = "give a callable, or leave rewards out: then the rule of `reward` pays"
-        raise ConfigError(f"rewards: [] pays nothing; {remedy}")
-    scorers, record = [], []
-    for item in items:
-        function, weight, *more = item if isinstance(item, tuple) and len(item) > 1 else (item, 1.0)
-        if more or not callable(function) or not isinstance(_number(weight), float):
-            remedy = "give a callable, or a pair of a callable and its weight, such as (reward, 0.5)"
-            raise ConfigError(f"rewards: {reprlib.repr(item)}: {remedy}")
-        function = cast(Function, function)
-        scorers.append((InProcess(function), float(weight)))
-        record.append({"name": name_of(function), "weight": float(weight), "sha256": _source(function)})
-    return Rewards(scorers, record)
-
-
-@contextmanager
-def started(config: RewardConfig, rewards: Rewards | None = None) -> Iterator[Rewards | None]:
-    """`rewards`, or `reward.fn` in a worker that lives as long as the context; None if the rule pays."""
-    if rewards is not None:
-        for name in ("fn", "random", "leak_penalty", "before_penalty"):
-            if value := getattr(config, name):
-                remedy = "rewards=[…] alone say what is paid; take one of the two out"
-                raise ConfigError(f"reward.{name}: {value}: {remedy}")
-        yield rewards
-    elif config.fn:
-        with UserReward(config) as worker:
-            yield Rewards([(worker, 1.0)])
-    else:
-        yield None
 
 
 def name_of(function: Function) -> str:
@@ -241,10 +177,10 @@ def _parameters(function: Function) -> list[str]:
     return [name for name in ARGUMENTS if name in known]
 
 
-def _source(function: Any) -> str | None:
+def source_of(function: Any) -> str | None:
     """SHA-256 of a callable's source text, without what a closure holds; None if Python has no text of it."""
     if isinstance(function, functools.partial):
-        return _source(function.func)
+        return source_of(function.func)
     try:
         text = inspect.getsource(
             function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
@@ -257,21 +193,15 @@ def _source(function: Any) -> str | None:
 class UserReward(Scorer):
     """The function of `reward.fn` in its worker, which is started here, and again after it had to be ended.
 
-    Python would wait for it at its exit: use it as a context manager, or `close` it. Raises `ConfigError` if
+    Python would wait for it at its exit: `close` it. Raises `ConfigError` if
     the function cannot be imported.
     """
 
     field = "reward.fn"
 
-    def __init__(self, config: RewardConfig):
-        self.name, self._deadline = str(config.fn), config.deadline
+    def __init__(self, config: FunctionConfig):
+        self.name, self._deadline = config.fn, config.deadline
         self._start()
-
-    def __enter__(self) -> "UserReward":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
     def close(self) -> None:
         self._process.kill()
@@ -371,10 +301,10 @@ def _values(result: Any, n: int) -> dict[str, Any]:
             "error": f"it returned {len(values)} value{'s' * (len(values) != 1)} for {n} completions",
             "miscounted": True,
         }
-    return {"values": [_number(value) for value in values]}
+    return {"values": [number_of(value) for value in values]}
 
 
-def _number(value: Any) -> float | str:
+def number_of(value: Any) -> float | str:
     try:
         if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
             raise TypeError

@@ -10,8 +10,10 @@ Where systems differ, this file does so:
    token carry its own penalty. `group` divides the reward by the group's spread, and the penalty never, as
    OpenRLHF: verl divides their sum, by which β cancels where all samples earn the same, and what is left of
    the penalty, noise near a policy's start, gets advantages of unit variance.
-3. Group estimators and returns-to-go yield no returns: there is no critic to fit.
-4. Whitening is over all tokens of the step, before it is split into minibatches; Bessel's variance + 1e-8 as
+3. `gdpo` normalises each component of the reward within the group, adds them by their weights, and whitens
+   the sum over the step. It keeps apart samples whose components differ and whose sums do not.
+4. Group estimators and returns-to-go yield no returns: there is no critic to fit.
+5. Whitening is over all tokens of the step, before it is split into minibatches; Bessel's variance + 1e-8 as
    verl and tunix. In a step whose rewards are all alike nothing is divided, for the same reason as in 2: only
    the mean is taken off.
 
@@ -20,6 +22,7 @@ the caller vmaps. The mask is True on the response's tokens, at least one, and F
 right.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -27,6 +30,9 @@ import jax.numpy as jnp
 
 from medrlvr_jax.config.schema import COMPARING, AdvantageConfig, KLConfig
 from medrlvr_jax.types import Array, Assessment
+
+WHITENED = ("gae", "gdpo", "reinforce_pp", "reinforce_pp_baseline")  # estimators that `whiten` is about
+Components = Sequence[tuple[float, Array]]  # each one's weight and values [Q, G]
 
 MAX_EXPONENT = 20.0  # e²⁰ ≈ 5·10⁸ is past any honest ratio of probabilities; float32 overflows at e⁸⁸
 
@@ -144,6 +150,14 @@ def group(scores: Array, ddof: int, eps: float) -> Array:
     return centred / jnp.where(scale > 0, scale, 1.0)  # eps may be 0
 
 
+def gdpo(components: Components, ddof: int, eps: float) -> Array:
+    """Aᵢ = Σₖ wₖ·(rᵢₖ − mean(rₖ)) / (std(rₖ) + eps) within each question (GDPO, arXiv 2601.05242). [Q, G].
+
+    A component whose values are all equal gives exactly 0 and takes nothing from the others.
+    """
+    return sum((w * group(values, ddof, eps) for w, values in components), jnp.float32(0))
+
+
 def rloo(scores: Array) -> Array:
     """Aᵢ = rᵢ − mean of the other samples' r = G/(G−1)·(rᵢ − mean(r)) (RLOO, arXiv 2402.14740). [Q, G ≥ 2] →
     [Q, G].
@@ -163,16 +177,18 @@ def compute(
     assessment: Assessment,
     mask: Array,
     kl_coef: Array,
+    components: Components = (),
 ) -> tuple[Array, Array | None, dict[str, Array]]:
     """A whole step's advantages and, if there are values to fit, returns; both [Q, G, R] and 0 off the mask.
 
-    rewards [Q, G] float, mask [Q, G, R]. Without the assessment's ref_logprobs there is no penalty, without
-    its values no critic. The statistics are scalars over the step's learned responses, those with a token in
-    the mask: `reward` and `reward_std` before clipping; `reward_clipped`, the share that clipping changed; of
-    the clipped rewards, which are what is learned from, `equal_groups`, the share of questions whose samples
-    all earn the same, and `no_contrast`, 1 where none differ of those that the estimator compares (samples of
-    one question, or else all of the step); `kl_penalty`, the mean of what was subtracted; `advantage_mean`
-    and `advantage_std` over tokens before whitening.
+    rewards [Q, G] float, mask [Q, G, R]; components: what the rewards are a sum of, for gdpo. Without the
+    assessment's ref_logprobs there is no penalty, without its values no critic. The statistics are scalars
+    over the step's learned responses, those with a token in the mask: `reward` and `reward_std` before
+    clipping; `reward_clipped`, the share that clipping changed; of the clipped rewards, which are what is
+    learned from (gdpo: of each component), `equal_groups`, the share of questions whose samples all earn the
+    same, and `no_contrast`, 1 where none differ of those that the estimator compares (samples of one
+    question, or else all of the step); `kl_penalty`, the mean of what was subtracted; `advantage_mean` and
+    `advantage_std` over tokens before whitening.
     """
     logprobs, ref_logprobs, values = assessment.logprobs, assessment.ref_logprobs, assessment.values
     clipped = jnp.clip(rewards, -config.reward_clip, config.reward_clip)
@@ -180,15 +196,16 @@ def compute(
     penalty = jnp.zeros_like(clipped)
     if ref_logprobs is not None and kl.into == "reward":
         penalty = penalties(logprobs, ref_logprobs, mask, kl_coef, kl).sum(axis=-1)
-    advantages, returns = _estimate(config, shaped, clipped, penalty, values, mask)
+    advantages, returns = _estimate(config, shaped, clipped, penalty, values, mask, components)
     n = jnp.maximum(mask.sum(), 1)
     mean = advantages.sum() / n
     learned = mask.any(axis=-1)
     groups = learned.any(axis=-1)
-    least, most = (
-        f(clipped, -1, initial=end, where=learned) for f, end in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
-    )
-    differ = (least < most).any() if config.estimator in COMPARING else least.min() < most.max()
+    differ, equal = _contrast(clipped, learned, config.estimator in COMPARING)
+    if config.estimator == "gdpo":  # components may differ where their sum does not
+        each = [_contrast(values, learned, True) for _, values in components]
+        differ = jnp.stack([d for d, _ in each]).any()
+        equal = jnp.stack([e for _, e in each]).all(0)
 
     def over_learned(x):
         return jnp.where(learned, x, 0.0).sum() / jnp.maximum(learned.sum(), 1)
@@ -198,19 +215,34 @@ def compute(
         "reward": reward,
         "reward_std": jnp.sqrt(over_learned((rewards - reward) ** 2)),
         "reward_clipped": over_learned(rewards != clipped),
-        "equal_groups": (groups & (least == most)).sum() / jnp.maximum(groups.sum(), 1),
+        "equal_groups": (groups & equal).sum() / jnp.maximum(groups.sum(), 1),
         "no_contrast": 1.0 - differ,
         "kl_penalty": over_learned(penalty),
         "advantage_mean": mean,
         "advantage_std": jnp.sqrt(jnp.where(mask, (advantages - mean) ** 2, 0.0).sum() / n),
     }
-    if config.whiten and config.estimator in ("gae", "reinforce_pp", "reinforce_pp_baseline"):
+    if config.whiten and config.estimator in WHITENED:
         advantages = whiten(advantages, mask, differ)
     return advantages, returns, stats
 
 
+def _contrast(rewards: Array, learned: Array, within: bool) -> tuple[Array, Array]:
+    """Whether any rewards [Q, G] differ of those that are compared, `within` questions or in the whole step;
+    and for each question whether its samples' are all the same.
+    """
+    ends = ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
+    least, most = (f(rewards, -1, initial=end, where=learned) for f, end in ends)
+    return (least < most).any() if within else least.min() < most.max(), least == most
+
+
 def _estimate(
-    config: AdvantageConfig, shaped: Array, rewards: Array, penalty: Array, values: Array | None, mask: Array
+    config: AdvantageConfig,
+    shaped: Array,
+    rewards: Array,
+    penalty: Array,
+    values: Array | None,
+    mask: Array,
+    components: Components,
 ) -> tuple[Array, Array | None]:
     """Token rewards [Q, G, R], which are `rewards` less `penalty` [Q, G] → advantages before whitening, and
     returns if there are values.
@@ -220,18 +252,18 @@ def _estimate(
     scores = shaped.sum(axis=-1)
     match config.estimator:
         case "gae":
-            raise ValueError(
-                "advantage.estimator: gae needs values: set learn.critic, or take estimator group"
-            )
+            remedy = "set learn.critic, or take estimator group"
+            raise ValueError(f"advantage.estimator: gae needs values: {remedy}")
         case "reinforce_pp":
             # REINFORCE++, arXiv 2501.03262: discounted rewards-to-go, which is GAE with V = 0 and λ = 1
-            return _each(partial(gae, gamma=config.gamma, lam=1.0))(shaped, jnp.zeros_like(shaped), mask)[
-                0
-            ], None
+            to_go = partial(gae, gamma=config.gamma, lam=1.0)
+            return _each(to_go)(shaped, jnp.zeros_like(shaped), mask)[0], None
         case "group":
             per_response = group(rewards, config.std_ddof, config.std_eps) - group_mean(penalty)
         case "group_mean" | "reinforce_pp_baseline":  # they differ in whitening
             per_response = group_mean(scores)
+        case "gdpo":
+            per_response = gdpo(components, config.std_ddof, config.std_eps) - group_mean(penalty)
         case "rloo":
             per_response = rloo(scores)
     return jnp.where(mask, per_response[..., None], 0.0), None

@@ -1,36 +1,128 @@
-"""From rewards to experience: one reward for each row in all processes, then advantages, and the step's
-scalars.
-"""
+"""From rewards to experience: the terms of the reward on all rows, advantages, and the step's scalars."""
 
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from medrlvr_jax.build import Parts
-from medrlvr_jax.config.schema import COMPARING
+from medrlvr_jax.config.schema import COMPARING, AdvantageConfig, KLConfig, LossConfig
 from medrlvr_jax.host.processes import gather
+from medrlvr_jax.rewards.base import Verdicts
+from medrlvr_jax.rewards.components import Component, components
 from medrlvr_jax.rl import advantages
 from medrlvr_jax.rollout.rollout import Scored
-from medrlvr_jax.sharding import by_rows, own_rows
+from medrlvr_jax.sharding import by_rows, fetch_rows, own_rows, place_rows
 from medrlvr_jax.types import Array, Assessment, Experience, Prompts, Rollout
 
 
-def rewards_of_all(scored: Scored, n: int, parts: Parts) -> np.ndarray:
-    """float32 [own, G]: the reward of each row that this process holds of n questions, from the process that
-    scored it.
+class Column(NamedTuple):
+    """What one number of each row is in the reward."""
 
-    Two processes that score one row may disagree (a judge, a clock, a time-out in one of them). JAX never
-    compares the copies of an array, so the weights would then differ from process to process, and nothing
-    would say so.
+    weight: float
+    penalty: bool = False  # it shapes the reward: `advantage.drop_equal_groups` does not look at it
+
+
+class ExperienceConfig(NamedTuple):
+    """The static settings of `make_experience`."""
+
+    advantage: AdvantageConfig
+    kl: KLConfig
+    loss: LossConfig
+    columns: tuple[Column, ...] = (Column(1.0),)
+    stop_ids: tuple[int, ...] = ()  # for loss.mask_truncated
+
+
+class PolicyReward(NamedTuple):
+    """A component that asks the policy itself: the host makes requests while it grades, a program answers."""
+
+    program: Any  # jitted: (base, policy, prompts, rollout, request) → float32 [Q, G], laid out by rows
+    request: Callable[[Scored, Rollout], Any]  # a tree of arrays [N, …], one row for each that is scored
+    shapes: Any  # the request of a whole batch: a tree of ShapeDtypeStructs [Q, G, …]
+
+
+def split(config: AdvantageConfig) -> bool:
+    """Whether the device needs each component by itself, and not only their sum."""
+    return config.estimator == "gdpo"
+
+
+def columns(terms: Sequence[Component], config: AdvantageConfig) -> tuple[Column, ...]:
+    """The columns of a step's rewards: first what the host has graded, then what the policy was asked.
+
+    The host adds its terms in float64, what pays and penalties apart.
     """
-    samples = parts.config.sample.samples
-    rewards = np.empty(n * samples, np.float32)
-    for places, values in gather([scored.places.tolist(), scored.verdicts.reward.tolist()]):
-        rewards[places] = values
-    return rewards.reshape(n, samples)[own_rows(n, parts.mesh)[0]]
+    host = [term for term in terms if not term.on_device]
+    if split(config):
+        graded = [Column(term.weight, term.penalty) for term in host]
+    else:
+        graded = [Column(1.0), *([Column(-1.0, True)] if any(term.penalty for term in host) else [])]
+    asked = [Column(term.weight, term.penalty) for term in terms if term.on_device]
+    return (*graded, *asked)
+
+
+def host_columns(verdicts: Verdicts, terms: Sequence[Component], config: AdvantageConfig) -> np.ndarray:
+    """float32 [N, K]: the columns that the host has graded."""
+    host = [term for term in terms if not term.on_device]
+    if split(config) and verdicts.components:
+        rows = [verdicts.components[term.name] for term in host]
+    else:
+        rows = [verdicts.paid, *([verdicts.penalty] if any(term.penalty for term in host) else [])]
+    return np.stack(rows, axis=1).astype(np.float32)
+
+
+def place_scored(tree: Any, scored: Scored, n: int, parts: Parts) -> Any:
+    """Arrays [N, …], which have this process's scored rows, as arrays [Q, G, …] of all n questions' rows.
+
+    A row's values come from the process that scored it. Two processes that score one row may disagree (a
+    judge, a clock, a time-out in one of them). JAX never compares the copies of an array, so the weights
+    would then differ from process to process, and nothing would say so.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    samples, (own, _) = parts.config.sample.samples, own_rows(n, parts.mesh)
+    pieces = [[scored.places, leaves]]
+    if jax.process_count() > 1:
+        pieces = gather([scored.places.tolist(), [leaf.tolist() for leaf in leaves]])
+    out = [np.empty((n * samples, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    for places, values in pieces:
+        for array, rows in zip(out, values, strict=True):
+            array[places] = np.asarray(rows, array.dtype).reshape(-1, *array.shape[1:])
+    own_out = [array.reshape(n, samples, *array.shape[1:])[own] for array in out]
+    return place_rows(jax.tree.unflatten(structure, own_out), n, parts.mesh)
+
+
+def with_asked(
+    scored: Scored, asked: Mapping[str, Array], terms: Sequence[Component], parts: Parts
+) -> Scored:
+    """The verdicts with the values [Q, G] of the terms that asked the policy."""
+    if not asked:
+        return scored
+    n = len(next(iter(asked.values())))
+    _, counted = own_rows(n, parts.mesh)
+    v = scored.verdicts
+    values = dict(v.components) | {k: x[counted].ravel() for k, x in fetch_rows(asked, parts.mesh).items()}
+    paid, penalty = v.paid, v.penalty
+    for term in (term for term in terms if term.on_device):
+        if term.penalty:
+            penalty = penalty - term.weight * values[term.name]
+        else:
+            paid = paid + term.weight * values[term.name]
+    ordered = {term.name: values[term.name] for term in terms}
+    verdicts = dataclasses.replace(v, paid=paid, penalty=penalty, components=ordered)
+    return dataclasses.replace(scored, verdicts=verdicts)
+
+
+def weigh(rewards: Array, weights: tuple[Column, ...]) -> tuple[Array, Array]:
+    """Columns [Q, G, K] → the rewards [Q, G], and what they are without penalties."""
+    sums: dict[bool, Array] = {}
+    for k, column in enumerate(weights):
+        value = rewards[..., k] if column.weight == 1.0 else column.weight * rewards[..., k]
+        sums[column.penalty] = sums[column.penalty] + value if column.penalty in sums else value
+    paid = sums.get(False, jnp.zeros_like(rewards[..., 0]))
+    return (paid + sums[True] if True in sums else paid), paid
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -39,15 +131,21 @@ def make_experience(
     rollout: Rollout,
     assessment: Assessment,
     rewards: Array,
+    asked: tuple[Array, ...],
     kl_coef: Array,
     *,
-    config: tuple,
+    config: ExperienceConfig,
 ) -> tuple[Experience, dict[str, Array]]:
-    """Rewards [Q, G] meet the assessment; `config` is (AdvantageConfig, KLConfig, LossConfig). Also the
-    step's scalars, over tokens or responses. Responses whose reward is not finite are left out of what is
-    learned from: see user.py.
+    """Rewards meet the assessment. Also the step's scalars, over tokens or responses.
+
+    rewards [Q, G, K]: the host's columns; asked: of each term that asked the policy, its values [Q, G].
+    Responses whose reward is not finite are left out of what is learned from: see user.py.
     """
-    advantage, kl, loss = config
+    advantage, kl, loss = config.advantage, config.kl, config.loss
+    if asked:
+        rewards = jnp.concatenate([rewards, jnp.stack(asked, axis=-1)], axis=-1)
+    each = rewards
+    rewards, _ = weigh(each, config.columns)
     mask, n = rollout.mask, jnp.maximum(rollout.mask.sum(), 1)
     a = assessment
     kept = jnp.isfinite(rewards)
@@ -55,7 +153,9 @@ def make_experience(
     if advantage.estimator in COMPARING:
         kept = jnp.broadcast_to(kept.all(-1, keepdims=True), kept.shape)
     learned = mask & kept[..., None]
-    adv, returns, stats = advantages.compute(advantage, kl, rewards, a, learned, kl_coef)
+    each = jnp.where(learned.any(-1)[..., None], each, 0.0)  # finite
+    pairs = [(column.weight, each[..., k]) for k, column in enumerate(config.columns)]
+    adv, returns, stats = advantages.compute(advantage, kl, rewards, a, learned, kl_coef, pairs)
     sampler = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
     gap = jnp.where(mask, a.logprobs - sampler, 0.0)
     stats |= {
@@ -91,6 +191,8 @@ def make_experience(
     return by_rows(experience), stats
 
 
-def experience_settings(parts: Parts) -> dict[str, Any]:
+def experience_settings(parts: Parts, terms: Sequence[Component] | None = None) -> dict[str, Any]:
     """The static arguments of `make_experience`."""
-    return {"config": (parts.config.advantage, parts.config.kl, parts.config.loss)}
+    c = parts.config
+    terms = components(c.reward) if terms is None else terms
+    return {"config": ExperienceConfig(c.advantage, c.kl, c.loss, columns(terms, c.advantage))}

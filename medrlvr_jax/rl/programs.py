@@ -7,7 +7,7 @@ run.
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,8 @@ from medrlvr_jax import build
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.check import check_rl
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rl.experience import make_experience
+from medrlvr_jax.rewards.components import components
+from medrlvr_jax.rl.experience import PolicyReward, make_experience
 from medrlvr_jax.rl.learn import compile_learn, critic_objective, make_optimizer, policy_objective
 from medrlvr_jax.rollout.assess import assess
 from medrlvr_jax.rollout.generate import generate
@@ -38,6 +39,7 @@ class Programs:
     learn_critic: Any  # None where there is no critic
     policy_tx: Any
     critic_tx: Any
+    policy_rewards: Mapping[str, PolicyReward]  # by the name of the component
 
     def wrapped(self, wrap: Callable[[str, Any], Any]) -> "Programs":
         """The same with `wrap(name, function)` in place of each function: to time the calls, or to record
@@ -46,6 +48,10 @@ class Programs:
         names = ("generate", "assess", "make_experience", "learn_policy", "learn_critic")
         functions = {name: getattr(self, name) for name in names}
         wrapped = {name: wrap(name, function) for name, function in functions.items() if function}
+        wrapped["policy_rewards"] = {
+            name: reward._replace(program=wrap(name, reward.program))
+            for name, reward in self.policy_rewards.items()
+        }
         sync_weights = replace(self.sync_weights, program=wrap("sync_weights", self.sync_weights.program))
         return replace(self, sync_weights=sync_weights, **wrapped)
 
@@ -75,7 +81,17 @@ def make_programs(parts: Parts, steps: int) -> Programs:
         learn_critic=learn_critic,
         policy_tx=policy_tx,
         critic_tx=critic_tx,
+        policy_rewards=make_policy_rewards(parts),
     )
+
+
+def make_policy_rewards(parts: Parts) -> dict[str, PolicyReward]:
+    """The components of the reward that ask the policy: each a program, and what the host asks."""
+    out: dict[str, PolicyReward] = {}
+    for term in components(parts.config.reward):
+        if term.on_device:
+            raise TypeError(f"reward.components: {term.name} has no program")
+    return out
 
 
 def compile_ahead(

@@ -37,7 +37,7 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     rows |= {f"monitor/{name}": column for name, column in monitors.flags(scored).items()}
     if None not in scored.stages:
         rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
-    rows |= {f"reward/{name}": np.where(failed, 0, column) for name, column in v.components.items()}
+    rows |= {f"reward/{name}": np.where(failed, 0, column) for name, column in v.several.items()}
     totals = gather({name: float(column.sum()) for name, column in rows.items()})  # one set from each process
     # a process without rows cannot say that stages are none
     shared = [name for name in rows if all(name in total for total in totals)]
@@ -48,7 +48,7 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
         "tokens": int(sums["response_length"]),
     }
     # over completions on which no reward failed
-    paid = ("reward", *(f"reward/{name}" for name in v.components))
+    paid = ("reward", *(f"reward/{name}" for name in v.several))
     out |= {name: sums[name] / max(n - sums["reward_failed"], 1) for name in paid}
     stats = sharding.to_host(stats)
     critic = stats.get("critic")
@@ -89,7 +89,7 @@ def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[d
     wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
     wanted = [] if not c.log.samples_every or step % c.log.samples_every else wanted
     shown = np.isin(scored.places, wanted)
-    shown[list(scored.failed)[:MAX_FAILED]] = True
+    shown[list(scored.verdicts.failed)[:MAX_FAILED]] = True
     rows = [sample_record(parts, encoded, index, scored, row) for row in np.flatnonzero(shown).tolist()]
     return sorted(chain.from_iterable(gather(rows)), key=lambda r: r["row"])
 

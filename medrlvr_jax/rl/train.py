@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from medrlvr_jax import build, sharding
 from medrlvr_jax.build import Parts, check_positions, total_steps
@@ -40,10 +41,11 @@ from medrlvr_jax.data.readers import Records
 from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
-from medrlvr_jax.rewards import user
+from medrlvr_jax.rewards import judges
+from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rewards.parse import beginning_trap
 from medrlvr_jax.rl import records
-from medrlvr_jax.rl.experience import experience_settings, rewards_of_all
+from medrlvr_jax.rl.experience import columns, experience_settings, host_columns, place_scored, with_asked
 from medrlvr_jax.rl.learn import adapt_kl, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
 from medrlvr_jax.rl.programs import Programs, make_programs
@@ -59,7 +61,7 @@ from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Learner, Pr
 
 def train(
     config: Config,
-    rewards: user.Given | None = None,
+    rewards: judges.Given | None = None,
     data: Records | str | Path | None = None,
     callbacks: Callback | Sequence[Callback] = (),
 ) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def train(
     """
     check.check_best(config)
     log.check(config, "train")
-    judges = None if rewards is None else user.from_callables(rewards)
+    given_terms = None if rewards is None else judges.from_callables(rewards)
     spec, given_rows = given(config.data, data)
     config = dataclasses.replace(config, data=spec)
     parts = build.build(config)
@@ -98,10 +100,10 @@ def train(
         notices.append(f"{encoded.dropped} questions dropped: longer than prompt.max_tokens")
     if trap := beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
         notices.append("; ".join(trap))
-    with user.started(config.reward, judges) as judge, jax.set_mesh(parts.mesh):
+    with judges.started(config.reward, given_terms) as terms, jax.set_mesh(parts.mesh):
         with stage(f"loading {config.model.path}"):
-            job = make_job(parts, encoded, sets, judge)
-        job = dataclasses.replace(job, notices=notices, rewards=judges.record if judges else ())
+            job = make_job(parts, encoded, sets, terms)
+        job = dataclasses.replace(job, notices=notices, rewards=judges.record(terms))
         return run_job(job, callbacks)
 
 
@@ -120,17 +122,17 @@ def check_lengths(parts: Parts, encoded: Encoded) -> None:
         raise ConfigError(f"learn.critic_warmup: {warmup} of {steps} steps {remedy}")
 
 
-def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], judge: user.Rewards | None) -> Job:
-    """The training as the loop runs it."""
+def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], terms: judges.Terms) -> Job:
+    """The training as the loop runs it; `terms` are what is paid."""
     steps = total_steps(parts.config, len(encoded.questions))
     programs = make_programs(parts, steps)
-    training, state = start(parts, programs)
+    training, state = start(parts, programs, terms)
     # Evaluation is of the policy itself: where rollouts are drawn from int8 weights, it has a sync_weights of
     # its own.
     sync_weights = (
         programs.sync_weights if parts.sampler_cfg == parts.cfg else make_weight_sync(parts, parts.cfg)
     )
-    ahead = step_programs(parts, programs, encoded.width) + evaluate.programs(parts, sets)
+    ahead = step_programs(parts, programs, encoded.width, terms) + evaluate.programs(parts, sets)
     if sets and sync_weights is not programs.sync_weights:
         ahead += sync_program(sync_weights)
     return Job(
@@ -140,7 +142,7 @@ def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], judge: us
         rows=(encoded.questions, encoded.tokens),
         sets=sets,
         state=state,
-        step=partial(logged_step, training, encoded, judge),
+        step=partial(logged_step, training, encoded),
         policy=lambda state: sync_weights(lora.join(training.frozen.base, state.policy.params)),
         programs=ahead,
     )
@@ -149,7 +151,6 @@ def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], judge: us
 def logged_step(
     training: "Training",
     encoded: Encoded,
-    judge: user.Rewards | None,
     state: TrainState,
     step: int,
     history: Sequence[dict[str, Any]],
@@ -157,7 +158,7 @@ def logged_step(
     """A step, with its metrics, samples and alarms."""
     parts = training.parts
     config, batch = parts.config, at_epoch(parts, encoded, step)
-    state, stats, scored, experience = train_step(training, batch, state, step, judge)
+    state, stats, scored, experience = train_step(training, batch, state, step)
     metrics = records.summarise(stats, scored) | monitors.watch(scored, config.sample.samples)
     metrics |= monitors.count_idle(metrics, history)
     lasting, alarms = monitors.mark(monitors.alarms(metrics, history, config), history)
@@ -176,11 +177,13 @@ class Training:
     parts: Parts
     programs: Programs
     frozen: Frozen
+    terms: judges.Terms  # what is paid
 
 
-def start(parts: Parts, programs: Programs) -> tuple[Training, TrainState]:
-    """The learners at their start, and their programs as a step calls them."""
+def start(parts: Parts, programs: Programs, terms: judges.Terms | None = None) -> tuple[Training, TrainState]:
+    """The learners at their start, and their programs as a step calls them. `terms`: see `step_programs`."""
     config = parts.config
+    terms = components(config.reward) if terms is None else terms
     policy, _ = build.init_learner(parts, parts.cfg, programs.policy_tx)
     policy, learn_policy = offload(config, policy, programs.learn_policy)
     critic, learn_critic = None, None
@@ -189,7 +192,8 @@ def start(parts: Parts, programs: Programs) -> tuple[Training, TrainState]:
         critic, learn_critic = offload(config, critic, programs.learn_critic)
     programs = dataclasses.replace(programs, learn_policy=learn_policy, learn_critic=learn_critic)
     kl_coef = jax.device_put(jnp.float32(config.kl.coef), sharding.replicated(parts.mesh))
-    return Training(parts, programs, build.load_frozen(parts)), TrainState(policy, critic, kl_coef)
+    training = Training(parts, programs, build.load_frozen(parts), terms)
+    return training, TrainState(policy, critic, kl_coef)
 
 
 def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
@@ -204,8 +208,7 @@ def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
     )
 
 
-# --- a step: what the host does of it, then its five parts
-# ---------------------------------------------------------------
+# --- a step: what the host does of it, then its parts ---
 
 
 class Keys(NamedTuple):
@@ -222,24 +225,20 @@ def step_keys(seed: int, step: int) -> Keys:
 
 
 def train_step(
-    training: Training, encoded: Encoded, state: TrainState, step: int, judge: user.Rewards | None = None
+    training: Training, encoded: Encoded, state: TrainState, step: int
 ) -> tuple[TrainState, dict[str, Any], Scored, Experience]:
     """Step `step` of the method above: the new state, scalars on the device, what the host scored, the rows
     learned from.
     """
     parts, config = training.parts, training.parts.config
     index, keys = step_batch(config, len(encoded.questions), step), step_keys(config.seed, step)
-
-    def grade(rollout: Rollout) -> tuple[Array, Scored]:
-        with jax.profiler.TraceAnnotation("score"):
-            scored = score_rollout(parts, encoded, index, rollout, coin=keys.sample, judge=judge)
-        return sharding.place_rows(rewards_of_all(scored, len(index), parts), len(index), parts.mesh), scored
-
     if step < config.learn.critic_warmup:
         waiting = dataclasses.replace(training.programs, learn_policy=None)
         training = dataclasses.replace(training, programs=waiting)
     prompts = place_prompts(parts, encoded, index)
-    after, stats, scored, experience = five_parts(training, state, prompts, keys, grade)
+    graded = partial(grade, training, encoded, index, coin=keys.sample)
+    after, stats, (scored, asked), experience = five_parts(training, state, prompts, keys, graded)
+    scored = with_asked(scored, asked, training.terms, parts)
     if config.kl.target is not None:
         responses = config.sample.questions * config.sample.samples
         after = dataclasses.replace(
@@ -253,20 +252,52 @@ def five_parts(
     state: TrainState,
     prompts: Prompts,
     keys: Keys,
-    grade: Callable[[Rollout], tuple[Array, Any]],
-) -> tuple[TrainState, dict[str, Any], Any, Experience]:
-    """Draw, assess, grade, advantages, learn. `grade` takes a rollout to rewards [Q, G] and what else it
-    found, on the host.
+    grade: Callable[[Rollout], "Graded"],
+) -> tuple[TrainState, dict[str, Any], tuple[Any, dict[str, Array]], Experience]:
+    """Draw, assess, grade, ask, advantages, learn. `grade` is the host's part.
 
-    `step_programs` calls it with shapes in place of arrays: so nothing here computes but by a program of
-    `training`.
+    Returns also what the host scored, with what the policy answered. `step_programs` calls it with shapes in
+    place of arrays: so nothing here computes but by a program of `training`.
     """
     rollout = draw(training, state, prompts, keys.sample)
     assessment = assess(training, state, prompts, rollout)  # only dispatched: it runs while the host grades
-    rewards, scored = grade(rollout)
+    graded = grade(rollout)
+    asked = ask(training, state, prompts, rollout, graded.requests)
+    rewards = graded.rewards, tuple(asked.values())
     experience, stats = advantages(training, state, prompts, rollout, assessment, rewards)
     state, learned = learn(training, state, experience, keys.shuffle)
-    return state, stats | learned, scored, experience
+    return state, stats | learned, (graded.scored, asked), experience
+
+
+class Graded(NamedTuple):
+    """What the host makes of a rollout."""
+
+    rewards: Array  # float32 [Q, G, K], the columns of `experience.host_columns`
+    requests: dict[str, Any]  # by component: what the policy is asked, arrays [Q, G, …]
+    scored: Any  # Scored, of this process's rows
+
+
+def grade(training: Training, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array) -> Graded:
+    """Decode and score the responses to the questions at `index`, and write down what the policy is asked."""
+    parts, n = training.parts, len(index)
+    with jax.profiler.TraceAnnotation("score"):
+        scored = score_rollout(parts, encoded, index, rollout, coin, training.terms)
+        graded = host_columns(scored.verdicts, training.terms, parts.config.advantage)
+        asked = training.programs.policy_rewards
+        requests = {name: reward.request(scored, rollout) for name, reward in asked.items()}
+    rewards, requests = place_scored((graded, requests), scored, n, parts)
+    return Graded(rewards, requests, scored)
+
+
+def ask(
+    training: Training, state: TrainState, prompts: Prompts, rollout: Rollout, requests: dict[str, Any]
+) -> dict[str, Array]:
+    """By component, what the policy answers to the requests: [Q, G], only dispatched."""
+    base, asked = training.frozen.base, training.programs.policy_rewards
+    return {
+        name: asked[name].program(base, state.policy.params, prompts, rollout, request)
+        for name, request in requests.items()
+    }
 
 
 def draw(training: Training, state: TrainState, prompts: Prompts, key: Array) -> Rollout:
@@ -295,11 +326,11 @@ def advantages(
     prompts: Prompts,
     rollout: Rollout,
     assessment: Assessment,
-    rewards: Array,
+    rewards: tuple[Array, tuple[Array, ...]],
 ) -> tuple[Experience, dict[str, Array]]:
-    """Rewards [Q, G] and the assessment as rows to learn from; and the step's scalars."""
-    settings = experience_settings(training.parts)
-    return training.programs.make_experience(prompts, rollout, assessment, rewards, state.kl_coef, **settings)
+    """Rewards, graded and asked, and the assessment as rows to learn from; and the step's scalars."""
+    settings, program = experience_settings(training.parts, training.terms), training.programs.make_experience
+    return program(prompts, rollout, assessment, *rewards, state.kl_coef, **settings)
 
 
 def learn(
@@ -317,9 +348,11 @@ def learn(
     return TrainState(policy, critic, state.kl_coef), metrics
 
 
-def step_programs(parts: Parts, programs: Programs, width: int) -> list[Program]:
+def step_programs(
+    parts: Parts, programs: Programs, width: int, terms: judges.Terms | None = None
+) -> list[Program]:
     """All programs of a training step in their order, by taking one with shapes for arrays; prompts have
-    `width` columns.
+    `width` columns. `terms`: what is paid, by default what the settings say.
     """
     config, mesh = parts.config, parts.mesh
 
@@ -336,11 +369,17 @@ def step_programs(parts: Parts, programs: Programs, width: int) -> list[Program]
     recorder = Recorder(mesh, on_device)
     # What is offloaded comes to the device before a program is called: to the programs nothing is.
     here = dataclasses.replace(config, learn=dataclasses.replace(config.learn, offload=False))
-    training = Training(dataclasses.replace(parts, config=here), programs.wrapped(recorder.of), frozen)
+    terms = components(config.reward) if terms is None else terms
+    recorded = programs.wrapped(recorder.of)
+    training = Training(dataclasses.replace(parts, config=here), recorded, frozen, terms)
     questions, samples = config.sample.questions, config.sample.samples
-    rewards = array(parts, jnp.float32, questions, samples)
+    graded_columns = columns([term for term in terms if not term.on_device], config.advantage)
+    rewards = array(parts, jnp.float32, questions, samples, len(graded_columns))
+    requests = {name: reward.shapes for name, reward in programs.policy_rewards.items()}
+    requests = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), requests)
     keys = Keys(a_key(parts), a_key(parts))
     prompts = abstract_prompts(parts, questions, width)
     with jax.set_mesh(mesh):
-        five_parts(training, TrainState(policy, critic, scalar), prompts, keys, lambda _: (rewards, None))
+        graded = Graded(rewards, requests, None)
+        five_parts(training, TrainState(policy, critic, scalar), prompts, keys, lambda _: graded)
     return recorder.programs

@@ -6,6 +6,7 @@ scored by one of them.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,9 @@ from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.rewards import Verdicts, grade, parse, stages
-from medrlvr_jax.rewards.base import toss
+from medrlvr_jax.rewards.base import toss, tossed
+from medrlvr_jax.rewards.components import Component, Tokens
 from medrlvr_jax.rewards.parse import judged_beginning
-from medrlvr_jax.rewards.user import Rewards
 from medrlvr_jax.rollout.generate import draw_settings, generate
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
@@ -75,14 +76,15 @@ class Scored:
     stopped: np.ndarray  # bool [N], False where the budget cut the response
     # [N], which of the paper's six stages each completion shows; None of open questions, and under `direct`
     stages: list[str | None]
-    failed: dict[int, str]  # rows on which the user's own reward failed, and why; their reward is NaN
     # float [N], the policy's, in nats, mean over the response's tokens; None where it was not taken
     entropy: np.ndarray | None = None
 
     def record(self, row: int) -> dict[str, Any]:
         """One completion as a JSON object: what samples.jsonl and an evaluation's answers both say of it."""
         v, question = self.verdicts, self.questions[row]
-        failed = {"reward_error": self.failed[row]} if row in self.failed else {}
+        failed = {"reward_error": v.failed[row]} if row in v.failed else {}
+        values = {name: float(column[row]) for name, column in v.several.items()}
+        values = {name: None if math.isnan(value) else value for name, value in values.items()}
         return {
             "id": question.id,
             "completion": self.completions[row],
@@ -90,6 +92,7 @@ class Scored:
             "options": len(question.options),
             "answer": str(v.answer[row]) or None,
             "reward": None if failed else float(v.reward[row]),
+            **({"components": values} if values else {}),
             "format_ok": bool(v.format_ok[row]),
             "correct": bool(v.correct[row]),
             "reason": str(v.reason[row]),
@@ -142,55 +145,46 @@ def score_rollout(
     index: np.ndarray,
     rollout: Rollout,
     coin: Array | None = None,
-    judge: Rewards | None = None,
+    terms: Sequence[Component] | None = None,
 ) -> Scored:
     """Host work: bring this process's tokens over, decode, score. `index` names the questions of the whole
     rollout.
 
-    Training alone pays by other things than the rule: by `judge`, the user's own rewards, or by `coin`, its
-    key for the control `reward.random`. Evaluation has neither.
+    Training alone pays by more than the completion: by the judges of `terms`, or by `coin`, its key for the
+    control `reward.random`. Evaluation has neither.
     """
-    tokenizer = parts.tokenizer
+    tokenizer, rule = parts.tokenizer, parts.config.reward
     own, counted = own_rows(len(index), parts.mesh)
     own = own[counted]
     tokens, mask = (x[counted] for x in fetch_rows((rollout.tokens, rollout.mask), parts.mesh))
     groups, length = tokens.shape[1:]
     flat, flat_mask = tokens.reshape(-1, length), mask.reshape(-1, length)
-    begun = judged_beginning(text.begins(tokenizer, parts.config.prompt), parts.config.reward.mode)
+    begun = judged_beginning(text.begins(tokenizer, parts.config.prompt), rule.mode)
     completions = [begun + c for c in tokenizer.decode(flat, flat_mask)]
     lengths = flat_mask.sum(1)
-    last = flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)]
+    stopped = np.isin(flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)], tokenizer.stop_ids)
     questions = [encoded.questions[i] for i in index[own] for _ in range(groups)]
-    keys, options, rule = (
-        [q.reference for q in questions],
-        [q.options for q in questions],
-        parts.config.reward,
-    )
-    verdicts = grade(completions, questions, rule)
-    shown: list[str | None] = [None] * len(completions)
-    if rule.mode != "direct":
-        lenient = (
-            verdicts
-            if rule.mode == "paper"
-            else parse(completions, "paper", [LETTERS[: len(row)] for row in options])
-        )
-        rows = zip(completions, lenient.format_ok.tolist(), options, strict=True)
-        shown = [stages.stage(*row) if row[-1] else None for row in rows]
-    failed: dict[int, str] = {}
-    if judge is not None:
-        paid = judge.score(
-            list(zip(completions, keys, options, (q.question for q in questions), strict=True))
-        )
-        failed, components = paid.failed, {name: np.array(column) for name, column in paid.components.items()}
-        verdicts = dataclasses.replace(
-            verdicts, reward=np.array(paid.reward, np.float32), components=components
-        )
-    elif rule.random is not None and coin is not None:
+    if terms is not None:
+        terms = [term for term in terms if not term.on_device]
+    verdicts = grade(completions, questions, rule, Tokens(lengths, stopped, length), terms)
+    if rule.random is not None and coin is not None:
         paid = toss(np.asarray(jax.random.key_data(coin)), encoded.ids[index[own]], groups, rule)
-        verdicts = dataclasses.replace(verdicts, reward=paid.ravel(), components={})
+        verdicts = tossed(verdicts, paid.ravel())
     places = (own[:, None] * groups + np.arange(groups)).ravel()
-    stopped = np.isin(last, tokenizer.stop_ids)
-    return Scored(questions, places, completions, verdicts, lengths, stopped, shown, failed)
+    shown = shown_stages(completions, questions, verdicts, rule.mode)
+    return Scored(questions, places, completions, verdicts, lengths, stopped, shown)
+
+
+def shown_stages(
+    completions: list[str], questions: list[Question], verdicts: Verdicts, mode: str
+) -> list[str | None]:
+    """The stage that each completion shows; None of open questions, and under the mode `direct`."""
+    if mode == "direct":
+        return [None] * len(completions)
+    offered = [LETTERS[: len(q.options)] for q in questions]
+    lenient = verdicts if mode == "paper" else parse(completions, "paper", offered)
+    rows = zip(completions, lenient.format_ok.tolist(), (q.options for q in questions), strict=True)
+    return [stages.stage(*row) if row[-1] else None for row in rows]
 
 
 def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:

@@ -14,6 +14,7 @@ from typing import Any
 
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.reward import FunctionConfig
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data.question import Question, fingerprint
 from medrlvr_jax.host import files
@@ -21,6 +22,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import from_leader
 from medrlvr_jax.model import weights
 from medrlvr_jax.rewards import user
+from medrlvr_jax.rewards.components import components
 
 NAME = "inputs.json"
 MARK = 4  # hex digits kept of each row's digest, to name the first row that differs
@@ -34,7 +36,7 @@ def check(
     """Compare with the folder's record if the run resumes from a checkpoint, then write the record.
 
     `sets` holds the training set as `data` and evaluation sets as `eval.sets.<name>`; `rewards` are the
-    reward functions, as `user.Rewards.record` lists them. Returns the differences that were accepted. Raises
+    reward functions, as `judges.record` lists them. Returns the differences that were accepted. Raises
     `ConfigError`, in every process, for those that were not.
     """
     accept = parts.config.checkpoint.accept_changed_inputs
@@ -69,13 +71,14 @@ def check_replay(folder: Path, parts: Parts, sets: Sets) -> None:
 
 def describe(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """The record of what the settings point to now."""
-    fn = parts.config.reward.fn
+    sections = [term.settings for term in components(parts.config.reward)]
+    functions = [section.fn for section in sections if isinstance(section, FunctionConfig)]
     return {
         "sets": {name: describe_set(*rows) for name, rows in sets.items()},
         "stop_ids": list(parts.tokenizer.stop_ids),
         "model": _model(parts),
         "weights": _weights(parts),
-        "reward.fn": user.source_digest(fn) if fn else None,
+        "functions": {fn: user.source_digest(fn) for fn in functions},
         "rewards": list(rewards),
     }
 
@@ -120,9 +123,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if changed := sorted(k for k in before | now if before.get(k) != now.get(k)):
             count = f"{len(changed)} of {len(now)} tensors"
             out.append(f"model.path: {path}: {count} have other values now, such as {changed[0]}")
-    before, now = old.get("reward.fn"), new.get("reward.fn")
-    if before and now and before["sha256"] != now["sha256"]:
-        out.append(f"reward.fn: {now['file']} has other contents now")
+    for name, now in new.get("functions", {}).items():
+        before = old.get("functions", {}).get(name) or old.get("reward.fn")  # before components: one function
+        if before and now and before["sha256"] != now["sha256"]:
+            out.append(f"reward.fn: {now['file']} has other contents now")
     if old and "rewards" in new:
         out += _reward_differences(old.get("rewards", []), new["rewards"])
     return out

@@ -17,10 +17,11 @@ from medrlvr_jax.data import load as data
 from medrlvr_jax.data.batches import step_batch
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rewards import user
+from medrlvr_jax.rewards import judges
 from medrlvr_jax.rl import records, train
+from medrlvr_jax.rl.experience import with_asked
 from medrlvr_jax.rl.programs import make_programs
-from medrlvr_jax.rollout.rollout import encode, place_prompts, score_rollout
+from medrlvr_jax.rollout.rollout import encode, place_prompts
 from medrlvr_jax.runs import inputs
 from medrlvr_jax.runs.checkpoint import restore_before
 from medrlvr_jax.runs.console import Console, clock
@@ -48,8 +49,9 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     parts, console = build(c), Console()
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options)
     inputs.check_replay(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)})
-    with user.started(c.reward) as judge, jax.set_mesh(parts.mesh):
-        training, state = train.start(parts, make_programs(parts, total_steps(c, len(encoded.questions))))
+    with judges.started(c.reward) as terms, jax.set_mesh(parts.mesh):
+        programs = make_programs(parts, total_steps(c, len(encoded.questions)))
+        training, state = train.start(parts, programs, terms)
         state, done = restore_before(run / "checkpoints", state, step - 1)
         if done < step - 1:
             seconds = clock(sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step))
@@ -58,15 +60,18 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
                 f" which took {seconds} then"
             )
         for k in range(done, step - 1):
-            state, *_ = train.train_step(training, train.at_epoch(parts, encoded, k), state, k, judge)
+            state, *_ = train.train_step(training, train.at_epoch(parts, encoded, k), state, k)
             console.progress("training steps again", k + 1, step - 1)
         encoded, index = (
             train.at_epoch(parts, encoded, step - 1),
             step_batch(c, len(encoded.questions), step - 1),
         )
         key = train.step_keys(c.seed, step - 1).sample
-        rollout = train.draw(training, state, place_prompts(parts, encoded, index), key)
-        scored = score_rollout(parts, encoded, index, rollout, coin=key, judge=judge)
+        prompts = place_prompts(parts, encoded, index)
+        rollout = train.draw(training, state, prompts, key)
+        graded = train.grade(training, encoded, index, rollout, key)
+        asked = train.ask(training, state, prompts, rollout, graded.requests)
+        scored = with_asked(graded.scored, asked, terms, parts)
     drawn = json.loads(
         json.dumps(records.sample_record(parts, encoded, index, scored, row))
     )  # as a log gives it back

@@ -44,28 +44,23 @@ def score_file(
             f"{target}: exists already, and is not overwritten; give another name or move it away"
         )
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    worth = [
-        config.unformatted,
-        config.wrong,
-        config.correct,
-    ]  # the settings' numbers, not rounded to float32
     reasons: Counter[str] = Counter()
     try:
         with part.open("x", encoding="utf-8", newline="\n") as file:
             for block in _blocks(source):
                 completions, questions = zip(*block, strict=True)
                 verdicts = grade([prefill + completion for completion in completions], questions, config)
-                rank = (verdicts.format_ok.astype(int) + verdicts.correct).tolist()
+                # float64, so that a file has 0.2 and not float32's 0.19999999
+                rewards = [round(reward, 9) for reward in (verdicts.paid - verdicts.penalty).tolist()]
                 rows = zip(
-                    rank,
-                    verdicts.penalty.tolist(),
+                    rewards,
+                    verdicts.format_ok.tolist(),
                     verdicts.answer.tolist(),
                     verdicts.reason.tolist(),
                     strict=True,
                 )
-                for i, penalty, answer, reason in rows:
-                    reward = round(worth[i] - penalty, 9)
-                    line = {"reward": reward, "format_ok": i > 0, "answer": answer or None, "reason": reason}
+                for reward, ok, answer, reason in rows:
+                    line = {"reward": reward, "format_ok": ok, "answer": answer or None, "reason": reason}
                     file.write(json.dumps(line) + "\n")
                 reasons.update(verdicts.reason.tolist())
         os.replace(part, target)

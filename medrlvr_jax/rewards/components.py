@@ -1,0 +1,165 @@
+"""The components of a reward: what each is worth on N completions, and which of them run where.
+
+    reward = Σ weight · value of what pays  −  Σ weight · value of penalties
+
+A penalty (leak, before, …) shapes the reward: its value is 0 or more and is subtracted. A component's mean
+value before the weight is the metric `reward/NAME`, if there are several.
+
+To add a component:
+
+1. A section in config/reward.py with its `kind`, its settings and their comments, in the union `Component`.
+2. What computes its values; each row is judged by itself:
+   - From the completion alone: a case in `values`, a pure function of `Graded`. Training, evaluation and
+     `medrlvr score` then share it.
+   - By something outside (a function in a worker, another model): a `Judge`, started in judges.py for the
+     length of a training, and its section in `JUDGED`. A row on which it fails gets NaN and a reason: it
+     is left out of learning. All processes call it together, each with its own rows, which may be none.
+   - By the policy itself: its section in `ON_DEVICE`, and an `experience.Question` in programs.py: the host
+     makes a request for each row while it grades; a program answers for all rows on the device.
+3. If a combination of settings makes it constant, a complaint in config/check.py.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int
+
+from medrlvr_jax.config.reward import (
+    AnswerConfig,
+    BeforeConfig,
+    FormatConfig,
+    FunctionConfig,
+    LeakConfig,
+    PenaltyConfig,
+    RewardConfig,
+    RuleConfig,
+)
+from medrlvr_jax.data.question import Question
+from medrlvr_jax.rewards.graders import Grade
+from medrlvr_jax.rewards.parse import WHITE, Parsed
+from medrlvr_jax.rewards.penalties import leaks, much_before
+
+JUDGED = (FunctionConfig,)  # need a `Judge`
+ON_DEVICE: tuple[type, ...] = ()  # ask the policy
+
+
+class Tokens(NamedTuple):
+    """Of N completions that were sampled here."""
+
+    lengths: Int[np.ndarray, " N"]  # tokens up to and including the stop token
+    stopped: Bool[np.ndarray, " N"]  # False where the budget cut the response
+    budget: int  # tokens that a response may have
+
+
+@dataclass(frozen=True)
+class Graded:
+    """N completions, parsed and graded once: what components read."""
+
+    completions: Sequence[str]
+    questions: Sequence[Question]
+    parsed: Parsed
+    graders: Sequence[Callable[[str], Grade]]  # of each row's question: judges the text of an answer
+    format_ok: Bool[np.ndarray, " N"]
+    correct: Bool[np.ndarray, " N"]
+    answer: np.ndarray  # str [N], the letter or the value; "" where the format failed
+    reason: np.ndarray  # str [N], a key of parse.REASONS or of values.REASONS
+    tokens: Tokens | None = None  # None: of texts that were not sampled here
+
+
+class Judge(Protocol):
+    """What computes a component's values outside of this process's pure functions."""
+
+    def judge(self, graded: Graded) -> tuple[Sequence[float], Mapping[int, str]]:
+        """N values, NaN where one failed; and why, by row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Component:
+    """A term of the reward."""
+
+    name: str  # of the metric reward/NAME
+    weight: float  # of its values in the sum: negative for a penalty
+    penalty: bool = False  # it shapes the reward
+    settings: Any = None  # its section; None: a callable of `train(rewards=…)`
+    judge: Judge | None = None
+
+    @property
+    def on_device(self) -> bool:
+        return isinstance(self.settings, ON_DEVICE)
+
+
+def components(config: RewardConfig) -> tuple[Component, ...]:
+    """The terms of the reward in their order; those in `JUDGED` still without a judge."""
+    sections: Sequence[Any] = config.components
+    if not sections and config.fn:
+        sections = [FunctionConfig(fn=config.fn, deadline=config.deadline)]
+    elif not sections:
+        sections = [_rule(config)]
+        if config.leak_penalty or config.before_penalty:
+            sections += [LeakConfig(weight=config.leak_penalty), BeforeConfig(weight=config.before_penalty)]
+    names = unique_names([section.name or short_name(section) for section in sections])
+    signs = [-1.0 if isinstance(section, PenaltyConfig) else 1.0 for section in sections]
+    return tuple(
+        Component(name, sign * section.weight, sign < 0, section)
+        for name, sign, section in zip(names, signs, sections, strict=True)
+    )
+
+
+def pure(config: RewardConfig) -> tuple[Component, ...]:
+    """The terms that need the completion alone: by them evaluations are paid. Without any that pays, the rule
+    is one.
+    """
+    outside = (*JUDGED, *ON_DEVICE)
+    terms = tuple(term for term in components(config) if not isinstance(term.settings, outside))
+    if all(term.penalty for term in terms):
+        return Component("rule", 1.0, settings=_rule(config)), *terms
+    return terms
+
+
+def _rule(config: RewardConfig) -> RuleConfig:
+    return RuleConfig(unformatted=config.unformatted, wrong=config.wrong, correct=config.correct)
+
+
+def short_name(section: Any) -> str:
+    return section.fn.partition(":")[2] if isinstance(section, FunctionConfig) else section.kind
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names, a second `f` as `f_2`."""
+    out: list[str] = []
+    for name in names:
+        choices = (name if n == 1 else f"{name}_{n}" for n in itertools.count(1))
+        out.append(next(choice for choice in choices if choice not in out))
+    return out
+
+
+def values(section: Any, graded: Graded) -> Float64[np.ndarray, " N"]:
+    """What a component on the host is worth on each row, before its weight."""
+    rank = graded.format_ok.astype(int) + graded.correct  # 0: unformatted, 1: wrong, 2: right
+    match section:
+        case RuleConfig():
+            return np.array([section.unformatted, section.wrong, section.correct])[rank]
+        case FormatConfig():
+            return np.where(graded.format_ok, section.kept, section.broken)
+        case AnswerConfig():
+            right = _leniently(graded) if section.lenient else graded.correct
+            return np.where(right, section.correct, section.wrong)
+        case LeakConfig():
+            return np.array([match is not None for match in leaks(graded.parsed.thought)], float)
+        case BeforeConfig():
+            return np.array(much_before(graded.parsed.before), float)
+    raise TypeError(f"{type(section).__name__} has no values on the host")
+
+
+def _leniently(graded: Graded) -> Bool[np.ndarray, " N"]:
+    """Which answers are right if a broken format is no hindrance."""
+    right = graded.correct.copy()
+    for i in np.flatnonzero(~graded.format_ok).tolist():
+        text = graded.completions[i]
+        inner = text.partition("<answer>")[2].partition("</answer>")
+        right[i] = graded.graders[i]((inner[0] if inner[1] else text).strip(WHITE)).correct
+    return right
