@@ -68,7 +68,7 @@ class SetConfig:
     # options, whose answers are numbers, dates, durations, labels or texts; text: prompt and response, for
     # SFT.
     format: Literal[
-        "auto", "plain", "open", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa", "medcalc", "text"
+        "auto", "plain", "open", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa", "medcalc", "trec", "text"
     ] = "auto"
     subset: str | None = None  # The hub's configuration name.
     split: str | None = None  # The hub's split. Files have none.

@@ -3,8 +3,9 @@
 | format     | fields                                                                                       |
 |------------|----------------------------------------------------------------------------------------------|
 | `plain`    | your own data: question, options (a list, or {"A": …}), answer (the letter, or as answer_as  |
-|            | says: from_0, from_1, text); optional: id, subject, rationale, facts (what a good thought    |
-|            | states: each a text, or a list of the texts that state it)                                   |
+|            | says: from_0, from_1, text; a list or "A, C" where all that apply are asked for);            |
+|            | optional: id, subject, rationale, facts (what a good thought states: each a text, or a list  |
+|            | of the texts that state it)                                                                  |
 | `open`     | your own data without options: question, kind, answer; optional: lower, upper, tolerance,    |
 |            | unit, labels, aliases, order (values.py), id, subject, rationale, facts                      |
 | `medqa`    | question, options {"A": …}, answer_idx (the letter), answer (that option's text, checked)    |
@@ -16,6 +17,8 @@
 |            | or the hub's question, context, final_decision                                               |
 | `medcalc`  | MedCalc-Bench: Patient Note, Question, Ground Truth Answer, Output Type,                     |
 |            | Lower Limit, Upper Limit                                                                     |
+| `trec`     | patient–trial matching: note, trial, label (0 not relevant, 1 excluded, 2 eligible, as in    |
+|            | TREC Clinical Trials); or EHRMIND's input, query_id, corpus_id, label                        |
 | `text`     | prompt (may be empty) and response, or only text: for `sft.target: text`                     |
 
 Two options with the same text are accepted in the published sets (21 of MedMCQA's 4,183 dev questions have
@@ -30,7 +33,7 @@ from collections.abc import Callable, Iterable
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-from medrlvr_jax.data.question import LETTERS, Choice, DataError, Example, Question, unlabelled
+from medrlvr_jax.data.question import LETTERS, DataError, Example, Key, Question, several, unlabelled
 from medrlvr_jax.data.values import Reference, Unreadable, read_reference
 
 Row = dict[str, Any]
@@ -118,11 +121,11 @@ def _facts(row: Row) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def check_value(row: Row) -> Reference:
-    """The value that the fields `kind`, `answer` and those beside them hold."""
+def _value(row: Row) -> Key:
+    """The value that the fields `kind`, `answer` and those beside them hold, and no options."""
     _needed(row, "answer")
     try:
-        return read_reference(row)
+        return (), read_reference(row)
     except Unreadable as e:
         raise DataError(str(e)) from None
 
@@ -130,12 +133,25 @@ def check_value(row: Row) -> Reference:
 # ---- the formats ----
 
 
-def _plain(row: Row) -> Choice:
-    options, key = options_and_key(row)
+def _plain(row: Row) -> Key:
+    options, key = _options_and_key(row)
     if len(set(unlabelled(options))) < len(options):
         problem = "has one text twice: a right answer could count as wrong; change one"
         raise _wrong("options", options, problem)
     return options, key
+
+
+def _options_and_key(row: Row) -> Key:
+    """`options`, and what `answer` says is right: one of them, or several in a list or between commas."""
+    options, answer = _options(row, "options"), _needed(row, "answer")
+    if isinstance(answer, str) and row.get("answer_as") != "text" and re.search("[,;]", answer):
+        answer = re.split("[,;]", answer)
+    if not isinstance(answer, list | tuple):
+        return options, _place(row, "answer", options)
+    places = {_place(row | {"answer": each}, "answer", options) for each in answer}
+    if not places or len(places) < len(answer):
+        raise _wrong("answer", answer, "names no option, or one twice; give each right option once")
+    return options, several(places, len(options))
 
 
 def _place(row: Row, field: str, options: tuple[str, ...]) -> int:
@@ -157,7 +173,7 @@ def _place(row: Row, field: str, options: tuple[str, ...]) -> int:
     return number - first
 
 
-def _medqa(row: Row) -> Choice:
+def _medqa(row: Row) -> Key:
     options = _options(row, "options")
     key = _letter(row, "answer_idx", options)
     if "answer" in row and _text(row, "answer") not in (options[key], unlabelled(options)[key]):
@@ -166,7 +182,7 @@ def _medqa(row: Row) -> Choice:
     return options, key
 
 
-def _mmlu_pro(row: Row) -> Choice:
+def _mmlu_pro(row: Row) -> Key:
     options = _options(row, "options")
     key = _letter(row, "answer", options)
     if _integer(index := row.get("answer_index")) != key:
@@ -175,7 +191,7 @@ def _mmlu_pro(row: Row) -> Choice:
     return options, key
 
 
-def _mmlu(row: Row) -> Choice:
+def _mmlu(row: Row) -> Key:
     options, index = _options(row, "choices"), row.get("answer")
     if type(index) is not int:
         return options, _letter(row, "answer", options)
@@ -185,7 +201,7 @@ def _mmlu(row: Row) -> Choice:
     return options, index
 
 
-def _medmcqa(row: Row) -> Choice:
+def _medmcqa(row: Row) -> Key:
     options, cop = tuple(_text(row, "op" + letter) for letter in "abcd"), row.get("cop")
     if "cop" in row and cop in (None, -1):
         raise DataError(
@@ -198,14 +214,14 @@ def _medmcqa(row: Row) -> Choice:
     return options, index - 1
 
 
-def _pubmedqa(row: Row) -> Choice:
+def _pubmedqa(row: Row) -> Key:
     options, decision = ("yes", "no", "maybe"), _text(row, "final_decision")
     if decision not in options:
         raise _wrong("final_decision", decision, "is none of yes, no, maybe; give one of these")
     return options, options.index(decision)
 
 
-def _medcalc(row: Row) -> Reference:
+def _medcalc(row: Row) -> Key:
     """Weeks and days are of the output type `integer` there, and dates are written month first."""
     output, truth = _text(row, "Output Type"), _text(row, "Ground Truth Answer")
     kinds = {"decimal": "number", "integer": "integer", "date": "date"}
@@ -217,7 +233,7 @@ def _medcalc(row: Row) -> Reference:
     limits = {}
     if kind == "number":
         limits = {"lower": _text(row, "Lower Limit"), "upper": _text(row, "Upper Limit")}
-    return check_value({"kind": kind, "answer": truth, "order": "month_first"} | limits)
+    return _value({"kind": kind, "answer": truth, "order": "month_first"} | limits)
 
 
 def _with_note(row: Row) -> Row:
@@ -236,16 +252,50 @@ def _with_abstract(row: Row) -> Row:
     return {"id": row.get("pubid")} | row | {"question": "\n".join([*paragraphs, _text(row, "question")])}
 
 
+# What TREC's labels 0, 1, 2 mean. EHRMIND's prompts say "Excluded" for 0 and "Irrelevant" for 1.
+ELIGIBILITY = ("not relevant", "excluded", "eligible")
+ASKED = (
+    "Is the patient eligible for the clinical trial? Eligible: the patient meets the inclusion criteria, and "
+    "no exclusion criterion applies. Excluded: an exclusion criterion applies to a patient who meets the "
+    "inclusion criteria. Not relevant: the trial is not for such a patient, or the note does not tell."
+)
+# Where EHRMIND's prompts have the note and the trial.
+PAIR = re.compile(r"patient note:\n(.*?)\n\nHere is the clin\w+ trial:\n(.*?)\n-{9,}", re.S)
+
+
+def _trec(row: Row) -> Key:
+    label = _integer(_needed(row, "label"))
+    if label not in (0, 1, 2):
+        meaning = ", ".join(f"{i} {name}" for i, name in enumerate(ELIGIBILITY))
+        raise _wrong("label", row["label"], f"is none of TREC's labels: {meaning}; give one of these")
+    return _value({"kind": "label", "answer": ELIGIBILITY[label], "labels": ELIGIBILITY})
+
+
+def _with_trial(row: Row) -> Row:
+    """Note, trial and question, from the record's own fields or out of EHRMIND's prompt."""
+    if "input" in row:
+        pair = PAIR.search(_text(row, "input"))
+        if not pair:
+            raise _wrong("input", row["input"], "has no note and trial as in EHRMIND's prompts; give them")
+        row = row | {"note": pair[1], "trial": pair[2], "id": f"{row['query_id']} {row['corpus_id']}"}
+    texts = f"Patient: {_text(row, 'note')}\n\nTrial: {_text(row, 'trial')}\n\n{ASKED}"
+    return row | {"question": texts}
+
+
+TREC = ["input, query_id, corpus_id, label", "note, trial, label"]
+
+
 class Format(NamedTuple):
     """How one format is recognised and read."""
 
-    key: Callable[[Row], Choice | Reference] | None  # None: format `text`, whose records are no questions
+    key: Callable[[Row], Key] | None  # None: format `text`, whose records are no questions
     required: list[str]  # the fields of a record, in each of the format's variants
     id: str = "id"
     subject: str = "subject"
     rationale: str = ""  # "": records of this format have none
     also: str = ""  # further fields that are read
     number: tuple[str, int] | None = None  # the field where the key may be a number; the first's number
+    reword: Callable[[Row], Row] = lambda row: row  # makes the field `question`
 
     @property
     def fields(self) -> set[str]:
@@ -259,7 +309,7 @@ MEDCALC = "Patient Note, Question, Ground Truth Answer, Output Type, Lower Limit
 FORMATS = {
     "plain": Format(_plain, ["question, options, answer"], rationale="rationale", also="answer_as, facts"),
     "open": Format(
-        check_value,
+        _value,
         ["question, kind, answer"],
         rationale="rationale",
         also="lower, upper, tolerance, unit, labels, aliases, order, facts",
@@ -270,8 +320,18 @@ FORMATS = {
     "medmcqa": Format(
         _medmcqa, ["question, opa, opb, opc, opd, cop"], "id", "subject_name", "exp", number=("cop", 1)
     ),
-    "pubmedqa": Format(_pubmedqa, PUBMEDQA, rationale="long_answer", also="pubid, LONG_ANSWER"),
-    "medcalc": Format(_medcalc, [MEDCALC], "Row Number", "Calculator Name", "Ground Truth Explanation"),
+    "pubmedqa": Format(
+        _pubmedqa, PUBMEDQA, rationale="long_answer", also="pubid, LONG_ANSWER", reword=_with_abstract
+    ),
+    "medcalc": Format(
+        _medcalc,
+        [MEDCALC],
+        "Row Number",
+        "Calculator Name",
+        "Ground Truth Explanation",
+        reword=_with_note,
+    ),
+    "trec": Format(_trec, TREC, also="query_id, corpus_id", reword=_with_trial),
     "text": Format(None, ["response", "text"], also="prompt"),
 }
 
@@ -282,8 +342,7 @@ def parse(row: Row, name: str, default_id: str) -> Question | Example:
     if form.key is None:
         return parse_example(row)
     key = form.key(row)
-    row = _with_abstract(row) if name == "pubmedqa" else _with_note(row) if name == "medcalc" else row
-    return _question(row, default_id, key, form)
+    return _question(form.reword(row), default_id, key, form)
 
 
 def parse_example(row: Row) -> Example:
@@ -295,37 +354,44 @@ def parse_example(row: Row) -> Example:
 
 def check_question(question: Question, default_id: str) -> Question:
     """A `Question` that was made in Python, by the rules for records."""
-    row, answer = vars(question), question.answer
-    if question.value is not None:
-        if question.options or answer != -1:
-            raise DataError("field value: given beside options or answer; take one of the two out")
-        return _question(row, default_id, question.value, FORMATS["open"])
-    options = _options(row, "options")
-    if type(answer) is not int or not 0 <= answer < len(options):
+    row, options, answer, value = vars(question), (), question.answer, question.value
+    if question.options or value is None:
+        options = _options(row, "options")
+    if value is not None and (answer != -1 or (options and value != several(question.right, len(options)))):
+        raise DataError("field value: given beside another answer or options; take one of the two out")
+    if value is None and (type(answer) is not int or not 0 <= answer < len(options)):
         remedy = f"give the index of the right one of its {len(options)} options, counted from 0"
         raise DataError(f"field answer: {short(answer)}: {remedy}")
-    return _question(row, default_id, (options, answer), FORMATS["plain"])
+    key = options, answer if value is None else value
+    return _question(row, default_id, key, FORMATS["plain"])
 
 
-def _question(row: Row, default_id: str, key: Choice | Reference, form: Format) -> Question:
+def _question(row: Row, default_id: str, key: Key, form: Format) -> Question:
     def optional(field: str) -> str:
         return _text(row, field, empty=True) if field and row.get(field) is not None else ""
 
-    name = row.get(form.id)
+    name, (options, answer) = row.get(form.id), key
     if name is not None and (isinstance(name, bool) or not isinstance(name, int | str)):
         raise _wrong(form.id, name, "is neither a string nor an integer; give one of these")
-    name, text = default_id if name in (None, "") else str(name), _text(row, "question")
-    subject, rationale = optional(form.subject), optional(form.rationale) or None
-    facts = _facts(row) if "facts" in form.also else ()
-    if isinstance(key, Reference):
-        return Question(name, text, subject=subject, rationale=rationale, value=key, facts=facts)
-    return Question(name, text, *key, subject, rationale, facts=facts)
+    value = answer if isinstance(answer, Reference) else None
+    return Question(
+        id=default_id if name in (None, "") else str(name),
+        question=_text(row, "question"),
+        options=options,
+        answer=-1 if isinstance(answer, Reference) else answer,
+        subject=optional(form.subject),
+        rationale=optional(form.rationale) or None,
+        value=value,
+        facts=_facts(row) if "facts" in form.also else (),
+    )
 
 
-def options_and_key(row: Row) -> Choice:
-    """The options and the key of a record with `options` and `answer`."""
-    options = _options(row, "options")
-    return options, _place(row, "answer", options)
+def key_of(row: Row) -> Key:
+    """The options and the key of a record with `options` and `answer`, or with `kind` and `answer`."""
+    if "kind" in row and "options" not in row:
+        return _value(row)
+    options, key = _options_and_key(row)
+    return unlabelled(options), key
 
 
 # ---- which format a record has ----

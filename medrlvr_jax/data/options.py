@@ -13,10 +13,11 @@ after every resumption.
 import dataclasses
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
-from medrlvr_jax.data.question import LETTERS, Question, brings_letters
+from medrlvr_jax.data.question import LETTERS, Question, brings_letters, several
 
 SOME = r"(?:all|none|any|both|neither|either|each|some|one|two|more than one)"
 ABOVE = re.compile(  # "all of the above", "Both", "none of the others", "All above"; not "above the knee"
@@ -109,8 +110,12 @@ def order(question: Question, seed: int, draw: int) -> list[int]:
 
 def shuffled(question: Question, seed: int, draw: int) -> Question:
     """The question with its options in the order of `draw` (an epoch or a sample)."""
-    if question.value is not None:  # an open question has no options
+    if not question.options:
         return question
     places = order(question, seed, draw)
     options, letters = tuple(question.options[i] for i in places), "".join(LETTERS[i] for i in places)
-    return dataclasses.replace(question, options=options, answer=places.index(question.answer), order=letters)
+    right = [places.index(i) for i in question.right]
+    key: dict[str, Any] = {"answer": right[0]}
+    if question.value is not None:
+        key = {"value": several(right, len(options))}
+    return dataclasses.replace(question, options=options, order=letters, **key)

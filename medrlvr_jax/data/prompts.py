@@ -14,7 +14,6 @@ from jaxtyping import UInt32
 from medrlvr_jax.config.schema import PromptConfig
 from medrlvr_jax.data.question import EMPTY_THOUGHT, TAGS, DataError, Question
 from medrlvr_jax.data.tokenizer import MESSAGE, Tokenizer
-from medrlvr_jax.data.values import Reference
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.types import Prompts
@@ -38,30 +37,30 @@ def render(question: Question, template: str) -> str:
     asked = "\n".join([f"Question: {question.question}", *question.lettered])
     if template == "none":
         return asked
-    answer, form = answer_form(question.value)
-    return (
-        f"{ROLE}\n\n{asked}\n\n{(THINK if template == 'think' else DIRECT).format(answer=answer, form=form)}"
-    )
+    answer, form = answer_form(question)
+    template = THINK if template == "think" else DIRECT
+    return f"{ROLE}\n\n{asked}\n\n{template.format(answer=answer, form=form)}"
 
 
-def answer_form(value: Reference | None) -> tuple[str, str]:
-    """(what the prompt asks for, the word that stands for it) where the right answer is a `value`; None: a
-    letter.
-    """
+def answer_form(question: Question) -> tuple[str, str]:
+    """(what the prompt asks for, the word that stands for it) by the kind of the right answer."""
+    value, kind = question.value, question.kind
     if value is None:
         return "the letter of the one best option", "letter"
-    match value.kind:
-        case "number" | "integer":
-            kind = "number" if value.kind == "number" else "whole number"
-            return f"the {kind}" + (f" in {value.unit}" if value.unit else ""), "number"
-        case "date":
-            return f"the date, in the form {DATES[value.order]},", "date"
-        case "duration":
-            return "the time in weeks and days, in the form 3 weeks 2 days,", "time"
-        case "labels":
-            return f"one or more of these labels, separated by commas: {', '.join(value.allowed)},", "labels"
-        case "text":
-            return "the answer in a few words", "answer"
+    if kind == "choices":
+        return "the letters of all options that apply, separated by commas,", "letters"
+    if kind in ("number", "integer"):
+        name = "number" if kind == "number" else "whole number"
+        return f"the {name}" + (f" in {value.unit}" if value.unit else ""), "number"
+    if kind == "date":
+        return f"the date, in the form {DATES[value.order]},", "date"
+    if kind == "duration":
+        return "the time in weeks and days, in the form 3 weeks 2 days,", "time"
+    if kind in ("label", "labels"):
+        several = "" if kind == "label" else " or more"
+        commas = "" if kind == "label" else ", separated by commas"
+        return f"one{several} of these labels{commas}: {', '.join(value.allowed)},", kind
+    return "the answer in a few words", "answer"
 
 
 def sft_target(question: Question, target: str) -> str:

@@ -20,7 +20,7 @@ LABEL = re.compile(  # the label in "A. aspirin", "(b) x", "C: x", "d - x", "4) 
 )
 
 
-Choice = tuple[tuple[str, ...], int]  # the options, the index of the right one
+Key = tuple[tuple[str, ...], int | Reference]  # the options, and the index of the right one, or a value
 
 
 class DataError(ConfigError):
@@ -29,18 +29,33 @@ class DataError(ConfigError):
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question with 2 to 10 options, or an open one, whose right answer is a value."""
+    """A question with 2 to 10 options of which one is right, or one whose right answer is a value.
+
+    A value may be anything that data/values.py reads, or, beside options, the letters of all that are right.
+    """
 
     id: str
     question: str
     options: tuple[str, ...] = ()  # none: the question is open
-    answer: int = -1  # the index of the right option; -1: the question is open
+    answer: int = -1  # the index of the one right option; -1: `value` is the right answer
     subject: str = ""
     rationale: str | None = None
     order: str = ""  # after shuffling: the letter that each option has in the file
-    value: Reference | None = None  # the right answer of an open question
+    value: Reference | None = None  # the right answer that is not one option
     # What a good thought states, each fact as the texts that state it: for a process reward.
     facts: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """`choice` of one option, `choices` of all that are right, or the kind of an open question."""
+        if self.value is None:
+            return "choice"
+        return "choices" if self.options else self.value.kind
+
+    @property
+    def letters(self) -> str:
+        """The letters of which one is the right answer; "" where the right answer is no single letter."""
+        return LETTERS[: len(self.options)] if self.value is None else ""
 
     @property
     def reference(self) -> str:
@@ -49,8 +64,18 @@ class Question:
 
     @property
     def right_text(self) -> str:
-        """The right answer in words: the right option's text, or the value."""
-        return self.options[self.answer] if self.value is None else self.value.text
+        """The right answer in words: the text of the right option or options, or the value."""
+        if self.value is None:
+            return self.options[self.answer]
+        return "; ".join(self.options[i] for i in self.right) or self.value.text
+
+    @property
+    def right(self) -> tuple[int, ...]:
+        """The indices of the right options; none of an open question."""
+        if self.value is None:
+            return (self.answer,)
+        letters = self.value.value if self.options else ()
+        return tuple(map(LETTERS.index, letters)) if isinstance(letters, tuple) else ()
 
     @property
     def lettered(self) -> list[str]:
@@ -64,6 +89,12 @@ class Example:
 
     prompt: str
     response: str
+
+
+def several(right: Iterable[int], options: int) -> Reference:
+    """The right answer where all options with the indices `right` are right: exactly their letters."""
+    letters = tuple(LETTERS[i] for i in sorted(right))
+    return Reference("labels", ", ".join(letters), value=letters, allowed=tuple(LETTERS[:options]))
 
 
 # ---- options that bring their own labels ----
@@ -101,12 +132,14 @@ def unlabelled(options: tuple[str, ...]) -> tuple[str, ...]:
 
 def question_hash(question: Question) -> str:
     """16 hexadecimal digits of the stem, the options in the file's order and the key; not of the id."""
-    if question.value is not None:
+    options = list(question.options)
+    if not options:
         return fingerprint([[question.question, question.value]])["sha256"][:16]
-    options, answer = list(question.options), question.answer
+    right = list(question.right)
     if question.order:
         options = [options[question.order.index(letter)] for letter in LETTERS[: len(options)]]
-        answer = LETTERS.index(question.order[answer])
+        right = sorted(LETTERS.index(question.order[i]) for i in right)
+    answer = right[0] if question.value is None else right
     text = json.dumps([question.question, options, answer], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

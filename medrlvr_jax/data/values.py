@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
-LONGEST = 200  # characters of an answer that is read as a value
-
-Kind = Literal["number", "integer", "date", "duration", "labels", "text"]
+Kind = Literal["number", "integer", "date", "duration", "label", "labels", "text"]
 DateOrder = Literal["month_first", "day_first"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+LONGEST = dict.fromkeys(KINDS, 200) | {"text": 2000}  # characters of an answer that is read as a value
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Reference:
     lower: Fraction | None = None  # number: the least that is right; None: no limit
     upper: Fraction | None = None
     unit: str | None = None  # number, integer: the unit of `value`
-    allowed: tuple[str, ...] = ()  # labels: all that there are
+    allowed: tuple[str, ...] = ()  # label, labels: all that there are
     aliases: tuple[str, ...] = ()  # text: other right answers
     order: DateOrder | None = None  # date: how the question asks for slashes; None: they are ambiguous
 
@@ -50,7 +49,7 @@ class Unreadable(ValueError):
 
 
 REASONS = {  # why a text is not a value
-    "too_long": f"more than {LONGEST} characters",
+    "too_long": f"more than {LONGEST['number']:,} characters, or of a text {LONGEST['text']:,}",
     "not_a_number": "not one number, with or without a unit",
     "ambiguous_number": "a single comma before three digits: thousands or a decimal comma",
     "unknown_unit": "the unit is not in the table",
@@ -62,6 +61,7 @@ REASONS = {  # why a text is not a value
     "not_a_duration": "not weeks, days or both, such as 14 weeks 2 days",
     "unknown_label": "not one of the labels of the question",
     "repeated_label": "a label twice",
+    "several_labels": "more than one label where one is asked for",
 }
 
 # ---- numbers ----
@@ -213,9 +213,9 @@ def normal(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .,;:!?\"'()[]{}")
 
 
-def read_labels(text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+def read_labels(text: str, allowed: tuple[str, ...], kind: Kind = "labels") -> tuple[str, ...]:
     """Labels of `allowed`, sorted, from a text with commas or semicolons between them; in any case, none
-    twice.
+    twice. Of kind `label` there is one.
     """
     known = {normal(label): label for label in allowed}
     names = [normal(text)] if normal(text) in known else [normal(part) for part in re.split(r"[,;]", text)]
@@ -223,6 +223,8 @@ def read_labels(text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
         raise Unreadable("unknown_label")
     if len(set(names)) < len(names):
         raise Unreadable("repeated_label")
+    if kind == "label" and len(names) > 1:
+        raise Unreadable("several_labels")
     return tuple(sorted(known[name] for name in names))
 
 
@@ -233,7 +235,7 @@ def read_reference(row: Mapping[str, Any]) -> Reference:
     """The reference of a record, from its fields `kind` and `answer`.
 
     Numbers may have `unit` and `lower`, `upper` or `tolerance` (a share of the answer); without limits they
-    are exact. Labels need `labels`, all that there are. Texts may have `aliases`, dates `order`.
+    are exact. A label or labels need `labels`, all that there are. Texts may have `aliases`, dates `order`.
 
     Raises `Unreadable` with a message that names the field, the value and the remedy.
     """
@@ -244,8 +246,9 @@ def read_reference(row: Mapping[str, Any]) -> Reference:
     unit, order, allowed = row.get("unit") or None, row.get("order"), tuple(map(str, row.get("labels") or ()))
     if order not in (None, *get_args(DateOrder)):
         raise Unreadable(f"field order: {order!r} is neither month_first nor day_first; give one of these")
-    if not text or len(text) > LONGEST:
-        raise Unreadable(f"field answer: {text[:40]!r} has {len(text)} characters; give 1 to {LONGEST}")
+    if not text or len(text) > LONGEST[kind]:
+        problem = f"{text[:40]!r} has {len(text):,} characters; give 1 to {LONGEST[kind]:,}"
+        raise Unreadable(f"field answer: {problem}")
     try:
         if unit is not None:
             unit_size(str(unit))
@@ -260,8 +263,8 @@ def read_reference(row: Mapping[str, Any]) -> Reference:
                 return replace(reference, value=read_date(text, order))
             case "duration":
                 return replace(reference, value=read_duration(text))
-            case "labels":
-                return replace(reference, value=read_labels(text, allowed))
+            case "label" | "labels":
+                return replace(reference, value=read_labels(text, allowed, kind))
             case _:
                 return replace(reference, aliases=tuple(map(str, row.get("aliases") or ())))
     except Unreadable as e:
@@ -310,7 +313,7 @@ def matches(answer: str, reference: Reference) -> bool:
     """Whether an answer, without white space around it, is right. Raises `Unreadable` where it has no such
     value.
     """
-    if len(answer) > LONGEST:
+    if len(answer) > LONGEST[reference.kind]:
         raise Unreadable("too_long")
     match reference.kind:
         case "number":
@@ -323,7 +326,7 @@ def matches(answer: str, reference: Reference) -> bool:
             return read_date(answer, reference.order) == reference.value
         case "duration":
             return read_duration(answer) == reference.value
-        case "labels":
-            return read_labels(answer, reference.allowed) == reference.value
+        case "label" | "labels":
+            return read_labels(answer, reference.allowed, reference.kind) == reference.value
         case "text":
             return normal(answer) in map(normal, (reference.text, *reference.aliases))

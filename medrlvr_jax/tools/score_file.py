@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.data.formats import check_value, field_names, options_and_key
-from medrlvr_jax.data.question import DataError, Question, unlabelled
+from medrlvr_jax.data.formats import field_names, key_of
+from medrlvr_jax.data.question import DataError, Question
 from medrlvr_jax.data.readers import read_json
 from medrlvr_jax.rewards import grade
 
@@ -96,7 +96,7 @@ def _record(row: dict[str, Any] | DataError) -> tuple[str, Question]:
             f'field completion: {shown} is not a text; an empty completion is ""; '
             f"the line has {field_names(row)}"
         )
-    if "kind" in row and "options" not in row:
-        return completion, Question("", "", value=check_value(row))
-    options, key = options_and_key(row)
-    return completion, Question("", "", unlabelled(options), key)
+    options, answer = key_of(row)
+    if isinstance(answer, int):
+        return completion, Question("", "", options, answer)
+    return completion, Question("", "", options, value=answer)
