@@ -290,16 +290,19 @@ def probe(
 
 @command(EVALUATE)
 def compare(a: Path, b: Path, /, *, anyway: Flag = False, json: Flag = False) -> int:
-    """Compare two evaluations of the same questions by paired tests.
+    """Compare two runs, or two evaluations, on the same questions by paired tests.
 
-    Questions are paired by id and content. p comes from McNemar's exact test
+        medrlvr compare runs/quickstart runs/quickstart_grpo
+
+    Of a run, the newest evaluation is taken; one that has none is evaluated
+    first, as `medrlvr eval` does. Questions are paired by id and content. p comes from McNemar's exact test
     where each question has one answer, otherwise from a t test over questions.
     Evaluations that differ in questions, prompt, number of samples, decoding
     or rule are refused, since then more than the model differs.
 
     Args:
-        a: A folder that `medrlvr eval` wrote, such as runs/quickstart/eval-32, or a run: its newest.
-        b: The evaluation of the other model.
+        a: A run's folder, or one that `medrlvr eval` wrote, such as runs/quickstart/eval-32.
+        b: The other model's.
         anyway: Compare the questions that are in both, although more than the model differs.
         json: Print everything as one JSON object, with pass@k, majority and letters.
     """
@@ -309,7 +312,8 @@ def compare(a: Path, b: Path, /, *, anyway: Flag = False, json: Flag = False) ->
 
     first, second = paired.evaluation(a), paired.evaluation(b)
     result = paired.compare(first, second, anyway)
-    print(dumps(result) if json else f"A: {first}\nB: {second}\n{paired.show(result)}")
+    names = paired.names_of(first, second)
+    print(dumps(result) if json else f"{first} against {second}\n\n{paired.show(result, names)}")
     return 0
 
 

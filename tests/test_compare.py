@@ -86,7 +86,10 @@ def test_pairs_by_id_and_counts_by_hand(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert (
         "-60.0 %" in shown
-        and "dev: 10 questions show" in shown
+        and "10 questions show" in shown
+        and shown.endswith(
+            "dev: b and a do not differ significantly.\nsame: b and a do not differ significantly.\n"
+        )
         and "dev: not asked alike: 0 questions were answered in A" in shown
     )
 
@@ -257,7 +260,9 @@ def test_what_was_not_asked_alike_is_refused(tmp_path):
     ):
         compare.compare(tmp_path / "a", tmp_path / "b")
     dev = compare.compare(tmp_path / "a", tmp_path / "b", anyway=True)
-    assert dev["dev"]["boundary"] is None and "–" in compare.show(dev)  # two samples solve more than one does
+    assert dev["dev"]["boundary"] is None and "solved:" not in compare.show(
+        dev
+    )  # two samples solve more than one does
     (tmp_path / "b" / "eval.json").write_text("{}")
     with pytest.raises(
         ConfigError,
@@ -266,7 +271,7 @@ def test_what_was_not_asked_alike_is_refused(tmp_path):
         compare.compare(tmp_path / "a", tmp_path / "b")
 
 
-def test_of_a_run_the_newest_evaluation_is_taken(tmp_path):
+def test_of_a_run_the_newest_evaluation_is_taken_or_made(tmp_path, monkeypatch):
     for i, step in enumerate((32, 4)):
         (tmp_path / "run").mkdir(exist_ok=True)
         write(tmp_path / "run" / f"eval-{step}", "dev", {"1": "A"})
@@ -275,8 +280,30 @@ def test_of_a_run_the_newest_evaluation_is_taken(tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "new" / "config.yaml").write_text("name: new\n")
-    with pytest.raises(ConfigError, match=r"first: medrlvr eval .*new"):
-        compare.evaluation(tmp_path / "new")
+    evaluated = []
+    monkeypatch.setattr(
+        compare,
+        "evaluate_source",
+        lambda source, *_: (evaluated.append(source), write(source / "eval-1", "dev", {"1": "A"})),
+    )
+    assert compare.evaluation(tmp_path / "new") == tmp_path / "new" / "eval-1" and len(evaluated) == 1
+    compare.evaluation(tmp_path / "new")
+    assert len(evaluated) == 1
+    with pytest.raises(ConfigError, match=r"no eval\.json there; give a run's folder"):
+        compare.evaluation(tmp_path)
+
+
+def test_two_runs_are_called_by_their_names(tmp_path):
+    for name in ("ppo", "grpo"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    ppo, grpo = tmp_path / "ppo" / "eval-32", tmp_path / "grpo" / "eval-32"
+    pair = compare.names_of(ppo, grpo)
+    assert pair == ("ppo", "grpo") and compare.names_of(tmp_path / "a", tmp_path / "b") == ("a", "b")
+    assert compare.names_of(ppo, ppo.with_name("eval-8")) == ("ppo/eval-32", "ppo/eval-8")
+    better = {"difference": {"value": -0.123}, "p_holm": 0.01}
+    said = "dev: ppo answers more questions right than grpo, by 12.3 points."
+    assert compare.verdict("dev", better, pair) == said
 
 
 def test_what_could_have_been_shown_is_told_from_the_scatter_of_the_differences():
@@ -303,7 +330,7 @@ def test_questions_dropped_and_answers_cut_off_are_told(tmp_path):
     (tmp_path / "b" / "eval.json").write_text(json.dumps(made | {"eval": {"dev": counts}}))
     found = compare.compare(tmp_path / "a", tmp_path / "b")
     assert found["dev"]["remarks"] == answers.remarks("dev, B", counts) and len(found["dev"]["remarks"]) == 2
-    assert compare.show(found).endswith("\n".join(found["dev"]["remarks"]))
+    assert "\n".join(found["dev"]["remarks"]) in compare.show(found)
 
 
 def test_what_is_not_in_an_accuracy_is_told_beside_it():

@@ -6,30 +6,35 @@ question is the unit, not the sample. Two evaluations that differ in more than t
 `--anyway` is given: then questions that are not the same are left out.
 """
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.evaluation.answers import Answers, describe, pair, percent, read, remarks
-from medrlvr_jax.host import tables
+from medrlvr_jax.evaluation.evaluate import evaluate_source
 from medrlvr_jax.host.errors import ConfigError
 
 SAME = ("prompt.chat", "prompt.prefill", "reward.mode", "eval.samples", "eval.temperature")  # in both
-EDGE = ("preserved", "gained", "lost", "never")  # columns of `stats.boundary`
+SIGNIFICANT = 0.05  # the p value, adjusted over the sets, below which a difference is stated
 
 
 def evaluation(folder: Path) -> Path:
-    """The folder of an evaluation: the given one, or the newest in that of a run."""
+    """The folder of an evaluation: the given one, or a run's newest. A run that has none is evaluated now."""
     if (folder / "eval.json").is_file():
         return folder
     if inside := sorted(folder.glob("*/eval.json"), key=lambda path: path.stat().st_mtime_ns):
         return inside[-1].parent
-    if (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder}: a run that was not evaluated yet; first: medrlvr eval {folder}")
-    remedy = "give a folder that `medrlvr eval` wrote to its end, or a run's that holds one"
-    raise ConfigError(f"{folder}: no eval.json there; {remedy}")
+    if not (folder / "config.yaml").is_file():
+        remedy = "give a run's folder, or one that `medrlvr eval` wrote to its end"
+        raise ConfigError(f"{folder}: no eval.json there; {remedy}")
+    print(f"{folder}: not evaluated yet, so that comes first", file=sys.stderr)
+    with contextlib.redirect_stdout(sys.stderr):
+        evaluate_source(folder, [], None, None)
+    return evaluation(folder)
 
 
 def how_asked(log: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
@@ -125,20 +130,43 @@ def compare(a: Path, b: Path, anyway: bool = False) -> dict[str, Any]:
     return out
 
 
-def show(comparison: dict[str, Any]) -> str:
-    """The comparison as a table, and what it could have shown."""
-    sets, rows, notes = {}, [], []
+def show(comparison: dict[str, Any], names: tuple[str, str] = ("A", "B")) -> str:
+    """The comparison for a terminal: each set's numbers, the remarks, and at the end one sentence a set."""
+    sets, lines, verdicts = {}, [], []
     for name, c in comparison.items():
         sets |= {name: c} | ({f"{name}, distinct": c["distinct"]} if "distinct" in c else {})
+        verdicts.append(verdict(name, c.get("distinct", c), names))
+    width = max(map(len, [*names, "difference"]))
     for name, c in sets.items():
-        edge = c["boundary"] or dict.fromkeys(EDGE, "–")
-        accuracies = [percent(c[k]) for k in ("a", "b", "difference")]
-        ps = [f"{c[p]:.2g}" if p in c else "–" for p in ("p", "p_holm")]
-        rows.append([name, f"{c['n']:,}", *accuracies, *ps, *(str(edge[k]) for k in EDGE)])
+        lines.append(f"{name}, {c['n']:,} questions (95 % intervals)")
+        lines += [f"  {which:{width}}  {percent(c[k])}" for which, k in zip(names, "ab", strict=True)]
+        adjusted = f", by Holm over the sets {c['p_holm']:.2g}" if "p_holm" in c else ""
+        lines.append(f"  {'difference':{width}}  {percent(c['difference'])}, p = {c['p']:.2g}{adjusted}")
+        if edge := c["boundary"]:
+            lines.append("  solved: {preserved:,} by both, {gained:,} gained, {lost:,} lost".format(**edge))
         least = f"a difference of {100 * c['minimum_detectable']:.1f} points or more with 80 % power"
-        notes.append(f"{name}: {c['n']:,} questions show {least}")
+        lines += [f"  {c['n']:,} questions show {least}", ""]
     for name, c in comparison.items():
-        notes += [f"{name}: not asked alike: {line}" for line in c["differences"]]
-    notes += [line for c in comparison.values() for line in c["remarks"]]
-    columns = ("set", "n", "accuracy A", "accuracy B", "B − A", "p", "p (Holm)", *EDGE)
-    return "\n".join([tables.plain(columns, rows), *notes])
+        lines += [f"{name}: not asked alike: {line}" for line in c["differences"]]
+    lines += [line for c in comparison.values() for line in c["remarks"]]
+    return "\n".join([*lines, *verdicts])
+
+
+def verdict(name: str, c: dict[str, Any], names: tuple[str, str]) -> str:
+    """One set's comparison as a sentence. `c`: of `compare_sets`, with `p_holm`."""
+    if c["p_holm"] >= SIGNIFICANT:
+        return f"{name}: {names[1]} and {names[0]} do not differ significantly."
+    better, worse = names[::-1] if c["difference"]["value"] > 0 else names
+    points = 100 * abs(c["difference"]["value"])
+    return f"{name}: {better} answers more questions right than {worse}, by {points:.1f} points."
+
+
+def names_of(a: Path, b: Path) -> tuple[str, str]:
+    """What to call two evaluations: each by its run, or by its folder where it lies in none; by two folders
+    where that does not tell them apart.
+    """
+    a, b = a.resolve(), b.resolve()
+    first, second = (
+        folder.parent.name if (folder.parent / "config.yaml").is_file() else folder.name for folder in (a, b)
+    )
+    return (first, second) if first != second else ("/".join(a.parts[-2:]), "/".join(b.parts[-2:]))
