@@ -92,7 +92,7 @@ def weights(directory: Path) -> dict[str, np.ndarray]:
     """
     cfg = hf.read_config(directory)
     draw, out = np.random.RandomState(3), {}
-    for name, (_, _, shape) in sorted(hf._names(hf._shapes(cfg) | hf._tower_shapes(cfg)).items()):
+    for name, shape in sorted((name, source.shape) for name, source in hf.sources(cfg).items()):
         noise = draw.standard_normal(shape)
         scaled = noise * 2.5 * np.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.5 + 0.2 * noise
         out[name] = scaled.astype(np.float32)

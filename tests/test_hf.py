@@ -20,7 +20,7 @@ from test_parity import load
 from medrlvr_jax.config.schema import LoRAConfig, MeshConfig
 from medrlvr_jax.data.tokenizer import load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.model import decoder, lora, spec
+from medrlvr_jax.model import decoder, export, lora, spec
 from medrlvr_jax.model import weights as hf
 from medrlvr_jax.types import Prompts
 
@@ -203,7 +203,7 @@ def test_critic(tmp_path):
     assert "head" not in critic and critic["value"].shape == (49,) and not critic["value"].any()
     assert jax.tree.all(jax.tree.map(np.array_equal, critic["layers"], policy["layers"]))
     with pytest.raises(ConfigError, match="a critic has no output matrix"):
-        hf.save_params(critic, cfg, tmp_path / "policy", tmp_path / "out")
+        export.save_params(critic, cfg, tmp_path / "policy", tmp_path / "out")
 
 
 def test_missing_and_superfluous_tensors(refused):
@@ -235,7 +235,7 @@ def test_wrong_shape(refused):
 
 
 def test_a_tensor_that_two_parameters_take(refused, monkeypatch):
-    monkeypatch.setitem(hf.TABLE, ("layers", "up"), hf.TABLE["layers", "gate"])
+    monkeypatch.setitem(spec.PARAMETERS, "up", spec.PARAMETERS["gate"])
     refused(
         QWEN,
         weights(QWEN),
@@ -384,7 +384,7 @@ def test_export_gives_back_every_byte(family, tmp_path):
     (source / "training_args.bin").write_text("")
     cfg = hf.read_config(source)
     params = load(source, cfg, mesh=MeshConfig(fsdp=2, tensor=2), devices=4)
-    hf.save_params(params, cfg, source, tmp_path / "out")
+    export.save_params(params, cfg, source, tmp_path / "out")
     back = load_file(tmp_path / "out" / "model.safetensors")
     assert back.keys() == tensors.keys() and all(
         np.array_equal(back[name], tensors[name]) for name in tensors
@@ -395,16 +395,16 @@ def test_export_gives_back_every_byte(family, tmp_path):
     assert hf.read_config(tmp_path / "out") == cfg
     assert jax.tree.all(jax.tree.map(np.array_equal, load(tmp_path / "out", cfg), params))
     with pytest.raises(ConfigError, match="exists and is not empty"):
-        hf.save_params(params, cfg, source, tmp_path / "out")
+        export.save_params(params, cfg, source, tmp_path / "out")
 
 
 def test_export_in_shards_and_another_dtype(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 30_000)
     source = write(tmp_path / "source", QWEN | {"torch_dtype": "float32"}, weights(QWEN))
     cfg = hf.read_config(source)
     (tmp_path / ".out.partial").mkdir()  # left by a killed export
     (tmp_path / "out").mkdir()  # empty: may be filled
-    hf.save_params(load(source, cfg), cfg, source, tmp_path / "out", "bfloat16")
+    export.save_params(load(source, cfg), cfg, source, tmp_path / "out", "bfloat16")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 1 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     assert all(shard.stat().st_size < 35_000 for shard in shards)
@@ -420,7 +420,9 @@ def test_export_refuses_another_models_parameters(tmp_path):
     source = write(tmp_path / "source", QWEN, weights(QWEN))
     cfg = hf.read_config(source)
     with pytest.raises(ConfigError, match="not this model's"):
-        hf.save_params(load(source, cfg), dataclasses.replace(cfg, qkv_bias=False), source, tmp_path / "out")
+        export.save_params(
+            load(source, cfg), dataclasses.replace(cfg, qkv_bias=False), source, tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -432,7 +434,7 @@ def test_transformers_loads_the_export(family, tmp_path):
 
     source = write(tmp_path / "source", FAMILIES[family], weights(FAMILIES[family]))
     cfg = hf.read_config(source)
-    hf.save_params(load(source, cfg), cfg, source, tmp_path / "out")
+    export.save_params(load(source, cfg), cfg, source, tmp_path / "out")
     logits = []
     for path in (source, tmp_path / "out"):
         model, told = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
@@ -460,7 +462,7 @@ def test_an_export_stops_where_the_policy_stopped(generation, tmp_path):
 
     whole, kept = generated(source)
     turn_end = whole[4]
-    hf.save_params(load(source, cfg), cfg, source, tmp_path / "out", stop_ids=(3, turn_end))
+    export.save_params(load(source, cfg), cfg, source, tmp_path / "out", stop_ids=(3, turn_end))
     told, now = generated(tmp_path / "out")
     assert told == whole[: whole.index(turn_end) + 1] != whole
     assert now == kept | ({"eos_token_id": [3, turn_end]} if generation else {})
@@ -482,7 +484,7 @@ def test_peft_loads_the_adapter(family, tmp_path):
     draw = np.random.default_rng(0)
     adapters = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 5, fresh)
     params = lora.join(load(source, base_cfg), adapters)
-    hf.save_adapter(params, cfg, source, tmp_path / "adapter")
+    export.save_adapter(params, cfg, source, tmp_path / "adapter")
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -502,7 +504,7 @@ def test_peft_loads_the_adapter(family, tmp_path):
     assert np.abs(theirs - without).max() > 1  # else this shows nothing
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"--adapter: this run trained all weights \(model\.lora null\)"):
-        hf.save_adapter(params, base_cfg, source, tmp_path / "none")
+        export.save_adapter(params, base_cfg, source, tmp_path / "none")
 
 
 RESIDENT = """
@@ -528,12 +530,9 @@ def test_a_load_needs_little_more_than_the_parameters(tmp_path):
     sizes = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8}
     cfg = config_of(large, BASE | {"model_type": "llama"} | sizes)
     header, end = {}, 0
-    for name, (_, _, shape) in hf._names(hf._shapes(cfg)).items():
-        header[name] = {
-            "dtype": "BF16",
-            "shape": shape,
-            "data_offsets": (end, end := end + 2 * int(np.prod(shape))),
-        }
+    for name, source in hf.sources(cfg).items():
+        size = 2 * int(np.prod(source.shape))
+        header[name] = {"dtype": "BF16", "shape": source.shape, "data_offsets": (end, end := end + size)}
     text = json.dumps(header).encode()
     with open(large / "model.safetensors", "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)

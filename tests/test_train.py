@@ -26,6 +26,7 @@ from medrlvr_jax.rewards.base import toss
 from medrlvr_jax.rl import loop, train
 from medrlvr_jax.rl.sft import encode_pairs
 from medrlvr_jax.runs import checkpoint, profile
+from medrlvr_jax.tools import export
 from medrlvr_jax.types import Prompts
 
 TREE = {
@@ -248,7 +249,7 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
         "100 %",
         "another's",
     }
-    monkeypatch.setattr(weights, "save_params", lambda *args: saved.append(args))
+    monkeypatch.setattr(export, "save_params", lambda *args: saved.append(args))
     saved = []
     # where this run's responses stopped
     assert main("export", run, folder / "exported") == 0 and saved[0][-1] == (1,)

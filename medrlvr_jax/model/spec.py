@@ -6,6 +6,7 @@ and export, LoRA, weight decay, Muon and the sampler's copy read this table. A n
 """
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -138,6 +139,12 @@ class Parameter(NamedTuple):
     def keeps_dtype(self) -> bool:
         """Whether the sampler keeps its dtype: vectors that are applied in float32."""
         return self.kind in ("norm", "bias", "scale")
+
+    @property
+    def tensor_groups(self) -> list[list[str]]:
+        """The tensor's axes, each as those that it joins: [["heads", "head_dim"], ["embed"]]."""
+        groups = re.findall(r"\((.*?)\)|(\S+)", self.tensor_axes)
+        return [(joined or single).split() for joined, single in groups]
 
     def shape(self, cfg: DecoderConfig) -> tuple[int, ...]:
         """One layer's shape."""

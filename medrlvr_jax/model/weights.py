@@ -1,36 +1,30 @@
-"""Hugging Face directories to parameter trees and back: config.json, safetensors, and one table between the
-names.
+"""Hugging Face directories to parameter trees: config.json and safetensors.
 
 Nothing is loaded by halves. A tensor that no parameter takes, a parameter that no tensor sets, a tensor given
 twice, a shape or a setting that the decoder does not compute: each is refused by name, since a half-loaded
 model trains quietly and badly.
 
-Weights stream: `pread` in blocks of about a megabyte, each turned, cast and put in its place; so a load needs
-the parameters plus one of them, and a host reads only the slices its devices hold. (A memory map would count
-the whole file as resident.) Two things in a file are passed over: the rotary buffers of old checkpoints, and
-an `lm_head.weight` that repeats the embedding of a tied model (one that differs is refused: transformers
-would untie it).
+Weights stream: a tensor is read in blocks of about a megabyte, each turned, cast and put in its place. So a
+load needs the parameters plus one of them, and a host reads only the slices its devices hold. Two things in a
+file are passed over: the rotary buffers of old checkpoints, and an `lm_head.weight` that repeats the
+embedding of a tied model (one that differs is refused: transformers would untie it).
 """
 
 import gc
 import hashlib
-import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from huggingface_hub import snapshot_download
-from jax.experimental.multihost_utils import process_allgather
 from safetensors import safe_open
 
 from medrlvr_jax.config.sources import SOURCES
@@ -38,53 +32,18 @@ from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model import vision
-from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig, Parameter, RopeScaling, abstract, path_of
+from medrlvr_jax.model.lora import flat
+from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig, RopeScaling, abstract, parameters
 from medrlvr_jax.types import Params
 
-
-class Entry(NamedTuple):
-    """A tensor of the file and our parameter, axis by axis; "hd e" is a matrix whose rows are heads × head
-    size.
-    """
-
-    name: str  # {i}: the layer; ours are stacked along a leading axis
-    theirs: str
-    ours: str
-
-
-AXES = {"vocab": "v", "embed": "e", "width": "e", "heads": "h", "kv_heads": "h", "head_dim": "d", "ffn": "f"}
-AXES |= {"channels": "c", "frames": "t", "rows": "y", "columns": "x"}  # of the tower's patches
-AXES |= {"three": "n", "square": "s", "merged": "m", "out": "o"}
-
-
-def _entry(row: Parameter, prefix: str = "", of_layer: str = "model.layers.{i}.") -> Entry:
-    """A row of a table of parameters with a letter an axis: "(heads head_dim) embed" is "hd e"."""
-    groups = [joined or single for joined, single in re.findall(r"\((.*?)\)|(\S+)", row.tensor_axes)]
-    theirs = ("".join(AXES[axis] for axis in group.split()) for group in groups)
-    name = f"{of_layer if row.stacked else prefix}{row.tensor}"
-    return Entry(name, " ".join(theirs), " ".join(AXES[axis] for axis in row.axes.split()))
-
-
-TABLE = {path_of(name): _entry(row) for name, row in PARAMETERS.items() if row.tensor}
-TABLE |= {
-    ("vision", *vision.path_of(name)): _entry(row, "visual.", "visual.blocks.{i}.")
-    for name, row in vision.PARAMETERS.items()
-}
 # How transformers 5 names what the published files name otherwise; both are read, and the latter written.
 RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
-EMBED, HEAD = TABLE["embed",].name, TABLE["head",].name
-# computed, never learned
-BUFFERS = ("model.rotary_emb.inv_freq", "model.layers.{i}.self_attn.rotary_emb.inv_freq")
-DTYPES = {
-    "F64": np.dtype("float64"),
-    "F32": np.dtype("float32"),
-    "F16": np.dtype("float16"),
-    "BF16": np.dtype(jnp.bfloat16),
-}
+EMBED, HEAD = PARAMETERS["embed"].tensor, PARAMETERS["head"].tensor
+BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # computed, never learned
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK = 2**20  # bytes read at once: small enough that turning a block stays in the processor's cache
 INDEX = "model.safetensors.index.json"
 SAMPLED = 4096  # bytes of a tensor that `_digests` reads in each of three places
-SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers had it
 
 FAMILIES = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}, "llama": {}}
 SEEING = ("qwen2_vl", "qwen2_5_vl")  # Qwen2 with a vision tower
@@ -98,8 +57,6 @@ ONLY = {  # settings that would change the arithmetic, and the one value that do
     "rope_interleaved": False,
     "quantization_config": None,
 }
-# what transformers takes from config.json where there is no generation_config.json
-TOKENS = ("bos_token_id", "pad_token_id")
 SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -205,42 +162,121 @@ def read_config(path: str | Path) -> DecoderConfig:
     )
 
 
-class Tensor(NamedTuple):
-    """A tensor in an open safetensors file."""
+class Source(NamedTuple):
+    """A tensor that a model needs, and the parameter that takes it. Axes have the names of spec.py."""
 
-    file: BinaryIO
-    start: int
+    path: tuple[str, ...]
+    layer: int | None  # where the parameter is stacked
+    ours: list[str]  # the parameter's axes, without that of the layers
+    theirs: list[str]  # the same in the tensor's order
+    shape: tuple[int, ...]  # the tensor's, which joins some of its axes
+
+    def __str__(self) -> str:
+        return "/".join(self.path) + ("" if self.layer is None else f"[{self.layer}]")
+
+
+class Tensor(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    file: Path
+    name: str
     dtype: np.dtype
     shape: tuple[int, ...]
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        width = prod(self.shape[1:]) * self.dtype.itemsize
-        data = os.pread(self.file.fileno(), (stop - start) * width, self.start + start * width)
-        return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.shape[1:]) * self.dtype.itemsize
+
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        """To take slices of. The file is mapped into memory only meanwhile, since what was read of it counts
+        as resident until it is closed.
+        """
+        with safe_open(self.file, framework="numpy") as file:
+            yield file.get_slice(self.name)
+
+
+def sources(cfg: DecoderConfig) -> dict[str, Source]:
+    """All tensors that a model needs, by name."""
+    rows = {path: (row, "", "model.layers.{}.") for path, row in parameters(cfg).items() if row.tensor}
+    for name, row in vision.PARAMETERS.items() if cfg.vision else ():
+        if row.exists(cfg.vision):
+            rows["vision", *vision.path_of(name)] = row, "visual.", "visual.blocks.{}."
+    shapes, out = _shapes(cfg), {}
+    for path, (row, prefix, of_layer) in rows.items():
+        ours, groups = row.axes.split(), row.tensor_groups
+        theirs = [axis for group in groups for axis in group]
+        size = dict(zip(ours, shapes[path][row.stacked :], strict=True))
+        shape = tuple(prod(size[axis] for axis in group) for group in groups)
+        for layer in range(shapes[path][0]) if row.stacked else (None,):
+            name = (prefix if layer is None else of_layer.format(layer)) + row.tensor
+            source = Source(path, layer, ours, theirs, shape)
+            if name in out:
+                raise ConfigError(f"{name}: both {out[name]} and {source} take it, and one may")
+            out[name] = source
+    return out
+
+
+@cache
+def _shapes(cfg: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
+    """Path -> shape of every parameter, those of the vision tower under "vision"."""
+    tree = abstract(cfg) | ({"vision": vision.abstract(cfg.vision)} if cfg.vision else {})
+    return {path: box.value.shape for path, box in flat(tree).items()}
 
 
 def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: Any) -> Params:
     """The parameters of a directory as `dtype`, each laid out by its sharding. A critic gets the same body
     and a value head of zeros. `shardings` of `{"vision": …}` alone give the vision tower alone.
     """
-    places, loaded = _flat(shardings), {}
-    shapes = _shapes(cfg) | _tower_shapes(cfg)
-    shapes = {path: shape for path, shape in shapes.items() if path in places}
-    with ExitStack() as opened:
-        tensors = _open(resolve(path), opened)
-        _check(tensors, cfg)
-        require_equal(
-            lambda: {
-                f"weights of {Path(path).name}, {name}": digest for name, digest in _digests(tensors).items()
-            }
-        )
-        # The largest first: the host's copy of a parameter then never stands beside a full set of the
-        # device's.
-        for key in sorted(shapes, key=lambda k: -prod(shapes[k])):
-            read = partial(_read, tensors, key, shapes[key], jnp.dtype(dtype))
-            gc.collect(0)  # jax lets go of the last parameter's host copy only when Python collects
-            loaded[key] = jax.block_until_ready(jax.make_array_from_callback(shapes[key], places[key], read))
+    places, loaded, taken = flat(shardings), {}, {}
+    shapes = {key: shape for key, shape in _shapes(cfg).items() if key in places}
+    tensors = open_tensors(resolve(path))
+    _check(tensors, cfg)
+    label = f"weights of {Path(path).name}, "
+    require_equal(lambda: {label + name: digest for name, digest in _digests(tensors).items()})
+    for name, source in sources(cfg).items():
+        taken.setdefault(source.path, []).append((source, tensors[name]))
+    # The largest first: the host's copy of a parameter then never stands beside a full set of the device's.
+    for key in sorted(shapes, key=lambda key: -prod(shapes[key])):
+        read = partial(_read, taken.get(key, []), shapes[key], jnp.dtype(dtype))
+        gc.collect(0)  # jax lets go of the last parameter's host copy only when Python collects
+        loaded[key] = jax.block_until_ready(jax.make_array_from_callback(shapes[key], places[key], read))
     return unflatten_dict({key: loaded[key] for key in shapes})
+
+
+def _read(
+    taken: list[tuple[Source, Tensor]], shape: tuple[int, ...], dtype: np.dtype, index: Any
+) -> np.ndarray:
+    """One device's slice of a parameter, from its tensors (one for each layer); without any, zeros."""
+    bounds = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+    out = np.zeros([len(b) for b in bounds], dtype)
+    if taken and taken[0][0].layer is None:
+        _fill(out, *taken[0], shape, bounds)
+    elif taken:
+        for row, layer in zip(out, bounds[0], strict=True):
+            _fill(row, *taken[layer], shape[1:], bounds[1:])
+    return out
+
+
+def _fill(
+    out: np.ndarray, source: Source, tensor: Tensor, shape: tuple[int, ...], bounds: list[range]
+) -> None:
+    """out = tensor, turned to our axes, within `bounds` of them; read along the tensor's first axis, block by
+    block.
+    """
+    ours, (first, *rest) = source.ours, source.theirs
+    size, within = dict(zip(ours, shape, strict=True)), dict(zip(ours, bounds, strict=True))
+    unit = tensor.shape[0] // size[first]  # rows of one step along the first axis: a head's
+    step = max(1, BLOCK // (unit * tensor.row_bytes))
+    turn = [source.theirs.index(axis) for axis in ours]
+    cut = tuple(slice(within[axis].start, within[axis].stop) for axis in rest)
+    with tensor.opened() as data:
+        for start in range(within[first].start, within[first].stop, step):
+            stop = min(start + step, within[first].stop)
+            block = data[start * unit : stop * unit].reshape(stop - start, *(size[axis] for axis in rest))
+            place = slice(start - within[first].start, stop - within[first].start)
+            block = block[:, *cut].astype(out.dtype).transpose(turn)
+            out[tuple(place if axis == first else slice(None) for axis in ours)] = block
 
 
 def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -250,93 +286,25 @@ def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
     other weights are seen; a change of a few numbers elsewhere in a large tensor is not.
     """
     out = {}
-    for name, t in sorted(tensors.items()):
-        digest, size = hashlib.sha256(f"{t.dtype} {t.shape}".encode()), prod(t.shape) * t.dtype.itemsize
-        for start in sorted({0, max(0, (size - SAMPLED) // 2), max(0, size - SAMPLED)}):
-            digest.update(os.pread(t.file.fileno(), min(SAMPLED, size - start), t.start + start))
+    for name, tensor in sorted(tensors.items()):
+        digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape}".encode())
+        width, size = tensor.row_bytes, prod(tensor.shape) * tensor.dtype.itemsize
+        with tensor.opened() as data:
+            for start in sorted({0, max(0, (size - SAMPLED) // 2), max(0, size - SAMPLED)}):
+                first, last = start // width, -(-min(start + SAMPLED, size) // width)
+                digest.update(data[first:last].tobytes()[start - first * width :][:SAMPLED])
         out[name] = digest.hexdigest()[:8]
     return out
 
 
-def _read(
-    tensors: dict[str, Tensor], key: tuple, shape: tuple[int, ...], dtype: np.dtype, index: Any
-) -> np.ndarray:
-    """One device's slice of a parameter: `index` holds a slice for each axis."""
-    bounds = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-    if key == ("value",):
-        return np.zeros([len(b) for b in bounds], dtype)
-    out = np.empty([len(b) for b in bounds], dtype)
-    if "layers" not in key:
-        _fill(out, tensors[TABLE[key].name], TABLE[key], shape, bounds)
-    for row, i in enumerate(bounds[0] if "layers" in key else ()):
-        _fill(out[row], tensors[TABLE[key].name.format(i=i)], TABLE[key], shape[1:], bounds[1:])
-    return out
-
-
-def _fill(out: np.ndarray, tensor: Tensor, entry: Entry, shape: tuple[int, ...], bounds: list[range]) -> None:
-    """out = tensor, turned to our axes, within `bounds` of them; read along the tensor's first axis, block by
-    block.
-    """
-    ours, theirs = entry.ours.split(), entry.theirs.replace(" ", "")
-    size, within = dict(zip(ours, shape, strict=True)), dict(zip(ours, bounds, strict=True))
-    first, rest = theirs[0], theirs[1:]
-    unit = tensor.shape[0] // size[first]  # rows of one step along the first axis: a head's
-    step = max(1, BLOCK // (unit * prod(tensor.shape[1:]) * tensor.dtype.itemsize))
-    for start in range(within[first].start, within[first].stop, step):
-        stop = min(start + step, within[first].stop)
-        block = tensor.rows(start * unit, stop * unit).reshape(stop - start, *(size[a] for a in rest))
-        block = block[:, *(slice(within[a].start, within[a].stop) for a in rest)].astype(out.dtype)
-        here = slice(start - within[first].start, stop - within[first].start)
-        out[tuple(here if a == first else slice(None) for a in ours)] = block.transpose(
-            [theirs.index(a) for a in ours]
-        )
-
-
-@cache
-def _shapes(cfg: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
-    """Path -> shape of every parameter, as the decoder itself declares them."""
-    return {path: box.value.shape for path, box in _flat(abstract(cfg)).items()}
-
-
-@cache
-def _tower_shapes(cfg: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
-    """The same of the vision tower; {} without one."""
-    tree = {"vision": vision.abstract(cfg.vision)} if cfg.vision else {}
-    return {path: box.value.shape for path, box in _flat(tree).items()}
-
-
-def _flat(tree: Params) -> dict[tuple, Any]:
-    return dict(flatten_dict(tree))
-
-
-def _names(
-    shapes: dict[tuple, tuple[int, ...]],
-) -> dict[str, tuple[tuple, int | None, tuple[int, ...]]]:
-    """Tensor name -> path, layer and the shape it has in the file."""
-    out = {}
-    for key in shapes:
-        if key == ("value",):
-            continue
-        layers = range(shapes[key][0]) if "layers" in key else (None,)
-        size = dict(zip(TABLE[key].ours.split(), shapes[key]["layers" in key :], strict=True))
-        for i in layers:
-            name = TABLE[key].name.format(i=i)
-            if name in out:
-                raise ConfigError(
-                    f"{name}: both {_say(*out[name][:2])} and {_say(key, i)} take it; TABLE must name it once"
-                )
-            out[name] = key, i, tuple(prod(size[a] for a in group) for group in TABLE[key].theirs.split())
-    return out
-
-
-def _say(key: tuple, layer: int | None) -> str:
-    return "/".join(key) + ("" if layer is None else f"[{layer}]")
+def weight_digests(path: str | Path) -> dict[str, str]:
+    """`_digests` of a directory."""
+    return _digests(open_tensors(resolve(path)))
 
 
 def check_weights(path: str | Path, cfg: DecoderConfig) -> None:
     """Refuse a directory whose weights `load_params` would refuse; only headers are read."""
-    with ExitStack() as opened:
-        _check(_open(resolve(path), opened), cfg)
+    _check(open_tensors(resolve(path)), cfg)
 
 
 def passed_over(path: str | Path) -> list[str]:
@@ -374,62 +342,50 @@ def _weight_files(path: Path) -> list[Path]:
     raise ConfigError(f"{path}: no model.safetensors and no {INDEX}; model.init random needs none")
 
 
-def _open(path: Path, opened: ExitStack) -> dict[str, Tensor]:
-    """Every tensor of a directory by name; only headers are read."""
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory by its published name; only headers are read."""
     out: dict[str, Tensor] = {}
     for source in _weight_files(path):
         with (
             files.reading(source, "the download is incomplete or damaged; download it again"),
-            safe_open(source, framework="numpy"),
+            safe_open(source, framework="numpy") as file,
         ):
-            pass  # the header is whole, and tells of as many bytes as there are
-        file = opened.enter_context(open(source, "rb"))
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for given, t in header.items():
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            header = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+        for given, (dtype, shape) in header.items():
             name = given
             for new, published in RENAMED.items():
                 name = published + name.removeprefix(new) if name.startswith(new) else name
             if name in out:
+                raise ConfigError(f"{name}: set twice, by {out[name].file.name} and by {source.name}")
+            if dtype not in DTYPES:
                 raise ConfigError(
-                    f"{name}: set twice, by {Path(out[name].file.name).name} and by {source.name}"
-                )
-            if t["dtype"] not in DTYPES:
-                raise ConfigError(
-                    f"{source}: {name}: stored as {t['dtype']}; {', '.join(DTYPES)} are read, "
+                    f"{source}: {name}: stored as {dtype}; {', '.join(DTYPES)} are read, "
                     "quantised weights are not"
                 )
-            out[name] = Tensor(file, 8 + length + t["data_offsets"][0], DTYPES[t["dtype"]], tuple(t["shape"]))
+            out[name] = Tensor(source, given, jnp.dtype(DTYPES[dtype]), shape)
     return out
-
-
-def _is_buffer(name: str) -> bool:
-    layer = name.split(".")[2] if name.startswith("model.layers.") else ""
-    return name in [pattern.format(i=layer) for pattern in BUFFERS]
 
 
 def _check(tensors: dict[str, Tensor], cfg: DecoderConfig) -> None:
     """Every tensor has its parameter, every parameter its tensor, and the shapes agree; else all that is
     wrong, by name.
     """
-    names, wrong = _names(_shapes(cfg) | _tower_shapes(cfg)), []
-    for name, (key, i, shape) in names.items():
+    needed, wrong = sources(cfg), []
+    for name, source in needed.items():
         if name not in tensors:
-            wrong.append(f"{name}: missing; {_say(key, i)} needs it, of shape {shape}")
-        elif tensors[name].shape != shape:
-            wrong.append(f"{name}: of shape {tensors[name].shape}; {_say(key, i)} needs {shape}")
-    for name, tensor in tensors.items():
-        spare_head = name == HEAD and (
-            cfg.execution.value_head or (cfg.tied and _equal(tensor, tensors.get(EMBED)))
-        )
-        if name not in names and not spare_head and not _is_buffer(name):
-            why = (
-                "tie_word_embeddings is true, and it is not the embedding"
-                if name == HEAD
-                else "no parameter of this model takes it"
-            )
-            wrong.append(f"{name}: of shape {tensor.shape}; {why}")
+            wrong.append(f"{name}: missing; {source} needs it, of shape {source.shape}")
+        elif tensors[name].shape != source.shape:
+            wrong.append(f"{name}: of shape {tensors[name].shape}; {source} needs {source.shape}")
+    for name in tensors.keys() - needed.keys():
+        if BUFFER.fullmatch(name):
+            continue
+        why = "no parameter of this model takes it"
+        if name == HEAD:
+            if cfg.execution.value_head or (cfg.tied and _equal(tensors[name], tensors.get(EMBED))):
+                continue
+            why = "tie_word_embeddings is true, and it is not the embedding"
+        wrong.append(f"{name}: of shape {tensors[name].shape}; {why}")
     if wrong:
         more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
         raise ConfigError("the weights do not fit config.json:\n" + "\n".join(wrong[:8] + more))
@@ -438,177 +394,7 @@ def _check(tensors: dict[str, Tensor], cfg: DecoderConfig) -> None:
 def _equal(a: Tensor, b: Tensor | None) -> bool:
     if b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    step = max(1, BLOCK // (a.shape[1] * a.dtype.itemsize))
-    spans = [(start, min(start + step, a.shape[0])) for start in range(0, a.shape[0], step)]
-    return all(np.array_equal(a.rows(*span), b.rows(*span)) for span in spans)
-
-
-def weight_digests(path: str | Path) -> dict[str, str]:
-    """`_digests` of a directory."""
-    with ExitStack() as opened:
-        return _digests(_open(resolve(path), opened))
-
-
-def save_params(
-    params: Params,
-    cfg: DecoderConfig,
-    source_dir: str | Path,
-    out_dir: str | Path,
-    dtype: Any = None,
-    stop_ids: Sequence[int] = (),
-) -> None:
-    """A directory that transformers loads: our weights (as `dtype`, or as they are), all else from where the
-    model came.
-
-    But for `stop_ids`, the tokens that ended the policy's responses: its `generate` is to stop at each of
-    them, too, and reads them in generation_config.json; other programs read config.json.
-
-    In a run of many processes every one calls it and the first one writes. The directory appears whole: it is
-    written beside itself as `.NAME.partial` and renamed.
-    """
-    if cfg.execution.value_head:
-        raise ConfigError(
-            "a critic has no output matrix, so transformers has no use for it: export the policy"
-        )
-    source, out, flat = resolve(source_dir), Path(out_dir), _flat(params)
-    shapes = {key: tuple(p.shape) for key, p in flat.items()}
-    if shapes != (needed := _shapes(cfg)):
-        raise ConfigError(
-            f"{out}: the parameters are not this model's: "
-            f"{sorted(set(shapes.items()) ^ set(needed.items()))[:4]}"
-        )
-    stored, writer = jnp.dtype(dtype or flat["embed",].dtype), jax.process_index() == 0
-    partial_dir = _begin(out)
-    shapes |= _tower_shapes(cfg)
-    shards = _shards({name: shape for name, (_, _, shape) in _names(shapes).items()}, stored.itemsize)
-    with ExitStack() as opened:
-        frozen = _open(source, opened) if cfg.vision else {}
-        for file, tensors in shards.items():
-            with open(partial_dir / file if writer else os.devnull, "wb") as f:
-                _write(f, tensors, stored, _to_theirs(flat, frozen, shapes, tensors, stored))
-    if writer:
-        if len(shards) > 1:
-            total = sum(map(prod, shapes.values())) * stored.itemsize
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {name: file for file, tensors in shards.items() for name in tensors},
-            }
-            (partial_dir / INDEX).write_text(json.dumps(index, indent=1))
-        said = files.read_json(source / "config.json")
-        said["torch_dtype" if "torch_dtype" in said else "dtype"] = stored.name  # transformers 4 | 5
-        for file in {file for pattern in SIDE_FILES for file in source.glob(pattern) if file.is_file()}:
-            shutil.copyfile(file, partial_dir / file.name)
-        if stop_ids:
-            said["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
-            file = partial_dir / "generation_config.json"
-            chosen = files.read_json(file) if file.is_file() else {k: said[k] for k in TOKENS if k in said}
-            file.write_text(
-                json.dumps(chosen | {"eos_token_id": said["eos_token_id"]}, indent=1), encoding="utf-8"
-            )
-        (partial_dir / "config.json").write_text(
-            json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
-        os.replace(partial_dir, out)
-
-
-def save_adapter(
-    params: Params, cfg: DecoderConfig, source_dir: str | Path, out_dir: str | Path, dtype: Any = None
-) -> None:
-    """The adapters alone in the format of PEFT (adapter_config.json, adapter_model.safetensors), as `dtype`
-    or as they are.
-
-    PEFT's A is [rank, in] and its B [out, rank]; both add B·A·lora_alpha/r to the matrix, as ours do.
-    """
-    lora, source, out, flat = cfg.execution.lora, resolve(source_dir), Path(out_dir), _flat(params)
-    if lora is None:
-        raise ConfigError("--adapter: this run trained all weights (model.lora null); leave --adapter out")
-    stored = jnp.dtype(dtype or "float32")
-    tensors, targets = {}, [TABLE["layers", name].name.split(".")[-2] for name in lora.targets]
-    for name in lora.targets:
-        for half, shape in (("a", (-1, lora.rank)), ("b", (lora.rank, -1))):
-            layers = np.asarray(process_allgather(flat["layers", f"{name}_{half}"], tiled=True))
-            for i, layer in enumerate(layers):
-                module = TABLE["layers", name].name.format(i=i).removesuffix(".weight")
-                tensor = np.ascontiguousarray(layer.reshape(shape).T, stored)
-                tensors[f"base_model.model.{module}.lora_{half.upper()}.weight"] = tensor
-    partial_dir = _begin(out)
-    if jax.process_index() == 0:
-        with open(partial_dir / "adapter_model.safetensors", "wb") as f:
-            _write(
-                f, {name: tensor.shape for name, tensor in tensors.items()}, stored, iter(tensors.values())
-            )
-        base = (
-            str(source_dir)
-            if str(source_dir) not in SOURCES and not Path(source_dir).expanduser().is_dir()
-            else str(source.resolve())
-        )
-        scale = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": False, "use_dora": False}
-        usual = {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.0}
-        about = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
-            "target_modules": targets,
-        }
-        files.write_json(partial_dir / "adapter_config.json", about | scale | usual)
-        os.replace(partial_dir, out)
-
-
-def _begin(out: Path) -> Path:
-    """The empty directory beside `out` in which process 0 writes what then gets its name; refused where
-    something is there.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not empty; name another directory")
-    partial_dir = out.absolute().with_name(f".{out.name}.partial")
-    if jax.process_index() == 0:
-        shutil.rmtree(partial_dir, ignore_errors=True)  # left by a killed export
-        partial_dir.mkdir(parents=True)
-    return partial_dir
-
-
-def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    """File name -> its tensors' shapes, each file at most `SHARD_BYTES` (one tensor at least)."""
-    shards: list[dict] = [{}]
-    for name, shape in shapes.items():
-        if shards[-1] and sum(map(prod, [*shards[-1].values(), shape])) * itemsize > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = shape
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
-
-
-def _to_theirs(
-    flat: dict, frozen: dict[str, Tensor], shapes: dict, wanted: dict, dtype: np.dtype
-) -> Iterator[np.ndarray]:
-    """The file's tensors in the order wanted, one on the host at a time; `process_allgather` since a process
-    may hold only a part. A parameter that is not in `flat` was never trained: it is copied from `frozen`.
-    """
-    names = _names(shapes)
-    for name in wanted:
-        key, i, shape = names[name]
-        if key not in flat:
-            yield np.ascontiguousarray(frozen[name].rows(0, shape[0]), dtype)
-            continue
-        entry = TABLE[key]
-        value = np.asarray(process_allgather(flat[key] if i is None else flat[key][i], tiled=True))
-        value = value.transpose([entry.ours.split().index(a) for a in entry.theirs.replace(" ", "")])
-        yield np.ascontiguousarray(value, dtype).reshape(shape)
-
-
-def _write(
-    f: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, arrays: Iterator[np.ndarray]
-) -> None:
-    """One safetensors file: the header's length, the header padded to 8 bytes, the tensors end to end."""
-    code = next(code for code, known in DTYPES.items() if known == dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": (start, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    f.write(len(text).to_bytes(8, "little") + text)
-    for array in arrays:
-        f.write(array.view(np.uint8).data)
+    step = max(1, BLOCK // a.row_bytes)
+    with a.opened() as x, b.opened() as y:
+        blocks = (slice(start, min(start + step, a.shape[0])) for start in range(0, a.shape[0], step))
+        return all(np.array_equal(x[block], y[block]) for block in blocks)

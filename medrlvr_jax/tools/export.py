@@ -7,7 +7,8 @@ import jax
 
 from medrlvr_jax.evaluation.evaluate import open_source
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.model import lora, weights
+from medrlvr_jax.model import lora
+from medrlvr_jax.model.export import save_adapter, save_params
 
 
 def export(
@@ -27,10 +28,10 @@ def export(
         )
     with jax.set_mesh(parts.mesh):
         if adapter:
-            weights.save_adapter(params, parts.cfg, m.path, out, dtype)
+            save_adapter(params, parts.cfg, m.path, out, dtype)
         else:
             merged, cfg = lora.merge(params, parts.cfg, dtype), lora.off(parts.cfg)
-            weights.save_params(merged, cfg, m.path, out, dtype, parts.tokenizer.stop_ids)
+            save_params(merged, cfg, m.path, out, dtype, parts.tokenizer.stop_ids)
     if jax.process_index() == 0:
         if m.lora and not adapter and (dtype or m.param_dtype) == "bfloat16":
             print("the sums of matrices and adapters are rounded to bfloat16, which loses small adapters;")

@@ -1,0 +1,164 @@
+"""Parameter trees to Hugging Face directories: safetensors, config.json, and PEFT adapters."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from safetensors.numpy import save_file
+
+from medrlvr_jax.config.sources import SOURCES
+from medrlvr_jax.host import files
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model.lora import flat
+from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig, abstract
+from medrlvr_jax.model.weights import INDEX, SIDE_FILES, Source, Tensor, open_tensors, resolve, sources
+from medrlvr_jax.types import Params
+
+SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers had it; also what is on the host at once
+# what transformers takes from config.json where there is no generation_config.json
+TOKENS = ("bos_token_id", "pad_token_id")
+
+
+def save_params(
+    params: Params,
+    cfg: DecoderConfig,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    dtype: Any = None,
+    stop_ids: Sequence[int] = (),
+) -> None:
+    """A directory that transformers loads: our weights (as `dtype`, or as they are), all else from where the
+    model came.
+
+    But for `stop_ids`, the tokens that ended the policy's responses: its `generate` is to stop at each of
+    them, too, and reads them in generation_config.json; other programs read config.json.
+
+    In a run of many processes every one calls it and the first one writes. The directory appears whole: it is
+    written beside itself as `.NAME.partial` and renamed.
+    """
+    if cfg.execution.value_head:
+        raise ConfigError(
+            "a critic has no output matrix, so transformers has no use for it: export the policy"
+        )
+    source, out, leaves = resolve(source_dir), Path(out_dir), flat(params)
+    shapes = {path: tuple(p.shape) for path, p in leaves.items()}
+    needed = {path: box.value.shape for path, box in flat(abstract(cfg)).items()}
+    if shapes != needed:
+        differ = sorted(set(shapes.items()) ^ set(needed.items()))[:4]
+        raise ConfigError(f"{out}: the parameters are not this model's: {differ}")
+    stored, frozen = jnp.dtype(dtype or leaves["embed",].dtype), open_tensors(source) if cfg.vision else {}
+    partial_dir, shards = _begin(out), _shards(sources(cfg), stored.itemsize)
+    for file, tensors in shards.items():
+        gathered = _gathered(leaves, frozen, tensors, stored)
+        if jax.process_index() == 0:
+            save_file(dict(gathered), partial_dir / file, {"format": "pt"})
+        else:
+            for _ in gathered:  # a process that writes nothing takes part all the same
+                pass
+    if jax.process_index() == 0:
+        if len(shards) > 1:
+            total = sum(prod(s.shape) for tensors in shards.values() for s in tensors.values())
+            files_of = {name: file for file, tensors in shards.items() for name in tensors}
+            index = {"metadata": {"total_size": total * stored.itemsize}, "weight_map": files_of}
+            (partial_dir / INDEX).write_text(json.dumps(index, indent=1))
+        _copy_settings(source, partial_dir, stored.name, stop_ids)
+        os.replace(partial_dir, out)
+
+
+def _copy_settings(source: Path, out: Path, dtype: str, stop_ids: Sequence[int]) -> None:
+    """What stands beside the weights of a directory, with the dtype and the stop tokens of these."""
+    config = files.read_json(source / "config.json")
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype  # transformers 4 | 5
+    for file in {file for pattern in SIDE_FILES for file in source.glob(pattern) if file.is_file()}:
+        shutil.copyfile(file, out / file.name)
+    if stop_ids:
+        config["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+        file = out / "generation_config.json"
+        settings = files.read_json(file) if file.is_file() else {k: config[k] for k in TOKENS if k in config}
+        settings |= {"eos_token_id": config["eos_token_id"]}
+        file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    text = json.dumps(config, indent=1, ensure_ascii=False)
+    (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def save_adapter(
+    params: Params, cfg: DecoderConfig, source_dir: str | Path, out_dir: str | Path, dtype: Any = None
+) -> None:
+    """The adapters alone in the format of PEFT (adapter_config.json, adapter_model.safetensors), as `dtype`
+    or as they are.
+
+    PEFT's A is [rank, in] and its B [out, rank]; both add B·A·lora_alpha/r to the matrix, as ours do.
+    """
+    lora, source, out = cfg.execution.lora, resolve(source_dir), Path(out_dir)
+    if lora is None:
+        raise ConfigError("--adapter: this run trained all weights (model.lora null); leave --adapter out")
+    stored = jnp.dtype(dtype or "float32")
+    tensors, targets = {}, [PARAMETERS[name].tensor.split(".")[-2] for name in lora.targets]
+    for name in lora.targets:
+        module = PARAMETERS[name].tensor.removesuffix(".weight")
+        for half, shape in (("a", (-1, lora.rank)), ("b", (lora.rank, -1))):
+            layers = np.asarray(process_allgather(params["layers"][f"{name}_{half}"], tiled=True))
+            for i, layer in enumerate(layers):
+                tensor = np.ascontiguousarray(layer.reshape(shape).T, stored)
+                tensors[f"base_model.model.model.layers.{i}.{module}.lora_{half.upper()}.weight"] = tensor
+    partial_dir = _begin(out)
+    if jax.process_index() == 0:
+        save_file(tensors, partial_dir / "adapter_model.safetensors", {"format": "pt"})
+        local = str(source_dir) in SOURCES or Path(source_dir).expanduser().is_dir()
+        about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": targets}
+        about["base_model_name_or_path"] = str(source.resolve() if local else source_dir)
+        scale = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": False, "use_dora": False}
+        usual = {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.0}
+        files.write_json(partial_dir / "adapter_config.json", about | scale | usual)
+        os.replace(partial_dir, out)
+
+
+def _begin(out: Path) -> Path:
+    """The empty directory beside `out` in which process 0 writes what then gets its name; refused where
+    something is there.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not empty; name another directory")
+    partial_dir = out.absolute().with_name(f".{out.name}.partial")
+    if jax.process_index() == 0:
+        shutil.rmtree(partial_dir, ignore_errors=True)  # left by a killed export
+        partial_dir.mkdir(parents=True)
+    return partial_dir
+
+
+def _shards(tensors: dict[str, Source], itemsize: int) -> dict[str, dict[str, Source]]:
+    """File name -> its tensors, in each file at most `SHARD_BYTES` (one tensor at least)."""
+    shards: list[dict[str, Source]] = [{}]
+    for name, source in tensors.items():
+        size = sum(prod(s.shape) for s in [*shards[-1].values(), source]) * itemsize
+        if shards[-1] and size > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = source
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
+
+
+def _gathered(
+    leaves: dict, frozen: dict[str, Tensor], tensors: dict[str, Source], dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors by name, each from all processes, since one may hold only a part. A parameter that is not in
+    `leaves` was never trained: it is copied from `frozen`.
+    """
+    for name, source in tensors.items():
+        if source.path in leaves:
+            value = leaves[source.path] if source.layer is None else leaves[source.path][source.layer]
+            order = [source.ours.index(axis) for axis in source.theirs]
+            value = np.asarray(process_allgather(value, tiled=True)).transpose(order)
+        else:
+            with frozen[name].opened() as data:
+                value = data[:]
+        yield name, np.ascontiguousarray(value, dtype).reshape(source.shape)
