@@ -351,6 +351,31 @@ def test_csv_by_commas_semicolons_or_tabs(file, mark):
     )
 
 
+def test_trials_have_trecs_labels_whatever_their_prompt_says(file):
+    row = {"note": "A woman of 50.", "trial": "Statins.", "label": 1, "id": "t"}
+    prompt = "0) Excluded; 1) Irrelevant\nHere is the patient note:\nA man.\n\nHere is the clinial trial:\nTitle: x\n"
+    pair = {"input": prompt + "-" * 17 + "\n", "query_id": "q1", "corpus_id": "N1", "label": 0}
+    first, second = (read(file("t.jsonl", r), format="trec")[0] for r in (row, pair))
+    assert first.question.startswith("Patient: A woman of 50.\n\nTrial: Statins.\n\nIs the patient eligible")
+    assert (first.reference, second.reference, second.id) == ("excluded", "not relevant", "q1 N1")
+    assert second.question.startswith("Patient: A man.\n\nTrial: Title: x\n\nIs ") and second.kind == "label"
+    assert "field label: 3 is none of TREC's labels: 0 not relevant" in complaint(
+        file("t.jsonl", row | {"label": 3})
+    )
+    assert "has no note and trial" in complaint(file("t.jsonl", pair | {"input": "?"}))
+
+
+@real
+def test_real_pairs_of_ehrmind_have_the_labels_of_trecs_qrels():
+    qrels = (SHARED / f"trec/trec_{year}_qrels.tsv" for year in (2021, 2022))
+    labels = dict(line.rsplit("\t", 1) for file in qrels for line in file.read_text().splitlines()[1:])
+    names = {"0": "not relevant", "1": "excluded", "2": "eligible"}
+    questions = read(str(SHARED / "ehrmind/matching_sft_val_100.parquet"))
+    assert Counter(q.reference for q in questions) == {"not relevant": 38, "excluded": 32, "eligible": 30}
+    assert all(names[labels[q.id.replace(" ", "\t")]] == q.reference for q in questions)
+    assert not any("Excluded (" in q.question for q in questions)
+
+
 # ---- the fields of other files ----
 
 CASE = {
@@ -377,7 +402,7 @@ def test_fields_under_other_names_and_records_chosen_by_theirs(file):
         Question("cases-2", "Chest pain.", ("angina", "reflux", "cough"), 1),
     ]
     report = told(path, **choice)
-    assert "format plain; not read: kind\n" in report and "records that where leaves out: 1" in report
+    assert "format plain\n" in report and "records that where leaves out: 1" in report
     assert (
         read(path, where={"op3": "cough"}, fields=FIELDS_OF, constants={"answer_as": "from_0"})[0].answer == 2
     )

@@ -3,6 +3,7 @@ where a letter is needed.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 from test_train import folder, lines, main  # noqa: F401  (folder is a fixture)
@@ -11,8 +12,10 @@ from medrlvr_jax import rewards
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import prompts
 from medrlvr_jax.data.load import load, read
-from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash
+from medrlvr_jax.data.options import shuffled
+from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash, several
 from medrlvr_jax.data.values import read_reference
+from medrlvr_jax.evaluation import answers
 
 ROWS = [
     {
@@ -28,9 +31,11 @@ ROWS = [
     {"question": "How long?", "kind": "duration", "answer": "2 weeks 1 day"},
     {"question": "Trial?", "kind": "labels", "answer": ["eligible"], "labels": ["eligible", "excluded"]},
     {"question": "Which drug?", "kind": "text", "answer": "aspirin", "aliases": ["ASA"]},
+    {"question": "Seen?", "kind": "label", "answer": "yes", "labels": ["yes", "no"]},
+    {"question": "Which are statins?", "options": ["w", "x", "y"], "answer": "C, a"},
 ]
-RIGHT = ["141 mmol/L", "7", "4 March 2024", "15 days", "Eligible", "asa"]
-WRONG = ["0.2 mol/L", "8", "5 March 2024", "14 days", "excluded", "heparin"]
+RIGHT = ["141 mmol/L", "7", "4 March 2024", "15 days", "Eligible", "asa", "Yes", "a;C"]
+WRONG = ["0.2 mol/L", "8", "5 March 2024", "14 days", "excluded", "heparin", "no", "A"]
 
 
 @pytest.fixture
@@ -40,16 +45,52 @@ def path(tmp_path):
     return file
 
 
+def test_all_that_apply(path):
+    question = load(SetConfig(path=str(path), format="plain", where={"question": "Which are statins?"}))[0]
+    assert (question.kind, question.reference, question.right_text) == ("choices", "A, C", "w; y")
+    assert (question.right, question.letters, question.offered) == ((0, 2), "", 0)
+    given = ["C,A", "a; c", "A, B, C", "A", "A, A", "A, D", "AC"]
+    verdicts = rewards.grade([f"<think>x</think><answer>{g}</answer>" for g in given], [question] * 7)
+    assert verdicts.reason.tolist() == ["correct"] * 2 + ["wrong"] * 2 + [
+        "repeated_label",
+        "unknown_label",
+        "unknown_label",
+    ]
+    assert verdicts.answer.tolist()[:3] == ["A, C", "A, C", "A, B, C"]
+    orders = [shuffled(question, 0, draw) for draw in range(20)]
+    assert {q.order for q in orders} == {"ABC", "ACB", "BAC", "BCA", "CAB", "CBA"}
+    for q in orders:
+        assert {q.options[i] for i in q.right} == {"w", "y"} and q.reference == q.value.text
+        assert question_hash(q) == question_hash(question)
+    assert question_hash(question) != question_hash(replace(question, value=several([0], 3)))
+    rows = [
+        {
+            "id": "1",
+            "kind": "choices",
+            "options": 0,
+            "key": q.reference,
+            "answer": q.reference,
+            "order": q.order,
+        }
+        | {"subject": "", "correct": True, "format_ok": True}
+        for q in orders
+    ]
+    found = answers.of_rows(rows, "here")
+    assert set(found.answers.ravel()) == {"A, C"} and "letters" not in answers.describe(found)
+
+
 def test_they_are_read_asked_and_paid(path):
     questions, report = read(SetConfig(path=str(path)))
-    assert report.startswith("questions: 6, open\n  keys number 17 %, integer 17 %")
+    assert report.startswith("questions: 8, of 0 to 3 options\n  keys choices 12 %, number")
     asked = [prompts.render(q, "think").splitlines()[-1] for q in questions]
     assert (
         "then give the number in mmol/L inside <answer>" in asked[0] and "<answer>number</answer>" in asked[0]
     )
-    assert "labels, separated by commas: eligible, excluded," in asked[4]
-    for answers, correct in ((RIGHT, True), (WRONG, False)):
-        completions = [f"<think>x</think><answer> {answer} </answer>" for answer in answers]
+    assert "one or more of these labels, separated by commas: eligible, excluded, inside" in asked[4]
+    assert "one of these labels: yes, no, inside" in asked[6]
+    assert "the letters of all options that apply, separated by commas, inside" in asked[7]
+    for given, correct in ((RIGHT, True), (WRONG, False)):
+        completions = [f"<think>x</think><answer> {answer} </answer>" for answer in given]
         verdicts = rewards.grade(completions, questions)
         assert (
             verdicts.format_ok.all()
@@ -95,7 +136,7 @@ def test_a_file_of_completions_is_scored(path, tmp_path, capsys):
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main("score", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl") == 0
-    assert [row["reward"] for row in lines(tmp_path / "out.jsonl")] == [1.0] * 6
+    assert [row["reward"] for row in lines(tmp_path / "out.jsonl")] == [1.0] * 8
 
 
 def test_training_and_evaluation(folder, capsys):  # noqa: F811
@@ -117,7 +158,7 @@ def test_training_and_evaluation(folder, capsys):  # noqa: F811
     capsys.readouterr()
     assert main("eval", folder / "runs/open") == 0
     assert "letters" not in capsys.readouterr().out
-    answers = lines(folder / "runs/open/eval-1/in_distribution.jsonl")
-    assert [row["key"] for row in answers] == [q.reference for q in load(SetConfig(path=str(path)))]
+    answered = lines(folder / "runs/open/eval-1/in_distribution.jsonl")
+    assert [row["key"] for row in answered] == [q.reference for q in load(SetConfig(path=str(path)))]
     assert main(*config, "name=paper", "reward.mode=paper") == 2
-    assert "question 0 is open; set reward.mode=strict or direct" in capsys.readouterr().err
+    assert "question 0 is not answered by one; set reward.mode=strict or direct" in capsys.readouterr().err

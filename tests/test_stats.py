@@ -54,7 +54,18 @@ def test_a_coin_is_at_zero_beyond_chance():
 
 def test_majority_draws_ties_fairly_and_counts_no_silence():
     answers = np.array([["A", "A", "B"], ["A", "B", ""], ["", "", "C"], ["", "", ""]])
-    assert stats.majority(answers, np.array(["A", "B", "C", "D"])).tolist() == [1.0, 0.5, 1.0, 0.0]
+    correct = answers == np.array([["A"], ["B"], ["C"], ["D"]])
+    assert stats.majority(answers, correct).tolist() == [1.0, 0.5, 1.0, 0.0]
+
+
+def test_balanced_accuracy_is_the_mean_of_the_classes():
+    correct, classes = np.array([[1], [1], [1], [0], [0], [1]], bool), np.array(list("aaaabb"))
+    found = stats.balanced(correct, classes)
+    assert found.value == pytest.approx((3 / 4 + 1 / 2) / 2)
+    # padded, a has 5 of 8 right and b 3 of 6: (5/8 · 3/8 / 4 + 1/2 · 1/2 / 2) / 2²
+    half = 1.959964 * math.sqrt((15 / 64 / 4 + 1 / 4 / 2) / 4)
+    assert (found.low, found.high) == pytest.approx((0.625 - half, 1.0 if 0.625 + half > 1 else 0.625 + half))
+    assert stats.balanced(np.ones((2, 3), bool), np.array(["a", "b"])).high == 1.0
 
 
 def test_answer_entropy():

@@ -133,7 +133,10 @@ def _value(row: Row) -> Key:
 # ---- the formats ----
 
 
-def _plain(row: Row) -> Key:
+def _own(row: Row) -> Key:
+    """A question of one's own: by its options or, where it has none, by its value. A file may have both."""
+    if "kind" in row and "options" not in row:
+        return _value(row)
     options, key = _options_and_key(row)
     if len(set(unlabelled(options))) < len(options):
         problem = "has one text twice: a right answer could count as wrong; change one"
@@ -306,14 +309,10 @@ class Format(NamedTuple):
 
 PUBMEDQA = ["QUESTION, CONTEXTS, final_decision", "question, context, final_decision"]
 MEDCALC = "Patient Note, Question, Ground Truth Answer, Output Type, Lower Limit, Upper Limit"
+OWN = "options, answer_as, kind, lower, upper, tolerance, unit, labels, aliases, order, facts"
 FORMATS = {
-    "plain": Format(_plain, ["question, options, answer"], rationale="rationale", also="answer_as, facts"),
-    "open": Format(
-        _value,
-        ["question, kind, answer"],
-        rationale="rationale",
-        also="lower, upper, tolerance, unit, labels, aliases, order, facts",
-    ),
+    "plain": Format(_own, ["question, options, answer"], rationale="rationale", also=OWN),
+    "open": Format(_own, ["question, kind, answer"], rationale="rationale", also=OWN),
     "medqa": Format(_medqa, ["question, options, answer_idx"], subject="meta_info", also="answer"),
     "mmlu_pro": Format(_mmlu_pro, ["question, options, answer, answer_index"], "question_id", "category"),
     "mmlu": Format(_mmlu, ["question, choices, answer"], number=("answer", 0)),

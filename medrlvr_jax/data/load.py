@@ -200,7 +200,11 @@ def _report(questions: list[Question], notes: list[str]) -> str:
     size = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
     size = f"of {size} options" if sizes[-1] else "open"
     shares = Counter(q.reference if q.value is None else q.kind for q in questions)
-    names = [name for name in (*LETTERS[: sizes[-1]], "choices", *KINDS) if name in LETTERS or name in shares]
+    names = [
+        name
+        for name in (*max(q.letters for q in questions), "choices", *KINDS)
+        if name in LETTERS or name in shares
+    ]
     lines = ["keys " + ", ".join(f"{name} {100 * shares[name] / n:.0f} %" for name in names)]
     right_texts: dict[tuple, set[str]] = {}  # by question and options in any order
     for q in questions:

@@ -58,6 +58,13 @@ class Question:
         return LETTERS[: len(self.options)] if self.value is None else ""
 
     @property
+    def offered(self) -> int:
+        """From how many answers one is to be chosen: letters or labels; 0 where it is no such choice."""
+        if self.value is None:
+            return len(self.options)
+        return len(self.value.allowed) if self.value.kind == "label" else 0
+
+    @property
     def reference(self) -> str:
         """The right answer as a response gives it: the letter of the right option, or the value."""
         return LETTERS[self.answer] if self.value is None else self.value.text

@@ -1,5 +1,5 @@
-"""What one evaluation says by itself: intervals, pass@k, votes, entropies, subjects, letters; read from the
-rows of its answers.
+"""What one evaluation says by itself: intervals, pass@k, votes, entropies, letters, and accuracy by kind of
+question, by subject and by label; read from the rows of its answers.
 
 The question is the unit. With several samples a question counts once, as the share of its samples that are
 right.
@@ -21,6 +21,7 @@ SAMPLED = """\
 pass@k: unbiased; beyond chance: so that guessing is 0 and certainty 100 (–: chance alone reaches over 90 %).
 maj@k: the most frequent of a question's k answers; ties are drawn with equal chances, and answers that were
 not found do not vote. Entropies are in nats. Intervals (95 %) are over questions."""
+GATE = 0.2  # of pass@k beyond chance: below, most groups of samples have equal rewards, which teach nothing
 
 
 class Answers(NamedTuple):
@@ -34,7 +35,8 @@ class Answers(NamedTuple):
     shown_key: np.ndarray
     answers: np.ndarray  # str [n, k], the same options by their letters in the file
     key: np.ndarray  # str [n]
-    options: np.ndarray  # int [n]
+    options: np.ndarray  # int [n], from how many letters or labels one is chosen; 0 of other questions
+    kinds: np.ndarray  # str [n], `Question.kind`
     subjects: np.ndarray  # str [n]
     repeats: np.ndarray  # bool [n], the exact repeats of an earlier question
     entropy: np.ndarray  # float [n, k], nats per token of each response; NaN where it was not taken
@@ -67,7 +69,10 @@ def of_rows(rows: Iterable[dict[str, Any]], where: str) -> Answers:
     first = [group[0] for group in found.values()]
 
     def in_file(row: dict[str, Any], name: str) -> str:
-        return row["order"][LETTERS.index(row[name])] if row.get("order") and row[name] else row[name] or ""
+        """The letter or letters of an answer, as the file has them; another answer as it is."""
+        if not row.get("order") or not row[name]:
+            return row[name] or ""
+        return ", ".join(sorted(row["order"][LETTERS.index(letter)] for letter in row[name].split(", ")))
 
     return Answers(
         ids=np.array(list(found)),
@@ -78,6 +83,7 @@ def of_rows(rows: Iterable[dict[str, Any]], where: str) -> Answers:
         answers=np.array([[in_file(r, "answer") for r in group] for group in found.values()]),
         key=np.array([in_file(r, "key") for r in first]),
         options=np.array([r["options"] for r in first]),
+        kinds=np.array([r.get("kind") or ("choice" if r["options"] else "open") for r in first]),
         subjects=np.array([r.get("subject") or "" for r in first]),
         repeats=np.array(["repeats" in r for r in first]),
         entropy=np.array([[r.get("entropy", np.nan) for r in group] for group in found.values()], float),
@@ -114,23 +120,22 @@ def describe(a: Answers) -> dict[str, Any]:
     k = a.correct.shape[1]
     out: dict[str, Any] = {"n": len(a.ids), "samples": k, "accuracy": stats.accuracy(a.correct)._asdict()}
     out["format_ok"] = stats.accuracy(a.format_ok)._asdict()
-    choice = a.options > 0
+    choice, label = a.kinds == "choice", a.kinds == "label"
     if choice.any():
         out["letters"] = stats.letter_bias(a.shown[choice], a.shown_key[choice])
     if np.isfinite(a.entropy).any():
         out["token_entropy"] = float(np.nanmean(a.entropy))
-    names = sorted(set(a.subjects.tolist()))
-    if len(names) > 1:
-        groups = {name: a.correct[a.subjects == name] for name in names}
-        out["subjects"] = {
-            name: {"n": len(c), "accuracy": stats.accuracy(c)._asdict()} for name, c in groups.items()
-        }
+    groups = {"kinds": by_group(a.correct, a.kinds), "subjects": by_group(a.correct, a.subjects)}
+    groups["labels"] = by_group(a.correct[label], a.key[label])
+    out |= {name: found for name, found in groups.items() if found}
+    if "labels" in out:
+        out["balanced_accuracy"] = stats.balanced(a.correct[label], a.key[label])._asdict()
     if k > 1:
         passed = {j: stats.pass_at_k(a.correct, j) for j in range(1, k + 1)}
         beyond = {j: stats.beyond_chance(p, a.options, j) for j, p in passed.items()}
         out["pass_at_k"] = {j: stats.mean_share(p)._asdict() for j, p in passed.items()}
         out["pass_at_k_beyond_chance"] = {j: x and x._asdict() for j, x in beyond.items()}
-        out["majority"] = stats.mean_share(stats.majority(a.answers, a.key))._asdict()
+        out["majority"] = stats.mean_share(stats.majority(a.answers, a.correct))._asdict()
         out["answer_entropy"] = float(stats.answer_entropy(a.answers).mean())
         if a.shuffled.any():
             same, pairs = stats.consistency(a.answers)
@@ -138,6 +143,27 @@ def describe(a: Answers) -> dict[str, Any]:
     if a.repeats.any():
         out["distinct"] = describe(a.only(~a.repeats))
     return out
+
+
+def by_group(correct: np.ndarray, names: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Number of questions and accuracy of each group; none where there are not two."""
+    groups = {name: correct[names == name] for name in sorted(set(names.tolist()))}
+    if len(groups) < 2:
+        return {}
+    return {name: {"n": len(c), "accuracy": stats.accuracy(c)._asdict()} for name, c in groups.items()}
+
+
+def fine_tune_first(beyond_chance: dict[int, dict[str, float] | None]) -> str | None:
+    """Advice where `GATE` is above the interval of pass@k at the largest k that tells more than chance."""
+    k, passed = max(
+        ((k, x) for k, x in beyond_chance.items() if x), default=(0, None), key=lambda pair: pair[0]
+    )
+    if passed is None or passed["high"] >= GATE:
+        return None
+    few = f"pass@{k} beyond chance is {percent(passed)}, below {100 * GATE:.0f} %"
+    return (
+        f"{few}: too few right samples for reinforcement learning to pay for; fine-tune first (`medrlvr sft`)"
+    )
 
 
 def show(found: dict[str, dict[str, Any]]) -> str:
@@ -168,6 +194,8 @@ def show(found: dict[str, dict[str, Any]]) -> str:
         columns = ("samples of", "k", "pass@k", "beyond chance", "maj@k", "answer entropy")
         out.append(tables.plain(columns, rows))
         out.append(SAMPLED)
+        advice = ((name, fine_tune_first(d["pass_at_k_beyond_chance"])) for name, d in sampled.items())
+        out += [f"{name}: {text}" for name, text in advice if text]
     shuffled = {name: d for name, d in sets.items() if "consistency" in d}
     if shuffled:
         columns = ("options shuffled", "orders", "same option in all", "same option in two")
@@ -177,12 +205,14 @@ def show(found: dict[str, dict[str, Any]]) -> str:
         ]
         out.append(tables.plain(columns, rows))
     for name, d in sets.items():
-        if "subjects" in d:
+        for group in ("kinds", "subjects", "labels"):
             rows = [
-                [subject or "(none)", f"{s['n']:,}", percent(s["accuracy"])]
-                for subject, s in d["subjects"].items()
+                [x or "(none)", f"{s['n']:,}", percent(s["accuracy"])] for x, s in d.get(group, {}).items()
             ]
-            out.append(tables.plain((name, "questions", "accuracy"), rows))
+            if rows and group == "labels":
+                rows.append(["balanced accuracy", "", percent(d["balanced_accuracy"])])
+            if rows:
+                out.append(tables.plain((f"{name}, {group}", "questions", "accuracy"), rows))
     lettered = {name: d for name, d in sets.items() if "letters" in d}
     letters = sorted({letter for d in lettered.values() for letter in d["letters"]["letters"]})
     rows = []

@@ -127,7 +127,7 @@ def watch(scored: Scored, samples: int) -> dict[str, float]:
     RARE keys, too few for χ², count as one; or not at all, where they are too few together.
     """
     first = np.flatnonzero(scored.places % samples == 0).tolist()
-    first = [i for i in first if scored.questions[i].options]  # open questions have no letters
+    first = [i for i in first if scored.questions[i].letters]  # others are not answered by one letter
     given = [str(scored.verdicts.answer[i]) for i in first]
     parts = gather([given, [scored.questions[i].reference for i in first]])
     answers, key = (np.array([x for part in parts for x in part[i]], str) for i in (0, 1))

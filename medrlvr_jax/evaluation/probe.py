@@ -167,7 +167,7 @@ def probe(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One set: what `summarise` returns, and a row a question."""
     if open_one := next((q for q in encoded.questions if q.value is not None), None):
-        problem = "probe forces letters, and this question has no options"
+        problem = "probe forces one letter, which does not answer this question"
         raise ConfigError(f"question {open_one.id}: {problem}; take its set out of eval.sets")
     _, answered = evaluate(parts, decode_params, encoded, partial(progress, "answers"))
     encoded = before_response(parts, encoded)

@@ -71,6 +71,18 @@ def accuracy(correct: Values) -> Interval:
     return mean_share(np.asarray(correct, np.float64).reshape(len(correct), -1).mean(1))
 
 
+def balanced(correct: Values, classes: Shaped[np.ndarray, " n"]) -> Interval:
+    """Balanced accuracy, the mean of the classes' shares of right answers, and its interval.
+
+    Variances of the classes add up; each class is padded as in `mean_share`, so that none is 0.
+    """
+    shares = np.asarray(correct, np.float64).reshape(len(correct), -1).mean(1)
+    rows = [shares[classes == name] for name in np.unique(classes)]
+    variance = sum(np.concatenate([x, [0.0, 0.0, 1.0, 1.0]]).var() / len(x) for x in rows) / len(rows) ** 2
+    mean, half = float(np.mean([x.mean() for x in rows])), Z95 * math.sqrt(variance)
+    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
 def mcnemar(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " n"]) -> tuple[int, int, float]:
     """Questions only a has right, questions only b has right, and the exact two-sided p.
 
@@ -196,16 +208,18 @@ def beyond_chance(passed: Num[np.ndarray, " n"], options: Int[np.ndarray, " n"],
     return Interval(*((x - guess) / (1 - guess) for x in mean_share(passed)))
 
 
-def majority(answers: Shaped[np.ndarray, "n k"], key: Shaped[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """Per question, the chance that its most frequent answer is the key; a tie is drawn with equal chances.
+def majority(
+    answers: Shaped[np.ndarray, "n k"], correct: Bool[np.ndarray, "n k"]
+) -> Float64[np.ndarray, " n"]:
+    """Per question, the chance that its most frequent answer is right; a tie is drawn with equal chances.
 
     Empty answers do not vote; where nobody votes, it is 0.
     """
     out = np.zeros(len(answers))
-    for i, (row, right) in enumerate(zip(answers, key, strict=True)):
-        names, counts = np.unique(row[row != ""], return_counts=True)
-        top = names[counts == counts.max()] if len(names) else names
-        out[i] = (right in top) / max(len(top), 1)
+    for i, (row, right) in enumerate(zip(answers, correct, strict=True)):
+        names, first, counts = np.unique(row[row != ""], return_index=True, return_counts=True)
+        top = right[row != ""][first[counts == counts.max()]] if len(names) else right[:0]
+        out[i] = top.sum() / max(len(top), 1)
     return out
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from medrlvr_jax.data.question import LETTERS
-from medrlvr_jax.data.values import Reference, Unreadable, matches
+from medrlvr_jax.data.values import Reference, Unreadable, matches, read_labels
 from medrlvr_jax.rewards.parse import WHITE
 
 
@@ -44,4 +44,6 @@ def value(answer: str, reference: Reference) -> Grade:
         right = matches(answer, reference)
     except Unreadable as e:
         return Grade("", False, str(e))
+    if reference.kind in ("label", "labels"):  # "c; A" votes for the same as "A, C"
+        answer = ", ".join(read_labels(answer, reference.allowed))
     return Grade(answer, right, "correct" if right else "wrong")

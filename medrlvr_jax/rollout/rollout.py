@@ -89,7 +89,8 @@ class Scored:
             "id": question.id,
             "completion": self.completions[row],
             "key": question.reference,
-            "options": len(question.options),
+            "kind": question.kind,
+            "options": question.offered,
             "answer": str(v.answer[row]) or None,
             "reward": None if failed else float(v.reward[row]),
             **({"components": values} if values else {}),
@@ -105,10 +106,8 @@ class Scored:
 
 
 def encode(tokenizer: Tokenizer, questions: list[Question], config: Config, shuffle: bool = False) -> Encoded:
-    if config.reward.mode == "paper" and (
-        open_one := next((q for q in questions if q.value is not None), None)
-    ):
-        problem = f"it pays for letters alone, and question {open_one.id} is open"
+    if config.reward.mode == "paper" and (other := next((q for q in questions if q.value is not None), None)):
+        problem = f"it pays for one letter alone, and question {other.id} is not answered by one"
         raise ConfigError(f"reward.mode: paper: {problem}; set reward.mode=strict or direct")
     tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt)
     gone = set(dropped)
@@ -178,13 +177,12 @@ def score_rollout(
 def shown_stages(
     completions: list[str], questions: list[Question], verdicts: Verdicts, mode: str
 ) -> list[str | None]:
-    """The stage that each completion shows; None of open questions, and under the mode `direct`."""
+    """The stage that each completion shows; None of questions that no letter answers, and under `direct`."""
     if mode == "direct":
         return [None] * len(completions)
-    offered = [LETTERS[: len(q.options)] for q in questions]
-    lenient = verdicts if mode == "paper" else parse(completions, "paper", offered)
-    rows = zip(completions, lenient.format_ok.tolist(), (q.options for q in questions), strict=True)
-    return [stages.stage(*row) if row[-1] else None for row in rows]
+    lenient = verdicts if mode == "paper" else parse(completions, "paper", [q.letters for q in questions])
+    rows = zip(completions, lenient.format_ok.tolist(), questions, strict=True)
+    return [stages.stage(text, ok, q.options) if q.letters else None for text, ok, q in rows]
 
 
 def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:

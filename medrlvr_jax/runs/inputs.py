@@ -98,7 +98,7 @@ def describe_set(spec: SetConfig, rows: list[Any], tokens: list[Any]) -> dict[st
     """Digests of a set's rows, in order, and of their tokens, which tokenizer, template and wording
     determine."""
     asked = [
-        [q.id, q.question, *((q.options, q.answer) if q.value is None else (q.value,))]
+        [q.id, q.question, *filter(None, [q.options]), q.answer if q.value is None else q.value]
         if isinstance(q, Question)
         else q
         for q in rows
