@@ -395,6 +395,29 @@ def doctor(config: str | None = None, /, *settings: Settings) -> int:
 
 
 @command(INSPECT)
+def data(config: Config, /, *settings: Settings, prompts: Whole = 2) -> int:
+    """Show how the sets of a config are read, and what the model is given.
+
+    For the training set and each of eval.sets: number of questions, letters of
+    the keys, repeats, what was not read, tokens of the prompts, how many are
+    dropped, and the first prompts as the model gets them. Loads no weights.
+
+        medrlvr data quickstart
+        medrlvr data CONFIG.yaml data.path=mine.jsonl --prompts 5
+
+    Args:
+        prompts: Number of prompts to print for each set.
+    """
+    from medrlvr_jax.config.load import load
+
+    checked = load(config, settings, "data")
+    from medrlvr_jax.tools.show_data import show_data
+
+    print(show_data(checked, prompts))
+    return 0
+
+
+@command(INSPECT)
 def plan(
     config: Config,
     /,

@@ -1,5 +1,7 @@
 """The doctor says ok, note, warning or problem, the last two with a remedy, and writes nothing."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from medrlvr_jax.config.schema import CheckpointConfig
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model.weights import resolve
 from medrlvr_jax.runs import checkpoint, log
-from medrlvr_jax.tools import doctor
+from medrlvr_jax.tools import doctor, show_data
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -40,6 +42,7 @@ def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
 
 def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_model", lambda config, run: iter(()))
+    monkeypatch.setattr(doctor, "_data", lambda config: iter(()))
     c = config(tmp_path)
     with log.Run(c, 3) as run:
         checkpoints = checkpoint.Checkpoints(run.path / "checkpoints", CheckpointConfig(), META)
@@ -88,6 +91,37 @@ def test_what_training_refuses_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_model", refuse)
     lines, ok = doctor.report(config(tmp_path))
     assert not ok and "problem  sample.questions: 3 must divide by 8" in lines
+
+
+def test_data_reward_and_trackers_are_looked_at(tmp_path):
+    changes = ["data.path=no.jsonl", "reward.fn=no_module:f", "log.wandb=p", f"runs={tmp_path}"]
+    for change, message in zip(changes, ["no such file", "no_module", "log.wandb: p needs "], strict=False):
+        lines, ok = doctor.report(load(QUICKSTART, [change, changes[-1]]))
+        [problem] = [line for line in lines if line.startswith("problem")]
+        assert not ok and message in problem
+    lines, ok = doctor.report(load(QUICKSTART, ["prompt.max_tokens=45", changes[-1]]))
+    assert ok and any(
+        re.match(r"warning  data: \d+ dropped as too long; raise prompt.max", line) for line in lines
+    )
+    assert any(line.startswith("warning  eval.sets.out_of_distribution: ") for line in lines)
+
+
+def test_data_shows_what_the_model_is_given(tmp_path):
+    question = {"question": "Which drug?", "options": ["a", "b"], "answer": "B"}
+    rows = [question, question | {"question": "Which dose?"}, question | {"question": "drug " * 60}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = [
+        f"data.path={tmp_path / 'mine.jsonl'}",
+        f"eval.sets={{dev: {{path: {tmp_path / 'mine.jsonl'}}}}}",
+    ]
+    text = show_data.show_data(load(QUICKSTART, [*settings, "prompt.max_tokens=50"], "data"), 1)
+    train, dev = text.split("\n\neval.sets.dev: ")
+    assert (
+        "questions: 3, of 2 options" in train
+        and "dropped: 1, longer than prompt.max_tokens = 50; raise it" in train
+    )
+    assert "| Question: Which drug?\n  | A. a\n  | B. b" in train and "Which dose" not in train
+    assert "also in data: 3 of 3 question texts" in dev
 
 
 @pytest.mark.parametrize(("size", "enough"), [(20_001, False), (20_000, True)])

@@ -31,6 +31,7 @@ READS = {
     "eval": (*MODEL, *BATCH, *ROWS),
     "probe": (*MODEL, *BATCH, *ROWS),
     "difficulty": (*MODEL, *ROWS, "data", "sample"),
+    "data": ("name", "runs", "seed", "model.path", "prompt", "data", "eval.sets", "sft"),
 }
 
 

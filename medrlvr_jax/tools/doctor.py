@@ -19,7 +19,8 @@ import medrlvr_jax
 from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.runs import checkpoint, log
+from medrlvr_jax.rewards import judges
+from medrlvr_jax.runs import checkpoint, log, trackers
 
 GIB = 2**30
 ACCELERATORS = (
@@ -133,17 +134,55 @@ def _run(config: Config) -> Iterator[Finding]:
         yield Finding(
             "problem", f"{path} is in use by {holder}", "wait for it, stop it, or give this run another name="
         )
-    try:
-        if (path / "config.yaml").exists():
-            log.check_same(path / "config.yaml", config)
-        yield from _model(config, path)
-    except ConfigError as e:
-        yield Finding("problem", str(e))
+    for part in (_settings(config, path), _model(config, path), _data(config)):
+        try:
+            yield from part
+        except ConfigError as e:
+            yield Finding("problem", str(e))
     for step in checkpoint.saved_steps(path / "checkpoints"):
         if wrong := checkpoint.damage(path / "checkpoints" / str(step), checkpoint.SMALL):
             yield Finding("warning", f"checkpoint {step} is damaged: {wrong}", "an older one will be used")
         else:
             yield Finding("ok", f"checkpoint {step} is there")
+
+
+def _settings(config: Config, run: Path) -> Iterator[Finding]:
+    """What the settings ask of the run's folder, of its trackers and of a user's reward function."""
+    if (run / "config.yaml").exists():
+        log.check_same(run / "config.yaml", config)
+    trackers.check(config)
+    with judges.started(config.reward):  # a reward.fn is imported as training does it
+        yield Finding("ok", "settings, trackers and reward can be used")
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    """The training set and the sets of eval.sets, read and encoded as for training."""
+    from medrlvr_jax import build
+    from medrlvr_jax.data.load import read
+    from medrlvr_jax.evaluation.evaluate import load_sets
+    from medrlvr_jax.rl import sft, train
+    from medrlvr_jax.rollout.rollout import encode
+
+    parts = build.build(config)
+    if config.sft.target == "text" or config.data.format == "text":
+        rows, dropped, how_read = sft.encode_pairs(parts)
+        longest = max(len(prompt) + len(target) for prompt, target in rows)
+    else:
+        questions, how_read = read(config.data)
+        encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options)
+        train.check_lengths(parts, encoded)
+        dropped, longest = encoded.dropped, encoded.longest
+    first = how_read.partition("\n")[0]
+    yield Finding("ok", f"data {config.data.path}: {first}; the longest has {longest} tokens")
+    if dropped:
+        yield Finding("warning", f"data: {dropped:,} dropped as too long", "raise prompt.max_tokens")
+    for name, encoded in load_sets(parts).items():
+        text = f"eval.sets.{name}: {len(encoded.questions):,} questions"
+        if encoded.dropped:
+            remedy = "raise prompt.max_tokens"
+            yield Finding("warning", f"{text}, {encoded.dropped:,} dropped as too long", remedy)
+        else:
+            yield Finding("ok", text)
 
 
 def _model(config: Config, run: Path) -> Iterator[Finding]:

@@ -1,0 +1,60 @@
+"""`medrlvr data CONFIG`: how each set is read, what the model is given, what is dropped. Loads no weights."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from medrlvr_jax.config.schema import Config, SetConfig
+from medrlvr_jax.data import load as data
+from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+
+def show_data(config: Config, prompts: int) -> str:
+    """The lines to print: training set first, each with `prompts` of its first prompts."""
+    tokenizer = load_tokenizer(config.model.path)
+    lines, trained_on = [], set()
+    for name, spec in sets_of(config).items():
+        if config.sft.target == "text" and name == "data":
+            examples, how_read = data.read_text(spec)
+            rows, limit = tokenizer.encode_texts([example.prompt for example in examples]), None
+        else:
+            questions, how_read = data.read(spec)
+            rows, limit = text.encode_questions(tokenizer, questions, config.prompt), config.prompt.max_tokens
+            stems = {q.question for q in questions}
+            if name == "data":
+                trained_on = stems
+            elif both := len(stems & trained_on):
+                remedy = "`medrlvr contamination CONFIG` names them, and finds those that are nearly the same"
+                how_read += f"\n  also in data: {both:,} of {len(stems):,} question texts; {remedy}"
+        lines += [
+            f"{name}: {spec.path}: {how_read}",
+            *lengths(rows, limit),
+            *shown(tokenizer, rows[:prompts]),
+            "",
+        ]
+    return "\n".join(lines).rstrip()
+
+
+def sets_of(config: Config) -> dict[str, SetConfig]:
+    return {"data": config.data} | {f"eval.sets.{name}": spec for name, spec in config.eval.sets.items()}
+
+
+def lengths(rows: list[Any], limit: int | None) -> Iterator[str]:
+    """Tokens of the prompts, and how many are dropped as longer than `limit`."""
+    tokens = np.array([len(row) for row in rows])
+    low, middle, high = np.percentile(tokens, [0, 50, 95])
+    yield f"  prompt tokens: {low:.0f} to {tokens.max()}, median {middle:.0f}, 95 % up to {high:.0f}"
+    if limit is not None:
+        dropped = int((tokens > limit).sum())
+        yield f"  dropped: {dropped:,}, longer than prompt.max_tokens = {limit}" + "; raise it" * bool(
+            dropped
+        )
+
+
+def shown(tokenizer: Tokenizer, rows: list[list[int]]) -> Iterator[str]:
+    """Prompts as the model is given them, special tokens included."""
+    for number, row in enumerate(rows, 1):
+        yield f"  prompt {number}, {len(row)} tokens:"
+        yield from (f"  | {line}" for line in tokenizer.show(row).split("\n"))
