@@ -479,7 +479,8 @@ def embedding(report: Report, small: bool) -> None:
         least = (table.nbytes + g.nbytes) / chip.hbm_speed
         for how, f in (("embed_lookup", jax.jit(ours)), ("sorted", jax.jit(by_order))):
             for name, tokens in cases.items():
-                taken = statistics.median(bench.clock(f, 5, table, tokens, g))
+                [times] = bench.by_turns([partial(f, table, tokens, g)], 5)
+                taken = statistics.median(times[1:])
                 report(
                     how=how,
                     arithmetic=dtype,

@@ -4,27 +4,26 @@
     python -m medrlvr_jax.tools.bench learn MODEL --questions 2 --samples 8 --prompt 384 --new 128
     python -m medrlvr_jax.tools.bench step MODEL --questions 4 --samples 8 --prompt 64 --new 128
     python -m medrlvr_jax.tools.bench eval MODEL --questions 25 --samples 1 --prompt 256 --new 64
-    python -m medrlvr_jax.tools.bench reward
     python -m medrlvr_jax.tools.bench compile MODEL --questions 4 --samples 8 --prompt 64 --new 128
 
-MODEL is a Hugging Face directory or "embedded". `step` is the whole step of training: sample, assess, decode,
-score, learn. Settings of the run may follow, such as model.remat=none learn.microbatch=1. Seconds are the
-median of `--runs` after one that compiles. `tokens_per_s` counts response tokens up to their stop token;
-`padded_tokens` is what a system that repeats the prompt for each sample and pads every row would have to
-compute. `eval` is four batches of an evaluation, and its `overhead` what it takes beyond generating.
-`copy_share` is of reading the weights once a column, all else left out. Shares are of what a float32 matmul
-of 2,048² and a copy of 256 MB reach in this very run.
+MODEL is a Hugging Face directory or "embedded". Settings of the run may follow, such as model.remat=none
+learn.microbatch=1. `step` is a whole step of training: sample, assess, decode, score, learn. `eval` is four
+batches of an evaluation; its `overhead` is the share of time beyond generating.
+
+`seconds` is the median of `--runs` after the first, which compiles (`first_s`). `tokens_per_s` counts
+response tokens up to their stop token. `padded_tokens` is what a system computes that repeats the prompt for
+each sample and pads every row. `matmul_share` and `copy_share` are of the speed of a float32 matmul of 2,048²
+and of a copy of 256 MB in the same run; `copy_share` counts the weights alone, read once a column.
 """
 
 import argparse
+import itertools
 import json
-import random
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -33,21 +32,22 @@ import numpy as np
 
 from medrlvr_jax.build import Parts, build, load_base, load_params
 from medrlvr_jax.config.load import from_tree, override
-from medrlvr_jax.config.schema import Config, RewardConfig, SampleConfig
+from medrlvr_jax.config.schema import Config, SampleConfig
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import answers
 from medrlvr_jax.evaluation.evaluate import evaluate
 from medrlvr_jax.model import lora
-from medrlvr_jax.rewards import score
+from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rollout.generate import DrawSettings, draw_settings, generate
 from medrlvr_jax.rollout.rollout import Encoded, place_prompts, width
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.sharding import place_rows
-from medrlvr_jax.types import Experience, Prompts
+from medrlvr_jax.types import Experience, Params, Prompts
 
 OPTIONS = ("Coronary angiography", "Chest X-ray", "Echocardiography", "Troponin measurement")
+SHAPES = ("questions", "samples", "prompt", "new", "lengths")
 
 
 def settings(args: argparse.Namespace) -> Config:
@@ -70,206 +70,167 @@ def settings(args: argparse.Namespace) -> Config:
 
 
 def machine(size: int = 2048, dtype: str = "float32", copied: int = 2**28) -> dict[str, float]:
-    """What this machine reaches: a matmul of `size`² in GFLOP/s; a copy's reading and writing of `copied`
-    bytes in GB/s, in place, as new pages would cost more. Of random numbers: on zeros and ones a GPU draws
-    less power, and is faster than it ever will be."""
+    """Speeds of this machine: a matmul of `size`² in GFLOP/s, and reading and writing `copied` bytes
+    in GB/s, in place, since new pages cost more. The numbers are random: with zeros and ones a GPU draws less
+    power, and is faster than in use.
+    """
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     y = jax.random.normal(jax.random.key(1), (copied // 4,))
-    times, copies, count = clock(jax.jit(jnp.matmul), 5, x, x), [], jax.jit(lambda y: y + 1, donate_argnums=0)
-    for _ in range(6):
-        start = time.perf_counter()
-        y = jax.block_until_ready(count(y))
-        copies.append(time.perf_counter() - start)
+    multiply, add = jax.jit(jnp.matmul), jax.jit(lambda y: y + 1, donate_argnums=0)
+
+    def copy() -> Any:
+        nonlocal y
+        y = add(y)
+        return y
+
+    matmul, copies = by_turns([lambda: multiply(x, x), copy], 5)
     return {
-        "matmul_gflops": round(2 * size**3 / min(times) / 1e9, 1),
-        "copy_gbs": round(2 * y.nbytes / min(copies) / 1e9, 1),
+        "matmul_gflops": round(2 * size**3 / min(matmul[1:]) / 1e9, 1),
+        "copy_gbs": round(2 * y.nbytes / min(copies[1:]) / 1e9, 1),
     }
 
 
-def clock(function: Callable, runs: int, *args: Any) -> list[float]:
-    """Seconds of each of `runs` calls, after one that compiles."""
-    return by_turns([partial(function, *args)], runs)[0]
-
-
-def by_turns(functions: list[Callable], runs: int) -> list[list[float]]:
-    """Seconds of each function's `runs` calls, one after another in turn, after one of each that compiles."""
+def by_turns(functions: list[Callable[[], Any]], runs: int) -> list[list[float]]:
+    """Of each function, the time of a first call, which compiles, and of `runs` more; by turns."""
     times = [[] for _ in functions]
-    for run in range(runs + 1):
-        for taken, function in zip(times, functions, strict=True):
+    for _ in range(runs + 1):
+        for of_one, function in zip(times, functions, strict=True):
             start = time.perf_counter()
             jax.block_until_ready(function())
-            if run:
-                taken.append(time.perf_counter() - start)
+            of_one.append(time.perf_counter() - start)
     return times
 
 
-def encoded_questions(args: argparse.Namespace, parts: Parts) -> Encoded:
-    """Questions whose prompts are exactly `--prompt` random letters of the vocabulary."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(5, min(200, parts.cfg.vocab), (args.questions, args.prompt)).tolist()
-    questions = [Question(str(i), "?", OPTIONS, i % 4) for i in range(args.questions)]
-    return Encoded(
-        questions, tokens, np.arange(args.questions, dtype=np.uint32), 0, width(max(map(len, tokens)))
-    )
+def timing(times: list[float]) -> dict[str, Any]:
+    after = [round(t, 3) for t in times[1:]]
+    return {"seconds": round(statistics.median(times[1:]), 3), "runs": after, "first_s": round(times[0], 2)}
+
+
+def rate(count: int, times: list[float]) -> float:
+    return round(count / statistics.median(times[1:]), 1)
+
+
+def encoded_questions(args: argparse.Namespace, parts: Parts, n: int) -> Encoded:
+    """n questions whose prompts are exactly `--prompt` random letters of the vocabulary."""
+    tokens = np.random.default_rng(0).integers(5, min(200, parts.cfg.vocab), (n, args.prompt)).tolist()
+    questions = [Question(str(i), "?", OPTIONS, i % 4) for i in range(n)]
+    return Encoded(questions, tokens, np.arange(n, dtype=np.uint32), 0, width(args.prompt))
 
 
 def lengths(args: argparse.Namespace) -> np.ndarray | None:
-    """Tokens each row may have: log-normal, median 40, one in fifty over the cap of 256; or None for all."""
+    """Tokens each row may have: log-normal, median 40, one in fifty over the cap of 256; None: `--new`."""
     if args.lengths == "full":
         return None
     drawn = np.exp(np.random.default_rng(0).normal(np.log(40), 0.904, (args.questions, args.samples)))
     return np.clip(drawn, 1, args.new).astype(np.int32)
 
 
-def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    params = make_weight_sync(parts, parts.sampler_cfg)(
-        lora.join(load_base(parts), load_params(parts, parts.cfg))
-    )
-    prompts = place_prompts(parts, encoded_questions(args, parts), np.arange(args.questions))
-    limits = lengths(args)
-    stops = (parts.cfg.vocab,)  # none that can be drawn: how long a row gets is the case's to say
+def sampled_params(parts: Parts, cfg: DecoderConfig) -> Params:
+    """The model's weights as a sampler reads them."""
+    return make_weight_sync(parts, cfg)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
 
-    settings = DrawSettings(parts.sampler_cfg, parts.config.sample, stops, parts.tokenizer.pad_id)
+
+def count(params: Params) -> int:
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
+    params, cfg, limits = sampled_params(parts, parts.sampler_cfg), parts.sampler_cfg, lengths(args)
+    encoded = encoded_questions(args, parts, args.questions)
+    prompts, key = place_prompts(parts, encoded, np.arange(args.questions)), jax.random.key(0)
+    stops = (parts.cfg.vocab,)  # none that can be drawn: `limits` alone end a row
+    settings = DrawSettings(cfg, parts.config.sample, stops, parts.tokenizer.pad_id)
 
     def run():
-        return generate(params, prompts, jax.random.key(0), settings, limits)
+        return generate(params, prompts, key, settings, limits)
 
-    times = clock(run, args.runs)
-    mask, weights = run().mask, sum(p.size for p in jax.tree.leaves(params))
+    [times], mask = by_turns([run], args.runs), run().mask
     tokens, columns = int(mask.sum()), int(mask.any((0, 1)).sum())
-    work = 2 * weights * (tokens + args.questions * args.prompt)
+    work = 2 * count(params) * (tokens + args.questions * args.prompt)
     read = sum(p.nbytes for p in jax.tree.leaves(params)) * columns
-    out = {
-        "tokens": tokens,
-        "tokens_per_s": rate(tokens, times),
-        "matmul_gflop": round(work / 1e9),
-        "read_gb": round(read / 1e9),
-    }
-    return timing(times) | out
+    work = {"matmul_gflop": round(work / 1e9), "read_gb": round(read / 1e9)}
+    return timing(times) | {"tokens": tokens, "tokens_per_s": rate(tokens, times)} | work
 
 
 def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     training, state = train.start(parts, make_programs(parts, 1))
-    shape = (args.questions, args.samples, args.new)
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    width, most = args.prompt, lengths(args)
-    mask = np.ones(shape, bool) if most is None else np.arange(args.new) < most[..., None]
+    learner, questions, limits = state.policy, args.questions, lengths(args)
+    shape, rng = (questions, args.samples, args.new), np.random.default_rng(0)
+    normal = lambda: rng.standard_normal(shape).astype(np.float32)
     rows = Experience(
         prompts=Prompts(
-            rng.integers(5, 200, (args.questions, width)).astype(np.int32),
-            np.ones((args.questions, width), bool),
-            np.arange(args.questions, dtype=np.uint32),
+            rng.integers(5, 200, (questions, args.prompt)).astype(np.int32),
+            np.ones((questions, args.prompt), bool),
+            np.arange(questions, dtype=np.uint32),
         ),
         tokens=rng.integers(5, 200, shape).astype(np.int32),
-        mask=mask,
-        logprobs=normal(*shape) - 9,
-        ref_logprobs=normal(*shape) - 9,
-        advantages=normal(*shape),
+        mask=np.ones(shape, bool) if limits is None else np.arange(args.new) < limits[..., None],
+        logprobs=normal() - 9,
+        ref_logprobs=normal() - 9,
+        advantages=normal(),
         values=None,
         returns=None,
     )
-    rows, times, learner, base = (
-        place_rows(rows, args.questions, parts.mesh),
-        [],
-        state.policy,
-        training.frozen.base,
-    )
-    for _ in range(args.runs + 1):
-        start = time.perf_counter()
-        learner, _ = jax.block_until_ready(
-            training.programs.learn_policy(learner, base, rows, jax.random.key(0), jnp.float32(0.01))
-        )
-        times.append(time.perf_counter() - start)
-    packed, padded = (
-        args.questions * (width + args.samples * args.new),
-        args.questions * args.samples * (width + args.new),
-    )
-    work = 6 * sum(p.size for p in jax.tree.leaves(learner.params)) * packed
-    out = {
-        "tokens": int(mask.sum()),
-        "packed_tokens": packed,
-        "padded_tokens": padded,
-        "padded_tokens_per_s": rate(padded, times[1:]),
-    }
-    return timing(times[1:]) | out | {"matmul_gflop": round(work / 1e9), "first_s": round(times[0], 2)}
+    tokens, rows = int(np.sum(rows.mask)), place_rows(rows, questions, parts.mesh)
+    fixed = training.frozen.base, rows, jax.random.key(0), jnp.float32(0.01)
+
+    def run():
+        nonlocal learner
+        learner, metrics = training.programs.learn_policy(learner, *fixed)
+        return learner, metrics
+
+    [times] = by_turns([run], args.runs)
+    packed = questions * (args.prompt + args.samples * args.new)
+    padded = questions * args.samples * (args.prompt + args.new)
+    out = {"tokens": tokens, "packed_tokens": packed, "padded_tokens": padded}
+    out |= {"padded_tokens_per_s": rate(padded, times)}
+    return timing(times) | out | {"matmul_gflop": round(6 * count(learner.params) * packed / 1e9)}
 
 
 def step_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     training, state = train.start(parts, make_programs(parts, 1))
-    encoded, times, tokens = encoded_questions(args, parts), [], 0
-    for step in range(args.runs + 1):
-        start = time.perf_counter()
-        state, stats, scored, _ = train.train_step(training, encoded, state, step)
-        jax.block_until_ready((state, records.summarise(stats, scored)))
-        times.append(time.perf_counter() - start)
+    encoded, steps, tokens = encoded_questions(args, parts, args.questions), itertools.count(), 0
+
+    def run():
+        nonlocal state, tokens
+        state, stats, scored, _ = train.train_step(training, encoded, state, next(steps))
         tokens = int(scored.lengths.sum())
-    prompts = args.questions * args.prompt
-    packed, reading = (
-        prompts + args.questions * args.samples * args.new,
-        1 + (training.frozen.reference is not None),
-    )
-    work = sum(p.size for p in jax.tree.leaves(state.policy.params)) * (
-        2 * (prompts + tokens) + (2 * reading + 6) * packed
-    )
-    out = {"tokens": tokens, "tokens_per_s": rate(tokens, times[1:]), "matmul_gflop": round(work / 1e9)}
-    return timing(times[1:]) | out | {"first_s": round(times[0], 2)}
+        return state, records.summarise(stats, scored)
+
+    [times] = by_turns([run], args.runs)
+    prompts, passes = args.questions * args.prompt, 1 + (training.frozen.reference is not None)
+    packed = prompts + args.questions * args.samples * args.new
+    work = count(state.policy.params) * (2 * (prompts + tokens) + (2 * passes + 6) * packed)
+    out = {"tokens": tokens, "tokens_per_s": rate(tokens, times), "matmul_gflop": round(work / 1e9)}
+    return timing(times) | out
 
 
 def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     """An evaluation to its statistics, and the same responses drawn alone, by turns."""
-    size = args.questions
-    encoded = encoded_questions(argparse.Namespace(**vars(args) | {"questions": 4 * size}), parts)
-    params = make_weight_sync(parts, parts.cfg)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
-    e = parts.config.eval
+    size, params = args.questions, sampled_params(parts, parts.cfg)
+    encoded, temperature = encoded_questions(args, parts, 4 * size), parts.config.eval.temperature
     sample = SampleConfig(
-        questions=size, samples=args.samples, max_new_tokens=args.new, temperature=e.temperature
+        questions=size, samples=args.samples, max_new_tokens=args.new, temperature=temperature
     )
 
-    def whole():
+    def evaluation():
         return answers.describe(answers.of_rows(evaluate(parts, params, encoded)[1], "set"))
 
-    def alone():
+    def generation():
         batches = [place_prompts(parts, encoded, np.arange(i, i + size)) for i in range(0, 4 * size, size)]
         settings = draw_settings(parts, parts.cfg, sample)
         return [generate(params, prompts, jax.random.key(0), settings) for prompts in batches]
 
-    pairs = list(zip(*by_turns([whole, alone], args.runs), strict=True))
-    overhead = statistics.median(a / b - 1 for a, b in pairs)
-    return timing([a for a, _ in pairs]) | {
-        "generate_s": [round(b, 3) for _, b in pairs],
-        "overhead": round(overhead, 4),
-    }
+    times, alone = by_turns([evaluation, generation], args.runs)
+    overhead = statistics.median(a / b - 1 for a, b in zip(times[1:], alone[1:], strict=True))
+    return timing(times) | {"generate_s": timing(alone)["runs"], "overhead": round(overhead, 4)}
 
 
 def compile_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    """Seconds from nothing to the end of the first step, and of the second: what differs is compilation."""
+    """Seconds of the first step and of the second: the difference is compilation."""
     jax.config.update("jax_enable_compilation_cache", False)
     done = step_case(argparse.Namespace(**vars(args) | {"runs": 1}), parts)
     return {"compile_s": round(done["first_s"] - done["seconds"], 2), "seconds": done["seconds"]}
-
-
-def reward_case(rows: int = 100_000) -> dict[str, Any]:
-    """`strict` and `paper` on completions of 200 to 2,000 characters; tests/bench_reward.py has the pairs
-    with a loop."""
-    rng = random.Random(0)
-    words = "fever chest pain dyspnea troponin INR < 2.0 warfarin β-blocker hypertension option".split()
-    think = lambda: " ".join(rng.choices(words, k=rng.randint(30, 250)))
-    texts = [f"<think>{think()}</think>\n<answer>{rng.choice('ABCDX')}</answer>" for _ in range(rows)]
-    keys, options, out = rng.choices("ABCD", k=rows), [OPTIONS] * rows, {}
-    for mode in ("strict", "paper"):
-        start = time.perf_counter()
-        score(texts, keys, options, RewardConfig(mode=mode))
-        out[f"{mode}_s"] = round(time.perf_counter() - start, 3)
-    return {"rows": rows} | out
-
-
-def timing(times: list[float]) -> dict[str, Any]:
-    return {"seconds": round(statistics.median(times), 3), "runs": [round(t, 3) for t in times]}
-
-
-def rate(count: int, times: list[float]) -> float:
-    return round(count / statistics.median(times), 1)
 
 
 CASES = {
@@ -287,43 +248,26 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    cases = top.add_subparsers(dest="case", required=True, metavar="CASE")
-    cases.add_parser("reward", help="100,000 completions scored in one call")
-    for name in CASES:
-        c = cases.add_parser(name)
-        c.add_argument("model", metavar="MODEL")
-        c.add_argument("settings", nargs="*", metavar="a.b=value")
-        for size, default in (("questions", 4), ("samples", 8), ("prompt", 64), ("new", 128), ("runs", 3)):
-            c.add_argument(f"--{size}", type=int, default=default)
-        c.add_argument(
-            "--lengths",
-            choices=("full", "lognormal"),
-            default="full",
-            help="sample, learn: how long the responses are",
-        )
+    top.add_argument("case", choices=CASES)
+    top.add_argument("model", metavar="MODEL")
+    top.add_argument("settings", nargs="*", metavar="a.b=value")
+    for size, default in (("questions", 4), ("samples", 8), ("prompt", 64), ("new", 128), ("runs", 3)):
+        top.add_argument(f"--{size}", type=int, default=default)
+    which = "sample, learn: how long the responses are"
+    top.add_argument("--lengths", choices=("full", "lognormal"), default="full", help=which)
     args, rest = top.parse_known_args(argv)
-    if args.case == "reward":
-        print(json.dumps({"case": "reward"} | reward_case()))
-        return 0
     args.settings += rest
     parts = build(settings(args))
     with jax.set_mesh(parts.mesh):
         out = CASES[args.case](args, parts)
-    peak, reached = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        machine(),
-    )  # in this order: the copy's 256 MB are not the case's
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before `machine` takes its 256 MB
+    reached = machine()
     if "matmul_gflop" in out:
         out["matmul_share"] = round(out["matmul_gflop"] / out["seconds"] / reached["matmul_gflops"], 3)
     if "read_gb" in out:
         out["copy_share"] = round(out["read_gb"] / out["seconds"] / reached["copy_gbs"], 3)
-    shapes = {k: getattr(args, k) for k in ("questions", "samples", "prompt", "new", "lengths")}
-    out |= {"peak_gib": round(peak / 2**20, 2)}
-    print(
-        json.dumps(
-            {"case": args.case, "model": args.model, "settings": args.settings} | shapes | out | reached
-        )
-    )
+    about = {name: getattr(args, name) for name in ("case", "model", "settings", *SHAPES)}
+    print(json.dumps(about | out | {"peak_gib": round(peak / 2**20, 2)} | reached))
     return 0
 
 
