@@ -1,6 +1,7 @@
-"""What every driver starts from: tokenizer, decoder, mesh, weights in their shards, optimiser states."""
+"""The start of every command: tokenizer, decoder, mesh, weights in their shards, optimiser states."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +47,9 @@ def build(config: Config) -> Parts:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """By dotted name; but for paths, since it is what they hold that must be the same."""
-    return {
-        name: v
-        for name, v in configs.flat(configs.to_tree(config)).items()
-        if name.split(".")[-1] not in ("runs", "path", "file")
-    }
+    """By dotted name; without paths, since only the contents of files must be the same."""
+    settings = configs.flat(configs.to_tree(config))
+    return {k: v for k, v in settings.items() if k.split(".")[-1] not in ("runs", "path", "file")}
 
 
 def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | None = None) -> Parts:
@@ -67,49 +65,37 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
         narrow=platform == "cpu",
     )
     cfg = dataclasses.replace(cfg, execution=execution)
-    for name, size in (
-        ("sample.questions", config.sample.questions),
-        ("learn.minibatch", config.learn.minibatch),
-    ):
+    sizes = {"sample.questions": config.sample.questions, "learn.minibatch": config.learn.minibatch}
+    sizes["learn.microbatch"] = config.learn.microbatch or config.learn.minibatch
+    sizes["eval.batch"] = config.eval.batch
+    for name, size in sizes.items():
         sharding.check_divides(name, size, mesh, sharding.BATCH)
-    sharding.check_divides(
-        "learn.microbatch", config.learn.microbatch or config.learn.minibatch, mesh, sharding.BATCH
-    )
-    sharding.check_divides("eval.batch", config.eval.batch, mesh, sharding.BATCH)
-    sharding.check_model(
-        mesh, "tensor", {"attention heads": cfg.heads, "MLP width": cfg.ffn, "vocabulary": cfg.vocab}
-    )
+    widths = {"attention heads": cfg.heads, "MLP width": cfg.ffn, "vocabulary": cfg.vocab}
+    sharding.check_model(mesh, "tensor", widths)
     sharding.check_model(mesh, "fsdp", {"embedding width": cfg.embed})
     return Parts(config, tokenizer, cfg, cfg.run_with(value_head=True), mesh)
 
 
 def check_positions(parts: Parts, prompt: int, new: int, field: str) -> None:
-    """Refuse rows that reach beyond the positions that the model was made for: there its answers decay
-    without a word.
+    """Refuse rows with more positions than the model was trained for: its answers get worse there, silently.
 
-    `prompt`: tokens of the longest prompt (of fine-tuning: of the longest row's); `field`: the setting that
-    allows `new` more.
+    `prompt`: tokens of the longest prompt (in fine-tuning: of that of the longest row); `field`: the setting
+    that allows `new` more.
     """
     limit, path = parts.cfg.max_positions, parts.config.model.path
     if limit is not None and prompt + new > limit:
-        why = (
-            f"after a prompt of {prompt} tokens that is beyond max_position_embeddings = {limit} "
-            f"of {path}'s config.json"
-        )
+        beyond = f"that is beyond max_position_embeddings = {limit} of {path}'s config.json"
         lower = f"lower it to {limit - prompt} or less, or " if prompt < limit else ""
-        raise ConfigError(
-            f"{field}: {new}: {why}; {lower}lower prompt.max_tokens, which drops longer prompts, "
-            "or take another model"
-        )
+        remedy = f"{lower}lower prompt.max_tokens, which drops longer prompts, or take another model"
+        raise ConfigError(f"{field}: {new}: after a prompt of {prompt} tokens {beyond}; {remedy}")
 
 
-# --- shapes, dtypes and shardings, of which everything below is made
-# ---------------------------------------------------
+# --- shapes, dtypes and shardings, of which everything below is made ---
 
 
 def abstract_params(parts: Parts, cfg: DecoderConfig, table: dict = sharding.TRAIN) -> Params:
-    """The whole tree of a decoder as ShapeDtypeStructs with shardings: adapters and what goes with them
-    float32, else `param_dtype`.
+    """All parameters of a decoder as ShapeDtypeStructs with shardings. Those that are trained with adapters
+    are float32, the others `model.param_dtype`.
     """
     float32, stored = jnp.dtype("float32"), jnp.dtype(parts.config.model.param_dtype)
 
@@ -118,13 +104,8 @@ def abstract_params(parts: Parts, cfg: DecoderConfig, table: dict = sharding.TRA
 
     boxed = spec.abstract(cfg)
     places = lora.flat(sharding.shardings(boxed, parts.mesh, table))
-    shapes = {path: box.value.shape for path, box in lora.flat(boxed).items()}
-    return unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(shape, dtype(path[-1]), sharding=places[path])
-            for path, shape in shapes.items()
-        }
-    )
+    struct = lambda path, box: jax.ShapeDtypeStruct(box.value.shape, dtype(path[-1]), sharding=places[path])
+    return unflatten_dict({path: struct(path, box) for path, box in lora.flat(boxed).items()})
 
 
 def abstract_base(parts: Parts) -> Params:
@@ -136,11 +117,8 @@ def abstract_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransfo
     """A learner as ShapeDtypeStructs with the shardings it has while it learns."""
     params = lora.trained(abstract_params(parts, cfg), cfg)
     state = jax.eval_shape(tx.init, params)
-    where = sharding.like(state, params, parts.mesh)
-    return Learner(
-        params,
-        jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state, where),
-    )
+    place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
+    return Learner(params, jax.tree.map(place, state, sharding.like(state, params, parts.mesh)))
 
 
 def places(abstract: Any) -> Any:
@@ -148,8 +126,7 @@ def places(abstract: Any) -> Any:
     return jax.tree.map(lambda s: s.sharding, abstract)
 
 
-# --- the same, filled
-# -------------------------------------------------------------------------------------------------
+# --- the same, with values ---
 
 
 def load_base(parts: Parts) -> Params:
@@ -158,8 +135,8 @@ def load_base(parts: Parts) -> Params:
 
 
 def load_params(parts: Parts, cfg: DecoderConfig) -> Params:
-    """What is trained at a run's start: all weights, from the model's directory or at random; or fresh
-    adapters (and a value head).
+    """What a run trains, at its start: all weights, from the model's directory or random; or new adapters
+    (and a value head).
     """
     c, abstract = parts.config, lora.trained(abstract_params(parts, cfg), cfg)
     if c.model.init == "pretrained" and not cfg.execution.lora:
@@ -170,18 +147,16 @@ def load_params(parts: Parts, cfg: DecoderConfig) -> Params:
         return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract)
 
     key = jax.random.key(c.seed)
-    return jax.jit(fresh, out_shardings=places(abstract))(
-        jax.random.fold_in(key, cfg.execution.value_head) if cfg.execution.lora else key
-    )
+    if cfg.execution.lora:
+        key = jax.random.fold_in(key, cfg.execution.value_head)
+    return jax.jit(fresh, out_shardings=places(abstract))(key)
 
 
 def load_frozen(parts: Parts) -> Frozen:
     """Base and reference. The reference of adapters is the base itself; any other is a copy of the start, in
     host memory if offloaded.
     """
-    reference = None
-    if parts.config.kl.coef > 0:
-        reference = {} if parts.cfg.execution.lora else load_params(parts, parts.cfg)
+    reference = _reference(parts, load_params)
     if reference and parts.config.learn.offload:
         reference = sharding.to_memory(reference, "pinned_host")
     return Frozen(load_base(parts), reference)
@@ -189,10 +164,13 @@ def load_frozen(parts: Parts) -> Frozen:
 
 def abstract_frozen(parts: Parts) -> Frozen:
     """What `load_frozen` returns, as shapes."""
-    reference = None
-    if parts.config.kl.coef > 0:
-        reference = {} if parts.cfg.execution.lora else abstract_params(parts, parts.cfg)
-    return Frozen(abstract_base(parts), reference)
+    return Frozen(abstract_base(parts), _reference(parts, abstract_params))
+
+
+def _reference(parts: Parts, params: Callable[[Parts, DecoderConfig], Params]) -> Params | None:
+    if parts.config.kl.coef == 0:
+        return None
+    return {} if parts.cfg.execution.lora else params(parts, parts.cfg)
 
 
 def init_learner(
@@ -212,8 +190,6 @@ def updates_in(config: Config, steps: int) -> int:
 def total_steps(config: Config, n: int) -> int:
     """Steps of a run over n questions: `steps`, or `passes` over them."""
     if config.sample.questions > n:
-        raise ConfigError(
-            f"sample.questions: {config.sample.questions} is more than the {n} questions there "
-            f"are; lower it to {n} or less"
-        )
+        why = f"{config.sample.questions} is more than the {n} questions there are"
+        raise ConfigError(f"sample.questions: {why}; lower it to {n} or less")
     return config.steps or max(1, round((config.passes or 0) * (n // config.sample.questions)))

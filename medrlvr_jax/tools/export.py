@@ -14,18 +14,15 @@ from medrlvr_jax.model.export import save_adapter, save_params
 def export(
     run: Path, out: Path, step: int | Literal["best"] | None, dtype: str | None, adapter: bool = False
 ) -> None:
-    """Write a run's policy, adapters merged, as a Hugging Face directory; or its adapters alone, as PEFT
-    does."""
+    """Write a run's policy, adapters merged, as a Hugging Face directory; or its adapters, like PEFT."""
     n = len(jax.devices())
-    batches = [
-        f"{name}={n}" for name in ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")
-    ]  # of no use here
-    parts, params, _ = open_source(run, [f"mesh={{data: 1, fsdp: {n}}}", *batches], step)
+    sizes = ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")  # n divides them all
+    settings = [f"mesh={{data: 1, fsdp: {n}}}", *(f"{size}={n}" for size in sizes)]
+    parts, params, _ = open_source(run, settings, step)
     m = parts.config.model
     if adapter and m.init == "random":
-        raise ConfigError(
-            "--adapter: model.init random: no directory holds its base weights; leave --adapter out"
-        )
+        why = "model.init random: no directory holds its base weights"
+        raise ConfigError(f"--adapter: {why}; leave --adapter out")
     with jax.set_mesh(parts.mesh):
         if adapter:
             save_adapter(params, parts.cfg, m.path, out, dtype)
