@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ from medrlvr_jax.rollout.generate import draw_settings
 from medrlvr_jax.rollout.generate import generate as draw
 from medrlvr_jax.rollout.rollout import encode, width
 from medrlvr_jax.rollout.sync import WeightSync, make_weight_sync
-from medrlvr_jax.types import Params
+from medrlvr_jax.types import Params, Rollout
 
 T = TypeVar("T")
 BATCH = 32  # prompts, or questions of an evaluation, at a time unless the caller says otherwise
@@ -142,25 +142,32 @@ def load_model(
         return LoadedModel(str(source), 0, lora.join(load_base(parts), load_params(parts, parts.cfg)), parts)
 
 
+class Sampling(TypedDict, total=False):
+    """How `generate` draws."""
+
+    samples: int  # Completions of each prompt. Default 1.
+    max_new_tokens: int  # Tokens after which a completion is cut off. Default 256.
+    min_new_tokens: int  # Tokens before which a completion cannot stop. Default 0.
+    temperature: float  # 0 is greedy. Default 1.
+    top_k: int  # Draw from the k most probable tokens. Default 0: from all.
+    top_p: float  # Nucleus sampling: probability that is kept. Default 1: all.
+
+
 def generate(
     model: LoadedModel,
     prompts: str | Question | Mapping[str, Any] | Sequence[str | Question | Mapping[str, Any]],
     *,
-    max_new_tokens: int = 256,
-    samples: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_new_tokens: int = 0,
     seed: int = 0,
     batch: int = BATCH,
+    **sampling: Unpack[Sampling],
 ) -> list[Completion]:
     """Completions of prompts by the training's own sampler: `samples` of each, prompt after prompt.
 
     `prompts`: texts, which the model gets as they stand; or questions (`Question`, or dicts with the fields
-    of formats.py), which are worded as the model's `config.prompt` says. `temperature` 0 is greedy; `top_k` 0
-    and `top_p` 1 leave the distribution as it is. Sample j of prompt i is a function of (`seed`, i, j):
-    neither `batch`, the number of prompts at a time, nor the other prompts change it.
+    of formats.py), which are worded as the model's `config.prompt` says. `sampling`: `max_new_tokens`,
+    `samples`, `temperature`, `top_k`, `top_p`, `min_new_tokens`; see `Sampling`. Sample j of prompt i is a
+    function of (`seed`, i, j): neither `batch`, the number of prompts at a time, nor the other prompts change
+    it.
 
     Raises `ConfigError` where a prompt and `max_new_tokens` together are more than the model's positions, or
     a prompt has no tokens.
@@ -169,38 +176,38 @@ def generate(
     rows = _encode(parts, [prompts] if isinstance(prompts, str | Question | Mapping) else list(prompts))
     if not rows:
         return []
-    check_positions(parts, max(map(len, rows)), max_new_tokens, "max_new_tokens")
     size = _batch(parts.mesh, max(1, min(batch, len(rows))))
-    asked = {"top_k": top_k, "top_p": top_p, "min_new_tokens": min_new_tokens, "temperature": temperature}
-    sample = _settings(SampleConfig, questions=size, samples=samples, max_new_tokens=max_new_tokens, **asked)
-    columns, key = width(max(map(len, rows))), jax.random.key(seed)
-    completions = []
+    values: dict[str, Any] = {"samples": 1, "max_new_tokens": 256, **sampling}
+    sample = _settings(SampleConfig, questions=size, **values)
+    check_positions(parts, max(map(len, rows)), sample.max_new_tokens, "max_new_tokens")
+    columns, key, completions = width(max(map(len, rows))), jax.random.key(seed), []
     with jax.set_mesh(parts.mesh):
         params = model.sync_weights(model.params)
         for start in range(0, len(rows), size):
             index = np.arange(start, min(start + size, len(rows)))
             filled = np.resize(index, size)  # the last batch is filled up with its first prompts
-            held, _ = sharding.own_rows(size, parts.mesh)
-            given = text.pad_prompts(
-                [rows[i] for i in filled[held]],
-                filled[held].astype(np.uint32),
-                columns,
-                parts.tokenizer.pad_id,
-            )
-            given = sharding.place_rows(given, size, parts.mesh)
-            rollout = draw(params, given, key, draw_settings(parts, parts.cfg, sample))
-            drawn = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
-            tokens, mask, logprobs = sharding.to_host((rollout.tokens, rollout.mask, drawn))
+            local = filled[sharding.own_rows(size, parts.mesh)[0]]
+            tokens, pad_id = [rows[i] for i in local], parts.tokenizer.pad_id
+            padded = text.pad_prompts(tokens, local.astype(np.uint32), columns, pad_id)
+            placed = sharding.place_rows(padded, size, parts.mesh)
+            rollout = sharding.to_host(draw(params, placed, key, draw_settings(parts, parts.cfg, sample)))
             for row, i in enumerate(index):
-                prompt = parts.tokenizer.show(rows[i])
-                texts = parts.tokenizer.decode(tokens[row], mask[row])
-                for j, completion in enumerate(texts):
-                    ids = tokens[row, j][mask[row, j]]
-                    stopped = bool(len(ids)) and int(ids[-1]) in parts.tokenizer.stop_ids
-                    completions.append(
-                        Completion(prompt, completion, ids, logprobs[row, j][mask[row, j]], stopped)
-                    )
+                completions += _completions(parts.tokenizer, rows[i], rollout, row)
     return completions
+
+
+def _completions(tokenizer: Tokenizer, prompt: list[int], rollout: Rollout, row: int) -> list[Completion]:
+    """All samples of one row of a rollout on the host."""
+    logprobs = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
+    shown, out = tokenizer.show(prompt), []
+    texts = tokenizer.decode(rollout.tokens[row], rollout.mask[row])
+    for completion, tokens, mask, nats in zip(
+        texts, rollout.tokens[row], rollout.mask[row], logprobs[row], strict=True
+    ):
+        ids = tokens[mask]
+        stopped = bool(len(ids)) and int(ids[-1]) in tokenizer.stop_ids
+        out.append(Completion(shown, completion, ids, nats[mask], stopped))
+    return out
 
 
 def evaluate(
