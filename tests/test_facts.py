@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from medrlvr_jax.data.question import Question
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.rewards.components import Graded
 from medrlvr_jax.rewards.facts import SPARE, Facts
+from medrlvr_jax.rewards.parse import Parsed
 from medrlvr_jax.world import world
 
 MINE = (("pulmonary embolism", "PE"), ("first line heparin",))
@@ -14,8 +17,21 @@ POOL = [Question("0", "?", ("x", "y"), 0, facts=MINE)] + [
 FACTS = Facts(POOL)
 
 
-def reward(thought, correct=True, format_ok=True, question=POOL[0]):
-    return float(FACTS.rewards([thought], [question], np.array([format_ok]), np.array([correct]))[0])
+def rewards(facts, thoughts, questions, correct=True, format_ok=True):
+    """Of completions that are parsed and graded so."""
+    n = len(thoughts)
+    columns = {name: np.full(n, value) for name, value in (("correct", correct), ("format_ok", format_ok))}
+    parsed = Parsed(columns["format_ok"], [""] * n, thoughts, [""] * n, [""] * n)
+    answer = np.full(n, "A")
+    values, failed = facts.judge(
+        Graded([""] * n, questions, parsed, [], **columns, answer=answer, reason=answer)
+    )
+    assert not failed
+    return values
+
+
+def reward(thought, question=POOL[0], **graded):
+    return rewards(FACTS, [thought], [question], **graded)[0]
 
 
 @pytest.mark.parametrize(
@@ -42,8 +58,10 @@ def test_a_list_of_all_facts_hardly_pays():
 def test_the_worlds_own_reasoning_names_its_facts():
     questions = world.questions("train")
     facts = Facts(questions)
-    yes = np.ones(len(questions), bool)
-    told = facts.rewards([q.rationale or "" for q in questions], questions, yes, yes)
-    assert (told == 1).all()
-    others = facts.rewards([q.rationale or "" for q in questions[1:] + questions[:1]], questions, yes, yes)
-    assert others.mean() < 0.2
+    assert set(rewards(facts, [q.rationale for q in questions], questions)) == {1.0}
+    assert np.mean(rewards(facts, [q.rationale for q in questions[1:] + questions[:1]], questions)) < 0.2
+
+
+def test_a_set_without_facts_is_refused():
+    with pytest.raises(ConfigError, match=r"process: no question of data\.path has facts"):
+        Facts([Question("0", "?", ("x", "y"), 0)])

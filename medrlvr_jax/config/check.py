@@ -12,6 +12,7 @@ from medrlvr_jax.config.reward import (
     AnswerConfig,
     FormatConfig,
     PenaltyConfig,
+    ProbabilityConfig,
     RewardConfig,
     RuleConfig,
 )
@@ -56,6 +57,7 @@ def problems(c: Config) -> Iterator[tuple[str, str]]:
     yield from _reward(c.reward)
     if c.model.lora and not c.model.lora.targets:
         yield "model.lora.targets", "[] would train nothing; name some matrices, or set model.lora to null"
+    yield from _components(c)
     yield from _sampling(c)
     yield from _objective(c)
     if c.log.profile and c.log.profile[0] > c.log.profile[1]:
@@ -107,6 +109,20 @@ def _constant(part: Any) -> str | None:
         case AnswerConfig() if part.wrong == part.correct:
             return f"wrong and correct are both {part.correct:g}"
     return None
+
+
+def _components(c: Config) -> Iterator[tuple[str, str]]:
+    for i, part in enumerate(c.reward.components):
+        name = f"reward.components.{i}"
+        if part.kind in ("probability", "consistency") and c.reward.mode == "direct":
+            yield name, f"{part.kind} needs a thought, and reward.mode direct pays for none; take it out"
+        if isinstance(part, ProbabilityConfig):
+            if part.score == "logmean" and not part.baseline:
+                why = "a mean of log-probabilities is never above 0, so without baseline it pays nothing"
+                yield f"{name}.score", f"{why}; set baseline to true"
+            if part.of == "letter" and part.baseline and c.data.shuffle_options:
+                why = "data.shuffle_options changes letters, and the baseline is taken once"
+                yield f"{name}.of", f"letter: {why}; set of to text, or baseline to false"
 
 
 def _sampling(c: Config) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from medrlvr_jax.config.section import FunctionName, Name, Positive, Share, Weight, section
+from medrlvr_jax.config.section import Count, FunctionName, Name, Positive, Share, Weight, section
 
 
 @section
@@ -82,8 +82,47 @@ class BeforeConfig(PenaltyConfig):
     weight: Weight = 0.3  # Subtracted where it applies.
 
 
+@section
+class ProcessConfig(PayingConfig):
+    """Which of the question's facts the thought names (rewards/facts.py); half where the answer is wrong."""
+
+    kind: Literal["process"] = "process"
+    weight: float = 0.5  # The value, 0 to 1, is multiplied by this. 0: only a metric.
+
+
+@section
+class ProbabilityConfig(PayingConfig):
+    """How much more probable the thought makes the right answer (RLPR, arXiv 2506.18254)."""
+
+    kind: Literal["probability"] = "probability"
+    # The right answer as its letter, or in words: the option's text. Of open questions both are the value.
+    of: Literal["text", "letter"] = "text"
+    # One number from the answer's tokens. mean: of probabilities (RLPR); product: of probabilities (VeriFree,
+    # with baseline false and format 0); geometric: the product's root; logmean: mean of log-probabilities.
+    score: Literal["mean", "product", "geometric", "logmean"] = "mean"
+    # Subtract the start policy's score of the answer without a thought; less than that pays 0.
+    baseline: bool = True
+    format: Share = 0.1  # Share of the value that the format of reward.mode earns alone.
+    max_tokens: Count = 32  # Of longer answers, only the first tokens are scored.
+
+
+@section
+class ConsistencyConfig(PenaltyConfig):
+    """1 where the policy itself, after its thought without the last sentence, prefers another letter."""
+
+    kind: Literal["consistency"] = "consistency"
+
+
 Component = Annotated[
-    RuleConfig | FormatConfig | AnswerConfig | FunctionConfig | LeakConfig | BeforeConfig,
+    RuleConfig
+    | FormatConfig
+    | AnswerConfig
+    | FunctionConfig
+    | ProcessConfig
+    | ProbabilityConfig
+    | LeakConfig
+    | BeforeConfig
+    | ConsistencyConfig,
     Field(discriminator="kind"),
 ]
 

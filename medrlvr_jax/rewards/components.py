@@ -30,10 +30,13 @@ from jaxtyping import Bool, Float64, Int
 from medrlvr_jax.config.reward import (
     AnswerConfig,
     BeforeConfig,
+    ConsistencyConfig,
     FormatConfig,
     FunctionConfig,
     LeakConfig,
     PenaltyConfig,
+    ProbabilityConfig,
+    ProcessConfig,
     RewardConfig,
     RuleConfig,
 )
@@ -42,8 +45,8 @@ from medrlvr_jax.rewards.graders import Grade
 from medrlvr_jax.rewards.parse import WHITE, Parsed
 from medrlvr_jax.rewards.penalties import leaks, much_before
 
-JUDGED = (FunctionConfig,)  # need a `Judge`
-ON_DEVICE: tuple[type, ...] = ()  # ask the policy
+JUDGED = (FunctionConfig, ProcessConfig)  # need a `Judge`
+ON_DEVICE = (ProbabilityConfig, ConsistencyConfig)  # ask the policy
 
 
 class Tokens(NamedTuple):

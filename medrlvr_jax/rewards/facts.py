@@ -16,12 +16,13 @@ The words of a denial count as well: "not heparin" names heparin. A completion t
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float32
 
 from medrlvr_jax.data.question import Question
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.rewards.components import Graded
 
 SPARE = 4  # facts that a thought may name for each fact of its question
 WORD = re.compile(r"[^\W_]+")
@@ -38,10 +39,16 @@ def facts_of(question: Question) -> frozenset[Fact]:
 
 
 class Facts:
-    """All facts of a set of questions, as they are looked for in thoughts."""
+    """All facts of a set of questions, as they are looked for in thoughts: the `Judge` of the component.
 
-    def __init__(self, questions: Iterable[Question]):
+    Raises `ConfigError` if no question has any.
+    """
+
+    def __init__(self, questions: Sequence[Question]):
         pool = frozenset[Fact]().union(*map(facts_of, questions))
+        if not pool:
+            remedy = "give them a field facts, or take the component out"
+            raise ConfigError(f"reward.components: process: no question of data.path has facts; {remedy}")
         self._stated: dict[tuple[str, ...], list[Fact]] = {}  # the facts that so many words state
         for fact in pool:
             for text in fact:
@@ -54,18 +61,12 @@ class Facts:
         runs = {found[i : i + n] for n in self._lengths for i in range(len(found) - n + 1)}
         return frozenset(fact for run in runs for fact in self._stated.get(run, ()))
 
-    def rewards(
-        self,
-        thoughts: Sequence[str],
-        questions: Sequence[Question],
-        format_ok: Bool[np.ndarray, " N"],
-        correct: Bool[np.ndarray, " N"],
-    ) -> Float32[np.ndarray, " N"]:
-        """The process reward of N rows, 0 to 1; 0 of a question without facts."""
-        out = np.zeros(len(thoughts), np.float32)
-        for i in np.flatnonzero(format_ok).tolist():
-            own, named = facts_of(questions[i]), self.named(thoughts[i])
+    def judge(self, graded: Graded) -> tuple[list[float], dict[int, str]]:
+        """The process reward of N rows, 0 to 1; 0 of a question without facts. No row fails."""
+        out = [0.0] * len(graded.completions)
+        for i in np.flatnonzero(graded.format_ok).tolist():
+            own, named = facts_of(graded.questions[i]), self.named(graded.parsed.thought[i])
             if own:
                 share = len(own & named) / max(len(own), len(named) / SPARE)
-                out[i] = share if correct[i] else share / 2
-        return out
+                out[i] = share if graded.correct[i] else share / 2
+        return out, {}

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
-from medrlvr_jax.config.reward import FunctionConfig, RewardConfig
+from medrlvr_jax.config.reward import FunctionConfig, ProcessConfig, RewardConfig
+from medrlvr_jax.data.question import Question
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rewards.components import Component, components, unique_names
+from medrlvr_jax.rewards.facts import Facts
 from medrlvr_jax.rewards.user import Function, InProcess, UserReward, name_of, number_of, source_of
 
 Given = Function | Sequence[Function | tuple[Function, float]]  # callables, each with a weight or not
@@ -16,8 +18,13 @@ Terms = tuple[Component, ...]
 
 
 @contextmanager
-def started(config: RewardConfig, given: Terms | None = None) -> Iterator[Terms]:
-    """The terms of the reward, `given` or those of `config`, with judges that live as long as the context."""
+def started(
+    config: RewardConfig, questions: Sequence[Question], given: Terms | None = None
+) -> Iterator[Terms]:
+    """The terms of the reward, `given` or those of `config`, with judges that live as long as the context.
+
+    `questions`: what is trained on.
+    """
     if given is not None:
         refuse_both(config)
         yield given
@@ -30,6 +37,8 @@ def started(config: RewardConfig, given: Terms | None = None) -> Iterator[Terms]
                     worker = UserReward(term.settings)
                     stack.callback(worker.close)
                     term = dataclasses.replace(term, judge=worker)
+                case ProcessConfig():
+                    term = dataclasses.replace(term, judge=Facts(questions))
             terms.append(term)
         yield tuple(terms)
 

@@ -43,6 +43,8 @@ class PolicyReward(NamedTuple):
     program: Any  # jitted: (base, policy, prompts, rollout, request) → float32 [Q, G], laid out by rows
     request: Callable[[Scored, Rollout], Any]  # a tree of arrays [N, …], one row for each that is scored
     shapes: Any  # the request of a whole batch: a tree of ShapeDtypeStructs [Q, G, …]
+    # what the start policy says, by question: filled before the first step; None: it is not asked
+    baseline: dict[str, float] | None = None
 
 
 def split(config: AdvantageConfig) -> bool:

@@ -59,6 +59,8 @@ class Job:
     step: Callable[[TrainState, int, log.Records], StepResult]
     policy: Callable[[TrainState], Params]  # what evaluation reads: the sampler's parameters
     programs: Sequence[Program]  # what steps and evaluations call: compiled before the first step
+    # (folder, steps done, progress), before the first step of each start
+    begin: Callable[[Path, int, Callable[[str, int, int], None]], None] | None = None
     notices: Sequence[str] = ()  # about the data, for the console
     rewards: Sequence[dict[str, Any]] = ()  # the callables that pay, for inputs.json
 
@@ -87,6 +89,8 @@ def run_job(job: Job, callbacks: Callback | Sequence[Callback] = ()) -> dict[str
     ):
         state, done, skips = resume(job, run, checkpoints)
         if done < job.steps:
+            if job.begin:
+                job.begin(run.path, done, run.progress)
             run.notify(compile_ahead(job.programs, job.parts, run.progress))
             run.check_signals()
         if not run.stopping:  # else nothing would be saved of what is done from here on

@@ -18,9 +18,9 @@ from medrlvr_jax import build
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.check import check_rl
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rl.experience import PolicyReward, make_experience
 from medrlvr_jax.rl.learn import compile_learn, critic_objective, make_optimizer, policy_objective
+from medrlvr_jax.rl.policy_rewards import make_policy_rewards
 from medrlvr_jax.rollout.assess import assess
 from medrlvr_jax.rollout.generate import generate
 from medrlvr_jax.rollout.program import Program
@@ -83,15 +83,6 @@ def make_programs(parts: Parts, steps: int) -> Programs:
         critic_tx=critic_tx,
         policy_rewards=make_policy_rewards(parts),
     )
-
-
-def make_policy_rewards(parts: Parts) -> dict[str, PolicyReward]:
-    """The components of the reward that ask the policy: each a program, and what the host asks."""
-    out: dict[str, PolicyReward] = {}
-    for term in components(parts.config.reward):
-        if term.on_device:
-            raise TypeError(f"reward.components: {term.name} has no program")
-    return out
 
 
 def compile_ahead(

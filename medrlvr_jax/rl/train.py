@@ -48,6 +48,7 @@ from medrlvr_jax.rl import records
 from medrlvr_jax.rl.experience import columns, experience_settings, host_columns, place_scored, with_asked
 from medrlvr_jax.rl.learn import adapt_kl, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
+from medrlvr_jax.rl.policy_rewards import check_questions, take_baselines
 from medrlvr_jax.rl.programs import Programs, make_programs
 from medrlvr_jax.rollout.assess import assess_settings
 from medrlvr_jax.rollout.generate import draw_settings
@@ -100,7 +101,7 @@ def train(
         notices.append(f"{encoded.dropped} questions dropped: longer than prompt.max_tokens")
     if trap := beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
         notices.append("; ".join(trap))
-    with judges.started(config.reward, given_terms) as terms, jax.set_mesh(parts.mesh):
+    with judges.started(config.reward, questions, given_terms) as terms, jax.set_mesh(parts.mesh):
         with stage(f"loading {config.model.path}"):
             job = make_job(parts, encoded, sets, terms)
         job = dataclasses.replace(job, notices=notices, rewards=judges.record(terms))
@@ -116,6 +117,7 @@ def check_lengths(parts: Parts, encoded: Encoded) -> None:
         limit = f"prompt.max_tokens = {config.prompt.max_tokens}"
         raise ConfigError(f"data.path: no question of {config.data.path} fits {limit}; raise it")
     check_positions(parts, encoded.longest, config.sample.max_new_tokens, "sample.max_new_tokens")
+    check_questions(config.reward, encoded.questions)
     steps, warmup = total_steps(config, len(encoded.questions)), config.learn.critic_warmup
     if warmup >= steps:
         remedy = "leave none in which the policy learns; lower it"
@@ -135,6 +137,7 @@ def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], terms: ju
     ahead = step_programs(parts, programs, encoded.width, terms) + evaluate.programs(parts, sets)
     if sets and sync_weights is not programs.sync_weights:
         ahead += sync_program(sync_weights)
+    start_policy = training.frozen.base, state.policy.params
     return Job(
         command="train",
         parts=parts,
@@ -145,6 +148,7 @@ def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], terms: ju
         step=partial(logged_step, training, encoded),
         policy=lambda state: sync_weights(lora.join(training.frozen.base, state.policy.params)),
         programs=ahead,
+        begin=partial(take_baselines, parts, programs.policy_rewards, start_policy, encoded),
     )
 
 

@@ -1,0 +1,326 @@
+"""Components of the reward that ask the policy itself: what the host writes down of each row, and the program
+that answers for all rows.
+
+probability: how probable the policy finds the right answer in the place of its own, after its own thought
+(RLPR, arXiv 2506.18254; with `score: product`, no baseline and `format: 0` it is VeriFree's reward, arXiv
+2505.21493).
+
+    value = (1 − format) · max(score after the thought − baseline, 0) + format · [the format is kept]
+
+The baseline is the start policy's score of the same answer right behind the prompt, without tags and thought.
+It is taken once per question before the first step, and kept in `baseline.json` of the run's folder, for the
+start policy is gone when a run resumes. A row whose format is broken, or which has one of its tags more than
+once, is not asked about: its score pays 0.
+
+consistency: 1 where the policy itself, after its thought without the last sentence, finds another letter more
+probable than the one that it gave (CLARity has another model read the thought). Of a thought of one sentence
+nothing is left: the policy is then asked after an empty thought.
+
+Departures: RLPR encodes the response's text again, here the drawn tokens stay (rewards/joins.py). It scores
+all tokens of the right answer, here the first `max_tokens` are. VeriFree also learns from log π of the right
+answer, weighted by the reward: that term is not here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+from medrlvr_jax.build import Parts
+from medrlvr_jax.config.reward import ConsistencyConfig, ProbabilityConfig, RewardConfig
+from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.question import LETTERS, Question, question_hash
+from medrlvr_jax.data.tokenizer import Tokenizer
+from medrlvr_jax.host import files
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host.processes import from_leader, gather
+from medrlvr_jax.model import lora
+from medrlvr_jax.rewards.components import components
+from medrlvr_jax.rewards.joins import Join, join, places, sentences
+from medrlvr_jax.rewards.parse import ANSWER, END_THINK, WHITE, judged_beginning
+from medrlvr_jax.rl.experience import PolicyReward
+from medrlvr_jax.rollout import ask
+from medrlvr_jax.rollout.ask import Ending, Pass
+from medrlvr_jax.rollout.assess import assess_settings
+from medrlvr_jax.rollout.rollout import Encoded, Scored, place_prompts
+from medrlvr_jax.sharding import by_rows, fetch_rows, own_rows, place_rows
+from medrlvr_jax.types import Array, Params, Prompts, Rollout, pytree
+
+FILE = "baseline.json"
+LEAD = 4  # tokens of an ending before the right answer, at most: what a token shares with it, and a space
+CUT = 16  # tokens of an ending after a cut thought: its last token's rest, tags and letter
+SEAM = 2  # characters of white space between </think> and <answer> that are kept after a cut thought
+
+
+def make_policy_rewards(parts: Parts) -> dict[str, PolicyReward]:
+    """By name, the components of the reward that ask the policy. Nothing is compiled yet."""
+    out, how = {}, pass_over(parts)
+    for term in components(parts.config.reward):
+        match section := term.settings:
+            case ProbabilityConfig():
+                baseline: dict[str, float] | None = {} if section.baseline else None
+                settings = {"section": section, "columns": answer_columns(parts, section), "how": how}
+                out[term.name] = PolicyReward(
+                    program=jax.jit(partial(probability_value, **settings)),
+                    request=partial(probability_request, parts, section, baseline),
+                    shapes=ProbabilityRequest(
+                        endings_as_shapes(parts, section.max_tokens + LEAD),
+                        shape(parts, jnp.float32),
+                        shape(parts, jnp.bool_),
+                    ),
+                    baseline=baseline,
+                )
+            case ConsistencyConfig():
+                letters = letter_tokens(parts.tokenizer)
+                out[term.name] = PolicyReward(
+                    program=jax.jit(partial(consistency_value, letters=letters, how=how)),
+                    request=partial(consistency_request, parts),
+                    shapes=ConsistencyRequest(endings_as_shapes(parts, CUT), shape(parts, jnp.int32)),
+                )
+    return out
+
+
+def check_questions(config: RewardConfig, questions: Sequence[Question]) -> None:
+    """Refuse what has no letters where letters are asked for."""
+    if any(isinstance(section, ConsistencyConfig) for section in config.components):
+        if open_one := next((q for q in questions if q.value is not None), None):
+            problem = f"it asks for letters, and question {open_one.id} is open"
+            raise ConfigError(f"reward.components: consistency: {problem}; take it out")
+
+
+def pass_over(parts: Parts) -> Pass:
+    """Rows are scored as the rollout's are."""
+    settings, shares = assess_settings(parts), parts.config.learn.row_sizes
+    return Pass(settings.cfg, settings.temperature, settings.slab, shares, settings.micro)
+
+
+def shape(parts: Parts, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+    """Of an array [Q, G, …] about a step's rows."""
+    return jax.ShapeDtypeStruct((parts.config.sample.questions, parts.config.sample.samples, *more), dtype)
+
+
+def endings_as_shapes(parts: Parts, width: int) -> Ending:
+    single = shape(parts, jnp.int32)
+    return Ending(single, shape(parts, jnp.int32, width), single, single)
+
+
+class Responses(NamedTuple):
+    """N responses as they were drawn."""
+
+    rows: list[list[int]]  # tokens without the stop token
+    texts: list[str]  # what they decode to
+    begun: int  # characters of a completion before them
+
+
+def responses(parts: Parts, scored: Scored, rollout: Rollout) -> Responses:
+    """This process's scored rows."""
+    _, counted = own_rows(len(rollout.tokens), parts.mesh)
+    tokens, mask = (x[counted] for x in fetch_rows((rollout.tokens, rollout.mask), parts.mesh))
+    length, stops = tokens.shape[-1], parts.tokenizer.stop_ids
+    pairs = zip(tokens.reshape(-1, length), mask.reshape(-1, length), strict=True)
+    rows = [row[keep].tolist() for row, keep in pairs]
+    rows = [row[:-1] if row and row[-1] in stops else row for row in rows]
+    begun = judged_beginning(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode)
+    return Responses(rows, [c[len(begun) :] for c in scored.completions], len(begun))
+
+
+def joined(
+    tokenizer: Tokenizer, found: Responses, wanted: Mapping[int, tuple[int, tuple[str, str]]]
+) -> list[Join | None]:
+    """A join for each row in `wanted`, by the character of the completion and the ending; None for others."""
+    out: list[Join | None] = [None] * len(found.rows)
+    rows, texts = [found.rows[i] for i in wanted], [found.texts[i] for i in wanted]
+    ends, endings = [end - found.begun for end, _ in wanted.values()], [e for _, e in wanted.values()]
+    for i, j in zip(wanted, join(tokenizer, rows, texts, ends, endings), strict=True):
+        out[i] = j
+    return out
+
+
+# ---- probability ----
+
+
+@pytree
+class ProbabilityRequest:
+    ending: Ending
+    baseline: Float32[Array, "*rows"]
+    format_ok: Bool[Array, "*rows"]
+
+
+def right_answer(question: Question, section: ProbabilityConfig) -> tuple[str, str]:
+    """The right answer as it is scored, after a lead: a text has a space before it, as within a sentence."""
+    return ("", question.reference) if section.of == "letter" else (" ", question.right_text)
+
+
+def probability_request(
+    parts: Parts,
+    section: ProbabilityConfig,
+    baseline: Mapping[str, float] | None,
+    scored: Scored,
+    rollout: Rollout,
+) -> ProbabilityRequest:
+    """[N, …]: the right answer behind each thought whose format is kept."""
+    wanted, format_ok = {}, scored.verdicts.format_ok
+    for i in np.flatnonzero(format_ok).tolist():
+        completion = scored.completions[i]
+        if where := places(completion):
+            lead, answer = right_answer(scored.questions[i], section)
+            spaced = completion[where.answer - 1] in WHITE  # as the model has it, if it has any
+            wanted[i] = where.answer, ("" if spaced else lead, answer)
+    width = section.max_tokens + LEAD
+    found = joined(parts.tokenizer, responses(parts, scored, rollout), wanted)
+    rows = [j and j._replace(ids=j.ids[:width]) for j in found]
+    level = [0.0 if baseline is None else baseline[question_hash(q)] for q in scored.questions]
+    room = answer_columns(parts, section)
+    return ProbabilityRequest(ask.endings(rows, width, room), np.array(level, np.float32), format_ok)
+
+
+def answer_columns(parts: Parts, section: ProbabilityConfig) -> int:
+    """Tokens of a response with its right answer, at most: that stands in the place of two or more, the given
+    answer and the tag behind it.
+    """
+    return parts.config.sample.max_new_tokens - 2 + section.max_tokens + LEAD
+
+
+def probability_value(
+    base: Params,
+    policy: Params,
+    prompts: Prompts,
+    rollout: Rollout,
+    request: ProbabilityRequest,
+    *,
+    section: ProbabilityConfig,
+    columns: int,
+    how: Pass,
+) -> Float32[Array, "Q G"]:
+    answers = ask.with_ending(prompts, rollout.tokens, request.ending, columns)
+    with jax.named_scope("probability"):
+        score = ask.answer_scores(lora.join(base, policy), answers, section.score, how)
+    gain = jnp.where(request.ending.size > 0, jnp.maximum(score - request.baseline, 0.0), 0.0)
+    return by_rows((1 - section.format) * gain + section.format * request.format_ok)
+
+
+def take_baselines(
+    parts: Parts,
+    rewards: Mapping[str, PolicyReward],
+    start: tuple[Params, Params],
+    encoded: Encoded,
+    folder: Path,
+    done: int,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Fill the baselines: before the first step by the start policy (base, policy), later from the file.
+
+    Raises `ConfigError` where a run that resumes after `done` steps has none for one of its questions.
+    """
+    baselines = {name: reward.baseline for name, reward in rewards.items() if reward.baseline is not None}
+    if not baselines:
+        return
+    path = folder / FILE
+    if done:
+        saved = from_leader(lambda: files.read_json(path) if path.is_file() else {})
+        asked = {question_hash(q) for q in encoded.questions}
+        if lost := [name for name in baselines if asked - saved.get(name, {}).keys()]:
+            problem = f"it lacks scores of {lost[0]}, and after step {done} the start policy is gone"
+            raise ConfigError(f"{path}: {problem}; put the file back, or start under another name=")
+    else:
+        saved = {}
+        for term in components(parts.config.reward):
+            if term.name in baselines:
+                report = partial(progress, f"baseline of {term.name}")
+                saved[term.name] = start_scores(parts, term.settings, start, encoded, report)
+        if jax.process_index() == 0:
+            files.write_json(path, saved)
+    for name, baseline in baselines.items():
+        baseline.update(saved[name])
+
+
+def start_scores(
+    parts: Parts,
+    section: ProbabilityConfig,
+    start: tuple[Params, Params],
+    encoded: Encoded,
+    progress: Callable[[int, int], None],
+) -> dict[str, float]:
+    """The score of each question's right answer right behind its prompt, by `question_hash`."""
+    tokenizer, mesh, questions = parts.tokenizer, parts.mesh, encoded.questions
+    size, n, width = parts.config.sample.questions, len(questions), section.max_tokens + LEAD
+    bare = text.encode_questions(tokenizer, questions, parts.config.prompt, begun=False)
+    encoded = dataclasses.replace(encoded, tokens=bare)
+    endings = [right_answer(q, section) for q in questions]
+    rows = [j._replace(ids=j.ids[:width]) for j in join(tokenizer, [[]] * n, [""] * n, [0] * n, endings)]
+
+    def score(base: Params, policy: Params, prompts: Prompts, ending: Ending) -> Float32[Array, "Q 1"]:
+        blank = jnp.zeros((size, 1, 1), jnp.int32)
+        answers = ask.with_ending(prompts, blank, ending, width)
+        return by_rows(ask.answer_scores(lora.join(base, policy), answers, section.score, pass_over(parts)))
+
+    program, out = jax.jit(score), {}
+    for first in range(0, n, size):
+        index = np.resize(np.arange(first, min(first + size, n)), size)
+        own, counted = own_rows(size, mesh)
+        ending = ask.endings([rows[i] for i in index[own]], width, width)
+        placed = place_rows(jax.tree.map(lambda x: x[:, None], ending), size, mesh)
+        scores = fetch_rows(program(*start, place_prompts(parts, encoded, index), placed), mesh)[counted]
+        out |= {
+            question_hash(questions[i]): float(x)
+            for i, x in zip(index[own[counted]], scores[:, 0], strict=True)
+        }
+        progress(min(first + size, n), n)
+    return dict(chain.from_iterable(part.items() for part in gather(out)))
+
+
+# ---- consistency ----
+
+
+@pytree
+class ConsistencyRequest:
+    ending: Ending
+    offered: Int32[Array, "*rows"]  # letters of the question
+
+
+def letter_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The token of each letter right after <answer>; it may hold the end of the tag."""
+    rows = tokenizer.spell([f"{END_THINK}{ANSWER}{letter}" for letter in LETTERS])
+    if len({tuple(row[:-1]) for row in rows}) > 1:
+        problem = "the tokenizer writes a letter behind <answer> in several tokens"
+        raise ConfigError(f"reward.components: consistency: {problem}; take it out")
+    return tuple(row[-1] for row in rows)
+
+
+def consistency_request(parts: Parts, scored: Scored, rollout: Rollout) -> ConsistencyRequest:
+    """[N, …]: the letter that was given behind each thought without its last sentence."""
+    wanted = {}
+    for i in np.flatnonzero(scored.verdicts.format_ok).tolist():
+        completion = scored.completions[i]
+        if where := places(completion):
+            begin, end = where.thought
+            kept = ["", *sentences(completion[begin:end])][-2:][0]
+            seam = completion[end + len(END_THINK) : completion.index(ANSWER)][:SEAM]
+            letter = str(scored.verdicts.answer[i])
+            wanted[i] = begin + len(kept), (f"{END_THINK}{seam}{ANSWER}", letter)
+    rows = joined(parts.tokenizer, responses(parts, scored, rollout), wanted)
+    offered = np.array([len(q.options) for q in scored.questions], np.int32)
+    return ConsistencyRequest(ask.endings(rows, CUT, parts.config.sample.max_new_tokens), offered)
+
+
+def consistency_value(
+    base: Params,
+    policy: Params,
+    prompts: Prompts,
+    rollout: Rollout,
+    request: ConsistencyRequest,
+    *,
+    letters: tuple[int, ...],
+    how: Pass,
+) -> Float32[Array, "Q G"]:
+    answers = ask.with_ending(prompts, rollout.tokens, request.ending, rollout.tokens.shape[-1])
+    with jax.named_scope("consistency"):
+        other = ask.differs(lora.join(base, policy), answers, request.offered, letters, how)
+    return by_rows(other.astype(jnp.float32))

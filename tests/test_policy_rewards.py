@@ -1,0 +1,188 @@
+"""Rewards by what the policy itself says: by hand against the model, and in a training that stops and resumes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from medrlvr_jax import build
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.data import load as data
+from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.question import LETTERS, question_hash
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model import decoder
+from medrlvr_jax.rl import policy_rewards
+from medrlvr_jax.rl.experience import place_scored
+from medrlvr_jax.rl.train import train
+from medrlvr_jax.rollout.rollout import encode, place_prompts, score_rollout
+from medrlvr_jax.sharding import place_rows
+from medrlvr_jax.types import Rollout
+
+REWARD = [
+    {"kind": "rule"},
+    {"kind": "probability", "max_tokens": 6},
+    {"kind": "probability", "name": "product", "score": "product", "baseline": False, "format": 0, "max_tokens": 6},
+    {"kind": "consistency", "weight": 0.5},
+    {"kind": "process"},
+]  # fmt: skip
+TREE = {
+    "name": "asked",
+    "steps": 2,
+    "model": {"path": "embedded", "remat": "none"},
+    "data": {"path": "embedded:train", "limit": 8},
+    "prompt": {"template": "none", "max_tokens": 96},
+    "sample": {"questions": 8, "samples": 2, "max_new_tokens": 48},
+    "reward": {"components": REWARD},
+    "advantage": {"estimator": "group"},
+    "kl": {"coef": 0.0},
+    "learn": {"minibatch": 8, "policy": {"lr": 3e-4}},
+    "checkpoint": {"every": 1},
+    "log": {"samples_every": 1, "samples": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """8 questions, each with its own reasoning and with a completion that has no format."""
+    parts = build.build(configs.from_tree(TREE))
+    questions = data.load(parts.config.data)
+    encoded = encode(parts.tokenizer, questions, parts.config)
+    completions = []
+    for i, q in enumerate(questions):
+        letter = LETTERS[(q.answer + i % 2) % len(q.options)]  # every second one is wrong
+        completions += [f"<think>{q.rationale}</think>\n<answer>{letter}</answer>", f"no tags. {letter}"]
+    rows = parts.tokenizer.encode_targets(completions)
+    tokens = np.full((16, 48), parts.tokenizer.pad_id, np.int32)
+    for line, row in zip(tokens, rows, strict=True):
+        line[: len(row)] = row
+    mask = np.arange(48) < np.array(list(map(len, rows)))[:, None]
+    tokens, mask = tokens.reshape(8, 2, 48), mask.reshape(8, 2, 48)
+    with jax.set_mesh(parts.mesh):
+        params = build.load_params(parts, parts.cfg)
+        placed = place_rows((tokens, mask), 8, parts.mesh)
+        rollout = Rollout(*placed, logprobs=placed[0], policy_logprobs=None)
+        yield parts, encoded, params, rollout, score_rollout(parts, encoded, np.arange(8), rollout)
+
+
+def logprobs_after(parts, params, rows):
+    """Of each (prompt, text before, text): the model's log-probs of the text's tokens, given the rest."""
+    tok = parts.tokenizer
+    wholes = [prompt + tok.spell([before + new])[0] for prompt, before, new in rows]
+    sizes = [len(tok.spell([new])[0]) for _, _, new in rows]
+    padded = text.pad_prompts(wholes, np.zeros(len(rows), np.uint32), max(map(len, wholes)), tok.pad_id)
+
+    @jax.jit
+    def log_softmax(params, padded):
+        states, _ = decoder.forward(params, parts.cfg, padded)
+        return jax.nn.log_softmax(decoder.logits(params, parts.cfg, states))
+
+    scores = np.asarray(log_softmax(params, padded))
+    return [
+        [float(scores[i, -n + t - 1, ids[len(ids) - n + t]]) for t in range(n)]
+        for i, (ids, n) in enumerate(zip(wholes, sizes, strict=True))
+    ]
+
+
+def answered(setting, name):
+    parts, encoded, params, rollout, scored = setting
+    reward = policy_rewards.make_policy_rewards(parts)[name]
+    if reward.baseline is not None:
+        start = ({}, params)
+        section = next(c for c in parts.config.reward.components if (c.name or c.kind) == name)
+        scores = policy_rewards.start_scores(parts, section, start, encoded, lambda done, n: None)
+        reward.baseline.update(scores)
+    request = place_scored(reward.request(scored, rollout), scored, 8, parts)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), request) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), reward.shapes
+    )
+    prompts = place_prompts(parts, encoded, np.arange(8))
+    return np.asarray(reward.program({}, params, prompts, rollout, request)), reward.baseline
+
+
+def test_probabilities_are_the_models(setting):
+    parts, encoded, params, _, scored = setting
+    values, baseline = answered(setting, "probability")
+    products, none = answered(setting, "product")
+    assert none is None
+    thoughts = [c.partition("<answer>")[0] + "<answer>" for c in scored.completions[::2]]
+    rows = list(zip(encoded.tokens, encoded.questions, thoughts, strict=True))
+    after = logprobs_after(parts, params, [(p, t, f" {q.right_text}") for p, q, t in rows])
+    alone = logprobs_after(parts, params, [(p, "", f" {q.right_text}") for p, q, _ in rows])
+    mean = lambda logprobs: np.mean(np.exp(logprobs))
+    gains = np.array([mean(a) - mean(b) for a, b in zip(after, alone, strict=True)])
+    np.testing.assert_allclose(
+        [baseline[question_hash(q)] for q in encoded.questions], list(map(mean, alone)), atol=1e-5
+    )
+    np.testing.assert_allclose(values[:, 0], 0.9 * np.maximum(gains, 0) + 0.1, atol=1e-5)
+    np.testing.assert_allclose(products[:, 0], [np.exp(np.sum(a)) for a in after], atol=1e-5)
+    assert (values[:, 1] == 0).all() and (products[:, 1] == 0).all() and gains.max() > 0.05
+
+
+def test_consistency_is_the_models(setting):
+    parts, encoded, params, _, scored = setting
+    values, _ = answered(setting, "consistency")
+    expected = []
+    for prompt, q, completion in zip(encoded.tokens, encoded.questions, scored.completions[::2], strict=True):
+        thought = completion.removeprefix("<think>").partition("</think>")[0]
+        first = f"<think>{thought.rpartition('. ')[0]}.</think>\n<answer>"
+        letters = LETTERS[: len(q.options)]
+        scores = logprobs_after(parts, params, [(prompt, first, letter) for letter in letters])
+        expected.append(letters[int(np.argmax([s[0] for s in scores]))] != completion[-10])
+    np.testing.assert_array_equal(values[:, 0], np.array(expected, np.float32))
+    assert (values[:, 1] == 0).all() and 0 < sum(expected) < 8
+
+
+def test_a_run_resumes_with_its_baseline(tmp_path):
+    whole = configs.from_tree(TREE | {"runs": str(tmp_path / "whole")})
+    train(whole)
+    cut = configs.from_tree(TREE | {"runs": str(tmp_path / "cut")})
+    train(cut, callbacks=lambda step, metrics: step == 1)
+    saved = tmp_path / "cut" / "asked" / "baseline.json"
+    content = saved.read_text()
+    saved.unlink()
+    with pytest.raises(ConfigError, match=r"baseline.json: it lacks scores of probability, and after step 1"):
+        train(cut)
+    saved.write_text(content)
+    train(cut)
+
+    def lines(name, file):
+        rows = [json.loads(line) for line in (tmp_path / name / "asked" / file).read_text().splitlines()]
+        timing = ("seconds", "tokens_per_second")
+        return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+
+    metrics, samples = lines("whole", "metrics.jsonl"), lines("whole", "samples.jsonl")
+    assert metrics == lines("cut", "metrics.jsonl") and samples == lines("cut", "samples.jsonl")
+    values = samples[0]["components"]
+    total = values["rule"] + values["probability"] + values["product"] + 0.5 * values["process"]
+    assert samples[0]["reward"] == pytest.approx(total - 0.5 * values["consistency"], abs=1e-6)
+    assert metrics[0]["reward/probability"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"reward.mode": "direct"}, "reward.components.1: probability needs a thought"),
+        ({"reward.components": [{"kind": "probability", "score": "logmean", "baseline": False}]}, "pays nothing"),
+        (
+            {"reward.components": [{"kind": "probability", "of": "letter"}], "data.shuffle_options": True},
+            r"reward.components.0.of: letter: data.shuffle_options changes letters",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(changes, complaint):
+    tree = json.loads(json.dumps(TREE))
+    for name, value in changes.items():
+        configs.override(tree, f"{name}={json.dumps(value)}")
+    with pytest.raises(ConfigError, match=complaint):
+        configs.from_tree(tree)
+
+
+def test_open_questions_have_no_letters(tmp_path):
+    file = tmp_path / "open.jsonl"
+    file.write_text(json.dumps({"question": "How many?", "kind": "number", "answer": "3"}) + "\n")
+    spec = {"path": str(file), "format": "open"}
+    config = configs.from_tree(TREE | {"data": spec})
+    with pytest.raises(ConfigError, match="consistency: it asks for letters, and question"):
+        policy_rewards.check_questions(config.reward, data.load(config.data))
