@@ -141,6 +141,56 @@ def apart(words: list[str] | None, settings: Sequence[str]) -> tuple[list[str], 
     return [word for word in words if "=" not in word], [*settings, *(word for word in words if "=" in word)]
 
 
+@command(TRAIN)
+def init(
+    file: Path,
+    /,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    test: str | None = None,
+    algorithm: Literal["grpo", "ppo"] | None = None,
+    lora: bool | None = None,
+    devices: Whole | None = None,
+) -> int:
+    """Write a config for your own model, data and machine.
+
+    Asks for what is not given, if it runs in a terminal. The config has
+    comments, and is checked as `medrlvr doctor` does.
+
+        medrlvr init mine.yaml --model Qwen/Qwen2.5-3B --data train.jsonl
+
+    Args:
+        file: The config to write. The run is named after it.
+        model: A Hugging Face directory, a hub name, or embedded (the default).
+        data: The training questions: a file, a hub name, or embedded:train.
+        test: The questions to evaluate on. Default: none.
+        algorithm: Default: grpo.
+        lora: Train adapters beside frozen weights, which needs far less memory. Default: all weights.
+        devices: Number of GPUs or TPU chips. 0, the default: the CPU.
+    """
+    from medrlvr_jax.config.load import load
+    from medrlvr_jax.tools import init as start
+
+    given = {
+        "model": model,
+        "data": data,
+        "test": test,
+        "algorithm": algorithm,
+        "lora": lora,
+        "devices": devices,
+    }
+    answers = start.answers(**given)
+    start.write_config(file, answers)
+    from medrlvr_jax.tools.doctor import report
+
+    lines, ok = report(load(file)) if answers.is_here() else ([], True)
+    print("\n".join(line for line in lines if not line.startswith("ok")))
+    there = "" if answers.is_here() else f"  medrlvr doctor {file}  # on the machine that it is for\n"
+    print(f"{file} is written. Next:\n{there}  medrlvr data {file}\n  medrlvr train {file}")
+    return 0 if ok else 1
+
+
 def check_source(source: Path, settings: Sequence[str], command: str) -> None:
     """Refuse unusable settings before JAX is imported, which takes seconds."""
     from medrlvr_jax.config.load import load
