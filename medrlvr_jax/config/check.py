@@ -11,8 +11,10 @@ from typing import Any
 from medrlvr_jax.config.reward import (
     AnswerConfig,
     FormatConfig,
+    LengthConfig,
     PenaltyConfig,
     ProbabilityConfig,
+    RepetitionConfig,
     RewardConfig,
     RuleConfig,
 )
@@ -54,7 +56,7 @@ def problems(c: Config) -> Iterator[tuple[str, str]]:
     for name, value in (("system", c.prompt.system), ("template_args", c.prompt.template_args or None)):
         if value is not None and not c.prompt.chat:
             yield f"prompt.{name}", "it needs the chat template; set prompt.chat to true, or take it out"
-    yield from _reward(c.reward)
+    yield from _reward(c.reward, c.sample.max_new_tokens)
     if c.model.lora and not c.model.lora.targets:
         yield "model.lora.targets", "[] would train nothing; name some matrices, or set model.lora to null"
     yield from _components(c)
@@ -77,7 +79,7 @@ REPLACED = {
 }
 
 
-def _reward(reward: RewardConfig) -> Iterator[tuple[str, str]]:
+def _reward(reward: RewardConfig, limit: int) -> Iterator[tuple[str, str]]:
     pays_alone = [name for name in ("fn", "random") if getattr(reward, name) is not None]
     penalties = [name for name in ("leak_penalty", "before_penalty") if getattr(reward, name)]
     if pays_alone and len(pays_alone + penalties) > 1:
@@ -94,20 +96,26 @@ def _reward(reward: RewardConfig) -> Iterator[tuple[str, str]]:
         why = "weights of 0 and penalties alone pay nothing"
         yield "reward.components", f"{why}; add one that pays, such as {{kind: rule}}"
     for i, part in enumerate(reward.components):
-        if constant := _constant(part):
+        if constant := _constant(part, limit):
             remedy = "it teaches nothing; let them differ, or take it out"
             yield f"reward.components.{i}", f"{part.kind}: {constant}; {remedy}"
 
 
-def _constant(part: Any) -> str | None:
-    """Why a component has one value for every completion, if it has."""
+def _constant(part: Any, limit: int) -> str | None:
+    """Why a component has one value for every completion of at most `limit` tokens, if it has."""
     match part:
         case RuleConfig() if part.unformatted == part.wrong == part.correct:
             return f"unformatted, wrong and correct are all {part.correct:g}"
         case FormatConfig() if part.broken == part.kept:
             return f"broken and kept are both {part.kept:g}"
-        case AnswerConfig() if part.wrong == part.correct:
+        case AnswerConfig() if part.wrong == part.correct and part.accept != "mention":
             return f"wrong and correct are both {part.correct:g}"
+        case AnswerConfig(accept="mention") if part.wrong == part.correct == part.among_text:
+            return f"wrong, correct and among_text are all {part.correct:g}"
+        case LengthConfig() if not part.shorter and part.budget >= limit:
+            return f"no response has over {part.budget} tokens, for sample.max_new_tokens = {limit}"
+        case RepetitionConfig() if part.words + part.times - 1 > limit:
+            return f"{limit} tokens (sample.max_new_tokens) cannot hold {part.words} words {part.times} times"
     return None
 
 

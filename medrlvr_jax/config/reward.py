@@ -39,9 +39,12 @@ class RuleConfig(PayingConfig):
 
 @section
 class FormatConfig(PayingConfig):
-    """Pays for the format of reward.mode alone."""
+    """Pays for the format alone."""
 
     kind: Literal["format"] = "format"
+    # mode: the format of reward.mode, with an answer of the question's kind; r1: open-r1's pattern, the whole
+    # completion is <think>…</think> and <answer>…</answer>, whatever they hold.
+    pattern: Literal["mode", "r1"] = "mode"
     broken: float = 0.0  # Value of a completion that breaks the format.
     kept: float = 1.0  # Value of a completion that has it.
 
@@ -53,8 +56,14 @@ class AnswerConfig(PayingConfig):
     kind: Literal["answer"] = "answer"
     wrong: float = 0.0  # Value of any completion without the right answer.
     correct: float = 1.0  # Value of the right answer.
-    # Where the format is broken, judge the text in <answer>, or the completion if it has no such tags.
-    lenient: bool = False
+    # Where the answer stands. format: in the format of reward.mode; r1: in that of open-r1 (see `format`);
+    # tags: between the first <answer> and the next </answer>, whatever surrounds them; text: there or, if
+    # there are no such tags, the whole completion.
+    where: Literal["format", "r1", "tags", "text"] = "format"
+    # What is right. rule: what `rule` accepts; letter: the letter alone; words: also "B. its text" or its
+    # text, ignoring case; mention: the only letter from A to J in it, ignoring case. Open questions: rule.
+    accept: Literal["rule", "letter", "words", "mention"] = "rule"
+    among_text: float = 0.5  # accept mention: value if other text stands around the letter.
 
 
 @section
@@ -113,6 +122,33 @@ class ConsistencyConfig(PenaltyConfig):
     kind: Literal["consistency"] = "consistency"
 
 
+@section
+class OverlongConfig(PenaltyConfig):
+    """0 up to `buffer` tokens before the limit, then linear to 1 at the limit (DAPO, arXiv 2503.14476)."""
+
+    kind: Literal["overlong"] = "overlong"
+    buffer: Count  # Tokens before sample.max_new_tokens at which the penalty begins. 4,096 of 20,480 in DAPO.
+
+
+@section
+class LengthConfig(PenaltyConfig):
+    """Tokens by which a response misses a budget, times `per_token` (L1-Exact, arXiv 2503.04697)."""
+
+    kind: Literal["length"] = "length"
+    budget: Count  # Tokens that a response should have.
+    per_token: Positive = 0.0003  # Value of each token of the difference. 0.0003 in L1.
+    shorter: bool = True  # Shorter responses are penalised too, as in L1-Exact. false: only longer ones.
+
+
+@section
+class RepetitionConfig(PenaltyConfig):
+    """1 where some run of words occurs again and again (RLPR, arXiv 2506.18254)."""
+
+    kind: Literal["repetition"] = "repetition"
+    words: Count = 10  # Words in a run.
+    times: Annotated[int, Field(ge=2)] = 10  # Occurrences from which it is penalised; they may overlap.
+
+
 Component = Annotated[
     RuleConfig
     | FormatConfig
@@ -122,6 +158,9 @@ Component = Annotated[
     | ProbabilityConfig
     | LeakConfig
     | BeforeConfig
+    | OverlongConfig
+    | LengthConfig
+    | RepetitionConfig
     | ConsistencyConfig,
     Field(discriminator="kind"),
 ]
@@ -154,7 +193,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "med_rlvr": {"components": [{"kind": "rule"}]},
     "composite": {"components": [{"kind": "rule"}, {"kind": "leak"}, {"kind": "before"}]},
     "ehrmind": {"components": [{"kind": "rule", "unformatted": -2.0, "wrong": 0.0, "correct": 1.1}]},
-    "medvlthinker": {"components": [{"kind": "rule", "unformatted": 0.0, "wrong": 0.0, "correct": 1.0}]},
-    "med_r1": {"components": [{"kind": "format"}, {"kind": "answer", "lenient": True}]},
-    "medvlm_r1": {"components": [{"kind": "format"}, {"kind": "answer", "lenient": True}]},
+    "medvlthinker": {"components": [{"kind": "answer", "where": "r1", "accept": "words"}]},
+    "med_r1": {
+        "components": [
+            {"kind": "format", "pattern": "r1"},
+            {"kind": "answer", "where": "text", "accept": "letter"},
+        ]
+    },
+    "medvlm_r1": {
+        "components": [
+            {"kind": "format", "pattern": "r1"},
+            {"kind": "answer", "where": "tags", "accept": "mention"},
+        ]
+    },
 }

@@ -136,7 +136,9 @@ class AdvantageConfig:
     # group, gdpo: std divides by G − this. 1: verl, TRL, OpenRLHF; 0: simply, EasyDeL.
     std_ddof: Literal[0, 1] = 1
     std_eps: Weight = 1e-6  # group, gdpo: added to std. 1e-6 in verl, 1e-4 in TRL, 1e-9 in OpenRLHF.
-    reward_clip: Positive = 10.0  # Rewards are clipped to ± this.
+    reward_clip: Positive = 10.0  # Rewards are clipped to ± this. gdpo: only for the metrics.
+    # Do not learn from questions whose samples all earn the same before penalties (DAPO, arXiv 2503.14476).
+    drop_equal_groups: bool = False
 
 
 @section
@@ -165,6 +167,8 @@ class LossConfig:
     dual_clip: Annotated[float, Field(gt=1)] | None = None  # Bound for negative advantages (verl: 3.0).
     # From losses of tokens to one number. constant: Dr.GRPO's sum ÷ (responses × max_new_tokens).
     aggregate: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    # Do not learn from responses that max_new_tokens cut off; they still count in means over samples (DAPO).
+    mask_truncated: bool = False
     entropy_coef: float = 0.0  # Weight of the entropy bonus. Above 0: more entropy.
     value_clip: Weight | None = 0.5  # How far a value may move from its old one in a step. null: no limit.
 

@@ -55,6 +55,11 @@ HIGH = {  # metric: the share above which it is an alarm, what it is a share of,
         "of the responses were cut off before their end",
         "raise sample.max_new_tokens",
     ),
+    "dropped_groups": (
+        0.80,
+        "of the questions gave all their samples the same reward and were dropped",
+        "choose questions of middle difficulty (data.pass_count), or raise sample.samples",
+    ),
     "equal_groups": (
         0.80,
         "of the questions gave all their samples the same reward, which teaches nothing",
@@ -158,6 +163,8 @@ def count_idle(metrics: dict[str, Any], history: Sequence[dict[str, Any]]) -> di
 def why_idle(metrics: dict[str, Any], config: Config) -> str:
     """Why a step taught nothing, from its metrics."""
     if metrics.get("unlearned") == 1:
+        if metrics.get("reward_failed") == 0:
+            return "no response is left to learn from: drop_equal_groups and mask_truncated leave all out"
         return "no question is left that can be learned from: the user's reward failed on samples of each"
     if share := metrics.get("reward_clipped"):
         clipped = f"were cut to ±{config.advantage.reward_clip:g} (advantage.reward_clip)"

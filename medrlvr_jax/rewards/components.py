@@ -34,16 +34,20 @@ from medrlvr_jax.config.reward import (
     FormatConfig,
     FunctionConfig,
     LeakConfig,
+    LengthConfig,
+    OverlongConfig,
     PenaltyConfig,
     ProbabilityConfig,
     ProcessConfig,
+    RepetitionConfig,
     RewardConfig,
     RuleConfig,
 )
 from medrlvr_jax.data.question import Question
-from medrlvr_jax.rewards.graders import Grade
-from medrlvr_jax.rewards.parse import WHITE, Parsed
-from medrlvr_jax.rewards.penalties import leaks, much_before
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.rewards.graders import Grade, accepts
+from medrlvr_jax.rewards.parse import Parsed, answer_text, is_r1
+from medrlvr_jax.rewards.penalties import leaks, much_before, repeats
 
 JUDGED = (FunctionConfig, ProcessConfig)  # need a `Judge`
 ON_DEVICE = (ProbabilityConfig, ConsistencyConfig)  # ask the policy
@@ -147,22 +151,50 @@ def values(section: Any, graded: Graded) -> Float64[np.ndarray, " N"]:
         case RuleConfig():
             return np.array([section.unformatted, section.wrong, section.correct])[rank]
         case FormatConfig():
-            return np.where(graded.format_ok, section.kept, section.broken)
+            r1 = section.pattern == "r1"
+            ok = np.array([is_r1(c) for c in graded.completions], bool) if r1 else graded.format_ok
+            return np.where(ok, section.kept, section.broken)
+        case AnswerConfig(where="format", accept="rule"):
+            return np.where(graded.correct, section.correct, section.wrong)
         case AnswerConfig():
-            right = _leniently(graded) if section.lenient else graded.correct
-            return np.where(right, section.correct, section.wrong)
+            return _answers(section, graded)
         case LeakConfig():
             return np.array([match is not None for match in leaks(graded.parsed.thought)], float)
         case BeforeConfig():
             return np.array(much_before(graded.parsed.before), float)
+        case OverlongConfig():
+            lengths, budget = _lengths(section, graded)
+            return np.clip((lengths - (budget - section.buffer)) / section.buffer, 0, 1)
+        case LengthConfig():
+            over = _lengths(section, graded)[0] - section.budget
+            return section.per_token * (np.abs(over) if section.shorter else np.maximum(over, 0))
+        case RepetitionConfig():
+            return repeats(graded.completions, section.words, section.times).astype(float)
     raise TypeError(f"{type(section).__name__} has no values on the host")
 
 
-def _leniently(graded: Graded) -> Bool[np.ndarray, " N"]:
-    """Which answers are right if a broken format is no hindrance."""
-    right = graded.correct.copy()
-    for i in np.flatnonzero(~graded.format_ok).tolist():
-        text = graded.completions[i]
-        inner = text.partition("<answer>")[2].partition("</answer>")
-        right[i] = graded.graders[i]((inner[0] if inner[1] else text).strip(WHITE)).correct
-    return right
+def _lengths(section: Any, graded: Graded) -> tuple[Int[np.ndarray, " N"], int]:
+    if graded.tokens is None:
+        remedy = "a file of texts has no counts of tokens; take the component out"
+        raise ConfigError(f"reward.components: {section.kind}: {remedy}")
+    return graded.tokens.lengths, graded.tokens.budget
+
+
+def _answers(section: AnswerConfig, graded: Graded) -> Float64[np.ndarray, " N"]:
+    """Values of answers that stand or read otherwise than the rule wants."""
+    out = np.full(len(graded.completions), section.wrong)
+    for i, (completion, question) in enumerate(zip(graded.completions, graded.questions, strict=True)):
+        text = answer_text(completion, section.where)
+        if section.where == "format":
+            text = graded.parsed.answer[i] if graded.parsed.format_ok[i] else None
+        if text is None:
+            continue
+        if question.value is not None or section.accept == "rule":
+            right = graded.graders[i](text).correct
+        else:
+            right = accepts(text, question, section.accept)
+        if right:
+            out[i] = section.correct
+            if section.accept == "mention" and len(text) > 1:
+                out[i] = section.among_text
+    return out

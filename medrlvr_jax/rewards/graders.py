@@ -5,10 +5,11 @@ A text that is no answer of the question's kind (two letters, a number in words)
 format.
 """
 
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from medrlvr_jax.data.question import LETTERS
+from medrlvr_jax.data.question import LETTERS, Question
 from medrlvr_jax.data.values import Reference, Unreadable, matches, read_labels
 from medrlvr_jax.rewards.parse import WHITE
 
@@ -34,6 +35,21 @@ def choice(answer: str, reference: str, options: Sequence[str]) -> Grade:
     if mark and (not text or text != options[LETTERS.index(letter)].strip(WHITE)):
         return Grade("", False, "other_text")
     return Grade(letter, letter == reference, "correct" if letter == reference else "wrong")
+
+
+def accepts(answer: str, question: Question, how: Literal["letter", "words", "mention"]) -> bool:
+    """Whether an answer to a choice is right as other systems read it.
+
+    letter   The letter alone (Med-R1).
+    words    The letter, "B. its text" or its text, ignoring case (MedVLThinker).
+    mention  The one letter from A to J that occurs, once, in capitals or not (MedVLM-R1).
+    """
+    key, text = question.reference, question.right_text
+    if how == "letter":
+        return answer == key
+    if how == "words":
+        return answer.lower() in (key.lower(), f"{key}. {text}".lower().strip(), text.lower().strip())
+    return re.findall("[A-J]", answer.upper()) == [key]
 
 
 def value(answer: str, reference: Reference) -> Grade:

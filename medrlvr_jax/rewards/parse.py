@@ -146,6 +146,26 @@ def _paper(texts: list[str], tags: list[str], letters: str) -> tuple[str, str]:
     return next(((answer, "") for i, answer in answers if i > first or texts[first]), ("", "empty_think"))
 
 
+def is_r1(completion: str) -> bool:
+    r"""Whether all of a completion matches (?s)<think>.*?</think>\s*<answer>.*?</answer>, as in open-r1."""
+    inner = completion.removeprefix(THINK).removesuffix(END_ANSWER)
+    ends = len(inner) == len(completion) - len(THINK) - len(END_ANSWER)
+    return ends and re.search(r"</think>\s*<answer>", inner) is not None
+
+
+def answer_text(completion: str, where: Literal["format", "r1", "tags", "text"]) -> str | None:
+    """The text between the first <answer> and the next </answer>, stripped; None where there is no such text.
+
+    `where`: r1: only of a completion that `is_r1`; text: the whole completion if it has no such tags.
+    """
+    if where == "r1" and not is_r1(completion):
+        return None
+    inner, closed, _ = completion.partition(ANSWER)[2].partition(END_ANSWER)
+    if closed:
+        return inner.strip()
+    return completion.strip() if where == "text" else None
+
+
 def judged_beginning(begun: str, mode: Mode) -> str:
     """What is judged before the sampled part if the prompt ends with `begun`, the response's beginning.
 

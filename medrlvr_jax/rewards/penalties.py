@@ -1,15 +1,19 @@
-"""Penalties for hacks of the format: the composite reward of arXiv 2509.15557, as rules on strings.
+"""Penalties that look at a completion's words: two for hacks of the format, by the composite reward of arXiv
+2509.15557, as rules on strings; and one for repetition.
 
 leak    The first thought states the answer, by the pattern `LEAK`. (The paper compares sentences with such
         phrases by an encoder; its penalty is 0.5.)
 before  More than 15 words stand before <think>, words being runs of anything but white space (penalty 0.3).
+repeats A run of words occurs again and again: 10 words, 10 times (RLPR, arXiv 2506.18254; penalty 1).
 """
 
 import re
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Bool
 
 WORDS_BEFORE = 15
 
@@ -79,3 +83,48 @@ def much_before(texts: Sequence[str]) -> list[bool]:
     # Bytes are split at ASCII's white space; a str would be split at Unicode's.
     words = (text.encode("utf-8", "surrogatepass").split(None, WORDS_BEFORE) for text in texts)
     return [len(row) > WORDS_BEFORE for row in words]
+
+
+def repeats(texts: Sequence[str], window: int, times: int) -> Bool[np.ndarray, " N"]:
+    """Whether in each text some run of `window` words occurs at least `times` times; runs may overlap.
+
+    Words are split at ASCII's white space and at `_`. A run is known by a 64-bit hash of its words and of its
+    row, for all rows at once: one row alone takes Python 0.1 ms.
+    """
+    out = np.zeros(len(texts), bool)
+    # A surrogate becomes "?", for Arrow holds UTF-8.
+    rows = pa.array([t.replace("_", " ").encode("utf-8", "replace") for t in texts], pa.large_string())
+    words = pc.ascii_split_whitespace(pc.ascii_trim_whitespace(rows))  # pyright: ignore
+    codes, ends = words.values.dictionary_encode().indices.to_numpy(), words.offsets.to_numpy()
+    row = np.repeat(np.arange(len(texts)), np.diff(ends))
+    starts = np.flatnonzero(np.arange(len(codes)) + window <= ends[1:][row])
+    if len(starts) < times:
+        return out
+    rows_hash = _mixed(~row[starts].astype(np.uint64))  # `~`: other numbers than any code
+    hashes = _run_hashes(_mixed(codes.astype(np.uint64)), window)[starts] ^ rows_hash
+    ordered = np.sort(hashes)
+    often = np.unique(ordered[times - 1 :][ordered[times - 1 :] == ordered[: len(ordered) - times + 1]])
+    maybe = np.zeros(1 << 16, bool)  # by the last 16 bits, which leaves few to search for
+    maybe[often & np.uint64(0xFFFF)] = True
+    found = np.flatnonzero(maybe[hashes & np.uint64(0xFFFF)])
+    out[row[starts[found[np.isin(hashes[found], often)]]]] = True
+    return out
+
+
+def _run_hashes(words: np.ndarray, window: int) -> np.ndarray:
+    """Of hashes of words uint64 [W], those of all runs of `window` words, Σ word·baseⁱ modulo 2⁶⁴."""
+    base, length, hashes = 0x9E3779B97F4A7C15, 1, words
+    for bit in f"{window:b}"[1:]:  # runs of doubled length from two, and one word more where the bit is set
+        factor = np.uint64(pow(base, length, 1 << 64))
+        hashes, length = hashes[:-length] * factor + hashes[length:], 2 * length
+        if bit == "1":
+            hashes, length = hashes[:-1] * np.uint64(base) + words[length:], length + 1
+    return hashes
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """A bijection of 64-bit integers that scatters them (SplitMix64, Steele et al. 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -201,9 +201,9 @@ def compute(
     mean = advantages.sum() / n
     learned = mask.any(axis=-1)
     groups = learned.any(axis=-1)
-    differ, equal = _contrast(clipped, learned, config.estimator in COMPARING)
+    differ, equal = contrast(clipped, learned, config.estimator in COMPARING)
     if config.estimator == "gdpo":  # components may differ where their sum does not
-        each = [_contrast(values, learned, True) for _, values in components]
+        each = [contrast(values, learned, True) for _, values in components]
         differ = jnp.stack([d for d, _ in each]).any()
         equal = jnp.stack([e for _, e in each]).all(0)
 
@@ -226,9 +226,9 @@ def compute(
     return advantages, returns, stats
 
 
-def _contrast(rewards: Array, learned: Array, within: bool) -> tuple[Array, Array]:
-    """Whether any rewards [Q, G] differ of those that are compared, `within` questions or in the whole step;
-    and for each question whether its samples' are all the same.
+def contrast(rewards: Array, learned: Array, within: bool) -> tuple[Array, Array]:
+    """Of rewards [Q, G] that are `learned`: whether any differ of those that are compared, `within` questions
+    or in the whole step; and for each question, bool [Q], whether its samples' are all the same.
     """
     ends = ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
     least, most = (f(rewards, -1, initial=end, where=learned) for f, end in ends)

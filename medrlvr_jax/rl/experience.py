@@ -146,55 +146,77 @@ def make_experience(
     advantage, kl, loss = config.advantage, config.kl, config.loss
     if asked:
         rewards = jnp.concatenate([rewards, jnp.stack(asked, axis=-1)], axis=-1)
-    each = rewards
-    rewards, _ = weigh(each, config.columns)
-    mask, n = rollout.mask, jnp.maximum(rollout.mask.sum(), 1)
-    a = assessment
-    kept = jnp.isfinite(rewards)
-    rewards = jnp.where(kept, rewards, jnp.where(kept, rewards, 0.0).sum() / jnp.maximum(kept.sum(), 1))
-    if advantage.estimator in COMPARING:
-        kept = jnp.broadcast_to(kept.all(-1, keepdims=True), kept.shape)
-    learned = mask & kept[..., None]
-    each = jnp.where(learned.any(-1)[..., None], each, 0.0)  # finite
-    pairs = [(column.weight, each[..., k]) for k, column in enumerate(config.columns)]
-    adv, returns, stats = advantages.compute(advantage, kl, rewards, a, learned, kl_coef, pairs)
+    total, unshaped = weigh(rewards, config.columns)
+    finite = jnp.isfinite(total)
+    total = jnp.where(finite, total, jnp.where(finite, total, 0.0).sum() / jnp.maximum(finite.sum(), 1))
+    kept, stats = kept_responses(finite, unshaped, advantage)
+    learned = rollout.mask & kept[..., None]
+    each = jnp.where(kept[..., None], rewards, 0.0)
+    terms = [(column.weight, each[..., k]) for k, column in enumerate(config.columns)]
+    adv, returns, compared = advantages.compute(advantage, kl, total, assessment, learned, kl_coef, terms)
+    if loss.mask_truncated:
+        last = rollout.tokens[..., -1]
+        kept &= ~(rollout.mask[..., -1] & ~jnp.isin(last, jnp.array(config.stop_ids)))
+        learned = rollout.mask & kept[..., None]
+        adv = jnp.where(learned, adv, 0.0)
     sampler = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
-    gap = jnp.where(mask, a.logprobs - sampler, 0.0)
-    stats |= {
-        "entropy": jnp.where(mask, a.entropy, 0.0).sum() / n,
-        "sampler_gap": jnp.abs(gap).max(),  # max |Δ log-prob| between sampler and trainer
-        "sampler_ratio_far": (jnp.abs(jnp.exp(gap) - 1) > 0.1).sum() / n,
-        "unlearned": 1 - kept.mean(),
-    }
-    mean_entropy = jnp.where(mask, a.entropy, 0.0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
-    stats |= {  # places in the batch of the responses that the monitors name
-        "row/sampler_ratio_far_high": jnp.abs(gap).max(-1).argmax(),
-        "row/entropy_high": mean_entropy.argmax(),
-        "row/entropy_low": mean_entropy.argmin(),
-    }
-    if a.ref_logprobs is not None:
-        to_ref = jnp.where(mask, a.logprobs - a.ref_logprobs, 0.0)
-        stats["kl"] = to_ref.sum() / n
-        stats["kl_response"] = to_ref.sum(-1).mean()
-        stats["row/kl_high"] = to_ref.sum(-1).argmax()
+    gap = jnp.where(rollout.mask, assessment.logprobs - sampler, 0.0)
+    stats |= compared | assessed(rollout.mask, assessment, gap) | {"unlearned": 1 - kept.mean()}
+    weights = None
+    if loss.sampler_cap is not None:
+        weights = jnp.minimum(advantages.ratio_of(gap), loss.sampler_cap)
     experience = Experience(
         prompts=prompts,
         tokens=rollout.tokens,
         mask=learned,
-        logprobs=a.logprobs,
-        ref_logprobs=a.ref_logprobs,
+        logprobs=assessment.logprobs,
+        ref_logprobs=assessment.ref_logprobs,
         advantages=adv,
-        values=a.values,
+        values=assessment.values,
         returns=returns,
-        sampler_weights=None
-        if loss.sampler_cap is None
-        else jnp.minimum(advantages.ratio_of(gap), loss.sampler_cap),
+        sampler_weights=weights,
     )
     return by_rows(experience), stats
+
+
+def kept_responses(finite: Array, unshaped: Array, config: AdvantageConfig) -> tuple[Array, dict[str, Array]]:
+    """Which responses bool [Q, G] are learned from: those whose reward is `finite` and, if samples are
+    compared, those of questions of which all are; not those of questions that `drop_equal_groups` drops.
+    """
+    kept = finite
+    if config.estimator in COMPARING:
+        kept = jnp.broadcast_to(finite.all(-1, keepdims=True), finite.shape)
+    if not config.drop_equal_groups:
+        return kept, {}
+    _, equal = advantages.contrast(unshaped, kept, within=True)
+    return kept & ~equal[:, None], {"dropped_groups": equal.mean()}
+
+
+def assessed(mask: Array, assessment: Assessment, gap: Array) -> dict[str, Array]:
+    """Scalars of the assessment, over tokens in the mask; `gap`: its log-probs less the sampler's."""
+    n = jnp.maximum(mask.sum(), 1)
+    entropy = jnp.where(mask, assessment.entropy, 0.0)
+    mean_entropy = entropy.sum(-1) / jnp.maximum(mask.sum(-1), 1)
+    stats = {
+        "entropy": entropy.sum() / n,
+        "sampler_gap": jnp.abs(gap).max(),  # max |Δ log-prob| between sampler and trainer
+        "sampler_ratio_far": (jnp.abs(jnp.exp(gap) - 1) > 0.1).sum() / n,
+        # places in the batch of the responses that the monitors name
+        "row/sampler_ratio_far_high": jnp.abs(gap).max(-1).argmax(),
+        "row/entropy_high": mean_entropy.argmax(),
+        "row/entropy_low": mean_entropy.argmin(),
+    }
+    if assessment.ref_logprobs is not None:
+        to_ref = jnp.where(mask, assessment.logprobs - assessment.ref_logprobs, 0.0)
+        stats["kl"] = to_ref.sum() / n
+        stats["kl_response"] = to_ref.sum(-1).mean()
+        stats["row/kl_high"] = to_ref.sum(-1).argmax()
+    return stats
 
 
 def experience_settings(parts: Parts, terms: Sequence[Component] | None = None) -> dict[str, Any]:
     """The static arguments of `make_experience`."""
     c = parts.config
     terms = components(c.reward) if terms is None else terms
-    return {"config": ExperienceConfig(c.advantage, c.kl, c.loss, columns(terms, c.advantage))}
+    stop_ids = tuple(parts.tokenizer.stop_ids) if c.loss.mask_truncated else ()
+    return {"config": ExperienceConfig(c.advantage, c.kl, c.loss, columns(terms, c.advantage), stop_ids)}
