@@ -4,11 +4,13 @@
     python -m medrlvr_jax.tools.bench learn MODEL --questions 2 --samples 8 --prompt 384 --new 128
     python -m medrlvr_jax.tools.bench step MODEL --questions 4 --samples 8 --prompt 64 --new 128
     python -m medrlvr_jax.tools.bench eval MODEL --questions 25 --samples 1 --prompt 256 --new 64
+    python -m medrlvr_jax.tools.bench ask MODEL --questions 4 --samples 8 --prompt 64 --new 128
     python -m medrlvr_jax.tools.bench compile MODEL --questions 4 --samples 8 --prompt 64 --new 128
 
 MODEL is a Hugging Face directory or "embedded". Settings of the run may follow, such as model.remat=none
 learn.microbatch=1. `step` is a whole step of training: sample, assess, decode, score, learn. `eval` is four
-batches of an evaluation; its `overhead` is the share of time beyond generating.
+batches of an evaluation; its `overhead` is the share of time beyond generating. `ask` is the pass of the
+probability reward; its `ratio` is to the reference's pass over the same responses.
 
 `seconds` is the median of `--runs` after the first, which compiles (`first_s`). `tokens_per_s` counts
 response tokens up to their stop token. `padded_tokens` is what a system computes that repeats the prompt for
@@ -17,6 +19,7 @@ and of a copy of 256 MB in the same run; `copy_share` counts the weights alone, 
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import resource
@@ -32,19 +35,23 @@ import numpy as np
 
 from medrlvr_jax.build import Parts, build, load_base, load_params
 from medrlvr_jax.config.load import from_tree, override
+from medrlvr_jax.config.reward import ProbabilityConfig, RewardConfig
 from medrlvr_jax.config.schema import Config, SampleConfig
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import answers
 from medrlvr_jax.evaluation.evaluate import evaluate
 from medrlvr_jax.model import lora
+from medrlvr_jax.model.scoring import Rows
 from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import records, train
+from medrlvr_jax.rl.policy_rewards import LEAD, ProbabilityRequest, make_policy_rewards, pass_over
 from medrlvr_jax.rl.programs import make_programs
+from medrlvr_jax.rollout.ask import Answers, Ending, answer_scores
 from medrlvr_jax.rollout.generate import DrawSettings, draw_settings, generate
 from medrlvr_jax.rollout.rollout import Encoded, place_prompts, width
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.sharding import place_rows
-from medrlvr_jax.types import Experience, Params, Prompts
+from medrlvr_jax.types import Experience, Params, Prompts, Rollout
 
 OPTIONS = ("Coronary angiography", "Chest X-ray", "Echocardiography", "Troponin measurement")
 SHAPES = ("questions", "samples", "prompt", "new", "lengths")
@@ -233,7 +240,48 @@ def compile_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     return {"compile_s": round(done["first_s"] - done["seconds"], 2), "seconds": done["seconds"]}
 
 
+def ask_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
+    """The pass of the probability reward, its answers of 8 tokens, and the reference's pass over the
+    responses, by turns.
+    """
+    section = ProbabilityConfig(max_tokens=8)
+    reward = RewardConfig(components=(section,))
+    asking = dataclasses.replace(parts, config=dataclasses.replace(parts.config, reward=reward))
+    program = make_policy_rewards(asking)["probability"].program
+    how, params = pass_over(parts), lora.join(load_base(parts), load_params(parts, parts.cfg))
+    n, shape, rng = args.questions, (args.questions, args.samples), np.random.default_rng(0)
+    drawn = lengths(args)
+    size = np.full(shape, args.new, np.int32) if drawn is None else drawn
+    tokens = rng.integers(5, 200, (*shape, args.new)).astype(np.int32)
+    mask = np.arange(args.new) < size[..., None]
+    ending = Ending(
+        kept=np.maximum(size - 6, 0),
+        ids=rng.integers(5, 200, (*shape, section.max_tokens + LEAD)).astype(np.int32),
+        start=np.zeros(shape, np.int32),
+        size=np.full(shape, 8, np.int32),
+    )
+    request = ProbabilityRequest(ending, np.zeros(shape, np.float32), np.ones(shape, bool))
+    request, tokens, mask = place_rows((request, tokens, mask), n, parts.mesh)
+    prompts = place_prompts(parts, encoded_questions(args, parts, n), np.arange(n))
+    rollout = Rollout(tokens, mask, logprobs=tokens, policy_logprobs=None)
+
+    @jax.jit
+    def reference(params: Params, prompts: Prompts, rollout: Rollout) -> Any:
+        rows = Rows(prompts, rollout.tokens, rollout.mask)
+        return answer_scores(params, Answers(rows, rollout.mask), "logmean", how)
+
+    passes = [
+        lambda: program({}, params, prompts, rollout, request),
+        lambda: reference(params, prompts, rollout),
+    ]
+    asked, scored = by_turns(passes, args.runs)
+    ratios = [a / b for a, b in zip(asked[1:], scored[1:], strict=True)]
+    out = {"reference_s": [round(t, 3) for t in scored[1:]], "ratio": round(statistics.median(ratios), 3)}
+    return timing(asked) | out
+
+
 CASES = {
+    "ask": ask_case,
     "sample": sample_case,
     "learn": learn_case,
     "step": step_case,
