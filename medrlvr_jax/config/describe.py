@@ -150,7 +150,7 @@ def show(console: Console, command: str) -> None:
     """Print every setting that a command reads, one panel a section, as wide as the terminal."""
     console.print("Settings stand in the config or, as a.b=value, on the command line.", highlight=False)
     for section in sections():
-        names = Column(style="cyan", overflow="fold", max_width=console.width // 2)
+        names = Column(style="cyan", no_wrap=True)
         table = Table.grid(names, Column(), padding=(0, 2, 0, 0))
         for setting in section.settings:
             if setting.kind != "section" and reads(command, setting.name):  # such a section has its own panel
