@@ -18,6 +18,7 @@ from rich.console import Console
 import medrlvr_jax
 from medrlvr_jax.cli import app
 from medrlvr_jax.config.describe import explanations, sections
+from medrlvr_jax.runs.metrics import METRICS
 
 PREFIX = re.compile(r"\b[a-z_]+(?:\.[a-z_]+)*\.(?=[A-Z]|ndarray)")
 FENCE = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
@@ -26,7 +27,8 @@ FENCE = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
 def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
-    pages = {"settings": settings(), "commands": commands(), "api": api(), "modules": modules()}
+    pages = {"settings": settings(), "commands": commands(), "metrics": metrics()}
+    pages |= {"api": api(), "modules": modules()}
     for name, text in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
@@ -40,6 +42,16 @@ def equation(latex: str) -> str:
     from latex2mathml.converter import convert
 
     return f'<div class="equation">{convert(" ".join(latex.split()), display="block")}</div>'
+
+
+def metrics() -> str:
+    """One table of all metrics (runs/metrics.py)."""
+    rows = [f"| `{m.name}` | {m.unit} | {m.meaning.replace('|', '&#124;')} |" for m in METRICS]
+    text = "What a step's line of `metrics.jsonl` holds, and TensorBoard, Weights & Biases and trackio show."
+    text += " Shares are between 0 and 1. `*` stands for a name: of a set, a stage, a reward component."
+    return "\n".join(
+        ["# Metrics", "", text, "", "| metric | unit | what it is |", "|---|---|---|", *rows, ""]
+    )
 
 
 def settings() -> str:

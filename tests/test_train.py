@@ -26,6 +26,7 @@ from medrlvr_jax.rewards.base import toss
 from medrlvr_jax.rl import loop, train
 from medrlvr_jax.rl.sft import encode_pairs
 from medrlvr_jax.runs import checkpoint, profile
+from medrlvr_jax.runs.metrics import find
 from medrlvr_jax.tools import export
 from medrlvr_jax.types import Prompts
 
@@ -82,6 +83,7 @@ def run(folder):
 
 def test_what_a_run_leaves(run):
     metrics, samples = lines(run / "metrics.jsonl"), lines(run / "samples.jsonl")
+    assert [name for name in metrics[-1] if not find(name)] == []  # each is in the documentation's list
     assert [m["step"] for m in metrics] == [0, 1, 2]
     for m in metrics[1:]:
         assert {
