@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from medrlvr_jax.data.question import Question
-from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rewards.components import Graded
 from medrlvr_jax.rewards.facts import SPARE, Facts
 from medrlvr_jax.rewards.parse import Parsed
@@ -60,8 +59,3 @@ def test_the_worlds_own_reasoning_names_its_facts():
     facts = Facts(questions)
     assert set(rewards(facts, [q.rationale for q in questions], questions)) == {1.0}
     assert np.mean(rewards(facts, [q.rationale for q in questions[1:] + questions[:1]], questions)) < 0.2
-
-
-def test_a_set_without_facts_is_refused():
-    with pytest.raises(ConfigError, match=r"process: no question of data\.path has facts"):
-        Facts([Question("0", "?", ("x", "y"), 0)])

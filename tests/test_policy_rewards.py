@@ -1,6 +1,7 @@
 """Rewards by what the policy itself says: by hand against the model, and in a training that stops and resumes."""
 
 import json
+from fractions import Fraction
 
 import jax
 import numpy as np
@@ -8,13 +9,16 @@ import pytest
 
 from medrlvr_jax import build
 from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.reward import RewardConfig
+from medrlvr_jax.config.schema import AdvantageConfig, SpreadConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.question import LETTERS, question_hash
+from medrlvr_jax.data.question import LETTERS, Question, question_hash
+from medrlvr_jax.data.values import Reference
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder
 from medrlvr_jax.rl import policy_rewards
-from medrlvr_jax.rl.experience import place_scored
+from medrlvr_jax.rl.experience import kept_responses, mean_spread, place_scored
 from medrlvr_jax.rl.train import train
 from medrlvr_jax.rollout.rollout import encode, place_prompts, score_rollout
 from medrlvr_jax.sharding import place_rows
@@ -29,13 +33,13 @@ REWARD = [
 ]  # fmt: skip
 TREE = {
     "name": "asked",
-    "steps": 2,
+    "steps": 3,
     "model": {"path": "embedded", "remat": "none"},
     "data": {"path": "embedded:train", "limit": 8},
     "prompt": {"template": "none", "max_tokens": 96},
     "sample": {"questions": 8, "samples": 2, "max_new_tokens": 48},
     "reward": {"components": REWARD},
-    "advantage": {"estimator": "group"},
+    "advantage": {"estimator": "group", "spread": {"start": 2, "beta": 1.0}},
     "kl": {"coef": 0.0},
     "learn": {"minibatch": 8, "policy": {"lr": 3e-4}},
     "checkpoint": {"every": 1},
@@ -138,11 +142,11 @@ def test_a_run_resumes_with_its_baseline(tmp_path):
     whole = configs.from_tree(TREE | {"runs": str(tmp_path / "whole")})
     train(whole)
     cut = configs.from_tree(TREE | {"runs": str(tmp_path / "cut")})
-    train(cut, callbacks=lambda step, metrics: step == 1)
+    train(cut, callbacks=lambda step, metrics: step == 2)
     saved = tmp_path / "cut" / "asked" / "baseline.json"
     content = saved.read_text()
     saved.unlink()
-    with pytest.raises(ConfigError, match=r"baseline.json: it lacks scores of probability, and after step 1"):
+    with pytest.raises(ConfigError, match=r"baseline.json: it lacks scores of probability, and after step 2"):
         train(cut)
     saved.write_text(content)
     train(cut)
@@ -158,6 +162,9 @@ def test_a_run_resumes_with_its_baseline(tmp_path):
     total = values["rule"] + values["probability"] + values["product"] + 0.5 * values["process"]
     assert samples[0]["reward"] == pytest.approx(total - 0.5 * values["consistency"], abs=1e-6)
     assert metrics[0]["reward/probability"] > 0
+    mean = metrics[0]["spread"]
+    assert [m.get("spread_mean") for m in metrics] == [None, mean, 0.99 * mean + 0.01 * metrics[1]["spread"]]
+    assert metrics[0]["dropped_groups"] == 0 < metrics[1]["dropped_groups"]
 
 
 @pytest.mark.parametrize(
@@ -179,10 +186,41 @@ def test_what_cannot_work_is_refused(changes, complaint):
         configs.from_tree(tree)
 
 
-def test_open_questions_have_no_letters(tmp_path):
-    file = tmp_path / "open.jsonl"
-    file.write_text(json.dumps({"question": "How many?", "kind": "number", "answer": "3"}) + "\n")
-    spec = {"path": str(file), "format": "open"}
-    config = configs.from_tree(TREE | {"data": spec})
-    with pytest.raises(ConfigError, match="consistency: it asks for letters, and question"):
-        policy_rewards.check_questions(config.reward, data.load(config.data))
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("consistency", "consistency: it asks for letters, and question open-1 has not one right letter"),
+        ("process", r"process: no question of data\.path has facts"),
+    ],
+)
+def test_questions_that_lack_what_is_asked_for_are_refused(kind, complaint):
+    value = Reference("number", "3", value=Fraction(3))
+    config = RewardConfig(components=({"kind": kind},))
+    with pytest.raises(ConfigError, match=complaint):
+        policy_rewards.check_questions(config, [Question("open-1", "How many?", value=value)])
+
+
+SPREAD = SpreadConfig(beta=0.5, ema=0.9, start=7)
+
+
+def test_the_running_mean_of_the_spread_by_hand():
+    """Steps 2 to 6 begin it; then each step moves it by a tenth of its own."""
+    history = [{"spread": x} for x in (9.0, 0.1, 0.2, 0.3, 0.4, 0.5)]
+    assert mean_spread(None, history, 7) == mean_spread(SPREAD, history[:5], 6) == 0.0
+    assert mean_spread(SPREAD, history, 7) == pytest.approx(0.3)
+    history.append({"spread": 0.8, "spread_mean": 0.3})
+    assert mean_spread(SPREAD, history, 8) == pytest.approx(0.9 * 0.3 + 0.1 * 0.8)
+
+
+def test_questions_of_little_spread_are_left_out():
+    """Standard deviations 0.5, 0.1, 0 and, of the samples that did not fail, 0.2; at least 0.15 is asked for."""
+    total = np.array([[0, 1, 0, 1], [0.4, 0.6, 0.4, 0.6], [1, 1, 1, 1], [0, 0.4, 9, 9]], np.float32)
+    finite = np.ones((4, 4), bool)
+    finite[3, 2:] = False
+    config = AdvantageConfig(estimator="reinforce_pp", spread=SPREAD)
+    kept, stats = kept_responses(finite, total, total, np.float32(0.15), config)
+    assert kept.tolist() == [[True] * 4, [False] * 4, [False] * 4, [True, True, False, False]]
+    assert float(stats["spread"]) == pytest.approx((0.5 + 0.1 + 0 + 0.2) / 4)
+    assert float(stats["dropped_groups"]) == 0.5
+    kept, _ = kept_responses(finite, total, total, np.float32(0), config)
+    assert kept.sum() == 14

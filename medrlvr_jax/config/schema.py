@@ -121,6 +121,18 @@ class SampleConfig:
 
 
 @section
+class SpreadConfig:
+    """Leave out questions whose samples earn nearly the same (RLPR, arXiv 2506.18254)."""
+
+    # A question is learned from if the standard deviation of its samples' rewards is at least this times the
+    # running mean of the steps before.
+    beta: Weight = 0.5
+    ema: Share = 0.99  # Decay of the running mean, a step.
+    # First step that leaves questions out. The running mean begins as the mean of the five steps before it.
+    start: Annotated[int, Field(ge=2)] = 11
+
+
+@section
 class AdvantageConfig:
     """From rewards to one advantage per token."""
 
@@ -139,6 +151,8 @@ class AdvantageConfig:
     reward_clip: Positive = 10.0  # Rewards are clipped to ± this. gdpo: only for the metrics.
     # Do not learn from questions whose samples all earn the same before penalties (DAPO, arXiv 2503.14476).
     drop_equal_groups: bool = False
+    # Do not learn from questions whose samples earn nearly the same. They are not replaced. null: off.
+    spread: SpreadConfig | None = None
 
 
 @section

@@ -57,7 +57,7 @@ HIGH = {  # metric: the share above which it is an alarm, what it is a share of,
     ),
     "dropped_groups": (
         0.80,
-        "of the questions gave all their samples the same reward and were dropped",
+        "of the questions gave all their samples nearly the same reward and were dropped",
         "choose questions of middle difficulty (data.pass_count), or raise sample.samples",
     ),
     "equal_groups": (

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from medrlvr_jax.data.question import Question
-from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rewards.components import Graded
 
 SPARE = 4  # facts that a thought may name for each fact of its question
@@ -39,16 +38,10 @@ def facts_of(question: Question) -> frozenset[Fact]:
 
 
 class Facts:
-    """All facts of a set of questions, as they are looked for in thoughts: the `Judge` of the component.
-
-    Raises `ConfigError` if no question has any.
-    """
+    """All facts of a set of questions, as they are looked for in thoughts: the `Judge` of the component."""
 
     def __init__(self, questions: Sequence[Question]):
         pool = frozenset[Fact]().union(*map(facts_of, questions))
-        if not pool:
-            remedy = "give them a field facts, or take the component out"
-            raise ConfigError(f"reward.components: process: no question of data.path has facts; {remedy}")
         self._stated: dict[tuple[str, ...], list[Fact]] = {}  # the facts that so many words state
         for fact in pool:
             for text in fact:

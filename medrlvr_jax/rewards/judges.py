@@ -19,7 +19,7 @@ Terms = tuple[Component, ...]
 
 @contextmanager
 def started(
-    config: RewardConfig, questions: Sequence[Question], given: Terms | None = None
+    config: RewardConfig, given: Terms | None = None, questions: Sequence[Question] = ()
 ) -> Iterator[Terms]:
     """The terms of the reward, `given` or those of `config`, with judges that live as long as the context.
 

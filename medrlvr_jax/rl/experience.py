@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medrlvr_jax.build import Parts
-from medrlvr_jax.config.schema import COMPARING, AdvantageConfig, KLConfig, LossConfig
+from medrlvr_jax.config.schema import COMPARING, AdvantageConfig, KLConfig, LossConfig, SpreadConfig
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.rewards.base import Verdicts
 from medrlvr_jax.rewards.components import Component, components
@@ -135,6 +135,7 @@ def make_experience(
     rewards: Array,
     asked: tuple[Array, ...],
     kl_coef: Array,
+    least_spread: Array | None = None,
     *,
     config: ExperienceConfig,
 ) -> tuple[Experience, dict[str, Array]]:
@@ -149,7 +150,7 @@ def make_experience(
     total, unshaped = weigh(rewards, config.columns)
     finite = jnp.isfinite(total)
     total = jnp.where(finite, total, jnp.where(finite, total, 0.0).sum() / jnp.maximum(finite.sum(), 1))
-    kept, stats = kept_responses(finite, unshaped, advantage)
+    kept, stats = kept_responses(finite, total, unshaped, least_spread, advantage)
     learned = rollout.mask & kept[..., None]
     each = jnp.where(kept[..., None], rewards, 0.0)
     terms = [(column.weight, each[..., k]) for k, column in enumerate(config.columns)]
@@ -179,17 +180,45 @@ def make_experience(
     return by_rows(experience), stats
 
 
-def kept_responses(finite: Array, unshaped: Array, config: AdvantageConfig) -> tuple[Array, dict[str, Array]]:
+def kept_responses(
+    finite: Array, total: Array, unshaped: Array, least_spread: Array | None, config: AdvantageConfig
+) -> tuple[Array, dict[str, Array]]:
     """Which responses bool [Q, G] are learned from: those whose reward is `finite` and, if samples are
-    compared, those of questions of which all are; not those of questions that `drop_equal_groups` drops.
+    compared, those of questions of which all are; not those of questions that `drop_equal_groups` or
+    `spread` drops. total, unshaped [Q, G]: the rewards, and what they are without penalties.
     """
-    kept = finite
+    kept, dropped, stats = finite, jnp.zeros(len(finite), bool), {}
     if config.estimator in COMPARING:
         kept = jnp.broadcast_to(finite.all(-1, keepdims=True), finite.shape)
-    if not config.drop_equal_groups:
-        return kept, {}
-    _, equal = advantages.contrast(unshaped, kept, within=True)
-    return kept & ~equal[:, None], {"dropped_groups": equal.mean()}
+    if config.drop_equal_groups:
+        _, dropped = advantages.contrast(unshaped, kept, within=True)
+    if least_spread is not None:
+        n = jnp.maximum(kept.sum(-1), 1)
+        mean = jnp.where(kept, total, 0.0).sum(-1) / n
+        spread = jnp.sqrt(jnp.where(kept, (total - mean[:, None]) ** 2, 0.0).sum(-1) / n)
+        dropped |= spread < least_spread
+        stats["spread"] = spread.mean()
+    if config.drop_equal_groups or least_spread is not None:
+        stats["dropped_groups"] = dropped.mean()
+    return kept & ~dropped[:, None], stats
+
+
+BEFORE = 5  # steps of which `SpreadConfig`'s running mean begins as the mean
+
+
+def mean_spread(config: SpreadConfig | None, history: Sequence[Mapping[str, Any]], step: int) -> float:
+    """The running mean of `spread` before step `step`, which is 1, 2, …; 0 as long as nothing is left out.
+
+    `history`: the records of the steps before, the last one last. They alone determine it: so a resumed run
+    is the same run.
+    """
+    if config is None or step < config.start:
+        return 0.0
+    if step == config.start:
+        first = [record["spread"] for record in history[-BEFORE:]]
+        return sum(first) / len(first)
+    last = history[-1]
+    return config.ema * last["spread_mean"] + (1 - config.ema) * last["spread"]
 
 
 def assessed(mask: Array, assessment: Assessment, gap: Array) -> dict[str, Array]:

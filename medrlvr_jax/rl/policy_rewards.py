@@ -88,11 +88,15 @@ def make_policy_rewards(parts: Parts) -> dict[str, PolicyReward]:
 
 
 def check_questions(config: RewardConfig, questions: Sequence[Question]) -> None:
-    """Refuse what has no letters where letters are asked for."""
-    if any(isinstance(section, ConsistencyConfig) for section in config.components):
-        if open_one := next((q for q in questions if q.value is not None), None):
-            problem = f"it asks for letters, and question {open_one.id} is open"
+    """Refuse questions that lack what a component asks for: letters, or facts."""
+    for section in config.components:
+        no_letters = next((q.id for q in questions if q.value is not None), None)
+        if section.kind == "consistency" and no_letters is not None:
+            problem = f"it asks for letters, and question {no_letters} has not one right letter"
             raise ConfigError(f"reward.components: consistency: {problem}; take it out")
+        if section.kind == "process" and not any(q.facts for q in questions):
+            remedy = "give them a field facts, or take it out"
+            raise ConfigError(f"reward.components: process: no question of data.path has facts; {remedy}")
 
 
 def pass_over(parts: Parts) -> Pass:

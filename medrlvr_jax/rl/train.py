@@ -45,7 +45,14 @@ from medrlvr_jax.rewards import judges
 from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rewards.parse import beginning_trap
 from medrlvr_jax.rl import records
-from medrlvr_jax.rl.experience import columns, experience_settings, host_columns, place_scored, with_asked
+from medrlvr_jax.rl.experience import (
+    columns,
+    experience_settings,
+    host_columns,
+    mean_spread,
+    place_scored,
+    with_asked,
+)
 from medrlvr_jax.rl.learn import adapt_kl, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
 from medrlvr_jax.rl.policy_rewards import check_questions, take_baselines
@@ -101,7 +108,7 @@ def train(
         notices.append(f"{encoded.dropped} questions dropped: longer than prompt.max_tokens")
     if trap := beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
         notices.append("; ".join(trap))
-    with judges.started(config.reward, questions, given_terms) as terms, jax.set_mesh(parts.mesh):
+    with judges.started(config.reward, given_terms, questions) as terms, jax.set_mesh(parts.mesh):
         with stage(f"loading {config.model.path}"):
             job = make_job(parts, encoded, sets, terms)
         job = dataclasses.replace(job, notices=notices, rewards=judges.record(terms))
@@ -162,7 +169,7 @@ def logged_step(
     """A step, with its metrics, samples and alarms."""
     parts = training.parts
     config, batch = parts.config, at_epoch(parts, encoded, step)
-    state, stats, scored, experience = train_step(training, batch, state, step)
+    state, stats, scored, experience = train_step(training, batch, state, step, history)
     metrics = records.summarise(stats, scored) | monitors.watch(scored, config.sample.samples)
     metrics |= monitors.count_idle(metrics, history)
     lasting, alarms = monitors.mark(monitors.alarms(metrics, history, config), history)
@@ -229,10 +236,14 @@ def step_keys(seed: int, step: int) -> Keys:
 
 
 def train_step(
-    training: Training, encoded: Encoded, state: TrainState, step: int
+    training: Training,
+    encoded: Encoded,
+    state: TrainState,
+    step: int,
+    history: Sequence[dict[str, Any]] = (),
 ) -> tuple[TrainState, dict[str, Any], Scored, Experience]:
     """Step `step` of the method above: the new state, scalars on the device, what the host scored, the rows
-    learned from.
+    learned from. `history`: records of the steps before, which `advantage.spread` needs.
     """
     parts, config = training.parts, training.parts.config
     index, keys = step_batch(config, len(encoded.questions), step), step_keys(config.seed, step)
@@ -240,7 +251,10 @@ def train_step(
         waiting = dataclasses.replace(training.programs, learn_policy=None)
         training = dataclasses.replace(training, programs=waiting)
     prompts = place_prompts(parts, encoded, index)
-    graded = partial(grade, training, encoded, index, coin=keys.sample)
+    spread = config.advantage.spread
+    mean = mean_spread(spread, history, step + 1)
+    least = spread and jax.device_put(jnp.float32(spread.beta * mean), sharding.replicated(parts.mesh))
+    graded = partial(grade, training, encoded, index, coin=keys.sample, least_spread=least)
     after, stats, (scored, asked), experience = five_parts(training, state, prompts, keys, graded)
     scored = with_asked(scored, asked, training.terms, parts)
     if config.kl.target is not None:
@@ -248,7 +262,8 @@ def train_step(
         after = dataclasses.replace(
             after, kl_coef=adapt_kl(state.kl_coef, stats["kl_response"], responses, config.kl)
         )
-    return after, stats | {"kl_coef": state.kl_coef}, scored, experience
+    stats |= {"kl_coef": state.kl_coef} | ({"spread_mean": mean} if mean else {})
+    return after, stats, scored, experience
 
 
 def five_parts(
@@ -267,7 +282,7 @@ def five_parts(
     assessment = assess(training, state, prompts, rollout)  # only dispatched: it runs while the host grades
     graded = grade(rollout)
     asked = ask(training, state, prompts, rollout, graded.requests)
-    rewards = graded.rewards, tuple(asked.values())
+    rewards = graded.rewards, tuple(asked.values()), graded.least_spread
     experience, stats = advantages(training, state, prompts, rollout, assessment, rewards)
     state, learned = learn(training, state, experience, keys.shuffle)
     return state, stats | learned, (graded.scored, asked), experience
@@ -279,9 +294,17 @@ class Graded(NamedTuple):
     rewards: Array  # float32 [Q, G, K], the columns of `experience.host_columns`
     requests: dict[str, Any]  # by component: what the policy is asked, arrays [Q, G, …]
     scored: Any  # Scored, of this process's rows
+    least_spread: Array | None  # float32 []: see `experience.kept_responses`
 
 
-def grade(training: Training, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array) -> Graded:
+def grade(
+    training: Training,
+    encoded: Encoded,
+    index: np.ndarray,
+    rollout: Rollout,
+    coin: Array,
+    least_spread: Array | None,
+) -> Graded:
     """Decode and score the responses to the questions at `index`, and write down what the policy is asked."""
     parts, n = training.parts, len(index)
     with jax.profiler.TraceAnnotation("score"):
@@ -290,7 +313,7 @@ def grade(training: Training, encoded: Encoded, index: np.ndarray, rollout: Roll
         asked = training.programs.policy_rewards
         requests = {name: reward.request(scored, rollout) for name, reward in asked.items()}
     rewards, requests = place_scored((graded, requests), scored, n, parts)
-    return Graded(rewards, requests, scored)
+    return Graded(rewards, requests, scored, least_spread)
 
 
 def ask(
@@ -330,11 +353,13 @@ def advantages(
     prompts: Prompts,
     rollout: Rollout,
     assessment: Assessment,
-    rewards: tuple[Array, tuple[Array, ...]],
+    rewards: tuple[Array, tuple[Array, ...], Array | None],
 ) -> tuple[Experience, dict[str, Array]]:
     """Rewards, graded and asked, and the assessment as rows to learn from; and the step's scalars."""
     settings, program = experience_settings(training.parts, training.terms), training.programs.make_experience
-    return program(prompts, rollout, assessment, *rewards, state.kl_coef, **settings)
+    graded, asked, least_spread = rewards
+    args = prompts, rollout, assessment, graded, asked, state.kl_coef, least_spread
+    return program(*args, **settings)
 
 
 def learn(
@@ -384,6 +409,6 @@ def step_programs(
     keys = Keys(a_key(parts), a_key(parts))
     prompts = abstract_prompts(parts, questions, width)
     with jax.set_mesh(mesh):
-        graded = Graded(rewards, requests, None)
+        graded = Graded(rewards, requests, None, scalar if config.advantage.spread else None)
         five_parts(training, TrainState(policy, critic, scalar), prompts, keys, lambda _: graded)
     return recorder.programs

@@ -20,6 +20,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rewards import judges
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.experience import with_asked
+from medrlvr_jax.rl.policy_rewards import take_baselines
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rollout.rollout import encode, place_prompts
 from medrlvr_jax.runs import inputs
@@ -45,22 +46,25 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     parts, console = build(c), Console()
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options)
     inputs.check_replay(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)})
-    with judges.started(c.reward) as terms, jax.set_mesh(parts.mesh):
+    with judges.started(c.reward, questions=encoded.questions) as terms, jax.set_mesh(parts.mesh):
         programs = make_programs(parts, total_steps(c, len(encoded.questions)))
         training, state = train.start(parts, programs, terms)
+        start = training.frozen.base, state.policy.params
+        take_baselines(parts, programs.policy_rewards, start, encoded, run, step, console.progress)
         state, done = restore_before(run / "checkpoints", state, step - 1)
         if done < step - 1:
             took = clock(sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step))
             steps = f"training steps {done + 1} to {step - 1} again, which took {took} then"
             console.notify(f"checkpoint {step - 1} is not kept: {steps}")
         for k in range(done, step - 1):
-            state, *_ = train.train_step(training, train.at_epoch(parts, encoded, k), state, k)
+            before = [m for m in metrics if 0 < m["step"] <= k]
+            state, *_ = train.train_step(training, train.at_epoch(parts, encoded, k), state, k, before)
             console.progress("training steps again", k + 1, step - 1)
         index = step_batch(c, len(encoded.questions), step - 1)
         encoded = train.at_epoch(parts, encoded, step - 1)
         key, prompts = train.step_keys(c.seed, step - 1).sample, place_prompts(parts, encoded, index)
         rollout = train.draw(training, state, prompts, key)
-        graded = train.grade(training, encoded, index, rollout, key)
+        graded = train.grade(training, encoded, index, rollout, key, None)
         asked = train.ask(training, state, prompts, rollout, graded.requests)
         scored = with_asked(graded.scored, asked, terms, parts)
     record = records.sample_record(parts, encoded, index, scored, row)
