@@ -2,6 +2,7 @@
 completion that does it.
 """
 
+import asyncio
 import os
 import random
 import time
@@ -131,3 +132,15 @@ def always(*_):
 def odd(completions, *_):
     """Fails on completions of an odd number of characters."""
     return [float("inf") if len(c) % 2 else len(c) / 64 for c in completions]
+
+
+async def asks(completion, question):
+    """A judge over a network: slow, and at POISON it never answers."""
+    await asyncio.sleep(60 if completion == POISON else 0.01)
+    if completion == "raises":
+        raise ValueError("no such drug")
+    return None if completion == "absent" else len(completion) / 8 + (question == "?")
+
+
+async def needs(completion, reference):
+    return 0.0

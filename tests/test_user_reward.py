@@ -2,6 +2,7 @@
 completion.
 """
 
+import asyncio
 import math
 import os
 import re
@@ -130,7 +131,7 @@ def test_an_edited_module_is_read_anew(tmp_path, monkeypatch):
         (tmp_path / "edited_reward.py").write_text(
             f"def f(completions, *_):\n    return [{value}] * len(completions)\n"
         )
-        with judges.started(RewardConfig(fn="edited_reward:f")) as [term]:
+        with judges.started(RewardConfig(fn="edited_reward:f"), ()) as [term]:
             assert term.judge.score(rows(2)) == ([value] * 2, {})
         assert not term.judge._process.is_alive()
 
@@ -162,6 +163,36 @@ def test_several_are_weighted_and_each_has_a_name_of_its_own():
     assert got.components["f_2_2"].tolist() == [2.0, 2.0] and got.failed == {1: "f: it returned nan"}
     got = paid((f,), ["fine"])
     assert got.reward.tolist() == [1.0] and got.failed == got.several == {}
+
+
+def test_a_coroutine_is_called_for_each_completion_and_costs_only_rows_that_fail(worker):
+    completions = ["abcd", POISON, "raises", "absent", "ab"]
+    rows = [(c, *ROW[1:]) for c in completions]
+    began = time.monotonic()
+    got, failed = use(worker, "asks").score(rows)
+    assert [got[0], got[4]] == [1.5, 1.25] and sorted(failed) == [1, 2, 3]
+    assert failed[1] == "it took longer than 2 s" and "no such drug" in failed[2]
+    assert "not a number" in failed[3] and time.monotonic() - began < 2 + user.GRACE + 60
+    with pytest.raises(ConfigError, match="needs needs an argument 'reference', which it never gets"):
+        UserReward(FunctionConfig(fn="rewards_of_users:needs"))
+
+
+def test_calls_of_a_coroutine_wait_together_but_not_too_many():
+    now, most = 0, 0
+
+    async def judge(completion):
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.01)
+        now -= 1
+        return float(len(completion))
+
+    async def in_a_notebook():
+        questions = [Question("", "?", ("a", "b"), 0)] * 40
+        return grade(["ab"] * 40, questions, terms=judges.from_callables(judge)).reward
+
+    assert asyncio.run(in_a_notebook()).tolist() == [2.0] * 40 and most == user.CONCURRENCY
 
 
 def test_one_that_fails_on_all_ends_the_run(worker):

@@ -73,6 +73,7 @@ class FunctionConfig(PayingConfig):
     kind: Literal["function"] = "function"
     fn: FunctionName  # The function, as package.module:function. It may be a coroutine function.
     deadline: Positive = 60.0  # Seconds that it may take for a batch.
+    concurrency: Count = 16  # Calls of a coroutine function that wait at a time.
 
 
 @section

@@ -11,7 +11,8 @@ from medrlvr_jax.data.question import Question
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rewards.components import Component, components, unique_names
 from medrlvr_jax.rewards.facts import Facts
-from medrlvr_jax.rewards.user import Function, InProcess, UserReward, name_of, number_of, source_of
+from medrlvr_jax.rewards.user import InProcess, UserReward, source_of
+from medrlvr_jax.rewards.worker import Function, name_of, number_of
 
 Given = Function | Sequence[Function | tuple[Function, float]]  # callables, each with a weight or not
 Terms = tuple[Component, ...]

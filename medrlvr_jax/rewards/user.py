@@ -8,14 +8,21 @@ list, an array [N], a generator; True is 1, False 0. Each completion is scored b
 
 - `rewards=…`: callables of this process, closures too, without a deadline. Each is called by keyword with the
   arguments that its signature names. The reward is the sum of their values, each times its weight.
-- `reward.fn`: a function in a worker process with a deadline. The worker is spawned, not forked, because JAX
-  has threads; it sees JAX on the CPU alone. Each training starts its own, which imports the module anew.
+- `{kind: function, fn: …}` or `reward.fn`: a function in a worker process with a deadline. The worker is
+  spawned, not forked, because JAX has threads; it sees JAX on the CPU alone. Each training starts its own,
+  which imports the module anew.
+- Either may be a coroutine function, for a judge that answers over a network. It is called once for each
+  completion, by keyword with those of `completion`, `key`, `options` and `question` that its signature names,
+  and returns one number; `concurrency` calls wait at a time:
+
+    async def reward(completion, question): …
 
 What fails on a completion costs its row, not the run:
 
+- A coroutine raises, or has not ended at `deadline`: its row fails.
 - A value is not a number (a text, None, a list), or not a finite float32: its row fails.
 - The function raises; returns another number of values, or something unordered (a dict, a set) or a text;
-  ends its process; takes longer than `reward.deadline`: the batch is halved until what fails is alone. A
+  ends its process; takes longer than `deadline`: the batch is halved until what fails is alone. A
   part of n of N rows has n / N of the deadline, at least 1/16; after three deadlines, unscored rows fail.
 
 A failed row is not learned from. A reward of 0 instead would be a target: completions that break the function
@@ -32,6 +39,7 @@ What is wrong with the function itself ends the run:
 A resumed or replayed run is the same run only if the functions depend on their arguments alone.
 """
 
+import asyncio
 import functools
 import hashlib
 import importlib
@@ -41,26 +49,33 @@ import json
 import math
 import multiprocessing
 import os
-import reprlib
-import signal
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from medrlvr_jax.config.reward import FunctionConfig
 from medrlvr_jax.host.errors import ConfigError, MedrlvrError
+from medrlvr_jax.rewards.worker import (
+    ARGUMENTS,
+    ARGUMENTS_OF_ONE,
+    Function,
+    Row,
+    awaited,
+    is_coroutine,
+    name_of,
+    parameters_of,
+    reason_of,
+    values_of,
+    work,
+)
 
 START = 120  # seconds that importing the function may take
 LEAST = 16  # a part has at least 1 / LEAST of the deadline
+GRACE = 1  # seconds after the deadline until a worker of coroutines is ended
+CONCURRENCY = 16  # calls of a coroutine function of this process that wait at a time
 PATIENCE = 3  # deadlines that a batch may take in all, however many of its rows fail
-LARGEST = float.fromhex("0x1.fffffep127")  # of a float32
-
-Row = tuple[str, str, Sequence[str], str]  # completion, key, options, question
-ARGUMENTS = ("completions", "keys", "options", "questions")  # of every reward function, in this order
-Function = Callable[..., Iterable[float]]
 
 
 class RewardError(MedrlvrError, RuntimeError):
@@ -131,7 +146,7 @@ class Scorer:
         """End what runs for it."""
 
     def _call(self, rows: list[Row], seconds: float) -> tuple[dict[str, Any], float]:
-        """What `_values` makes of the function's result, or `error`; and the seconds it took."""
+        """What `values_of` makes of the function's result, or `error`; and the seconds it took."""
         raise NotImplementedError
 
 
@@ -140,41 +155,21 @@ class InProcess(Scorer):
 
     def __init__(self, function: Function):
         self.name, self.function = name_of(function), function
-        self._parameters = _parameters(function)
+        self._coroutine = is_coroutine(function)
+        self._parameters = parameters_of(function, ARGUMENTS_OF_ONE if self._coroutine else ARGUMENTS)
 
     def _call(self, rows: list[Row], seconds: float) -> tuple[dict[str, Any], float]:
+        if self._coroutine:
+            waited = awaited(self.function, self._parameters, rows, seconds, CONCURRENCY)
+            with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop of its own in this one
+                return thread.submit(asyncio.run, waited).result(), 0.0
         columns: dict[str, list[Any]] = dict(zip(ARGUMENTS, map(list, zip(*rows, strict=True)), strict=True))
         columns["options"] = list(map(list, columns["options"]))
         try:
             result = self.function(**{name: list(columns[name]) for name in self._parameters})
-            return _values(result, len(rows)), 0.0
+            return values_of(result, len(rows)), 0.0
         except Exception as e:
-            return {"error": _reason(e)}, 0.0
-
-
-def name_of(function: Function) -> str:
-    """The name of a callable as its source has it; of an object, that of its class."""
-    if isinstance(function, functools.partial):
-        return name_of(function.func)
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _parameters(function: Function) -> list[str]:
-    """Those of `ARGUMENTS` that the callable takes by keyword."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        known = set(ARGUMENTS)
-    else:
-        known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    needed = [
-        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    if unknown := [name for name in needed if name not in ARGUMENTS]:
-        remedy = f"there are {', '.join(ARGUMENTS)}; rename it, or give it a default"
-        raise ConfigError(
-            f"rewards: {name_of(function)} needs an argument {unknown[0]!r}, which it never gets; {remedy}"
-        )
-    return [name for name in ARGUMENTS if name in known]
+            return {"error": reason_of(e)}, 0.0
 
 
 def source_of(function: Any) -> str | None:
@@ -193,14 +188,14 @@ def source_of(function: Any) -> str | None:
 class UserReward(Scorer):
     """The function of `reward.fn` in its worker, which is started here, and again after it had to be ended.
 
-    Python would wait for it at its exit: `close` it. Raises `ConfigError` if
-    the function cannot be imported.
+    Python would wait for it at its exit: `close` it. Raises `ConfigError` if the function cannot be imported.
     """
 
     field = "reward.fn"
 
     def __init__(self, config: FunctionConfig):
-        self.name, self._deadline = config.fn, config.deadline
+        self.name, self._deadline, self._concurrency = config.fn, config.deadline, config.concurrency
+        self._grace = 0
         self._start()
 
     def close(self) -> None:
@@ -211,29 +206,31 @@ class UserReward(Scorer):
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(self.name, theirs, os.getpid()), daemon=True)
+        self._process = spawn.Process(target=work, args=(self.name, theirs, os.getpid()), daemon=True)
         self._process.start()
         theirs.close()
-        if reason := self._answer(START).get("error"):
+        answer = self._answer(START)
+        if "error" in answer:
             self.close()
-            raise ConfigError(
-                f"reward.fn: {self.name}: {reason}; it is searched on Python's path and in the current folder"
-            )
+            where = "it is searched on Python's path and in the current folder"
+            raise ConfigError(f"reward.fn: {self.name}: {answer['error']}; {where}")
+        self._grace = GRACE if answer["coroutine"] else 0
 
     def _call(self, rows: list[Row], seconds: float) -> tuple[dict[str, Any], float]:
         """What `_answer` says; and the seconds that it took, those of starting a worker not among them."""
         if not self._process.is_alive():
             self._start()
+        request = json.dumps([rows, seconds, self._concurrency]).encode()
         try:
-            self._pipe.send_bytes(json.dumps(rows).encode())
+            self._pipe.send_bytes(request)
         except OSError:
             self._start()  # it ended just now, of its own
-            self._pipe.send_bytes(json.dumps(rows).encode())
+            self._pipe.send_bytes(request)
         began = time.monotonic()
-        return self._answer(seconds), time.monotonic() - began
+        return self._answer(seconds + self._grace), time.monotonic() - began
 
     def _answer(self, seconds: float) -> dict[str, Any]:
-        """What the worker says within so many seconds, as `_values` has it; one that is silent is ended."""
+        """What the worker says within so many seconds, as `values_of` has it; one that is silent is ended."""
         try:
             if self._pipe.poll(seconds):
                 return json.loads(self._pipe.recv_bytes())
@@ -257,73 +254,3 @@ def source_digest(name: str) -> dict[str, str] | None:
         return None
     with open(spec.origin, "rb") as file:
         return {"file": spec.origin, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _work(name: str, pipe: Any, parent: int) -> None:
-    """The worker: one line of JSON in, one out; no pickles. It outlives neither its parent nor the pipe."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # these go to a whole job; the run ends its worker itself
-        signal.signal(number, signal.SIG_IGN)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerator is the run's
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = _find(name)
-        pipe.send_bytes(json.dumps({}).encode())
-    except BaseException as e:
-        pipe.send_bytes(json.dumps({"error": f"{type(e).__name__}: {e}"}).encode())
-        return
-    while True:
-        try:
-            rows = json.loads(pipe.recv_bytes())
-        except EOFError:
-            return
-        try:
-            answer = _values(function(*(list(column) for column in zip(*rows, strict=True))), len(rows))
-        except BaseException as e:
-            answer = {"error": _reason(e)}
-        pipe.send_bytes(json.dumps(answer).encode())
-
-
-def _reason(error: BaseException) -> str:
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}, line {where.lineno})"[:500]
-
-
-def _values(result: Any, n: int) -> dict[str, Any]:
-    """`values`: for each of n completions a float, or a str that says what is wrong with its value. Or
-    `error`: why there are none, with `miscounted` if their number is wrong."""
-    if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping | Set):
-        shown = reprlib.repr(result)
-        return {"error": f"it returned {shown}, which is not one number for each completion, in their order"}
-    values = list(result)
-    if len(values) != n:
-        return {
-            "error": f"it returned {len(values)} value{'s' * (len(values) != 1)} for {n} completions",
-            "miscounted": True,
-        }
-    return {"values": [number_of(value) for value in values]}
-
-
-def number_of(value: Any) -> float | str:
-    try:
-        if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return f"it returned {reprlib.repr(value)}, which is not a number"
-    return number if abs(number) <= LARGEST else f"it returned {number}"
-
-
-def _find(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    found = getattr(importlib.import_module(module), attribute)
-    if not callable(found):
-        raise TypeError(f"{attribute} is {type(found).__name__}, not a function")
-    return found
-
-
-def _watch(parent: int) -> None:
-    """A function that hangs hears nothing of the pipe: end with the parent, however that ended."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
