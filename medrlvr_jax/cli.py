@@ -601,16 +601,18 @@ def export(
     step: Step = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     adapter: Flag = False,
+    push_to_hub: str | None = None,
     distributed: Distributed = False,
 ) -> int:
-    """Write a run's model as a Hugging Face directory.
+    """Write a run's model as a Hugging Face directory, with a model card.
 
     Args:
         out: The directory to write.
-        dtype: The dtype of the weights. Default: that of the run.
+        dtype: The dtype of the weights. Default: that of the base model.
         adapter: Write only the LoRA adapters of a run with model.lora, in PEFT's format.
+        push_to_hub: Upload the directory to this repository of the hub, USER/NAME; made private if it is new.
     """
     from medrlvr_jax.tools.export import export
 
-    export(run, out, step, dtype, adapter)
+    export(run, out, step, dtype, adapter, push_to_hub)
     return 0

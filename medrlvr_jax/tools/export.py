@@ -3,23 +3,39 @@
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub
 import jax
 
+from medrlvr_jax.config.load import load
 from medrlvr_jax.evaluation.evaluate import open_source
 from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host.files import read_json, reading, write_text
 from medrlvr_jax.model import lora
 from medrlvr_jax.model.export import save_adapter, save_params
+from medrlvr_jax.model.weights import resolve
+from medrlvr_jax.tools.card import card
 
 
 def export(
-    run: Path, out: Path, step: int | Literal["best"] | None, dtype: str | None, adapter: bool = False
+    run: Path,
+    out: Path,
+    step: int | Literal["best"] | None,
+    dtype: str | None,
+    adapter: bool = False,
+    push: str | None = None,
 ) -> None:
-    """Write a run's policy, adapters merged, as a Hugging Face directory; or its adapters, like PEFT."""
+    """Write a run's policy, adapters merged, as a Hugging Face directory; or its adapters, like PEFT.
+
+    `dtype`: of the weights; None: as the base's config.json has it, adapters as float32. `push`: the hub name
+    of a repository to upload the directory to, which is made, private, if there is none.
+    """
     n = len(jax.devices())
     sizes = ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")  # n divides them all
     settings = [f"mesh={{data: 1, fsdp: {n}}}", *(f"{size}={n}" for size in sizes)]
-    parts, params, _ = open_source(run, settings, step)
+    parts, params, at = open_source(run, settings, step)
     m = parts.config.model
+    base = resolve(m.path)
+    dtype = dtype or (None if adapter else stored_dtype(base))
     if adapter and m.init == "random":
         why = "model.init random: no directory holds its base weights"
         raise ConfigError(f"--adapter: {why}; leave --adapter out")
@@ -30,7 +46,28 @@ def export(
             merged, cfg = lora.merge(params, parts.cfg, dtype), lora.off(parts.cfg)
             save_params(merged, cfg, m.path, out, dtype, parts.tokenizer.stop_ids)
     if jax.process_index() == 0:
-        if m.lora and not adapter and (dtype or m.param_dtype) == "bfloat16":
-            print("the sums of matrices and adapters are rounded to bfloat16, which loses small adapters;")
-            print("--dtype float32 keeps them, as does --adapter, which writes the adapters alone")
-        print(out)
+        trained = "float32" if m.lora else m.param_dtype
+        if not adapter and (dtype or m.param_dtype) != trained:
+            print(f"the weights are rounded to {dtype or m.param_dtype}, which loses small changes;")
+            print("--dtype float32 keeps them" + ", as does --adapter, the adapters alone" * bool(m.lora))
+        config = load(run / "config.yaml")
+        text = card(run, config, at, base, push or str(out), adapter)
+        write_text(out / "README.md", text)
+        print(f"{out}: weights, tokenizer, and a model card to complete in README.md")
+        if push:
+            print(upload(out, push))
+
+
+def stored_dtype(base: Path) -> str | None:
+    """The dtype of a directory's weights, as config.json says it; None where it is none that we write."""
+    config = read_json(base / "config.json", "repair it")
+    dtype = config.get("torch_dtype") or config.get("dtype")
+    return dtype if dtype in ("float32", "bfloat16") else None
+
+
+def upload(folder: Path, name: str) -> str:
+    """Upload a directory to the hub; returns its address there. Raises `ConfigError` where that fails."""
+    hub = huggingface_hub.HfApi()
+    with reading(f"--push-to-hub: {name}", "log in with `hf auth login`, as a user who may write there"):
+        hub.create_repo(name, private=True, exist_ok=True)
+        return str(hub.upload_folder(repo_id=name, folder_path=folder))
