@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import jax
 import numpy as np
 import yaml
 
@@ -59,7 +60,7 @@ def draw(step, resident, files, out: str) -> None:
 
 def main() -> int:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
-    rows, made, began, record, hear = [], [], time.monotonic(), log.Run.record, profile.Compiles._hear
+    rows, made, began, record = [], [], time.monotonic(), log.Run.record
 
     def measured(run, step, *args, **kwargs):
         record(run, step, *args, **kwargs)
@@ -73,12 +74,12 @@ def main() -> int:
                 flush=True,
             )
 
-    def heard(self, event, duration_secs, **about):
+    def compiled_one(event, duration_secs, **about):
         if event == profile.EVENT:
             made.append(about.get("fun_name"))
-        hear(self, event, duration_secs, **about)
 
-    log.Run.record, profile.Compiles._hear = measured, heard
+    log.Run.record = measured
+    jax.monitoring.register_event_duration_secs_listener(compiled_one)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "soak.yaml"
         path.write_text(yaml.safe_dump(TREE | {"steps": steps, "runs": folder}))

@@ -1,12 +1,12 @@
-"""Does the reasoning matter? `medrlvr probe RUN|CONFIG`: an answer forced after parts of its own thoughts.
+"""Does the reasoning matter? `medrlvr probe RUN|CONFIG`: the model must answer after parts of its thoughts.
 
-Forcing is `<think>…</think><answer>`, with the white space that the completion itself has between the two;
-the answer is the option whose letter is then most probable. Forced are (early answering: Lanham et al. 2023,
-arXiv 2307.13702)
+It is given `<think>…</think><answer>`, with the white space that the completion has between the two; its
+answer is then the option whose letter is most probable. The thoughts are (early answering: Lanham et al.
+2023, arXiv 2307.13702)
 
-    at once             <answer> with no thought tags at all
-    0 % … 100 %         the first so many of the thought's words; at 0 % an empty thought
-    another's           the thought of the question half a set away, so of no near repeat
+    at once             none, and no thought tags
+    0 % … 100 %         this share of the words of its thought; at 0 % an empty thought
+    another's           the thought of the question half a set away, so not of a near repeat
 
 and, for InfoGain (arXiv 2506.02126), the thought up to each of its sentences: how much more probable a
 sentence makes the key, log p(key | question, sentences ≤ i) − log p(key | question, sentences < i), in nats,
@@ -35,10 +35,10 @@ from medrlvr_jax.data.question import LETTERS
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.evaluation.answers import percent
-from medrlvr_jax.evaluation.evaluate import evaluate, load_sets, new_folder, open_source
+from medrlvr_jax.evaluation.evaluate import evaluate, new_folder, open_source, required_sets
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.host.processes import gather
+from medrlvr_jax.host.processes import gather_rows
 from medrlvr_jax.rewards.joins import sentences
 from medrlvr_jax.rollout.assess import assess_alone
 from medrlvr_jax.rollout.rollout import Encoded, encode, width
@@ -50,6 +50,7 @@ from medrlvr_jax.types import Params, Rollout
 
 CUTS = (0, 25, 50, 75, 100)  # per cent of a thought's words
 WHOLE = "100 %"
+Case = tuple[int, str]  # the index of a question, and the text that its response begins with
 
 
 def thought(completion: str) -> tuple[str, str]:
@@ -74,8 +75,7 @@ def letter_tokens(
 ) -> list[tuple[list[int], list[list[int]]]]:
     """For each text: the tokens that are the same whichever letter follows, and those that differ, by letter.
 
-    Texts are encoded up to `</answer>`: where a tokenizer joins a letter to what stands next to it, so does
-    this.
+    Texts are encoded up to `</answer>`, since a tokenizer may join a letter to its neighbours.
     """
     texts = [f"{b}{letter}</answer>" for b, n in zip(before, options, strict=True) for letter in LETTERS[:n]]
     encoded, out = iter(tok.spell(texts)), []
@@ -89,7 +89,7 @@ def letter_tokens(
 
 
 def before_response(parts: Parts, encoded: Encoded) -> Encoded:
-    """Prompts without a prefill: a completion, and so what is forced of it, begins with that."""
+    """Prompts without a prefill: the completions, and so the forced texts, begin with it."""
     tokens = text.encode_questions(parts.tokenizer, encoded.questions, parts.config.prompt, begun=False)
     return dataclasses.replace(encoded, tokens=tokens)
 
@@ -98,10 +98,10 @@ def letter_logprobs(
     parts: Parts,
     params: Params,
     encoded: Encoded,
-    cases: list[tuple[int, str]],
+    cases: list[Case],
     progress: Callable[[int, int], None],
 ) -> list[tuple[list[float], list[int]]]:
-    """For each case (index of the question, forced text): each letter's log-prob and number of tokens."""
+    """For each case: each letter's log-prob and number of tokens."""
     tok, size, mesh = parts.tokenizer, parts.config.eval.batch, parts.mesh
     options = [len(encoded.questions[i].options) for i, _ in cases]
     split = letter_tokens(tok, [before for _, before in cases], options)
@@ -124,15 +124,15 @@ def letter_logprobs(
         placed, tokens_, mask_ = place_rows((padded, tokens, mask), size, mesh)
         scored = assess_alone(params, parts, placed, Rollout(tokens_, mask_, tokens_, None))
         sums = np.where(mask, fetch_rows(scored.logprobs, mesh), 0).sum(2, dtype=np.float64)
-        new = {int(case): row for case, row, ours in zip(mine, sums.tolist(), counted, strict=True) if ours}
+        new = {int(case): row for case, row in zip(mine[counted], sums[counted].tolist(), strict=True)}
         out += [(case, row[: options[case]]) for case, row in new.items()]
         progress(stop, len(cases))
-    rows = [row for _, row in sorted(chain.from_iterable(gather(out)))]
-    return [(row, [len(ids) for ids in letters]) for row, (_, letters) in zip(rows, split, strict=True)]
+    rows = zip(gather_rows(out), split, strict=True)
+    return [(row, [len(ids) for ids in letters]) for row, (_, letters) in rows]
 
 
 class Scorer(NamedTuple):
-    """Another model, fixed, that says how probable the key is after each sentence."""
+    """Another model, whose probability of the key after each sentence counts."""
 
     name: str
     parts: Parts
@@ -148,7 +148,7 @@ def open_scorer(name: str, source: Path, settings: list[str]) -> Scorer:
 
 
 def contexts_of(thoughts: list[str]) -> dict[str, list[str | None]]:
-    """Each condition's thoughts, one a question; None where there are to be no tags."""
+    """Each condition's thoughts, one a question; None: no tags."""
     n, cuts = len(thoughts), [(f"{share} %", share / 100) for share in CUTS]
     out: dict[str, list[str | None]] = {"at once": [None] * n}
     out |= {name: [cut(t, share) if share < 1 else t for t in thoughts] for name, share in cuts}
@@ -172,38 +172,43 @@ def probe(
     _, answered = evaluate(parts, decode_params, encoded, partial(progress, "answers"))
     encoded = before_response(parts, encoded)
     thoughts, seams = zip(*(thought(row["completion"]) for row in answered), strict=True)
-    conditions = contexts_of(list(thoughts))
-    steps = [["", *sentences(t)] for t in thoughts]
-    cases = [(i, forced(c, seams[i])) for contexts in conditions.values() for i, c in enumerate(contexts)]
-    by_sentence = [(i, forced(c, seams[i])) for i, contexts in enumerate(steps) for c in contexts]
-    cases = list(dict.fromkeys(cases + ([] if scorer else by_sentence)))  # many are equal, such as all at 0 %
-    by_model = letter_logprobs(parts, params, encoded, cases, partial(progress, "forced"))
-    scores = scores_by_sentence = dict(zip(cases, by_model, strict=True))
-    if scorer:
-        config = scorer.parts.config
-        prompt = dataclasses.replace(config.prompt, max_tokens=sys.maxsize)  # it may have more: drop none
-        config = dataclasses.replace(config, prompt=prompt)
-        asked = before_response(scorer.parts, encode(scorer.parts.tokenizer, encoded.questions, config))
-        cases, report = list(dict.fromkeys(by_sentence)), partial(progress, f"scored by {scorer.name}")
-        with jax.set_mesh(scorer.parts.mesh):
-            by_scorer = letter_logprobs(scorer.parts, scorer.params, asked, cases, report)
-        scores_by_sentence = dict(zip(cases, by_scorer, strict=True))
+    case = lambda i, context: (i, forced(context, seams[i]))
+    contexts = contexts_of(list(thoughts))
+    conditions = {name: [case(i, c) for i, c in enumerate(row)] for name, row in contexts.items()}
+    steps = [[case(i, c) for c in ("", *sentences(t))] for i, t in enumerate(thoughts)]
+    cases, of_steps = [*chain(*conditions.values())], [*chain(*steps)]
+    report = partial(progress, "forced")
+    scores = score_cases(parts, params, encoded, cases + ([] if scorer else of_steps), report)
+    step_scores = score_by(scorer, encoded, of_steps, progress) if scorer else scores
     rows = []
     for i, row in enumerate(answered):
-        key = LETTERS.index(row["key"])
-        best = {name: np.argmax(scores[i, forced(c[i], seams[i])][0]) for name, c in conditions.items()}
-        after = [scores_by_sentence[i, forced(context, seams[i])] for context in steps[i]]
-        rows.append(
-            {
-                "id": row["id"],
-                "key": row["key"],
-                "generated": row["answer"],
-                "completion": row["completion"],
-                "answers": {name: LETTERS[letter] for name, letter in best.items()},
-                "key_logprob": [logprobs[key] / sizes[key] for logprobs, sizes in after],
-            }
-        )
+        key, after = LETTERS.index(row["key"]), [step_scores[step] for step in steps[i]]
+        best = {name: LETTERS[np.argmax(scores[cases[i]][0])] for name, cases in conditions.items()}
+        about = {"id": row["id"], "key": row["key"], "generated": row["answer"]}
+        about |= {"completion": row["completion"], "answers": best}
+        rows.append(about | {"key_logprob": [logprobs[key] / sizes[key] for logprobs, sizes in after]})
     return summarise(rows, scorer.name if scorer else None), rows
+
+
+def score_cases(
+    parts: Parts, params: Params, encoded: Encoded, cases: list[Case], progress: Callable[[int, int], None]
+) -> dict[Case, tuple[list[float], list[int]]]:
+    """`letter_logprobs` by case. Many cases are equal, such as all at 0 %."""
+    cases = list(dict.fromkeys(cases))
+    return dict(zip(cases, letter_logprobs(parts, params, encoded, cases, progress), strict=True))
+
+
+def score_by(
+    scorer: Scorer, encoded: Encoded, cases: list[Case], progress: Callable[[str, int, int], None]
+) -> dict[Case, tuple[list[float], list[int]]]:
+    """`score_cases` by another model, with its tokenizer."""
+    config = scorer.parts.config
+    prompt = dataclasses.replace(config.prompt, max_tokens=sys.maxsize)  # so that no question is dropped
+    config = dataclasses.replace(config, prompt=prompt)
+    asked = before_response(scorer.parts, encode(scorer.parts.tokenizer, encoded.questions, config))
+    with jax.set_mesh(scorer.parts.mesh):
+        report = partial(progress, f"scored by {scorer.name}")
+        return score_cases(scorer.parts, scorer.params, asked, cases, report)
 
 
 def summarise(rows: list[dict[str, Any]], scorer: str | None = None) -> dict[str, Any]:
@@ -277,9 +282,7 @@ def probe_source(
     sets = {name: dataclasses.replace(spec, shuffle_options=False) for name, spec in c.eval.sets.items()}
     greedy = dataclasses.replace(c.eval, samples=1, temperature=0.0, sets=sets)
     parts = dataclasses.replace(parts, config=dataclasses.replace(c, eval=greedy))
-    encoded = load_sets(parts)
-    if not encoded:
-        raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")
+    encoded = required_sets(parts)
     folder = new_folder(source, parts, f"probe-{step}", out, "probe.json")
     leads, console, probed = jax.process_index() == 0, Console(), {}
     judge = open_scorer(scorer, source, settings) if scorer else None
@@ -292,8 +295,7 @@ def probe_source(
 
             probed[name], rows = probe(parts, params, decode_params, questions, report, judge)
             if leads:
-                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-                files.write_text(folder / f"{name}.jsonl", "".join(lines))
+                files.write_text(folder / f"{name}.jsonl", files.jsonl(rows))
     console.close()
     if leads:
         tree = {"source": str(source), "step": step, "scorer": scorer, "probe": probed}
