@@ -124,16 +124,16 @@ def queries_keys_values(
     """
     dtype = cfg.execution.dtype
     x = rms_norm(x, layer["attn_norm"], cfg.norm_eps, dtype)
-    heads = (project(layer, cfg, x, name).reshape(*x.shape[:2], -1, cfg.head_dim) for name in ("q", "k", "v"))
-    q, k, v = (y.astype(jnp.float32) for y in heads)
-    if cfg.qkv_bias:
-        q, k, v = (
-            y + layer[f"{name}_bias"].astype(jnp.float32) for y, name in ((q, "q"), (k, "k"), (v, "v"))
-        )
-    if cfg.qk_norm:
-        q, k = (
-            rms_norm(y, layer[f"{name}_norm"], cfg.norm_eps, jnp.float32) for y, name in ((q, "q"), (k, "k"))
-        )
+
+    def heads(name: str) -> Array:
+        y = project(layer, cfg, x, name).reshape(*x.shape[:2], -1, cfg.head_dim).astype(jnp.float32)
+        if cfg.qkv_bias:
+            y += layer[f"{name}_bias"].astype(jnp.float32)
+        if cfg.qk_norm and name != "v":
+            y = rms_norm(y, layer[f"{name}_norm"], cfg.norm_eps, jnp.float32)
+        return y
+
+    q, k, v = heads("q"), heads("k"), heads("v")
     q, k, v = (y.astype(dtype) for y in (rotate(q, rope) * cfg.head_dim**-0.5, rotate(k, rope), v))
     q = constrain(q, "batch", None, "heads", None)
     k, v = constrain(k, "batch", None, "kv_heads", None), constrain(v, "batch", None, "kv_heads", None)
@@ -259,11 +259,8 @@ def embed_lookup(
     gradient is summed in float32, whatever the dtypes of the states and of the table: a bfloat16 sum of ones
     ends at 256, and frequent tokens have thousands.
     """
-    rows = (
-        constrain(embed, "vocab", "embed_shard")
-        .at[constrain(tokens, "replica", None)]
-        .get(mode="fill", fill_value=0)
-    )
+    table, tokens = constrain(embed, "vocab", "embed_shard"), constrain(tokens, "replica", None)
+    rows = table.at[tokens].get(mode="fill", fill_value=0)
     return constrain(rows.astype(cfg.execution.dtype).astype(jnp.float32), "replica", None, "embed_shard")
 
 
@@ -306,9 +303,8 @@ def pack(
 def logits(params: Params, cfg: DecoderConfig, hidden: Float[Array, "*N E"]) -> Float32[Array, "*N V"]:
     """Scores of the vocabulary, not yet divided by a temperature."""
     name, axes = ("embed", "...e,ve->...v") if cfg.tied else ("head", "...e,ev->...v")
-    return jnp.einsum(
-        axes, hidden, params[name].astype(cfg.execution.dtype), preferred_element_type=jnp.float32
-    )
+    table = params[name].astype(cfg.execution.dtype)
+    return jnp.einsum(axes, hidden, table, preferred_element_type=jnp.float32)
 
 
 def quantize(w: Float[Array, "..."], inputs: int) -> tuple[Int8[Array, "..."], Float32[Array, "*out"]]:

@@ -64,15 +64,14 @@ def at_responses(
     tokens = jnp.take_along_axis(rows.tokens.reshape(n, -1), place, axis=1)[:, None]
     segments, columns = (place // length)[:, None], (place % length)[:, None]
     known = jnp.where(keep[:, None], tokens, NO_TOKEN)
-    found = read(hidden_states(params, cfg, rows.prompts, known, segments, columns), tokens)
+    packed = read(hidden_states(params, cfg, rows.prompts, known, segments, columns), tokens)
 
-    def put(x):
+    def unpack(x):
         blank = constrain(jnp.zeros(mask.shape, x.dtype), "batch", None)
-        return jax.vmap(lambda row, at, x: row.at[at].set(x))(
-            blank, place, jnp.where(keep, x[:, 0], 0)
-        ).reshape(n, groups, length)
+        put = jax.vmap(lambda row, place, values: row.at[place].set(values))
+        return put(blank, place, jnp.where(keep, x[:, 0], 0)).reshape(n, groups, length)
 
-    return jax.tree.map(put, found)
+    return jax.tree.map(unpack, packed)
 
 
 def hidden_states(
@@ -93,8 +92,8 @@ def hidden_states(
     rows, groups, length = tokens.shape
     width = prompts.tokens.shape[1]
     last = jnp.broadcast_to(packed[:, None, None, width - 1], (rows, groups, 1, cfg.embed))
-    own = packed[:, width:].reshape(rows, groups, length, cfg.embed)
-    states = jnp.concatenate([last, own[:, :, :-1]], axis=2)
+    after = packed[:, width:].reshape(rows, groups, length, cfg.embed)
+    states = jnp.concatenate([last, after[:, :, :-1]], axis=2)
     return states if columns is None else jnp.where(columns[..., None] == 0, last, states)
 
 

@@ -180,69 +180,62 @@ def _with_companions(**rows: Parameter) -> dict[str, Parameter]:
     for name, row in rows.items():
         out[name] = row
         if row.kind == "matrix":
-            outputs = row.axes.removeprefix(row.inputs).strip()
-
-            def adapted(cfg: DecoderConfig, name: Any = name) -> bool:
-                return cfg.execution.lora is not None and name in cfg.execution.lora.targets
-
-            out[f"{name}_scale"] = Parameter(
-                "scale", outputs, start="ones", exists=lambda cfg: cfg.execution.int8
-            )
-            out[f"{name}_a"] = Parameter(
-                "adapter", f"{row.inputs} rank", row.inputs, "normal", exists=adapted
-            )
-            out[f"{name}_b"] = Parameter("adapter", f"rank {outputs}", "rank", "zeros", exists=adapted)
+            outputs, adapted = row.axes.removeprefix(row.inputs).strip(), partial(_adapts, name)
+            out[f"{name}_scale"] = Parameter("scale", outputs, start="ones", exists=_quantized)
+            factor_a = Parameter("adapter", f"{row.inputs} rank", row.inputs, "normal", exists=adapted)
+            factor_b = Parameter("adapter", f"rank {outputs}", "rank", "zeros", exists=adapted)
+            out |= {f"{name}_a": factor_a, f"{name}_b": factor_b}
     return out
 
 
-def _norm(axis: str, tensor: str, **more: Any) -> Parameter:
-    return Parameter("norm", axis, "", "ones", tensor, axis, **more)
+def _adapts(name: str, cfg: DecoderConfig) -> bool:
+    return cfg.execution.lora is not None and name in cfg.execution.lora.targets
 
 
-def _bias(axes: str, tensor: str) -> Parameter:
-    return Parameter("bias", axes, "", "zeros", tensor, f"({axes})", exists=lambda cfg: cfg.qkv_bias)
+def _table(axes: str, module: str, **more: Any) -> Parameter:
+    return Parameter("table", axes, "embed", "normal", f"{module}.weight", "vocab embed", False, **more)
 
 
-def _matrix(axes: str, inputs: str, start: Any, tensor: str, tensor_axes: str) -> Parameter:
-    return Parameter("matrix", axes, inputs, start, tensor, tensor_axes)
+def _norm(axis: str, module: str, **more: Any) -> Parameter:
+    return Parameter("norm", axis, "", "ones", f"{module}.weight", axis, **more)
 
 
+def _bias(axes: str, module: str) -> Parameter:
+    return Parameter(
+        "bias", axes, "", "zeros", f"{module}.bias", f"({axes})", exists=lambda cfg: cfg.qkv_bias
+    )
+
+
+def _matrix(axes: str, inputs: str, module: str, tensor_axes: str, start: Any = "normal") -> Parameter:
+    return Parameter("matrix", axes, inputs, start, f"{module}.weight", tensor_axes)
+
+
+_quantized = lambda cfg: cfg.execution.int8
+_has_value = lambda cfg: cfg.execution.value_head
 _has_head = lambda cfg: not (cfg.tied or cfg.execution.value_head)
 _has_qk_norm = lambda cfg: cfg.qk_norm
 # Start values depend on the order of the rows: see `init`. A new row goes to the end.
 PARAMETERS = _with_companions(
-    embed=Parameter(
-        "table", "vocab embed", "embed", "normal", "model.embed_tokens.weight", "vocab embed", False
-    ),
-    value=Parameter("value", "width+1", stacked=False, exists=lambda cfg: cfg.execution.value_head),
-    head=Parameter(
-        "table", "embed vocab", "embed", "normal", "lm_head.weight", "vocab embed", False, _has_head
-    ),
-    norm=_norm("width", "model.norm.weight", stacked=False),
-    attn_norm=_norm("width", "input_layernorm.weight"),
-    q=_matrix("embed heads head_dim", "embed", "normal", "self_attn.q_proj.weight", "(heads head_dim) embed"),
-    k=_matrix(
-        "embed kv_heads head_dim", "embed", "normal", "self_attn.k_proj.weight", "(kv_heads head_dim) embed"
-    ),
-    v=_matrix(
-        "embed kv_heads head_dim", "embed", "normal", "self_attn.v_proj.weight", "(kv_heads head_dim) embed"
-    ),
+    embed=_table("vocab embed", "model.embed_tokens"),
+    value=Parameter("value", "width+1", stacked=False, exists=_has_value),
+    head=_table("embed vocab", "lm_head", exists=_has_head),
+    norm=_norm("width", "model.norm", stacked=False),
+    attn_norm=_norm("width", "input_layernorm"),
+    q=_matrix("embed heads head_dim", "embed", "self_attn.q_proj", "(heads head_dim) embed"),
+    k=_matrix("embed kv_heads head_dim", "embed", "self_attn.k_proj", "(kv_heads head_dim) embed"),
+    v=_matrix("embed kv_heads head_dim", "embed", "self_attn.v_proj", "(kv_heads head_dim) embed"),
     o=_matrix(
-        "heads head_dim embed",
-        "heads head_dim",
-        "residual",
-        "self_attn.o_proj.weight",
-        "embed (heads head_dim)",
+        "heads head_dim embed", "heads head_dim", "self_attn.o_proj", "embed (heads head_dim)", "residual"
     ),
-    q_bias=_bias("heads head_dim", "self_attn.q_proj.bias"),
-    k_bias=_bias("kv_heads head_dim", "self_attn.k_proj.bias"),
-    v_bias=_bias("kv_heads head_dim", "self_attn.v_proj.bias"),
-    q_norm=_norm("head_dim", "self_attn.q_norm.weight", exists=_has_qk_norm),
-    k_norm=_norm("head_dim", "self_attn.k_norm.weight", exists=_has_qk_norm),
-    mlp_norm=_norm("width", "post_attention_layernorm.weight"),
-    gate=_matrix("embed ffn", "embed", "normal", "mlp.gate_proj.weight", "ffn embed"),
-    up=_matrix("embed ffn", "embed", "normal", "mlp.up_proj.weight", "ffn embed"),
-    down=_matrix("ffn embed", "ffn", "residual", "mlp.down_proj.weight", "embed ffn"),
+    q_bias=_bias("heads head_dim", "self_attn.q_proj"),
+    k_bias=_bias("kv_heads head_dim", "self_attn.k_proj"),
+    v_bias=_bias("kv_heads head_dim", "self_attn.v_proj"),
+    q_norm=_norm("head_dim", "self_attn.q_norm", exists=_has_qk_norm),
+    k_norm=_norm("head_dim", "self_attn.k_norm", exists=_has_qk_norm),
+    mlp_norm=_norm("width", "post_attention_layernorm"),
+    gate=_matrix("embed ffn", "embed", "mlp.gate_proj", "ffn embed"),
+    up=_matrix("embed ffn", "embed", "mlp.up_proj", "ffn embed"),
+    down=_matrix("ffn embed", "ffn", "mlp.down_proj", "embed ffn", "residual"),
 )
 # → input axes
 MATRICES = {name: len(row.inputs.split()) for name, row in PARAMETERS.items() if row.kind == "matrix"}

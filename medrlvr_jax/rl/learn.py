@@ -22,7 +22,7 @@ import optax
 import optax.contrib
 
 from medrlvr_jax import sharding
-from medrlvr_jax.config.schema import Config, KLConfig, LossConfig, OptimConfig
+from medrlvr_jax.config.schema import Config, KLConfig, OptimConfig
 from medrlvr_jax.model import lora, scoring
 from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig
 from medrlvr_jax.rl import losses
@@ -59,37 +59,30 @@ def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransform
         "linear": optax.linear_schedule(config.lr, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(config.lr, rest),
     }[config.schedule]
-    # Warm-up starts at lr / warmup, not at 0: no optimiser step is spent on standing still.
-    rate = (
-        optax.join_schedules([lambda n: config.lr * (n + 1) / warmup, after], [warmup]) if warmup else after
-    )
-    c, decay = config, config.weight_decay
-    rule = {
-        "adamw": lambda: optax.adamw(
-            rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=decay, mu_dtype=c.moments, mask=_decays
-        ),
-        "adafactor": lambda: optax.chain(
-            optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(decay, _decays),
-            optax.scale_by_learning_rate(rate),
-        ),
-        "muon": lambda: optax.chain(
-            optax.contrib.muon(
-                1.0,
-                beta=c.b1,
-                eps=c.eps,
-                mu_dtype=c.moments,
-                adam_b1=c.b1,
-                adam_b2=c.b2,
-                muon_weight_dimension_numbers=_matrix_axes,
-                consistent_rms=0.2,
-            ),  # minus the direction: its own decay would leave embedding and head alone
-            optax.add_decayed_weights(-decay, _decays),
-            optax.scale_by_learning_rate(rate, flip_sign=False),
-        ),
-    }[c.kind]
-    return _in_float32(optax.chain(optax.clip_by_global_norm(c.clip_norm), rule()))
+    rate = after
+    if warmup:  # starts at lr / warmup, not at 0: no optimiser step is spent on standing still
+        rate = optax.join_schedules([lambda n: config.lr * (n + 1) / warmup, after], [warmup])
+    decay, shared = config.weight_decay, {"eps": config.eps, "mu_dtype": config.moments}
+    match config.kind:
+        case "adamw":
+            b1, b2 = config.b1, config.b2
+            rule = optax.adamw(rate, b1=b1, b2=b2, weight_decay=decay, mask=_decays, **shared)
+        case "adafactor":
+            rule = optax.chain(
+                optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
+                optax.add_decayed_weights(decay, _decays),
+                optax.scale_by_learning_rate(rate),
+            )
+        case "muon":
+            shared |= {"beta": config.b1, "adam_b1": config.b1, "adam_b2": config.b2, "consistent_rms": 0.2}
+            rule = optax.chain(
+                optax.contrib.muon(1.0, muon_weight_dimension_numbers=_matrix_axes, **shared),
+                # minus the direction: muon's own decay would leave embedding and head alone
+                optax.add_decayed_weights(-decay, _decays),
+                optax.scale_by_learning_rate(rate, flip_sign=False),
+            )
+    return _in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), rule))
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -120,27 +113,22 @@ def _matrix_axes(params: Params) -> Params:
         row = PARAMETERS[path[-1].key]
         if row.kind not in ("matrix", "adapter"):
             return None
-        inputs = len(row.inputs.split())
-        return optax.contrib.MuonDimensionNumbers(
-            tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, p.ndim))
-        )
+        outputs = 1 + len(row.inputs.split())  # after the axis of layers
+        return optax.contrib.MuonDimensionNumbers(tuple(range(1, outputs)), tuple(range(outputs, p.ndim)))
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def policy_objective(config: Config, cfg: DecoderConfig) -> Objective:
     """The clipped surrogate (and its kin) of `losses.policy_loss`; extra is the KL coefficient."""
-    loss: LossConfig = config.loss
-    kl: KLConfig = config.kl
+    read = partial(
+        scoring.token_logprobs, temperature=config.sample.temperature, slab=config.model.logit_slab
+    )
 
     def objective(params, rows, kl_coef, size):
-        def read(hidden, tokens):
-            return scoring.token_logprobs(
-                params, cfg, hidden, tokens, config.sample.temperature, config.model.logit_slab
-            )
-
-        logprobs, entropy = scoring.at_responses(params, cfg, rows, size, read)
-        return losses.policy_loss(logprobs, entropy, rows, loss, kl, kl_coef, config.sample.max_new_tokens)
+        logprobs, entropy = scoring.at_responses(params, cfg, rows, size, partial(read, params, cfg))
+        length = config.sample.max_new_tokens
+        return losses.policy_loss(logprobs, entropy, rows, config.loss, config.kl, kl_coef, length)
 
     return objective
 
@@ -149,10 +137,8 @@ def critic_objective(config: Config, cfg: DecoderConfig) -> Objective:
     """The clipped squared error of `losses.value_loss`; extra is unused."""
 
     def objective(params, rows, _, size):
-        values = scoring.at_responses(
-            params, cfg, rows, size, lambda hidden, _: scoring.values(params, cfg, hidden)
-        )
-        return losses.value_loss(values, rows, config.loss)
+        read = lambda hidden, _: scoring.values(params, cfg, hidden)
+        return losses.value_loss(scoring.at_responses(params, cfg, rows, size, read), rows, config.loss)
 
     return objective
 
@@ -160,11 +146,10 @@ def critic_objective(config: Config, cfg: DecoderConfig) -> Objective:
 def nll_objective(config: Config, cfg: DecoderConfig) -> Objective:
     """Negative log-likelihood of the targets; extra is unused."""
 
-    def objective(params, rows, _, size):
-        def read(hidden, tokens):
-            return scoring.token_logprobs(params, cfg, hidden, tokens, 1.0, config.model.logit_slab)
+    read = partial(scoring.token_logprobs, temperature=1.0, slab=config.model.logit_slab)
 
-        logprobs, _ = scoring.at_responses(params, cfg, rows, size, read)
+    def objective(params, rows, _, size):
+        logprobs, _ = scoring.at_responses(params, cfg, rows, size, partial(read, params, cfg))
         return losses.nll_loss(logprobs, rows.mask)
 
     return objective
@@ -202,21 +187,14 @@ def moved(params: Params, updates: Params, key: Array) -> Params:
     leaves, tree = jax.tree.flatten(params)
     words = jax.random.bits(key, (len(leaves),), jnp.uint32)
 
-    def one(p: Array, u: Array, word: Array) -> Array:
+    def move(p: Array, u: Array, word: Array) -> Array:
         return stochastic_round(p.astype(jnp.float32) + u, word) if p.dtype == jnp.bfloat16 else p + u
 
-    return jax.tree.unflatten(
-        tree, [one(*row) for row in zip(leaves, jax.tree.leaves(updates), words, strict=True)]
-    )
+    return jax.tree.unflatten(tree, map(move, leaves, jax.tree.leaves(updates), words))
 
 
 def update(
-    learner: Learner,
-    base: Params,
-    rows: Experience,
-    key: Array,
-    extra: Any,
-    how: LearnSettings,
+    learner: Learner, base: Params, rows: Experience, key: Array, extra: Any, how: LearnSettings
 ) -> tuple[Learner, Metrics]:
     """One optimiser step on `rows`, `how.micro` at a time. One whose loss or gradient is not finite is not
     taken: `skipped` counts it.
@@ -243,13 +221,10 @@ def update(
         grads, metrics = gradients(rows)
     else:
         parts = sharding.split_rows(rows, micro)
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts)),
-        )
-        (grads, metrics), _ = jax.lax.scan(
-            lambda acc, part: (jax.tree.map(jnp.add, acc, gradients(part)), None), zeros, parts
-        )
+        shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, gradients(part)), None)
+        (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
     count = jnp.maximum(metrics["loss"].count, 1)
     grads = jax.tree.map(lambda g: g / count, grads)
     with jax.named_scope("optimizer"):
@@ -265,13 +240,7 @@ def update(
 
 
 def learn(
-    learner: Learner,
-    base: Params,
-    experience: Experience,
-    key: Array,
-    extra: Any,
-    *,
-    how: LearnSettings,
+    learner: Learner, base: Params, experience: Experience, key: Array, extra: Any, *, how: LearnSettings
 ) -> tuple[Learner, Metrics]:
     """Several epochs over shuffled minibatches of questions; metrics are summed over all optimiser steps.
 
@@ -282,13 +251,13 @@ def learn(
     shuffles = [jax.random.permutation(jax.random.fold_in(key, epoch), n) for epoch in range(epochs)]
     order = jnp.stack(shuffles).reshape(epochs * (n // minibatch), minibatch)
 
-    def one(learner, step):
+    def take_step(learner, step):
         index, key = step
         rows = experience if minibatch == n else jax.tree.map(lambda x: x[index], experience)
         return update(learner, base, rows, key, extra, how)
 
     keys = jax.random.split(jax.random.fold_in(key, epochs), len(order))
-    learner, metrics = jax.lax.scan(one, learner, (order, keys))
+    learner, metrics = jax.lax.scan(take_step, learner, (order, keys))
     return learner, jax.tree.map(lambda x: x.sum(0), metrics)
 
 
@@ -308,14 +277,17 @@ def offload(config: Config, learner: Learner, program: Any) -> tuple[Learner, An
     for `program` alone.
     """
 
-    def moved(learner: Learner, kind: str) -> Learner:
+    if not config.learn.offload:
+        return learner, program
+
+    def put(learner: Learner, kind: str) -> Learner:
         return Learner(learner.params, sharding.to_memory(learner.opt_state, kind))
 
     def visit(learner: Learner, *rest):
-        learner, metrics = program(moved(learner, "device"), *rest)
-        return moved(learner, "pinned_host"), metrics
+        learner, metrics = program(put(learner, "device"), *rest)
+        return put(learner, "pinned_host"), metrics
 
-    return (moved(learner, "pinned_host"), visit) if config.learn.offload else (learner, program)
+    return put(learner, "pinned_host"), visit
 
 
 def adapt_kl(coef: Array, kl: Array, samples: int, config: KLConfig) -> Array:

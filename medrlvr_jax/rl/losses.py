@@ -61,9 +61,8 @@ def sequence_log_ratio(log_ratio: Array, mask: Array) -> Array:
     [..., R] → [..., R]. With one advantage per response this is GSPO's gradient; with one per token it is the
     paper's GSPO-token.
     """
-    mean = jnp.where(mask, log_ratio, 0.0).sum(axis=-1, keepdims=True) / jnp.maximum(
-        mask.sum(axis=-1, keepdims=True), 1
-    )
+    length = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
+    mean = jnp.where(mask, log_ratio, 0.0).sum(axis=-1, keepdims=True) / length
     return jax.lax.stop_gradient(mean) + (log_ratio - jax.lax.stop_gradient(log_ratio))
 
 
@@ -75,9 +74,8 @@ def clip_surrogate(ratio: Array, advantages: Array, loss: LossConfig) -> Array:
     1912.09729). Both bound what a grown ratio costs where A < 0, and c = δ ≥ 1 + ε_high are one and the same.
     """
     free = ratio if loss.ratio_cap is None else jnp.minimum(ratio, loss.ratio_cap)
-    objective = jnp.minimum(
-        free * advantages, jnp.clip(ratio, 1 - loss.clip_low, 1 + loss.clip_high) * advantages
-    )
+    clipped = jnp.clip(ratio, 1 - loss.clip_low, 1 + loss.clip_high)
+    objective = jnp.minimum(free * advantages, clipped * advantages)
     if loss.dual_clip is None:
         return objective
     return jnp.where(advantages < 0, jnp.maximum(objective, loss.dual_clip * advantages), objective)
@@ -120,9 +118,12 @@ def policy_loss(
     log_ratio = new - old
     ratio = ratio_of(sequence_log_ratio(log_ratio, mask) if loss.ratio == "sequence" else log_ratio)
     cispo = loss.surrogate == "cispo"
-    surrogate = (
-        cispo_surrogate(new, ratio, advantages, loss) if cispo else clip_surrogate(ratio, advantages, loss)
-    )
+    if cispo:
+        surrogate = cispo_surrogate(new, ratio, advantages, loss)
+        cut_low = jnp.zeros_like(mask)
+    else:
+        surrogate = clip_surrogate(ratio, advantages, loss)
+        cut_low = (ratio < 1 - loss.clip_low) & (advantages < 0)
     metrics = {}
     if experience.sampler_weights is not None:
         weights = jnp.where(mask, experience.sampler_weights, 0.0)
@@ -131,9 +132,7 @@ def policy_loss(
         "surrogate": aggregate(surrogate, mask, loss.aggregate, max_new_tokens),
         "ratio": token_mean(ratio, mask),
         "ratio_far": token_mean(jnp.abs(ratio - 1) > 0.1, mask),
-        "clip_low": token_mean(
-            jnp.zeros_like(mask) if cispo else (ratio < 1 - loss.clip_low) & (advantages < 0), mask
-        ),
+        "clip_low": token_mean(cut_low, mask),
         "clip_high": token_mean((ratio > 1 + loss.clip_high) & (cispo | (advantages > 0)), mask),
         "approx_kl": token_mean(kl_estimate(old, new, "k3"), mask),
         "entropy": token_mean(entropy, mask),
@@ -157,18 +156,14 @@ def value_loss(values: Array, experience: Experience, loss: LossConfig) -> tuple
     `value`, `return`, `return_square`, `value_error` = mean (R − V)².
     """
     if experience.values is None or experience.returns is None:
-        raise ValueError(
-            "the experience has no values or no returns: a critic learns only where "
-            "advantage.estimator is gae"
-        )
+        raise ValueError("no values or no returns: a critic learns only where advantage.estimator is gae")
     mask = experience.mask
     new, old, returns = (jnp.where(mask, x, 0.0) for x in (values, experience.values, experience.returns))
     error = (new - returns) ** 2
     worst = error
     if loss.value_clip is not None:
-        worst = jnp.maximum(
-            error, (old + jnp.clip(new - old, -loss.value_clip, loss.value_clip) - returns) ** 2
-        )
+        moved = jnp.clip(new - old, -loss.value_clip, loss.value_clip)
+        worst = jnp.maximum(error, (old + moved - returns) ** 2)
     metrics = {
         "value_clip": token_mean(worst > error, mask),
         "value": token_mean(new, mask),
@@ -188,9 +183,8 @@ def explained_variance(metrics: Metrics) -> Array:
     """
     square = metrics["return_square"].value()
     variance, rounding = square - metrics["return"].value() ** 2, 1e-6 + 1e-5 * square
-    return jnp.where(
-        variance > rounding, 1 - metrics["value_error"].value() / jnp.maximum(variance, rounding), 0.0
-    )
+    explained = 1 - metrics["value_error"].value() / jnp.maximum(variance, rounding)
+    return jnp.where(variance > rounding, explained, 0.0)
 
 
 def nll_loss(logprobs: Array, mask: Array) -> tuple[Mean, Metrics]:
