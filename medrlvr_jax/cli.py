@@ -563,32 +563,41 @@ def score(
     /,
     *,
     out: Path,
+    reward: str | None = None,
     mode: Literal["paper", "strict", "direct"] = "strict",
     prefill: str = "",
     leak_penalty: Penalty = 0.0,
     before_penalty: Penalty = 0.0,
 ) -> int:
-    """Score completions in a file by the reward's rule, to test the rule.
+    """Score completions in a file by a reward, to test it.
 
     Args:
         file: JSONL of {"completion": …, "answer": "C", "options": […]}, or of {"completion": …, "kind":
             "number", "answer": 5.2, …} as in the data format `open`.
         out: The JSONL of verdicts to write.
-        mode: The rule, as in reward.mode. `direct` expects an answer without a thought.
+        reward: What is paid, as in a config: a preset's name, such as ehrmind, or a list of components.
+            Default: the rule.
+        mode: The format, as in reward.mode. `direct` expects an answer without a thought.
         prefill: The beginning of each completion that the prompt gave, such as '<think>'.
         leak_penalty: Subtracted where the thought states the answer; 0.5 is usual.
         before_penalty: Subtracted where more than 15 words stand before <think>; 0.3 is usual.
     """
-    from medrlvr_jax.config.schema import RewardConfig
+    from medrlvr_jax.config.load import load
+
+    settings = [f"reward={reward}"] if reward else []
+    settings += [f"reward.mode={mode}"]
+    for kind, weight in (("leak", leak_penalty), ("before", before_penalty)):
+        settings += [f"reward.{kind}_penalty={weight}"] if weight else []
+    tree = {"name": "score", "model": {"path": ""}, "prompt": {"template": "none"}}
+    rule = load(tree, settings, "score").reward
     from medrlvr_jax.host import tables
     from medrlvr_jax.rewards.parse import judged_beginning
     from medrlvr_jax.tools.score_file import score_file
 
-    rule = RewardConfig(mode=mode, leak_penalty=leak_penalty, before_penalty=before_penalty)
     reasons = score_file(file, out, rule, prefill=judged_beginning(prefill, mode))
     rows = [(reason, f"{n:,}", f"{100 * n / reasons.total():.1f} %") for reason, n in reasons.most_common()]
     print(tables.plain(("reason", "completions", "share"), rows))
-    print(f"{reasons.total():,} completions scored by the rule {mode}: {out}")
+    print(f"{reasons.total():,} completions scored by {reward or 'the rule'}, mode {mode}: {out}")
     return 0
 
 

@@ -131,7 +131,7 @@ def test_an_edited_module_is_read_anew(tmp_path, monkeypatch):
         (tmp_path / "edited_reward.py").write_text(
             f"def f(completions, *_):\n    return [{value}] * len(completions)\n"
         )
-        with judges.started(RewardConfig(fn="edited_reward:f"), ()) as [term]:
+        with judges.started(RewardConfig(fn="edited_reward:f")) as [term]:
             assert term.judge.score(rows(2)) == ([value] * 2, {})
         assert not term.judge._process.is_alive()
 

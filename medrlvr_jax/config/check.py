@@ -34,6 +34,7 @@ READS = {
     "eval": (*MODEL, *BATCH, *ROWS),
     "probe": (*MODEL, *BATCH, *ROWS),
     "difficulty": (*MODEL, *ROWS, "data", "sample"),
+    "score": ("name", "model.path", "reward"),
     "data": ("name", "runs", "seed", "model.path", "prompt", "data", "eval.sets", "sft"),
 }
 

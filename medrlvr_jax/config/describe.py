@@ -63,10 +63,10 @@ def sections(cls: type = Config, name: str = "") -> list[Section]:
     notes, kinds = explanations(cls), get_type_hints(cls, include_extras=True)
     settings, inner = [], []
     for field in dataclasses.fields(cls):
+        if field.name == "kind" and name.endswith(default_text(field).strip("`")):
+            continue  # the section's name says it
         path, kind = f"{name}.{field.name}" if name else field.name, kinds[field.name]
         holds, text, at = section_class(kind), notes[field.name], None
-        if field.name == "kind" and not text:
-            text = "Says which kind of section this is."
         if holds:
             at = f"{path}.NAME" if get_origin(kind) is dict else path
             at = SAME.get(at, at)

@@ -29,7 +29,9 @@ def score_file(
     In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}` with 2 to 10 options, or
     `{"completion": str, "kind": "number", "answer": 5.2, …}` as in the format `open`; other fields are
     ignored. Read as questions are (`readers.read_json`): blank lines have no line in the output.
-    Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of rewards.REASONS}`.
+    Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of rewards.REASONS}`,
+    and the values of the reward's components if there are several. Only those that need the completion alone
+    are paid (`components.pure`).
     `prefill`: the end of each prompt, judged as the beginning of each completion.
     Raises `DataError` for a line that cannot be scored, and then leaves no output: the file gets its name
     once it is complete.
@@ -52,15 +54,16 @@ def score_file(
                 verdicts = grade([prefill + completion for completion in completions], questions, config)
                 # float64, so that a file has 0.2 and not float32's 0.19999999
                 rewards = [round(reward, 9) for reward in (verdicts.paid - verdicts.penalty).tolist()]
-                rows = zip(
-                    rewards,
-                    verdicts.format_ok.tolist(),
-                    verdicts.answer.tolist(),
-                    verdicts.reason.tolist(),
-                    strict=True,
-                )
-                for reward, ok, answer, reason in rows:
-                    line = {"reward": reward, "format_ok": ok, "answer": answer or None, "reason": reason}
+                for i, reward in enumerate(rewards):
+                    line = {
+                        "reward": reward,
+                        "format_ok": bool(verdicts.format_ok[i]),
+                        "answer": str(verdicts.answer[i]) or None,
+                        "reason": str(verdicts.reason[i]),
+                    }
+                    if verdicts.several:
+                        values = verdicts.several.items()
+                        line["components"] = {name: float(column[i]) for name, column in values}
                     file.write(json.dumps(line) + "\n")
                 reasons.update(verdicts.reason.tolist())
         os.replace(part, target)
