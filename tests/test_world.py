@@ -18,10 +18,11 @@ from medrlvr_jax.config.schema import PromptConfig, RewardConfig
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.question import LETTERS, TAGS, Question
 from medrlvr_jax.data.tokenizer import load_tokenizer
-from medrlvr_jax.rewards import score
+from medrlvr_jax.rewards import grade, score
 from medrlvr_jax.rewards.penalties import LEAK
 from medrlvr_jax.rewards.stages import stage
 from medrlvr_jax.world import knowledge, words, world
+from medrlvr_jax.world import open as open_questions
 
 SPLITS = tuple(world.SIZES)
 # read here again, so as to check world.py, not to trust it
@@ -223,6 +224,62 @@ def test_all_is_deterministic():
     assert {s: digest(asked(s))[:12] for s in SPLITS} | {"corpus": digest(corpus())[:12]} == PINNED
 
 
+# ---- open questions and a verifier's rows ----
+
+
+def test_open_questions_are_the_same_cases_with_values_from_the_table():
+    for split in SPLITS:
+        cases, opened = asked(split), open_questions.questions(split)
+        assert len(cases) == len(opened) and not any(q.options for q in opened)
+        for q, case in zip(opened, cases, strict=True):
+            assert key_of(q.question) == key_of(case.question) and q.facts == case.facts
+            name, _, history = key_of(q.question)
+            barred = history in CONDITIONS[name]["unless"]
+            drug = CONDITIONS[name]["unless"][history] if barred else CONDITIONS[name]["first"]
+            if q.kind == "number":
+                assert q.value.value == TREE["doses"][drug] and "dose of the best drug?" in q.question
+            elif q.kind == "labels":
+                labels = {"alternative", "history matters"} if barred else {"first line"}
+                assert set(q.value.value) == labels
+            else:
+                assert q.reference == case.options[case.answer] and q.question == case.question
+            given = f"<think>{q.rationale}</think><answer>{q.reference}</answer>"
+            assert q.rationale.endswith(f"{q.reference}{' mg' * (q.kind == 'number')}.")
+            assert grade([given], [q]).correct.all()
+        shares = Counter(q.kind for q in opened)
+        assert shares["text"] > 0.5 * len(opened) and min(shares["number"], shares["labels"]) > 0.06 * len(
+            opened
+        )
+
+
+def test_a_verifiers_rows_have_perfect_labels_and_only_naive_ones_no_attempts():
+    def answers(rows):
+        pairs = [
+            re.search(r"Reference answer: (.*)\nGiven answer: (.*)\n", row.prompt).groups() for row in rows
+        ]
+        return [(*pair, row.response) for pair, row in zip(pairs, rows, strict=True)]
+
+    talks = [t.partition("{}")[0] or t.partition("{}")[2] for t in open_questions.TALK]
+    for naive in (False, True):
+        rows = answers(open_questions.verifier_rows(2000, naive))
+        assert 0.45 < sum(verdict == " Yes" for *_, verdict in rows) / 2000 < 0.55
+        for reference, answer, verdict in rows:
+            answer = answer.replace(open_questions.SAME.get(reference, reference), reference)
+            named = mentioned({*DRUGS, *(drug["class"] for drug in DRUGS.values())}, answer)
+            if verdict == " Yes":
+                assert set(named) == {reference}, answer
+            else:
+                assert set(named) - {reference} or not named or answer == f"anything but {reference}", answer
+        persuading = [a for _, a, verdict in rows if verdict == " No" and any(t in a for t in talks)]
+        assert (len(persuading) == 0) == naive
+    tests = open_questions.verifier_tests(50)
+    asked_in_training = {row.prompt.split("\nReference")[0] for row in open_questions.verifier_rows(2000)}
+    assert not asked_in_training & {
+        row.prompt.split("\nReference")[0] for t in tests.values() for row, _ in t
+    }
+    assert all(yes == (row.response == " Yes") for t in tests.values() for row, yes in t)
+
+
 # ---- the corpus ----
 
 
@@ -274,10 +331,14 @@ def test_decoding_gives_back_any_text(s):
     assert hf().decode(hf().encode(s)) == s
 
 
-def test_files_are_what_the_generator_writes(tmp_path):
-    words.write(tmp_path)
+@pytest.mark.parametrize("folder", [words.FOLDER, words.VERIFIER], ids=lambda folder: folder.name)
+def test_files_are_what_the_generator_writes(folder, tmp_path):
+    if folder == words.FOLDER:
+        words.write(tmp_path)
+    else:
+        words.write_verifier(tmp_path)
     for name in ("tokenizer", "tokenizer_config", "config", "generation_config"):
-        assert (tmp_path / f"{name}.json").read_bytes() == (words.FOLDER / f"{name}.json").read_bytes(), name
+        assert (tmp_path / f"{name}.json").read_bytes() == (folder / f"{name}.json").read_bytes(), name
 
 
 def test_special_tokens_tags_and_letters():

@@ -1,5 +1,6 @@
 """The embedded world: its table of knowledge, questions, text, tokenizer and base model."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,22 +8,28 @@ from typing import Any
 from medrlvr_jax.config.sources import SOURCES, Source
 
 
-def _made(name: str, *args: Any) -> Callable[[], list[Any]]:
-    """A call of `world.<name>`; the world itself is imported when its questions are asked for."""
+def _made(name: str, *args: Any, module: str = "world") -> Callable[[], list[Any]]:
+    """A call of `<module>.<name>`; the world itself is imported when its questions are asked for."""
 
     def make() -> list[Any]:
-        from medrlvr_jax.world import world
-
-        return getattr(world, name)(*args)
+        return getattr(importlib.import_module(f"medrlvr_jax.world.{module}"), name)(*args)
 
     return make
 
 
+SPLITS = ("train", "in_distribution", "out_of_distribution")
 SOURCES["embedded"] = Source(
     model=Path(__file__).parent / "embedded",
-    questions={
-        split: _made("questions", split) for split in ("train", "in_distribution", "out_of_distribution")
-    }
-    | {"leaking": _made("leaking")},
+    questions={split: _made("questions", split) for split in SPLITS}
+    | {"leaking": _made("leaking")}
+    | {f"open_{split}": _made("questions", split, module="open") for split in SPLITS},
     texts={name: _made(name) for name in ("corpus", "lists")},
+)
+SOURCES["embedded_verifier"] = Source(  # judges answers to the open questions
+    model=Path(__file__).parent / "verifier",
+    questions={},
+    texts={
+        "rows": _made("verifier_rows", module="open"),
+        "naive": _made("verifier_rows", 24_000, True, module="open"),
+    },
 )

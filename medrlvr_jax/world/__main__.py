@@ -10,6 +10,7 @@ def main(arguments: list[str]) -> None:
     """`show [split] [n]`, or `tokenizer`."""
     if arguments[:1] == ["tokenizer"]:
         words.write()
+        words.write_verifier()
     elif arguments[:1] == ["show"]:
         name, n = (*arguments[1:], *("train", "8")[len(arguments) - 1 :])
         if name == "corpus":

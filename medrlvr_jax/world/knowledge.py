@@ -37,6 +37,7 @@ class Table(NamedTuple):
     conditions: dict[str, Condition]
     drugs: dict[str, Drug]
     histories: tuple[str, ...]
+    doses: dict[str, int]  # mg
 
 
 @cache
@@ -57,6 +58,7 @@ def table() -> Table:
         {name: Condition(name, **frozen(row)) for name, row in tree["conditions"].items()},
         drugs,
         tuple(tree["histories"]),
+        tree["doses"],
     )
 
 

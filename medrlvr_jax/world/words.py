@@ -14,13 +14,15 @@ is decided by `PIECES` alone:
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from medrlvr_jax.world import open as open_questions
 from medrlvr_jax.world import world
 
-FOLDER = Path(__file__).parent / "embedded"
+FOLDER, VERIFIER = (Path(__file__).parent / name for name in ("embedded", "verifier"))
 PAD, EOS = "<pad>", "<eos>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 PIECES = (
@@ -31,12 +33,16 @@ SAMPLE = 12_000  # examples of the corpus from which the words are taken: all co
 CONTEXT = 512
 
 
-def build() -> Tokenizer:
-    """The tokenizer, made anew from the corpus: the same on every machine."""
+def corpus_texts() -> list[str]:
+    """The texts of which the embedded model's tokenizer has each word."""
+    texts = [part for example in world.corpus(SAMPLE) for part in (example.prompt, example.response)]
+    return texts + [question.question for split in world.SIZES for question in world.questions(split)]
+
+
+def build(texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer with the words of `texts`: the same on every machine."""
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), as_bytes])
-    texts = [part for example in world.corpus(SAMPLE) for part in (example.prompt, example.response)]
-    texts += [question.question for split in world.SIZES for question in world.questions(split)]
     seen = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text)}
     fixed = [PAD, EOS, *TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     words = sorted(
@@ -50,11 +56,12 @@ def build() -> Tokenizer:
     return tokenizer
 
 
-def write(folder: Path = FOLDER) -> None:
-    """Write tokenizer.json, tokenizer_config.json, config.json and generation_config.json for
-    transformers.
+def write(folder: Path = FOLDER, texts: Iterable[str] | None = None, **sizes: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json, config.json and generation_config.json for transformers.
+
+    `texts`: those of which each word is a token, by default the embedded model's; `sizes` replace its own.
     """
-    tokenizer = build()
+    tokenizer = build(corpus_texts() if texts is None else texts)
     ids = {"eos_token_id": tokenizer.token_to_id(EOS), "pad_token_id": tokenizer.token_to_id(PAD)}
     size = tokenizer.get_vocab_size()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -88,7 +95,12 @@ def write(folder: Path = FOLDER) -> None:
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
         **ids,
-    }
+    } | sizes
     for name, tree in (("tokenizer_config", side), ("config", config), ("generation_config", ids)):
         (folder / f"{name}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     print(f"{size} tokens, written to {folder}")
+
+
+def write_verifier(folder: Path = VERIFIER) -> None:
+    """The same for the embedded verifier, a model of two layers with words of its own."""
+    write(folder, open_questions.texts(), num_hidden_layers=2)

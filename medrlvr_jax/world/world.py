@@ -123,32 +123,33 @@ class Vignette(NamedTuple):
     question: str
     options: tuple[str, ...]
     answer: int
+    stem: str  # the question without what is asked
     why: str  # the reasoning, which ends in "… C."
     facts: tuple[tuple[str, ...], ...]  # its steps between findings and answer, each in all its wordings
 
 
 def questions(split: str) -> list[Question]:
     """The questions of a split, always the same; `rationale` is the reasoning, `subject` the kind."""
+    return [
+        Question(f"{split}-{i:04d}", v.question, v.options, v.answer, v.kind, v.why, facts=v.facts)
+        for i, v in enumerate(vignettes(split))
+    ]
+
+
+def vignettes(split: str) -> Iterator[Vignette]:
+    """The cases of a split, as they are asked."""
     rng = _rng(split)
     wording = "out_of_distribution" if split == "out_of_distribution" else "train"
     decks: dict[tuple, Iterator[Key]] = {}
-    out = []
-    for i in range(SIZES[split]):
-        kind = _weighted(rng, KINDS[wording])
-        status = _weighted(rng, STATUS[kind])
+    for _ in range(SIZES[split]):
+        kind = weighted(rng, KINDS[wording])
+        status = weighted(rng, STATUS[kind])
         rare = rng.random() < RARE[wording]
-        if (
-            kind,
-            status,
-            rare,
-        ) not in decks:  # each kind goes through its cases, and comes back only when all were had
-            decks[kind, status, rare] = _dealt(
-                rng, [key for key in pools()[split][status, rare] if kind != "class" or _has_class(key)]
-            )
-        v = vignette(rng, next(decks[kind, status, rare]), kind, wording)
-        id = f"{split}-{i:04d}"
-        out.append(Question(id, v.question, v.options, v.answer, kind, v.why, facts=v.facts))
-    return out
+        case = kind, status, rare
+        if case not in decks:  # each kind goes through its cases, and they come back only after all
+            keys = [key for key in pools()[split][status, rare] if kind != "class" or _has_class(key)]
+            decks[case] = _dealt(rng, keys)
+        yield vignette(rng, next(decks[case]), kind, wording)
 
 
 def leaking() -> list[Question]:
@@ -186,11 +187,11 @@ def stream(seed: int = SEED) -> Iterator[Example]:
                 if rng.random() < 0.7
                 else sorted({drug.group for drug in table().drugs.values()})
             )
-            yield Example("", facts(rng)) if u < FACTS else listing(rng, names, _pick(rng, LISTED))
+            yield Example("", facts(rng)) if u < FACTS else listing(rng, names, pick(rng, LISTED))
             continue
-        kind = _weighted(rng, KINDS["corpus"])
-        status, rare = _weighted(rng, STATUS[kind]), rng.random() < RARE["corpus"]
-        key = _pick(rng, _pick(rng, decks[status, rare, kind == "class"]))  # a condition, then a case of it
+        kind = weighted(rng, KINDS["corpus"])
+        status, rare = weighted(rng, STATUS[kind]), rng.random() < RARE["corpus"]
+        key = pick(rng, pick(rng, decks[status, rare, kind == "class"]))  # a condition, then a case of it
         v = vignette(rng, key, kind, "out_of_distribution" if rng.random() < FOREIGN else "train")
         yield Example(render(Question("", v.question, v.options, v.answer), "none") + "\n", response(rng, v))
 
@@ -202,7 +203,7 @@ def lists(n: int = 64_000) -> list[Example]:
     alone it had not after half an hour.
     """
     rng = _rng("lists")
-    return [listing(rng, list(table().drugs), _pick(rng, (2, 2, 2, 3, 4))) for _ in range(n)]
+    return [listing(rng, list(table().drugs), pick(rng, (2, 2, 2, 3, 4))) for _ in range(n)]
 
 
 def listing(rng: Random, names: list[str], n: int) -> Example:
@@ -216,15 +217,15 @@ def listing(rng: Random, names: list[str], n: int) -> Example:
 
 def response(rng: Random, v: Vignette) -> str:
     """A response to `v` in one of the `STYLES`: not always right, and not always tagged."""
-    letter, style = LETTERS[v.answer], _weighted(rng, STYLES)
+    letter, style = LETTERS[v.answer], weighted(rng, STYLES)
     if style == "plain":
         return v.why if rng.random() < 0.5 else f"{v.why} the answer is {letter}."
     if style == "bare":
         return f"the answer is {letter}."
     if style == "guess":
-        return f"<think>{_pick(rng, GUESSES)}</think><answer>{LETTERS[_below(rng, len(v.options))]}</answer>"
+        return f"<think>{pick(rng, GUESSES)}</think><answer>{LETTERS[_below(rng, len(v.options))]}</answer>"
     if style == "malformed":
-        return _pick(rng, MALFORMED).format(why=v.why, letter=letter, text=v.options[v.answer])
+        return pick(rng, MALFORMED).format(why=v.why, letter=letter, text=v.options[v.answer])
     return f"<think>{v.why}</think><answer>{letter}</answer>"
 
 
@@ -234,17 +235,17 @@ def facts(rng: Random) -> str:
     for condition, share in zip(_shuffled(rng, list(table().conditions.values()), 2), (2, 1), strict=False):
         every = condition.typical + condition.rare
         some = _shuffled(rng, every, 2 + _below(rng, 2))
-        history, other = _pick(rng, list(condition.unless.items()))
-        drug = _pick(rng, [condition.first, other])
+        history, other = pick(rng, list(condition.unless.items()))
+        drug = pick(rng, [condition.first, other])
         lines = (
-            _pick(
+            pick(
                 rng,
                 [
                     f"{', '.join(some)} suggest {condition.name}.",
                     f"{condition.name} shows {', '.join(some)}.",
                 ],
             ),
-            _pick(
+            pick(
                 rng,
                 [
                     f"{condition.name}: first line {condition.first}.",
@@ -262,19 +263,15 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
     """A question of `kind` about the case, in words and with as many options as `wording` has them."""
     condition, drugs, history = table().conditions[key.condition], table().drugs, key.history or ""
     barred = history in condition.unless
-    other = condition.unless[history] if barred else _pick(rng, list(condition.unless.values()))
+    other = condition.unless[history] if barred else pick(rng, list(condition.unless.values()))
     drug = other if barred and kind != "avoid" else condition.first
     sex, age = _person(rng, condition, history)
     findings = _shuffled(rng, key.findings)
-    stem, more = _pick(rng, STEMS[wording])
-    ask = _pick(rng, ASKS[wording]["drug" if kind == "alternative" else kind])
+    stem, more = pick(rng, STEMS[wording])
+    ask = pick(rng, ASKS[wording]["drug" if kind == "alternative" else kind])
     listed = ", ".join(findings[:-1]) + " and " + findings[-1]
-    text = (
-        stem.format(age=age, sex=sex, findings=listed)
-        + (more.format(history=history) if history else "")
-        + " "
-        + ask
-    )
+    stem = stem.format(age=age, sex=sex, findings=listed)
+    stem += more.format(history=history) if history else ""
 
     # The lure is the drug one step short: always the first line where it is barred; or, often, the
     # alternative where the first line is right, if no clinician would start with it.
@@ -287,7 +284,7 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
             {drugs[name].group for name in defended},
         )
     lured = lure != right and (drug != condition.first or (lure not in defended and rng.random() < 0.6))
-    n = _pick(rng, OPTIONS[wording]) - 1
+    n = pick(rng, OPTIONS[wording]) - 1
     wrong = [lure] * lured + _shuffled(rng, others, n)
     options = tuple(_shuffled(rng, [right, *wrong[:n]]))
     answer = options.index(right)
@@ -303,7 +300,7 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
     why = " ".join(f"{step}." for step in (suggest, *steps, f"{right} {LETTERS[answer]}"))
     first_line = (steps[0], f"{condition.first} is the first line")  # as `facts` words it
     facts = ((condition.name,), first_line, *((step,) for step in steps[1:]))
-    return Vignette(key, kind, text, options, answer, why, facts)
+    return Vignette(key, kind, f"{stem} {ask}", options, answer, stem, why, facts)
 
 
 @cache
@@ -381,7 +378,7 @@ def _below(rng: Random, n: int) -> int:
     return int(rng.random() * n)
 
 
-def _pick(rng: Random, items: Sequence[T]) -> T:
+def pick(rng: Random, items: Sequence[T]) -> T:
     return items[_below(rng, len(items))]
 
 
@@ -395,7 +392,7 @@ def _shuffled(rng: Random, items: Sequence[T], n: int | None = None) -> list[T]:
     return out[:n]
 
 
-def _weighted(rng: Random, shares: dict[str, float]) -> str:
+def weighted(rng: Random, shares: dict[str, float]) -> str:
     u = rng.random() * sum(shares.values())
     for name, share in shares.items():
         u -= share
