@@ -23,7 +23,6 @@ from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rl.train import step_programs
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import width
-from medrlvr_jax.types import Prompts
 
 Mesh = jax.sharding.Mesh | AbstractMesh
 
@@ -166,8 +165,7 @@ def visited(program: Program, parts: Parts) -> Mapping[str, float]:
     """
     if not parts.cfg.execution.splash:
         return {}
-    is_prompts = lambda x: isinstance(x, Prompts)
-    prompts = next(filter(is_prompts, jax.tree.leaves(program.args, is_leaf=is_prompts)), None)
+    prompts = flops.prompts_of(program)
     if prompts is None:
         return {}
     sample, width = parts.config.sample, prompts.tokens.shape[1]

@@ -75,23 +75,28 @@ def weights(cfg: DecoderConfig) -> int:
 def useful(program: Program, parts: Parts) -> float:
     """FLOPs of a step's program over all devices, without recomputation; 0 if it multiplies no matrices."""
 
-    def scoring(cfg: DecoderConfig, prompts: Prompts, responses: Any) -> float:
-        (questions, prompt), (_, samples, new) = prompts.tokens.shape, responses.shape
-        return forward_flops(cfg, questions, prompt, samples, new)
-
-    args, policy, critic = program.args, parts.cfg, parts.critic_cfg
+    sample, policy, critic = parts.config.sample, parts.cfg, parts.critic_cfg
+    prompts = prompts_of(program)
+    if prompts is None:
+        return 0.0
+    questions, prompt = prompts.tokens.shape
+    sizes = questions, prompt, sample.samples, sample.max_new_tokens
     if program.name == "generate":
-        cfg, prompts, sample = args[1], args[2], args[4]
-        questions, prompt = prompts.tokens.shape
-        return generate_flops(cfg, questions, prompt, sample.samples, sample.max_new_tokens)
+        return generate_flops(parts.sampler_cfg, *sizes)
     if program.name == "assess":
-        frozen, _, values, prompts, rollout = args
+        frozen, _, values = program.args[:3]
         passes = [policy] + [policy] * (frozen.reference is not None) + [critic] * (values is not None)
-        return sum(scoring(cfg, prompts, rollout.tokens) for cfg in passes)
+        return sum(forward_flops(cfg, *sizes) for cfg in passes)
     if program.name in ("learn_policy", "learn_critic"):
         learned = critic if program.name == "learn_critic" else policy
-        return 3 * parts.config.learn.epochs * scoring(learned, args[2].prompts, args[2].tokens)
+        return 3 * parts.config.learn.epochs * forward_flops(learned, *sizes)
     return 0.0
+
+
+def prompts_of(program: Program) -> Prompts | None:
+    """The first prompts among a program's arguments."""
+    is_prompts = lambda x: isinstance(x, Prompts)
+    return next(filter(is_prompts, jax.tree.leaves(program.args, is_leaf=is_prompts)), None)
 
 
 def forward_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:
