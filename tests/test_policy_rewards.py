@@ -17,9 +17,11 @@ from medrlvr_jax.data.question import LETTERS, Question, question_hash
 from medrlvr_jax.data.values import Reference
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder
+from medrlvr_jax.rewards import judges
 from medrlvr_jax.rl import policy_rewards
 from medrlvr_jax.rl.experience import kept_responses, mean_spread, place_scored
-from medrlvr_jax.rl.train import train
+from medrlvr_jax.rl.programs import make_programs
+from medrlvr_jax.rl.train import start, train, train_step
 from medrlvr_jax.rollout.rollout import encode, place_prompts, score_rollout
 from medrlvr_jax.sharding import place_rows
 from medrlvr_jax.types import Rollout
@@ -87,6 +89,11 @@ def logprobs_after(parts, params, rows):
         [float(scores[i, -n + t - 1, ids[len(ids) - n + t]]) for t in range(n)]
         for i, (ids, n) in enumerate(zip(wholes, sizes, strict=True))
     ]
+
+
+def judges_of(parts, encoded):
+    with judges.started(parts.config.reward, questions=encoded.questions) as terms:
+        return terms
 
 
 def answered(setting, name):
@@ -165,6 +172,23 @@ def test_a_run_resumes_with_its_baseline(tmp_path):
     mean = metrics[0]["spread"]
     assert [m.get("spread_mean") for m in metrics] == [None, mean, 0.99 * mean + 0.01 * metrics[1]["spread"]]
     assert metrics[0]["dropped_groups"] == 0 < metrics[1]["dropped_groups"]
+
+
+def test_what_is_learned_from_is_what_is_logged(setting):
+    """The device weighs the columns, the host weighs them by name: components in no alphabetical order."""
+    parts, encoded, *_ = setting
+    made = make_programs(parts, 3)
+    training, state = start(parts, made, judges_of(parts, encoded))
+    first = ({}, state.policy.params)
+    for section in parts.config.reward.components:
+        if (reward := made.policy_rewards.get(section.name or section.kind)) and reward.baseline is not None:
+            scores = policy_rewards.start_scores(parts, section, first, encoded, lambda done, n: None)
+            reward.baseline.update(scores)
+    _, stats, scored, _ = train_step(training, encoded, state, 0)
+    rewards = scored.verdicts.reward
+    assert list(made.policy_rewards) == ["probability", "product", "consistency"]
+    assert float(stats["reward"]) == pytest.approx(rewards.mean(), abs=1e-6)
+    assert float(stats["reward_std"]) == pytest.approx(rewards.std(), abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -319,11 +319,14 @@ def grade(
 def ask(
     training: Training, state: TrainState, prompts: Prompts, rollout: Rollout, requests: dict[str, Any]
 ) -> dict[str, Array]:
-    """By component, what the policy answers to the requests: [Q, G], only dispatched."""
-    base, asked = training.frozen.base, training.programs.policy_rewards
+    """By component, in the order of `experience.columns`, what the policy answers: [Q, G], only dispatched.
+
+    The requests' own order is another: JAX sorts the keys of a dict.
+    """
+    base, policy = training.frozen.base, state.policy.params
     return {
-        name: asked[name].program(base, state.policy.params, prompts, rollout, request)
-        for name, request in requests.items()
+        name: reward.program(base, policy, prompts, rollout, requests[name])
+        for name, reward in training.programs.policy_rewards.items()
     }
 
 
