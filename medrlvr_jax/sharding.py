@@ -56,13 +56,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     inner = config.slices * config.fsdp * config.tensor
     data = len(devices) // inner if config.data == -1 else config.data
     if data < 1 or data * inner != len(devices):
-        sizes = {"slices": config.slices, "data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-        asked = " × ".join(
-            f"mesh.{name}={size}" for name, size in sizes.items() if name != "slices" or size > 1
-        )
+        names = ("slices", "data", "fsdp", "tensor") if config.slices > 1 else ("data", "fsdp", "tensor")
+        asked = " × ".join(f"mesh.{name}={getattr(config, name)}" for name in names)
+        n = len(devices)
         raise ConfigError(
-            f"{asked} does not make the {len(devices)} devices here; set their product to "
-            f"{len(devices)}, or mesh.data to -1"
+            f"{asked} does not make the {n} devices here; set their product to {n}, or mesh.data to -1"
         )
     shape = (data, config.fsdp, config.tensor)
     # Splitting a physical axis is how a v5e or v6e slice makes most shapes; elsewhere the argument is unused.
@@ -75,10 +73,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _slices(devices: Sequence[Any], n: int) -> list[list[Any]]:
-    """Devices in `n` parts between which the network is slow: by the slice (TPU; NVLink domain) that each
-    tells, else by process.
-
-    Devices of one process and one slice are cut in their order, as fake ones are.
+    """Devices in `n` parts between which the network is slow: by slice (TPU; NVLink domain) where devices
+    have a slice index, else by process; within one process by number, as fake devices are.
     """
     where = {d: (getattr(d, "slice_index", 0), d.process_index) for d in devices}
     physical = len({s for s, _ in where.values()})
@@ -91,11 +87,8 @@ def _slices(devices: Sequence[Any], n: int) -> list[list[Any]]:
     if len(granules) < n:
         granules = [[d] for d in ordered]
     if len(granules) % n:
-        near = nearest_divisors(n, len(granules))
-        raise ConfigError(
-            f"mesh.slices: {n} does not divide the {len(granules)} processes or slices here; the "
-            f"nearest that do: {near}"
-        )
+        near, parts = nearest_divisors(n, len(granules)), f"{len(granules)} processes or slices here"
+        raise ConfigError(f"mesh.slices: {n} does not divide the {parts}; the nearest that do: {near}")
     size = len(granules) // n
     return [list(chain.from_iterable(granules[i * size : (i + 1) * size])) for i in range(n)]
 
@@ -109,26 +102,27 @@ def constrain(x: jax.Array, *axes: str | None, table: dict = ACTIVATIONS) -> jax
 
 
 def local(f: Callable, axes: Sequence[tuple], out: int) -> Callable:
-    """f of each device's parts of arrays that lie by these logical names, its result as argument `out`: for
-    what XLA cannot split.
+    """shard_map of f over arrays with these logical axes, for what XLA cannot split. The result is sharded as
+    argument number `out`.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return f
 
     def mapped(*args):
-        specs = tuple(
-            _spec(names, x.shape, ACTIVATIONS, dict(mesh.shape)) for names, x in zip(axes, args, strict=True)
-        )
+        sizes = dict(mesh.shape)
+        specs = tuple(_spec(a, x.shape, ACTIVATIONS, sizes) for a, x in zip(axes, args, strict=True))
         return jax.shard_map(f, in_specs=specs, out_specs=specs[out], check_vma=False)(*args)
 
-    return f if mesh.empty or mesh.size == 1 else mapped
+    return mapped
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(w: jax.Array, axes: tuple) -> jax.Array:
-    """A weight whole along `fsdp`; its gradient comes back in TRAIN's shards, by a reduce-scatter.
+    """A weight gathered along `fsdp`; its gradient comes back in TRAIN's shards, by a reduce-scatter.
 
-    Said aloud, or XLA:TPU gathers states and weights in rings inside each product: eight times the traffic,
-    and more memory.
+    Without this explicit constraint XLA:TPU picks a collective matmul, which gathers states and weights
+    inside each product: eight times the traffic, and more memory.
     """
     return constrain(w, *axes, table=DECODE)
 
@@ -137,16 +131,12 @@ gather.defvjp(lambda w, axes: (gather(w, axes), None), lambda axes, _, g: (const
 
 
 def by_rows(tree: Any) -> Any:
-    """Pin the leading axis of every array to `BATCH`, as the next program's arguments lie, and so that each
-    process finds its rows.
-    """
+    """Pin the leading axis of every array to `BATCH`, as the next program expects its arguments."""
     return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
 
 
 def split_rows(tree: Any, size: int) -> Any:
-    """Arrays of n rows as [n / size, size, …]: strided, so that each part spans all data shards as the whole
-    does.
-    """
+    """Arrays of n rows as [n / size, size, …]: strided, so that each part spans all data shards."""
     return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
@@ -165,8 +155,7 @@ def batch_ways(size: int) -> int:
     """Over how many devices a batch axis of `size` is split in the current mesh; 1 where it does not divide,
     or outside a mesh.
     """
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    ways = int(np.prod([sizes.get(axis, 1) for axis in ACTIVATIONS["batch"]]))
+    ways = int(np.prod([axis_ways(axis) for axis in BATCH]))
     return ways if size % ways == 0 else 1
 
 
@@ -192,10 +181,10 @@ def _spec(axes: tuple, shape: tuple[int, ...], table: dict, sizes: dict[str, int
 def shardings(boxed: Any, mesh: Mesh, table: dict) -> Any:
     """NamedShardings for a tree of `nn.Partitioned` abstract parameters (`jax.eval_shape` of `init`)."""
 
-    def one(leaf):
+    def place(leaf):
         return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, table, dict(mesh.shape)))
 
-    return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
 def of_one(stacked: Any) -> Any:
@@ -214,8 +203,8 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 @cache
 def own_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Which of n rows this process's devices hold, ascending int [own]; and bool [own], True for those that
-    it scores and counts.
+    """Which of n rows this process's devices hold, ascending int [H]; and bool [H], True for those that it
+    scores and counts.
 
     Of the processes that hold a row, exactly one counts it; they take turns from row to row, so that none of
     them waits.
@@ -223,40 +212,39 @@ def own_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
     holds = np.zeros((n, jax.process_count()), bool)
     for device, index in rows(mesh).devices_indices_map((n,)).items():
         holds[(*index, device.process_index)] = True
-    here, before = holds[:, jax.process_index()], holds[:, : jax.process_index()].sum(1)
-    return np.flatnonzero(here), (before == np.arange(n) % holds.sum(1))[here]
+    process = jax.process_index()
+    held, before = np.flatnonzero(holds[:, process]), holds[:, :process].sum(1)
+    return held, (before == np.arange(n) % holds.sum(1))[held]
 
 
 def place_rows(tree: Any, n: int, mesh: Mesh) -> Any:
-    """Host arrays of this process's rows [own, …] as arrays of all n rows over the mesh; nothing crosses
+    """Host arrays of this process's rows [H, …] as arrays of all n rows over the mesh; nothing crosses
     processes.
     """
-    own, _ = own_rows(n, mesh)
+    held, _ = own_rows(n, mesh)
 
-    def one(x):
-        def piece(index):
-            return x[np.searchsorted(own, np.arange(n)[index[0]])]
-
+    def place(x):
+        piece = lambda index: x[np.searchsorted(held, np.arange(n)[index[0]])]
         return jax.make_array_from_callback((n, *x.shape[1:]), rows(mesh), piece)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(place, tree)
 
 
 def fetch_rows(tree: Any, mesh: Mesh) -> Any:
-    """This process's rows [own, …] of arrays that lie as `rows`, on the host; nothing crosses processes."""
+    """This process's rows [H, …] of arrays that lie as `rows`, on the host; nothing crosses processes."""
 
-    def one(x):
+    def fetch(x):
         if not x.sharding.is_equivalent_to(rows(mesh), x.ndim):
             raise ValueError(
-                f"rows are fetched from arrays laid out by `rows`, and this one lies as {x.sharding}"
+                f"rows are fetched from arrays that lie as `rows`; this one lies as {x.sharding}"
             )
-        own, _ = own_rows(len(x), mesh)
-        out = np.empty((len(own), *x.shape[1:]), x.dtype)
+        held, _ = own_rows(len(x), mesh)
+        out = np.empty((len(held), *x.shape[1:]), x.dtype)
         for shard in x.addressable_shards:
-            out[np.searchsorted(own, np.arange(len(x))[shard.index[0]])] = shard.data
+            out[np.searchsorted(held, np.arange(len(x))[shard.index[0]])] = shard.data
         return out
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(fetch, tree)
 
 
 def to_host(tree: Any) -> Any:
@@ -267,34 +255,31 @@ def check_divides(name: str, value: int, mesh: Mesh, axes: tuple[str, ...]) -> N
     """Refuse a size that the mesh cannot split, with the nearest ones that work."""
     ways = int(np.prod([mesh.shape[a] for a in axes]))
     if value % ways:
-        near = [n for n in (value // ways * ways, -(-value // ways) * ways) if n]
+        near, product = [n for n in (value // ways * ways, -(-value // ways) * ways) if n], " × ".join(axes)
         raise ConfigError(
-            f"{name}: {value} must divide by mesh {' × '.join(axes)} = {ways}; the nearest that do: {near}"
+            f"{name}: {value} must divide by mesh {product} = {ways}; the nearest that do: {near}"
         )
 
 
 def check_model(mesh: Mesh, axis: str, sizes: dict[str, int]) -> None:
-    """Refuse a mesh that cannot split the model's own sizes, with the nearest that can. Key/value heads may
-    be fewer: see `_spec`.
+    """Refuse a mesh that cannot split the sizes of a model, with the nearest that can. Key/value heads may be
+    fewer: see `_spec`.
     """
     ways = mesh.shape[axis]
     for name, size in sizes.items():
         if size % ways:
-            near = nearest_divisors(ways, gcd(*sizes.values()))
+            problem = f"mesh.{axis}: {ways} does not divide the model's {name} = {size}"
             every = ", ".join(f"{n} = {s}" for n, s in sizes.items())
-            raise ConfigError(
-                f"mesh.{axis}: {ways} does not divide the model's {name} = {size}; the nearest "
-                f"that divide {every}: {near}"
-            )
+            near = nearest_divisors(ways, gcd(*sizes.values()))
+            raise ConfigError(f"{problem}; the nearest that divide {every}: {near}")
 
 
 def like(state: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree that holds arrays after the parameters' pattern (optimiser moments); `params` are
-    shapes with shardings.
+    """Shardings for an optimiser's state; `params` are shapes with shardings.
 
-    A copy of a parameter lies as it does, one that lacks an axis (Adafactor's row and column means) as its
-    other axes do, all else is replicated. Matching is by path suffix, so that two parameters of one shape
-    never mix.
+    An array of a parameter's shape lies as the parameter does, one that lacks an axis (Adafactor's row and
+    column means) as its other axes do, all else is replicated. Matching is by path suffix, so that two
+    parameters of one shape never mix.
     """
     known = {tuple(str(k) for k in path): p for path, p in jax.tree_util.tree_flatten_with_path(params)[0]}
 

@@ -77,17 +77,17 @@ def causal(
     flat = lambda y, *axes: y.reshape(rows, kv_heads, *axes, -1, y.shape[-1])
     for start in range(0, length, piece):
         end = min(start + piece, length)
-        own = q[..., start:end, :]
+        part = q[..., start:end, :]
         order = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-        kept = order & (keep[..., start:end, :end] if keep.shape[-2] > 1 else keep[..., :end])
-        shape, (own_k, own_v) = own.shape[:-1], (y[..., :end, :] for y in (k, v))
-        scores = [(products(flat(own, n), own_k).reshape(*shape, end), kept)]
+        keeps = order & (keep[..., start:end, :end] if keep.shape[-2] > 1 else keep[..., :end])
+        shape, (part_k, part_v) = part.shape[:-1], (y[..., :end, :] for y in (k, v))
+        scores = [(products(flat(part, n), part_k).reshape(*shape, end), keeps)]
         if before:
-            scores.append((products(flat(own), before[0]).reshape(*shape, -1), before[2]))
+            scores.append((products(flat(part), before[0]).reshape(*shape, -1), before[2]))
         weights, total = weigh(scores)
-        mix = mixed(flat(weights[0], n), own_v).reshape(own.shape)
+        mix = mixed(flat(weights[0], n), part_v).reshape(part.shape)
         if before:
-            mix += mixed(flat(weights[1]), before[1]).reshape(own.shape)
+            mix += mixed(flat(weights[1]), before[1]).reshape(part.shape)
         out.append((mix / total).astype(q.dtype))
     return jnp.concatenate(out, axis=-2)
 
@@ -141,24 +141,24 @@ def weigh(parts: list[tuple[Array, Array]]) -> tuple[list[Array], Array]:
 
 
 def decode(
-    q: Array, prompt: tuple[Array, Array], own: tuple[Array, Array], prompt_mask: Array, t: Array
+    q: Array, prompt: tuple[Array, Array], response: tuple[Array, Array], prompt_mask: Array, t: Array
 ) -> Array:
     """One token of each sample, q [Q, G, K, h, D], over its prompt's keys [Q, K, D, P] and values [Q, K, P,
-    D], and columns 0 … t of its own [Q, G, K, D, R] and [Q, G, K, R, D]: two parts with one maximum and one
-    sum.
+    D], and columns 0 … t of its response [Q, G, K, D, R] and [Q, G, K, R, D]: two parts with one maximum and
+    one sum.
     """
-    (prompt_k, prompt_v), (own_k, own_v) = prompt, own
+    (prompt_k, prompt_v), (response_k, response_v) = prompt, response
     by_heads = lambda y: y.swapaxes(1, 2)
     with_prompt = float_einsum("qkghd,qkdp->qkghp", by_heads(q), prompt_k)
-    with_own = float_einsum("qgkhd,qgkdr->qgkhr", q, own_k)
+    with_response = float_einsum("qgkhd,qgkdr->qgkhr", q, response_k)
     with_prompt = jnp.where(prompt_mask[:, None, None, None, :], with_prompt, LEAST)
-    with_own = jnp.where(jnp.arange(with_own.shape[-1]) <= t, with_own, LEAST)
-    top = jnp.maximum(by_heads(with_prompt.max(-1)), with_own.max(-1))[..., None]
-    prompt_weights, own_weights = jnp.exp(with_prompt - by_heads(top)), jnp.exp(with_own - top)
-    total = by_heads(prompt_weights.sum(-1)) + own_weights.sum(-1)
+    with_response = jnp.where(jnp.arange(with_response.shape[-1]) <= t, with_response, LEAST)
+    top = jnp.maximum(by_heads(with_prompt.max(-1)), with_response.max(-1))[..., None]
+    prompt_weights, response_weights = jnp.exp(with_prompt - by_heads(top)), jnp.exp(with_response - top)
+    total = by_heads(prompt_weights.sum(-1)) + response_weights.sum(-1)
     prompt_part = float_einsum("qkghp,qkpd->qkghd", prompt_weights.astype(q.dtype), prompt_v)
-    own_part = float_einsum("qgkhr,qgkrd->qgkhd", own_weights.astype(q.dtype), own_v)
-    return ((by_heads(prompt_part) + own_part) / total[..., None]).astype(q.dtype)
+    response_part = float_einsum("qgkhr,qgkrd->qgkhd", response_weights.astype(q.dtype), response_v)
+    return ((by_heads(prompt_part) + response_part) / total[..., None]).astype(q.dtype)
 
 
 class Shared(kernels.Mask):
@@ -175,8 +175,8 @@ class Shared(kernels.Mask):
 
     def __getitem__(self, index) -> np.ndarray:
         at, of = (np.arange(self.shape_[0])[part] for part in index)
-        own = (at[:, None] - self.width) // self.length == (of[None, :] - self.width) // self.length
-        return (of[None, :] <= at[:, None]) & (own | (of[None, :] < self.width))
+        same = (at[:, None] - self.width) // self.length == (of[None, :] - self.width) // self.length
+        return (of[None, :] <= at[:, None]) & (same | (of[None, :] < self.width))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Shared) and vars(self) == vars(other)
@@ -229,6 +229,7 @@ def splash(q: Array, k: Array, v: Array, prompt_mask: Array, groups: int, interp
 
     pad = lambda x: jnp.pad(x, [(0, 0), (0, size - n)] + [(0, 0)] * (x.ndim - 2))
     args = pad(q).transpose(0, 2, 3, 1, 4), pad(k).swapaxes(1, 2), pad(v).swapaxes(1, 2), real
-    one = ("batch", "kv_heads", None, None)
-    out = local(attend, (("batch", "kv_heads", None, None, None), one, one, ("batch", None)), 0)(*args)
+    key_axes = ("batch", "kv_heads", None, None)
+    axes = (("batch", "kv_heads", None, None, None), key_axes, key_axes, ("batch", None))
+    out = local(attend, axes, 0)(*args)
     return out[:, :, :, :n].transpose(0, 3, 1, 2, 4).reshape(q.shape[0], n, heads, -1, q.shape[-1])

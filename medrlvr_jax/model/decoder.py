@@ -181,14 +181,13 @@ def step_layer(
     cfg: DecoderConfig,
     x: Float[Array, "Q G E"],
     column: Column,
-    prompt: KeysValues,
-    own: KeysValues,
+    prompt_cache: KeysValues,
+    sample_cache: KeysValues,
     place: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "Q G E"], KeysValues]:
-    """A layer over one token of each sample, whose keys and values go to column t of `own`, the samples'
-    cache.
+    """A layer over one token of each sample, whose keys and values go to column t of the samples' cache.
 
-    With `place`, `own` is the cache of all layers, and this is the layer of that number.
+    With `place`, that is the cache of all layers, and this is the layer of that number.
     """
     layer = for_products(layer, cfg)
     q, k, v = queries_keys_values(layer, cfg, x, column.rope)
@@ -199,12 +198,12 @@ def step_layer(
             return jax.lax.dynamic_update_slice(cache, new, start)
         return jax.lax.dynamic_update_slice(cache, new[None], (place, *start))
 
-    keys = put(own.keys, k[..., None], (0, 0, 0, 0, column.t))
-    values = put(own.values, v[:, :, :, None], (0, 0, 0, column.t, 0))
+    keys = put(sample_cache.keys, k[..., None], (0, 0, 0, 0, column.t))
+    values = put(sample_cache.values, v[:, :, :, None], (0, 0, 0, column.t, 0))
     grown = of_layer = KeysValues(keys, values)
     if place is not None:
         of_layer = KeysValues(*(jax.lax.dynamic_index_in_dim(y, place, keepdims=False) for y in grown))
-    attended = attention.decode(q, prompt, of_layer, column.prompt_mask, column.t)
+    attended = attention.decode(q, prompt_cache, of_layer, column.prompt_mask, column.t)
     return after_attention(layer, cfg, x, attended), grown
 
 

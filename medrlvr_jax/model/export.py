@@ -156,7 +156,7 @@ def _gathered(
     for name, source in tensors.items():
         if source.path in leaves:
             value = leaves[source.path] if source.layer is None else leaves[source.path][source.layer]
-            order = [source.ours.index(axis) for axis in source.theirs]
+            order = [source.axes.index(axis) for axis in source.tensor_axes]
             value = np.asarray(process_allgather(value, tiled=True)).transpose(order)
         else:
             with frozen[name].opened() as data:

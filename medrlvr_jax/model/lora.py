@@ -51,14 +51,14 @@ def merge(params: Params, cfg: DecoderConfig, dtype: Any = None) -> Params:
     if lora is None:
         return params
 
-    def one(w: Array, a: Array, b: Array) -> Array:
+    def add(w: Array, a: Array, b: Array) -> Array:
         """One layer's W [in…, out…], A [in…, r] and B [r, out…]."""
         product = jnp.tensordot(a, b, 1, precision="highest", preferred_element_type=jnp.float32)
         return (w.astype(jnp.float32) + product * (lora.alpha / lora.rank)).astype(dtype or w.dtype)
 
     merged = {
-        name: jax.lax.map(lambda x: one(*x), (layers[name], layers[f"{name}_a"], layers[f"{name}_b"]))
+        name: jax.lax.map(lambda x: add(*x), (layers[name], layers[f"{name}_a"], layers[f"{name}_b"]))
         for name in lora.targets
     }
-    kept = {name: w for name, w in layers.items() if PARAMETERS[name].kind != "adapter"}
-    return params | {"layers": kept | merged}
+    others = {name: w for name, w in layers.items() if PARAMETERS[name].kind != "adapter"}
+    return params | {"layers": others | merged}

@@ -41,7 +41,7 @@ class Execution:
     remat: str = "full"  # what the backward pass computes again: see `decoder.REMAT`
     splash: bool = False  # attention by the TPU's kernel: see attention.py
     unroll: bool = True  # decoding: see `decode.decode_step`
-    narrow: bool = True  # sampling: rows that have stopped make room, see generate.py
+    narrow: bool = True  # sampling: rows that have stopped make room, see loops.py
     value_head: bool = False  # a critic: one number per token in place of the vocabulary
     lora: LoRAConfig | None = None  # adapters beside the matrices: `<name>_a` and `<name>_b`
     int8: bool = False  # int8 matrices, each output channel scaled by `<name>_scale`: see `decoder.quantize`

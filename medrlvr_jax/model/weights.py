@@ -91,26 +91,21 @@ def resolve(path: str | Path) -> Path:
 
 
 def read_config(path: str | Path) -> DecoderConfig:
-    """config.json in our words; `dataclasses.replace` then sets what the run decides (dtype, remat,
-    value_head).
-    """
+    """The architecture that a directory's config.json describes."""
     file = resolve(path) / "config.json"
     if not file.is_file():
-        run = file.parent if (file.parent / "checkpoints").is_dir() else None
-        remedy = (
-            f"this is a run: medrlvr export {run} {run}/hf, then model.path={run}/hf"
-            if run
-            else "a Hugging Face directory has one"
-        )
+        run, remedy = file.parent, "a Hugging Face directory has one"
+        if (run / "checkpoints").is_dir():
+            remedy = f"this is a run: medrlvr export {run} {run}/hf, then model.path={run}/hf"
         raise ConfigError(f"{file}: not there; {remedy}")
     given = files.read_json(file)
     kind = given.get("model_type")
     sees = kind in SEEING
     # transformers 5 writes the decoder's settings into a section; the published files have them beside it.
-    said = given | (given.get("text_config") or {}) if sees else given
-    said |= {key: given[key] for key in ("model_type", "tie_word_embeddings") if key in given}
+    config = given | (given.get("text_config") or {}) if sees else given
+    config |= {key: given[key] for key in ("model_type", "tie_word_embeddings") if key in given}
 
-    def need(key: str, where: dict[str, Any] = said) -> Any:
+    def need(key: str, where: dict[str, Any] = config) -> Any:
         if where.get(key) is None:
             raise ConfigError(f"{file}: {key}: needed, and not given")
         return where[key]
@@ -121,45 +116,49 @@ def read_config(path: str | Path) -> DecoderConfig:
         raise ConfigError(f"{file}: model_type: {kind!r}: this decoder computes {names}")
     # transformers 5 writes rope_parameters; 4 wrote rope_scaling (type, then rope_type) beside a rope_theta;
     # 5 reads them in this order.
-    rope = {"rope_theta": said.get("rope_theta")} | (
-        said.get("rope_scaling") or said.get("rope_parameters") or {}
-    )
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    found = [
-        (key, got, value)
-        for key, value in ONLY.items()
-        for got in (said.get(key), rope.get(key))
-        if got is not None
-    ]
-    found += [("layer_types", got, "full_attention") for got in said.get("layer_types") or ()]
-    rope_types = ("default", "mrope") if sees else ("default", "llama3")
-    found += [("rope_type", rope_type, " or ".join(rope_types))] if rope_type not in rope_types else []
-    for key, got, value in found:
-        # Qwen2 has query, key and value biases whatever attention_bias says.
-        if got != value and (key != "attention_bias" or kind not in ("qwen2", *SEEING)):
-            raise ConfigError(f"{file}: {key}: {got!r}: this decoder computes only {value!r}")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = {"rope_theta": config.get("rope_theta"), "rope_type": rope.get("type", "default"), **rope}
+    _check_settings(file, config, rope)
     need("hidden_act")
     if kind == "qwen3":
         # transformers would assume 128 here, and hidden_size / num_attention_heads elsewhere
         need("head_dim")
     stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    stretched = rope["rope_type"] == "llama3"
     return DecoderConfig(
         vocab=need("vocab_size"),
         embed=need("hidden_size"),
         layers=need("num_hidden_layers"),
         heads=need("num_attention_heads"),
         kv_heads=need("num_key_value_heads"),
-        head_dim=said.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
+        head_dim=config.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
         ffn=need("intermediate_size"),
         rope_theta=need("rope_theta", rope),
         norm_eps=need("rms_norm_eps"),
         tied=need("tie_word_embeddings"),
-        rope_scaling=RopeScaling(*(need(key, rope) for key in stretch)) if rope_type == "llama3" else None,
-        max_positions=said.get("max_position_embeddings"),  # of a stretched rope: after the stretching
+        rope_scaling=RopeScaling(*(need(key, rope) for key in stretch)) if stretched else None,
+        max_positions=config.get("max_position_embeddings"),  # of a stretched rope: after the stretching
         **FAMILIES["qwen2" if sees else need("model_type")],
         rope_axes=vision.rope_axes(need("mrope_section", rope)) if sees else None,
         vision=vision.read_config(given, file.parent) if sees else None,
     )
+
+
+def _check_settings(file: Path, config: dict[str, Any], rope: dict[str, Any]) -> None:
+    """Refuse settings under which a decoder computes what this one does not."""
+    kind, rope_type = config["model_type"], rope["rope_type"]
+    settings = [
+        (key, value, only) for key, only in ONLY.items() for value in (config.get(key), rope.get(key))
+    ]
+    settings += [("layer_types", value, "full_attention") for value in config.get("layer_types") or ()]
+    rope_types = ("default", "mrope" if kind in SEEING else "llama3")
+    if rope_type not in rope_types:
+        settings.append(("rope_type", rope_type, " or ".join(rope_types)))
+    for key, value, only in settings:
+        # Qwen2 has query, key and value biases whatever attention_bias says.
+        ignored = key == "attention_bias" and kind in ("qwen2", *SEEING)
+        if value not in (None, only) and not ignored:
+            raise ConfigError(f"{file}: {key}: {value!r}: this decoder computes only {only!r}")
 
 
 class Source(NamedTuple):
@@ -167,8 +166,8 @@ class Source(NamedTuple):
 
     path: tuple[str, ...]
     layer: int | None  # where the parameter is stacked
-    ours: list[str]  # the parameter's axes, without that of the layers
-    theirs: list[str]  # the same in the tensor's order
+    axes: list[str]  # the parameter's axes, without that of the layers
+    tensor_axes: list[str]  # the same in the tensor's order
     shape: tuple[int, ...]  # the tensor's, which joins some of its axes
 
     def __str__(self) -> str:
@@ -204,13 +203,13 @@ def sources(cfg: DecoderConfig) -> dict[str, Source]:
             rows["vision", *vision.path_of(name)] = row, "visual.", "visual.blocks.{}."
     shapes, out = _shapes(cfg), {}
     for path, (row, prefix, of_layer) in rows.items():
-        ours, groups = row.axes.split(), row.tensor_groups
-        theirs = [axis for group in groups for axis in group]
-        size = dict(zip(ours, shapes[path][row.stacked :], strict=True))
+        axes, groups = row.axes.split(), row.tensor_groups
+        tensor_axes = [axis for group in groups for axis in group]
+        size = dict(zip(axes, shapes[path][row.stacked :], strict=True))
         shape = tuple(prod(size[axis] for axis in group) for group in groups)
         for layer in range(shapes[path][0]) if row.stacked else (None,):
             name = (prefix if layer is None else of_layer.format(layer)) + row.tensor
-            source = Source(path, layer, ours, theirs, shape)
+            source = Source(path, layer, axes, tensor_axes, shape)
             if name in out:
                 raise ConfigError(f"{name}: both {out[name]} and {source} take it, and one may")
             out[name] = source
@@ -264,11 +263,11 @@ def _fill(
     """out = tensor, turned to our axes, within `bounds` of them; read along the tensor's first axis, block by
     block.
     """
-    ours, (first, *rest) = source.ours, source.theirs
-    size, within = dict(zip(ours, shape, strict=True)), dict(zip(ours, bounds, strict=True))
+    axes, (first, *rest) = source.axes, source.tensor_axes
+    size, within = dict(zip(axes, shape, strict=True)), dict(zip(axes, bounds, strict=True))
     unit = tensor.shape[0] // size[first]  # rows of one step along the first axis: a head's
     step = max(1, BLOCK // (unit * tensor.row_bytes))
-    turn = [source.theirs.index(axis) for axis in ours]
+    turn = [source.tensor_axes.index(axis) for axis in axes]
     cut = tuple(slice(within[axis].start, within[axis].stop) for axis in rest)
     with tensor.opened() as data:
         for start in range(within[first].start, within[first].stop, step):
@@ -276,7 +275,7 @@ def _fill(
             block = data[start * unit : stop * unit].reshape(stop - start, *(size[axis] for axis in rest))
             place = slice(start - within[first].start, stop - within[first].start)
             block = block[:, *cut].astype(out.dtype).transpose(turn)
-            out[tuple(place if axis == first else slice(None) for axis in ours)] = block
+            out[tuple(place if axis == first else slice(None) for axis in axes)] = block
 
 
 def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -377,15 +376,15 @@ def _check(tensors: dict[str, Tensor], cfg: DecoderConfig) -> None:
             wrong.append(f"{name}: missing; {source} needs it, of shape {source.shape}")
         elif tensors[name].shape != source.shape:
             wrong.append(f"{name}: of shape {tensors[name].shape}; {source} needs {source.shape}")
-    for name in tensors.keys() - needed.keys():
-        if BUFFER.fullmatch(name):
+    for name, tensor in tensors.items():
+        if name in needed or BUFFER.fullmatch(name):
             continue
         why = "no parameter of this model takes it"
         if name == HEAD:
-            if cfg.execution.value_head or (cfg.tied and _equal(tensors[name], tensors.get(EMBED))):
+            if cfg.execution.value_head or (cfg.tied and _equal(tensor, tensors.get(EMBED))):
                 continue
             why = "tie_word_embeddings is true, and it is not the embedding"
-        wrong.append(f"{name}: of shape {tensors[name].shape}; {why}")
+        wrong.append(f"{name}: of shape {tensor.shape}; {why}")
     if wrong:
         more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
         raise ConfigError("the weights do not fit config.json:\n" + "\n".join(wrong[:8] + more))

@@ -89,11 +89,11 @@ def decode_step(
     tokens: Int[Array, "Q G"],
     prompts: Prompts,
     prompt_caches: Caches,
-    own: Caches,
+    caches: Caches,
     t: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "Q G E"], Caches]:
-    """The tokens of column t → the states that predict column t + 1, and `own`, the samples' caches, with
-    column t filled.
+    """The tokens of column t → the states that predict column t + 1, and `caches`, the samples', with column
+    t filled.
     """
     params, dtype = weights.params, cfg.execution.dtype
     x = constrain(params["embed"].astype(dtype)[tokens].astype(jnp.float32), "batch", None, None)
@@ -101,7 +101,7 @@ def decode_step(
     column = Column(jnp.int32(t), (cos, sin), prompts.mask)
     if cfg.execution.unroll:
         grown = []
-        stacks = (cast(list, stack) for stack in (weights.layers, prompt_caches, own))
+        stacks = (cast(list, stack) for stack in (weights.layers, prompt_caches, caches))
         for layer, prompt, cache in zip(*stacks, strict=True):
             x, cache = decoder.step_layer(layer, cfg, x, column, prompt, cache)
             grown.append(cache)
@@ -112,5 +112,5 @@ def decode_step(
             return decoder.step_layer(layer, cfg, carry[0], column, prompt, carry[1], place), None
 
         stack = jnp.arange(cfg.layers), weights.layers, prompt_caches
-        (x, grown), _ = jax.lax.scan(step, (x, own), stack)
+        (x, grown), _ = jax.lax.scan(step, (x, caches), stack)
     return decoder.rms_norm(x, params["norm"], cfg.norm_eps, dtype), grown

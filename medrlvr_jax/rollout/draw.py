@@ -67,15 +67,15 @@ def truncate(weights: Array, top_k: int, top_p: float) -> Array:
     itself.
     """
     if top_k and top_k < weights.shape[-1]:
-        weights = _keep_heaviest(weights, lambda kept: kept.sum(-1, dtype=jnp.int32) >= top_k)
+        weights = _keep_heaviest(weights, lambda heaviest: heaviest.sum(-1, dtype=jnp.int32) >= top_k)
     if top_p < 1:
         wanted = top_p * weights.sum(-1)
-        weights = _keep_heaviest(weights, lambda kept: jnp.where(kept, weights, 0).sum(-1) >= wanted)
+        weights = _keep_heaviest(weights, lambda heaviest: jnp.where(heaviest, weights, 0).sum(-1) >= wanted)
     return weights
 
 
 def _keep_heaviest(weights: Array, enough: Callable[[Array], Array]) -> Array:
-    """Keep weights at or above the highest border at which `enough(kept)` still holds."""
+    """Keep weights at or above the highest border at which `enough(heaviest)` still holds."""
     bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
 
     def halve(_, bounds):

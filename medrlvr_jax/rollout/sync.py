@@ -26,7 +26,7 @@ def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
     """What `generate` takes, as ShapeDtypeStructs: whole along `fsdp` and in the arithmetic's dtype, except
     for norms and biases, which keep theirs.
 
-    The layers stay as they are where `unroll` cuts and gathers them one by one (`decode.split_layers`), and
+    The layers stay as they are where `unroll` cuts and gathers them one by one (`decode.prepare`), and
     stay in shards where `sample.layout` says so. int8 matrices have float32 scales.
     """
     model = parts.config.model
@@ -41,8 +41,8 @@ def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
         place = sharded[path] if in_layer and by_layer else p
         return jax.ShapeDtypeStruct(p.shape, dtype, sharding=place.sharding)
 
-    whole = flat(abstract_params(parts, cfg, sharding.DECODE))
-    return unflatten_dict({path: wanted(path, p) for path, p in whole.items()})
+    gathered = flat(abstract_params(parts, cfg, sharding.DECODE))
+    return unflatten_dict({path: wanted(path, p) for path, p in gathered.items()})
 
 
 @dataclass(frozen=True)
