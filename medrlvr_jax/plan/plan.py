@@ -106,6 +106,8 @@ def plan(
 def run(config: Config, topology: str, sweep: int, as_json: bool, questions: int | None, quick: bool) -> int:
     """The command: prints, and returns 0 if all fits, 3 if not."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is left alone
+    # programs for a machine that does not exist cannot be loaded from the cache
+    jax.config.update("jax_enable_compilation_cache", False)
     machine, steps = parse(topology), length(config, questions)
     if not sweep:
         plans = [plan(config, machine, steps=steps, quick=quick)]
