@@ -233,7 +233,8 @@ def evaluate(
     asked = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
     settings = _settings(EvalConfig, batch=_batch(loaded.mesh, batch), **asked)
     parts = dataclasses.replace(loaded.parts, config=dataclasses.replace(loaded.config, eval=settings))
-    encoded = encode(parts.tokenizer, data.read(spec, records)[0], parts.config)
+    questions = data.read(spec, records)[0]
+    encoded = encode(parts.tokenizer, questions, parts.config, vision=parts.cfg.vision)
     if not encoded.questions:
         limit = f"prompt.max_tokens = {parts.config.prompt.max_tokens}"
         raise ConfigError(

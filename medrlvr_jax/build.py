@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from medrlvr_jax import sharding
@@ -16,7 +18,7 @@ from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
-from medrlvr_jax.model import lora, spec, weights
+from medrlvr_jax.model import lora, spec, vision, weights
 from medrlvr_jax.model.spec import DecoderConfig, Execution
 from medrlvr_jax.types import Frozen, Learner, Params
 
@@ -30,11 +32,39 @@ class Parts:
     cfg: DecoderConfig
     critic_cfg: DecoderConfig
     mesh: jax.sharding.Mesh
+    tower: "Tower | None" = None  # None: the model sees no images, or this is only a plan
 
     @property
     def sampler_cfg(self) -> DecoderConfig:
         """The decoder that rollouts are drawn from. Evaluation is of `cfg`."""
         return self.cfg.run_with(int8=self.config.sample.weights == "int8")
+
+
+class Tower:
+    """The vision tower of a model. It is frozen; its weights are loaded when they are first used, in the
+    arithmetic's dtype.
+    """
+
+    def __init__(self, parts: Parts):
+        self._parts = parts
+
+    @cached_property
+    def params(self) -> Params:
+        model = self._parts.config.model
+        if model.init == "random":
+            problem = "the vision tower is never trained here, and a random one sees nothing"
+            raise ConfigError(f"model.init: random: {problem}; set it to pretrained, or take images out")
+        where = {"vision": places(abstract_tower(self._parts))}
+        return weights.load_params(model.path, self._parts.cfg, where, jnp.dtype(model.dtype))["vision"]
+
+
+def abstract_tower(parts: Parts) -> Params:
+    """The vision tower's parameters as shapes with shardings."""
+    assert parts.cfg.vision is not None
+    boxed = vision.abstract(parts.cfg.vision)
+    where, dtype = sharding.shardings(boxed, parts.mesh, sharding.TRAIN), jnp.dtype(parts.config.model.dtype)
+    shape = lambda box, place: jax.ShapeDtypeStruct(box.value.shape, dtype, sharding=place)
+    return jax.tree.map(shape, boxed, where, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def build(config: Config) -> Parts:
@@ -43,7 +73,8 @@ def build(config: Config) -> Parts:
     tokenizer = load_tokenizer(config.model.path)
     tokenizer.check_fits(cfg.vocab, config.model.path)
     require_equal(lambda: _settings(config) | {"the model's config.json": repr(cfg)})
-    return lay_out(config, tokenizer, cfg)
+    parts = lay_out(config, tokenizer, cfg)
+    return dataclasses.replace(parts, tower=Tower(parts)) if parts.cfg.vision else parts
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -65,6 +96,8 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
         narrow=platform == "cpu",
     )
     cfg = dataclasses.replace(cfg, execution=execution)
+    if cfg.vision and (limit := config.prompt.max_pixels):
+        cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, max_pixels=limit))
     sizes = {"sample.questions": config.sample.questions, "learn.minibatch": config.learn.minibatch}
     sizes["learn.microbatch"] = config.learn.microbatch or config.learn.minibatch
     sizes["eval.batch"] = config.eval.batch

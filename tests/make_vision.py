@@ -7,6 +7,7 @@ torch is not installed. The weights are never stored: they follow from a seed.
 import json
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from make_parity import write
@@ -99,11 +100,13 @@ def weights(directory: Path) -> dict[str, np.ndarray]:
     return out
 
 
-def make(directory: Path, kind: str) -> Path:
-    write(directory, CONFIGS[kind], {})
+def make(directory: Path, kind: str, **changes: Any) -> Path:
+    """A directory with the model; `changes` are of its config.json."""
+    config = CONFIGS[kind] | changes
+    write(directory, config, {})
     size = {"min_pixels": 56 * 56, "max_pixels": LIMIT}
     (directory / "preprocessor_config.json").write_text(json.dumps(size))
-    return write(directory, CONFIGS[kind], weights(directory))
+    return write(directory, config, weights(directory))
 
 
 def reference(directory: Path) -> dict[str, np.ndarray]:

@@ -120,7 +120,8 @@ def test_windows_by_hand():
 
 def test_arrange_places_each_patch():
     first, second = noise(140, 168), noise(28, 56)
-    out = images.arrange([[first, second], [second]], 6, CFG)
+    cut = lambda *row: [images.patches(image, CFG) for image in row]
+    out = images.arrange([cut(first, second), cut(second)], 6, CFG)
     assert out.pixels.shape == (2, 6, 64, 588)
     slots = out.slots[0].reshape(-1, 3)
     assert (slots[:, 0] == 0).sum() == 120 and (slots[:, 0] == 1).sum() == 24  # enlarged to 56 × 84

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.data import images
-from medrlvr_jax.model import decoder, scoring, spec, vision
+from medrlvr_jax.model import decoder, export, scoring, spec, vision
 from medrlvr_jax.model import weights as hf
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
@@ -42,6 +42,10 @@ def load(path):
     return cfg, params["vision"], {name: p for name, p in params.items() if name != "vision"}
 
 
+def arrange(of_questions, windows, cfg):
+    return images.arrange([[images.patches(i, cfg) for i in row] for row in of_questions], windows, cfg)
+
+
 def grids(cfg):
     return [tuple(images.patches(image, cfg.vision)[1] for image in row) for row in pictures()]
 
@@ -50,7 +54,7 @@ def features(cfg, tower):
     """Of each image, one after another, as `reference` has them; and of each question, by its slots."""
     of_questions = grids(cfg)
     windows = max(images.windows_of(row, cfg.vision) for row in of_questions)
-    arranged = images.arrange(pictures(), windows, cfg.vision)
+    arranged = arrange(pictures(), windows, cfg.vision)
     seen = jax.jit(lambda p, x: vision.tower(p, cfg.vision, x, jnp.float32))(tower, arranged)
     assert np.isfinite(seen).all()
     slots = (images.token_slots(row, cfg.vision) for row in of_questions)
@@ -169,7 +173,7 @@ def test_what_is_exported_is_the_same_model(kind, directory, tmp_path):
     """Ours is read by transformers, and what transformers saves, under its new names, by us."""
     path, out = directory(kind), tmp_path / "ours"
     cfg, _, params = load(path)
-    hf.save_params(params, cfg, path, out)
+    export.save_params(params, cfg, path, out)
     with (
         safe_open(out / "model.safetensors", framework="np") as saved,
         safe_open(path / "model.safetensors", framework="np") as source,
@@ -198,7 +202,7 @@ def test_what_is_exported_is_the_same_model(kind, directory, tmp_path):
 def test_every_parameter_of_the_tower_matters(kind, directory):
     """So a forgotten one would fail the tests above."""
     cfg, tower, _ = load(directory(kind))
-    arranged = images.arrange([pictures()[2]], 4, cfg.vision)
+    arranged = arrange([pictures()[2]], 4, cfg.vision)
     see = jax.jit(lambda p: vision.tower(p, cfg.vision, arranged, jnp.float32))
     usual, draw = np.asarray(see(tower)), np.random.RandomState(0)
     for name in [n for n, row in vision.PARAMETERS.items() if row.exists(cfg.vision)]:
@@ -214,8 +218,8 @@ def test_another_image_changes_nothing(directory):
     cfg, tower, _ = load(directory("qwen2_5_vl"))
     see = jax.jit(lambda x: vision.tower(tower, cfg.vision, x, jnp.float32))
     [both, *_] = pictures()
-    together = np.asarray(see(images.arrange([both], 8, cfg.vision)))[0]
-    alone = np.asarray(see(images.arrange([both[1:]], 8, cfg.vision)))[0]
+    together = np.asarray(see(arrange([both], 8, cfg.vision)))[0]
+    alone = np.asarray(see(arrange([both[1:]], 8, cfg.vision)))[0]
     slots = images.token_slots(grids(cfg)[0], cfg.vision)
     n = images.patches(both[1], cfg.vision)[1].tokens
     close(alone[:n], together[slots[-n:]])

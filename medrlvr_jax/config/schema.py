@@ -99,7 +99,10 @@ class PromptConfig:
     template_args: dict[str, Any] = Field(default_factory=dict)
     # Beginning of every response, such as "<answer>". It is not sampled, and is scored with the completion.
     prefill: str = ""
-    max_tokens: Count = 512  # Longer prompts are dropped and counted.
+    max_tokens: Count = 512  # Longer prompts are dropped and counted. Image tokens count, too.
+    # Larger images are reduced to this many pixels; an image token has 28 × 28. null: as the model's
+    # preprocessor_config.json says.
+    max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None
 
 
 @section

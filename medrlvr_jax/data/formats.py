@@ -5,9 +5,9 @@
 | `plain`    | your own data: question, options (a list, or {"A": …}), answer (the letter, or as answer_as  |
 |            | says: from_0, from_1, text; a list or "A, C" where all that apply are asked for);            |
 |            | optional: id, subject, rationale, facts (what a good thought states: each a text, or a list  |
-|            | of the texts that state it)                                                                  |
+|            | of the texts that state it), image or images (see images.py)                                 |
 | `open`     | your own data without options: question, kind, answer; optional: lower, upper, tolerance,    |
-|            | unit, labels, aliases, order (values.py), id, subject, rationale, facts                      |
+|            | unit, labels, aliases, order (values.py), id, subject, rationale, facts, image, images       |
 | `medqa`    | question, options {"A": …}, answer_idx (the letter), answer (that option's text, checked)    |
 | `mmlu_pro` | question, options (a list), answer (the letter), answer_index;                               |
 |            | of several categories only `health` is used                                                  |
@@ -30,6 +30,7 @@ A check that fails raises `DataError` with the field, the value and the remedy; 
 
 import re
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
@@ -119,6 +120,27 @@ def _facts(row: Row) -> tuple[tuple[str, ...], ...]:
         tuple(_text({(name := f"facts {i}"): text}, name) for text in fact)
         for i, fact in enumerate(wordings, 1)
     )
+
+
+def _images(row: Row) -> tuple[str | bytes, ...]:
+    """The field `image`, or the list `images`: paths, bytes of files, or images of datasets or Pillow."""
+    if row.get("image") is not None and row.get("images") is not None:
+        raise DataError("field images: given beside image; take one of the two out")
+    given = row.get("images") if row.get("image") is None else row["image"]
+    many = given if isinstance(given, list | tuple) else () if given is None else (given,)
+    return tuple(_image(value) for value in many)
+
+
+def _image(value: Any) -> str | bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if hasattr(value, "getbands"):  # Pillow's
+        out = BytesIO()
+        value.save(out, "PNG")
+        value = out.getvalue()
+    if not isinstance(value, str | bytes) or not value:
+        raise _wrong("image", value, "is no image; give the path of a file, or its bytes")
+    return value
 
 
 def _value(row: Row) -> Key:
@@ -309,7 +331,7 @@ class Format(NamedTuple):
 
 PUBMEDQA = ["QUESTION, CONTEXTS, final_decision", "question, context, final_decision"]
 MEDCALC = "Patient Note, Question, Ground Truth Answer, Output Type, Lower Limit, Upper Limit"
-OWN = "options, answer_as, kind, lower, upper, tolerance, unit, labels, aliases, order, facts"
+OWN = "options, answer_as, kind, lower, upper, tolerance, unit, labels, aliases, order, facts, image, images"
 FORMATS = {
     "plain": Format(_own, ["question, options, answer"], rationale="rationale", also=OWN),
     "open": Format(_own, ["question, kind, answer"], rationale="rationale", also=OWN),
@@ -382,6 +404,7 @@ def _question(row: Row, default_id: str, key: Key, form: Format) -> Question:
         rationale=optional(form.rationale) or None,
         value=value,
         facts=_facts(row) if "facts" in form.also else (),
+        images=_images(row) if "images" in form.also else (),
     )
 
 

@@ -10,6 +10,9 @@ none, from the least value to the largest; MONOCHROME1 is inverted.
 """
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image, ImageOps
 
-from medrlvr_jax.data.question import DataError
+from medrlvr_jax.data.question import DataError, Question
 from medrlvr_jax.host import files
 from medrlvr_jax.model.spec import VisionConfig
 from medrlvr_jax.model.vision import Images
@@ -39,6 +42,9 @@ class Grid(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.rows * self.columns
+
+
+Cut = tuple[UInt8[np.ndarray, "T square D"], Grid]  # see `patches`
 
 
 # ---- reading ----
@@ -147,7 +153,7 @@ def grid_of(source: Source, cfg: VisionConfig) -> Grid:
     return Grid(height // cfg.factor, width // cfg.factor)
 
 
-def patches(image: Image.Image, cfg: VisionConfig) -> tuple[UInt8[np.ndarray, "T square D"], Grid]:
+def patches(image: Image.Image, cfg: VisionConfig) -> Cut:
     """The resized image by image token, in rows from the top; of each token its merge² patches, and of each
     patch D = 3 · patch² values: channel, row, column.
     """
@@ -182,7 +188,7 @@ def windows_of(grids: tuple[Grid, ...], cfg: VisionConfig) -> int:
     return sum(math.ceil(grid.rows / side) * math.ceil(grid.columns / side) for grid in grids)
 
 
-def arrange(images: list[list[Image.Image]], windows: int, cfg: VisionConfig) -> Images:
+def arrange(images: list[list[Cut]], windows: int, cfg: VisionConfig) -> Images:
     """The images of each question in `windows` windows, as the tower takes them."""
     side, square, depth = cfg.window // cfg.merge, cfg.merge**2, 3 * cfg.patch**2
     pixels = np.zeros((len(images), windows, side * side, square, depth), np.uint8)
@@ -191,8 +197,7 @@ def arrange(images: list[list[Image.Image]], windows: int, cfg: VisionConfig) ->
     inner = np.stack(np.divmod(np.arange(square), cfg.merge), -1)  # row and column of a patch in its token
     for q, of_question in enumerate(images):
         start = 0
-        for number, image in enumerate(of_question):
-            cut, grid = patches(image, cfg)
+        for number, (cut, grid) in enumerate(of_question):
             held = layout(grid, side)
             here, filled = slice(start, start + len(held)), held >= 0
             pixels[q, here][filled] = cut[held[filled]]
@@ -254,3 +259,55 @@ def place(
         slots[q, start:][np.array(tokens) == cfg.image_token] = token_slots(of_question, cfg)
         places[q, start:], after[q] = positions(tokens, of_question, cfg.image_token)
     return Vision(features, slots, places, after)
+
+
+# ---- a set of questions ----
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of a set of questions: their sizes, and what a batch of them needs."""
+
+    cfg: VisionConfig
+    grids: list[tuple[Grid, ...]]  # of each question's images
+    windows: int  # of a question's images together, at most
+
+    def pads(self) -> list[list[list[int]]]:
+        """The tokens that stand in the prompt for each image of each question."""
+        cfg = self.cfg
+        of_image = lambda grid: [cfg.image_start, *[cfg.image_token] * grid.tokens, cfg.image_end]
+        return [[of_image(grid) for grid in grids] for grids in self.grids]
+
+    def taking(self, index: Sequence[int] | np.ndarray) -> "ImageSet":
+        """The same of some of the questions."""
+        return replace(self, grids=[self.grids[i] for i in index])
+
+
+def measure(questions: list[Question], cfg: VisionConfig) -> ImageSet | None:
+    """Read every image of the questions, in threads, and refuse those that cannot be used; None without
+    images.
+    """
+
+    def one(question: Question) -> tuple[Grid, ...] | str:
+        try:
+            return tuple(grid_of(image, cfg) for image in question.images)
+        except DataError as e:
+            return f"question {question.id}: {e}"
+
+    if not any(question.images for question in questions):
+        return None
+    with ThreadPoolExecutor() as pool:
+        grids = list(pool.map(one, questions))
+    if wrong := [grid for grid in grids if isinstance(grid, str)]:
+        more = [f"(and {len(wrong) - 10} more)"] if len(wrong) > 10 else []
+        raise DataError("\n".join(wrong[:10] + more))
+    sizes = [grid for grid in grids if not isinstance(grid, str)]
+    return ImageSet(cfg, sizes, max(windows_of(grids, cfg) for grids in sizes))
+
+
+def cut_images(questions: list[Question], cfg: VisionConfig) -> list[list[Cut]]:
+    """The images of some questions in patches, read in threads."""
+    sources = [image for question in questions for image in question.images]
+    with ThreadPoolExecutor() as pool:
+        cuts = iter(list(pool.map(lambda source: patches(read_image(source), cfg), sources)))
+    return [[next(cuts) for _ in question.images] for question in questions]

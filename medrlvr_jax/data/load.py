@@ -94,7 +94,7 @@ class Collected:
                 if self.lines.setdefault(item.id, number) != number:
                     problem = f"id {item.id!r} is already that of {self.unit} {self.lines[item.id]}"
                     raise DataError(f"{problem}; give each its own, or none")
-                item = _without_letters(item, self.tally)
+                item = _without_letters(_beside(item, self.config.path), self.tally)
         except DataError as e:
             auto = self.config.format == "auto" and isinstance(row, dict)
             unlike = auto and not formats.fits(row, self.name)
@@ -158,6 +158,13 @@ def _format(name: str, row: Any, where: str, allowed: list[str]) -> str:
             remedy = "it is for fine-tuning with sft.target text"
         raise DataError(f"{where}: format {name}, where {' or '.join(allowed)} is needed: {remedy}")
     return name
+
+
+def _beside(question: Question, path: str) -> Question:
+    """The question with its images' paths from here, which a file gives from its own folder."""
+    folder = Path(path).expanduser().parent if Path(path).expanduser().is_file() else Path()
+    there = (s if isinstance(s, bytes) else str(folder / Path(s).expanduser()) for s in question.images)
+    return dataclasses.replace(question, images=tuple(there)) if question.images else question
 
 
 def _item(row: Any, name: str, default_id: str) -> Question | Example:

@@ -29,6 +29,7 @@ THINK = (
 DIRECT = (
     "Give {answer} inside <answer> </answer> tags, and nothing else, in this form: <answer>{form}</answer>"
 )
+IMAGE = "<image>"  # in a question's text: where its next image stands
 DATES = {None: "2024-03-31", "month_first": "MM/DD/YYYY", "day_first": "DD/MM/YYYY"}
 
 
@@ -194,11 +195,17 @@ def to_teach(tok: Tokenizer, targets: list[str], config: PromptConfig) -> list[s
 
 
 def encode_questions(
-    tok: Tokenizer, questions: list[Question], config: PromptConfig, begun: bool = True
+    tok: Tokenizer,
+    questions: list[Question],
+    config: PromptConfig,
+    begun: bool = True,
+    images: Sequence[list[list[int]]] | None = None,
 ) -> list[list[int]]:
     """The prompts' tokens. Without a chat template a prompt ends with a line break.
 
-    `begun` False: without what is already given of the response, by the template or by `prefill`.
+    `begun` False: without what is already given of the response, by the template or by `prefill`. `images`:
+    the tokens of each image of each question; they stand where the question's text says `<image>` or, where
+    it never does, first.
     """
     f = frame(tok, config, begun)
     rendered = [render(question, config.template) for question in questions]
@@ -209,14 +216,43 @@ def encode_questions(
             problem = f"it spells {end!r}, which ends the user's turn in this chat template"
             raise DataError(f"question {bad.id}: {problem}; take it out")
     tail = f.tail + (tok.spell([config.prefill])[0] if begun else [])
-    return [f.head + ids + tail for ids in tok.spell([f.before + content + f.after for content in rendered])]
+    if images is None:
+        if pictured := next((q for q in questions if q.images), None):
+            remedy = "train or evaluate a vision-language model, or set fields={image: null} beside path"
+            raise DataError(f"question {pictured.id}: it has images, which are not seen here; {remedy}")
+        texts = tok.spell([f.before + content + f.after for content in rendered])
+    else:
+        contents = map(_mark, questions, rendered, images)
+        texts = (
+            _spell_around(tok, f.before + content + f.after, seen)
+            for content, seen in zip(contents, images, strict=True)
+        )
+    return [f.head + ids + tail for ids in texts]
+
+
+def _mark(question: Question, content: str, images: list[list[int]]) -> str:
+    """The user's text with a mark for each image of its question."""
+    marks = content.count(IMAGE)
+    if images and marks not in (0, len(images)):
+        problem = f"{IMAGE} stands {marks} times in it, and it has {len(images)} images"
+        raise DataError(f"question {question.id}: {problem}; give as many, or no mark at all")
+    return content if marks else IMAGE * len(images) + content
+
+
+def _spell_around(tok: Tokenizer, content: str, images: list[list[int]]) -> list[int]:
+    """The tokens of a text with the images' own in place of its marks; without images a mark is text."""
+    pieces = tok.spell(content.split(IMAGE) if images else [content])
+    return [i for piece, image in zip(pieces, [*images, []], strict=True) for i in (*piece, *image)]
 
 
 def encode_prompts(
-    tok: Tokenizer, questions: list[Question], config: PromptConfig
+    tok: Tokenizer,
+    questions: list[Question],
+    config: PromptConfig,
+    images: Sequence[list[list[int]]] | None = None,
 ) -> tuple[list[list[int]], list[int]]:
     """(tokens of the prompts that fit `max_tokens`, indices of the questions that do not)."""
-    rows = encode_questions(tok, questions, config)
+    rows = encode_questions(tok, questions, config, images=images)
     dropped = [i for i, row in enumerate(rows) if len(row) > config.max_tokens]
     return [row for row in rows if len(row) <= config.max_tokens], dropped
 

@@ -1,10 +1,13 @@
 """The Question type, options that bring their own letters, and hashes of questions."""
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_jsonable_python
@@ -44,6 +47,7 @@ class Question:
     value: Reference | None = None  # the right answer that is not one option
     # What a good thought states, each fact as the texts that state it: for a process reward.
     facts: tuple[tuple[str, ...], ...] = ()
+    images: tuple[str | bytes, ...] = ()  # each the path of a file, or what such a file holds
 
     @property
     def kind(self) -> str:
@@ -137,17 +141,27 @@ def unlabelled(options: tuple[str, ...]) -> tuple[str, ...]:
 # ---- identity ----
 
 
+@lru_cache(maxsize=2**20)
+def image_digest(image: str | bytes) -> str:
+    """16 hexadecimal digits of the file that an image is in."""
+    data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def question_hash(question: Question) -> str:
-    """16 hexadecimal digits of the stem, the options in the file's order and the key; not of the id."""
-    options = list(question.options)
+    """16 hexadecimal digits of the stem, the options in the file's order, the key and the images; not of the
+    id.
+    """
+    options, images = list(question.options), [[image_digest(image) for image in question.images]]
+    images = images if question.images else []
     if not options:
-        return fingerprint([[question.question, question.value]])["sha256"][:16]
+        return fingerprint([[question.question, question.value, *images]])["sha256"][:16]
     right = list(question.right)
     if question.order:
         options = [options[question.order.index(letter)] for letter in LETTERS[: len(options)]]
         right = sorted(LETTERS.index(question.order[i]) for i in right)
     answer = right[0] if question.value is None else right
-    text = json.dumps([question.question, options, answer], ensure_ascii=False)
+    text = json.dumps([question.question, options, answer, *images], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -155,9 +169,11 @@ def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
     """`{"n", "sha256"}` of rows in their order, which may be questions or anything that JSON can hold."""
     digest, n = hashlib.sha256(), 0
     for row in rows:
+        if isinstance(row, Question) and row.images:
+            row = dataclasses.replace(row, images=tuple(map(image_digest, row.images)))
         tree = to_jsonable_python(row, fallback=str)
         if isinstance(row, Question):  # fields of later versions count only where they are given
-            tree = {name: x for name, x in tree.items() if x or name not in ("value", "facts")}
+            tree = {name: x for name, x in tree.items() if x or name not in ("value", "facts", "images")}
         text = json.dumps(tree, ensure_ascii=False, sort_keys=True)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
         n += 1
@@ -167,5 +183,6 @@ def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
 def repeats(questions: list[Question]) -> dict[str, str]:
     """{id of a question that exactly repeats an earlier one: its id}. MMLU-Pro Health has 95."""
     first: dict[tuple, str] = {}
-    firsts = [first.setdefault((q.question, q.options, q.answer, q.value), q.id) for q in questions]
+    keys = [(q.question, q.options, q.answer, q.value, q.images) for q in questions]
+    firsts = [first.setdefault(key, q.id) for key, q in zip(keys, questions, strict=True)]
     return {q.id: earlier for q, earlier in zip(questions, firsts, strict=True) if earlier != q.id}

@@ -213,6 +213,14 @@ def _dataset(rows: Any) -> Rows:
 
     MedMCQA's cop is then `a`, not 0 (on the hub) or 1 (in the authors' files). A label of -1 means: no label.
     """
+    import datasets
+
+    closed = datasets.Image(decode=False)  # a file's bytes or path: images.py opens it, and names its faults
+    for field, kind in rows.features.items():
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(field, closed)
+        elif isinstance(getattr(kind, "feature", None), datasets.Image):
+            rows = rows.cast_column(field, datasets.List(closed))
     labels = {
         f: dict(enumerate(t.names)) for f, t in rows.features.items() if type(t).__name__ == "ClassLabel"
     }

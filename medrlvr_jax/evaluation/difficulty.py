@@ -47,7 +47,7 @@ def difficulty_source(
     evaluation = dataclasses.replace(c.eval, **sampled)
     parts = dataclasses.replace(parts, config=dataclasses.replace(c, eval=evaluation))
     questions = data.load(dataclasses.replace(c.data, pass_count=None))
-    encoded = encode(parts.tokenizer, questions, c)
+    encoded = encode(parts.tokenizer, questions, c, vision=parts.cfg.vision)
     check_positions(parts, encoded.longest, new, "sample.max_new_tokens")
     path = out or run_folder(source, parts) / f"difficulty-{step}.jsonl"
     about = {"samples": samples, "model": f"{c.model.path}, {source}, step {step}"}

@@ -25,6 +25,7 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.rewards.parse import beginning_trap
 from medrlvr_jax.rollout.program import Program, draw_program
 from medrlvr_jax.rollout.rollout import Encoded, encode, reorder, sample_and_score
+from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import inputs, log
 from medrlvr_jax.runs.checkpoint import best_step, restore_params
@@ -40,7 +41,7 @@ def load_sets(parts: Parts) -> dict[str, Encoded]:
     field = "sample.max_new_tokens" if c.eval.max_new_tokens is None else "eval.max_new_tokens"
     for name, spec in c.eval.sets.items():
         questions, how_read = data.read(spec)
-        encoded = encode(parts.tokenizer, questions, c, spec.shuffle_options)
+        encoded = encode(parts.tokenizer, questions, c, spec.shuffle_options, parts.cfg.vision)
         if not encoded.questions:
             limit = f"prompt.max_tokens = {c.prompt.max_tokens}"
             raise ConfigError(f"eval.sets.{name}: no question of {spec.path} fits {limit}; raise it")
@@ -117,9 +118,15 @@ def rollout_settings(c: Config, encoded: Encoded) -> SampleConfig:
 def programs(parts: Parts, sets: dict[str, Encoded]) -> list[Program]:
     """The programs that `evaluate_sets` calls; sets of the same shape share one."""
     shapes = {
-        (rollout_settings(parts.config, encoded), encoded.width): name for name, encoded in sets.items()
+        (rollout_settings(parts.config, encoded), encoded.width, encoded.windows): name
+        for name, encoded in sets.items()
     }
-    return [draw_program(parts, sample, width, f"eval {name}") for (sample, width), name in shapes.items()]
+    seen = {windows: name for (_, _, windows), name in shapes.items() if windows}
+    batch = parts.config.eval.batch
+    return [
+        *(see_program(parts, batch, windows, f"see {name}") for windows, name in seen.items()),
+        *(draw_program(parts, *shape[:2], f"eval {name}", shape[2]) for shape, name in shapes.items()),
+    ]
 
 
 def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:

@@ -61,6 +61,7 @@ from medrlvr_jax.rollout.assess import assess_settings
 from medrlvr_jax.rollout.generate import draw_settings
 from medrlvr_jax.rollout.program import Program, Recorder, a_key, abstract_prompts, array, sync_program
 from medrlvr_jax.rollout.rollout import Encoded, Scored, encode, place_prompts, reorder, score_rollout
+from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.console import stage
@@ -100,7 +101,7 @@ def train(
     parts = build.build(config)
     with stage(f"reading {config.data.path} and the sets of eval.sets"):
         questions, how_read = read(config.data, given_rows)
-        encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options)
+        encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options, parts.cfg.vision)
         check_lengths(parts, encoded)
         sets = evaluate.load_sets(parts)
     notices = [f"data: {how_read}"]
@@ -141,7 +142,8 @@ def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], terms: ju
     sync_weights = (
         programs.sync_weights if parts.sampler_cfg == parts.cfg else make_weight_sync(parts, parts.cfg)
     )
-    ahead = step_programs(parts, programs, encoded.width, terms) + evaluate.programs(parts, sets)
+    ahead = step_programs(parts, programs, encoded.width, terms, encoded.windows)
+    ahead += evaluate.programs(parts, sets)
     if sets and sync_weights is not programs.sync_weights:
         ahead += sync_program(sync_weights)
     start_policy = training.frozen.base, state.policy.params
@@ -381,10 +383,11 @@ def learn(
 
 
 def step_programs(
-    parts: Parts, programs: Programs, width: int, terms: judges.Terms | None = None
+    parts: Parts, programs: Programs, width: int, terms: judges.Terms | None = None, windows: int = 0
 ) -> list[Program]:
     """All programs of a training step in their order, by taking one with shapes for arrays; prompts have
-    `width` columns. `terms`: what is paid, by default what the settings say.
+    `width` columns, and their images `windows` windows. `terms`: what is paid, by default what the settings
+    say.
     """
     config, mesh = parts.config, parts.mesh
 
@@ -410,8 +413,9 @@ def step_programs(
     requests = {name: reward.shapes for name, reward in programs.policy_rewards.items()}
     requests = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), requests)
     keys = Keys(a_key(parts), a_key(parts))
-    prompts = abstract_prompts(parts, questions, width)
+    prompts = abstract_prompts(parts, questions, width, windows)
     with jax.set_mesh(mesh):
         graded = Graded(rewards, requests, None, scalar if config.advantage.spread else None)
         five_parts(training, TrainState(policy, critic, scalar), prompts, keys, lambda _: graded)
-    return recorder.programs
+    seen = [see_program(parts, questions, windows, "see")] if windows else []
+    return seen + recorder.programs

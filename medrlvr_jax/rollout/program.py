@@ -11,7 +11,7 @@ from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.rollout.generate import draw_settings, generate
 from medrlvr_jax.rollout.sync import WeightSync, abstract_decode
-from medrlvr_jax.types import Prompts
+from medrlvr_jax.types import Prompts, Vision
 
 
 class Program(NamedTuple):
@@ -64,15 +64,22 @@ def a_key(parts: Parts) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((), dtype, sharding=sharding.replicated(parts.mesh))
 
 
-def abstract_prompts(parts: Parts, questions: int, width: int) -> Prompts:
-    """Prompts of `width` columns, as shapes."""
+def abstract_prompts(parts: Parts, questions: int, width: int, windows: int = 0) -> Prompts:
+    """Prompts of `width` columns, with images in `windows` windows (0: none), as shapes."""
     tokens, mask = (array(parts, dtype, questions, width) for dtype in (jnp.int32, jnp.bool_))
-    return Prompts(tokens, mask, array(parts, jnp.uint32, questions))
+    ids, cfg, vision = array(parts, jnp.uint32, questions), parts.cfg, None
+    if windows and cfg.vision:
+        size = questions, windows * (cfg.vision.window // cfg.vision.merge) ** 2, cfg.embed
+        features = array(parts, cfg.execution.dtype, *size)
+        places = ((questions, width), (questions, width, 3), (questions,))
+        vision = Vision(features, *(array(parts, jnp.int32, *shape) for shape in places))
+    return Prompts(tokens, mask, ids, vision)
 
 
-def draw_program(parts: Parts, sample: SampleConfig, width: int, name: str) -> Program:
+def draw_program(parts: Parts, sample: SampleConfig, width: int, name: str, windows: int = 0) -> Program:
     """`generate` as an evaluation calls it, by `rollout.sample_and_score`."""
-    params, prompts = abstract_decode(parts, parts.cfg), abstract_prompts(parts, sample.questions, width)
+    params = abstract_decode(parts, parts.cfg)
+    prompts = abstract_prompts(parts, sample.questions, width, windows)
     settings = draw_settings(parts, parts.cfg, sample)
     return Program(name, generate, (params, prompts, a_key(parts), settings))
 

@@ -17,16 +17,19 @@ import numpy as np
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import Config, SampleConfig
 from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.images import ImageSet, arrange, cut_images, measure, place
 from medrlvr_jax.data.options import shuffled
 from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
+from medrlvr_jax.model.spec import VisionConfig
 from medrlvr_jax.rewards import Verdicts, grade, parse, stages
 from medrlvr_jax.rewards.base import toss, tossed
 from medrlvr_jax.rewards.components import Component, Tokens
 from medrlvr_jax.rewards.parse import judged_beginning
 from medrlvr_jax.rollout.generate import draw_settings, generate
+from medrlvr_jax.rollout.see import add_features
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
 
@@ -50,16 +53,26 @@ class Encoded:
     shuffle: bool = False  # whether its options are to be shuffled: see `reorder`
     repeats: dict[str, str] = dataclasses.field(default_factory=dict)  # see `question.repeats`
     told: str = ""  # how the set was read, for the console: see `load.read`
+    images: ImageSet | None = None
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt, whatever the options' order."""
         return self.width if self.shuffle else max(map(len, self.tokens), default=0)
 
+    @property
+    def windows(self) -> int:
+        """Windows of patches of a question's images; 0 without images."""
+        return self.images.windows if self.images else 0
+
     def prompts(self, index: Sequence[int] | np.ndarray, pad_id: int) -> Prompts:
-        return text.pad_prompts(
-            [self.tokens[i] for i in index], self.ids[np.asarray(index)], self.width, pad_id
-        )
+        """Padded prompts of the questions at `index`; of images, all but the features."""
+        rows = [self.tokens[i] for i in index]
+        prompts = text.pad_prompts(rows, self.ids[np.asarray(index)], self.width, pad_id)
+        if self.images is None:
+            return prompts
+        grids = self.images.taking(index).grids
+        return dataclasses.replace(prompts, vision=place(rows, grids, None, self.width, self.images.cfg))
 
 
 @dataclass(frozen=True)
@@ -105,16 +118,27 @@ class Scored:
         } | failed
 
 
-def encode(tokenizer: Tokenizer, questions: list[Question], config: Config, shuffle: bool = False) -> Encoded:
+def encode(
+    tokenizer: Tokenizer,
+    questions: list[Question],
+    config: Config,
+    shuffle: bool = False,
+    vision: VisionConfig | None = None,
+) -> Encoded:
+    """The prompts that fit; the others are dropped and counted. `vision`: how the model sees images."""
     if config.reward.mode == "paper" and (other := next((q for q in questions if q.value is not None), None)):
         problem = f"it pays for one letter alone, and question {other.id} is not answered by one"
         raise ConfigError(f"reward.mode: paper: {problem}; set reward.mode=strict or direct")
-    tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt)
+    images = measure(questions, vision) if vision else None
+    pads = images.pads() if images else None
+    tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt, pads)
     gone = set(dropped)
     kept = [i for i in range(len(questions)) if i not in gone]
     left, columns = [questions[i] for i in kept], width(max(map(len, tokens), default=0))
     require_equal(lambda: {"questions": fingerprint(left), "tokens of their prompts": fingerprint(tokens)})
-    return Encoded(left, tokens, np.array(kept, np.uint32), len(dropped), columns, shuffle, repeats(left))
+    ids, seen = np.array(kept, np.uint32), images.taking(kept) if images else None
+    again = repeats(left)
+    return Encoded(left, tokens, ids, len(dropped), columns, shuffle, again, images=seen)
 
 
 def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Encoded:
@@ -125,8 +149,9 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
     """
     own = index[own_rows(len(index), parts.mesh)[0]].tolist()
     wanted = [shuffled(encoded.questions[i], parts.config.seed, draw) for i in own]
+    pads = encoded.images.taking(own).pads() if encoded.images else None
     rows, limit = (
-        text.encode_questions(parts.tokenizer, wanted, parts.config.prompt),
+        text.encode_questions(parts.tokenizer, wanted, parts.config.prompt, images=pads),
         min(encoded.width, parts.config.prompt.max_tokens),
     )
     questions, tokens = list(encoded.questions), list(encoded.tokens)
@@ -188,7 +213,13 @@ def shown_stages(
 def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
     """The prompts of the questions at `index` on the mesh; each process pads and places its own."""
     own, _ = own_rows(len(index), parts.mesh)
-    return place_rows(encoded.prompts(index[own], parts.tokenizer.pad_id), len(index), parts.mesh)
+    prompts = encoded.prompts(index[own], parts.tokenizer.pad_id)
+    placed = place_rows(prompts, len(index), parts.mesh)
+    if encoded.images is None:
+        return placed
+    cuts = cut_images([encoded.questions[i] for i in index[own]], encoded.images.cfg)
+    images = arrange(cuts, encoded.windows, encoded.images.cfg)
+    return add_features(parts, placed, place_rows(images, len(index), parts.mesh))
 
 
 def sample_and_score(

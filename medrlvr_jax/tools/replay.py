@@ -44,7 +44,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         each = f"sample.samples = {c.sample.samples} to a question"
         raise ConfigError(f"--row {row}: a step of {run} has rows 0 to {n - 1}, {each}")
     parts, console = build(c), Console()
-    encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options)
+    encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options, parts.cfg.vision)
     inputs.check_replay(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)})
     with judges.started(c.reward, questions=encoded.questions) as terms, jax.set_mesh(parts.mesh):
         programs = make_programs(parts, total_steps(c, len(encoded.questions)))

@@ -1,0 +1,173 @@
+"""Training and evaluation with images: from records to prompts, and what the tower sees as an input like
+tokens.
+"""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from byte_tokenizer import byte_tokenizer
+from make_vision import make
+from PIL import Image
+
+from medrlvr_jax import build
+from medrlvr_jax.config import load as configs
+from medrlvr_jax.config.schema import SetConfig
+from medrlvr_jax.data import images, load
+from medrlvr_jax.data.prompts import encode_questions
+from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash
+from medrlvr_jax.model import decoder
+from medrlvr_jax.rl.train import train
+from medrlvr_jax.rollout.rollout import encode, place_prompts
+
+START, PAD, END = 258, 259, 260
+TREE = {
+    "name": "run",
+    "steps": 2,
+    "model": {"path": ""},
+    "prompt": {"template": "none", "max_tokens": 128},
+    "sample": {"questions": 8, "samples": 2, "max_new_tokens": 6},
+    "learn": {"minibatch": 8, "policy": {"lr": 1e-3}},
+    "eval": {"batch": 8},
+    "checkpoint": {"every": 1},
+    "mesh": {"data": 8},
+}
+METHOD = {"advantage": {"estimator": "group"}, "kl": {"coef": 0.05}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model that sees, 16 questions (every fourth without an image), and a config that trains on them."""
+    root = tmp_path_factory.mktemp("see")
+    ids = {"image_token_id": PAD, "vision_start_token_id": START, "vision_end_token_id": END}
+    model = make(root / "model", "qwen2_5_vl", vocab_size=264, **ids, eos_token_id=257)
+    hf = byte_tokenizer().hf
+    hf.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|image|>", "<|end|>"]})
+    hf.save_pretrained(model)
+    draw, rows = np.random.RandomState(0), []
+    for i in range(16):
+        row = {"question": f"Which {i}?", "options": ["red", "blue"], "answer": "AB"[i % 2], "id": f"q{i}"}
+        names = [f"{i}-{k}.png" for k in range(i % 4 if i % 4 < 3 else 1)]
+        for name in names:
+            size = (28 * draw.randint(2, 6), 28 * draw.randint(2, 6), 3)
+            Image.fromarray(draw.randint(0, 256, size).astype(np.uint8)).save(root / name)
+        rows.append(row | {"images": names})
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = TREE | METHOD | {"runs": str(root / "runs"), "data": {"path": str(root / "data.jsonl")}}
+    tree |= {"model": {"path": str(model)}}
+    tree["eval"] |= {"sets": {"mine": {"path": str(root / "data.jsonl")}}}
+    (root / "config.yaml").write_text(yaml.safe_dump(tree))
+    return root
+
+
+def characters(completions):
+    return [float(sum(map(ord, text)) % 5) for text in completions]
+
+
+def trained(folder, **changes):
+    """Metrics of a run of the folder's config, step by step."""
+    config = configs.load(folder / "config.yaml", changes)
+    train(config, rewards=characters)
+    return lines(folder / "runs" / config.name / "metrics.jsonl")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def metrics(folder):
+    return trained(folder)
+
+
+def test_the_trainer_sees_what_the_sampler_saw(metrics):
+    for row in metrics[1:]:
+        assert row["sampler_gap"] < 1e-5 and row["policy/grad_norm"] > 0, row
+
+
+def test_any_mesh_and_any_interruption(folder, metrics):
+    """The same run on four shards of the weights, stopped after its first step and resumed."""
+    changes = {"name": "sharded", "mesh": {"data": 2, "fsdp": 4}, "eval.sets": {}}
+    config = configs.load(folder / "config.yaml", changes)
+    train(config, rewards=characters, callbacks=lambda step, row: True)
+    again = trained(folder, **changes)
+    names = [name for name in metrics[1] if not name.startswith(("seconds", "tokens_per", "row/"))]
+    for row, other in zip(metrics[1:], again, strict=True):
+        for name in set(names) & set(other) - {"sampler_gap"}:
+            assert other[name] == pytest.approx(row[name], rel=2e-4, abs=2e-5), name
+
+
+def test_other_images_give_another_run(folder, metrics, tmp_path):
+    rows = lines(folder / "data.jsonl")
+    for row in rows:
+        row["images"] = [str(folder / name) for name in row["images"]]
+    same, swapped = ([dict(row) for row in rows] for _ in "ab")
+    swapped[1]["images"], swapped[3]["images"] = rows[3]["images"], rows[1]["images"]
+    parts = build.build(configs.load(folder / "config.yaml"))
+    with jax.set_mesh(parts.mesh):
+        logits = []
+        for given in (same, swapped):
+            questions = load.read(SetConfig(path="python:data"), given)[0]
+            encoded = encode(parts.tokenizer, questions, parts.config, vision=parts.cfg.vision)
+            encoded = replace(encoded, width=96, images=replace(encoded.images, windows=8))
+            prompts = place_prompts(parts, encoded, np.arange(8))
+            params = build.load_params(parts, parts.cfg)
+            states = jax.jit(lambda p, x: decoder.forward(p, parts.cfg, x)[0])(params, prompts)
+            logits.append(np.asarray(states[:, -1]))
+    moved = np.abs(logits[0] - logits[1]).max(-1)
+    assert (moved[[1, 3]] > 1e-2).all() and (moved[[0, 2, 4, 5, 6, 7]] < 1e-5).all(), moved
+
+
+def test_prompts_by_hand(folder):
+    tok, config = byte_tokenizer(), configs.load(folder / "config.yaml").prompt
+    one, two = ([START, *[PAD] * n, END] for n in (2, 3))
+    asked = Question("q", "Is <image> like <image>?", ("a", "b"), 0, images=("x", "y"))
+    spelt = lambda text: list(text.encode())
+    [row] = encode_questions(tok, [asked], config, images=[[one, two]])
+    tail = spelt("?\nA. a\nB. b\n")
+    assert row == spelt("Question: Is ") + one + spelt(" like ") + two + tail
+    [row] = encode_questions(tok, [replace(asked, question="Which?")], config, images=[[one, two]])
+    assert row == one + two + spelt("Question: Which") + tail
+    [row] = encode_questions(tok, [replace(asked, images=())], config, images=[[]])
+    assert row == spelt("Question: Is <image> like <image>") + tail
+    with pytest.raises(DataError, match="question q: <image> stands 2 times in it, and it has 1"):
+        encode_questions(tok, [asked], config, images=[[one]])
+    with pytest.raises(DataError, match="question q: it has images, which are not seen here"):
+        encode_questions(tok, [asked], config)
+
+
+def test_images_of_records(folder, tmp_path):
+    import datasets
+
+    image = Image.open(folder / "1-0.png")
+    data = (folder / "1-0.png").read_bytes()
+    row = {"question": "Which?", "options": ["a", "b"], "answer": "A"}
+    table = datasets.Dataset.from_list([row | {"image": {"bytes": data, "path": None}}])
+    table = table.cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "set.parquet")
+    (tmp_path / "set.jsonl").write_text(json.dumps(row | {"image": str(folder / "1-0.png")}))
+    given = [load.load(SetConfig(path=str(tmp_path / name)))[0] for name in ("set.parquet", "set.jsonl")]
+    given += [load.read(SetConfig(path="python:data"), x)[0][0] for x in ([row | {"image": image}], table)]
+    pixels = [np.asarray(images.read_image(question.images[0])) for question in given]
+    assert all(np.array_equal(one, pixels[0]) for one in pixels)
+    assert len({question_hash(question) for question in given[:2]}) == 1
+    assert fingerprint(given[:1]) != fingerprint([replace(given[0], images=())])
+    with pytest.raises(DataError, match="field images: given beside image"):
+        load.read(SetConfig(path="python:data"), [row | {"image": data, "images": [data]}])
+    with pytest.raises(DataError, match="field image: 3 is no image"):
+        load.read(SetConfig(path="python:data"), [row | {"image": 3}])
+
+
+def test_broken_images_are_refused_together(folder):
+    cfg = build.build(configs.load(folder / "config.yaml")).cfg.vision
+    asked = [
+        Question(f"q{i}", "?", ("a", "b"), 0, images=(image,)) for i, image in enumerate([b"x", "gone.png"])
+    ]
+    with pytest.raises(DataError) as refused:
+        images.measure(asked, cfg)
+    first, second = str(refused.value).splitlines()
+    assert first.startswith("question q0: image of 1 bytes: ") and "gone.png: no such image" in second
+    assert images.measure([Question("q", "?", ("a", "b"), 0)], cfg) is None
