@@ -273,22 +273,24 @@ def test_evaluation_judges_by_the_rule_alone():
 
 def test_a_run_with_a_function_that_fails_now_and_then(folder, capsys, monkeypatch):  # noqa: F811
     monkeypatch.chdir(os.path.dirname(__file__))
+    components = "{kind: function, fn: rewards_of_users:odd}, {kind: format}, {kind: overlong, buffer: 4}"
     args = [
         "name=own",
-        "reward.fn=rewards_of_users:odd",
+        f"reward=[{components}]",
         *NO_EVAL,
         "steps=1",
         "learn.critic=null",
-        "advantage.estimator=group",
+        "advantage.estimator=gdpo",
     ]
     assert main("train", folder / "config.yaml", *args, "kl.coef=0") == 0
     [metrics] = lines(folder / "runs/own/metrics.jsonl")
     samples = lines(folder / "runs/own/samples.jsonl")
     failed = [s for s in samples if s["reward"] is None]
     assert 0 < metrics["reward_failed"] == len(failed) / 16 < metrics["unlearned"]
-    assert all(
-        s["reward_error"] == "it returned inf" and len(s["completion"]) % 2 for s in failed
-    ) and np.isfinite(metrics["reward"])
+    assert all(s["reward_error"] == "odd: it returned inf" and len(s["completion"]) % 2 for s in failed)
+    assert all(s["components"]["odd"] is None and "format" in s["components"] for s in failed)
+    parts = [metrics[f"reward/{name}"] for name in ("odd", "format", "overlong")]
+    assert metrics["reward"] == pytest.approx(parts[0] + parts[1] - parts[2], abs=1e-6)
     assert (
         f"the reward failed on {metrics['reward_failed']:.1%} of the completions" in capsys.readouterr().err
     )
