@@ -191,7 +191,8 @@ def test_letters_are_the_models(params, how):
     expected = np.zeros((Q, G), bool)
     for (q, g, _), logprobs in by_tokens(params, rows).items():
         expected[q, g] = np.argmax(logprobs[np.array(LETTERS[: offered[q]])]) != 1
-    each = np.broadcast_to(offered[:, None], (Q, G))
-    found = jax.jit(ask.differs, static_argnums=(3, 4))(params, rows, each, LETTERS, how)
+    letters = np.where(np.arange(4) < offered[:, None], LETTERS, -1).astype(np.int32)
+    letters = np.broadcast_to(letters[:, None], (Q, G, 4))
+    found = jax.jit(ask.differs, static_argnums=3)(params, rows, letters, how)
     np.testing.assert_array_equal(found, expected)
     assert 0 < expected.sum() < 10

@@ -6,6 +6,7 @@ from fractions import Fraction
 import jax
 import numpy as np
 import pytest
+from byte_tokenizer import byte_tokenizer
 
 from medrlvr_jax import build
 from medrlvr_jax.config import load as configs
@@ -221,7 +222,9 @@ def test_questions_that_lack_what_is_asked_for_are_refused(kind, complaint):
     value = Reference("number", "3", value=Fraction(3))
     config = RewardConfig(components=({"kind": kind},))
     with pytest.raises(ConfigError, match=complaint):
-        policy_rewards.check_questions(config, [Question("open-1", "How many?", value=value)])
+        policy_rewards.check_questions(
+            config, byte_tokenizer(), [Question("open-1", "How many?", value=value)]
+        )
 
 
 SPREAD = SpreadConfig(beta=0.5, ema=0.9, start=7)

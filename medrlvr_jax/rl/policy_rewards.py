@@ -78,18 +78,20 @@ def make_policy_rewards(parts: Parts) -> dict[str, PolicyReward]:
                     baseline=baseline,
                 )
             case ConsistencyConfig():
-                letters = letter_tokens(parts.tokenizer)
+                letters = shape(parts, jnp.int32, len(LETTERS))
                 out[term.name] = PolicyReward(
-                    program=jax.jit(partial(consistency_value, letters=letters, how=how)),
+                    program=jax.jit(partial(consistency_value, how=how)),
                     request=partial(consistency_request, parts),
-                    shapes=ConsistencyRequest(endings_as_shapes(parts, CUT), shape(parts, jnp.int32)),
+                    shapes=ConsistencyRequest(endings_as_shapes(parts, CUT), letters),
                 )
     return out
 
 
-def check_questions(config: RewardConfig, questions: Sequence[Question]) -> None:
-    """Refuse questions that lack what a component asks for: letters, or facts."""
+def check_questions(config: RewardConfig, tokenizer: Tokenizer, questions: Sequence[Question]) -> None:
+    """Refuse questions that lack what a component asks for: letters (of one token each), or facts."""
     for section in config.components:
+        if section.kind == "consistency":
+            letter_tokens(tokenizer)
         no_letters = next((q.id for q in questions if q.value is not None), None)
         if section.kind == "consistency" and no_letters is not None:
             problem = f"it asks for letters, and question {no_letters} has not one right letter"
@@ -286,7 +288,7 @@ def start_scores(
 @pytree
 class ConsistencyRequest:
     ending: Ending
-    offered: Int32[Array, "*rows"]  # letters of the question
+    letters: Int32[Array, "*rows L"]  # tokens of those that the question offers, else −1
 
 
 def letter_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -310,8 +312,9 @@ def consistency_request(parts: Parts, scored: Scored, rollout: Rollout) -> Consi
             letter = str(scored.verdicts.answer[i])
             wanted[i] = begin + len(kept), (f"{END_THINK}{seam}{ANSWER}", letter)
     rows = joined(parts.tokenizer, responses(parts, scored, rollout), wanted)
-    offered = np.array([len(q.options) for q in scored.questions], np.int32)
-    return ConsistencyRequest(ask.endings(rows, CUT, parts.config.sample.max_new_tokens), offered)
+    offered = np.arange(len(LETTERS)) < np.array([[len(q.options)] for q in scored.questions])
+    letters = np.where(offered, np.array(letter_tokens(parts.tokenizer)), -1).astype(np.int32)
+    return ConsistencyRequest(ask.endings(rows, CUT, parts.config.sample.max_new_tokens), letters)
 
 
 def consistency_value(
@@ -321,10 +324,9 @@ def consistency_value(
     rollout: Rollout,
     request: ConsistencyRequest,
     *,
-    letters: tuple[int, ...],
     how: Pass,
 ) -> Float32[Array, "Q G"]:
     answers = ask.with_ending(prompts, rollout.tokens, request.ending, rollout.tokens.shape[-1])
     with jax.named_scope("consistency"):
-        other = ask.differs(lora.join(base, policy), answers, request.offered, letters, how)
+        other = ask.differs(lora.join(base, policy), answers, request.letters, how)
     return by_rows(other.astype(jnp.float32))

@@ -125,7 +125,7 @@ def check_lengths(parts: Parts, encoded: Encoded) -> None:
         limit = f"prompt.max_tokens = {config.prompt.max_tokens}"
         raise ConfigError(f"data.path: no question of {config.data.path} fits {limit}; raise it")
     check_positions(parts, encoded.longest, config.sample.max_new_tokens, "sample.max_new_tokens")
-    check_questions(config.reward, encoded.questions)
+    check_questions(config.reward, parts.tokenizer, encoded.questions)
     steps, warmup = total_steps(config, len(encoded.questions)), config.learn.critic_warmup
     if warmup >= steps:
         remedy = "leave none in which the policy learns; lower it"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from medrlvr_jax.model import decoder, scoring
+from medrlvr_jax.model import scoring
 from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rewards.joins import Join
 from medrlvr_jax.sharding import by_rows, join_rows, split_rows
@@ -108,31 +108,31 @@ def reduced(
 
 
 def differs(
-    params: Params,
-    answers: Answers,
-    offered: Int32[Array, "Q G"],
-    letters: tuple[int, ...],
-    how: Pass,
+    params: Params, answers: Answers, letters: Int32[Array, "Q G L"], how: Pass
 ) -> Bool[Array, "Q G"]:
     """Whether another letter than the answer, which is one token, is the most probable in its place.
 
-    `letters`: the token of each letter; `offered`: how many of them the question has. False where there is no
-    answer.
+    `letters`: the token of each letter that the question offers, else −1; the same in a group. False where
+    there is no answer.
     """
-    cfg, ids = how.cfg, jnp.array(letters)
-    table = {"embed": params["embed"][ids]} if cfg.tied else {"head": params["head"][:, ids]}
+    cfg, dtype = how.cfg, how.cfg.execution.dtype
 
     def at(part: tuple[Answers, Array], size: int) -> Array:
-        (rows, answer), offered = part
-        known = jnp.arange(len(letters)) < offered[:, :1, None, None]
+        (rows, answer), letters = part
+        ids = letters[:, 0]
+        table = params["embed"][ids] if cfg.tied else jnp.moveaxis(params["head"][:, ids], 0, -1)
 
         def read(hidden: Array, tokens: Array) -> Array:
-            scores = decoder.logits({**params, **table}, cfg, hidden)
-            return (ids[jnp.where(known, scores, -jnp.inf).argmax(-1)] != tokens).astype(jnp.int32)
+            scores = jnp.einsum(
+                "qgre,qle->qgrl", hidden, table.astype(dtype), preferred_element_type=jnp.float32
+            )
+            best = jnp.where(ids[:, None, None] >= 0, scores, -jnp.inf).argmax(-1)
+            chosen = jnp.take_along_axis(ids[:, None, None], best[..., None], axis=-1)[..., 0]
+            return (chosen != tokens).astype(jnp.int32)
 
         return (answer & (scoring.at_responses(params, cfg, rows, size, read) > 0)).any(-1)
 
-    return _in_parts((answers, offered), answers.rows.mask, at, how)
+    return _in_parts((answers, letters), answers.rows.mask, at, how)
 
 
 def _in_parts(tree: T, mask: Array, at: Callable[[T, int], Array], how: Pass) -> Array:
