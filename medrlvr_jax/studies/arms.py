@@ -1,8 +1,8 @@
 """The file of `medrlvr reproduce`: arms that differ in settings, and their cells, one for each seed.
 
-`common` holds the settings of any config; an arm changes some of them. It is made `by` train, sft or eval (of
-a model as it is), may be `like` an arm above it, and may start `after` one: from its policy, seed by seed. A
-cell writes into runs/<name>/:
+`common` holds settings of a config; an arm changes some of them. It is made `by` train, sft or eval (of a
+model without training), may be `like` an arm above it, and may start `after` an arm: from its policy, seed by
+seed. A cell writes into runs/<name>/:
 
     <arm>-<seed>.yaml     its settings; a cell whose settings have changed since is refused
     <arm>-<seed>.log      the output of its commands
@@ -90,7 +90,7 @@ class Cell:
         return self.path.with_name(self.path.name + suffix)
 
     def record(self) -> str:
-        """What its .yaml is to hold: its command, then its settings."""
+        """The content of its .yaml: its command, then its settings."""
         return f"{self.origin()}\n{configs.dump(self.config)}"
 
     def origin(self) -> str:
@@ -107,7 +107,7 @@ class Cell:
         return f"# medrlvr {self.by}, from {self.parent.path.name} {digest}"
 
     def commands(self) -> list[list[str]]:
-        """Those still to run: each is done once the last file that it writes exists."""
+        """The commands still to run. A command is done once the last file that it writes exists."""
         run, file = str(self.path), str(self.beside(".yaml"))
         evaluated = ["eval", file if self.by == "eval" else run, "--out", f"{run}/eval"]
         steps = [(evaluated, self.path / "eval" / "eval.json")]

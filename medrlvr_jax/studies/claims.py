@@ -1,9 +1,10 @@
-"""What the cells of `medrlvr reproduce` came to: accuracies, tests against SFT, and Med-RLVR's four claims.
+"""The results of `medrlvr reproduce`: accuracies, tests against SFT, and Med-RLVR's four claims.
 
-Questions and seeds are both random: an interval, its p and the sentence about it come from one t statistic
-(`stats.contrast`), whose size tests/size.py simulates. Every p is given with and without Holm's adjustment
-over all arms and sets. Two arms match only where two one-sided tests show that they differ by less than
-`claims.margin`: that no difference is significant is no match. Exact repeats of a question are left out.
+Questions and seeds are both random: an interval, its p and the sentence about it come from the same t
+statistic (`stats.contrast`); tests/size.py simulates its false positives. Every p is given with and without
+Holm's adjustment over all arms and sets. Two arms match only if two one-sided tests show that they differ by
+less than `claims.margin`; the absence of a significant difference is no match. Exact repeats of a question
+are left out.
 """
 
 import json
@@ -41,7 +42,7 @@ class Outcome:
     answers: answers.Answers  # the seeds side by side
     correct: Float64[np.ndarray, "n k"]  # mean over the samples of a question
     rows: list[dict[str, Any]]  # of all seeds, as `medrlvr eval` wrote them
-    fixed: bool  # one model that is not trained, and so has no seeds
+    fixed: bool  # a model that is not trained, and so has no seeds
 
     def mean(self, field: str) -> float:
         return float(np.mean([row[field] for row in self.rows]))
@@ -52,7 +53,7 @@ class Outcome:
 
     @property
     def has_stages(self) -> bool:
-        """Whether a thought was asked for: answers without have no stages."""
+        """Whether a thought was asked for; answers without a thought have no stages."""
         return self.rows[0]["stage"] is not None
 
 
@@ -67,9 +68,8 @@ def conclude(experiment: Experiment, finished: list[Cell], total: int) -> str:
         arms.setdefault(cell.arm, []).append(cell)
     if not arms:
         return "no cell is finished: there is no table yet"
-    outcomes = {
-        arm: {name: outcome(cells, name) for name in cells[0].config.eval.sets} for arm, cells in arms.items()
-    }
+    of_sets = lambda cells: {name: outcome(cells, name) for name in cells[0].config.eval.sets}
+    outcomes = {arm: of_sets(cells) for arm, cells in arms.items()}
     tests = against_sft(outcomes, experiment.claims)
     sentences = claims(experiment.claims, arms, outcomes, tests)
     logs = [json.loads((cell.path / "eval" / "eval.json").read_text("utf-8")) for cell in finished]
@@ -133,7 +133,7 @@ def describe(o: Outcome) -> dict[str, Any]:
 
 
 def difference(o: Outcome, other: Outcome) -> tuple[int, stats.Contrast] | None:
-    """How many questions both answered, and o's accuracy less the other's on them; None if there are none."""
+    """How many questions both answered, and o's accuracy minus the other's on them; None if there are none."""
     i, j, _ = answers.pair(o.answers, other.answers)
     if not len(i):
         return None
@@ -141,7 +141,7 @@ def difference(o: Outcome, other: Outcome) -> tuple[int, stats.Contrast] | None:
 
 
 def against_sft(outcomes: Outcomes, named: Claims) -> Tests:
-    """Every other arm less SFT on every set that both have; {} while SFT is not finished."""
+    """Every other arm minus SFT on every set that both have; {} while SFT is not finished."""
     tests: Tests = {}
     for arm, sets in outcomes.items():
         for name, o in sets.items():
@@ -149,15 +149,13 @@ def against_sft(outcomes: Outcomes, named: Claims) -> Tests:
             if arm == named.sft or not sft or not (both := difference(o, sft)):
                 continue
             n, c = both
-            one_run = o.correct.shape[1] == sft.correct.shape[1] == 1 and not (o.fixed and sft.fixed)
+            single = o.correct.shape[1] == sft.correct.shape[1] == 1 and not (o.fixed and sft.fixed)
             tests[arm, name] = {
                 "n": n,
                 "difference": {"value": c.value, "low": c.low, "high": c.high},
                 "p": c.p,
                 "p_margin": c.within(named.margin),
-                "standard_error": c.error,
-                "degrees_of_freedom": c.freedom,
-                "over": "questions" if one_run else "questions and seeds",
+                "over": "questions" if single else "questions and seeds",
             }
     for test, p in zip(tests.values(), stats.holm([t["p"] for t in tests.values()]), strict=True):
         test["p_holm"] = p
@@ -168,7 +166,7 @@ def against_sft(outcomes: Outcomes, named: Claims) -> Tests:
 
 
 def table(outcomes: Outcomes, tests: Tests) -> str:
-    """A row an arm, and what the columns mean."""
+    """A row for each arm, and what the columns mean."""
     sets = list(dict.fromkeys(name for of_arm in outcomes.values() for name in of_arm))
     per_set = ("accuracy", "by seed", "− SFT", "p", "p (Holm)")
     of_sets = [f"{name}: {what}" for name in sets for what in per_set]
@@ -186,11 +184,11 @@ def table(outcomes: Outcomes, tests: Tests) -> str:
             hacks = share(o.in_stages(*HACKS)) if o.has_stages else "–"
             row += [share(o.mean("format_ok")), hacks, f"{o.mean('length'):.1f}"]
         rows.append(row + [""] * (len(head) - len(row)))
-    fewer = [
-        f"{arm} on {name}: compared on the {t['n']:,} of its {n:,} questions that SFT was asked too."
-        for (arm, name), t in tests.items()
-        if t["n"] < (n := len(outcomes[arm][name].correct))
-    ]
+    fewer = []
+    for (arm, name), t in tests.items():
+        if t["n"] < (n := len(outcomes[arm][name].correct)):
+            shared = f"{t['n']:,} of its {n:,} questions that SFT was asked too"
+            fewer.append(f"{arm} on {name}: compared on the {shared}.")
     return "\n".join([tables.markdown(head, rows), "", f"{NOTE} {sets[0]}.", *fewer])
 
 
@@ -222,7 +220,7 @@ def claims(named: Claims, arms: dict[str, list[Cell]], outcomes: Outcomes, tests
 
 
 def verdict(arm: str, test: dict[str, Any], tests: int, margin: float) -> str:
-    """What a test shows: a difference, the absence of one as large as the margin, both, or neither."""
+    """What a test shows: a difference, that there is none as large as the margin, both, or neither."""
     higher = "higher" if test["difference"]["value"] > 0 else "lower"
     limit, p_margin = f"a difference of {100 * margin:g} points", f"p {test['p_margin']:.2g}"
     text = "no significant difference"
@@ -238,9 +236,8 @@ def verdict(arm: str, test: dict[str, Any], tests: int, margin: float) -> str:
 
 
 def reasoning(named: Claims, outcomes: Outcomes, arm: str) -> str:
-    """How many answers show inference in their thought, before and after training; what the thought is worth.
-
-    Its worth is the difference to RL without a thought, and to the base whose thought is begun for it.
+    """How many answers show inference in their thought, before and after training; and the arm's difference
+    to RL without a thought, and to the base whose thought is begun for it.
     """
     base, shares = outcomes.get(named.base or "", {}), []
     for name, o in outcomes[arm].items():
@@ -252,13 +249,13 @@ def reasoning(named: Claims, outcomes: Outcomes, arm: str) -> str:
     for other in (named.no_think, named.base):
         sets = outcomes.get(other or "", {})
         both = {name: difference(o, sets[name]) for name, o in outcomes[arm].items() if name in sets}
-        if worth := [f"{points(found[1]._asdict())} on {name}" for name, found in both.items() if found]:
-            text += f". Points above {other}: {', '.join(worth)}"
+        if above := [f"{points(pair[1]._asdict())} on {name}" for name, pair in both.items() if pair]:
+            text += f". Points above {other}: {', '.join(above)}"
     return text + "."
 
 
 def stages_reached(cells: list[Cell]) -> str:
-    """Which stages training's own completions were in, from the runs' logs: peaks of the mean over seeds."""
+    """Which stages completions were in during training, from the runs' logs: peaks of the mean over seeds."""
     logs = [files.read_jsonl(cell.path / "metrics.jsonl") for cell in cells]
     logs = [[r for r in records if f"stage/{STAGES[0]}" in r] for records in logs]
     if not all(logs):

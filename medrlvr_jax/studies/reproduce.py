@@ -57,7 +57,7 @@ def _state(cell: Cell, wanted: bool) -> str:
 
 
 class Runner:
-    """The processes: at most one on each share of the cores."""
+    """Runs cells as processes, at most one on each share of the cores."""
 
     def __init__(self, todo: list[Cell], every: list[Cell], jobs: int):
         every_core = range(os.cpu_count() or 1)
@@ -120,7 +120,7 @@ class Runner:
         with open(cell.beside(".log"), "ab") as out:
             if pins:
                 os.sched_setaffinity(0, self.shares[share])  # a child inherits its parent's cores
-            # In a session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on.
+            # In a new session: the terminal's Ctrl-C reaches this process alone, which passes it on.
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
             )
@@ -161,7 +161,7 @@ class Runner:
 
 
 def _progress(cell: Cell) -> str:
-    """How far its run is."""
+    """The step that its run has reached."""
     file = cell.path / "metrics.jsonl"
     records = files.read_jsonl(file) if file.exists() else []
     total = f"/{cell.config.steps}" if cell.config.steps else ""
