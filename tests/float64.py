@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from medrlvr_jax.config.schema import LoRAConfig, OptimConfig, SampleConfig
-from medrlvr_jax.model import attention, decoder, scoring, spec
+from medrlvr_jax.model import attention, decoder, scoring, spec, splash
 from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import learn
 from medrlvr_jax.rollout import draw
@@ -46,7 +46,7 @@ def cases(backend: str, small: bool) -> list[Case]:
         "project, int8 and LoRA": multiplied,
     }
     if backend == "tpu":
-        kernels["attention.splash"] = partial(attended, attention.splash)
+        kernels["attention.splash"] = partial(attended, splash.attend)
     kinds = [kind for kind in BOUNDS if kind != ROUNDED or backend != "cpu"]
     out = [
         Case(name, *kind, BOUNDS[kind], partial(f, kind[0], small))

@@ -11,13 +11,13 @@ import pytest
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
-from medrlvr_jax.model import attention, scoring, spec
+from medrlvr_jax.model import attention, scoring, spec, splash
 from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.plan import flops
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
 
-splash = partial(attention.splash, interpret=True)
+attend = partial(splash.attend, interpret=True)
 CFG = DecoderConfig(
     vocab=50,
     embed=32,
@@ -61,7 +61,7 @@ def both(args, groups, kernel):
 @pytest.mark.parametrize(("prompt", "groups", "length"), [(48, 3, 40), (128, 2, 256), (160, 0, 0)])
 def test_the_kernel_is_what_is_written_out(prompt, groups, length):
     """Sizes that are padded to a block, that are whole blocks, and a prompt alone."""
-    (a, grads), (b, others) = both(arrays(2, prompt, groups, length, 2, 2, 16), groups, splash)
+    (a, grads), (b, others) = both(arrays(2, prompt, groups, length, 2, 2, 16), groups, attend)
     np.testing.assert_allclose(a, b, rtol=1e-5)
     for x, y in zip(grads, others, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6 * float(jnp.abs(x).max()))
@@ -75,7 +75,7 @@ def test_each_device_has_its_own_heads(tensor):
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=tensor), jax.devices()[: 2 * tensor])
     with jax.set_mesh(mesh):
         place = [jax.device_put(x, sharding.rows(mesh)) for x in args[:4]]
-        found = jax.jit(partial(splash, groups=2))(*place)
+        found = jax.jit(partial(attend, groups=2))(*place)
         assert found.sharding.shard_shape(found.shape)[0] == 2
     real = np.pad(np.asarray(args[3]), ((0, 0), (0, 32)), constant_values=True)
     np.testing.assert_allclose(np.asarray(want)[real], np.asarray(found)[real], atol=1e-6)
@@ -83,7 +83,7 @@ def test_each_device_has_its_own_heads(tensor):
 
 def test_a_decoder_with_it(monkeypatch):
     """Log-probs, and the state after a prompt that sampling starts from."""
-    monkeypatch.setattr(attention, "splash", splash)
+    monkeypatch.setattr(splash, "attend", attend)
     params = spec.init(CFG, jax.random.key(1))
     words, tokens = (
         jax.random.randint(jax.random.key(i), shape, 0, 50) for i, shape in ((2, (2, 20)), (3, (2, 3, 12)))
@@ -108,13 +108,13 @@ def test_flops_are_of_the_blocks_that_the_mask_leaves():
     grid has every block.
     """
     q, k, v, mask, _ = arrays(4, 256, 2, 512, 2, 2, 64)
-    visited = attention.visited(256, 2, 512)
+    visited = splash.visited(256, 2, 512)
     assert visited == {"_fwd": 11 / 15, "_dq": 11 / 15, "_dkv": 11 / 25}
 
     def count(f):
         return flops.traced_flops(jax.make_jaxpr(f)(q, k, v, mask), visited=visited)
 
-    forward = partial(attention.splash, groups=2)
+    forward = partial(splash.attend, groups=2)
     product = 11 * (2 * 256 * 256 * 64) * 2 * 2 * 4
     assert count(forward) == pytest.approx(2 * product)
     assert count(jax.grad(lambda *args: forward(*args).sum(), (0, 1, 2))) == pytest.approx(
@@ -124,7 +124,7 @@ def test_flops_are_of_the_blocks_that_the_mask_leaves():
 
 def test_the_mask_in_parts_is_the_mask():
     """Every pair by the definition: the prompt's and one's own, what stands before."""
-    mask, n = attention.Shared(10, 4, 3), 10
+    mask, n = splash.Shared(10, 4, 3), 10
 
     def sees(i, j):
         return j <= i and (j < 4 or (j - 4) // 3 == (i - 4) // 3)

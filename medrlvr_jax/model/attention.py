@@ -1,29 +1,17 @@
 """Attention over `prompt | response 1 | … | response G`: a token sees its prompt, and what stands before it
 in its own response.
 
-`plain` is everywhere: the scores prompt × prompt and response × (prompt + response) exist, what lies between
-two responses is never computed. `splash` is the TPU's block-sparse kernel
-(jax.experimental.pallas.ops.tpu.splash_attention, after Dao 2023, arXiv 2307.08691): no scores exist outside
-of a block, in the forward or the backward pass, and blocks that the mask empties, those above the diagonal
-among them, are skipped. (On GPU, cuDNN's, which `jax.nn.dot_product_attention` offers, takes this mask as a
-bias only: an array as large as the scores that it saves.) Shapes: KV heads K, query heads K·h, head size D;
-the queries come scaled.
+The scores prompt × prompt and response × (prompt + response) exist; what lies between two responses is never
+computed. splash.py is the same as a TPU kernel. Shapes: KV heads K, query heads K·h, head size D; the queries
+come scaled.
 """
 
 from functools import partial, reduce
-from math import gcd
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from medrlvr_jax.sharding import axis_ways, local
 from medrlvr_jax.types import Array
-
-# of queries and of keys; the first that divides prompt and response, so that few blocks are partly empty
-BLOCKS = (512, 256, 128)
-
 
 LEAST = jnp.finfo(jnp.float32).min
 PIECE = 128  # of queries in `causal`, at least
@@ -159,77 +147,3 @@ def decode(
     prompt_part = float_einsum("qkghp,qkpd->qkghd", prompt_weights.astype(q.dtype), prompt_v)
     response_part = float_einsum("qgkhr,qgkrd->qgkhd", response_weights.astype(q.dtype), response_v)
     return ((by_heads(prompt_part) + response_part) / total[..., None]).astype(q.dtype)
-
-
-class Shared(kernels.Mask):
-    """The mask of `plain` without padding, made block by block: at thousands of tokens the whole is
-    gigabytes.
-    """
-
-    def __init__(self, size: int, width: int, length: int):
-        self.shape_, self.width, self.length = (size, size), width, length
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.shape_
-
-    def __getitem__(self, index) -> np.ndarray:
-        at, of = (np.arange(self.shape_[0])[part] for part in index)
-        same = (at[:, None] - self.width) // self.length == (of[None, :] - self.width) // self.length
-        return (of[None, :] <= at[:, None]) & (same | (of[None, :] < self.width))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Shared) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash((self.shape_, self.width, self.length))
-
-
-def tiles(width: int, groups: int, length: int) -> tuple[int, int]:
-    """The kernel's block, and the row's tokens filled up to whole blocks."""
-    block = next((b for b in BLOCKS if width % b == length % b == 0), BLOCKS[-1])
-    return block, -(-(width + groups * length) // block) * block
-
-
-def visited(width: int, groups: int, length: int) -> dict[str, float]:
-    """Of the blocks in the grids of the forward and the two backward kernels, the share that is not skipped:
-    for `flops.traced_flops`.
-    """
-    block, size = tiles(width, groups, length)
-    mask, starts = Shared(size, width, length), range(0, size, block)
-    live = np.array([mask[i : i + block, :].reshape(block, -1, block).any((0, 2)) for i in starts])
-    # A grid is as long in its last axis as its fullest row of blocks, or column.
-    by_queries, by_keys = (float(live.sum() / (len(live) * live.sum(axis).max())) for axis in (1, 0))
-    return {"_fwd": by_queries, "_dq": by_queries, "_dkv": by_keys}
-
-
-def splash(q: Array, k: Array, v: Array, prompt_mask: Array, groups: int, interpret: bool = False) -> Array:
-    """What `plain` computes, to rounding; each device its own questions and heads. On a TPU alone, or
-    anywhere interpreted, slowly.
-    """
-    n, width, heads = q.shape[1], prompt_mask.shape[1], q.shape[2]
-    length = (n - width) // groups if groups else width
-    block, size = tiles(width, groups, length)
-    copies = axis_ways("tensor") // gcd(axis_ways("tensor"), heads)
-    if copies > 1:  # fewer KV heads than devices along `tensor`
-        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-        q = q.reshape(*q.shape[:2], heads * copies, -1, q.shape[-1])
-    mask = kernels.MultiHeadMask([Shared(size, width, length)] * q.shape[3])
-    blocks = kernels.BlockSizes(block, block, block, block, block, block, block, block)
-    # padding sees padding alone
-    real = jnp.pad(prompt_mask, ((0, 0), (0, size - width)), constant_values=True).astype(jnp.int32)
-
-    def attend(q, k, v, real):
-        kernel = kernels.make_splash_mqa_single_device(mask, block_sizes=blocks, interpret=interpret)
-
-        def one_row(q, k, v, real):
-            return jax.vmap(partial(kernel, segment_ids=kernels.SegmentIds(real, real)))(q, k, v)
-
-        return jax.vmap(one_row)(q, k, v, real)
-
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, size - n)] + [(0, 0)] * (x.ndim - 2))
-    args = pad(q).transpose(0, 2, 3, 1, 4), pad(k).swapaxes(1, 2), pad(v).swapaxes(1, 2), real
-    key_axes = ("batch", "kv_heads", None, None)
-    axes = (("batch", "kv_heads", None, None, None), key_axes, key_axes, ("batch", None))
-    out = local(attend, axes, 0)(*args)
-    return out[:, :, :, :n].transpose(0, 3, 1, 2, 4).reshape(q.shape[0], n, heads, -1, q.shape[-1])

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int8
 
-from medrlvr_jax.model import attention
+from medrlvr_jax.model import attention, splash
 from medrlvr_jax.model.cpu import linear
 from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig
 from medrlvr_jax.sharding import constrain, gather
@@ -168,7 +168,7 @@ def run_layer(
     layer = for_products(layer, cfg)
     q, k, v = queries_keys_values(layer, cfg, x, rope)
     if cfg.execution.splash:
-        attended = attention.splash(q, k, v, prompt_mask, groups)
+        attended = splash.attend(q, k, v, prompt_mask, groups)
     else:
         attended = attention.plain(q, k, v, prompt_mask, segments, groups)
     width = prompt_mask.shape[1]

@@ -39,7 +39,7 @@ class Execution:
 
     dtype: Any = jnp.float32  # of products; sums, norms and softmaxes are float32
     remat: str = "full"  # what the backward pass computes again: see `decoder.REMAT`
-    splash: bool = False  # attention by the TPU's kernel: see attention.py
+    splash: bool = False  # attention by the TPU's kernel: see splash.py
     unroll: bool = True  # decoding: see `decode.decode_step`
     narrow: bool = True  # sampling: rows that have stopped make room, see loops.py
     value_head: bool = False  # a critic: one number per token in place of the vocabulary

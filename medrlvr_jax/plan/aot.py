@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 from medrlvr_jax.build import Parts, lay_out
 from medrlvr_jax.config.schema import Config
-from medrlvr_jax.model import attention, families
+from medrlvr_jax.model import families, splash
 from medrlvr_jax.plan import flops, hlo, machines
 from medrlvr_jax.plan.machines import Machine
 from medrlvr_jax.rl.programs import make_programs
@@ -161,7 +161,7 @@ def read(figures: Figures, compiled: Any, mesh: Mesh, machine: Machine) -> Figur
 
 def visited(program: Program, parts: Parts) -> Mapping[str, float]:
     """The share of its blocks that the TPU's attention kernel visits, by a part of its name; see
-    `attention.visited`.
+    `splash.visited`.
     """
     if not parts.cfg.execution.splash:
         return {}
@@ -170,7 +170,7 @@ def visited(program: Program, parts: Parts) -> Mapping[str, float]:
         return {}
     sample, width = parts.config.sample, prompts.tokens.shape[1]
     rows = (0, width) if program.name == "generate" else (sample.samples, sample.max_new_tokens)
-    return attention.visited(width, *rows)
+    return splash.visited(width, *rows)
 
 
 def refusal(message: str, arguments: float) -> float | None:

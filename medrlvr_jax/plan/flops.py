@@ -26,7 +26,7 @@ def traced_flops(
     that its condition allows.
 
     A Pallas kernel counts as its body in each block of its grid. Where it skips blocks, `visited` has the
-    share that it visits, by a part of the kernel's name (`attention.visited`).
+    share that it visits, by a part of the kernel's name (`splash.visited`).
     """
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
