@@ -133,7 +133,7 @@ def describe(o: Outcome) -> dict[str, Any]:
 
 
 def difference(o: Outcome, other: Outcome) -> tuple[int, stats.Contrast] | None:
-    """How many questions both answered, and o's accuracy minus the other's on them; None if there are none."""
+    """How many questions both answered, and o's accuracy minus the other's on them; or None."""
     i, j, _ = answers.pair(o.answers, other.answers)
     if not len(i):
         return None
