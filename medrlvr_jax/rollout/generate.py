@@ -55,6 +55,8 @@ def generate(
     with jax.named_scope("prefill"):
         last, prompt_caches = decode.prefill(params, cfg, prompts)
     weights, ends = decode.prepare(params, cfg, width + length), segment_ends(length)
+    # rows move between loops only where each layer has a cache of its own
+    halvings = HALVINGS if cfg.execution.narrow and cfg.execution.unroll else 0
     caches = decode.empty_caches(cfg, n, groups, ends[0])
     rows = Rows(_blank(settings, (n, groups, length)), jnp.ones((n, groups), bool), caches)
     uniforms = noise(key, prompts.ids, groups, length)
@@ -64,7 +66,7 @@ def generate(
         state = _record(params, settings, state, jnp.broadcast_to(last[:, None], (n, groups, cfg.embed)))
         for end, columns in zip(ends, columns_of_loops(length), strict=True):
             rows = state.rows._replace(caches=decode.grow_caches(state.rows.caches, end))
-            body, halvings = partial(_next_column, weights, settings), HALVINGS * cfg.execution.narrow
+            body = partial(_next_column, weights, settings)
             state = run_loop(body, state._replace(rows=rows), columns, batch_ways(n), halvings)
     return by_rows(state.rows.drawn)
 
