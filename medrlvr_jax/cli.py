@@ -532,6 +532,27 @@ def report(*runs: Paths, out: Path = Path("report.html")) -> int:
 
 
 @command(INSPECT)
+def watch(*runs: Paths, host: str = "127.0.0.1", port: Whole = 8787) -> int:
+    """Show runs as a page in the browser that follows them while they go on.
+
+    Serves the page of `medrlvr report` on this machine, for the named runs
+    alone; the page takes no commands. Ctrl-C ends it. From a far machine:
+        ssh -L 8787:127.0.0.1:8787 HOST
+
+    Args:
+        runs: Folders of runs, or of evaluations.
+        host: The address to serve on. Others than the default let other machines read the page.
+        port: The port; 0 takes a free one.
+    """
+    from medrlvr_jax.report.watch import server
+
+    with server(list(runs), host, port) as serving:
+        print(f"http://{host}:{serving.server_port}/  (Ctrl-C ends it)", flush=True)
+        serving.serve_forever()
+    return 0
+
+
+@command(INSPECT)
 def replay(run: Run, /, *settings: Settings, step: Whole, row: Whole) -> int:
     """Draw a completion of a run again, and compare it with the log.
 

@@ -2,11 +2,13 @@
 one is found.
 """
 
+import http.client
 import json
 import os
 import re
 import shutil
 import subprocess
+import threading
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,7 +17,8 @@ import yaml
 
 from medrlvr_jax import cli
 from medrlvr_jax.host import files
-from medrlvr_jax.report import ending
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.report import ending, explore, watch
 from medrlvr_jax.report import page as report_html
 from medrlvr_jax.rewards import stages
 
@@ -271,7 +274,7 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     report_html.write_page([tmp_path / "new"], tmp_path / "p.html")
     text = (tmp_path / "p.html").read_text()
     Page(text)
-    assert "1 so far" in text and "<script>" not in text and 'id="samples"' not in text
+    assert "1 so far" in text and 'id="sample-data"' not in text and 'id="samples"' not in text
 
 
 @pytest.mark.parametrize(
@@ -320,3 +323,44 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     counts, shown = json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert counts == [f"{n} of 36 samples, {k} shown" for n, k in ((12, 10), (2, 2), (1, 1), (1, 1), (0, 0))]
     assert shown.split() == EVIL.split()  # a title keeps no line ends
+
+
+def test_every_metric_is_a_curve_and_long_ones_are_thinned():
+    records = [
+        {"step": k, "kl": k / 7, "row/kl_high": 3, "monitor/letter_p": None, "new": 1.0}
+        for k in range(1, 4001)
+    ]
+    data = explore.curves([("one", "#000", records), ("two", "#fff", [{"step": 1, "reward": 0.5}])])
+    assert [m["name"] for m in data["metrics"]] == ["kl", "new", "reward"]
+    kl = data["metrics"][0]
+    assert kl["unit"] == "nats / token" and kl["curves"][1] == [[], []]
+    steps, values = kl["curves"][0]
+    assert len(steps) == explore.MOST and steps[0] == 8 and values[0] == pytest.approx(4.5 / 7, rel=1e-3)
+    many = explore.curves(
+        [(str(i), "#000", [r | {f"m{j}": j for j in range(70)} for r in records]) for i in range(4)]
+    )
+    assert len(json.dumps(many)) < 5e6
+
+
+def test_the_page_is_served_and_follows_the_runs(tmp_path):
+    write_run(tmp_path / "ppo", 0)
+    with watch.server([tmp_path / "ppo"], "127.0.0.1", 0) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+
+        def get(path, host="localhost", method="GET"):
+            connection = http.client.HTTPConnection("127.0.0.1", serving.server_port)
+            connection.request(method, path, headers={"Host": host})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+        status, page = get("/")
+        first = get("/version")[1]
+        assert status == 200 and "<title>ppo" in page and first in page and "connect-src 'self'" in page
+        assert [get(path)[0] for path in ("/config.yaml", "/../ppo/config.yaml", "/?x=1")] == [404, 404, 404]
+        assert get("/", host="evil.example")[0] == 403 and get("/", method="POST")[0] == 501
+        with open(tmp_path / "ppo" / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 99, "reward": 0.25}) + "\n")
+        assert get("/version")[1] != first and get("/")[1] != page
+        serving.shutdown()
+    with pytest.raises(ConfigError, match=r"no metrics\.jsonl there"):
+        watch.server([tmp_path], "127.0.0.1", 0)

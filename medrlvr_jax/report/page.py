@@ -24,7 +24,7 @@ from medrlvr_jax.evaluation.answers import percent
 from medrlvr_jax.evaluation.monitors import is_due
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import read_json, read_jsonl, write_text
-from medrlvr_jax.report import pictures
+from medrlvr_jax.report import explore, pictures
 from medrlvr_jax.report.ending import interval
 from medrlvr_jax.rewards.stages import STAGES
 from medrlvr_jax.runs.console import before_after, clock
@@ -75,8 +75,8 @@ class Picture(NamedTuple):
     rows: Sequence[tuple[str, str, str]] = ()  # the numbers that it shows
 
 
-def write_page(folders: Sequence[Path], out: Path) -> None:
-    """The page, and a folder `<stem>_pictures` beside it."""
+def write_page(folders: Sequence[Path], out: Path, live: str = "") -> None:
+    """The page, and a folder `<stem>_pictures` beside it. `live`: of a page that is served, its version."""
     runs = with_unique_names([read_run(folder) for folder in dict.fromkeys(f.resolve() for f in folders)])
     groups = group(runs)
     trained = [g for g in groups if g.runs[0].records]
@@ -90,6 +90,8 @@ def write_page(folders: Sequence[Path], out: Path) -> None:
         lstrip_blocks=True,
     )
     page = templates.get_template("report.html").render(
+        live=live,
+        explore=explore.curves([(run.name, g.color, run.records) for g in trained for run in g.runs]),
         groups=groups,
         trained=trained,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

@@ -23,6 +23,10 @@ from medrlvr_jax.rewards.stages import STAGES
 from medrlvr_jax.runs.log import Records
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish
+POINTS, STAGE_POINTS = (
+    150,
+    40,
+)  # of a curve, of a picture of stages, at most: a page of twenty long runs stays small
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -121,11 +125,27 @@ def draw_panel(axis: Axes, panel: Panel, groups: Sequence[tuple[int, Sequence[Re
     return drawn
 
 
-def over_steps(runs: Sequence[Records], key: str) -> tuple[list[int], Float64[np.ndarray, "runs steps"]]:
-    """The steps at which any run recorded the metric, and its values there; NaN where a run has none."""
+def over_steps(
+    runs: Sequence[Records], key: str, points: int = POINTS
+) -> tuple[list[int], Float64[np.ndarray, "runs steps"]]:
+    """The steps at which any run recorded the metric, and its values there; NaN where a run has none.
+
+    Of more than `points` steps, the last of each of so many equal stretches, and the means over them.
+    """
     recorded = [{r["step"]: x for r in records if math.isfinite(x := value_of(r, key))} for records in runs]
     steps = sorted(set().union(*recorded))
-    return steps, np.array([[values.get(step, math.nan) for step in steps] for values in recorded])
+    values = np.array([[values.get(step, math.nan) for step in steps] for values in recorded])
+    if len(steps) <= points:
+        return steps, values
+    stretches = np.array_split(np.arange(len(steps)), points)
+    means = [[_mean(row[stretch]) for stretch in stretches] for row in values]
+    return [steps[stretch[-1]] for stretch in stretches], np.array(means)
+
+
+def _mean(values: Float64[np.ndarray, " n"]) -> float:
+    """The mean of the values that are not NaN; NaN if none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def value_of(record: dict[str, Any], key: str) -> float:
@@ -193,7 +213,7 @@ def _evaluations(axis: Axes, runs: list[Records]) -> None:
 
 def stage_figure(runs: Sequence[Records], title: str) -> Figure | None:
     """The paper's figure: shares of the six stages over the steps, means over runs; None if not recorded."""
-    columns = [over_steps(runs, f"stage/{stage}") for stage in STAGES]
+    columns = [over_steps(runs, f"stage/{stage}", STAGE_POINTS) for stage in STAGES]
     steps, shares = columns[0][0], [np.nanmean(values, 0) for _, values in columns if values.size]
     if not steps:
         return None
