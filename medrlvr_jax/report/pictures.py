@@ -26,7 +26,7 @@ from medrlvr_jax.runs.log import Records
 POINTS, STAGE_POINTS = (
     150,
     40,
-)  # of a curve, of a picture of stages, at most: a page of twenty long runs stays small
+)  # of a curve, of a picture of stages, at most: pages stay small
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
