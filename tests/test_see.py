@@ -13,12 +13,13 @@ from byte_tokenizer import byte_tokenizer
 from make_vision import make
 from PIL import Image
 
-from medrlvr_jax import build
+from medrlvr_jax import build, cli
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import images, load
 from medrlvr_jax.data.prompts import encode_questions
 from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash
+from medrlvr_jax.evaluation import look
 from medrlvr_jax.model import decoder
 from medrlvr_jax.rl.train import train
 from medrlvr_jax.rollout.rollout import encode, place_prompts
@@ -159,6 +160,50 @@ def test_images_of_records(folder, tmp_path):
         load.read(SetConfig(path="python:data"), [row | {"image": data, "images": [data]}])
     with pytest.raises(DataError, match="field image: 3 is no image"):
         load.read(SetConfig(path="python:data"), [row | {"image": 3}])
+
+
+def test_eval_asks_under_each_condition(folder, metrics, capsys):
+    run = folder / "runs" / "run"
+    assert cli.main(["eval", str(run), "eval.sets.mine.limit=8"]) == 0
+    looks = json.loads((run / "eval-2" / "eval.json").read_text())["looks"]["mine"]
+    assert list(looks) == ["image", "blank", "shuffled", "none", "option_texts", "looks"]
+    assert looks["looks"]["value"] == 0 and "another's" in capsys.readouterr().out
+
+
+def test_conditions_of_looking(folder):
+    """Another's image is never the question's own, and is of its subject; a blank one has its size."""
+    names = {0: ("1-0.png",), 1: ("3-0.png",), 2: ("1-0.png",), 3: ("5-0.png",), 4: ("7-0.png",)}
+    asked = [
+        Question(
+            f"q{i}", "<image>?", ("a", "b"), i % 2, "ct" if i < 4 else "mr", images=(str(folder / n[0]),)
+        )
+        for i, n in names.items()
+    ]
+    under = look.conditions([*asked, Question("text", "?", ("a", "b"), 0)])
+    assert [q.id for q in under["shuffled"]] == ["q0", "q1", "q2", "q3"]  # q4 is alone of its subject
+    pictures = {q.images for q in asked[:4]}
+    for question, before in zip(under["shuffled"], asked[:4], strict=True):
+        assert question.images != before.images and question.images in pictures
+    blank = images.read_image(under["blank"][1].images[0])
+    assert blank.size == images.read_image(asked[1].images[0]).size and blank.getextrema()[0] == (122, 122)
+    assert all(q.question == " ?" and not q.images for q in under["none"]) and len(under["none"]) == 5
+
+
+def test_what_option_texts_give_away():
+    """ "flu" is always right in both halves; where all options were right equally often, chance remains."""
+    give = lambda i, options, answer: Question(f"q{i}", f"Which {i}?", options, answer)
+    given_away = [give(i, ("flu", f"x{i}") if i % 2 else (f"x{i}", "flu"), 1 - i % 2) for i in range(40)]
+    np.testing.assert_allclose(look.prior(given_away), 1)
+    assert look.prior([give(i, ("a", "b", "c"), 0) for i in range(1)]) == pytest.approx([1 / 3])
+
+
+def test_looks_by_hand():
+    asked = [Question(str(i), "?", ("a", "b"), 0, images=(b"x",)) for i in range(4)]
+    rows = lambda *right: [{"id": str(i), "correct": bool(r)} for i, r in enumerate(right)]
+    found = {"blank": rows(1, 0, 0, 0), "shuffled": rows(1, 1, 0, 0), "none": rows(1, 1, 1, 1)}
+    result = look.describe(asked, rows(1, 1, 1, 0), found)
+    assert result["image"]["value"] == 0.75 and result["none"]["value"] == 1
+    assert result["looks"]["value"] == 0.25 and result["looks"]["low"] < 0.25 < result["looks"]["high"]
 
 
 def test_broken_images_are_refused_together(folder):

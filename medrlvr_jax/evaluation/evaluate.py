@@ -17,7 +17,7 @@ from medrlvr_jax.config.schema import Config, SampleConfig, SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.question import Question, fingerprint, question_hash
-from medrlvr_jax.evaluation import answers, monitors, stats
+from medrlvr_jax.evaluation import answers, look, monitors, stats
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather_rows
@@ -248,6 +248,18 @@ def how_made(parts: Parts, sets: dict[str, Encoded]) -> dict[str, Any]:
     }
 
 
+def look_at(
+    parts: Parts, decode_params: Params, encoded: Encoded, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """`look.describe` of a set with images: its questions are asked again under each condition."""
+    found = {}
+    for name, questions in look.conditions(encoded.questions).items():
+        other = encode(parts.tokenizer, questions, parts.config, encoded.shuffle, parts.cfg.vision)
+        other = dataclasses.replace(other, width=max(other.width, encoded.width))  # fewer shapes to compile
+        found[name] = evaluate(parts, decode_params, other)[1] if other.questions else []
+    return look.describe(encoded.questions, rows, found)
+
+
 def evaluate_source(
     source: Path, settings: list[str], step: int | Literal["best"] | None, out: Path | None
 ) -> int:
@@ -256,6 +268,7 @@ def evaluate_source(
     sets = required_sets(parts)
     folder = new_folder(source, parts, f"eval-{step}", out, "eval.json")
     leads, console, results, statistics = jax.process_index() == 0, Console(), {}, {}
+    looks: dict[str, dict[str, Any]] = {}
     with jax.set_mesh(parts.mesh):
         decode_params = make_weight_sync(parts, parts.cfg)(params)
         for name, encoded in sets.items():
@@ -263,6 +276,8 @@ def evaluate_source(
             progress = partial(console.progress, f"eval {name}")
             results[name], rows = evaluate(parts, decode_params, encoded, progress, entropies=True)
             statistics[name] = answers.describe(answers.of_rows(rows, name))
+            if encoded.images:
+                looks[name] = look_at(parts, decode_params, encoded, rows)
             if leads:
                 files.write_text(folder / f"{name}.jsonl", files.jsonl(rows))
     console.close()
@@ -274,8 +289,10 @@ def evaluate_source(
         warnings.append("; ".join(trap))
     about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings}
     about |= how_made(parts, sets) | {"eval": results, "statistics": statistics}
-    files.write_json(folder / "eval.json", about)
+    files.write_json(folder / "eval.json", about | ({"looks": looks} if looks else {}))
     print(answers.show(statistics))
+    if looks:
+        print(look.show(looks))
     remarks = chain.from_iterable(answers.remarks(name, counts) for name, counts in results.items())
     print("\n".join([*remarks, *(f"warning: {w}" for w in warnings), f"answers: {folder}"]))
     return 0
