@@ -73,9 +73,9 @@ def causal(
         if before:
             scores.append((products(flat(part), before[0]).reshape(*shape, -1), before[2]))
         weights, total = weigh(scores)
-        mix = mixed(flat(weights[0], n), part_v).reshape(part.shape)
+        mix = weighted_sum(flat(weights[0], n), part_v).reshape(part.shape)
         if before:
-            mix += mixed(flat(weights[1]), before[1]).reshape(part.shape)
+            mix += weighted_sum(flat(weights[1]), before[1]).reshape(part.shape)
         out.append((mix / total).astype(q.dtype))
     return jnp.concatenate(out, axis=-2)
 
@@ -94,7 +94,7 @@ def products(q: Array, k: Array) -> Array:
 
 
 @jax.custom_vjp
-def mixed(weights: Array, v: Array) -> Array:
+def weighted_sum(weights: Array, v: Array) -> Array:
     """float32 weights [..., N, P], rounded to v's dtype, · v [..., P, D]: float32 [..., N, D]."""
     return jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
@@ -105,14 +105,16 @@ def _products_backward(saved, g):
     return g @ k, jnp.einsum("...np,...nd->...pd", g, q)
 
 
-def _mixed_backward(saved, g):
+def _weighted_sum_backward(saved, g):
     weights, v = saved
     g = g.astype(v.dtype)
     return products(g, v), jnp.einsum("...np,...nd->...pd", weights, g)
 
 
 products.defvjp(lambda q, k: (products(q, k), (q, k)), _products_backward)
-mixed.defvjp(lambda weights, v: (mixed(weights, v), (weights.astype(v.dtype), v)), _mixed_backward)
+weighted_sum.defvjp(
+    lambda weights, v: (weighted_sum(weights, v), (weights.astype(v.dtype), v)), _weighted_sum_backward
+)
 
 
 def weigh(parts: list[tuple[Array, Array]]) -> tuple[list[Array], Array]:

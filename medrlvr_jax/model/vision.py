@@ -225,7 +225,7 @@ def attend(
     q, k, v = (y.swapaxes(-2, -3) for y in (q, k, v))
     same = (owners[..., :, None] == owners[..., None, :])[..., None, :, :]
     (weights,), total = attention.weigh([(attention.products(q, k), same)])
-    return (attention.mixed(weights, v) / total).swapaxes(-2, -3)
+    return (attention.weighted_sum(weights, v) / total).swapaxes(-2, -3)
 
 
 def _block(

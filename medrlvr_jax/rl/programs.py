@@ -102,7 +102,7 @@ def compile_ahead(
         awaited = [name for name in started if name not in took]
         progress("compiling", len(took), len(programs), ", ".join(awaited))
 
-    def one(program: Program) -> None:
+    def compile_one(program: Program) -> None:
         start = time.monotonic()
         started.append(program.name)
         report()
@@ -111,7 +111,7 @@ def compile_ahead(
         took[program.name] = time.monotonic() - start
 
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        waiting = {pool.submit(one, program): program.name for program in programs}
+        waiting = {pool.submit(compile_one, program): program.name for program in programs}
         for future in as_completed(waiting):
             try:
                 future.result()
@@ -120,11 +120,9 @@ def compile_ahead(
                 pool.shutdown(wait=False, cancel_futures=True)
                 if "RESOURCE_EXHAUSTED" not in str(e):
                     raise
-                said, remedy = (
-                    str(e).split("\n")[0][:300],
-                    "`medrlvr plan CONFIG --topology …` says by how much, and what would help",
-                )
-                raise ConfigError(f"{waiting[future]} does not fit this machine: {said}; {remedy}") from None
+                problem = f"{waiting[future]} does not fit this machine: {str(e).splitlines()[0][:300]}"
+                remedy = "`medrlvr plan CONFIG --topology …` says by how much, and what would help"
+                raise ConfigError(f"{problem}; {remedy}") from None
             report()
     slowest = max(took, key=lambda name: took[name])
     return (
