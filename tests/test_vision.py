@@ -4,6 +4,7 @@ Against transformers itself where torch is installed, else (and as well) against
 change of transformers is meant: `python tests/make_vision.py`.
 """
 
+import json
 import re
 from dataclasses import replace
 from functools import cache, partial
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from make_vision import CONFIGS, GOLDEN, NEW, SIZES, make, pad, pictures, reference, rows
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -19,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.data import images
-from medrlvr_jax.model import decoder, export, scoring, spec, vision
+from medrlvr_jax.model import decoder, export, families, scoring, spec, vision
 from medrlvr_jax.model import weights as hf
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
@@ -166,6 +168,60 @@ def test_a_fault_of_the_decoder_would_show(fault, directory):
     wrong = decoder.logits(params, cfg, decoder.forward(params, cfg, prompts)[0])
     right = np.load(GOLDEN)["qwen2_vl.logits"]
     assert np.abs(np.where(prompts.mask[..., None], wrong, 0) - right).max() > 0.05
+
+
+def published(kind, ffn, tied, vocab, **decoder):
+    """config.json as published: the decoder's settings beside the tower's."""
+    tower = {"depth": 32, "num_heads": 16, "in_chans": 3, "patch_size": 14, "spatial_patch_size": 14}
+    tower |= {"spatial_merge_size": 2, "temporal_patch_size": 2}
+    if kind == "qwen2_vl":
+        tower |= {"embed_dim": 1280, "mlp_ratio": 4, "hidden_size": decoder["hidden_size"]}
+    else:
+        tower |= {"hidden_size": 1280, "intermediate_size": 3420, "hidden_act": "silu", "window_size": 112}
+        tower |= {"out_hidden_size": decoder["hidden_size"], "fullatt_block_indexes": [7, 15, 23, 31]}
+    ids = {"image_token_id": 151655, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
+    more = {"intermediate_size": ffn, "tie_word_embeddings": tied, "vocab_size": vocab}
+    rope = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    rope |= {"rms_norm_eps": 1e-6, "use_sliding_window": False, "hidden_act": "silu"}
+    return {"model_type": kind, "vision_config": tower} | ids | more | rope | decoder
+
+
+def shape(width, layers, heads, kv_heads):
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return dict(zip(names, (width, layers, heads, kv_heads), strict=True))
+
+
+SIZES_OF = {  # parameters of the tower and of the decoder
+    "Qwen/Qwen2-VL-2B": ("qwen2_vl", 8960, True, 151936, shape(1536, 28, 12, 2), 665_271_296, 1_543_714_304),
+    "Qwen/Qwen2.5-VL-3B": (
+        "qwen2_5_vl",
+        11008,
+        True,
+        151936,
+        shape(2048, 36, 16, 2),
+        668_684_288,
+        3_085_938_688,
+    ),
+    "Qwen/Qwen2.5-VL-7B": (
+        "qwen2_5_vl",
+        18944,
+        False,
+        152064,
+        shape(3584, 28, 28, 4),
+        676_550_144,
+        7_615_616_512,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES_OF)
+def test_published_sizes(name, tmp_path):
+    *settings, decoder_shape, tower, text = SIZES_OF[name]
+    (tmp_path / "config.json").write_text(json.dumps(published(*settings, **decoder_shape)))
+    cfg = hf.read_config(tmp_path)
+    assert cfg == families.known(f"{name}-Instruct")
+    count = lambda tree: sum(np.prod(x.shape) for x in jax.tree.leaves(nn.meta.unbox(tree)))
+    assert (count(vision.abstract(cfg.vision)), count(spec.abstract(cfg))) == (tower, text)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

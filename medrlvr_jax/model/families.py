@@ -2,14 +2,17 @@
 config.json.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import hf_hub_download
 
 from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.model import weights
-from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.model.spec import DecoderConfig, VisionConfig
+from medrlvr_jax.model.vision import rope_axes
 
 
 def _qwen2(
@@ -24,11 +27,33 @@ def _qwen3(embed: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: b
     return DecoderConfig(151936, embed, layers, heads, kv_heads, 128, ffn, 1e6, 1e-6, tied, qk_norm=True)
 
 
+def _seeing(decoder: DecoderConfig, kind: Literal["qwen2_vl", "qwen2_5_vl"]) -> DecoderConfig:
+    """The decoder with the vision tower of its family, which has one size."""
+    new = kind == "qwen2_5_vl"
+    tower = VisionConfig(
+        kind,
+        layers=32,
+        embed=1280,
+        heads=16,
+        ffn=3420 if new else 5120,
+        out=decoder.embed,
+        image_token=151655,
+        image_start=151652,
+        image_end=151653,
+        full_layers=(7, 15, 23, 31) if new else tuple(range(32)),
+    )
+    return replace(decoder, rope_axes=rope_axes((16, 24, 24)), vision=tower)
+
+
 KNOWN = {
     "Qwen/Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 4864),
     "Qwen/Qwen2.5-1.5B": _qwen2(1536, 28, 12, 2, 8960),
     "Qwen/Qwen2.5-3B": _qwen2(2048, 36, 16, 2, 11008),
     "Qwen/Qwen2.5-7B": _qwen2(3584, 28, 28, 4, 18944, 152064, tied=False),
+    "Qwen/Qwen2-VL-2B": _seeing(_qwen2(1536, 28, 12, 2, 8960), "qwen2_vl"),
+    "Qwen/Qwen2-VL-7B": _seeing(_qwen2(3584, 28, 28, 4, 18944, 152064, tied=False), "qwen2_vl"),
+    "Qwen/Qwen2.5-VL-3B": _seeing(_qwen2(2048, 36, 16, 2, 11008), "qwen2_5_vl"),
+    "Qwen/Qwen2.5-VL-7B": _seeing(_qwen2(3584, 28, 28, 4, 18944, 152064, tied=False), "qwen2_5_vl"),
     "Qwen/Qwen3-0.6B": _qwen3(1024, 28, 16, 8, 3072),
     "Qwen/Qwen3-1.7B": _qwen3(2048, 28, 16, 8, 6144),
     "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728),
