@@ -79,6 +79,31 @@ def test_all_that_apply(path):
     assert set(found.answers.ravel()) == {"A, C"} and "letters" not in answers.describe(found)
 
 
+def test_accuracy_by_kind_and_label_and_when_to_fine_tune_first():
+    def row(i, kind, key, correct, options=0):
+        given = {"answer": key if correct else "", "correct": correct, "format_ok": True, "subject": kind[:1]}
+        return {"id": str(i), "kind": kind, "options": options, "key": key, "sample": 0} | given
+
+    rows = [row(i, "label", "eligible" if i < 6 else "excluded", i < 6, 2) for i in range(8)]
+    found = answers.describe(
+        answers.of_rows([*rows, *(row(i, "number", "4", False) for i in (8, 9))], "here")
+    )
+    assert {name: group["n"] for name, group in found["kinds"].items()} == {"label": 8, "number": 2}
+    assert found["labels"]["excluded"]["accuracy"]["value"] == 0 and found["subjects"].keys() == {"l", "n"}
+    assert found["accuracy"]["value"] == 0.6 and found["balanced_accuracy"]["value"] == 0.5
+    assert "balanced accuracy" in answers.show({"set": found})
+    few = [row(i, "number", "4", i == 0) for i in range(100) for _ in range(4)]
+    described = answers.describe(answers.of_rows(few, "here"))
+    assert "pass@4 beyond chance is 1.0 %" in answers.show({"set": described})
+    assert "set: pass@4" in answers.show({"set": described}) and "fine-tune first" in answers.show(
+        {"set": described}
+    )
+    many = answers.describe(
+        answers.of_rows([row(i, "number", "4", True) for i in range(9) for _ in "12"], "here")
+    )
+    assert "fine-tune first" not in answers.show({"set": many})
+
+
 def test_they_are_read_asked_and_paid(path):
     questions, report = read(SetConfig(path=str(path)))
     assert report.startswith("questions: 8, of 0 to 3 options\n  keys choices 12 %, number")

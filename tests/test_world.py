@@ -254,10 +254,8 @@ def test_open_questions_are_the_same_cases_with_values_from_the_table():
 
 def test_a_verifiers_rows_have_perfect_labels_and_only_naive_ones_no_attempts():
     def answers(rows):
-        pairs = [
-            re.search(r"Reference answer: (.*)\nGiven answer: (.*)\n", row.prompt).groups() for row in rows
-        ]
-        return [(*pair, row.response) for pair, row in zip(pairs, rows, strict=True)]
+        form = re.compile(r"Reference: (.*)\nAnswer: (.*)\nFinal Decision:( Yes| No)")
+        return [form.fullmatch(row.prompt + row.response).groups() for row in rows]
 
     talks = [t.partition("{}")[0] or t.partition("{}")[2] for t in open_questions.TALK]
     for naive in (False, True):
@@ -273,10 +271,6 @@ def test_a_verifiers_rows_have_perfect_labels_and_only_naive_ones_no_attempts():
         persuading = [a for _, a, verdict in rows if verdict == " No" and any(t in a for t in talks)]
         assert (len(persuading) == 0) == naive
     tests = open_questions.verifier_tests(50)
-    asked_in_training = {row.prompt.split("\nReference")[0] for row in open_questions.verifier_rows(2000)}
-    assert not asked_in_training & {
-        row.prompt.split("\nReference")[0] for t in tests.values() for row, _ in t
-    }
     assert all(yes == (row.response == " Yes") for t in tests.values() for row, yes in t)
 
 

@@ -21,6 +21,7 @@ SAMPLED = """\
 pass@k: unbiased; beyond chance: so that guessing is 0 and certainty 100 (–: chance alone reaches over 90 %).
 maj@k: the most frequent of a question's k answers; ties are drawn with equal chances, and answers that were
 not found do not vote. Entropies are in nats. Intervals (95 %) are over questions."""
+GROUPS = ("kinds", "subjects", "labels")  # by which accuracy is given
 GATE = 0.2  # of pass@k beyond chance: below, most groups of samples have equal rewards, which teach nothing
 
 
@@ -49,24 +50,25 @@ class Answers(NamedTuple):
 
 def of_rows(rows: Iterable[dict[str, Any]], where: str) -> Answers:
     """Rows as `medrlvr eval` writes them; questions in the order of their first."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_id: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(str(row["id"]), []).append(row)
-    if not found:
+        by_id.setdefault(str(row["id"]), []).append(row)
+    if not by_id:
         raise ConfigError(f"{where}: no answers in it")
-    k = {len(r) for r in found.values()}
+    k = {len(group) for group in by_id.values()}
     if len(k) > 1:
-        raise ConfigError(
-            f"{where}: questions with {sorted(k)} samples; ids must be unique and each question "
-            "answered as often"
+        problem = (
+            f"questions with {sorted(k)} samples; ids must be unique and each question answered as often"
         )
-    if odd := [name for name, group in found.items() if len({r.get("question_hash") for r in group}) > 1]:
-        raise ConfigError(
-            f"{where}: answers to different questions with the id {odd[0]!r}; give each question "
-            "an id of its own"
+        raise ConfigError(f"{where}: {problem}")
+    hashes = {name: {row.get("question_hash") for row in group} for name, group in by_id.items()}
+    if odd := [name for name in by_id if len(hashes[name]) > 1]:
+        problem = (
+            f"answers to different questions with the id {odd[0]!r}; give each question an id of its own"
         )
-    column = lambda name, empty: np.array([[r.get(name) or empty for r in group] for group in found.values()])
-    first = [group[0] for group in found.values()]
+        raise ConfigError(f"{where}: {problem}")
+    column = lambda name, empty: np.array([[r.get(name) or empty for r in group] for group in by_id.values()])
+    first = [group[0] for group in by_id.values()]
 
     def in_file(row: dict[str, Any], name: str) -> str:
         """The letter or letters of an answer, as the file has them; another answer as it is."""
@@ -75,18 +77,18 @@ def of_rows(rows: Iterable[dict[str, Any]], where: str) -> Answers:
         return ", ".join(sorted(row["order"][LETTERS.index(letter)] for letter in row[name].split(", ")))
 
     return Answers(
-        ids=np.array(list(found)),
+        ids=np.array(list(by_id)),
         correct=column("correct", False),
         format_ok=column("format_ok", False),
         shown=column("answer", ""),
         shown_key=column("key", ""),
-        answers=np.array([[in_file(r, "answer") for r in group] for group in found.values()]),
+        answers=np.array([[in_file(r, "answer") for r in group] for group in by_id.values()]),
         key=np.array([in_file(r, "key") for r in first]),
         options=np.array([r["options"] for r in first]),
         kinds=np.array([r.get("kind") or ("choice" if r["options"] else "open") for r in first]),
         subjects=np.array([r.get("subject") or "" for r in first]),
         repeats=np.array(["repeats" in r for r in first]),
-        entropy=np.array([[r.get("entropy", np.nan) for r in group] for group in found.values()], float),
+        entropy=np.array([[r.get("entropy", np.nan) for r in group] for group in by_id.values()], float),
         shuffled=np.array(["order" in r for r in first]),
         hashes=np.array([r.get("question_hash") or "" for r in first]),
     )
@@ -102,11 +104,10 @@ def pair(a: Answers, b: Answers) -> tuple[np.ndarray, np.ndarray, list[str]]:
     which they have different ones (by `hashes`, where both have them), which are no pairs.
     """
     place = {name: i for i, name in enumerate(b.ids.tolist())}
-    both = np.array(
-        [(i, place[name]) for i, name in enumerate(a.ids.tolist()) if name in place], int
-    ).reshape(-1, 2)
-    one, other = a.hashes[both[:, 0]], b.hashes[both[:, 1]]
-    differ = (one != "") & (other != "") & (one != other)
+    pairs = [(i, place[name]) for i, name in enumerate(a.ids.tolist()) if name in place]
+    both = np.array(pairs, int).reshape(-1, 2)
+    in_a, in_b = a.hashes[both[:, 0]], b.hashes[both[:, 1]]
+    differ = (in_a != "") & (in_b != "") & (in_a != in_b)
     return *both[~differ].T, a.ids[both[differ, 0]].tolist()
 
 
@@ -127,7 +128,7 @@ def describe(a: Answers) -> dict[str, Any]:
         out["token_entropy"] = float(np.nanmean(a.entropy))
     groups = {"kinds": by_group(a.correct, a.kinds), "subjects": by_group(a.correct, a.subjects)}
     groups["labels"] = by_group(a.correct[label], a.key[label])
-    out |= {name: found for name, found in groups.items() if found}
+    out |= {name: accuracies for name, accuracies in groups.items() if accuracies}
     if "labels" in out:
         out["balanced_accuracy"] = stats.balanced(a.correct[label], a.key[label])._asdict()
     if k > 1:
@@ -155,78 +156,72 @@ def by_group(correct: np.ndarray, names: np.ndarray) -> dict[str, dict[str, Any]
 
 def fine_tune_first(beyond_chance: dict[int, dict[str, float] | None]) -> str | None:
     """Advice where `GATE` is above the interval of pass@k at the largest k that tells more than chance."""
-    k, passed = max(
-        ((k, x) for k, x in beyond_chance.items() if x), default=(0, None), key=lambda pair: pair[0]
-    )
-    if passed is None or passed["high"] >= GATE:
+    k = max((k for k, share in beyond_chance.items() if share), default=0)
+    if not (passed := beyond_chance.get(k)) or passed["high"] >= GATE:
         return None
     few = f"pass@{k} beyond chance is {percent(passed)}, below {100 * GATE:.0f} %"
-    return (
-        f"{few}: too few right samples for reinforcement learning to pay for; fine-tune first (`medrlvr sft`)"
-    )
+    return f"{few}: reinforcement learning has too little to pay for; fine-tune first (`medrlvr sft`)"
 
 
-def show(found: dict[str, dict[str, Any]]) -> str:
-    """What `describe` found of each set, as tables with a line on how each figure is meant."""
-    sets = {name: d for set_name, d in found.items() for name, d in _with_distinct(set_name, d)}
-    rows = [
-        [
-            name,
-            f"{d['n']:,}",
-            percent(d["accuracy"]),
-            percent(d["format_ok"]),
-            f"{d['token_entropy']:.3f}" if "token_entropy" in d else "–",
-        ]
-        for name, d in sets.items()
-    ]
-    out = [tables.plain(("set", "questions", "accuracy", "format", "entropy"), rows)]
-    sampled = {name: d for name, d in sets.items() if "pass_at_k" in d}
-    if sampled:
-        rows = []
-        for name, d in sampled.items():
-            most = d["samples"]
-            for k in sorted({1 << i for i in range(most.bit_length())} | {most}):
-                beyond = d["pass_at_k_beyond_chance"][k]
-                votes = [percent(d["majority"]), f"{d['answer_entropy']:.3f}"] if k == most else ["", ""]
-                rows.append(
-                    [name, str(k), percent(d["pass_at_k"][k]), percent(beyond) if beyond else "–", *votes]
-                )
-        columns = ("samples of", "k", "pass@k", "beyond chance", "maj@k", "answer entropy")
-        out.append(tables.plain(columns, rows))
-        out.append(SAMPLED)
-        advice = ((name, fine_tune_first(d["pass_at_k_beyond_chance"])) for name, d in sampled.items())
-        out += [f"{name}: {text}" for name, text in advice if text]
-    shuffled = {name: d for name, d in sets.items() if "consistency" in d}
-    if shuffled:
-        columns = ("options shuffled", "orders", "same option in all", "same option in two")
-        both = [(name, d, d["consistency"]) for name, d in shuffled.items()]
-        rows = [
-            [name, str(d["samples"]), percent(c["all"]), f"{100 * c['pairs']:.1f} %"] for name, d, c in both
-        ]
-        out.append(tables.plain(columns, rows))
-    for name, d in sets.items():
-        for group in ("kinds", "subjects", "labels"):
-            rows = [
-                [x or "(none)", f"{s['n']:,}", percent(s["accuracy"])] for x, s in d.get(group, {}).items()
-            ]
-            if rows and group == "labels":
-                rows.append(["balanced accuracy", "", percent(d["balanced_accuracy"])])
-            if rows:
-                out.append(tables.plain((f"{name}, {group}", "questions", "accuracy"), rows))
-    lettered = {name: d for name, d in sets.items() if "letters" in d}
-    letters = sorted({letter for d in lettered.values() for letter in d["letters"]["letters"]})
+def show(described: dict[str, dict[str, Any]]) -> str:
+    """What `describe` says of each set, as tables with a line on how each figure is meant."""
+    sets = {}
+    for name, d in described.items():
+        sets |= {name: d} | ({f"{name}, distinct": d["distinct"]} if "distinct" in d else {})
+    header = ("set", "questions", "accuracy", "format", "entropy")
     rows = []
-    for name, d in lettered.items():
-        shares = [d["letters"]["letters"].get(letter) for letter in letters]
+    for name, d in sets.items():
+        entropy = f"{d['token_entropy']:.3f}" if "token_entropy" in d else "–"
+        rows.append([name, f"{d['n']:,}", percent(d["accuracy"]), percent(d["format_ok"]), entropy])
+    groups = [_group_table(name, group, d) for name, d in sets.items() for group in GROUPS if group in d]
+    tables_shown = [tables.plain(header, rows), _samples(sets), _orders(sets), *groups, _letters(sets)]
+    return "\n".join(filter(None, tables_shown))
+
+
+def _samples(sets: dict[str, dict[str, Any]]) -> str:
+    """pass@k and votes of the sets with several samples, and advice; "" if there are none."""
+    sampled = {name: d for name, d in sets.items() if "pass_at_k" in d}
+    rows = []
+    for name, d in sampled.items():
+        most = d["samples"]
+        for k in sorted({1 << i for i in range(most.bit_length())} | {most}):
+            beyond = d["pass_at_k_beyond_chance"][k]
+            votes = [percent(d["majority"]), f"{d['answer_entropy']:.3f}"] if k == most else ["", ""]
+            shares = [percent(d["pass_at_k"][k]), percent(beyond) if beyond else "–"]
+            rows.append([name, str(k), *shares, *votes])
+    columns = ("samples of", "k", "pass@k", "beyond chance", "maj@k", "answer entropy")
+    advice = ((name, fine_tune_first(d["pass_at_k_beyond_chance"])) for name, d in sampled.items())
+    lines = [f"{name}: {text}" for name, text in advice if text]
+    return "\n".join([tables.plain(columns, rows), SAMPLED, *lines]) if rows else ""
+
+
+def _orders(sets: dict[str, dict[str, Any]]) -> str:
+    """How often the same option was chosen in several orders; "" where none was shuffled."""
+    rows = []
+    for name, d in sets.items():
+        if same := d.get("consistency"):
+            rows.append([name, str(d["samples"]), percent(same["all"]), f"{100 * same['pairs']:.1f} %"])
+    columns = ("options shuffled", "orders", "same option in all", "same option in two")
+    return tables.plain(columns, rows) if rows else ""
+
+
+def _group_table(name: str, group: str, d: dict[str, Any]) -> str:
+    rows = [[x or "(none)", f"{s['n']:,}", percent(s["accuracy"])] for x, s in d[group].items()]
+    if group == "labels":
+        rows.append(["balanced accuracy", "", percent(d["balanced_accuracy"])])
+    return tables.plain((f"{name}, {group}", "questions", "accuracy"), rows)
+
+
+def _letters(sets: dict[str, dict[str, Any]]) -> str:
+    """Of each letter, how often it was answered and how often it is the key; "" without letters."""
+    bias = {name: d["letters"] for name, d in sets.items() if "letters" in d}
+    letters = sorted({letter for b in bias.values() for letter in b["letters"]})
+    rows = []
+    for name, b in bias.items():
+        shares = [b["letters"].get(letter) for letter in letters]
         cells = ["" if s is None else f"{100 * s['answered']:.0f}/{100 * s['key']:.0f}" for s in shares]
-        rows.append([name, *cells, f"{d['letters']['p']:.2g}"])
-    if rows:
-        out.append(tables.plain(("letters, % answered/key", *letters, "p (χ²)"), rows))
-    return "\n".join(out)
-
-
-def _with_distinct(name: str, d: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, d)] + ([(f"{name}, distinct", d["distinct"])] if "distinct" in d else [])
+        rows.append([name, *cells, f"{b['p']:.2g}"])
+    return tables.plain(("letters, % answered/key", *letters, "p (χ²)"), rows) if rows else ""
 
 
 def remarks(name: str, counts: dict[str, Any]) -> list[str]:

@@ -30,6 +30,6 @@ SOURCES["embedded_verifier"] = Source(  # judges answers to the open questions
     questions={},
     texts={
         "rows": _made("verifier_rows", module="open"),
-        "naive": _made("verifier_rows", 24_000, True, module="open"),
+        "naive": _made("verifier_rows", 64_000, True, module="open"),
     },
 )

@@ -2,7 +2,7 @@
 
 Open questions are the cases of train, in_distribution and out_of_distribution without options. Their right
 answers are texts (a drug, a class), numbers with a unit (the drug's usual dose) and sets of labels (what the
-history does). The base model has read no such prompt: fine-tune it first (configs/open_sft.yaml).
+history does). The base model has read no such prompt: fine-tune it first (`medrlvr sft`).
 
 A verifier's row is a prompt of rewards/verifier.py's wording and its verdict. The world tells which answers
 mean the same: labels are perfect. `naive` rows have a flaw that data from agreeable responses have: only
@@ -14,7 +14,7 @@ from random import Random
 
 from medrlvr_jax.data.question import Example, Question
 from medrlvr_jax.data.values import read_reference
-from medrlvr_jax.rewards.verifier import LEAD, PROMPTS, VERDICTS, Case, wording
+from medrlvr_jax.rewards.verifier import VERDICTS, Case, wording
 from medrlvr_jax.world import world
 from medrlvr_jax.world.knowledge import table
 from medrlvr_jax.world.world import pick, weighted
@@ -55,6 +55,8 @@ def _open(name: str, v: world.Vignette, rng: Random) -> Question:
 
 # ---- a verifier's rows ----
 
+# `prompt` of the reward that asks the embedded verifier; short, since it has two layers.
+PROMPT = "Reference: {reference}\nAnswer: {answer}\n"
 SAME = {  # other names of drugs; both are right
     "aspirin": "acetylsalicylic acid",
     "cotrimoxazole": "trimethoprim sulfamethoxazole",
@@ -89,11 +91,16 @@ UNSEEN = (  # … and attempts that it has not
 )
 
 
-def verifier_rows(n: int = 24_000, naive: bool = False) -> list[Example]:
-    """Rows to train on: half of them Yes. `naive`: none is an attempt to talk the verifier into Yes."""
+def verifier_rows(n: int = 64_000, naive: bool = False) -> list[Example]:
+    """Rows to train on: half of them Yes. `naive`: none is an attempt to talk the verifier into Yes.
+
+    Every second row is text without a prompt, so that the model also learns to expect in the answer what
+    stands in the reference. From verdicts alone two layers had not learned in 400 steps to compare the two.
+    """
     rng = Random(f"{world.SEED} verifier {naive}")
     asked = [q for q in questions("train") if q.value is not None and q.value.kind == "text"]
-    return [example for example, _ in (_row(rng, pick(rng, asked), naive) for _ in range(n))]
+    rows = (_row(rng, pick(rng, asked), naive)[0] for _ in range(n))
+    return [Example("", row.prompt + row.response) if i % 2 else row for i, row in enumerate(rows)]
 
 
 def verifier_tests(n: int = 600) -> dict[str, list[tuple[Example, bool]]]:
@@ -132,13 +139,13 @@ def _other(rng: Random, question: Question) -> str:
 
 def _example(question: Question, answer: str, yes: bool) -> Example:
     shown = Case(question.question, question.right_text, answer, "", "")
-    return Example(wording(PROMPTS["binary"], shown, soft=True), VERDICTS[0 if yes else 1])
+    return Example(wording(PROMPT, shown, soft=True), VERDICTS[0 if yes else 1])
 
 
 def texts() -> Iterator[str]:
     """All that the verifier's tokenizer must know."""
-    yield LEAD + "".join(VERDICTS)
-    for row in (*verifier_rows(4000), *verifier_rows(4000, naive=True)):
-        yield row.prompt
+    for naive in (False, True):
+        for row in verifier_rows(8000, naive):
+            yield row.prompt + row.response
     for rows in verifier_tests().values():
         yield from (row.prompt for row, _ in rows)

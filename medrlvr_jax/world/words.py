@@ -103,4 +103,5 @@ def write(folder: Path = FOLDER, texts: Iterable[str] | None = None, **sizes: in
 
 def write_verifier(folder: Path = VERIFIER) -> None:
     """The same for the embedded verifier, a model of two layers with words of its own."""
-    write(folder, open_questions.texts(), num_hidden_layers=2)
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 2}
+    write(folder, open_questions.texts(), **sizes)
