@@ -2,7 +2,7 @@
 # bash launch/quickstart.sh [a.b=value …]
 # The embedded world end to end on a laptop: makes .venv if there is none, installs, trains by PPO, evaluates before and after.
 # Needs: Python 3.11 or newer, 2 CPU cores, 4 GB of memory; the network only for pip. Time: at most 10 minutes.
-# Leaves: runs/quickstart/, or what runs= and name= make of it, with summary.json, metrics.jsonl, samples.jsonl, curves.png and checkpoints.
+# Leaves: runs/quickstart/, or what runs= and name= make of it, with summary.json, metrics.jsonl, samples.jsonl, checkpoints, and report.html: the page of the run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
@@ -10,4 +10,4 @@ ensure_venv .
 medrlvr train configs/quickstart.yaml "$@"
 folder='import sys; from medrlvr_jax.config.load import load; c = load(sys.argv[1], sys.argv[2:]); print(f"{c.runs}/{c.name}")'
 folder=$(python -c "$folder" configs/quickstart.yaml "$@")  # as the config and the settings have it
-medrlvr report "$folder" --out "$folder/curves.png"
+medrlvr report "$folder" --out "$folder/report.html"

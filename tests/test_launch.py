@@ -371,7 +371,7 @@ def test_quickstart_reports_the_run_that_it_made(tmp_path, settings, folder):
     assert done.returncode == 0, done.stderr
     train, report = called.read_text().splitlines()
     assert train == "|".join(["train", "configs/quickstart.yaml", *settings, ""])
-    assert report == f"report|{folder}|--out|{folder}/curves.png|"
+    assert report == f"report|{folder}|--out|{folder}/report.html|"
 
 
 def test_nfs_is_mounted_where_the_runs_go(tmp_path):

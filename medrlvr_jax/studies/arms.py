@@ -114,7 +114,8 @@ class Cell:
         if self.by != "eval":
             steps.insert(0, ([self.by, file], self.path / "summary.json"))
         if self.exported:
-            steps.append((["export", run, f"{run}/hf"], self.path / "hf" / "config.json"))
+            as_trained = ["--dtype", self.config.model.param_dtype]
+            steps.append((["export", run, f"{run}/hf", *as_trained], self.path / "hf" / "config.json"))
         return [command for command, last_file in steps if not last_file.exists()]
 
     @property
