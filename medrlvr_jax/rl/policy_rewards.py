@@ -66,9 +66,8 @@ def make_policy_rewards(parts: Parts) -> dict[str, PolicyReward]:
         match section := term.settings:
             case ProbabilityConfig():
                 baseline: dict[str, float] | None = {} if section.baseline else None
-                settings = {"section": section, "columns": answer_columns(parts, section), "how": how}
                 out[term.name] = PolicyReward(
-                    program=jax.jit(partial(probability_value, **settings)),
+                    program=jax.jit(partial(probability_value, section=section, how=how)),
                     request=partial(probability_request, parts, section, baseline),
                     shapes=ProbabilityRequest(
                         endings_as_shapes(parts, section.max_tokens + LEAD),
@@ -183,15 +182,15 @@ def probability_request(
     found = joined(parts.tokenizer, responses(parts, scored, rollout), wanted)
     rows = [j and j._replace(ids=j.ids[:width]) for j in found]
     level = [0.0 if baseline is None else baseline[question_hash(q)] for q in scored.questions]
-    room = answer_columns(parts, section)
+    room = answer_columns(section, parts.config.sample.max_new_tokens)
     return ProbabilityRequest(ask.endings(rows, width, room), np.array(level, np.float32), format_ok)
 
 
-def answer_columns(parts: Parts, section: ProbabilityConfig) -> int:
+def answer_columns(section: ProbabilityConfig, length: int) -> int:
     """Tokens of a response with its right answer, at most: that stands in the place of two or more, the given
-    answer and the tag behind it.
+    answer and the tag behind it. `length`: tokens of a response.
     """
-    return parts.config.sample.max_new_tokens - 2 + section.max_tokens + LEAD
+    return length - 2 + section.max_tokens + LEAD
 
 
 def probability_value(
@@ -202,9 +201,9 @@ def probability_value(
     request: ProbabilityRequest,
     *,
     section: ProbabilityConfig,
-    columns: int,
     how: Pass,
 ) -> Float32[Array, "Q G"]:
+    columns = answer_columns(section, rollout.tokens.shape[-1])
     answers = ask.with_ending(prompts, rollout.tokens, request.ending, columns)
     with jax.named_scope("probability"):
         score = ask.answer_scores(lora.join(base, policy), answers, section.score, how)
