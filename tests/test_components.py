@@ -170,7 +170,10 @@ def make(rewards, columns, advantage, loss=None, tokens=None, stop_ids=()):
         advantage, KLConfig(coef=0.0), loss or LossConfig(), columns, stop_ids
     )
     assessment = Assessment(zeros, zeros, None, None)
-    return experience.make_experience(prompts, rollout, assessment, rewards, (), np.float32(0), config=kinds)
+    given_rewards = experience.Rewards(rewards)
+    return experience.make_experience(
+        prompts, rollout, assessment, given_rewards, np.float32(0), config=kinds
+    )
 
 
 def test_gdpo_normalises_each_component_and_keeps_those_without_variance_out_of_the_others_way():

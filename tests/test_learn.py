@@ -109,8 +109,8 @@ class Loop:
             self.score(sharding.fetch_rows(rollout.tokens, mesh)).astype(np.float32), Q, mesh
         )
         coef, kinds = jnp.float32(c.kl.coef), experience.experience_settings(self.parts)
-        rewards = self.rewards[..., None]
-        made, stats = experience.make_experience(prompts, rollout, assessment, rewards, (), coef, **kinds)
+        rewards = experience.Rewards(self.rewards[..., None])
+        made, stats = experience.make_experience(prompts, rollout, assessment, rewards, coef, **kinds)
         return rollout, made, stats
 
     def run(self, steps):

@@ -106,8 +106,8 @@ def repeats(texts: Sequence[str], window: int, times: int) -> Bool[np.ndarray, "
     often = np.unique(ordered[times - 1 :][ordered[times - 1 :] == ordered[: len(ordered) - times + 1]])
     maybe = np.zeros(1 << 16, bool)  # by the last 16 bits, which leaves few to search for
     maybe[often & np.uint64(0xFFFF)] = True
-    found = np.flatnonzero(maybe[hashes & np.uint64(0xFFFF)])
-    out[row[starts[found[np.isin(hashes[found], often)]]]] = True
+    candidates = np.flatnonzero(maybe[hashes & np.uint64(0xFFFF)])
+    out[row[starts[candidates[np.isin(hashes[candidates], often)]]]] = True
     return out
 
 

@@ -205,10 +205,10 @@ class UserReward(Scorer):
 
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=work, args=(self.name, theirs, os.getpid()), daemon=True)
+        self._pipe, pipe = spawn.Pipe()
+        self._process = spawn.Process(target=work, args=(self.name, pipe, os.getpid()), daemon=True)
         self._process.start()
-        theirs.close()
+        pipe.close()
         answer = self._answer(START)
         if "error" in answer:
             self.close()

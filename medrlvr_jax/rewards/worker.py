@@ -59,10 +59,10 @@ async def awaited(
 
     calls = [asyncio.ensure_future(call(row)) for row in rows]
     done, waiting = await asyncio.wait(calls, timeout=None if seconds == math.inf else seconds)
-    for one in waiting:
-        one.cancel()
+    for task in waiting:
+        task.cancel()
     late = f"it took longer than {seconds:.3g} s"
-    return {"values": [one.result() if one in done else late for one in calls]}
+    return {"values": [task.result() if task in done else late for task in calls]}
 
 
 def parameters_of(function: Function, arguments: Sequence[str]) -> list[str]:
@@ -146,10 +146,10 @@ def work(name: str, pipe: Any, parent: int) -> None:
 
 def _find(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
-    found = getattr(importlib.import_module(module), attribute)
-    if not callable(found):
-        raise TypeError(f"{attribute} is {type(found).__name__}, not a function")
-    return found
+    function = getattr(importlib.import_module(module), attribute)
+    if not callable(function):
+        raise TypeError(f"{attribute} is {type(function).__name__}, not a function")
+    return function
 
 
 def _watch(parent: int) -> None:

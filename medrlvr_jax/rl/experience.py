@@ -37,6 +37,14 @@ class ExperienceConfig(NamedTuple):
     stop_ids: tuple[int, ...] = ()  # for loss.mask_truncated
 
 
+class Rewards(NamedTuple):
+    """The rewards of a step, for `make_experience`."""
+
+    graded: Array  # float32 [Q, G, K], the host's columns
+    asked: tuple[Array, ...] = ()  # of each term that asks the policy, its values [Q, G]
+    least_spread: Array | None = None  # float32 []: see `kept_responses`
+
+
 class PolicyReward(NamedTuple):
     """A component that asks the policy itself: the host makes requests while it grades, a program answers."""
 
@@ -92,8 +100,8 @@ def place_scored(tree: Any, scored: Scored, n: int, parts: Parts) -> Any:
     for places, values in pieces:
         for array, rows in zip(out, values, strict=True):
             array[places] = np.asarray(rows, array.dtype).reshape(-1, *array.shape[1:])
-    own_out = [array.reshape(n, samples, *array.shape[1:])[own] for array in out]
-    return place_rows(jax.tree.unflatten(structure, own_out), n, parts.mesh)
+    out = [array.reshape(n, samples, *array.shape[1:])[own] for array in out]
+    return place_rows(jax.tree.unflatten(structure, out), n, parts.mesh)
 
 
 def with_asked(
@@ -132,27 +140,25 @@ def make_experience(
     prompts: Prompts,
     rollout: Rollout,
     assessment: Assessment,
-    rewards: Array,
-    asked: tuple[Array, ...],
+    rewards: Rewards,
     kl_coef: Array,
-    least_spread: Array | None = None,
     *,
     config: ExperienceConfig,
 ) -> tuple[Experience, dict[str, Array]]:
     """Rewards meet the assessment. Also the step's scalars, over tokens or responses.
 
-    rewards [Q, G, K]: the host's columns; asked: of each term that asked the policy, its values [Q, G].
     Responses whose reward is not finite are left out of what is learned from: see user.py.
     """
     advantage, kl, loss = config.advantage, config.kl, config.loss
-    if asked:
-        rewards = jnp.concatenate([rewards, jnp.stack(asked, axis=-1)], axis=-1)
-    total, unshaped = weigh(rewards, config.columns)
+    each = rewards.graded
+    if rewards.asked:
+        each = jnp.concatenate([each, jnp.stack(rewards.asked, axis=-1)], axis=-1)
+    total, unshaped = weigh(each, config.columns)
     finite = jnp.isfinite(total)
     total = jnp.where(finite, total, jnp.where(finite, total, 0.0).sum() / jnp.maximum(finite.sum(), 1))
-    kept, stats = kept_responses(finite, total, unshaped, least_spread, advantage)
+    kept, stats = kept_responses(finite, total, unshaped, rewards.least_spread, advantage)
     learned = rollout.mask & kept[..., None]
-    each = jnp.where(kept[..., None], rewards, 0.0)
+    each = jnp.where(kept[..., None], each, 0.0)
     terms = [(column.weight, each[..., k]) for k, column in enumerate(config.columns)]
     adv, returns, compared = advantages.compute(advantage, kl, total, assessment, learned, kl_coef, terms)
     if loss.mask_truncated:

@@ -38,22 +38,24 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     if None not in scored.stages:
         rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
     rows |= {f"reward/{name}": np.where(failed, 0, column) for name, column in v.several.items()}
-    totals = gather({name: float(column.sum()) for name, column in rows.items()})  # one set from each process
-    # a process without rows cannot say that stages are none
-    shared = [name for name in rows if all(name in total for total in totals)]
-    sums = {name: sum(total[name] for total in totals) for name in shared}
+    totals = gather({name: float(column.sum()) for name, column in rows.items()})  # of each process
+    # A process without rows cannot tell that stages are none.
+    common = [name for name in rows if all(name in total for total in totals)]
+    sums = {name: sum(total[name] for total in totals) for name in common}
     n = int(sums.pop("completions"))
-    out = {name: total / n for name, total in sums.items()} | {
-        "completions": n,
-        "tokens": int(sums["response_length"]),
-    }
-    # over completions on which no reward failed
+    out = {name: total / n for name, total in sums.items()}
+    out |= {"completions": n, "tokens": int(sums["response_length"])}
     paid = ("reward", *(f"reward/{name}" for name in v.several))
-    out |= {name: sums[name] / max(n - sums["reward_failed"], 1) for name in paid}
-    stats = sharding.to_host(stats)
-    critic = stats.get("critic")
-    if critic is not None:
-        out["critic/explained_variance"] = float(explained_variance({k: Mean(*v) for k, v in critic.items()}))
+    out |= {name: sums[name] / max(n - sums["reward_failed"], 1) for name in paid}  # where no reward failed
+    return out | scalars(sharding.to_host(stats))
+
+
+def scalars(stats: dict[str, Any]) -> dict[str, float]:
+    """The device's part of the record; `stats` on the host."""
+    out = {}
+    if stats.get("critic") is not None:
+        means = {name: Mean(*mean) for name, mean in stats["critic"].items()}
+        out["critic/explained_variance"] = float(explained_variance(means))
     for name, value in stats.items():
         if isinstance(value, dict):
             out |= {f"{name}/{k}": float(mean.total / max(mean.count, 1e-9)) for k, mean in value.items()}
@@ -62,21 +64,21 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     return out
 
 
-def tell(said: list[monitors.Alarm], scored: Scored, metrics: dict[str, float], config: Config) -> list[str]:
+def tell(
+    alarms: list[monitors.Alarm], scored: Scored, metrics: dict[str, float], config: Config
+) -> list[str]:
     """Each alarm in words, with the rows that show it best, from whichever processes have them."""
-    found = [
-        [
-            [int(scored.places[i]), scored.completions[i]]
-            for i in monitors.examples(alarm, scored, metrics, config.sample.samples)
-        ]
-        for alarm in said
-    ]
-    told = gather(found) if said else []
+
+    def examples(alarm: monitors.Alarm) -> list[list[Any]]:
+        rows = monitors.examples(alarm, scored, metrics, config.sample.samples)
+        return [[int(scored.places[i]), scored.completions[i]] for i in rows]
+
+    gathered = gather([examples(alarm) for alarm in alarms]) if alarms else []
     texts = []
-    for i, alarm in enumerate(said):
-        rows = sorted(chain.from_iterable(part[i] for part in told))[: monitors.EXAMPLES]
-        shown = [f"\n    row {place}: {textwrap.shorten(completion, 160)!r}" for place, completion in rows]
-        texts.append(f"ALARM: {alarm.text}" + "".join(shown))
+    for i, alarm in enumerate(alarms):
+        rows = sorted(chain.from_iterable(part[i] for part in gathered))[: monitors.EXAMPLES]
+        lines = [f"\n    row {place}: {textwrap.shorten(completion, 160)!r}" for place, completion in rows]
+        texts.append(f"ALARM: {alarm.text}" + "".join(lines))
     return texts
 
 
@@ -88,9 +90,9 @@ def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[d
     index = step_batch(c, len(encoded.questions), step)
     wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
     wanted = [] if not c.log.samples_every or step % c.log.samples_every else wanted
-    shown = np.isin(scored.places, wanted)
-    shown[list(scored.verdicts.failed)[:MAX_FAILED]] = True
-    rows = [sample_record(parts, encoded, index, scored, row) for row in np.flatnonzero(shown).tolist()]
+    logged = np.isin(scored.places, wanted)
+    logged[list(scored.verdicts.failed)[:MAX_FAILED]] = True
+    rows = [sample_record(parts, encoded, index, scored, row) for row in np.flatnonzero(logged).tolist()]
     return sorted(chain.from_iterable(gather(rows)), key=lambda r: r["row"])
 
 
@@ -98,14 +100,11 @@ def passes(scored: Scored, samples: int) -> dict[str, Any]:
     """The step's record for questions.jsonl: how many of each question's samples were right (`medrlvr
     difficulty --history`).
     """
-    own = zip(
-        (scored.places // samples).tolist(), scored.questions, scored.verdicts.correct.tolist(), strict=True
-    )
+    questions, correct = (scored.places // samples).tolist(), scored.verdicts.correct.tolist()
+    rows = [(place, q.id, ok) for place, q, ok in zip(questions, scored.questions, correct, strict=True)]
     right: dict[tuple[int, str], int] = {}
-    for place, question, correct in chain.from_iterable(
-        gather([(place, q.id, correct) for place, q, correct in own])
-    ):
-        right[place, question] = right.get((place, question), 0) + correct
+    for place, question, ok in chain.from_iterable(gather(rows)):
+        right[place, question] = right.get((place, question), 0) + ok
     return {"samples": samples, "right": {name: n for (_, name), n in sorted(right.items())}}
 
 

@@ -46,6 +46,7 @@ from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rewards.parse import beginning_trap
 from medrlvr_jax.rl import records
 from medrlvr_jax.rl.experience import (
+    Rewards,
     columns,
     experience_settings,
     host_columns,
@@ -261,9 +262,8 @@ def train_step(
     scored = with_asked(scored, asked, training.terms, parts)
     if config.kl.target is not None:
         responses = config.sample.questions * config.sample.samples
-        after = dataclasses.replace(
-            after, kl_coef=adapt_kl(state.kl_coef, stats["kl_response"], responses, config.kl)
-        )
+        coef = adapt_kl(state.kl_coef, stats["kl_response"], responses, config.kl)
+        after = dataclasses.replace(after, kl_coef=coef)
     stats |= {"kl_coef": state.kl_coef} | ({"spread_mean": mean} if mean else {})
     return after, stats, scored, experience
 
@@ -284,7 +284,7 @@ def five_parts(
     assessment = assess(training, state, prompts, rollout)  # only dispatched: it runs while the host grades
     graded = grade(rollout)
     asked = ask(training, state, prompts, rollout, graded.requests)
-    rewards = graded.rewards, tuple(asked.values()), graded.least_spread
+    rewards = Rewards(graded.rewards, tuple(asked.values()), graded.least_spread)
     experience, stats = advantages(training, state, prompts, rollout, assessment, rewards)
     state, learned = learn(training, state, experience, keys.shuffle)
     return state, stats | learned, (graded.scored, asked), experience
@@ -358,13 +358,11 @@ def advantages(
     prompts: Prompts,
     rollout: Rollout,
     assessment: Assessment,
-    rewards: tuple[Array, tuple[Array, ...], Array | None],
+    rewards: Rewards,
 ) -> tuple[Experience, dict[str, Array]]:
     """Rewards, graded and asked, and the assessment as rows to learn from; and the step's scalars."""
     settings, program = experience_settings(training.parts, training.terms), training.programs.make_experience
-    graded, asked, least_spread = rewards
-    args = prompts, rollout, assessment, graded, asked, state.kl_coef, least_spread
-    return program(*args, **settings)
+    return program(prompts, rollout, assessment, rewards, state.kl_coef, **settings)
 
 
 def learn(
