@@ -19,7 +19,7 @@ from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model import lora, spec, vision, weights
-from medrlvr_jax.model.spec import DecoderConfig, Execution
+from medrlvr_jax.model.spec import DecoderConfig, Execution, VisionConfig
 from medrlvr_jax.types import Frozen, Learner, Params
 
 
@@ -96,8 +96,7 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
         narrow=platform == "cpu",
     )
     cfg = dataclasses.replace(cfg, execution=execution)
-    if cfg.vision and (limit := config.prompt.max_pixels):
-        cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, max_pixels=limit))
+    cfg = dataclasses.replace(cfg, vision=vision_of(cfg, config))
     sizes = {"sample.questions": config.sample.questions, "learn.minibatch": config.learn.minibatch}
     sizes["learn.microbatch"] = config.learn.microbatch or config.learn.minibatch
     sizes["eval.batch"] = config.eval.batch
@@ -107,6 +106,13 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
     sharding.check_model(mesh, "tensor", widths)
     sharding.check_model(mesh, "fsdp", {"embedding width": cfg.embed})
     return Parts(config, tokenizer, cfg, cfg.run_with(value_head=True), mesh)
+
+
+def vision_of(cfg: DecoderConfig, config: Config) -> VisionConfig | None:
+    """How the model sees images, none larger than `prompt.max_pixels`."""
+    if cfg.vision is None or config.prompt.max_pixels is None:
+        return cfg.vision
+    return dataclasses.replace(cfg.vision, max_pixels=config.prompt.max_pixels)
 
 
 def check_positions(parts: Parts, prompt: int, new: int, field: str) -> None:

@@ -3,6 +3,7 @@ tokens.
 """
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -168,6 +169,11 @@ def test_eval_asks_under_each_condition(folder, metrics, capsys):
     looks = json.loads((run / "eval-2" / "eval.json").read_text())["looks"]["mine"]
     assert list(looks) == ["image", "blank", "shuffled", "none", "option_texts", "looks"]
     assert looks["looks"]["value"] == 0 and "another's" in capsys.readouterr().out
+
+
+def test_data_shows_image_tokens(folder, capsys):
+    assert cli.main(["data", str(folder / "config.yaml"), "eval.sets={}", "--prompts", "2"]) == 0
+    assert re.search(r"<\|start\|><\|image\|> × \d+<\|end\|>Question: Which 1\?", capsys.readouterr().out)
 
 
 def test_conditions_of_looking(folder):

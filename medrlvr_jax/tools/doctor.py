@@ -169,7 +169,7 @@ def _data(config: Config) -> Iterator[Finding]:
         longest = max(len(prompt) + len(target) for prompt, target in rows)
     else:
         questions, how_read = read(config.data)
-        encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options)
+        encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options, parts.cfg.vision)
         train.check_lengths(parts, encoded)
         dropped, longest = encoded.dropped, encoded.longest
     first = how_read.partition("\n")[0]

@@ -1,14 +1,21 @@
 """`medrlvr data CONFIG`: how each set is read, what the model is given, what is dropped. Loads no weights."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from medrlvr_jax.build import vision_of
 from medrlvr_jax.config.schema import Config, SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.images import measure
+from medrlvr_jax.data.question import Question
 from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
+from medrlvr_jax.model.weights import read_config
+
+REPEATED = re.compile(r"(<\|\w+\|>)\1{3,}")  # an image's tokens
 
 
 def show_data(config: Config, prompts: int) -> str:
@@ -21,7 +28,8 @@ def show_data(config: Config, prompts: int) -> str:
             rows, limit = tokenizer.encode_texts([example.prompt for example in examples]), None
         else:
             questions, how_read = data.read(spec)
-            rows, limit = text.encode_questions(tokenizer, questions, config.prompt), config.prompt.max_tokens
+            pads, limit = image_tokens(questions, config), config.prompt.max_tokens
+            rows = text.encode_questions(tokenizer, questions, config.prompt, images=pads)
             stems = {q.question for q in questions}
             if name == "data":
                 trained_on = stems
@@ -35,6 +43,15 @@ def show_data(config: Config, prompts: int) -> str:
             "",
         ]
     return "\n".join(lines).rstrip()
+
+
+def image_tokens(questions: list[Question], config: Config) -> list[list[list[int]]] | None:
+    """The tokens of each image of each question; None where the model or the set has no images."""
+    if not any(question.images for question in questions):
+        return None
+    vision = vision_of(read_config(config.model.path), config)
+    images = measure(questions, vision) if vision else None
+    return images.pads() if images else None
 
 
 def sets_of(config: Config) -> dict[str, SetConfig]:
@@ -57,4 +74,5 @@ def shown(tokenizer: Tokenizer, rows: list[list[int]]) -> Iterator[str]:
     """Prompts as the model is given them, special tokens included."""
     for number, row in enumerate(rows, 1):
         yield f"  prompt {number}, {len(row)} tokens:"
-        yield from (f"  | {line}" for line in tokenizer.show(row).split("\n"))
+        spelt = REPEATED.sub(lambda m: f"{m[1]} × {len(m[0]) // len(m[1])}", tokenizer.show(row))
+        yield from (f"  | {line}" for line in spelt.split("\n"))
