@@ -416,7 +416,7 @@ GOOD = {"completion": "<think>x</think><answer>C</answer>", "answer": "C", "opti
             json.dumps(GOOD | {"answer": "E"}).encode(),
             "answer: 'E' is not the letter of one of its 4 options",
         ),
-        (json.dumps(GOOD | {"answer": ["C"]}).encode(), r"answer: \['C'\]"),
+        (json.dumps(GOOD | {"answer": ["C", "C"]}).encode(), "names no option, or one twice"),
         (json.dumps(GOOD | {"answer": 2}).encode(), "answer: 2 is a number where a letter is needed"),
         (json.dumps(GOOD | {"options": "ABCD"}).encode(), "options: 'ABCD': a list of options is needed"),
         (json.dumps(GOOD | {"options": ["one"]}).encode(), "1 of them; a question has 2 to 10"),
