@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from medrlvr_jax.config.section import Count, FunctionName, Name, Positive, Share, Weight, section
+from medrlvr_jax.config.section import Count, FunctionName, Name, Positive, Share, Size, Weight, section
 
 
 @section
@@ -74,6 +74,45 @@ class FunctionConfig(PayingConfig):
     fn: FunctionName  # The function, as package.module:function. It may be a coroutine function.
     deadline: Positive = 60.0  # Seconds that it may take for a batch.
     concurrency: Count = 16  # Calls of a coroutine function that wait at a time.
+
+
+@section
+class VerifierConfig(PayingConfig):
+    """A model that says whether the answer means what the right answer means, where the rule cannot tell: in
+    training alone. The rule's right answers are 1, answers that are wrong or not asked about are 0."""
+
+    kind: Literal["verifier"] = "verifier"
+    # A Hugging Face directory or hub name, whose weights are then on the run's mesh; with url, the name that
+    # the server gives it.
+    model: str
+    # binary; general_reasoner, the wording of TIGER-Lab/general-verifier; or a text with {answer}, and with
+    # {question}, {reference}, {thought} and {response} where they are wanted.
+    prompt: str = "binary"
+    chat: bool = False  # Wrap the prompt in the chat template of the verifier's tokenizer.
+    # soft: the probability of Yes, in one pass over the prompt; hard: 1 or 0 by a reply that is written out.
+    score: Literal["soft", "hard"] = "soft"
+    # What says Yes and No behind "Final Decision:". For soft, each is one token of the verifier.
+    verdicts: tuple[str, str] = (" Yes", " No")
+    # undecided: asked where the rule finds a text wrong; wrong: where it finds any answer wrong; always: of
+    # each completion that has an answer.
+    when: Literal["undecided", "wrong", "always"] = "undecided"
+    no_answer: float = -0.5  # Value of a completion without an answer in the format of reward.mode.
+    # A right answer of n tokens is worth 1 − this · min(10, |n − the reference's|). General-Reasoner: 0.05.
+    length_penalty: Annotated[float, Field(ge=0, le=0.1)] = 0.0
+    # Subtract the batch's mean and divide by its spread. null: where the score is soft, and
+    # advantage.estimator does not itself divide by a spread.
+    standardise: bool | None = None
+    max_tokens: Count = 1024  # Longer prompts are not asked about: the answer stays wrong.
+    max_new_tokens: Count = 256  # Tokens of a hard verifier's reply at most.
+    batch: Count = 32  # Prompts at a time, rounded up to what the mesh can split.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # Dtype of the weights and of products.
+    offload: bool = False  # Keep the weights in the host's pinned memory while they are not used.
+    # A server with OpenAI's interface, such as http://localhost:8000/v1. null: the model is on the mesh.
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    key: str | None = None  # With url: the environment variable that holds the API key. null: no key.
+    deadline: Positive = 300.0  # With url: seconds for a batch, after which its other rows fail.
+    retries: Size = 3  # With url: requests after a first one that fails.
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 16  # With url: requests at a time.
 
 
 @section
@@ -155,6 +194,7 @@ Component = Annotated[
     | FormatConfig
     | AnswerConfig
     | FunctionConfig
+    | VerifierConfig
     | ProcessConfig
     | ProbabilityConfig
     | LeakConfig

@@ -21,6 +21,7 @@ from medrlvr_jax.plan import flops, hlo, machines
 from medrlvr_jax.plan.machines import Machine
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rl.train import step_programs
+from medrlvr_jax.rollout import judge
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import width
 
@@ -76,7 +77,16 @@ def prepare(config: Config, machine: Machine) -> Parts:
 
 def planned(parts: Parts, steps: int) -> list[Program]:
     """The programs of a training step whose longest prompt has all the tokens that it may have."""
-    return step_programs(parts, make_programs(parts, steps), width(parts.config.prompt.max_tokens))
+    verifiers = {
+        name: judge.lay_out(
+            asked, families.known(asked.model), Stops(), parts.mesh, f"reward.components.{name}"
+        )
+        for name, asked in judge.sections(parts.config.reward).items()
+        if asked.url is None
+    }
+    programs, columns = make_programs(parts, steps), width(parts.config.prompt.max_tokens)
+    made = step_programs(parts, programs, columns, verifiers=verifiers)
+    return [program for program in made if program.calls]
 
 
 def bytes_of(tree: Any) -> float:
@@ -109,7 +119,7 @@ def compile_program(
         lowered = traced.lower()
     text, others = hashlib.sha256(lowered.as_text().encode()).hexdigest(), bytes_of(program.others)
     if text in cache:
-        return cache[text]._replace(others=others)
+        return repeated(cache[text]._replace(others=others), program.calls)
     figures = Figures(
         name=program.name,
         compile_s=0.0,
@@ -136,7 +146,18 @@ def compile_program(
     else:
         figures = read(figures, compiled, mesh, machine)
     cache[text] = figures._replace(compile_s=time.monotonic() - began)
-    return cache[text]
+    return repeated(cache[text], program.calls)
+
+
+def repeated(figures: Figures, calls: int) -> Figures:
+    """The figures of a program that a step calls so often; of one call where that is 1."""
+    return figures._replace(
+        flops=figures.flops * calls,
+        useful=figures.useful * calls,
+        traffic=figures.traffic * calls,
+        collectives=tuple(moved._replace(bytes=moved.bytes * calls) for moved in figures.collectives),
+        times={name: seconds * calls for name, seconds in figures.times.items()},
+    )
 
 
 def read(figures: Figures, compiled: Any, mesh: Mesh, machine: Machine) -> Figures:
@@ -169,7 +190,8 @@ def visited(program: Program, parts: Parts) -> Mapping[str, float]:
     if prompts is None:
         return {}
     sample, width = parts.config.sample, prompts.tokens.shape[1]
-    rows = (0, width) if program.name == "generate" else (sample.samples, sample.max_new_tokens)
+    alone = program.name.startswith(("generate", "verify"))
+    rows = (0, width) if alone else (sample.samples, sample.max_new_tokens)
     return splash.visited(width, *rows)
 
 

@@ -14,6 +14,7 @@ from jax.extend import core
 
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.rollout.judge import yes_probability
 from medrlvr_jax.rollout.loops import columns_of_loops, segment_ends
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.types import Prompts
@@ -81,6 +82,8 @@ def useful(program: Program, parts: Parts) -> float:
         return 0.0
     questions, prompt = prompts.tokens.shape
     sizes = questions, prompt, sample.samples, sample.max_new_tokens
+    if program.function is yes_probability:
+        return forward_flops(program.args[1], questions, prompt, samples=0, new=0)
     if program.name == "generate":
         return generate_flops(parts.sampler_cfg, *sizes)
     if program.name == "assess":

@@ -35,6 +35,7 @@ class Verdicts:
     reason: np.ndarray  # str [N], a key of parse.REASONS or of values.REASONS
     components: Mapping[str, np.ndarray] = field(default_factory=dict)  # values [N], before the weight
     failed: Mapping[int, str] = field(default_factory=dict)  # rows on which a component failed, and why
+    shares: Mapping[str, np.ndarray] = field(default_factory=dict)  # bool [N], whose means are metrics
 
     @cached_property
     def reward(self) -> Float32[np.ndarray, " N"]:
@@ -61,13 +62,14 @@ def grade(
     _check(completions, questions=questions)
     graded = read(completions, questions, config, tokens)
     terms = pure(config) if terms is None else terms
-    columns, failed = {}, {}
+    columns, failed, shares = {}, {}, {}
     for term in terms:
         if term.judge is None:
             columns[term.name] = values(term.settings, graded)
             continue
-        column, reasons = term.judge.judge(graded)
+        column, reasons, counted = term.judge.judge(graded)
         columns[term.name] = np.array(column, float)
+        shares |= counted
         prefix = f"{term.name}: " if len(terms) > 1 else ""
         failed = {row: prefix + reason for row, reason in reasons.items()} | failed
     paid, penalty = np.zeros(len(completions)), np.zeros(len(completions))
@@ -77,7 +79,7 @@ def grade(
         else:
             paid = paid + term.weight * columns[term.name]
     verdict = {name: getattr(graded, name) for name in ("format_ok", "correct", "answer", "reason")}
-    return Verdicts(paid, penalty, **verdict, components=columns, failed=failed)
+    return Verdicts(paid, penalty, **verdict, components=columns, failed=failed, shares=shares)
 
 
 def read(

@@ -43,6 +43,7 @@ from medrlvr_jax.config.reward import (
     RepetitionConfig,
     RewardConfig,
     RuleConfig,
+    VerifierConfig,
 )
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.host.errors import ConfigError
@@ -50,7 +51,7 @@ from medrlvr_jax.rewards.graders import Grade, accepts
 from medrlvr_jax.rewards.parse import Parsed, answer_text, is_r1
 from medrlvr_jax.rewards.penalties import leaks, much_before, repeats
 
-JUDGED = (FunctionConfig, ProcessConfig)  # need a `Judge`
+JUDGED = (FunctionConfig, ProcessConfig, VerifierConfig)  # need a `Judge`
 ON_DEVICE = (ProbabilityConfig, ConsistencyConfig)  # ask the policy
 
 
@@ -77,12 +78,18 @@ class Graded:
     tokens: Tokens | None = None  # None: of texts that were not sampled here
 
 
+class Judged(NamedTuple):
+    """What a judge makes of N completions."""
+
+    values: Sequence[float]  # NaN where it failed
+    failed: Mapping[int, str]  # why, by row
+    shares: Mapping[str, Bool[np.ndarray, " N"]] = {}  # their means are metrics of these names
+
+
 class Judge(Protocol):
     """What computes a component's values outside of this process's pure functions."""
 
-    def judge(self, graded: Graded) -> tuple[Sequence[float], Mapping[int, str]]:
-        """N values, NaN where one failed; and why, by row."""
-        ...
+    def judge(self, graded: Graded) -> Judged: ...
 
 
 @dataclass(frozen=True)

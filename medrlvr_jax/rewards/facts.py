@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medrlvr_jax.data.question import Question
-from medrlvr_jax.rewards.components import Graded
+from medrlvr_jax.rewards.components import Graded, Judged
 
 SPARE = 4  # facts that a thought may name for each fact of its question
 WORD = re.compile(r"[^\W_]+")
@@ -54,7 +54,7 @@ class Facts:
         runs = {found[i : i + n] for n in self._lengths for i in range(len(found) - n + 1)}
         return frozenset(fact for run in runs for fact in self._stated.get(run, ()))
 
-    def judge(self, graded: Graded) -> tuple[list[float], dict[int, str]]:
+    def judge(self, graded: Graded) -> Judged:
         """The process reward of N rows, 0 to 1; 0 of a question without facts. No row fails."""
         out = [0.0] * len(graded.completions)
         for i in np.flatnonzero(graded.format_ok).tolist():
@@ -62,4 +62,4 @@ class Facts:
             if own:
                 share = len(own & named) / max(len(own), len(named) / SPARE)
                 out[i] = share if graded.correct[i] else share / 2
-        return out, {}
+        return Judged(out, {})

@@ -2,14 +2,14 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
-from medrlvr_jax.config.reward import FunctionConfig, ProcessConfig, RewardConfig
+from medrlvr_jax.config.reward import FunctionConfig, ProcessConfig, RewardConfig, VerifierConfig
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rewards.components import Component, components, unique_names
+from medrlvr_jax.rewards.components import Component, Judge, components, unique_names
 from medrlvr_jax.rewards.facts import Facts
 from medrlvr_jax.rewards.user import InProcess, UserReward, source_of
 from medrlvr_jax.rewards.worker import Function, name_of, number_of
@@ -20,11 +20,14 @@ Terms = tuple[Component, ...]
 
 @contextmanager
 def started(
-    config: RewardConfig, given: Terms | None = None, questions: Sequence[Question] = ()
+    config: RewardConfig,
+    given: Terms | None = None,
+    questions: Sequence[Question] = (),
+    verifiers: Mapping[str, Judge] | None = None,
 ) -> Iterator[Terms]:
     """The terms of the reward, `given` or those of `config`, with judges that live as long as the context.
 
-    `questions`: what is trained on.
+    `questions`: what is trained on. `verifiers`: the models among the terms, by name (rollout/judge.py).
     """
     if given is not None:
         refuse_both(config)
@@ -40,6 +43,8 @@ def started(
                     term = dataclasses.replace(term, judge=worker)
                 case ProcessConfig():
                     term = dataclasses.replace(term, judge=Facts(questions))
+                case VerifierConfig():
+                    term = dataclasses.replace(term, judge=(verifiers or {})[term.name])
             terms.append(term)
         yield tuple(terms)
 

@@ -57,6 +57,7 @@ from typing import Any
 
 from medrlvr_jax.config.reward import FunctionConfig
 from medrlvr_jax.host.errors import ConfigError, MedrlvrError
+from medrlvr_jax.rewards.components import Graded, Judged
 from medrlvr_jax.rewards.worker import (
     ARGUMENTS,
     ARGUMENTS_OF_ONE,
@@ -135,12 +136,12 @@ class Scorer:
             )
         return rewards, failed
 
-    def judge(self, graded: Any) -> tuple[list[float], dict[int, str]]:
-        """`score`, as `components.Judge` has it; `graded` is a `components.Graded`."""
+    def judge(self, graded: Graded) -> Judged:
+        """`score`, as `components.Judge` has it."""
         questions = graded.questions
         keys, options = [q.reference for q in questions], [q.options for q in questions]
         texts = [q.question for q in questions]
-        return self.score(list(zip(graded.completions, keys, options, texts, strict=True)))
+        return Judged(*self.score(list(zip(graded.completions, keys, options, texts, strict=True))))
 
     def close(self) -> None:
         """End what runs for it."""

@@ -18,16 +18,22 @@ the rule finds right is right.
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float64
 
+from medrlvr_jax.config.reward import VerifierConfig
+from medrlvr_jax.config.schema import AdvantageConfig
 from medrlvr_jax.data.question import Question
+from medrlvr_jax.host.processes import gather
+from medrlvr_jax.rewards.components import Graded, Judged
+from medrlvr_jax.rewards.user import RewardError
 
 LEAD = "Final Decision:"  # what stands before a verdict
-VERDICTS = (" Yes", " No")  # as tokens that follow the lead
 PROMPTS = {
     "binary": (
         "Question: {question}\n"
@@ -86,12 +92,14 @@ def template_of(prompt: str) -> str:
     return prompt
 
 
-def wording(template: str, shown: Case, soft: bool) -> str:
-    """The prompt for one response; of a soft verdict, with the lead."""
-    text = template.format(**shown._asdict())
-    if not soft:
-        return text
-    return text + (LEAD if not text or text[-1].isspace() else f" {LEAD}")
+def wording(template: str, shown: Case) -> str:
+    """The prompt for one response, without the lead."""
+    return template.format(**shown._asdict())
+
+
+def with_lead(prompt: str) -> str:
+    """A prompt that the verdict follows at once."""
+    return prompt + (LEAD if not prompt or prompt[-1].isspace() else f" {LEAD}")
 
 
 def to_ask(
@@ -108,7 +116,7 @@ def to_ask(
     return answered & ~right & (text if when == "undecided" else True)
 
 
-def verdict(reply: str, verdicts: tuple[str, str] = VERDICTS) -> bool | None:
+def verdict(reply: str, verdicts: tuple[str, str]) -> bool | None:
     """True for Yes, False for No, by the last line that has the lead; None where it has none or both."""
     lines = [line for line in reply.splitlines() if LEAD in line]
     if not lines:
@@ -125,13 +133,78 @@ def length_factor(answer: int, reference: int, penalty: float) -> float:
     return 1 - penalty * min(MOST, abs(answer - reference))
 
 
-def standardised(values: Float32[np.ndarray, " N"], of_all: Sequence[float]) -> Float32[np.ndarray, " N"]:
+def standardised(values: Float64[np.ndarray, " N"], of_all: Sequence[float]) -> Float64[np.ndarray, " N"]:
     """(value − mean) / spread over the batch `of_all`, without those that are not finite; 0 where all are
     equal.
     """
-    batch = np.array(of_all, np.float64)
+    batch = np.array(of_all)
     batch = batch[np.isfinite(batch)]
     spread = batch.std() if len(batch) else 0.0
-    if spread < 1e-6:
-        return np.where(np.isfinite(values), np.float32(0), values)
-    return ((values - batch.mean()) / spread).astype(np.float32)
+    return (values - (batch.mean() if len(batch) else 0.0)) / (spread if spread > 1e-6 else np.inf)
+
+
+def divides_by_spread(advantage: AdvantageConfig) -> bool:
+    """Whether the estimator makes rewards independent of their scale by itself."""
+    if advantage.estimator in ("group", "gdpo"):
+        return True
+    return advantage.whiten and advantage.estimator not in ("group_mean", "rloo")
+
+
+Reply = (
+    float | None | str
+)  # the probability of Yes, or 1 or 0; None: no verdict; a str: why there is no reply
+
+
+@dataclass(frozen=True, eq=False)
+class Verifier:
+    """A verifier as a component's judge."""
+
+    name: str
+    settings: VerifierConfig
+    ask: Callable[[Sequence[str]], Sequence[Reply]]  # of each prompt; all processes call it together
+    spell: Callable[[list[str]], list[list[int]]]  # texts as tokens, whose lengths are compared
+    standardise: bool
+
+    def judge(self, graded: Graded) -> Judged:
+        """The values of N rows. Also which were sent, and of those the ones without a verdict."""
+        s, parsed = self.settings, graded.parsed
+        answered = graded.parsed.format_ok & np.array([bool(text) for text in parsed.answer], bool)
+        is_text = [q.value is not None and q.value.kind == "text" for q in graded.questions]
+        asked = to_ask(s.when, answered, graded.correct, np.array(is_text, bool))
+        values = np.where(graded.correct, 1.0, np.where(answered, 0.0, s.no_answer))
+        template = template_of(s.prompt)
+        rows = np.flatnonzero(asked).tolist()
+        texts = [parsed.answer, parsed.thought, graded.completions]
+        prompts = [
+            wording(template, case(graded.questions[i], *(column[i] for column in texts))) for i in rows
+        ]
+        failed: dict[int, str] = {}
+        unclear = np.zeros(len(values), bool)
+        for row, reply in zip(rows, self.ask(prompts), strict=True):
+            unclear[row] = reply is None
+            if isinstance(reply, str):
+                failed[row] = reply
+            values[row] = np.nan if isinstance(reply, str) else reply or 0.0
+        self._refuse_silence(len(rows), failed)
+        if s.length_penalty:
+            values *= [self._factor(value, i, graded) for i, value in enumerate(values)]
+        if self.standardise:
+            values = standardised(values, list(chain.from_iterable(gather(values.tolist()))))
+        shares = {f"{self.name}_share": asked, f"{self.name}_unclear": unclear}
+        return Judged(values.tolist(), failed, shares)
+
+    def _factor(self, value: float, row: int, graded: Graded) -> float:
+        if not value > 0:
+            return 1.0
+        answer, reference = graded.parsed.answer[row], graded.questions[row].right_text
+        given, right = self.spell([answer, reference])
+        return length_factor(len(given), len(right), self.settings.length_penalty)
+
+    def _refuse_silence(self, asked: int, failed: Mapping[int, str]) -> None:
+        """End the run where the verifier failed on all rows of a batch, in all processes."""
+        total, broken = map(sum, zip(*gather([asked, len(failed)]), strict=True))
+        if total and broken == total:
+            reason = f": {next(iter(failed.values()))}" if failed else ""
+            raise RewardError(
+                f"reward.components: {self.name} failed on all {total} answers of a batch{reason}"
+            )

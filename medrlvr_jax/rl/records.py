@@ -38,6 +38,7 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     if None not in scored.stages:
         rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
     rows |= {f"reward/{name}": np.where(failed, 0, column) for name, column in v.several.items()}
+    rows |= v.shares
     totals = gather({name: float(column.sum()) for name, column in rows.items()})  # of each process
     # A process without rows cannot tell that stages are none.
     common = [name for name in rows if all(name in total for total in totals)]

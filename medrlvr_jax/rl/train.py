@@ -21,8 +21,10 @@ Departures from the paper as it is known, in one place:
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +60,7 @@ from medrlvr_jax.rl.learn import adapt_kl, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
 from medrlvr_jax.rl.policy_rewards import check_questions, take_baselines
 from medrlvr_jax.rl.programs import Programs, make_programs
+from medrlvr_jax.rollout import judge
 from medrlvr_jax.rollout.assess import assess_settings
 from medrlvr_jax.rollout.generate import draw_settings
 from medrlvr_jax.rollout.program import Program, Recorder, a_key, abstract_prompts, array, sync_program
@@ -110,9 +113,12 @@ def train(
         notices.append(f"{encoded.dropped} questions dropped: longer than prompt.max_tokens")
     if trap := beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
         notices.append("; ".join(trap))
-    with judges.started(config.reward, given_terms, questions) as terms, jax.set_mesh(parts.mesh):
+    asked = {} if given_terms else judge.prepare(parts)
+    with stage(f"loading {', '.join(asked)}") if asked else nullcontext():
+        verifiers = judge.start(parts, asked)
+    with judges.started(config.reward, given_terms, questions, verifiers) as terms, jax.set_mesh(parts.mesh):
         with stage(f"loading {config.model.path}"):
-            job = make_job(parts, encoded, sets, terms)
+            job = make_job(parts, encoded, sets, terms, asked)
         job = dataclasses.replace(job, notices=notices, rewards=judges.record(terms))
         return run_job(job, callbacks)
 
@@ -133,8 +139,14 @@ def check_lengths(parts: Parts, encoded: Encoded) -> None:
         raise ConfigError(f"learn.critic_warmup: {warmup} of {steps} steps {remedy}")
 
 
-def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], terms: judges.Terms) -> Job:
-    """The training as the loop runs it; `terms` are what is paid."""
+def make_job(
+    parts: Parts,
+    encoded: Encoded,
+    sets: dict[str, Encoded],
+    terms: judges.Terms,
+    verifiers: judge.Prepared | None = None,
+) -> Job:
+    """The training as the loop runs it; `terms` are what is paid, by `verifiers` among others."""
     steps = total_steps(parts.config, len(encoded.questions))
     programs = make_programs(parts, steps)
     training, state = start(parts, programs, terms)
@@ -143,7 +155,7 @@ def make_job(parts: Parts, encoded: Encoded, sets: dict[str, Encoded], terms: ju
     sync_weights = (
         programs.sync_weights if parts.sampler_cfg == parts.cfg else make_weight_sync(parts, parts.cfg)
     )
-    ahead = step_programs(parts, programs, encoded.width, terms, encoded.windows)
+    ahead = step_programs(parts, programs, encoded.width, terms, encoded.windows, verifiers)
     ahead += evaluate.programs(parts, sets)
     if sets and sync_weights is not programs.sync_weights:
         ahead += sync_program(sync_weights)
@@ -381,11 +393,16 @@ def learn(
 
 
 def step_programs(
-    parts: Parts, programs: Programs, width: int, terms: judges.Terms | None = None, windows: int = 0
+    parts: Parts,
+    programs: Programs,
+    width: int,
+    terms: judges.Terms | None = None,
+    windows: int = 0,
+    verifiers: judge.Prepared | None = None,
 ) -> list[Program]:
     """All programs of a training step in their order, by taking one with shapes for arrays; prompts have
     `width` columns, and their images `windows` windows. `terms`: what is paid, by default what the settings
-    say.
+    say. `verifiers`: laid out.
     """
     config, mesh = parts.config, parts.mesh
 
@@ -399,6 +416,8 @@ def step_programs(
     on_device: Any = policy.params, critic and critic.params, frozen.base
     if not config.learn.offload:
         on_device += policy.opt_state, critic and critic.opt_state, frozen.reference
+    asked = [each for each in (verifiers or {}).values() if isinstance(each, judge.Judge)]
+    on_device += tuple(each.model.params for each in asked if not each.settings.offload)
     recorder = Recorder(mesh, on_device)
     # What is offloaded comes to the device before a program is called: to the programs nothing is.
     here = dataclasses.replace(config, learn=dataclasses.replace(config.learn, offload=False))
@@ -413,7 +432,12 @@ def step_programs(
     keys = Keys(a_key(parts), a_key(parts))
     prompts = abstract_prompts(parts, questions, width, windows)
     with jax.set_mesh(mesh):
-        graded = Graded(rewards, requests, None, scalar if config.advantage.spread else None)
-        five_parts(training, TrainState(policy, critic, scalar), prompts, keys, lambda _: graded)
+
+        def graded(rollout: Rollout) -> Graded:
+            for program in chain.from_iterable(each.programs(questions * samples) for each in asked):
+                recorder.add(program)
+            return Graded(rewards, requests, None, scalar if config.advantage.spread else None)
+
+        five_parts(training, TrainState(policy, critic, scalar), prompts, keys, graded)
     seen = [see_program(parts, questions, windows, "see")] if windows else []
     return seen + recorder.programs

@@ -22,6 +22,7 @@ class Program(NamedTuple):
     args: tuple
     kwargs: dict[str, Any] = {}  # noqa: RUF012
     others: tuple = ()  # shapes that stay in memory while it runs and are not among its arguments
+    calls: int = 1  # in a step whose rows have their full length; 0: it is only compiled
 
 
 class Recorder:
@@ -42,12 +43,16 @@ class Recorder:
         """The stand-in for one function."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            arguments = {id(leaf) for leaf in jax.tree.leaves((args, kwargs))}
-            others = tuple(leaf for leaf in self._on_device if id(leaf) not in arguments)
-            self.programs.append(Program(name, function, args, kwargs, others))
+            self.add(Program(name, function, args, kwargs))
             return jax.tree.map(self._placed, function.trace(*args, **kwargs).out_info)
 
         return call
+
+    def add(self, program: Program) -> None:
+        """Keep a program with what else is in memory."""
+        arguments = {id(leaf) for leaf in jax.tree.leaves((program.args, program.kwargs))}
+        others = tuple(leaf for leaf in self._on_device if id(leaf) not in arguments)
+        self.programs.append(program._replace(others=others))
 
     def _placed(self, out: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         default = sharding.rows(self._mesh) if out.ndim else sharding.replicated(self._mesh)

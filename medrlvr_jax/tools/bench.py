@@ -5,12 +5,15 @@
     python -m medrlvr_jax.tools.bench step MODEL --questions 4 --samples 8 --prompt 64 --new 128
     python -m medrlvr_jax.tools.bench eval MODEL --questions 25 --samples 1 --prompt 256 --new 64
     python -m medrlvr_jax.tools.bench ask MODEL --questions 4 --samples 8 --prompt 64 --new 128
+    python -m medrlvr_jax.tools.bench verify MODEL --questions 8 --samples 4 --prompt 256
     python -m medrlvr_jax.tools.bench compile MODEL --questions 4 --samples 8 --prompt 64 --new 128
 
 MODEL is a Hugging Face directory or "embedded". Settings of the run may follow, such as model.remat=none
 learn.microbatch=1. `step` is a whole step of training: sample, assess, decode, score, learn. `eval` is four
 batches of an evaluation; its `overhead` is the share of time beyond generating. `ask` is the pass of the
-probability reward; its `ratio` is to the reference's pass over the same responses.
+probability reward; its `ratio` is to the reference's pass over the same responses. `verify` is a soft
+verifier on questions × samples texts of about `--prompt` tokens; its `overhead` is beyond one prefill of its
+model for each.
 
 `seconds` is the median of `--runs` after the first, which compiles (`first_s`). `tokens_per_s` counts
 response tokens up to their stop token. `padded_tokens` is what a system computes that repeats the prompt for
@@ -35,7 +38,7 @@ import numpy as np
 
 from medrlvr_jax.build import Parts, build, load_base, load_params
 from medrlvr_jax.config.load import from_tree, override
-from medrlvr_jax.config.reward import ProbabilityConfig, RewardConfig
+from medrlvr_jax.config.reward import ProbabilityConfig, RewardConfig, VerifierConfig
 from medrlvr_jax.config.schema import Config, SampleConfig
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import answers
@@ -46,6 +49,7 @@ from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.policy_rewards import LEAD, ProbabilityRequest, make_policy_rewards, pass_over
 from medrlvr_jax.rl.programs import make_programs
+from medrlvr_jax.rollout import decode, judge
 from medrlvr_jax.rollout.ask import Answers, Ending, answer_scores
 from medrlvr_jax.rollout.generate import DrawSettings, draw_settings, generate
 from medrlvr_jax.rollout.rollout import Encoded, place_prompts, width
@@ -233,6 +237,33 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     return timing(times) | {"generate_s": timing(alone)["runs"], "overhead": round(overhead, 4)}
 
 
+def verify_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
+    """A soft verifier, from texts to probabilities, and its model's prefill of the same rows, by turns."""
+    each = max(map(len, parts.tokenizer.spell([f" {option}" for option in OPTIONS])))
+    words = " ".join(itertools.islice(itertools.cycle(OPTIONS), max(1, (args.prompt - 24) // each)))
+    texts = [f"{i} {words}" for i in range(args.questions * args.samples)]
+    tokens = judge.encode(parts.tokenizer, texts, chat=False, soft=True)
+    section = VerifierConfig(
+        model=args.model,
+        verdicts=("1", "0"),
+        batch=args.questions,
+        dtype=parts.config.model.dtype,
+        max_tokens=max(map(len, tokens)),
+    )
+    asked = judge.read(section, parts.mesh, "bench").loaded()
+    prefill, columns = jax.jit(decode.prefill, static_argnames="cfg"), asked.widths[-1]
+    batches = [tokens[i : i + asked.size] for i in range(0, len(tokens), asked.size)]
+    placed = [asked.placed([tuple(row) for row in batch], columns) for batch in batches]
+
+    def prefills():
+        return [prefill(asked.model.params, asked.model.cfg, prompts) for prompts in placed]
+
+    times, alone = by_turns([lambda: asked.ask(texts), prefills], args.runs)
+    overhead = statistics.median(a / b - 1 for a, b in zip(times[1:], alone[1:], strict=True))
+    out = {"columns": columns, "prefill_s": timing(alone)["runs"], "overhead": round(overhead, 4)}
+    return timing(times) | out
+
+
 def compile_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     """Seconds of the first step and of the second: the difference is compilation."""
     jax.config.update("jax_enable_compilation_cache", False)
@@ -286,6 +317,7 @@ CASES = {
     "learn": learn_case,
     "step": step_case,
     "eval": eval_case,
+    "verify": verify_case,
     "compile": compile_case,
 }
 

@@ -22,6 +22,7 @@ from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.experience import with_asked
 from medrlvr_jax.rl.policy_rewards import take_baselines
 from medrlvr_jax.rl.programs import make_programs
+from medrlvr_jax.rollout import judge
 from medrlvr_jax.rollout.rollout import encode, place_prompts
 from medrlvr_jax.runs import inputs
 from medrlvr_jax.runs.checkpoint import restore_before
@@ -46,7 +47,11 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     parts, console = build(c), Console()
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options, parts.cfg.vision)
     inputs.check_replay(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)})
-    with judges.started(c.reward, questions=encoded.questions) as terms, jax.set_mesh(parts.mesh):
+    verifiers = judge.start(parts, judge.prepare(parts))
+    with (
+        judges.started(c.reward, questions=encoded.questions, verifiers=verifiers) as terms,
+        jax.set_mesh(parts.mesh),
+    ):
         programs = make_programs(parts, total_steps(c, len(encoded.questions)))
         training, state = train.start(parts, programs, terms)
         start = training.frozen.base, state.policy.params

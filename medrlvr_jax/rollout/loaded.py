@@ -1,0 +1,86 @@
+"""A model by itself, apart from a run's settings: so that a run can have a second one, such as a verifier."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from medrlvr_jax import sharding
+from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model import spec, weights
+from medrlvr_jax.model.spec import DecoderConfig, Execution
+from medrlvr_jax.types import Params
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A decoder with its tokenizer on a mesh."""
+
+    cfg: DecoderConfig
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    params: Params  # sharded over `mesh`; as shapes (ShapeDtypeStructs) before they are loaded
+
+    def rows(self, least: int) -> int:
+        """The least number of rows from `least` on that the mesh can split."""
+        ways = math.prod(self.mesh.shape[axis] for axis in sharding.BATCH)
+        return -(-least // ways) * ways
+
+    def in_memory(self, kind: str) -> "LoadedModel":
+        """The same with its parameters in the memory named: "device" or "pinned_host"."""
+        return dataclasses.replace(self, params=sharding.to_memory(self.params, kind))
+
+
+def read(path: str, field: str) -> tuple[DecoderConfig, Tokenizer]:
+    """Architecture and tokenizer of a directory or hub name. `field`: the setting that names it, for
+    `ConfigError`s.
+    """
+    try:
+        cfg, tokenizer = weights.read_config(path), load_tokenizer(path)
+        tokenizer.check_fits(cfg.vocab, path)
+    except ConfigError as e:
+        raise ConfigError(str(e).replace("model.path", field)) from None
+    return cfg, tokenizer
+
+
+def lay_out(
+    cfg: DecoderConfig, tokenizer: Any, mesh: jax.sharding.Mesh, dtype: str, table: dict, field: str
+) -> LoadedModel:
+    """A model that never learns, its parameters as shapes: of one dtype, laid out by `table` (sharding.TRAIN
+    or DECODE). `field` as in `read`.
+    """
+    platform = mesh.devices.flat[0].platform
+    execution = Execution(
+        dtype=jnp.dtype(dtype).type,
+        remat="none",
+        splash=platform == "tpu",
+        unroll=platform != "tpu",
+        narrow=platform == "cpu",
+    )
+    try:
+        sizes = {"attention heads": cfg.heads, "MLP width": cfg.ffn, "vocabulary": cfg.vocab}
+        sharding.check_model(mesh, "tensor", sizes)
+        sharding.check_model(mesh, "fsdp", {"embedding width": cfg.embed})
+    except ConfigError as e:
+        raise ConfigError(f"{field}: {e}; or take another model") from None
+    cfg = dataclasses.replace(cfg, execution=execution)
+    boxed = spec.abstract(cfg)
+    params = jax.tree.map(
+        lambda box, place: jax.ShapeDtypeStruct(box.value.shape, jnp.dtype(dtype), sharding=place),
+        boxed,
+        sharding.shardings(boxed, mesh, table),
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+    )
+    return LoadedModel(cfg, tokenizer, mesh, params)
+
+
+def load(model: LoadedModel, path: str) -> LoadedModel:
+    """A laid out model with the weights of the directory or hub name `path`."""
+    places = jax.tree.map(lambda p: p.sharding, model.params)
+    dtype = jax.tree.leaves(model.params)[0].dtype
+    return dataclasses.replace(model, params=weights.load_params(path, model.cfg, places, dtype))

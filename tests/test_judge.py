@@ -1,0 +1,187 @@
+"""A second model on the mesh as verifier: its probabilities, its replies, what is refused."""
+
+import dataclasses
+import json
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from byte_tokenizer import byte_tokenizer
+from invariance import launch
+
+from medrlvr_jax import sharding
+from medrlvr_jax.config.reward import VerifierConfig
+from medrlvr_jax.config.schema import MeshConfig
+from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model import decoder, spec
+from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.rollout import judge
+from medrlvr_jax.types import Prompts
+
+CFG = DecoderConfig(
+    vocab=264,
+    embed=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn=64,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tied=True,
+)
+TEXTS = ["a", "which is it? " * 3, "b" * 50, "which is it? " * 3, "c" * 80, "d" * 40]
+
+HARD = {"score": "hard", "max_new_tokens": 8, "dtype": "bfloat16", "offload": True, "verdicts": ("Yes", "No")}
+
+
+def asked(mesh=None, seed=0, tied=True, **settings):
+    """A random verifier; large matrices, so that its opinions differ."""
+    settings = {
+        "model": "none",
+        "max_tokens": 128,
+        "batch": 4,
+        "dtype": "float32",
+        "verdicts": ("1", "0"),
+    } | settings
+    mesh = sharding.make_mesh(mesh or MeshConfig(data=1, fsdp=8))
+    cfg = dataclasses.replace(CFG, tied=tied)
+    made = judge.lay_out(VerifierConfig(**settings), cfg, byte_tokenizer(), mesh, "reward.components.v")
+    params = jax.tree.map(lambda p: p * 3 if p.ndim > 2 else p, spec.init(cfg, jax.random.key(seed)))
+    put = lambda p, s: jax.device_put(np.asarray(p.astype(s.dtype)), s.sharding)
+    params = jax.tree.map(put, params, made.model.params)
+    made = dataclasses.replace(made, verdicts=(ord("1"), ord("0")))
+    return made, dataclasses.replace(made, model=dataclasses.replace(made.model, params=params))
+
+
+def directly(made, texts):
+    """p(1) among 1 and 0, by the whole vocabulary's softmax after each text by itself, unpadded."""
+    params = jax.tree.map(jnp.asarray, jax.device_get(made.model.params))
+
+    @jax.jit
+    def last(tokens):
+        prompts = Prompts(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(1, jnp.uint32))
+        states, _ = decoder.forward(params, made.model.cfg, prompts)
+        return jax.nn.softmax(decoder.logits(params, made.model.cfg, states[:, -1])[0])
+
+    rows = judge.encode(byte_tokenizer(), texts, chat=False, soft=True)
+    found = [np.asarray(last(jnp.array([row], jnp.int32))) for row in rows]
+    return [p[ord("1")] / (p[ord("1")] + p[ord("0")]) for p in found]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_probability_is_that_of_a_direct_pass(tied):
+    """Whatever the padding and the batch: three widths, six rows of five distinct ones, on eight devices."""
+    _, made = asked(tied=tied)
+    got = made.ask(TEXTS)
+    np.testing.assert_allclose(got[::2], directly(made, TEXTS[::2]), atol=1e-5)
+    assert np.std(got) > 0.05 and got[1] == got[3]
+    if tied:
+        _, other = asked(MeshConfig(data=2, fsdp=2, tensor=2), batch=3, max_tokens=112)
+        np.testing.assert_allclose(other.ask(TEXTS[::-1]), got[::-1], atol=1e-5)
+
+
+SEVERAL = """
+import json
+import jax
+from medrlvr_jax.host import processes
+processes.initialize()
+from test_judge import TEXTS, MeshConfig, asked
+said = []
+for mesh in (MeshConfig(data=2, fsdp=2), MeshConfig(data=1, tensor=4)):
+    _, made = asked(mesh)
+    own = jax.process_index() == 1
+    said += [made.ask(TEXTS[:2] if own else TEXTS[2:4]), made.ask(TEXTS[:4] if own else [])]
+print("SAID", json.dumps(said), flush=True)
+jax.distributed.shutdown()
+"""
+
+
+def test_processes_ask_together():
+    """Each has its own texts, or none; whether they split the rows or both hold all of them."""
+    started = launch(2, 2, ["-c", SEVERAL], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    printed = [p.communicate(timeout=300) for p in started]
+    assert [p.returncode for p in started] == [0, 0], printed
+    zero, one = (json.loads(out.partition("SAID ")[2]) for out, _ in printed)
+    want = asked()[1].ask(TEXTS[:4])
+    for split, alone in (((zero[0], one[0]), (zero[1], one[1])), ((zero[2], one[2]), (zero[3], one[3]))):
+        np.testing.assert_allclose(split[1] + split[0], want, atol=1e-5)
+        assert alone[0] == []
+        np.testing.assert_allclose(alone[1], want, atol=1e-5)
+
+
+def test_equal_prompts_are_one_row_and_long_ones_none(monkeypatch):
+    _, made = asked(batch=8, max_tokens=64)
+    rows = []
+    program = judge.yes_probability
+    monkeypatch.setattr(
+        judge, "yes_probability", lambda *args: rows.append(args[2].tokens.shape) or program(*args)
+    )
+    got = made.ask(["a"] * 6 + ["x" * 60, "y" * 30])
+    assert got[6] is None and len(set(got[:6])) == 1 and rows == [(8, 32), (8, 64)]
+    assert made.ask([]) == []
+
+
+def test_replies_are_read():
+    """The verdict of what a greedy sampler writes; in bfloat16, out of the host's memory."""
+    _, made = asked(**HARD)
+    assert made.ask(TEXTS) == [None] * len(TEXTS)  # of random letters
+    said = [
+        made.model.tokenizer.spell([text])[0]
+        for text in ("Final Decision: Yes", "x\nFinal Decision: No", "Yes")
+    ]
+    tokens = np.zeros((3, 24), np.int32)
+    for row, ids in zip(tokens, said, strict=True):
+        row[: len(ids)] = ids
+    assert made._read((tokens, tokens > 0)) == [1.0, 0.0, None]
+    assert jax.tree.leaves(made.model.params)[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("settings", [{}, HARD], ids=str)
+def test_what_is_compiled_ahead_is_what_is_called(settings, monkeypatch):
+    laid_out, made = asked(**settings)
+    name = "greedy_reply" if settings else "yes_probability"
+    calls, program = [], getattr(judge, name)
+    monkeypatch.setattr(judge, name, lambda *args: calls.append(args) or program(*args))
+    made.ask(TEXTS)
+    monkeypatch.undo()
+    with jax.set_mesh(made.model.mesh):
+        called = [program.lower(*args).as_text() for args in calls]
+        ahead = [p.function.lower(*p.args).as_text() for p in laid_out.programs()]
+    assert len(ahead) == 3 and list(dict.fromkeys(called)) == ahead
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "problem"),
+    [
+        ((" Yes", " No"), r"' Yes' is not one token behind 'Final Decision:'.*score to hard"),
+        (("1", "1"), "the same"),
+    ],
+)
+def test_verdicts_that_are_no_tokens_are_refused(verdicts, problem):
+    with pytest.raises(ConfigError, match=r"reward\.components\.v\.verdicts: .*" + problem):
+        judge.verdict_tokens(byte_tokenizer(), verdicts, "reward.components.v")
+
+
+def test_other_models_are_refused():
+    mesh = sharding.make_mesh(MeshConfig())
+    refusals = {
+        "reward.components.v.model: /none: no such directory": {"model": "/none"},
+        "reward.components.v.max_tokens: 4096: .* max_position_embeddings = ": {
+            "model": "embedded",
+            "max_tokens": 4096,
+        },
+        "reward.components.v.chat: true, but the tokenizer has no chat template": {
+            "model": "embedded",
+            "max_tokens": 128,
+            "chat": True,
+        },
+        "reward.components.v.verdicts: .*' Yes' is not one token": {"model": "embedded", "max_tokens": 128},
+    }
+    for words, settings in refusals.items():
+        with pytest.raises(ConfigError, match=words):
+            judge.read(VerifierConfig(**settings), mesh, "reward.components.v")
+    with pytest.raises(ConfigError, match=r"v\.model: mesh\.tensor: 8 does not divide"):
+        asked(MeshConfig(data=1, tensor=8))
