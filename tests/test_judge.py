@@ -1,6 +1,7 @@
 """A second model on the mesh as verifier: its probabilities, its replies, what is refused."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 
@@ -12,11 +13,14 @@ from byte_tokenizer import byte_tokenizer
 from invariance import launch
 
 from medrlvr_jax import sharding
+from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.reward import VerifierConfig
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder, spec
 from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.plan import aot, machines
+from medrlvr_jax.rl import train
 from medrlvr_jax.rollout import judge
 from medrlvr_jax.types import Prompts
 
@@ -149,7 +153,8 @@ def test_what_is_compiled_ahead_is_what_is_called(settings, monkeypatch):
     monkeypatch.undo()
     with jax.set_mesh(made.model.mesh):
         called = [program.lower(*args).as_text() for args in calls]
-        ahead = [p.function.lower(*p.args).as_text() for p in laid_out.programs()]
+        ahead = [p.function.lower(*p.args).as_text() for p in laid_out.programs(rows=6)]
+    assert [p.calls for p in laid_out.programs(rows=20)] == [0, 0, 3]
     assert len(ahead) == 3 and list(dict.fromkeys(called)) == ahead
 
 
@@ -185,3 +190,67 @@ def test_other_models_are_refused():
             judge.read(VerifierConfig(**settings), mesh, "reward.components.v")
     with pytest.raises(ConfigError, match=r"v\.model: mesh\.tensor: 8 does not divide"):
         asked(MeshConfig(data=1, tensor=8))
+
+
+TREE = {
+    "steps": 2,
+    "model": {"path": "embedded"},
+    "data": {"path": "embedded:train", "limit": 16},
+    "prompt": {"template": "none", "max_tokens": 96},
+    "sample": {"questions": 8, "samples": 2, "max_new_tokens": 24},
+    "advantage": {"estimator": "group_mean"},
+    "learn": {"minibatch": 8, "policy": {"lr": 1e-4}},
+    "eval": {"batch": 8},
+    "mesh": {"data": 4, "fsdp": 2},
+    "checkpoint": {"every": 1},
+    "log": {"samples_every": 1, "samples": 8},
+}
+JUDGED = {
+    "kind": "verifier",
+    "model": "embedded",
+    "prompt": "{reference} {answer} ",
+    "verdicts": ["Y", "N"],
+    "when": "always",
+    "max_tokens": 96,
+    "offload": True,
+}
+
+
+def test_a_run_with_a_verifier(tmp_path):
+    """The embedded model judges itself; a run that is stopped and resumed is the same run."""
+    rewards = [JUDGED, {"kind": "rule", "weight": 0.5}]
+    stop = {"whole": lambda step, metrics: False, "halves": lambda step, metrics: step == 1}
+    for name in ("whole", "halves", "halves"):
+        tree = TREE | {"name": name, "runs": str(tmp_path), "reward": rewards}
+        train.train(configs.from_tree(tree), callbacks=stop[name])
+        stop["halves"] = stop["whole"]
+    whole, halves = (
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "halves")
+    )
+    assert len(whole) == len(halves) == 2
+    named = [k for k in whole[0] if k.startswith(("reward", "verifier", "policy"))]
+    assert [[m[k] for k in named] for m in whole] == [[m[k] for k in named] for m in halves]
+    for m in whole:
+        assert m["verifier_share"] == m["format_ok"] > 0 and m["verifier_unclear"] == 0
+        assert m["reward"] == pytest.approx(m["reward/verifier"] + 0.5 * m["reward/rule"])
+        assert abs(m["reward/verifier"]) < 1e-6  # standardised over the batch
+    [*rows] = [json.loads(line) for line in (tmp_path / "whole" / "samples.jsonl").open()]
+    values = {row["components"]["verifier"] for row in rows if row["format_ok"]}
+    assert len(values) > 1
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+def test_a_plan_counts_the_verifier():
+    config = configs.from_tree(TREE | {"name": "p", "reward": [JUDGED | {"offload": False}]})
+    without = configs.from_tree(TREE | {"name": "p"})
+    machine = machines.parse("v5e:2x4")
+    listed = {p.name: p for p in aot.planned(aot.prepare(config, machine), 2)}
+    plain = {p.name: p for p in aot.planned(aot.prepare(without, machine), 2)}
+    assert listed.keys() - plain.keys() == {"verify 96"} and listed["verify 96"].calls == 1
+    held = aot.bytes_of(listed["verify 96"].args[0])
+    assert (
+        held > 0 and aot.bytes_of(listed["generate"].others) - aot.bytes_of(plain["generate"].others) == held
+    )
+    assert aot.bytes_of(listed["verify 96"].others) > aot.bytes_of(plain["generate"].others)
