@@ -22,7 +22,7 @@ def rewards(facts, thoughts, questions, correct=True, format_ok=True):
     columns = {name: np.full(n, value) for name, value in (("correct", correct), ("format_ok", format_ok))}
     parsed = Parsed(columns["format_ok"], [""] * n, thoughts, [""] * n, [""] * n)
     answer = np.full(n, "A")
-    values, failed = facts.judge(
+    values, failed, _ = facts.judge(
         Graded([""] * n, questions, parsed, [], **columns, answer=answer, reason=answer)
     )
     assert not failed
