@@ -34,6 +34,7 @@ from medrlvr_jax.rewards.components import Graded, Judged
 from medrlvr_jax.rewards.user import RewardError
 
 LEAD = "Final Decision:"  # what stands before a verdict
+VERDICTS = (" Yes", " No")  # what follows it unless the settings name others
 PROMPTS = {
     "binary": (
         "Question: {question}\n"

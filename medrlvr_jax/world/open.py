@@ -14,7 +14,7 @@ from random import Random
 
 from medrlvr_jax.data.question import Example, Question
 from medrlvr_jax.data.values import read_reference
-from medrlvr_jax.rewards.verifier import VERDICTS, Case, wording
+from medrlvr_jax.rewards.verifier import VERDICTS, Case, with_lead, wording
 from medrlvr_jax.world import world
 from medrlvr_jax.world.knowledge import table
 from medrlvr_jax.world.world import pick, weighted
@@ -139,7 +139,7 @@ def _other(rng: Random, question: Question) -> str:
 
 def _example(question: Question, answer: str, yes: bool) -> Example:
     shown = Case(question.question, question.right_text, answer, "", "")
-    return Example(wording(PROMPT, shown, soft=True), VERDICTS[0 if yes else 1])
+    return Example(with_lead(wording(PROMPT, shown)), VERDICTS[0 if yes else 1])
 
 
 def texts() -> Iterator[str]:
