@@ -22,6 +22,8 @@ METRICS = tuple(
         ("reward/*", "reward", "Mean value of one component of the reward, before its weight."),
         ("reward_std", "reward", "Standard deviation of the rewards."),
         ("reward_failed", "share", "Responses on which the user's reward failed."),
+        ("verifier_share", "share", "Responses that were sent to the verifier (NAME_share with a name)."),
+        ("verifier_unclear", "share", "Responses that were sent to it and got no verdict."),
         ("reward_clipped", "share", "Rewards that were cut to ± advantage.reward_clip."),
         ("unlearned", "share", "Responses that are not learned from: left out, or a reward failed."),
         ("accuracy", "share", "Right answers among the sampled responses."),
