@@ -108,8 +108,10 @@ def load_model(
 ) -> LoadedModel:
     """A run's policy, or a model that no run has trained, on this machine's devices.
 
-    `source`: a run's folder; or a Hugging Face directory, a hub name or "embedded". `step`: of a run, the
-    checkpoint to take; the newest whole one unless given. `settings`: replace the run's, as in `load_config`,
+    `source`: a run's folder; or a Hugging Face directory, a hub name or "embedded".
+    `step`: of a run, the
+    checkpoint to take; the newest whole one unless given.
+    `settings`: replace the run's, as in `load_config`,
     such as {"mesh.fsdp": 4} or {"model.dtype": "bfloat16"}; a model without a run has the defaults of
     `Config`, and needs {"prompt.template": "none"} where questions are to be asked without the instructions
     that Med-RLVR puts before them.
@@ -164,8 +166,11 @@ def generate(
     """Completions of prompts by the training's own sampler: `samples` of each, prompt after prompt.
 
     `prompts`: texts, which the model gets as they stand; or questions (`Question`, or dicts with the fields
-    of formats.py), which are worded as the model's `config.prompt` says. `sampling`: `max_new_tokens`,
-    `samples`, `temperature`, `top_k`, `top_p`, `min_new_tokens`; see `Sampling`. Sample j of prompt i is a
+    of formats.py), which are worded as the model's `config.prompt` says.
+    `sampling`: `max_new_tokens`,
+    `samples`, `temperature`, `top_k`, `top_p`, `min_new_tokens`; see `Sampling`.
+
+    Sample j of prompt i is a
     function of (`seed`, i, j): neither `batch`, the number of prompts at a time, nor the other prompts change
     it.
 
@@ -222,8 +227,10 @@ def evaluate(
     """Ask a model questions, and judge its answers by the rule of its `config.reward`, as `medrlvr eval`
     does.
 
-    `model`: a `LoadedModel`, or what `load_model` takes. `questions`: `Question`s or dicts, a
-    `datasets.Dataset`, or a path such as "dev.jsonl" or "embedded:in_distribution". `max_new_tokens`: the
+    `model`: a `LoadedModel`, or what `load_model` takes.
+    `questions`: `Question`s or dicts, a
+    `datasets.Dataset`, or a path such as "dev.jsonl" or "embedded:in_distribution".
+    `max_new_tokens`: the
     run's own, unless given.
 
     Raises `ConfigError` for questions that cannot be used: see formats.py.

@@ -257,6 +257,9 @@ def test_a_set_is_told_as_it_was_read(file):
     long = told(file("own.jsonl", [row | {"options": ["x y " * 30, "yes"]} for row in rows[3:]])).split("\n")
     assert max(map(len, long)) <= 80 and re.fullmatch("  first: Which nerve runs.* … .*runs", long[4]), long
     assert long[5].startswith("    A. x y x y") and long[5].endswith("…  B. yes")
+    drugs = [f"drug number {i}" for i in range(10)]
+    ten = told(file("own.jsonl", [row | {"options": drugs} for row in rows[3:]])).split("\n")
+    assert all(f". {drug}" in "\n".join(ten) for drug in drugs) and max(map(len, ten)) <= 80
 
 
 def test_a_row_number_without_a_name_is_nobodys_rationale(file):

@@ -210,6 +210,18 @@ def test_a_model_under_adapters_is_not_swapped_when_a_run_is_evaluated(place):
     inputs.check_model(place, dataclasses.replace(parts, config=c))
 
 
+def test_another_verifier_in_its_folder_is_refused(place):
+    shutil.copytree(place / "model", place / "verifier")
+    reward = {"components": [{"kind": "rule"}, {"kind": "verifier", "model": str(place / "verifier")}]}
+    check(place, going_on=False, reward=reward)
+    assert check(place, reward=reward)[1] == []
+    other_weights(place)
+    shutil.copy(place / "model/model.safetensors", place / "verifier")
+    shutil.copytree(weights.resolve("embedded"), place / "model", dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match=r"the verifier .*: 1 of \d+ tensors have other values now"):
+        check(place, reward=reward)
+
+
 def test_a_large_tensor_is_sampled(place, monkeypatch):
     whole = weights.weight_digests(place / "model")
     monkeypatch.setattr(weights, "SAMPLED", 8)

@@ -25,6 +25,7 @@ from medrlvr_jax.host import files
 
 MAX_ERRORS = 10
 WIDTH = 80  # columns of a console
+SHORTEST = 24  # characters that are shown of an option, if it has more
 
 
 def given(spec: SetConfig, data: Records | str | Path | None) -> tuple[SetConfig, Records | None]:
@@ -226,14 +227,25 @@ def _report(questions: list[Question], notes: list[str]) -> str:
         lines.append(f"keys that are also the text of another option: {both:,}, taken as letters")
     options = [" ".join(option.split()) for option in first.lettered]
     if len("  ".join(options)) > WIDTH - 4:
-        share = (WIDTH - 2) // len(options) - 2
+        share = max((WIDTH - 2) // len(options) - 2, SHORTEST)
         options = [option if len(option) <= share else f"{option[: share - 1]}…" for option in options]
     lines = [*map(_shorten, [*lines, *notes, f"first: {first.question}"])]
-    lines += ["  " + "  ".join(options)] if options else []
+    lines += [f"  {line}" for line in _rows(options)]
     reasons = [q.rationale for q in questions if q.rationale is not None]
     reason = _shorten(f"rationales: {len(reasons):,}" + (f", the first: {reasons[0]}" if reasons else ""))
     lines = [f"questions: {n:,}, {size}", *lines, f"  its key: {first.reference}", reason]
     return "\n  ".join(lines)
+
+
+def _rows(options: list[str]) -> list[str]:
+    """The options side by side, in as many lines as they need."""
+    rows: list[str] = []
+    for option in options:
+        if rows and len(rows[-1]) + len(option) + 2 <= WIDTH - 4:
+            rows[-1] += f"  {option}"
+        else:
+            rows.append(option)
+    return rows
 
 
 def _shorten(text: str) -> str:

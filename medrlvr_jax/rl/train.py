@@ -86,9 +86,13 @@ def train(
     then `f_2`), its mean before the weight. Each is called with lists of N texts by keyword, those of
     `completions`, `keys` (letters of the right options), `options` and `questions` that its signature names,
     and returns N finite numbers. user.py says what follows where it does not. Accuracies and evaluations stay
-    the rule's. `data`: what to train on in place of `config.data.path`: `Question`s, or dicts with the fields
+    the rule's.
+
+    `data`: what to train on in place of `config.data.path`: `Question`s, or dicts with the fields
     of one of the formats in formats.py, in a list or a `datasets.Dataset`; or a path as in
-    `config.data.path`. The other settings of `config.data` hold for it too. `callbacks`: called as f(step,
+    `config.data.path`. The other settings of `config.data` hold for it too.
+
+    `callbacks`: called as f(step,
     metrics) after each step, which is 1, 2, …, with the step's line of metrics.jsonl; where one returns True,
     the run saves a checkpoint and stops.
 

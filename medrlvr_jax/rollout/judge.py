@@ -32,9 +32,9 @@ from medrlvr_jax.rewards import verifier
 from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rewards.endpoint import Endpoint, Reply, api_key, yes_share
 from medrlvr_jax.rewards.verifier import LEAD, Verifier
-from medrlvr_jax.rollout import loaded
+from medrlvr_jax.rollout import frozen
 from medrlvr_jax.rollout.generate import DrawSettings, generate
-from medrlvr_jax.rollout.loaded import LoadedModel
+from medrlvr_jax.rollout.frozen import FrozenModel
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import width
 from medrlvr_jax.types import Array, Params, Prompts
@@ -69,7 +69,7 @@ class Judge:
     """A verifier and how it is asked. Laid out first, its parameters as shapes; `loaded` fills it."""
 
     settings: VerifierConfig
-    model: LoadedModel
+    model: FrozenModel
     verdicts: tuple[int, int] = (0, 1)  # the tokens of Yes and No
 
     @property
@@ -84,7 +84,7 @@ class Judge:
 
     def loaded(self) -> "Judge":
         """With its weights, which wait in the host's memory if offloaded."""
-        model = loaded.load(self.model, self.settings.model)
+        model = frozen.load(self.model, self.settings.model)
         return dataclasses.replace(
             self, model=model.in_memory("pinned_host") if self.settings.offload else model
         )
@@ -159,13 +159,13 @@ def lay_out(
     The sampler reads all weights for each token, so of a hard verifier they are whole along `fsdp`.
     """
     table = sharding.TRAIN if settings.score == "soft" else sharding.DECODE
-    model = loaded.lay_out(cfg, tokenizer, mesh, settings.dtype, table, f"{field}.model")
+    model = frozen.lay_out(cfg, tokenizer, mesh, settings.dtype, table, f"{field}.model")
     return Judge(settings, model)
 
 
 def read(settings: VerifierConfig, mesh: jax.sharding.Mesh, field: str) -> Judge:
     """`lay_out` of the model that the settings name; all that can be refused before device work is."""
-    cfg, tokenizer = loaded.read(settings.model, f"{field}.model")
+    cfg, tokenizer = frozen.read(settings.model, f"{field}.model")
     judge = lay_out(settings, cfg, tokenizer, mesh, field)
     needed = judge.widths[-1] + (settings.max_new_tokens if settings.score == "hard" else 0)
     if cfg.max_positions is not None and needed > cfg.max_positions:

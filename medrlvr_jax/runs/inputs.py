@@ -14,7 +14,7 @@ from typing import Any
 
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import load as configs
-from medrlvr_jax.config.reward import FunctionConfig
+from medrlvr_jax.config.reward import FunctionConfig, VerifierConfig
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data.question import Question, fingerprint
 from medrlvr_jax.host import files
@@ -73,6 +73,7 @@ def describe(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -
     """The record of what the settings point to now."""
     sections = [term.settings for term in components(parts.config.reward)]
     functions = [section.fn for section in sections if isinstance(section, FunctionConfig)]
+    verifiers = {s.model for s in sections if isinstance(s, VerifierConfig) and s.url is None}
     return {
         "sets": {name: describe_set(*rows) for name, rows in sets.items()},
         "stop_ids": list(parts.tokenizer.stop_ids),
@@ -80,6 +81,7 @@ def describe(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -
         "weights": _weights(parts),
         "functions": {fn: user.source_digest(fn) for fn in functions},
         "rewards": list(rewards),
+        "verifiers": {path: weights.weight_digests(path) for path in sorted(verifiers)},
     }
 
 
@@ -118,11 +120,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for k in before.keys() & now.keys():
         if before[k] != now[k]:
             out.append(f"model.path: {path}/config.json: {k}: {before[k]} there, {now[k]} now")
-    before, now = old.get("weights"), new.get("weights")
-    if before is not None and now is not None:
-        if changed := sorted(k for k in before | now if before.get(k) != now.get(k)):
-            count = f"{len(changed)} of {len(now)} tensors"
-            out.append(f"model.path: {path}: {count} have other values now, such as {changed[0]}")
+    if (before := old.get("weights")) is not None and (now := new.get("weights")) is not None:
+        out += _weight_differences(f"model.path: {path}", before, now)
+    for name, now in new.get("verifiers", {}).items():
+        if before := old.get("verifiers", {}).get(name):
+            out += _weight_differences(f"reward.components: the verifier {name}", before, now)
     for name, now in new.get("functions", {}).items():
         before = old.get("functions", {}).get(name) or old.get("reward.fn")  # before components: one function
         if before and now and before["sha256"] != now["sha256"]:
@@ -130,6 +132,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if old and "rewards" in new:
         out += _reward_differences(old.get("rewards", []), new["rewards"])
     return out
+
+
+def _weight_differences(place: str, old: dict[str, str], new: dict[str, str]) -> list[str]:
+    changed = sorted(k for k in old | new if old.get(k) != new.get(k))
+    count = f"{len(changed)} of {len(new)} tensors"
+    return [f"{place}: {count} have other values now, such as {changed[0]}"] if changed else []
 
 
 def _set_differences(name: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:

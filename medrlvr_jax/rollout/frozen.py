@@ -18,7 +18,7 @@ from medrlvr_jax.types import Params
 
 
 @dataclass(frozen=True, eq=False)
-class LoadedModel:
+class FrozenModel:
     """A decoder with its tokenizer on a mesh."""
 
     cfg: DecoderConfig
@@ -31,7 +31,7 @@ class LoadedModel:
         ways = math.prod(self.mesh.shape[axis] for axis in sharding.BATCH)
         return -(-least // ways) * ways
 
-    def in_memory(self, kind: str) -> "LoadedModel":
+    def in_memory(self, kind: str) -> "FrozenModel":
         """The same with its parameters in the memory named: "device" or "pinned_host"."""
         return dataclasses.replace(self, params=sharding.to_memory(self.params, kind))
 
@@ -50,7 +50,7 @@ def read(path: str, field: str) -> tuple[DecoderConfig, Tokenizer]:
 
 def lay_out(
     cfg: DecoderConfig, tokenizer: Any, mesh: jax.sharding.Mesh, dtype: str, table: dict, field: str
-) -> LoadedModel:
+) -> FrozenModel:
     """A model that never learns, its parameters as shapes: of one dtype, laid out by `table` (sharding.TRAIN
     or DECODE). `field` as in `read`.
     """
@@ -76,10 +76,10 @@ def lay_out(
         sharding.shardings(boxed, mesh, table),
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
-    return LoadedModel(cfg, tokenizer, mesh, params)
+    return FrozenModel(cfg, tokenizer, mesh, params)
 
 
-def load(model: LoadedModel, path: str) -> LoadedModel:
+def load(model: FrozenModel, path: str) -> FrozenModel:
     """A laid out model with the weights of the directory or hub name `path`."""
     places = jax.tree.map(lambda p: p.sharding, model.params)
     dtype = jax.tree.leaves(model.params)[0].dtype
