@@ -33,8 +33,8 @@ from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rewards.endpoint import Endpoint, Reply, api_key, yes_share
 from medrlvr_jax.rewards.verifier import LEAD, Verifier
 from medrlvr_jax.rollout import frozen
-from medrlvr_jax.rollout.generate import DrawSettings, generate
 from medrlvr_jax.rollout.frozen import FrozenModel
+from medrlvr_jax.rollout.generate import DrawSettings, generate
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import width
 from medrlvr_jax.types import Array, Params, Prompts
