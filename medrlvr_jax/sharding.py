@@ -231,12 +231,12 @@ def place_rows(tree: Any, n: int, mesh: Mesh) -> Any:
 
 
 def fetch_rows(tree: Any, mesh: Mesh) -> Any:
-    """This process's rows [H, …] of arrays that lie as `rows`, on the host; nothing crosses processes."""
+    """This process's rows [H, …] of arrays laid out by `rows`, on the host; nothing crosses processes."""
 
     def fetch(x):
         if not x.sharding.is_equivalent_to(rows(mesh), x.ndim):
             raise ValueError(
-                f"rows are fetched from arrays that lie as `rows`; this one lies as {x.sharding}"
+                f"rows are fetched from arrays laid out by `rows`; this one is laid out by {x.sharding}"
             )
         held, _ = own_rows(len(x), mesh)
         out = np.empty((len(held), *x.shape[1:]), x.dtype)

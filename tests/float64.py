@@ -319,7 +319,7 @@ def drawn(how: dict, small: bool) -> float:
     uniforms = rng.random((rows, 1), np.float32)
     token, drawn_at, policy_at, entropy = (
         np.asarray(x)
-        for x in jax.jit(partial(generate.draw, t=0, sample=settings, stop_ids=(1,)))(scores, uniforms)
+        for x in jax.jit(partial(draw.draw_token, t=0, sample=settings, stop_ids=(1,)))(scores, uniforms)
     )
     p = softmax(scores.astype(np.float64) / settings.temperature)
     kept = p.copy()

@@ -102,10 +102,10 @@ def train(
     `CheckpointError` and `Unwritable`.
     """
     check.check_best(config)
-    log.check(config, "train")
     given_terms = None if rewards is None else judges.from_callables(rewards)
     spec, given_rows = given(config.data, data)
     config = dataclasses.replace(config, data=spec)
+    log.check(config, "train")
     parts = build.build(config)
     with stage(f"reading {config.data.path} and the sets of eval.sets"):
         questions, how_read = read(config.data, given_rows)
