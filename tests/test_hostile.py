@@ -83,7 +83,7 @@ def test_nothing_read_is_run(tmp_path):
     imports = {
         p.name for p in (ROOT / "medrlvr_jax").rglob("*.py") if "importlib.import_module" in p.read_text()
     }
-    assert imports == {"__init__.py", "user.py"}  # the former brings its own modules alone
+    assert imports == {"__init__.py", "worker.py"}  # the former brings its own modules alone
     (tmp_path / "bomb.yaml").write_text("name: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(ConfigError, match=r"bomb.yaml: cannot be read: ConstructorError"):
         configs.load(tmp_path / "bomb.yaml")
