@@ -91,10 +91,13 @@ def _to_bytes(shares: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
 def _dicom(data: bytes, name: str) -> Image.Image:
     """One frame of a DICOM file, by DICOM PS3.3 C.11.1 (rescaling) and C.11.2.1.2 (windows)."""
     try:
-        import pydicom
+        import pydicom  # pyright: ignore[reportMissingImports]  (optional)
     except ImportError:
         raise DataError(f"{name}: reading DICOM needs pydicom; pip install 'medrlvr-jax[dicom]'") from None
-    from pydicom.pixels import apply_modality_lut, pixel_array
+    from pydicom.pixels import (  # pyright: ignore[reportMissingImports]
+        apply_modality_lut,
+        pixel_array,
+    )
 
     record = pydicom.dcmread(BytesIO(data))
     if (frames := int(record.get("NumberOfFrames") or 1)) > 1:
