@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from small_model import small
 
 from medrlvr_jax.config.schema import LoRAConfig, OptimConfig, SampleConfig
 from medrlvr_jax.model import attention, decoder, scoring, spec, splash
-from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import learn
 from medrlvr_jax.rollout import draw
 
@@ -145,18 +145,7 @@ def decoded(dtype: str, small: bool) -> float:
     return far(jax.jit(attention.decode)(q, (pk, pv), (ok, ov), jnp.asarray(mask), jnp.int32(t)), wanted)
 
 
-CFG = DecoderConfig(
-    vocab=64,
-    embed=32,
-    layers=1,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=48,
-    rope_theta=1e6,
-    norm_eps=1e-6,
-    tied=True,
-)
+CFG = small(vocab=64, layers=1, ffn=48, rope_theta=1e6)
 
 
 def scored(dtype: str, small: bool) -> float:

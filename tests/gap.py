@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from small_model import small
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig, SampleConfig
@@ -28,19 +29,7 @@ from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rollout import generate
 from medrlvr_jax.types import Prompts
 
-CFG = DecoderConfig(
-    vocab=512,
-    embed=64,
-    layers=2,
-    heads=8,
-    kv_heads=4,
-    head_dim=8,
-    ffn=128,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied=True,
-    qkv_bias=True,
-)
+CFG = small(vocab=512, embed=64, heads=8, kv_heads=4, ffn=128, qkv_bias=True)
 STOPS, PAD = tuple(range(1, 21)), 0  # many, so that responses end at all lengths
 BASE = {
     "pad": 0,

@@ -10,18 +10,16 @@ import numpy as np
 import pytest
 import tokenizers
 from byte_tokenizer import byte_tokenizer
+from small_model import small
 from test_text import make
 
 from medrlvr_jax.data.tokenizer import wrap
 from medrlvr_jax.model import decoder, scoring, spec
-from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rewards import joins
 from medrlvr_jax.rollout import ask
 from medrlvr_jax.types import Prompts
 
-CFG = DecoderConfig(
-    vocab=40, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, rope_theta=1e4, norm_eps=1e-6, tied=True
-)  # fmt: skip
+CFG = small()
 
 
 @pytest.mark.parametrize(

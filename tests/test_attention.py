@@ -8,28 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import small
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.model import attention, scoring, spec, splash
-from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.plan import flops
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
 
 attend = partial(splash.attend, interpret=True)
-CFG = DecoderConfig(
-    vocab=50,
-    embed=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=48,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied=True,
-)
+CFG = small(vocab=50, ffn=48)
 
 
 def arrays(questions, prompt, groups, length, kv_heads, heads, size):

@@ -158,26 +158,19 @@ def test_one_evaluation_by_hand(tmp_path):
             "options": 2,
             "entropy": 1.5,
         },
-        {
-            "id": "2",
-            "subject": "lung",
-            "answer": "B",
-            "key": "A",
-            "correct": False,
-            "format_ok": True,
-            "options": 2,
-            "entropy": 1.0,
-        },
-        {
-            "id": "2",
-            "subject": "lung",
-            "answer": "B",
-            "key": "A",
-            "correct": False,
-            "format_ok": True,
-            "options": 2,
-            "entropy": 1.0,
-        },
+        *2
+        * [
+            {
+                "id": "2",
+                "subject": "lung",
+                "answer": "B",
+                "key": "A",
+                "correct": False,
+                "format_ok": True,
+                "options": 2,
+                "entropy": 1.0,
+            }
+        ],
     ]
     rows += [row | {"id": "3", "repeats": "1"} for row in rows[:2]]
     found = answers.describe(answers.of_rows(rows, "set"))

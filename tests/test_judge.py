@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 from invariance import launch
+from small_model import small
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config import load as configs
@@ -18,24 +19,12 @@ from medrlvr_jax.config.reward import VerifierConfig
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder, spec
-from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.plan import aot, machines
 from medrlvr_jax.rl import train
 from medrlvr_jax.rollout import judge
 from medrlvr_jax.types import Prompts
 
-CFG = DecoderConfig(
-    vocab=264,
-    embed=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=64,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied=True,
-)
+CFG = small(vocab=264)
 TEXTS = ["a", "which is it? " * 3, "b" * 50, "which is it? " * 3, "c" * 80, "d" * 40]
 
 HARD = {"score": "hard", "max_new_tokens": 8, "dtype": "bfloat16", "offload": True, "verdicts": ("Yes", "No")}

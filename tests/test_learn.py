@@ -11,31 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.multihost_utils import process_allgather
+from small_model import small
 
 from medrlvr_jax import build, sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config import schema
 from medrlvr_jax.model import lora, scoring, spec
-from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import experience, learn, programs
 from medrlvr_jax.rollout import generate, sync
 from medrlvr_jax.rollout.assess import assess, assess_settings
 from medrlvr_jax.types import Experience, Learner, Prompts
 
-CFG = DecoderConfig(
-    vocab=64,
-    embed=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=64,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied=True,
-    qkv_bias=True,
-)
+CFG = small(vocab=64, qkv_bias=True)
 Q, P, G, R, GOOD = 8, 5, 4, 6, 5
 STOPS, PAD = (1, 2), 0
 

@@ -8,25 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import small
 
 from medrlvr_jax.model import cpu, decoder, scoring, spec
-from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
 
-CFG = DecoderConfig(
-    vocab=97,
-    embed=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=64,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied=True,
-    qkv_bias=True,
-)
+CFG = small(vocab=97, qkv_bias=True)
 Q, P, G, R = 3, 7, 2, 5
 
 

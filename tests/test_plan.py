@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from small_model import small
 
 from medrlvr_jax import build, cli
 from medrlvr_jax.config import load as configs
@@ -20,7 +21,6 @@ from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import families, scoring, spec
-from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.plan import aot, flops, machines, plan
 from medrlvr_jax.rl import train
 from medrlvr_jax.rl.programs import compile_ahead, make_programs
@@ -45,18 +45,7 @@ TREE = {
     "eval": {"batch": 8},
     "mesh": {"data": 1, "fsdp": 4},
 }
-CFG = DecoderConfig(
-    vocab=50,
-    embed=32,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=48,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied=True,
-)
+CFG = small(vocab=50, layers=3, ffn=48)
 Q, P, G, R = 2, 5, 3, 7
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_model import small
 
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import LoRAConfig
@@ -17,19 +18,7 @@ from medrlvr_jax.rl import learn
 from medrlvr_jax.types import Experience, Learner, Mean, Prompts
 
 Q, P, G, R = 4, 16, 4, 64
-CFG = DecoderConfig(
-    vocab=64,
-    embed=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    ffn=128,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied=True,
-    qkv_bias=True,
-)
+CFG = small(vocab=64, embed=64, head_dim=16, ffn=128, qkv_bias=True)
 
 
 def params_of(cfg: DecoderConfig):

@@ -4,26 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import small
 
 from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.model import decoder, scoring, spec
-from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rollout import decode, draw, generate, loops
 from medrlvr_jax.rollout.generate import DrawSettings
 from medrlvr_jax.types import Prompts
 
-CFG = DecoderConfig(
-    vocab=40,
-    embed=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=64,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied=True,
-)
+CFG = small()
 Q, P, G, R, PAD = 4, 7, 3, 9, 0
 STOPS = (1, 2)
 
