@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from medrlvr_jax import sharding
@@ -61,10 +60,8 @@ class Tower:
 def abstract_tower(parts: Parts) -> Params:
     """The vision tower's parameters as shapes with shardings."""
     assert parts.cfg.vision is not None
-    boxed = vision.abstract(parts.cfg.vision)
-    where, dtype = sharding.shardings(boxed, parts.mesh, sharding.TRAIN), jnp.dtype(parts.config.model.dtype)
-    shape = lambda box, place: jax.ShapeDtypeStruct(box.value.shape, dtype, sharding=place)
-    return jax.tree.map(shape, boxed, where, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    dtype = jnp.dtype(parts.config.model.dtype)
+    return sharding.structs(vision.abstract(parts.cfg.vision), parts.mesh, sharding.TRAIN, dtype)
 
 
 def build(config: Config) -> Parts:
@@ -102,10 +99,15 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
     sizes["eval.batch"] = config.eval.batch
     for name, size in sizes.items():
         sharding.check_divides(name, size, mesh, sharding.BATCH)
+    check_widths(cfg, mesh)
+    return Parts(config, tokenizer, cfg, cfg.run_with(value_head=True), mesh)
+
+
+def check_widths(cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> None:
+    """Refuse a mesh that cannot split the decoder's sizes."""
     widths = {"attention heads": cfg.heads, "MLP width": cfg.ffn, "vocabulary": cfg.vocab}
     sharding.check_model(mesh, "tensor", widths)
     sharding.check_model(mesh, "fsdp", {"embedding width": cfg.embed})
-    return Parts(config, tokenizer, cfg, cfg.run_with(value_head=True), mesh)
 
 
 def vision_of(cfg: DecoderConfig, config: Config) -> VisionConfig | None:

@@ -187,6 +187,13 @@ def shardings(boxed: Any, mesh: Mesh, table: dict) -> Any:
     return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
+def structs(boxed: Any, mesh: Mesh, table: dict, dtype: Any) -> Any:
+    """ShapeDtypeStructs of one dtype, with shardings, for a tree as `shardings` takes it."""
+    struct = lambda box, place: jax.ShapeDtypeStruct(box.value.shape, dtype, sharding=place)
+    is_leaf = lambda leaf: isinstance(leaf, nn.Partitioned)
+    return jax.tree.map(struct, boxed, shardings(boxed, mesh, table), is_leaf=is_leaf)
+
+
 def of_one(stacked: Any) -> Any:
     """Shardings of one layer, from those of all layers stacked along a leading axis."""
     return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:])), stacked)

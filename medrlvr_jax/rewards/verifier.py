@@ -129,6 +129,12 @@ def verdict(reply: str, verdicts: tuple[str, str]) -> bool | None:
     return words[0] == yes
 
 
+def hard_reply(text: str, verdicts: tuple[str, str]) -> float | None:
+    """`verdict` as a value: 1 for Yes, 0 for No."""
+    yes = verdict(text, verdicts)
+    return None if yes is None else float(yes)
+
+
 def length_factor(answer: int, reference: int, penalty: float) -> float:
     """1 − penalty · min(10, |difference of the lengths in tokens|): General-Reasoner has 0.05."""
     return 1 - penalty * min(MOST, abs(answer - reference))

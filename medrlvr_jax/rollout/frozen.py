@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from medrlvr_jax import sharding
+from medrlvr_jax.build import check_widths, places
 from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import spec, weights
@@ -63,24 +63,16 @@ def lay_out(
         narrow=platform == "cpu",
     )
     try:
-        sizes = {"attention heads": cfg.heads, "MLP width": cfg.ffn, "vocabulary": cfg.vocab}
-        sharding.check_model(mesh, "tensor", sizes)
-        sharding.check_model(mesh, "fsdp", {"embedding width": cfg.embed})
+        check_widths(cfg, mesh)
     except ConfigError as e:
         raise ConfigError(f"{field}: {e}; or take another model") from None
     cfg = dataclasses.replace(cfg, execution=execution)
-    boxed = spec.abstract(cfg)
-    params = jax.tree.map(
-        lambda box, place: jax.ShapeDtypeStruct(box.value.shape, jnp.dtype(dtype), sharding=place),
-        boxed,
-        sharding.shardings(boxed, mesh, table),
-        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
-    )
+    params = sharding.structs(spec.abstract(cfg), mesh, table, jnp.dtype(dtype))
     return FrozenModel(cfg, tokenizer, mesh, params)
 
 
 def load(model: FrozenModel, path: str) -> FrozenModel:
     """A laid out model with the weights of the directory or hub name `path`."""
-    places = jax.tree.map(lambda p: p.sharding, model.params)
     dtype = jax.tree.leaves(model.params)[0].dtype
-    return dataclasses.replace(model, params=weights.load_params(path, model.cfg, places, dtype))
+    params = weights.load_params(path, model.cfg, places(model.params), dtype)
+    return dataclasses.replace(model, params=params)

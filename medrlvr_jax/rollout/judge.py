@@ -145,10 +145,8 @@ class Judge:
     def _read(self, result: Any) -> list[verifier.Reply]:
         if self.settings.score == "soft":
             return result.tolist()
-        said = (
-            verifier.verdict(reply, self.settings.verdicts) for reply in self.model.tokenizer.decode(*result)
-        )
-        return [None if yes is None else float(yes) for yes in said]
+        texts = self.model.tokenizer.decode(*result)
+        return [verifier.hard_reply(reply, self.settings.verdicts) for reply in texts]
 
 
 def lay_out(
@@ -199,8 +197,7 @@ class Remote:
     def _read(self, reply: Reply) -> float | None:
         if self.settings.score == "soft":
             return yes_share(reply.first, self.settings.verdicts)
-        yes = verifier.verdict(reply.text, self.settings.verdicts)
-        return None if yes is None else float(yes)
+        return verifier.hard_reply(reply.text, self.settings.verdicts)
 
 
 Prepared = Mapping[str, Judge | Remote]  # the verifiers of a run by their components' names
