@@ -145,6 +145,15 @@ def join_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
+def map_rows(f: Callable[[Any], Any], tree: Any, size: int) -> Any:
+    """f of a tree of arrays of rows, `size` rows at a time to hold less memory; the result is laid out by
+    rows.
+    """
+    if size == len(jax.tree.leaves(tree)[0]):
+        return by_rows(f(tree))
+    return by_rows(join_rows(jax.lax.map(f, split_rows(tree, size))))
+
+
 def splits_words(vocab: int) -> bool:
     """Whether the mesh in use divides the vocabulary over `tensor` and `fsdp` together."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -53,7 +53,8 @@ def scored(completions, keys, samples):
         for c, ok in zip(completions, verdicts.format_ok, strict=True)
     ]
     lengths = np.array([len(c.split()) for c in completions])
-    return Scored(questions, np.arange(n), completions, verdicts, lengths, np.ones(n, bool), shown)
+    tokens = np.zeros((n, lengths.max()), np.int32)
+    return Scored(questions, np.arange(n), completions, tokens, verdicts, lengths, np.ones(n, bool), shown)
 
 
 def test_flags_of_each_completion():

@@ -105,7 +105,7 @@ def answered(setting, name):
         section = next(c for c in parts.config.reward.components if (c.name or c.kind) == name)
         scores = policy_rewards.start_scores(parts, section, start, encoded, lambda done, n: None)
         reward.baseline.update(scores)
-    request = place_scored(reward.request(scored, rollout), scored, 8, parts)
+    request = place_scored(reward.request(scored), scored, 8, parts)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), request) == jax.tree.map(
         lambda x: (x.shape, x.dtype), reward.shapes
     )

@@ -72,14 +72,24 @@ def grade(
         shares |= counted
         prefix = f"{term.name}: " if len(terms) > 1 else ""
         failed = {row: prefix + reason for row, reason in reasons.items()} | failed
-    paid, penalty = np.zeros(len(completions)), np.zeros(len(completions))
+    paid, penalty = add_terms(np.zeros(len(completions)), np.zeros(len(completions)), terms, columns)
+    verdict = {name: getattr(graded, name) for name in ("format_ok", "correct", "answer", "reason")}
+    return Verdicts(paid, penalty, **verdict, components=columns, failed=failed, shares=shares)
+
+
+def add_terms(
+    paid: Float64[np.ndarray, " N"],
+    penalty: Float64[np.ndarray, " N"],
+    terms: Sequence[Component],
+    columns: Mapping[str, np.ndarray],
+) -> tuple[Float64[np.ndarray, " N"], Float64[np.ndarray, " N"]]:
+    """What is paid and what is subtracted, with the terms added, each by its weight; columns [N] by name."""
     for term in terms:
         if term.penalty:
             penalty = penalty - term.weight * columns[term.name]
         else:
             paid = paid + term.weight * columns[term.name]
-    verdict = {name: getattr(graded, name) for name in ("format_ok", "correct", "answer", "reason")}
-    return Verdicts(paid, penalty, **verdict, components=columns, failed=failed, shares=shares)
+    return paid, penalty
 
 
 def read(

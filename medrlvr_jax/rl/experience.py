@@ -12,7 +12,7 @@ import numpy as np
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import COMPARING, AdvantageConfig, KLConfig, LossConfig, SpreadConfig
 from medrlvr_jax.host.processes import gather
-from medrlvr_jax.rewards.base import Verdicts
+from medrlvr_jax.rewards.base import Verdicts, add_terms
 from medrlvr_jax.rewards.components import Component, components
 from medrlvr_jax.rl import advantages
 from medrlvr_jax.rollout.rollout import Scored
@@ -49,7 +49,7 @@ class PolicyReward(NamedTuple):
     """A component that asks the policy itself: the host makes requests while it grades, a program answers."""
 
     program: Any  # jitted: (base, policy, prompts, rollout, request) → float32 [Q, G], laid out by rows
-    request: Callable[[Scored, Rollout], Any]  # a tree of arrays [N, …], one row for each that is scored
+    request: Callable[[Scored], Any]  # a tree of arrays [N, …], one row for each that is scored
     shapes: Any  # the request of a whole batch: a tree of ShapeDtypeStructs [Q, G, …]
     # what the start policy says, by question: filled before the first step; None: it is not asked
     baseline: dict[str, float] | None = None
@@ -114,12 +114,8 @@ def with_asked(
     _, counted = own_rows(n, parts.mesh)
     v = scored.verdicts
     values = dict(v.components) | {k: x[counted].ravel() for k, x in fetch_rows(asked, parts.mesh).items()}
-    paid, penalty = v.paid, v.penalty
-    for term in (term for term in terms if term.on_device):
-        if term.penalty:
-            penalty = penalty - term.weight * values[term.name]
-        else:
-            paid = paid + term.weight * values[term.name]
+    device = [term for term in terms if term.on_device]
+    paid, penalty = add_terms(v.paid, v.penalty, device, values)
     ordered = {term.name: values[term.name] for term in terms}
     verdicts = dataclasses.replace(v, paid=paid, penalty=penalty, components=ordered)
     return dataclasses.replace(scored, verdicts=verdicts)

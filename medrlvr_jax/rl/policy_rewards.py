@@ -124,14 +124,10 @@ class Responses(NamedTuple):
     begun: int  # characters of a completion before them
 
 
-def responses(parts: Parts, scored: Scored, rollout: Rollout) -> Responses:
+def responses(parts: Parts, scored: Scored) -> Responses:
     """This process's scored rows."""
-    _, counted = own_rows(len(rollout.tokens), parts.mesh)
-    tokens, mask = (x[counted] for x in fetch_rows((rollout.tokens, rollout.mask), parts.mesh))
-    length, stops = tokens.shape[-1], parts.tokenizer.stop_ids
-    pairs = zip(tokens.reshape(-1, length), mask.reshape(-1, length), strict=True)
-    rows = [row[keep].tolist() for row, keep in pairs]
-    rows = [row[:-1] if row and row[-1] in stops else row for row in rows]
+    sizes = scored.lengths - scored.stopped
+    rows = [row[:size].tolist() for row, size in zip(scored.tokens, sizes, strict=True)]
     begun = judged_beginning(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode)
     return Responses(rows, [c[len(begun) :] for c in scored.completions], len(begun))
 
@@ -168,7 +164,6 @@ def probability_request(
     section: ProbabilityConfig,
     baseline: Mapping[str, float] | None,
     scored: Scored,
-    rollout: Rollout,
 ) -> ProbabilityRequest:
     """[N, …]: the right answer behind each thought whose format is kept."""
     wanted, format_ok = {}, scored.verdicts.format_ok
@@ -179,7 +174,7 @@ def probability_request(
             spaced = completion[where.answer - 1] in WHITE  # as the model has it, if it has any
             wanted[i] = where.answer, ("" if spaced else lead, answer)
     width = section.max_tokens + LEAD
-    found = joined(parts.tokenizer, responses(parts, scored, rollout), wanted)
+    found = joined(parts.tokenizer, responses(parts, scored), wanted)
     rows = [j and j._replace(ids=j.ids[:width]) for j in found]
     level = [0.0 if baseline is None else baseline[question_hash(q)] for q in scored.questions]
     room = answer_columns(section, parts.config.sample.max_new_tokens)
@@ -299,7 +294,7 @@ def letter_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(row[-1] for row in rows)
 
 
-def consistency_request(parts: Parts, scored: Scored, rollout: Rollout) -> ConsistencyRequest:
+def consistency_request(parts: Parts, scored: Scored) -> ConsistencyRequest:
     """[N, …]: the letter that was given behind each thought without its last sentence."""
     wanted = {}
     for i in np.flatnonzero(scored.verdicts.format_ok).tolist():
@@ -310,7 +305,7 @@ def consistency_request(parts: Parts, scored: Scored, rollout: Rollout) -> Consi
             seam = completion[end + len(END_THINK) : completion.index(ANSWER)][:SEAM]
             letter = str(scored.verdicts.answer[i])
             wanted[i] = begin + len(kept), (f"{END_THINK}{seam}{ANSWER}", letter)
-    rows = joined(parts.tokenizer, responses(parts, scored, rollout), wanted)
+    rows = joined(parts.tokenizer, responses(parts, scored), wanted)
     offered = np.arange(len(LETTERS)) < np.array([[len(q.options)] for q in scored.questions])
     letters = np.where(offered, np.array(letter_tokens(parts.tokenizer)), -1).astype(np.int32)
     return ConsistencyRequest(ask.endings(rows, CUT, parts.config.sample.max_new_tokens), letters)

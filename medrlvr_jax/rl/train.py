@@ -329,7 +329,7 @@ def grade(
         scored = score_rollout(parts, encoded, index, rollout, coin, training.terms)
         graded = host_columns(scored.verdicts, training.terms, parts.config.advantage)
         asked = training.programs.policy_rewards
-        requests = {name: reward.request(scored, rollout) for name, reward in asked.items()}
+        requests = {name: reward.request(scored) for name, reward in asked.items()}
     rewards, requests = place_scored((graded, requests), scored, n, parts)
     return Graded(rewards, requests, scored, least_spread)
 

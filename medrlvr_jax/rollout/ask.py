@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
@@ -16,7 +15,7 @@ from jaxtyping import Bool, Float32, Int32
 from medrlvr_jax.model import scoring
 from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rewards.joins import Join
-from medrlvr_jax.sharding import by_rows, join_rows, split_rows
+from medrlvr_jax.sharding import map_rows
 from medrlvr_jax.types import Array, Params, Prompts, pytree
 
 T = TypeVar("T")
@@ -137,13 +136,11 @@ def differs(
 
 def _in_parts(tree: T, mask: Array, at: Callable[[T, int], Array], how: Pass) -> Array:
     """`at` of `how.micro` questions of the tree at a time, each part at the least row size that holds it."""
-    questions, groups, length = mask.shape
+    _, groups, length = mask.shape
     sizes = scoring.row_sizes(how.shares, groups, length)
 
     def part(pair: tuple[T, Array]) -> Array:
         tree, mask = pair
         return scoring.at_row_size(mask, sizes, partial(at, tree))
 
-    if how.micro == questions:
-        return by_rows(part((tree, mask)))
-    return by_rows(join_rows(jax.lax.map(part, split_rows((tree, mask), how.micro))))
+    return map_rows(part, (tree, mask), how.micro)

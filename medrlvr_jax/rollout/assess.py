@@ -11,7 +11,7 @@ import jax
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model import lora, scoring
 from medrlvr_jax.model.spec import DecoderConfig
-from medrlvr_jax.sharding import by_rows, join_rows, split_rows
+from medrlvr_jax.sharding import map_rows
 from medrlvr_jax.types import Array, Assessment, Frozen, Params, Prompts, Rollout
 
 
@@ -89,7 +89,4 @@ def assess(
     def part(rows: scoring.Rows) -> Assessment:
         return scoring.at_row_size(rows.mask, settings.sizes, partial(at, rows))
 
-    rows = scoring.Rows(prompts, rollout.tokens, rollout.mask)
-    if settings.micro == len(rows.tokens):
-        return by_rows(part(rows))
-    return by_rows(join_rows(jax.lax.map(part, split_rows(rows, settings.micro))))
+    return map_rows(part, scoring.Rows(prompts, rollout.tokens, rollout.mask), settings.micro)

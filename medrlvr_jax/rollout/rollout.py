@@ -84,6 +84,7 @@ class Scored:
     questions: list[Question]  # [N]
     places: np.ndarray  # int [N], each row's place among the Q·G of the whole batch
     completions: list[str]  # [N]
+    tokens: np.ndarray  # int32 [N, R], as they were drawn; `lengths` of each are the response's
     verdicts: Verdicts  # of the same rows
     lengths: np.ndarray  # int [N], tokens up to and including the stop token
     stopped: np.ndarray  # bool [N], False where the budget cut the response
@@ -196,7 +197,7 @@ def score_rollout(
         verdicts = tossed(verdicts, paid.ravel())
     places = (own[:, None] * groups + np.arange(groups)).ravel()
     shown = shown_stages(completions, questions, verdicts, rule.mode)
-    return Scored(questions, places, completions, verdicts, lengths, stopped, shown)
+    return Scored(questions, places, completions, flat, verdicts, lengths, stopped, shown)
 
 
 def shown_stages(

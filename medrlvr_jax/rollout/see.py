@@ -25,9 +25,7 @@ SCORES = 2**28  # attention scores of whole images that a device holds at a time
 def see(params: Params, images: Images, *, cfg: VisionConfig, dtype: Any, at_once: int) -> Array:
     """The image tokens [Q, T, E] of each question by slot; `at_once` questions at a time."""
     tower = partial(vision.tower, params, cfg, dtype=dtype)
-    if at_once == len(images.pixels):
-        return sharding.by_rows(tower(images))
-    return sharding.by_rows(sharding.join_rows(jax.lax.map(tower, sharding.split_rows(images, at_once))))
+    return sharding.map_rows(tower, images, at_once)
 
 
 def settings(parts: Parts, questions: int, windows: int) -> dict[str, Any]:
