@@ -166,7 +166,6 @@ def override(tree: dict[str, Any], item: str) -> None:
     if kinds <= {str, type(None)} and not isinstance(value, str | list | dict | None):
         value = text.strip()  # name=2024 names a run, though YAML reads a number
     _put(tree, path, value, item)
-    spell_out_reward(tree)
 
 
 def merge(tree: dict[str, Any], overrides: Mapping[str, Any], above: tuple[str, ...] = ()) -> None:
@@ -178,7 +177,6 @@ def merge(tree: dict[str, Any], overrides: Mapping[str, Any], above: tuple[str, 
             merge(tree, value, path)
         else:
             _put(tree, path, str(value) if isinstance(value, PurePath) else value, ".".join(path))
-            spell_out_reward(tree)
 
 
 def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any, item: str) -> None:
@@ -191,6 +189,7 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any, item: str) -> 
             raise ConfigError(f"override {item!r}: {'.'.join(parents[: i + 1])} is a value, it has no fields")
         node = node[key]
     node[leaf] = value
+    spell_out_reward(tree)
 
 
 def section_class(kind: Any) -> type | None:

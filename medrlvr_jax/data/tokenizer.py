@@ -52,11 +52,14 @@ class Tokenizer:
 
     def spell(self, texts: list[str]) -> list[list[int]]:
         """Untrusted texts as tokens, none of them special; `DataError` where that cannot be."""
-        rows = [encoding.ids for encoding in self.plain.encode_batch(texts, add_special_tokens=False)]
-        for text, ids in zip(texts, rows, strict=True):
-            if bad := self.special_ids.intersection(
-                ids
-            ):  # only where the vocabulary holds special tokens as words
+        return [encoding.ids for encoding in self.spell_with_offsets(texts)]
+
+    def spell_with_offsets(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """`spell`, with the characters of each token: `ids` and `offsets` of each text."""
+        rows = self.plain.encode_batch(texts, add_special_tokens=False)
+        for text, row in zip(texts, rows, strict=True):
+            # only where the vocabulary holds special tokens as words
+            if bad := self.special_ids.intersection(row.ids):
                 names = ", ".join(self.trusted.id_to_token(i) or str(i) for i in sorted(bad))
                 problem = f"it spells {names}, which this tokenizer cannot keep apart from text"
                 raise DataError(f"text {text[:60]!r} …: {problem}; take it out")

@@ -23,10 +23,7 @@ from medrlvr_jax.rewards.stages import STAGES
 from medrlvr_jax.runs.log import Records
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish
-POINTS, STAGE_POINTS = (
-    150,
-    40,
-)  # of a curve, of a picture of stages, at most: pages stay small
+POINTS, STAGE_POINTS = 150, 40  # of a curve, of a picture of stages, at most: pages stay small
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

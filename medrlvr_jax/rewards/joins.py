@@ -119,9 +119,8 @@ def _spell(
     """For each (text before, new text): the tokens of both together, and the first that has a character of
     the new."""
     texts = [before + new for before, new in pairs]
-    offsets = [row.offsets for row in tokenizer.plain.encode_batch(texts, add_special_tokens=False)]
     out = {}
-    for pair, ids, spans in zip(pairs, tokenizer.spell(texts), offsets, strict=True):
-        start = next((i for i, (_, end) in enumerate(spans) if end > len(pair[0])), len(ids))
-        out[pair] = ids, start
+    for pair, row in zip(pairs, tokenizer.spell_with_offsets(texts), strict=True):
+        start = next((i for i, (_, end) in enumerate(row.offsets) if end > len(pair[0])), len(row.ids))
+        out[pair] = row.ids, start
     return out
