@@ -61,8 +61,7 @@ class LoadedModel:
 
     @property
     def config(self) -> Config:
-        """The run's settings; of a model without a run, those it is asked with: `prompt`, `reward`,
-        `model`.
+        """The run's settings; of a model without a run, those it is asked with: `prompt`, `reward`, `model`.
         """
         return self.parts.config
 
@@ -109,12 +108,10 @@ def load_model(
     """A run's policy, or a model that no run has trained, on this machine's devices.
 
     `source`: a run's folder; or a Hugging Face directory, a hub name or "embedded".
-    `step`: of a run, the
-    checkpoint to take; the newest whole one unless given.
-    `settings`: replace the run's, as in `load_config`,
-    such as {"mesh.fsdp": 4} or {"model.dtype": "bfloat16"}; a model without a run has the defaults of
-    `Config`, and needs {"prompt.template": "none"} where questions are to be asked without the instructions
-    that Med-RLVR puts before them.
+    `step`: of a run, the checkpoint to take; the newest whole one unless given.
+    `settings`: replace the run's, as in `load_config`, such as {"mesh.fsdp": 4} or {"model.dtype":
+    "bfloat16"}; a model without a run has the defaults of `Config`, and needs {"prompt.template": "none"}
+    where questions are to be asked without the instructions that Med-RLVR puts before them.
 
     Raises `ConfigError` where there is no such model, or it does not fit this machine; `CheckpointError`
     where a run has no such checkpoint.
@@ -167,12 +164,11 @@ def generate(
 
     `prompts`: texts, which the model gets as they stand; or questions (`Question`, or dicts with the fields
     of formats.py), which are worded as the model's `config.prompt` says.
-    `sampling`: `max_new_tokens`,
-    `samples`, `temperature`, `top_k`, `top_p`, `min_new_tokens`; see `Sampling`.
+    `sampling`: `max_new_tokens`, `samples`, `temperature`, `top_k`, `top_p`, `min_new_tokens`; see
+    `Sampling`.
 
-    Sample j of prompt i is a
-    function of (`seed`, i, j): neither `batch`, the number of prompts at a time, nor the other prompts change
-    it.
+    Sample j of prompt i is a function of (`seed`, i, j): neither `batch`, the number of prompts at a time,
+    nor the other prompts change it.
 
     Raises `ConfigError` where a prompt and `max_new_tokens` together are more than the model's positions, or
     a prompt has no tokens.
@@ -228,10 +224,9 @@ def evaluate(
     does.
 
     `model`: a `LoadedModel`, or what `load_model` takes.
-    `questions`: `Question`s or dicts, a
-    `datasets.Dataset`, or a path such as "dev.jsonl" or "embedded:in_distribution".
-    `max_new_tokens`: the
-    run's own, unless given.
+    `questions`: `Question`s or dicts, a `datasets.Dataset`, or a path such as "dev.jsonl" or
+    "embedded:in_distribution".
+    `max_new_tokens`: the run's own, unless given.
 
     Raises `ConfigError` for questions that cannot be used: see formats.py.
     """

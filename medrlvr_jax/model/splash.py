@@ -1,5 +1,5 @@
-"""attention.py's `plain` by the TPU's block-sparse kernel
-(jax.experimental.pallas.ops.tpu.splash_attention, after Dao 2023, arXiv 2307.08691).
+"""attention.py's `plain` by the TPU's block-sparse kernel (jax.experimental.pallas.ops.tpu.splash_attention,
+after Dao 2023, arXiv 2307.08691).
 
 No scores exist outside of a block, in the forward or the backward pass, and blocks that the mask empties,
 those above the diagonal among them, are skipped. (On GPU, cuDNN's, which `jax.nn.dot_product_attention`

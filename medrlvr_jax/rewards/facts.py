@@ -3,9 +3,9 @@
     reward = named facts ÷ max(the question's facts, all facts named ÷ SPARE)     where the answer is right
              half of that                                                         where it is wrong
 
-There the entities of a report are the facts, here `Question.facts` are: each one text or several that
-state it. A fact is named where the words of one of its texts stand in the thought one behind the other,
-whatever stands between them and whatever their case. A policy gains nothing by
+There the entities of a report are the facts, here `Question.facts` are: each one text or several that state
+it. A fact is named where the words of one of its texts stand in the thought one behind the other, whatever
+stands between them and whatever their case. A policy gains nothing by
 
 - naming no facts, since those of a wrong answer pay too; or answering at random, since they pay half;
 - listing facts: of all facts of the set, a thought may name `SPARE` for each of its own question (it may

@@ -88,13 +88,12 @@ def train(
     and returns N finite numbers. user.py says what follows where it does not. Accuracies and evaluations stay
     the rule's.
 
-    `data`: what to train on in place of `config.data.path`: `Question`s, or dicts with the fields
-    of one of the formats in formats.py, in a list or a `datasets.Dataset`; or a path as in
-    `config.data.path`. The other settings of `config.data` hold for it too.
+    `data`: what to train on in place of `config.data.path`: `Question`s, or dicts with the fields of one of
+    the formats in formats.py, in a list or a `datasets.Dataset`; or a path as in `config.data.path`. The
+    other settings of `config.data` hold for it too.
 
-    `callbacks`: called as f(step,
-    metrics) after each step, which is 1, 2, …, with the step's line of metrics.jsonl; where one returns True,
-    the run saves a checkpoint and stops.
+    `callbacks`: called as f(step, metrics) after each step, which is 1, 2, …, with the step's line of
+    metrics.jsonl; where one returns True, the run saves a checkpoint and stops.
 
     Returns what summary.json holds; of a run that was stopped before its end, by a callback or by a signal
     (Ctrl-C), `name`, `steps`, `done` and `exit_status`: the same call goes on from there. Raises
@@ -349,8 +348,7 @@ def ask(
 
 
 def draw(training: Training, state: TrainState, prompts: Prompts, key: Array) -> Rollout:
-    """Responses by the policy. The sampler's copy of it (`sync.WeightSync`) lives no longer than this
-    call.
+    """Responses by the policy. The sampler's copy of it (`sync.WeightSync`) lives no longer than this call.
     """
     parts, programs = training.parts, training.programs
     params = programs.sync_weights(lora.join(training.frozen.base, state.policy.params))
