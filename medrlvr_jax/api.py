@@ -61,8 +61,7 @@ class LoadedModel:
 
     @property
     def config(self) -> Config:
-        """The run's settings; of a model without a run, those it is asked with: `prompt`, `reward`, `model`.
-        """
+        """The run's settings; without a run, those the model is asked with: `prompt`, `reward`, `model`."""
         return self.parts.config
 
     @cached_property

@@ -22,8 +22,7 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True)
 def pytree(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose fields are all children. No checks inside: JAX rebuilds it at every unflatten.
-    """
+    """A frozen dataclass whose fields are all children. It checks nothing: JAX unflattens it often."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
 

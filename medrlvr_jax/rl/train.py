@@ -348,8 +348,7 @@ def ask(
 
 
 def draw(training: Training, state: TrainState, prompts: Prompts, key: Array) -> Rollout:
-    """Responses by the policy. The sampler's copy of it (`sync.WeightSync`) lives no longer than this call.
-    """
+    """Responses by the policy. The sampler's copy of it (`sync.WeightSync`) lives only during this call."""
     parts, programs = training.parts, training.programs
     params = programs.sync_weights(lora.join(training.frozen.base, state.policy.params))
     settings = draw_settings(parts, parts.sampler_cfg, parts.config.sample)
