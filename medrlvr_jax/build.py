@@ -64,11 +64,18 @@ def abstract_tower(parts: Parts) -> Params:
     return sharding.structs(vision.abstract(parts.cfg.vision), parts.mesh, sharding.TRAIN, dtype)
 
 
+def read_model(path: str, field: str = "model.path") -> tuple[DecoderConfig, Tokenizer]:
+    """Architecture and tokenizer of a directory or hub name. `field`: the setting that names it, for
+    `ConfigError`s.
+    """
+    cfg, tokenizer = weights.read_config(path, field), load_tokenizer(path, field)
+    tokenizer.check_fits(cfg.vocab, path, field)
+    return cfg, tokenizer
+
+
 def build(config: Config) -> Parts:
     """Read everything that can be refused before any device work, then lay out the mesh."""
-    cfg = weights.read_config(config.model.path)
-    tokenizer = load_tokenizer(config.model.path)
-    tokenizer.check_fits(cfg.vocab, config.model.path)
+    cfg, tokenizer = read_model(config.model.path)
     require_equal(lambda: _settings(config) | {"the model's config.json": repr(cfg)})
     parts = lay_out(config, tokenizer, cfg)
     return dataclasses.replace(parts, tower=Tower(parts)) if parts.cfg.vision else parts

@@ -91,35 +91,39 @@ class Tokenizer:
         rows = [row[:-1] if row and row[-1] in self.stop_ids else row for row in rows]
         return self.trusted.decode_batch(rows, skip_special_tokens=False)
 
-    def check_fits(self, vocab_size: int, path: str) -> None:
+    def check_fits(self, vocab_size: int, path: str, field: str = "model.path") -> None:
         """Ids beyond the embedding table would silently read its last row."""
         if self.vocab_size > vocab_size:
             ends = f"the model's vocabulary ends at {vocab_size - 1}"
             problem = f"the tokenizer has ids up to {self.vocab_size - 1}, {ends}"
             remedy = "take the tokenizer that came with the model, or enlarge the model's embedding"
-            raise ConfigError(f"model.path: {path}: {problem}; {remedy}")
+            raise ConfigError(f"{field}: {path}: {problem}; {remedy}")
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """From a Hugging Face directory, a hub name, or `embedded`. Code from a repository is never run."""
+def load_tokenizer(path: str, field: str = "model.path") -> Tokenizer:
+    """From a Hugging Face directory, a hub name, or `embedded`. Code from a repository is never run. `field`:
+    the setting that names it, for `ConfigError`s.
+    """
     from transformers import AutoTokenizer
 
-    folder = resolve(path)
-    needed = "model.path needs a tokenizer.json and its settings as transformers reads them"
+    folder = resolve(path, field)
+    needed = f"{field} needs a tokenizer.json and its settings as transformers reads them"
     with files.reading(folder, f"{needed}; take those that came with the model"):
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     stops: list[int] = []
     for file in (folder / "generation_config.json", folder / "config.json"):
         eos = files.read_json(file).get("eos_token_id") if file.is_file() else None
         stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return wrap(hf, stops, path)
+    return wrap(hf, stops, f"{field}: {path}")
 
 
-def wrap(hf: Any, stops: Sequence[int] = (), path: str = "tokenizer") -> Tokenizer:
-    """The `Tokenizer` of `hf`. It stops at its end token, at `stops`, and where its template ends a turn."""
+def wrap(hf: Any, stops: Sequence[int] = (), source: str = "tokenizer") -> Tokenizer:
+    """The `Tokenizer` of `hf`, in errors named `source`. It stops at its end token, at `stops`, and where its
+    template ends a turn.
+    """
     if not getattr(hf, "is_fast", False):
         remedy = "convert it with transformers and save it again"
-        raise ConfigError(f"model.path: {path}: {type(hf).__name__} has no tokenizer.json; {remedy}")
+        raise ConfigError(f"{source}: {type(hf).__name__} has no tokenizer.json; {remedy}")
     trusted, plain = (tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str()) for _ in range(2))
     for encoder in (trusted, plain):
         encoder.no_truncation()
@@ -128,7 +132,7 @@ def wrap(hf: Any, stops: Sequence[int] = (), path: str = "tokenizer") -> Tokeniz
     ends = [hf.eos_token_id, *stops, _turn_end(hf, trusted)]
     stop_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
     if not stop_ids:
-        raise ConfigError(f"model.path: {path}: no end token; set eos_token in tokenizer_config.json")
+        raise ConfigError(f"{source}: no end token; set eos_token in tokenizer_config.json")
     pad_id = stop_ids[0] if hf.pad_token_id is None else hf.pad_token_id
     return Tokenizer(hf, trusted, plain, pad_id, stop_ids, max(trusted.get_vocab().values()) + 1)
 

@@ -70,9 +70,9 @@ SIDE_FILES = (
 )
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, field: str = "model.path") -> Path:
     """The directory of a source such as "embedded", of a path, or of a hub name (downloaded, or found in the
-    hub's cache).
+    hub's cache). `field`: the setting that names it, for `ConfigError`s.
     """
     if source := SOURCES.get(str(path)):
         return source.model
@@ -82,21 +82,21 @@ def resolve(path: str | Path) -> Path:
     beside = bool(local.parent.name) and local.parent.is_dir()  # models/typo, where there is a folder models
     if beside or local.exists() or local.is_absolute() or str(path).startswith(".") or len(local.parts) > 2:
         raise ConfigError(
-            f"model.path: {path}: no such directory; give a Hugging Face directory, a hub name, or embedded"
+            f"{field}: {path}: no such directory; give a Hugging Face directory, a hub name, or embedded"
         )
-    with files.reading(f"model.path: {path}", "it is no directory here, and the hub did not give it"):
+    with files.reading(f"{field}: {path}", "it is no directory here, and the hub did not give it"):
         return Path(
             snapshot_download(str(path), allow_patterns=["*.json", "model*.safetensors", *SIDE_FILES])
         )
 
 
-def read_config(path: str | Path) -> DecoderConfig:
-    """The architecture that a directory's config.json describes."""
-    file = resolve(path) / "config.json"
+def read_config(path: str | Path, field: str = "model.path") -> DecoderConfig:
+    """The architecture that a directory's config.json describes. `field`: see `resolve`."""
+    file = resolve(path, field) / "config.json"
     if not file.is_file():
         run, remedy = file.parent, "a Hugging Face directory has one"
         if (run / "checkpoints").is_dir():
-            remedy = f"this is a run: medrlvr export {run} {run}/hf, then model.path={run}/hf"
+            remedy = f"this is a run: medrlvr export {run} {run}/hf, then {field}={run}/hf"
         raise ConfigError(f"{file}: not there; {remedy}")
     given = files.read_json(file)
     kind = given.get("model_type")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from medrlvr_jax import sharding
 from medrlvr_jax.build import check_widths, places
-from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
+from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import spec, weights
 from medrlvr_jax.model.spec import DecoderConfig, Execution
@@ -36,23 +36,11 @@ class FrozenModel:
         return dataclasses.replace(self, params=sharding.to_memory(self.params, kind))
 
 
-def read(path: str, field: str) -> tuple[DecoderConfig, Tokenizer]:
-    """Architecture and tokenizer of a directory or hub name. `field`: the setting that names it, for
-    `ConfigError`s.
-    """
-    try:
-        cfg, tokenizer = weights.read_config(path), load_tokenizer(path)
-        tokenizer.check_fits(cfg.vocab, path)
-    except ConfigError as e:
-        raise ConfigError(str(e).replace("model.path", field)) from None
-    return cfg, tokenizer
-
-
 def lay_out(
     cfg: DecoderConfig, tokenizer: Any, mesh: jax.sharding.Mesh, dtype: str, table: dict, field: str
 ) -> FrozenModel:
     """A model that never learns, its parameters as shapes: of one dtype, laid out by `table` (sharding.TRAIN
-    or DECODE). `field` as in `read`.
+    or DECODE). `field`: the setting that names it.
     """
     platform = mesh.devices.flat[0].platform
     execution = Execution(

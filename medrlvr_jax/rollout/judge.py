@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medrlvr_jax import sharding
-from medrlvr_jax.build import Parts
+from medrlvr_jax.build import Parts, read_model
 from medrlvr_jax.config.reward import RewardConfig, VerifierConfig
 from medrlvr_jax.config.schema import PromptConfig, SampleConfig
 from medrlvr_jax.data import prompts as text
@@ -163,7 +163,7 @@ def lay_out(
 
 def read(settings: VerifierConfig, mesh: jax.sharding.Mesh, field: str) -> Judge:
     """`lay_out` of the model that the settings name; all that can be refused before device work is."""
-    cfg, tokenizer = frozen.read(settings.model, f"{field}.model")
+    cfg, tokenizer = read_model(settings.model, f"{field}.model")
     judge = lay_out(settings, cfg, tokenizer, mesh, field)
     needed = judge.widths[-1] + (settings.max_new_tokens if settings.score == "hard" else 0)
     if cfg.max_positions is not None and needed > cfg.max_positions:
