@@ -1,8 +1,8 @@
 """The command line: `medrlvr COMMAND …`, the same as `python -m medrlvr_jax COMMAND …`.
 
 Each command is a typed function: cyclopts makes its parser and its help from the signature and the docstring.
-A command imports what it needs when it runs, so that `--help` starts without JAX. `main` runs one command,
-and is the one place where errors become exit statuses.
+A command imports what brings JAX when it runs, so that `--help` and a refusal come at once. `main` runs one
+command, and is the one place where errors become exit statuses.
 """
 
 import inspect
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +20,12 @@ from cyclopts import App, Group, Parameter
 from cyclopts.validators import Number
 
 import medrlvr_jax
+from medrlvr_jax.config import check, describe
+from medrlvr_jax.config.load import load
 from medrlvr_jax.host import environment
 from medrlvr_jax.host.errors import ConfigError, MedrlvrError
+from medrlvr_jax.host.files import write_json
+from medrlvr_jax.runs.console import stage
 
 TRAIN, EVALUATE, INSPECT, HELP = map(Group.create_ordered, ("Train", "Evaluate", "Check and inspect", "Help"))
 app = App(
@@ -67,34 +71,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         function(*arguments.args, **arguments.kwargs)
         names, _, _ = app.parse_commands(argv)
         if names and takes_settings(app[names[0]]):
-            from medrlvr_jax.config.describe import show
-
-            show(app.console, names[0])
+            describe.show(app.console, names[0])
         return 0 if argv else 2
     name, distributed = function.__name__.strip("_"), bool(arguments.arguments.get("distributed"))
     environment.prepare(cache=not distributed)  # JAX would fill one process's cache, and the others wait
+    for setting in arguments.arguments.get("settings", ()):
+        if not check.reads(name, setting.partition("=")[0]):
+            print(f"medrlvr {name}: {setting}: this command does not read it", file=sys.stderr)
     try:
-        warn_of_unread(name, arguments.arguments.get("settings", ()))
-        with run_distributed() if distributed else stopped_without_traceback():
+        with together() if distributed else stopped_without_traceback():
             return function(*arguments.args, **arguments.kwargs)
     except MedrlvrError as e:
         print(f"medrlvr {name}: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
 
 
-def warn_of_unread(command: str, settings: Sequence[str]) -> None:
-    """Name the settings given on the command line that exist and that the command does not read."""
-    from medrlvr_jax.config import check
-
-    for setting in settings:
-        if not check.reads(command, setting.partition("=")[0]):
-            print(f"medrlvr {command}: {setting}: this command does not read it", file=sys.stderr)
-
-
-def run_distributed() -> AbstractContextManager[None]:
+@contextmanager
+def together() -> Iterator[None]:
+    """Run as one of several processes."""
     from medrlvr_jax.host.processes import distributed_run
 
-    return distributed_run()
+    with distributed_run():
+        yield
 
 
 @contextmanager
@@ -169,32 +167,23 @@ def init(
         lora: Train adapters beside frozen weights, which needs far less memory. Default: all weights.
         devices: Number of GPUs or TPU chips. 0, the default: the CPU.
     """
-    from medrlvr_jax.config.load import load
     from medrlvr_jax.tools import init as start
 
-    given = {
-        "model": model,
-        "data": data,
-        "test": test,
-        "algorithm": algorithm,
-        "lora": lora,
-        "devices": devices,
-    }
-    answers = start.answers(**given)
+    answers = start.answers(
+        model=model, data=data, test=test, algorithm=algorithm, lora=lora, devices=devices
+    )
     start.write_config(file, answers)
     from medrlvr_jax.tools.doctor import report
 
     lines, ok = report(load(file)) if answers.is_here() else ([], True)
     print("\n".join(line for line in lines if not line.startswith("ok")))
-    there = "" if answers.is_here() else f"  medrlvr doctor {file}  # on the machine that it is for\n"
-    print(f"{file} is written. Next:\n{there}  medrlvr data {file}\n  medrlvr train {file}")
+    first = "" if answers.is_here() else f"  medrlvr doctor {file}  # on the machine that it is for\n"
+    print(f"{file} is written. Next:\n{first}  medrlvr data {file}\n  medrlvr train {file}")
     return 0 if ok else 1
 
 
 def check_source(source: Path, settings: Sequence[str], command: str) -> None:
     """Refuse unusable settings before JAX is imported, which takes seconds."""
-    from medrlvr_jax.config.load import load
-
     config = source / "config.yaml" if source.is_dir() else source
     if config.is_file() or not source.is_dir():  # the command itself says what a folder lacks
         load(config, settings, command)
@@ -214,9 +203,6 @@ def train(config: Config, /, *settings: Settings, distributed: Distributed = Fal
         medrlvr train configs/quickstart.yaml sample.temperature=0.8 name=mine
     Resume: give the same command again; it goes on from the newest checkpoint.
     """
-    from medrlvr_jax.config.load import load
-    from medrlvr_jax.runs.console import stage
-
     checked = load(config, settings, "train")  # before JAX is imported, which takes seconds
     with stage("starting JAX"):
         from medrlvr_jax.rl.train import train
@@ -233,9 +219,6 @@ def sft(config: Config, /, *settings: Settings, distributed: Distributed = False
 
         medrlvr sft configs/pretrain_lists.yaml
     """
-    from medrlvr_jax.config.load import load
-    from medrlvr_jax.runs.console import stage
-
     checked = load(config, settings, "sft")
     with stage("starting JAX"):
         from medrlvr_jax.rl.sft import sft
@@ -415,7 +398,6 @@ def contamination(*sets: Paths, eval: Path | None = None, out: Path | None = Non
         out: The JSON file to write: every matching question, and the training question that it is like.
     """
     from medrlvr_jax.evaluation import contamination as overlap
-    from medrlvr_jax.host.files import write_json
 
     result = overlap.contamination([str(path) for path in sets], eval)
     print(overlap.show(result))
@@ -434,8 +416,6 @@ def doctor(config: str | None = None, /, *settings: Settings) -> int:
     Args:
         config: Also check what this config needs.
     """
-    from medrlvr_jax.config.load import load
-
     checked = load(config, settings) if config else None
     from medrlvr_jax.tools.doctor import report
 
@@ -458,8 +438,6 @@ def data(config: Config, /, *settings: Settings, prompts: Whole = 2) -> int:
     Args:
         prompts: Number of prompts to print for each set.
     """
-    from medrlvr_jax.config.load import load
-
     checked = load(config, settings, "data")
     from medrlvr_jax.tools.show_data import show_data
 
@@ -494,8 +472,6 @@ def plan(
         questions: Size of the training set, if it is not on this machine: gives the length of the training.
         json: Print everything as one JSON object.
     """
-    from medrlvr_jax.config.load import load
-
     sizes, every = apart(sweep, settings)
     if len(sizes) > 1 or not all(size.isdecimal() for size in sizes):
         raise ConfigError(f"--sweep: {' '.join(sizes)} must be one whole number, such as --sweep 8")
@@ -603,21 +579,17 @@ def score(
         leak_penalty: Subtracted where the thought states the answer; 0.5 is usual.
         before_penalty: Subtracted where more than 15 words stand before <think>; 0.3 is usual.
     """
-    from medrlvr_jax.config.load import load
-
     settings = [f"reward={reward}"] if reward else []
     settings += [f"reward.mode={mode}"]
     for kind, weight in (("leak", leak_penalty), ("before", before_penalty)):
         settings += [f"reward.{kind}_penalty={weight}"] if weight else []
     tree = {"name": "score", "model": {"path": ""}, "prompt": {"template": "none"}}
     rule = load(tree, settings, "score").reward
-    from medrlvr_jax.host import tables
     from medrlvr_jax.rewards.parse import judged_beginning
-    from medrlvr_jax.tools.score_file import score_file
+    from medrlvr_jax.tools.score_file import score_file, show
 
     reasons = score_file(file, out, rule, prefill=judged_beginning(prefill, mode))
-    rows = [(reason, f"{n:,}", f"{100 * n / reasons.total():.1f} %") for reason, n in reasons.most_common()]
-    print(tables.plain(("reason", "completions", "share"), rows))
+    print(show(reasons))
     print(f"{reasons.total():,} completions scored by {reward or 'the rule'}, mode {mode}: {out}")
     return 0
 

@@ -128,5 +128,5 @@ def test_data_shows_what_the_model_is_given(tmp_path):
 def test_room_for_the_checkpoints(tmp_path, monkeypatch, size, enough):
     # two are kept, one is written
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("usage", (), {"free": 3 * 20_000}))
-    [finding] = doctor._room(config(tmp_path), size)
+    finding = doctor._room(config(tmp_path), size)
     assert (finding.mark == "ok") == enough

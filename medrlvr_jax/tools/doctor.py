@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,8 @@ from medrlvr_jax.rewards import judges
 from medrlvr_jax.runs import checkpoint, log, trackers
 
 GIB = 2**30
-ACCELERATORS = (
-    ("/dev/nvidia0", "an NVIDIA GPU", "cuda"),
-    ("/dev/accel0", "a TPU", "tpu"),
-    ("/dev/vfio/0", "a TPU", "tpu"),
-)
+# An accelerator's device file, and the extra whose JAX uses it.
+ACCELERATORS = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}
 
 
 class Finding(NamedTuple):
@@ -37,6 +35,9 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.mark:8} {self.text}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+ok, note, warning, problem = (partial(Finding, mark) for mark in ("ok", "note", "warning", "problem"))
 
 
 def report(config: Config | None) -> tuple[list[str], bool]:
@@ -50,80 +51,62 @@ def _packages() -> Iterator[Finding]:
     """The package's own requirements, as they were installed."""
     git = log.git_revision()
     revision = f", revision {git['revision'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
-    yield Finding(
-        "ok",
-        f"medrlvr_jax {medrlvr_jax.__version__}{revision}, python {platform.python_version()},"
-        f" {platform.platform()}",
-    )
-    found = []
+    python = f"python {platform.python_version()}, {platform.platform()}"
+    yield ok(f"medrlvr_jax {medrlvr_jax.__version__}{revision}, {python}")
+    installed = []
     for text in importlib.metadata.requires("medrlvr-jax") or ():
-        need = Requirement(text)
+        need, remedy = Requirement(text), f"pip install '{text}'"
         if need.marker and not need.marker.evaluate({"extra": ""}):
             continue
         try:
             version = importlib.metadata.version(need.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding("problem", f"{need.name} is not installed", f"pip install '{text}'")
+            yield problem(f"{need.name} is not installed", remedy)
             continue
         if version not in need.specifier:
-            yield Finding(
-                "problem",
-                f"{need.name} {version} is here, {need.specifier} is needed",
-                f"pip install '{text}'",
-            )
-        found.append(f"{need.name} {version}")
-    yield Finding("ok", ", ".join(found))
+            yield problem(f"{need.name} {version} is here, {need.specifier} is needed", remedy)
+        installed.append(f"{need.name} {version}")
+    yield ok(", ".join(installed))
 
 
 def _devices() -> Iterator[Finding]:
-    devices = jax.devices()
-    yield Finding(
-        "ok",
-        f"{len(devices)} × {devices[0].device_kind} ({jax.default_backend()}),"
-        f" {jax.process_count()} process(es)",
-    )
-    if jax.default_backend() == "cpu":
-        for path, name, extra in ACCELERATORS:
-            if Path(path).exists():
-                yield Finding(
-                    "warning",
-                    f"{path} says there is {name}, but JAX sees only the CPU",
-                    f"pip install 'medrlvr-jax[{extra}]'",
-                )
+    kind, backend, processes = jax.devices()[0].device_kind, jax.default_backend(), jax.process_count()
+    yield ok(f"{len(jax.devices())} × {kind} ({backend}), {processes} process(es)")
+    for path, extra in ACCELERATORS.items():
+        if backend == "cpu" and Path(path).exists():
+            name = "an NVIDIA GPU" if extra == "cuda" else "a TPU"
+            remedy = f"pip install 'medrlvr-jax[{extra}]'"
+            yield warning(f"{path} says there is {name}, but JAX sees only the CPU", remedy)
     if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        yield Finding(
-            "warning",
-            "64-bit mode is on: slower, and other numbers than those published here",
-            "unset JAX_ENABLE_X64",
-        )
+        slower = "64-bit mode is on: slower, and other numbers than those published here"
+        yield warning(slower, "unset JAX_ENABLE_X64")
 
 
 def _memory() -> Iterator[Finding]:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding("ok", f"host memory: {total / GIB:.1f} GiB, {os.cpu_count()} cores")
+    yield ok(f"host memory: {total / GIB:.1f} GiB, {os.cpu_count()} cores")
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
-        free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-        yield Finding(
-            "ok",
-            f"device memory: {stats['bytes_limit'] / GIB:.1f} GiB each, {free / GIB:.1f} GiB of it unused",
-        )
+        limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)
+        yield ok(f"device memory: {limit / GIB:.1f} GiB each, {(limit - used) / GIB:.1f} GiB of it unused")
 
 
 def _runs(folder: Path) -> Iterator[Finding]:
     """Disk and locks of a folder of runs."""
-    exists = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    exists = _existing(folder)
     free = shutil.disk_usage(exists).free / GIB
     if not os.access(exists, os.W_OK):
-        yield Finding("problem", f"{exists} cannot be written", "set runs= to a folder that can")
-    yield Finding(
-        "ok" if free > 5 else "warning",
-        f"{folder}: {free:.1f} GiB free",
-        "" if free > 5 else "set runs= to a roomier disk",
-    )
+        yield problem(f"{exists} cannot be written", "set runs= to a folder that can")
+    text = f"{folder}: {free:.1f} GiB free"
+    yield ok(text) if free > 5 else warning(text, "set runs= to a roomier disk")
     for run in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else ():
         if holder := log.lock_holder(run):
-            yield Finding("note", f"{run} is in use by {holder}")
+            yield note(f"{run} is in use by {holder}")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
 
 
 def _run(config: Config) -> Iterator[Finding]:
@@ -131,19 +114,18 @@ def _run(config: Config) -> Iterator[Finding]:
     yield from _runs(Path(config.runs))
     path = Path(config.runs) / config.name
     if holder := log.lock_holder(path):
-        yield Finding(
-            "problem", f"{path} is in use by {holder}", "wait for it, stop it, or give this run another name="
-        )
+        remedy = "wait for it, stop it, or give this run another name="
+        yield problem(f"{path} is in use by {holder}", remedy)
     for part in (_settings(config, path), _model(config, path), _data(config)):
         try:
             yield from part
         except ConfigError as e:
-            yield Finding("problem", str(e))
+            yield problem(str(e))
     for step in checkpoint.saved_steps(path / "checkpoints"):
         if wrong := checkpoint.damage(path / "checkpoints" / str(step), checkpoint.SMALL):
-            yield Finding("warning", f"checkpoint {step} is damaged: {wrong}", "an older one will be used")
+            yield warning(f"checkpoint {step} is damaged: {wrong}", "an older one will be used")
         else:
-            yield Finding("ok", f"checkpoint {step} is there")
+            yield ok(f"checkpoint {step} is there")
 
 
 def _settings(config: Config, run: Path) -> Iterator[Finding]:
@@ -152,7 +134,7 @@ def _settings(config: Config, run: Path) -> Iterator[Finding]:
         log.check_same(run / "config.yaml", config)
     trackers.check(config)
     with judges.started(config.reward):  # a reward.fn is imported as training does it
-        yield Finding("ok", "settings, trackers and reward can be used")
+        yield ok("settings, trackers and reward can be used")
 
 
 def _data(config: Config) -> Iterator[Finding]:
@@ -173,16 +155,15 @@ def _data(config: Config) -> Iterator[Finding]:
         train.check_lengths(parts, encoded)
         dropped, longest = encoded.dropped, encoded.longest
     first = how_read.partition("\n")[0]
-    yield Finding("ok", f"data {config.data.path}: {first}; the longest has {longest} tokens")
+    yield ok(f"data {config.data.path}: {first}; the longest has {longest} tokens")
     if dropped:
-        yield Finding("warning", f"data: {dropped:,} dropped as too long", "raise prompt.max_tokens")
+        yield warning(f"data: {dropped:,} dropped as too long", "raise prompt.max_tokens")
     for name, encoded in load_sets(parts).items():
         text = f"eval.sets.{name}: {len(encoded.questions):,} questions"
         if encoded.dropped:
-            remedy = "raise prompt.max_tokens"
-            yield Finding("warning", f"{text}, {encoded.dropped:,} dropped as too long", remedy)
+            yield warning(f"{text}, {encoded.dropped:,} dropped as too long", "raise prompt.max_tokens")
         else:
-            yield Finding("ok", text)
+            yield ok(text)
 
 
 def _model(config: Config, run: Path) -> Iterator[Finding]:
@@ -198,46 +179,31 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
     check.check_best(config)
     parts = build.build(config)
     inputs.check_model(run, parts)
-    yield Finding("ok", f"mesh: {' × '.join(f'{axis} {size}' for axis, size in parts.mesh.shape.items())}")
-    whole = build.abstract_params(parts, parts.cfg)
-    n, trained = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (whole, lora.trained(whole, parts.cfg))
+    yield ok(f"mesh: {' × '.join(f'{axis} {size}' for axis, size in parts.mesh.shape.items())}")
+    params = build.abstract_params(parts, parts.cfg)
+    total, trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, lora.trained(params, parts.cfg))
     )
-    frozen = f", of which {trained / 1e6:,.1f} million are trained" if trained < n else ""
-    yield Finding("ok", f"model {config.model.path}: {n / 1e6:,.1f} million parameters{frozen}")
+    frozen = f", of which {trained / 1e6:,.1f} million are trained" if trained < total else ""
+    yield ok(f"model {config.model.path}: {total / 1e6:,.1f} million parameters{frozen}")
     if config.model.init == "pretrained":
         weights.check_weights(config.model.path, lora.off(parts.cfg))
         if others := weights.passed_over(config.model.path):
-            remedy = "if they are the weights that you mean, move model.safetensors away"
-            yield Finding(
-                "warning",
-                f"weights: {', '.join(others)}: passed over, since there is a model.safetensors",
-                remedy,
-            )
+            text = f"weights: {', '.join(others)}: passed over, since there is a model.safetensors"
+            yield warning(text, "if they are the weights that you mean, move model.safetensors away")
     for line in tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):
-        yield Finding("note", f"tokenizer: {line}")
+        yield note(f"tokenizer: {line}")
     if trap := beginning_trap(begins(parts.tokenizer, config.prompt), config.reward.mode):
-        yield Finding("warning", *trap)
-    learners = [(parts.cfg, config.learn.policy), (parts.critic_cfg, config.learn.critic)]
-    states = [
-        build.abstract_learner(parts, cfg, make_optimizer(optimiser, 1))
-        for cfg, optimiser in learners
-        if optimiser
-    ]
-    yield from _room(config, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states)))
+        yield warning(*trap)
+    learners = ((parts.cfg, config.learn.policy), (parts.critic_cfg, config.learn.critic))
+    states = [build.abstract_learner(parts, cfg, make_optimizer(o, 1)) for cfg, o in learners if o]
+    yield _room(config, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states)))
 
 
-def _room(config: Config, size: int) -> Iterator[Finding]:
-    """Disk for the checkpoints kept, of `size` bytes each, and for one more while it is written."""
-    count = config.checkpoint.keep + 1 + (config.checkpoint.best is not None)
-    folder = next(
-        p for p in (Path(config.runs).absolute(), *Path(config.runs).absolute().parents) if p.is_dir()
-    )
-    free = shutil.disk_usage(folder).free
+def _room(config: Config, size: int) -> Finding:
+    """Disk for the checkpoints kept, of `size` bytes each."""
+    count = config.checkpoint.keep + 1 + (config.checkpoint.best is not None)  # one more while it is written
+    free = shutil.disk_usage(_existing(Path(config.runs))).free
     text = f"checkpoints: up to {count} × {size / GIB:.2f} GiB, {free / GIB:.1f} GiB free"
-    short = free < count * size
-    yield Finding(
-        "problem" if short else "ok",
-        text,
-        "lower checkpoint.keep, or set runs= to a roomier disk" if short else "",
-    )
+    remedy = "lower checkpoint.keep, or set runs= to a roomier disk"
+    return problem(text, remedy) if free < count * size else ok(text)

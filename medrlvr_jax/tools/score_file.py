@@ -12,6 +12,7 @@ from medrlvr_jax.config.schema import RewardConfig
 from medrlvr_jax.data.formats import field_names, key_of
 from medrlvr_jax.data.question import DataError, Question
 from medrlvr_jax.data.readers import read_json
+from medrlvr_jax.host import tables
 from medrlvr_jax.rewards import grade
 
 BLOCK = 4096  # rows scored at a time, so that a file of any size fits the memory
@@ -70,6 +71,12 @@ def score_file(
     finally:
         part.unlink(missing_ok=True)
     return reasons
+
+
+def show(reasons: Counter[str]) -> str:
+    """How many lines had each reason, as a table."""
+    rows = [(reason, f"{n:,}", f"{100 * n / reasons.total():.1f} %") for reason, n in reasons.most_common()]
+    return tables.plain(("reason", "completions", "share"), rows)
 
 
 def _blocks(source: Path, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, Question]]]:
