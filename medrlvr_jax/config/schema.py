@@ -66,10 +66,12 @@ class SetConfig:
     path: str  # A file (JSONL, JSON, CSV, parquet), a hub name, or embedded:NAME.
     # auto: recognised by the first record; plain: your own questions; open: your own questions without
     # options, whose answers are numbers, dates, durations, labels or texts; text: prompt and response, for
-    # SFT.
-    format: Literal[
-        "auto", "plain", "open", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa", "medcalc", "trec", "text"
-    ] = "auto"
+    # SFT; vqa: image, question, answer; or a published set with images (data/published.py).
+    format: (
+        Literal["auto", "plain", "open", "vqa", "text"]
+        | Literal["medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa", "medcalc", "trec"]
+        | Literal["omnimedvqa", "med_r1", "pmc_vqa", "vqa_rad", "slake", "medxpertqa", "medvlthinker"]
+    ) = "auto"
     subset: str | None = None  # The hub's configuration name.
     split: str | None = None  # The hub's split. Files have none.
     revision: str | None = None  # The hub's commit, branch or tag. null: the newest. A run prints the commit.
@@ -78,6 +80,11 @@ class SetConfig:
     fields: dict[str, str | list[str] | None] = Field(default_factory=dict)
     # Fields that are the same for every record, such as {kind: number, tolerance: 0.05}.
     constants: dict[str, Any] = Field(default_factory=dict)
+    # Parts of a field, as new fields, by a regular expression that matches all of it and names the parts:
+    # {solution: "<answer> (?P<answer>.) </answer>"}. They are read before `fields`.
+    patterns: dict[str, str] = Field(default_factory=dict)
+    # Folder of the image files, from the data file's own folder on. null: that folder.
+    image_folder: str | None = None
     # Use only records whose fields have these values: {split: test, type: [decimal, date]}.
     where: dict[str, Any] = Field(default_factory=dict)
     # Records that cannot be read. refuse: stop and list them; skip: leave them out and count them.

@@ -1,15 +1,18 @@
 """A file's own fields under the names that a format reads, and the choice of records by their fields.
 
-`SetConfig.where` chooses, `fields` renames, `constants` adds what is the same in every record:
+`SetConfig.where` chooses, `patterns` takes texts apart, `fields` renames, `constants` adds what is the same
+in every record:
 
     data:
       path: cases.json
       where: {category: [cardiology, nephrology]}
-      fields: {question: case.summary, answer: case.diagnosis, options: [op1, op2], rationale: null}
+      patterns: {case.final: "Diagnosis: (?P<diagnosis>.*)"}
+      fields: {question: case.summary, answer: diagnosis, options: [op1, op2], rationale: null}
       constants: {kind: text}
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from reprlib import repr as short
 from typing import Any
@@ -30,6 +33,15 @@ def check(spec: SetConfig) -> None:
                 near = difflib.get_close_matches(name, known, 1)
                 remedy = f"did you mean {near[0]}?" if near else "the reference of data/formats.py has them"
                 raise DataError(f"{setting}.{name}: no format reads a field of this name; {remedy}")
+    for name, pattern in spec.patterns.items():
+        try:
+            groups = re.compile(pattern).groupindex
+        except re.error as e:
+            raise DataError(
+                f"patterns.{name}: {pattern!r} is no regular expression: {e}; correct it"
+            ) from None
+        if not groups:
+            raise DataError(f"patterns.{name}: {pattern!r} names no part; write one as (?P<question>.*)")
     if both := spec.fields.keys() & spec.constants.keys():
         raise DataError(f"constants.{min(both)}: given in fields, too; take one of the two out")
 
@@ -40,7 +52,9 @@ class Choice:
     def __init__(self, spec: SetConfig):
         check(spec)
         self.spec, self.left_out = spec, 0
-        self.read = {name.split(".")[0] for name in spec.where}  # the file's fields that the settings name
+        self.read = {
+            name.split(".")[0] for name in (*spec.where, *spec.patterns)
+        }  # the file's fields that the settings name
         self.values: dict[str, dict[str, None]] = {name: {} for name in spec.where}  # up to 5 that occur
 
     def records(self, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
@@ -68,6 +82,13 @@ class Choice:
         return True
 
     def _rename(self, row: Row) -> Row | DataError:
+        for name, pattern in self.spec.patterns.items():
+            if (value := get(row, name)) is None:
+                continue
+            match = re.fullmatch(pattern, str(value), re.DOTALL)
+            if not match:
+                return DataError(f"field {name}: {short(value)} does not match patterns.{name}, {pattern!r}")
+            row = row | {part: text for part, text in match.groupdict().items() if text is not None}
         renamed = {}
         for name, source in self.spec.fields.items():
             sources = [source] if isinstance(source, str) else source or []

@@ -5,7 +5,8 @@
 | `plain`    | your own data: question, options (a list, or {"A": …}), answer (the letter, or as answer_as  |
 |            | says: from_0, from_1, text; a list or "A, C" where all that apply are asked for);            |
 |            | optional: id, subject, rationale, facts (what a good thought states: each a text, or a list  |
-|            | of the texts that state it), image or images (see images.py)                                 |
+|            | of the texts that state it), task (what is asked: anatomy, diagnosis, …), image or images    |
+|            | (see images.py)                                                                              |
 | `open`     | your own data without options: question, kind, answer; optional: lower, upper, tolerance,    |
 |            | unit, labels, aliases, order (values.py), id, subject, rationale, facts, image, images       |
 | `medqa`    | question, options {"A": …}, answer_idx (the letter), answer (that option's text, checked)    |
@@ -19,6 +20,9 @@
 |            | Lower Limit, Upper Limit                                                                     |
 | `trec`     | patient–trial matching: note, trial, label (0 not relevant, 1 excluded, 2 eligible, as in    |
 |            | TREC Clinical Trials); or EHRMIND's input, query_id, corpus_id, label                        |
+| `vqa`      | question and answer, with image or images: a choice where the answer is yes or no, else a    |
+|            | text; with options (also as JSON text), answer as in `plain`. published.py has the names of  |
+|            | published sets, whose fields are read in this format                                         |
 | `text`     | prompt (may be empty) and response, or only text: for `sft.target: text`                     |
 
 Two options with the same text are accepted in the published sets (21 of MedMCQA's 4,183 dev questions have
@@ -28,6 +32,8 @@ them) and refused in `plain`, where they can be corrected. Letters that options 
 A check that fails raises `DataError` with the field, the value and the remedy; load.py adds file and line.
 """
 
+import contextlib
+import json
 import re
 from collections.abc import Callable, Iterable
 from io import BytesIO
@@ -73,6 +79,9 @@ def _text(row: Row, field: str, strip: bool = True, empty: bool = False) -> str:
 def _options(row: Row, field: str) -> tuple[str, ...]:
     """2 to 10 options from a list or from {"A": …}. Records of one set may differ in number."""
     value = _needed(row, field)
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
     if isinstance(value, dict):
         value = {k: v for k, v in value.items() if v is not None}  # parquet fills missing letters with null
         if set(value) != set(LETTERS[: len(value)]):
@@ -177,6 +186,16 @@ def _options_and_key(row: Row) -> Key:
     if not places or len(places) < len(answer):
         raise _wrong("answer", answer, "names no option, or one twice; give each right option once")
     return options, several(places, len(options))
+
+
+def _asked_of_an_image(row: Row) -> Key:
+    """A choice by its options, or between yes and no; else a text, whose order of words counts."""
+    if row.get("options") is not None:
+        return _options_and_key(row)
+    answer, options = _text(row, "answer"), ("yes", "no")
+    if "kind" not in row and answer.casefold() in options:
+        return options, options.index(answer.casefold())
+    return _value({"kind": "text"} | row)
 
 
 def _place(row: Row, field: str, options: tuple[str, ...]) -> int:
@@ -331,7 +350,8 @@ class Format(NamedTuple):
 
 PUBMEDQA = ["QUESTION, CONTEXTS, final_decision", "question, context, final_decision"]
 MEDCALC = "Patient Note, Question, Ground Truth Answer, Output Type, Lower Limit, Upper Limit"
-OWN = "options, answer_as, kind, lower, upper, tolerance, unit, labels, aliases, order, facts, image, images"
+VALUE = "kind, lower, upper, tolerance, unit, labels, aliases, order"
+OWN = f"options, answer_as, {VALUE}, facts, task, image, images"
 FORMATS = {
     "plain": Format(_own, ["question, options, answer"], rationale="rationale", also=OWN),
     "open": Format(_own, ["question, kind, answer"], rationale="rationale", also=OWN),
@@ -353,6 +373,7 @@ FORMATS = {
         reword=_with_note,
     ),
     "trec": Format(_trec, TREC, also="query_id, corpus_id", reword=_with_trial),
+    "vqa": Format(_asked_of_an_image, ["image, question, answer", "images, question, answer"], also=OWN),
     "text": Format(None, ["response", "text"], also="prompt"),
 }
 
@@ -403,6 +424,7 @@ def _question(row: Row, default_id: str, key: Key, form: Format) -> Question:
         subject=optional(form.subject),
         rationale=optional(form.rationale) or None,
         value=value,
+        task=optional("task") if "task" in form.also else "",
         facts=_facts(row) if "facts" in form.also else (),
         images=_images(row) if "images" in form.also else (),
     )
@@ -418,17 +440,17 @@ def key_of(row: Row) -> Key:
 
 # ---- which format a record has ----
 
+GENERAL = ("plain", "open", "vqa", "text")  # formats of no published set
+
 
 def fits(row: Row, name: str) -> bool:
     return any(row.keys() >= set(fields.split(", ")) for fields in FORMATS[name].required)
 
 
 def detect(row: Row, where: str) -> str:
-    """The format whose fields the record has; `plain`, `open` or `text` only where no published format
-    fits.
-    """
+    """The format whose fields the record has; a general one only where no published format fits."""
     names = [name for name in FORMATS if fits(row, name)]
-    names = [name for name in names if name not in ("plain", "open", "text")] or names[:1]
+    names = [name for name in names if name not in GENERAL] or names[:1]
     if len(names) == 1:
         return names[0]
     problem = f"fit {' and '.join(names)} alike; " if names else "fit no format; rename them, or "

@@ -16,7 +16,7 @@ from typing import Any
 
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.config.sources import SOURCES
-from medrlvr_jax.data import batches, formats
+from medrlvr_jax.data import batches, formats, published
 from medrlvr_jax.data.fields import Choice
 from medrlvr_jax.data.question import LETTERS, DataError, Example, Question, brings_letters, unlabelled
 from medrlvr_jax.data.readers import PYTHON, Records, given_records, open_records
@@ -65,7 +65,7 @@ def _read(config: SetConfig, allowed: list[str], records: Records | None) -> tup
     if not colon or source not in SOURCES:
         items, notes = _collect(config, allowed, records)
         return items[: config.limit], notes
-    if renamed := next((s for s in ("fields", "constants", "where") if getattr(config, s)), None):
+    if renamed := next((s for s in published.PARTS if getattr(config, s)), None):
         raise DataError(f"{renamed}: {config.path} has no records whose fields could be meant; take it out")
     sets = SOURCES[source].texts if allowed == ["text"] else SOURCES[source].questions
     if name not in sets:
@@ -95,7 +95,7 @@ class Collected:
                 if self.lines.setdefault(item.id, number) != number:
                     problem = f"id {item.id!r} is already that of {self.unit} {self.lines[item.id]}"
                     raise DataError(f"{problem}; give each its own, or none")
-                item = _without_letters(_beside(item, self.config.path), self.tally)
+                item = _without_letters(_beside(item, self.config), self.tally)
         except DataError as e:
             auto = self.config.format == "auto" and isinstance(row, dict)
             unlike = auto and not formats.fits(row, self.name)
@@ -111,6 +111,7 @@ class Collected:
 
 def _collect(config: SetConfig, allowed: list[str], records: Records | None) -> tuple[list[Any], list[str]]:
     """Read and check every record; raise the first ten errors together. Also notes on how they were read."""
+    known_as, config = config.format, published.resolved(config)
     if records is None:
         unit, rows, revision = open_records(config)
         stem = "-".join(filter(None, (Path(config.path).stem, config.subset, config.split)))
@@ -133,6 +134,8 @@ def _collect(config: SetConfig, allowed: list[str], records: Records | None) -> 
     notes = [f"revision {revision}"] if revision else []
     unread = [field for field in formats.unread(read.fields, read.name) if field not in choice.read]
     notes += _notes(read.name, unread, read.tally)
+    if known_as in published.SETS:
+        notes.insert(0, f"published set {known_as}, as data/published.py reads it")
     if choice.left_out:
         notes.append(f"records that where leaves out: {choice.left_out:,}")
     if read.errors:
@@ -161,9 +164,10 @@ def _format(name: str, row: Any, where: str, allowed: list[str]) -> str:
     return name
 
 
-def _beside(question: Question, path: str) -> Question:
-    """The question with its images' paths from here, which a file gives from its own folder."""
-    folder = Path(path).expanduser().parent if Path(path).expanduser().is_file() else Path()
+def _beside(question: Question, config: SetConfig) -> Question:
+    """The question with its images' paths from here, which a file gives from its own folder on."""
+    path = Path(config.path).expanduser()
+    folder = (path.parent if path.is_file() else Path()) / Path(config.image_folder or "").expanduser()
     there = (s if isinstance(s, bytes) else str(folder / Path(s).expanduser()) for s in question.images)
     return dataclasses.replace(question, images=tuple(there)) if question.images else question
 
@@ -214,9 +218,9 @@ def _report(questions: list[Question], notes: list[str]) -> str:
         if name in LETTERS or name in shares
     ]
     lines = ["keys " + ", ".join(f"{name} {100 * shares[name] / n:.0f} %" for name in names)]
-    right_texts: dict[tuple, set[str]] = {}  # by question and options in any order
+    right_texts: dict[tuple, set[str]] = {}  # by question, images and options in any order
     for q in questions:
-        right_texts.setdefault((q.question, *sorted(q.options)), set()).add(q.right_text)
+        right_texts.setdefault((q.question, q.images, *sorted(q.options)), set()).add(q.right_text)
     if again := n - len(right_texts):
         differ = sum(len(texts) > 1 for texts in right_texts.values())
         lines.append(

@@ -18,8 +18,8 @@ from medrlvr_jax.host.errors import ConfigError
 LETTERS = "ABCDEFGHIJ"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")  # how Qwen3's template switches thinking off
-LABEL = re.compile(  # the label in "A. aspirin", "(b) x", "C: x", "d - x", "4) x"; "10 - 20 mg" has none
-    r"\(?([A-Ja-j]|\d{1,2})(?:\)|[.:](?=\s)|(?<=[A-Ja-j])\s+[-–](?=\s))\s*(?=\S)"
+LABEL = re.compile(  # the label in "A. aspirin", "(b) x", "C:x", "d - x", "4) x"; "10 - 20 mg" has none
+    r"\(?([A-Ja-j]|\d{1,2})(?:\)|[.:](?=\s)|(?<=[A-Ja-j]):|(?<=[A-Ja-j])\s+[-–](?=\s))\s*(?=\S)"
 )
 
 
@@ -47,6 +47,7 @@ class Question:
     value: Reference | None = None  # the right answer that is not one option
     # What a good thought states, each fact as the texts that state it: for a process reward.
     facts: tuple[tuple[str, ...], ...] = ()
+    task: str = ""  # what is asked, beside the subject: anatomy, diagnosis, grading, …
     images: tuple[str | bytes, ...] = ()  # each the path of a file, or what such a file holds
 
     @property
@@ -165,6 +166,9 @@ def question_hash(question: Question) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+LATER = ("value", "facts", "task", "images")  # fields that questions of older versions lack
+
+
 def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
     """`{"n", "sha256"}` of rows in their order, which may be questions or anything that JSON can hold."""
     digest, n = hashlib.sha256(), 0
@@ -173,7 +177,7 @@ def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
             row = dataclasses.replace(row, images=tuple(map(image_digest, row.images)))
         tree = to_jsonable_python(row, fallback=str)
         if isinstance(row, Question):  # fields of later versions count only where they are given
-            tree = {name: x for name, x in tree.items() if x or name not in ("value", "facts", "images")}
+            tree = {name: x for name, x in tree.items() if x or name not in LATER}
         text = json.dumps(tree, ensure_ascii=False, sort_keys=True)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
         n += 1
