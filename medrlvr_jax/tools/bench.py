@@ -22,7 +22,6 @@ and of a copy of 256 MB in the same run; `copy_share` counts the weights alone, 
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import resource
@@ -30,6 +29,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ import numpy as np
 from medrlvr_jax.build import Parts, build, load_base, load_params
 from medrlvr_jax.config.load import from_tree, override
 from medrlvr_jax.config.reward import ProbabilityConfig, RewardConfig, VerifierConfig
-from medrlvr_jax.config.schema import Config, SampleConfig
+from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import answers
 from medrlvr_jax.evaluation.evaluate import evaluate
@@ -117,6 +117,11 @@ def timing(times: list[float]) -> dict[str, Any]:
     return {"seconds": round(statistics.median(times[1:]), 3), "runs": after, "first_s": round(times[0], 2)}
 
 
+def ratio(times: list[float], others: list[float]) -> float:
+    """The median, over runs by turns, of the one's time in shares of the other's."""
+    return statistics.median(a / b for a, b in zip(times[1:], others[1:], strict=True))
+
+
 def rate(count: int, times: list[float]) -> float:
     return round(count / statistics.median(times[1:]), 1)
 
@@ -128,12 +133,19 @@ def encoded_questions(args: argparse.Namespace, parts: Parts, n: int) -> Encoded
     return Encoded(questions, tokens, np.arange(n, dtype=np.uint32), 0, width(args.prompt))
 
 
-def lengths(args: argparse.Namespace) -> np.ndarray | None:
-    """Tokens each row may have: log-normal, median 40, one in fifty over the cap of 256; None: `--new`."""
+def lengths(args: argparse.Namespace) -> np.ndarray:
+    """Tokens of each row: all of `--new`, or log-normal, median 40, one in fifty over the cap of 256."""
+    shape = args.questions, args.samples
     if args.lengths == "full":
-        return None
-    drawn = np.exp(np.random.default_rng(0).normal(np.log(40), 0.904, (args.questions, args.samples)))
+        return np.full(shape, args.new, np.int32)
+    drawn = np.exp(np.random.default_rng(0).normal(np.log(40), 0.904, shape))
     return np.clip(drawn, 1, args.new).astype(np.int32)
+
+
+def random_rows(args: argparse.Namespace, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [Q, G, R] and the mask of those that the rows have."""
+    tokens = rng.integers(5, 200, (args.questions, args.samples, args.new)).astype(np.int32)
+    return tokens, np.arange(args.new) < lengths(args)[..., None]
 
 
 def sampled_params(parts: Parts, cfg: DecoderConfig) -> Params:
@@ -165,24 +177,15 @@ def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     training, state = train.start(parts, make_programs(parts, 1))
-    learner, questions, limits = state.policy, args.questions, lengths(args)
-    shape, rng = (questions, args.samples, args.new), np.random.default_rng(0)
-    normal = lambda: rng.standard_normal(shape).astype(np.float32)
+    learner, questions, rng = state.policy, args.questions, np.random.default_rng(0)
+    drawn, mask = random_rows(args, rng)
+    prompts = rng.integers(5, 200, (questions, args.prompt)).astype(np.int32)
+    prompts = Prompts(prompts, np.ones_like(prompts, bool), np.arange(questions, dtype=np.uint32))
+    logprobs, reference, advantages = rng.standard_normal((3, *mask.shape)).astype(np.float32)
     rows = Experience(
-        prompts=Prompts(
-            rng.integers(5, 200, (questions, args.prompt)).astype(np.int32),
-            np.ones((questions, args.prompt), bool),
-            np.arange(questions, dtype=np.uint32),
-        ),
-        tokens=rng.integers(5, 200, shape).astype(np.int32),
-        mask=np.ones(shape, bool) if limits is None else np.arange(args.new) < limits[..., None],
-        logprobs=normal() - 9,
-        ref_logprobs=normal() - 9,
-        advantages=normal(),
-        values=None,
-        returns=None,
+        prompts, drawn, mask, logprobs - 9, reference - 9, advantages, values=None, returns=None
     )
-    tokens, rows = int(np.sum(rows.mask)), place_rows(rows, questions, parts.mesh)
+    tokens, rows = int(mask.sum()), place_rows(rows, questions, parts.mesh)
     fixed = training.frozen.base, rows, jax.random.key(0), jnp.float32(0.01)
 
     def run():
@@ -220,9 +223,7 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     """An evaluation to its statistics, and the same responses drawn alone, by turns."""
     size, params = args.questions, sampled_params(parts, parts.cfg)
     encoded, temperature = encoded_questions(args, parts, 4 * size), parts.config.eval.temperature
-    sample = SampleConfig(
-        questions=size, samples=args.samples, max_new_tokens=args.new, temperature=temperature
-    )
+    sample = replace(parts.config.sample, temperature=temperature)
 
     def evaluation():
         return answers.describe(answers.of_rows(evaluate(parts, params, encoded)[1], "set"))
@@ -233,8 +234,10 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         return [generate(params, prompts, jax.random.key(0), settings) for prompts in batches]
 
     times, alone = by_turns([evaluation, generation], args.runs)
-    overhead = statistics.median(a / b - 1 for a, b in zip(times[1:], alone[1:], strict=True))
-    return timing(times) | {"generate_s": timing(alone)["runs"], "overhead": round(overhead, 4)}
+    return timing(times) | {
+        "generate_s": timing(alone)["runs"],
+        "overhead": round(ratio(times, alone) - 1, 4),
+    }
 
 
 def verify_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
@@ -259,9 +262,8 @@ def verify_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         return [prefill(asked.model.params, asked.model.cfg, prompts) for prompts in placed]
 
     times, alone = by_turns([lambda: asked.ask(texts), prefills], args.runs)
-    overhead = statistics.median(a / b - 1 for a, b in zip(times[1:], alone[1:], strict=True))
-    out = {"columns": columns, "prefill_s": timing(alone)["runs"], "overhead": round(overhead, 4)}
-    return timing(times) | out
+    overhead = round(ratio(times, alone) - 1, 4)
+    return timing(times) | {"columns": columns, "prefill_s": timing(alone)["runs"], "overhead": overhead}
 
 
 def compile_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
@@ -272,21 +274,16 @@ def compile_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 
 def ask_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    """The pass of the probability reward, its answers of 8 tokens, and the reference's pass over the
-    responses, by turns.
-    """
+    """The probability reward's pass, with answers of 8 tokens, and the reference's over the responses."""
     section = ProbabilityConfig(max_tokens=8)
     reward = RewardConfig(components=(section,))
-    asking = dataclasses.replace(parts, config=dataclasses.replace(parts.config, reward=reward))
+    asking = replace(parts, config=replace(parts.config, reward=reward))
     program = make_policy_rewards(asking)["probability"].program
     how, params = pass_over(parts), lora.join(load_base(parts), load_params(parts, parts.cfg))
     n, shape, rng = args.questions, (args.questions, args.samples), np.random.default_rng(0)
-    drawn = lengths(args)
-    size = np.full(shape, args.new, np.int32) if drawn is None else drawn
-    tokens = rng.integers(5, 200, (*shape, args.new)).astype(np.int32)
-    mask = np.arange(args.new) < size[..., None]
+    tokens, mask = random_rows(args, rng)
     ending = Ending(
-        kept=np.maximum(size - 6, 0),
+        kept=np.maximum(lengths(args) - 6, 0),
         ids=rng.integers(5, 200, (*shape, section.max_tokens + LEAD)).astype(np.int32),
         start=np.zeros(shape, np.int32),
         size=np.full(shape, 8, np.int32),
@@ -301,14 +298,9 @@ def ask_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         rows = Rows(prompts, rollout.tokens, rollout.mask)
         return answer_scores(params, Answers(rows, rollout.mask), "logmean", how)
 
-    passes = [
-        lambda: program({}, params, prompts, rollout, request),
-        lambda: reference(params, prompts, rollout),
-    ]
-    asked, scored = by_turns(passes, args.runs)
-    ratios = [a / b for a, b in zip(asked[1:], scored[1:], strict=True)]
-    out = {"reference_s": [round(t, 3) for t in scored[1:]], "ratio": round(statistics.median(ratios), 3)}
-    return timing(asked) | out
+    ask = lambda: program({}, params, prompts, rollout, request)
+    asked, scored = by_turns([ask, lambda: reference(params, prompts, rollout)], args.runs)
+    return timing(asked) | {"reference_s": timing(scored)["runs"], "ratio": round(ratio(asked, scored), 3)}
 
 
 CASES = {
