@@ -322,10 +322,11 @@ def probe(
 
 
 @command(EVALUATE)
-def compare(a: Path, b: Path, /, *, anyway: Flag = False, json: Flag = False) -> int:
-    """Compare two runs, or two evaluations, on the same questions by paired tests.
+def compare(a: Path, b: Path, /, *more: Path, anyway: Flag = False, json: Flag = False) -> int:
+    """Compare two runs, or two evaluations, on the same questions by paired tests; or several in one table.
 
         medrlvr compare runs/quickstart runs/quickstart_grpo
+        medrlvr compare runs/base runs/ct runs/mri              # by set and subject: train × test
 
     Of a run, the newest evaluation is taken; one that has none is evaluated
     first, as `medrlvr eval` does. Questions are paired by id and content. p comes from McNemar's exact test
@@ -336,6 +337,7 @@ def compare(a: Path, b: Path, /, *, anyway: Flag = False, json: Flag = False) ->
     Args:
         a: A run's folder, or one that `medrlvr eval` wrote, such as runs/quickstart/eval-32.
         b: The other model's.
+        more: Further ones. The table then has the gains of all over the first.
         anyway: Compare the questions that are in both, although more than the model differs.
         json: Print everything as one JSON object, with pass@k, majority and letters.
     """
@@ -343,6 +345,10 @@ def compare(a: Path, b: Path, /, *, anyway: Flag = False, json: Flag = False) ->
 
     from medrlvr_jax.evaluation import compare as paired
 
+    if more:
+        columns = paired.matrix([a, b, *more], anyway)
+        print(dumps(columns) if json else paired.show_matrix(columns))
+        return 0
     first, second = paired.evaluation(a), paired.evaluation(b)
     result = paired.compare(first, second, anyway)
     names = paired.names_of(first, second)

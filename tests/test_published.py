@@ -82,9 +82,9 @@ def test_open_and_closed_questions_of_the_hub(tmp_path):
 
 def test_patterns_are_refused_by_name(tmp_path):
     row = {"problem": "Which? x, y", "solution": "<answer> A </answer>"}
-    with pytest.raises(DataError, match="field problem: 'Which. x, y' does not match patterns.problem"):
+    with pytest.raises(DataError, match=r"field problem: 'Which\? x, y' does not match patterns.problem"):
         read(tmp_path, "med_r1", [row])
-    with pytest.raises(DataError, match="patterns.a: '.*' names no part"):
+    with pytest.raises(DataError, match=r"patterns\.a: '\.\*' names no part"):
         read(tmp_path, "plain", [row], patterns={"a": ".*"})
     with pytest.raises(DataError, match=r"patterns.a: '\(' is no regular expression"):
         read(tmp_path, "plain", [row], patterns={"a": "("})

@@ -167,7 +167,7 @@ def test_eval_asks_under_each_condition(folder, metrics, capsys):
     run = folder / "runs" / "run"
     assert cli.main(["eval", str(run), "eval.sets.mine.limit=8"]) == 0
     looks = json.loads((run / "eval-2" / "eval.json").read_text())["looks"]["mine"]
-    assert list(looks) == ["image", "blank", "shuffled", "none", "option_texts", "looks"]
+    assert list(looks) == ["n", "image", "blank", "shuffled", "none", "option_texts", "chance", "looks"]
     assert looks["looks"]["value"] == 0 and "another's" in capsys.readouterr().out
 
 
@@ -199,8 +199,10 @@ def test_what_option_texts_give_away():
     """ "flu" is always right in both halves; where all options were right equally often, chance remains."""
     give = lambda i, options, answer: Question(f"q{i}", f"Which {i}?", options, answer)
     given_away = [give(i, ("flu", f"x{i}") if i % 2 else (f"x{i}", "flu"), 1 - i % 2) for i in range(40)]
-    np.testing.assert_allclose(look.prior(given_away), 1)
-    assert look.prior([give(i, ("a", "b", "c"), 0) for i in range(1)]) == pytest.approx([1 / 3])
+    assert set(look.prior(given_away).values()) == {1.0}
+    apart = [replace(q, subject=f"subject {i}") for i, q in enumerate(given_away)]  # nothing to count from
+    assert set(look.prior(apart).values()) == {0.5}
+    assert look.prior([give(0, ("a", "b", "c"), 0)]) == {"q0": pytest.approx(1 / 3)}
 
 
 def test_looks_by_hand():
@@ -210,6 +212,15 @@ def test_looks_by_hand():
     result = look.describe(asked, rows(1, 1, 1, 0), found)
     assert result["image"]["value"] == 0.75 and result["none"]["value"] == 1
     assert result["looks"]["value"] == 0.25 and result["looks"]["low"] < 0.25 < result["looks"]["high"]
+    assert result["chance"] == 0.5 and "subjects" not in result
+    asked = [replace(q, subject="ct" if q.id == "0" else "mr") for q in asked]
+    result = look.describe(asked, rows(1, 1, 1, 0), found)
+    mr = result["subjects"]["mr"]
+    assert mr["n"] == 3 and mr["image"]["value"] == pytest.approx(2 / 3) and mr["blank"]["value"] == 0
+    assert mr["looks"]["value"] == pytest.approx(1 / 3)  # less another's image
+    assert result["mean_over_subjects"]["image"]["value"] == pytest.approx((1 + 2 / 3) / 2)
+    lines = look.show({"films": result}).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["films", "ct", "mr", "mean"] and "50.0 %" in lines[2]
 
 
 def test_broken_images_are_refused_together(folder):

@@ -1,5 +1,5 @@
 """What one evaluation says by itself: intervals, pass@k, votes, entropies, letters, and accuracy by kind of
-question, by subject and by label; read from the rows of its answers.
+question, by subject, by task and by label; read from the rows of its answers.
 
 The question is the unit. With several samples a question counts once, as the share of its samples that are
 right.
@@ -21,7 +21,7 @@ SAMPLED = """\
 pass@k: unbiased; beyond chance: so that guessing is 0 and certainty 100 (–: chance alone reaches over 90 %).
 maj@k: the most frequent of a question's k answers; ties are drawn with equal chances, and answers that were
 not found do not vote. Entropies are in nats. Intervals (95 %) are over questions."""
-GROUPS = ("kinds", "subjects", "labels")  # by which accuracy is given
+GROUPS = ("kinds", "subjects", "tasks", "labels")  # by which accuracy is given
 GATE = 0.2  # of pass@k beyond chance: below, most groups of samples have equal rewards, which teach nothing
 
 
@@ -39,6 +39,7 @@ class Answers(NamedTuple):
     options: np.ndarray  # int [n], from how many letters or labels one is chosen; 0 of other questions
     kinds: np.ndarray  # str [n], `Question.kind`
     subjects: np.ndarray  # str [n]
+    tasks: np.ndarray  # str [n]
     repeats: np.ndarray  # bool [n], the exact repeats of an earlier question
     entropy: np.ndarray  # float [n, k], nats per token of each response; NaN where it was not taken
     shuffled: np.ndarray  # bool [n]
@@ -87,6 +88,7 @@ def of_rows(rows: Iterable[dict[str, Any]], where: str) -> Answers:
         options=np.array([r["options"] for r in first]),
         kinds=np.array([r.get("kind") or ("choice" if r["options"] else "open") for r in first]),
         subjects=np.array([r.get("subject") or "" for r in first]),
+        tasks=np.array([r.get("task") or "" for r in first]),
         repeats=np.array(["repeats" in r for r in first]),
         entropy=np.array([[r.get("entropy", np.nan) for r in group] for group in by_id.values()], float),
         shuffled=np.array(["order" in r for r in first]),
@@ -126,9 +128,12 @@ def describe(a: Answers) -> dict[str, Any]:
         out["letters"] = stats.letter_bias(a.shown[choice], a.shown_key[choice])
     if np.isfinite(a.entropy).any():
         out["token_entropy"] = float(np.nanmean(a.entropy))
-    groups = {"kinds": by_group(a.correct, a.kinds), "subjects": by_group(a.correct, a.subjects)}
+    by_names = {"subjects": a.subjects, "tasks": a.tasks}
+    groups = {name: by_group(a.correct, names) for name, names in (("kinds", a.kinds), *by_names.items())}
     groups["labels"] = by_group(a.correct[label], a.key[label])
     out |= {name: accuracies for name, accuracies in groups.items() if accuracies}
+    for name in out.keys() & by_names.keys():
+        out[f"mean_over_{name}"] = stats.balanced(a.correct, by_names[name])._asdict()
     if "labels" in out:
         out["balanced_accuracy"] = stats.balanced(a.correct[label], a.key[label])._asdict()
     if k > 1:
@@ -209,6 +214,11 @@ def _group_table(name: str, group: str, d: dict[str, Any]) -> str:
     rows = [[x or "(none)", f"{s['n']:,}", percent(s["accuracy"])] for x, s in d[group].items()]
     if group == "labels":
         rows.append(["balanced accuracy", "", percent(d["balanced_accuracy"])])
+    if mean := d.get(f"mean_over_{group}"):
+        rows += [
+            [f"mean over {group}", "", percent(mean)],
+            ["mean over questions", "", percent(d["accuracy"])],
+        ]
     return tables.plain((f"{name}, {group}", "questions", "accuracy"), rows)
 
 
@@ -243,7 +253,9 @@ def remarks(name: str, counts: dict[str, Any]) -> list[str]:
     return out
 
 
-def percent(x: dict[str, float]) -> str:
-    """A share, or a difference of two, with its interval."""
+def percent(x: dict[str, float] | float) -> str:
+    """A share, or a difference of two, with its interval if it has one."""
+    if not isinstance(x, dict):
+        return f"{100 * x:.1f} %"
     value, low, high = (f"{100 * x[k]:.1f}" for k in ("value", "low", "high"))
     return f"{value} % ({low}{' to ' if x['low'] < 0 else '–'}{high})"

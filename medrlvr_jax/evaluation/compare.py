@@ -1,4 +1,4 @@
-"""Two evaluations of the same questions, side by side: `medrlvr compare EVAL_A EVAL_B`.
+"""Evaluations of the same questions, side by side: `medrlvr compare EVAL_A EVAL_B`, or several in a table.
 
 Reads what `medrlvr eval` wrote (a JSONL of answers for each set, and eval.json); of a run, its newest
 evaluation. Questions are paired by their id and must be the same by their hash. With several samples a
@@ -9,13 +9,17 @@ question is the unit, not the sample. Two evaluations that differ in more than t
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.evaluation.answers import Answers, describe, pair, percent, read, remarks
 from medrlvr_jax.evaluation.evaluate import evaluate_source
+from medrlvr_jax.host import tables
 from medrlvr_jax.host.errors import ConfigError
 
 SAME = ("prompt.chat", "prompt.prefill", "reward.mode", "eval.samples", "eval.temperature")  # in both
@@ -69,6 +73,15 @@ def differences(a: Path, b: Path, name: str, one: Answers, other: Answers) -> li
     return out
 
 
+def check_alike(a: Path, b: Path, name: str, one: Answers, other: Answers, anyway: bool) -> list[str]:
+    """`differences`, which are refused unless `anyway`."""
+    if (odd := differences(a, b, name, one, other)) and not anyway:
+        lines = "".join(f"\n  {line}" for line in odd)
+        why = f"{a} (A) and {b} (B) differ in more than the model; if that is meant, give --anyway"
+        raise ConfigError(f"{name}: {why}:{lines}")
+    return odd
+
+
 def read_log(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
 
@@ -110,10 +123,7 @@ def compare(a: Path, b: Path, anyway: bool = False) -> dict[str, Any]:
     out = {}
     for name in names:
         one, other = (read(folder / f"{name}.jsonl") for folder in (a, b))
-        if (odd := differences(a, b, name, one, other)) and not anyway:
-            lines = "".join(f"\n  {line}" for line in odd)
-            why = "the two differ in more than the model; if that is meant, give --anyway"
-            raise ConfigError(f"{name}: {why}:{lines}")
+        odd = check_alike(a, b, name, one, other, anyway)
         logs = {"A": read_log(a), "B": read_log(b)}
         counts = {f"{name}, {x}": log.get("eval", {}).get(name) for x, log in logs.items()}
         notes = [line for which, c in counts.items() if c for line in remarks(which, c)]
@@ -130,7 +140,7 @@ def compare(a: Path, b: Path, anyway: bool = False) -> dict[str, Any]:
     return out
 
 
-def show(comparison: dict[str, Any], names: tuple[str, str] = ("A", "B")) -> str:
+def show(comparison: dict[str, Any], names: Sequence[str] = ("A", "B")) -> str:
     """The comparison for a terminal: each set's numbers, the remarks, and at the end one sentence a set."""
     sets, lines, verdicts = {}, [], []
     for name, c in comparison.items():
@@ -152,7 +162,7 @@ def show(comparison: dict[str, Any], names: tuple[str, str] = ("A", "B")) -> str
     return "\n".join([*lines, *verdicts])
 
 
-def verdict(name: str, c: dict[str, Any], names: tuple[str, str]) -> str:
+def verdict(name: str, c: dict[str, Any], names: Sequence[str]) -> str:
     """One set's comparison as a sentence. `c`: of `compare_sets`, with `p_holm`."""
     if c["p_holm"] >= SIGNIFICANT:
         return f"{name}: {names[1]} and {names[0]} do not differ significantly."
@@ -161,12 +171,69 @@ def verdict(name: str, c: dict[str, Any], names: tuple[str, str]) -> str:
     return f"{name}: {better} answers more questions right than {worse}, by {points:.1f} points."
 
 
-def names_of(a: Path, b: Path) -> tuple[str, str]:
-    """What to call two evaluations: each by its run, or by its folder where it lies in none; by two folders
-    where that does not tell them apart.
+def names_of(*folders: Path) -> tuple[str, ...]:
+    """What to call evaluations: each by its run, or by its folder where it lies in none; by two folders where
+    that does not tell them apart.
     """
-    a, b = a.resolve(), b.resolve()
-    first, second = (
-        folder.parent.name if (folder.parent / "config.yaml").is_file() else folder.name for folder in (a, b)
-    )
-    return (first, second) if first != second else ("/".join(a.parts[-2:]), "/".join(b.parts[-2:]))
+    places = [folder.resolve() for folder in folders]
+    names = [f.parent.name if (f.parent / "config.yaml").is_file() else f.name for f in places]
+    return tuple(names if len(set(names)) == len(names) else ("/".join(f.parts[-2:]) for f in places))
+
+
+# ---- several evaluations ----
+
+
+def matrix(folders: Sequence[Path], anyway: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
+    """Accuracy of each evaluation on each set that all hold, on each subject of a set that has several, and
+    the gains over the first evaluation on the same questions.
+
+    `{column: {name: {"n", "accuracy", "gain"}}}`, and the column `mean` with the means over sets or, where
+    there is one set, over subjects. Raises `ConfigError` as `compare`. Intervals are not adjusted for their
+    number.
+    """
+    folders = [evaluation(folder) for folder in folders]
+    names = names_of(*folders)
+    sets = [{path.stem: read(path) for path in folder.glob("*.jsonl")} for folder in folders]
+    if not (shared := sorted(set.intersection(*map(set, sets)))):
+        raise ConfigError("no set of answers in all of them; give folders of `medrlvr eval` on the same sets")
+    columns = {}
+    for name in shared:
+        asked = [each[name] for each in sets]
+        for folder, other in zip(folders[1:], asked[1:], strict=True):
+            check_alike(folders[0], folder, name, asked[0], other, anyway)
+        columns[name] = _column(names, asked)
+        subjects = sorted(set(asked[0].subjects.tolist()))
+        for subject in subjects if len(subjects) > 1 else []:
+            title = f"{name}: {subject or '(none)'}"
+            columns[title] = _column(names, [each.only(each.subjects == subject) for each in asked])
+    if averaged := shared if len(shared) > 1 else list(columns)[1:]:
+        columns["mean"] = {
+            n: {
+                key: float(np.mean([columns[title][n][key]["value"] for title in averaged]))
+                for key in ("accuracy", "gain")
+            }
+            for n in names
+        }
+    return columns
+
+
+def _column(names: Sequence[str], asked: Sequence[Answers]) -> dict[str, dict[str, Any]]:
+    return {name: _gain(asked[0], each) for name, each in zip(names, asked, strict=True)}
+
+
+def _gain(first: Answers, answered: Answers) -> dict[str, Any]:
+    i, j, _ = pair(first, answered)
+    difference = stats.paired_difference(first.correct[i], answered.correct[j])
+    gain = {"value": difference.value, "low": difference.low, "high": difference.high}
+    return {"n": len(answered.ids), "accuracy": stats.accuracy(answered.correct)._asdict(), "gain": gain}
+
+
+def show_matrix(columns: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Two tables: accuracies with 95 % intervals, and gains over the first row."""
+    names = list(next(iter(columns.values())))
+    counts = [f"{column[names[0]]['n']:,}" if "n" in column[names[0]] else "" for column in columns.values()]
+    rows = [["questions", *counts]]
+    rows += [[name, *(percent(column[name]["accuracy"]) for column in columns.values())] for name in names]
+    gains = [[name, *(percent(column[name]["gain"]) for column in columns.values())] for name in names[1:]]
+    head = f"gain over {names[0]}"
+    return f"{tables.plain(('accuracy', *columns), rows)}\n\n{tables.plain((head, *columns), gains)}"

@@ -99,6 +99,7 @@ def ask(
         place, which = divmod(int(scored.places[row]), sample.samples)
         question, which = scored.questions[row], draw + which
         about = {"subject": question.subject, "sample": which, "question_hash": question_hash(question)}
+        about |= {"task": question.task} if question.task else {}
         if question.id in encoded.repeats:
             about["repeats"] = encoded.repeats[question.id]
         rows.append((int(index[place]) * c.eval.samples + which, scored.record(row) | about))

@@ -8,13 +8,12 @@ image and with another question's.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from PIL import Image
 
 from medrlvr_jax.data.images import read_image
@@ -64,48 +63,85 @@ def _shuffled(questions: list[Question]) -> list[Question]:
     ]
 
 
-def prior(questions: list[Question]) -> Float[np.ndarray, " n"]:
-    """For each question with one right option, the chance to name it by how often its options' texts are
-    right in the other half of the set; halves are by the questions' hashes, ties are drawn.
+def prior(questions: list[Question]) -> dict[str, float]:
+    """By id of each question with one right option, the chance to name it by how often its options' texts are
+    right for its subject in the other half of the set; halves are by the questions' hashes, ties are drawn.
     """
     chosen = [q for q in questions if q.options and q.value is None]
     halves = [int(question_hash(q), 16) % 2 for q in chosen]
     offered, right = (Counter(), Counter()), (Counter(), Counter())
     for question, half in zip(chosen, halves, strict=True):
-        offered[half].update(question.options)
-        right[half][question.options[question.answer]] += 1
-    out = []
+        offered[half].update((question.subject, option) for option in question.options)
+        right[half][question.subject, question.options[question.answer]] += 1
+    out = {}
     for question, half in zip(chosen, halves, strict=True):
-        seen, rate = offered[1 - half], 1 / len(question.options)
-        shares = [right[1 - half][text] / seen[text] if seen[text] else rate for text in question.options]
-        best = np.isclose(shares, max(shares))
-        out.append(best[question.answer] / best.sum())
-    return np.array(out)
+        seen, rate, texts = offered[1 - half], 1 / len(question.options), []
+        for text in question.options:
+            place = question.subject, text
+            texts.append(right[1 - half][place] / seen[place] if seen[place] else rate)
+        best = np.isclose(texts, max(texts))
+        out[question.id] = float(best[question.answer] / best.sum())
+    return out
+
+
+GROUPS = {"subjects": "subject", "tasks": "task"}  # by which the figures are given beside all questions'
 
 
 def describe(
     questions: list[Question], rows: list[dict[str, Any]], found: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Accuracies under each condition and `looks`, with 95 % intervals. `rows` are the answers with the right
+    """Accuracies under each condition and `looks`, with 95 % intervals, of the questions with images; the
+    same by subject and by task, and their means over these groups. `rows` are the answers with the right
     images, `found` those under `conditions`.
     """
     seeing = [question for question in questions if question.images]
-    usual, out = _by_question(rows), {}
-    out["image"] = stats.accuracy(np.array([usual[question.id] for question in seeing]))._asdict()
+    shares = {"image": _by_question(rows)} | {name: _by_question(answers) for name, answers in found.items()}
+    shares["option_texts"] = prior(seeing)
+    out = _figures(seeing, shares)
+    for name, field in GROUPS.items():
+        groups: dict[str, list[Question]] = defaultdict(list)
+        for question in seeing:
+            groups[getattr(question, field)].append(question)
+        if len(groups) > 1:
+            out[name] = {group: _figures(groups[group], shares) for group in sorted(groups)}
+            out[f"mean_over_{name}"] = _means(seeing, shares, field)
+    return out
+
+
+def _asked(questions: list[Question], answered: Mapping[str, float]) -> list[Question]:
+    return [question for question in questions if question.id in answered]
+
+
+def _figures(questions: list[Question], shares: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Of some questions: n, what each condition reaches, chance, `looks`. `shares`: right answers by id."""
+    out: dict[str, Any] = {"n": len(questions)}
     differences = []
-    for name, answers in found.items():
-        if not answers:
+    for name, answered in shares.items():
+        if not (asked := _asked(questions, answered)):
             continue
-        other = _by_question(answers)
-        both = [np.array([x[i] for i in other]) for x in (other, usual)]
-        out[name] = stats.accuracy(both[0])._asdict()
-        if name != "none":
-            differences.append((both[0].mean(), stats.paired_difference(*both)))
-    if len(guesses := prior(seeing)):
-        out["option_texts"] = stats.mean_share(guesses)._asdict()
+        values = np.array([answered[question.id] for question in asked])
+        guessed = name == "option_texts"
+        out[name] = (stats.mean_share if guessed else stats.accuracy)(values)._asdict()
+        if name in ("blank", "shuffled"):
+            usual = np.array([shares["image"][question.id] for question in asked])
+            differences.append((values.mean(), stats.paired_difference(values, usual)))
+    out["chance"] = float(np.mean([1 / q.offered if q.offered else 0.0 for q in questions]))
     if differences:
         _, looks = max(differences, key=lambda pair: pair[0])
         out["looks"] = {"value": looks.value, "low": looks.low, "high": looks.high}
+    return out
+
+
+def _means(
+    questions: list[Question], shares: Mapping[str, Mapping[str, float]], field: str
+) -> dict[str, dict[str, float]]:
+    """What each condition reaches as the mean over groups, which count alike however large they are."""
+    out = {}
+    for name, answered in shares.items():
+        if asked := _asked(questions, answered):
+            values = np.array([answered[question.id] for question in asked])
+            groups = np.array([getattr(question, field) for question in asked])
+            out[name] = stats.balanced(values, groups)._asdict()
     return out
 
 
@@ -118,8 +154,16 @@ def _by_question(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def show(found: dict[str, dict[str, Any]]) -> str:
-    """What `describe` found of each set, as a table."""
-    columns = ("image", "blank", "shuffled", "none", "option_texts", "looks")
-    rows = [[name, *(percent(d[c]) if c in d else "–" for c in columns)] for name, d in found.items()]
-    titles = ("right image", "blank", "another's", "none", "option texts alone", "looks")
-    return tables.plain(("accuracy with", *titles), rows)
+    """What `describe` found of each set, as a table: all questions, then each subject and each task."""
+    columns = ("image", "blank", "shuffled", "none", "option_texts", "chance", "looks")
+    titles = ("right image", "blank", "another's", "none", "option texts alone", "chance", "looks")
+    rows = []
+    for name, d in found.items():
+        lines = {name: d}
+        for group in GROUPS:
+            lines |= {f"  {kind or '(none)'}": figures for kind, figures in d.get(group, {}).items()}
+            lines |= {f"  mean over {group}": d[f"mean_over_{group}"]} if group in d else {}
+        for line, figures in lines.items():
+            n = f"{figures['n']:,}" if "n" in figures else ""
+            rows.append([line, n, *(percent(figures[c]) if c in figures else "–" for c in columns)])
+    return tables.plain(("accuracy with", "questions", *titles), rows)
