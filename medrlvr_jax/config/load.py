@@ -227,11 +227,8 @@ def _complaint(error: Any) -> str:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         return f"{name}: no such setting; {hint}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        context, kinds = (
-            error["ctx"],
-            section_kinds(get_type_hints(RewardConfig, include_extras=True)[path[1]]),
-        )
-        wrong = f"{context['tag']!r}: no such kind" if "tag" in context else "needed, and not given"
+        kinds = section_kinds(get_type_hints(RewardConfig, include_extras=True)[path[1]])
+        wrong = f"{error['ctx']['tag']!r}: no such kind" if "tag" in error["ctx"] else "needed, and not given"
         return f"{name}.kind: {wrong}; there are {', '.join(kinds)}"
     if kind == "model_attributes_type":
         return f"{name}: {value!r} is a value where a section with kind is needed, such as {{kind: rule}}"

@@ -39,17 +39,13 @@ def select(questions: list[Question], config: PassCountConfig) -> list[Question]
     field = config.order if config.order in ("variance", "impact") else "right"
     counts = _read_counts(config, field)
     if missing := [q.id for q in questions if q.id not in counts]:
-        problem = (
-            f"{len(missing)} of {len(questions)} questions have no count there, the first is {missing[0]!r}"
-        )
-        raise DataError(
-            f"pass_count.file {config.file!r}: {problem}; run `medrlvr difficulty` on this set, to its end"
-        )
+        some = f"{len(missing)} of {len(questions)} questions"
+        remedy = f"the first is {missing[0]!r}; run `medrlvr difficulty` on this set, to its end"
+        raise DataError(f"pass_count.file {config.file!r}: {some} have no count there, {remedy}")
     selected = [q for q in questions if (right := counts[q.id][0]) is not None and low <= right <= high]
     if not selected:
-        raise DataError(
-            f"pass_count.keep: no question has {low} to {high} right samples by {config.file}; widen it"
-        )
+        problem = f"no question has {low} to {high} right samples by {config.file}"
+        raise DataError(f"pass_count.keep: {problem}; widen it")
     sign = {None: 0, "hard_first": 1}.get(config.order, -1)  # every other order: the largest first
     return sorted(selected, key=lambda q: sign * counts[q.id][1])[: config.top]
 
@@ -61,17 +57,13 @@ def _read_counts(config: PassCountConfig, field: str) -> dict[str, tuple[int | N
         raise DataError(f"pass_count.file {config.file!r}: no such file; `medrlvr difficulty` writes one")
     counts = {}
     for number, row in read_json(path):
-        where = f"{path}, line {number}"
-        if (
-            isinstance(row, DataError)
-            or type(row.get("id")) is not str
-            or type(row.get("right")) not in (int, type(None))
-        ):
+        where, fields = f"{path}, line {number}", {} if isinstance(row, DataError) else row
+        name, right, score = fields.get("id"), fields.get("right"), fields.get(field)
+        if type(name) is not str or type(right) not in (int, type(None)):
             example = '{"id": "train-1", "right": 3}'
             raise DataError(f"{where}: a line such as {example} is needed, as `medrlvr difficulty` writes")
-        right, score = row.get("right"), row.get(field)
         if right is not None and type(score) not in (int, float):
             remedy = "`medrlvr difficulty --history` writes one"
             raise DataError(f"{where}: no number {field!r} in it, by which pass_count.order goes; {remedy}")
-        counts[row["id"]] = right, score or 0.0
+        counts[name] = right, score or 0.0
     return counts

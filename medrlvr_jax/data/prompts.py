@@ -22,9 +22,8 @@ from medrlvr_jax.types import Prompts
 
 ROLE = "You are a medical expert taking the United States Medical Licensing Examination (USMLE)."
 THINK = (
-    "Reason step by step inside <think> </think> tags, then give {answer} inside <answer> "
-    "</answer> tags, in this "
-    "form: <think>reasoning</think><answer>{form}</answer>"
+    "Reason step by step inside <think> </think> tags, then give {answer} inside <answer> </answer> tags, "
+    "in this form: <think>reasoning</think><answer>{form}</answer>"
 )
 DIRECT = (
     "Give {answer} inside <answer> </answer> tags, and nothing else, in this form: <answer>{form}</answer>"
@@ -106,9 +105,8 @@ def frame(tok: Tokenizer, config: PromptConfig, begun: bool = True) -> Frame:
         raise ConfigError(f"prompt.chat: true, but {problem}; set prompt.chat to false")
     before, after = parts
     if config.system and config.system.strip() not in before + after:
-        raise ConfigError(
-            "prompt.system: the chat template leaves the system turn out; set prompt.system to null"
-        )
+        problem = "the chat template leaves the system turn out"
+        raise ConfigError(f"prompt.system: {problem}; set prompt.system to null")
     given = _given(tok, config, after)
     if twice := next((tag for tag in TAGS if tag in given and tag in config.prefill), None):
         problem = f"the chat template itself begins a response with {given!r}, so there would be two {twice}"
@@ -128,9 +126,8 @@ def begins(tok: Tokenizer, config: PromptConfig) -> str:
 
 def _check_template(tok: Tokenizer, config: PromptConfig) -> None:
     if not tok.hf.chat_template:
-        raise ConfigError(
-            "prompt.chat: true, but the tokenizer has no chat template; set prompt.chat to false"
-        )
+        problem = "the tokenizer has no chat template"
+        raise ConfigError(f"prompt.chat: true, but {problem}; set prompt.chat to false")
     template = tok.hf.get_chat_template()
     for name in config.template_args:  # jinja ignores names that it does not know
         reserved = name in ("messages", "add_generation_prompt")
@@ -147,11 +144,9 @@ def converse(tok: Tokenizer, config: PromptConfig, *roles: str) -> str:
         turns.insert(0, {"role": "system", "content": config.system})
         source += f" of a conversation with prompt.system {config.system[:40]!r}"
         remedy = "set prompt.system to null"
-    prompt_only = len(roles) == 1
+    settings = config.template_args | {"add_generation_prompt": len(roles) == 1}
     with files.reading(source, remedy):
-        return tok.hf.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=prompt_only, **config.template_args
-        )
+        return tok.hf.apply_chat_template(turns, tokenize=False, **settings)
 
 
 def _given(tok: Tokenizer, config: PromptConfig, after: str) -> str:
@@ -263,8 +258,6 @@ def pad_prompts(rows: Sequence[list[int]], ids: UInt32[np.ndarray, " Q"], width:
     mask = np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
         if not 0 < len(row) <= width:
-            raise ValueError(
-                f"prompt {i} has {len(row)} tokens, and 1 to {width} fit; encode_prompts drops longer ones"
-            )
+            raise ValueError(f"prompt {i} has {len(row)} tokens, and 1 to {width} fit: see encode_prompts")
         tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
     return Prompts(tokens, mask, np.asarray(ids, np.uint32))

@@ -143,10 +143,8 @@ def _csv(path: Path) -> Rows:
                     problem = f"{len(cells)} cells under a header of {len(header)}"
                     yield number, DataError(f"{problem}; quote cells that hold {delimiter!r}")
                 elif cells:
-                    yield (
-                        number,
-                        _under_header(header, cells) if header else _without_header(cells, path.stem),
-                    )
+                    row = _under_header(header, cells) if header else _without_header(cells, path.stem)
+                    yield number, row
         except (csv.Error, UnicodeDecodeError) as e:
             yield start, DataError(f"not CSV in UTF-8: {e}; save the file again as CSV in UTF-8")
 
@@ -221,11 +219,10 @@ def _dataset(rows: Any) -> Rows:
             rows = rows.cast_column(field, closed)
         elif isinstance(getattr(kind, "feature", None), datasets.Image):
             rows = rows.cast_column(field, datasets.List(closed))
-    labels = {
-        f: dict(enumerate(t.names)) for f, t in rows.features.items() if type(t).__name__ == "ClassLabel"
-    }
+    labels = {field: kind for field, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
     for number, row in enumerate(rows, 1):
-        yield number, row | {field: names.get(row[field]) for field, names in labels.items()}
+        names = {field: dict(enumerate(kind.names)).get(row[field]) for field, kind in labels.items()}
+        yield number, row | names
 
 
 # By suffix: the unit that records are counted in, and the reader.

@@ -27,19 +27,18 @@ def _ids(tok: Tokenizer, vocab_size: int) -> list[str]:
         lines.append(f"no pad token: padding is {name(tok.pad_id)}; harmless, masks decide what counts")
     elif tok.pad_id in tok.stop_ids:
         lines.append(
-            f"the pad token {name(tok.pad_id)} is a stop token too; harmless, masks decide what counts"
+            f"the pad token {name(tok.pad_id)} is a stop token too; harmless: masks decide what counts"
         )
     if tok.hf.eos_token_id is None:
         lines.append(
-            f"no eos_token: targets end with {name(tok.stop_ids[0])}, from the model's own configuration"
+            f"no eos_token: targets end with {name(tok.stop_ids[0])}, from the model's configuration"
         )
     if len(tok.stop_ids) > 1:
         names = ", ".join(map(str, map(name, tok.stop_ids)))
         lines.append(f"stop tokens {names}: any ends a response, the first ends targets")
     if tok.vocab_size > vocab_size:
-        lines.append(
-            f"the tokenizer has {tok.vocab_size} ids, the model {vocab_size}: training will refuse this pair"
-        )
+        sizes = f"the tokenizer has {tok.vocab_size} ids, the model {vocab_size}"
+        lines.append(f"{sizes}: training will refuse this pair")
     elif tok.vocab_size < vocab_size:
         unused = f"{vocab_size - tok.vocab_size} of the model's {vocab_size} ids"
         lines.append(f"{unused} stand for no token (padding); sampled, they give no text")
@@ -69,10 +68,8 @@ def _texts(tok: Tokenizer) -> list[str]:
         original = tokenizers.Tokenizer.from_file(str(file))
         if original.encode(STEM, add_special_tokens=False).ids != tok.encode_trusted(STEM):
             # transformers 5 rebuilds the tokenizers of some model types, such as qwen2's, by its own rules.
-            cause = "(the model_type in config.json decides)"
-            lines.append(
-                f"transformers splits text otherwise than tokenizer.json says {cause}; its split is used"
-            )
+            cause = "since the model_type in config.json decides; its split is used"
+            lines.append(f"transformers splits text otherwise than tokenizer.json says, {cause}")
     return lines
 
 
@@ -87,10 +84,8 @@ def _chat_template(tok: Tokenizer, config: PromptConfig) -> list[str]:
     if f.given:
         closes, opens = EMPTY_THOUGHT.match(f.given), TAGS[0] in f.given
         does = "closes an empty thought" if closes else "opens the thought" if opens else "writes"
-        what = "is given in the prompt, and judged and taught as part of the response"
-        lines.append(
-            f"with prompt.chat, the chat template itself {does} in the assistant's turn: {f.given!r} {what}"
-        )
+        what = f"{f.given!r} is given in the prompt, and judged and taught as part of the response"
+        lines.append(f"with prompt.chat, the chat template itself {does} in the assistant's turn: {what}")
     rendered = prompts.converse(tok, config, "user").replace(MESSAGE, "Which?")
     if f.head + tok.spell([f.before + "Which?" + f.after])[0] + f.tail != tok.encode_trusted(rendered):
         seam = "at the seam between the template and the text"

@@ -58,16 +58,12 @@ def of_rows(rows: Iterable[dict[str, Any]], where: str) -> Answers:
         raise ConfigError(f"{where}: no answers in it")
     k = {len(group) for group in by_id.values()}
     if len(k) > 1:
-        problem = (
-            f"questions with {sorted(k)} samples; ids must be unique and each question answered as often"
-        )
-        raise ConfigError(f"{where}: {problem}")
+        remedy = "ids must be unique and each question answered as often"
+        raise ConfigError(f"{where}: questions with {sorted(k)} samples; {remedy}")
     hashes = {name: {row.get("question_hash") for row in group} for name, group in by_id.items()}
     if odd := [name for name in by_id if len(hashes[name]) > 1]:
-        problem = (
-            f"answers to different questions with the id {odd[0]!r}; give each question an id of its own"
-        )
-        raise ConfigError(f"{where}: {problem}")
+        remedy = "give each question an id of its own"
+        raise ConfigError(f"{where}: answers to different questions with the id {odd[0]!r}; {remedy}")
     column = lambda name, empty: np.array([[r.get(name) or empty for r in group] for group in by_id.values()])
     first = [group[0] for group in by_id.values()]
 
@@ -235,21 +231,16 @@ def _letters(sets: dict[str, dict[str, Any]]) -> str:
 
 
 def remarks(name: str, counts: dict[str, Any]) -> list[str]:
-    """What the counts of `evaluate.summarise` say beside an accuracy: questions not asked, answers cut off,
-    the remedies.
-    """
+    """What the counts of `evaluate.summarise` say beside accuracy: questions not asked, answers cut off."""
     out = []
     if dropped := counts.get("dropped_prompts"):
-        of = dropped + counts.get("questions", counts["n"])
-        out.append(
-            f"{name}: {dropped:,} of {of:,} questions dropped, not in these figures: longer than "
-            "prompt.max_tokens; raise it"
-        )
+        share = f"{dropped:,} of {dropped + counts.get('questions', counts['n']):,} questions"
+        why = "longer than prompt.max_tokens; raise it"
+        out.append(f"{name}: {share} dropped, not in these figures: {why}")
     if cut := counts.get("truncated"):
         share = f"{cut:,} of {counts['n']:,} answers ({100 * cut / counts['n']:.1f} %)"
-        out.append(
-            f"{name}: {share} cut off before their end, so mostly unformatted; raise eval.max_new_tokens"
-        )
+        remedy = "so mostly unformatted; raise eval.max_new_tokens"
+        out.append(f"{name}: {share} cut off before their end, {remedy}")
     return out
 
 

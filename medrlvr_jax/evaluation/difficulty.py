@@ -38,9 +38,7 @@ from medrlvr_jax.runs.console import Console
 def difficulty_source(
     source: Path, settings: list[str], step: int | Literal["best"] | None, samples: int, out: Path | None
 ) -> int:
-    """Count for every question of the config's `data`, without its `pass_count`; print a table of the
-    counts.
-    """
+    """Count for every question of the config's `data`, whatever its `pass_count`; print a table."""
     parts, params, step = open_source(source, settings, step, "difficulty")
     c, new = parts.config, parts.config.sample.max_new_tokens
     sampled = {"samples": samples, "temperature": c.sample.temperature, "max_new_tokens": new}
@@ -91,10 +89,8 @@ def from_history(run: Path, out: Path | None) -> int:
     rest = [{"id": q.id, "right": None} for q in questions if q.id not in used]
     files.write_text(path, files.jsonl(row | {"model": model} for row in rows + rest))
     ranked = sorted(rows, key=lambda row: -row["variance"])[:10]
-    figures = {"accuracy": ".3f", "variance": ".4f", "impact": ".3f"}
-    table = [
-        [r["id"], str(r["passes"]), *(f"{r[name]:{form}}" for name, form in figures.items())] for r in ranked
-    ]
+    figures = ("accuracy", "variance", "impact")
+    table = [[r["id"], str(r["passes"]), *(f"{r[name]:.4f}" for name in figures)] for r in ranked]
     print(tables.plain(("highest variance", "passes", *figures), table))
     choice = f"{{file: {path}, order: variance, top: {min(16, len(rows))}}}"
     never = f", and {len(rest):,} that never came" if rest else ""
@@ -103,9 +99,7 @@ def from_history(run: Path, out: Path | None) -> int:
 
 
 def scores(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each question of a run's questions.jsonl, in order of first use; `right` is of its last
-    pass.
-    """
+    """A line for each question of a questions.jsonl, in order of first use; `right` is of its last pass."""
     shares: dict[str, list[float]] = {}
     last: dict[str, tuple[int, int]] = {}
     for step in steps:
