@@ -65,21 +65,19 @@ def _shuffled(questions: list[Question]) -> list[Question]:
 
 def prior(questions: list[Question]) -> dict[str, float]:
     """By id of each question with one right option, the chance to name it by how often its options' texts are
-    right for its subject in the other half of the set; halves are by the questions' hashes, ties are drawn.
+    right in the other half of the set; halves are by the questions' hashes, ties are drawn.
     """
     chosen = [q for q in questions if q.options and q.value is None]
     halves = [int(question_hash(q), 16) % 2 for q in chosen]
     offered, right = (Counter(), Counter()), (Counter(), Counter())
     for question, half in zip(chosen, halves, strict=True):
-        offered[half].update((question.subject, option) for option in question.options)
-        right[half][question.subject, question.options[question.answer]] += 1
+        offered[half].update(question.options)
+        right[half][question.options[question.answer]] += 1
     out = {}
     for question, half in zip(chosen, halves, strict=True):
-        seen, rate, texts = offered[1 - half], 1 / len(question.options), []
-        for text in question.options:
-            place = question.subject, text
-            texts.append(right[1 - half][place] / seen[place] if seen[place] else rate)
-        best = np.isclose(texts, max(texts))
+        seen, rate = offered[1 - half], 1 / len(question.options)
+        rates = [right[1 - half][text] / seen[text] if seen[text] else rate for text in question.options]
+        best = np.isclose(rates, max(rates))
         out[question.id] = float(best[question.answer] / best.sum())
     return out
 
