@@ -42,7 +42,9 @@ class Mean(NamedTuple):
 class Vision:
     """What the decoder reads of the images in a batch of prompts."""
 
-    features: Float[Array, "Q T E"]  # the vision tower's image tokens
+    # The vision tower's image tokens: E numbers for the embedding, then E for each of the first layers
+    # (`VisionConfig.deepstack`).
+    features: Float[Array, "Q T F"]
     slots: Int32[Array, "Q P"]  # which of the features stands in a column; -1: the column holds text
     positions: Int32[Array, "Q P 3"]  # in time, by row and by column; 0 on padding
     next_position: Int32[Array, " Q"]

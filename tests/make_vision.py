@@ -40,6 +40,8 @@ TOP = {
     "rope_theta": 1e6,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
 }
+# where Qwen3-VL's published files have a section for the decoder
+DECODER = [name for name in TOP if name != "tie_word_embeddings" and not name.endswith("token_id")]
 PATCHES = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 4}
 CONFIGS = {
     "qwen2_5_vl": TOP
@@ -63,10 +65,21 @@ CONFIGS = {
         "vision_config": PATCHES
         | {"depth": 3, "embed_dim": 64, "mlp_ratio": 2, "hidden_size": 48, "hidden_act": "quick_gelu"},
     },
+    "qwen3_vl": {name: value for name, value in TOP.items() if name not in DECODER}
+    | {
+        "model_type": "qwen3_vl",
+        "text_config": {name: TOP[name] for name in DECODER}
+        | {"num_hidden_layers": 3, "head_dim": 16, "model_type": "qwen3_vl_text"}
+        | {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}},
+        "vision_config": PATCHES
+        | {"depth": 4, "hidden_size": 64, "intermediate_size": 100, "out_hidden_size": 48, "patch_size": 16}
+        | {"num_position_embeddings": 49, "deepstack_visual_indexes": [0, 2]},
+    },
 }
 # Height and width of each question's images: two in the first; more rows than columns; padded; none.
 SIZES = [[(120, 260), (64, 64)], [(333, 190)], [(29, 200)], []]
 LIMIT = 28 * 28 * 60  # pixels
+PIXELS = {"qwen3_vl": {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}}
 
 
 def pictures() -> list[list[Image.Image]]:
@@ -96,7 +109,7 @@ def weights(directory: Path) -> dict[str, np.ndarray]:
     for name, shape in sorted((name, source.shape) for name, source in hf.sources(cfg).items()):
         noise = draw.standard_normal(shape)
         scaled = noise * 2.5 * np.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.5 + 0.2 * noise
-        out[name] = scaled.astype(np.float32)
+        out[hf.published_name(name, cfg)] = scaled.astype(np.float32)
     return out
 
 
@@ -104,8 +117,8 @@ def make(directory: Path, kind: str, **changes: Any) -> Path:
     """A directory with the model; `changes` are of its config.json."""
     config = CONFIGS[kind] | changes
     write(directory, config, {})
-    size = {"min_pixels": 56 * 56, "max_pixels": LIMIT}
-    (directory / "preprocessor_config.json").write_text(json.dumps(size))
+    pixels = {"size": {"shortest_edge": 56 * 56, "longest_edge": LIMIT}} | PIXELS.get(kind, {})
+    (directory / "preprocessor_config.json").write_text(json.dumps(pixels))
     return write(directory, config, weights(directory))
 
 
@@ -121,8 +134,7 @@ def reference(directory: Path) -> dict[str, np.ndarray]:
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not any(problems.values()), problems
-    size = {"shortest_edge": 56 * 56, "longest_edge": LIMIT}
-    process = Qwen2VLImageProcessorPil(size=size)
+    process = Qwen2VLImageProcessorPil(**json.loads((directory / "preprocessor_config.json").read_text()))
     made = process(images=list(chain.from_iterable(pictures())), return_tensors="pt")
     counts, tokens = iter((made["image_grid_thw"].prod(1) // 4).tolist()), []
     for of_question in SIZES:
@@ -132,14 +144,16 @@ def reference(directory: Path) -> dict[str, np.ndarray]:
     inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == 90).long()}
     inputs |= {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
     with torch.no_grad():
-        features = model.model.get_image_features(made["pixel_values"], made["image_grid_thw"]).pooler_output
+        seen = model.model.get_image_features(made["pixel_values"], made["image_grid_thw"])
+        parts = [seen.pooler_output, *getattr(seen, "deepstack_features", [])]
+        features = torch.cat([torch.cat(list(part)) for part in parts], -1)
         positions, deltas = model.model.get_rope_index(
             ids, inputs["mm_token_type_ids"], made["image_grid_thw"], attention_mask=mask
         )
         logits = model(**inputs).logits
         grown = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     return {
-        "features": torch.cat(list(features)).numpy(),
+        "features": features.numpy(),
         "positions": np.moveaxis(positions.numpy(), 0, -1).astype(np.int32),
         "next": (mask.sum(1) + deltas[:, 0]).numpy().astype(np.int32),
         "logits": np.where(mask[..., None], logits.numpy(), 0),

@@ -123,12 +123,12 @@ def test_arrange_places_each_patch():
     cut = lambda *row: [images.patches(image, CFG) for image in row]
     out = images.arrange([cut(first, second), cut(second)], 6, CFG)
     assert out.pixels.shape == (2, 6, 64, 588)
-    slots = out.slots[0].reshape(-1, 3)
+    slots = out.slots[0].reshape(-1, 5)
     assert (slots[:, 0] == 0).sum() == 120 and (slots[:, 0] == 1).sum() == 24  # enlarged to 56 × 84
     pixels = np.asarray(first.resize((168, 140)))  # of the target's size already
     flat = out.pixels[0].reshape(-1, 588)
     for i in np.flatnonzero(slots[:, 0] == 0)[::7]:
-        _, row, column = slots[i] * 14
+        row, column = slots[i, 1:3] * 14
         patch = pixels[row : row + 14, column : column + 14].transpose(2, 0, 1)
         np.testing.assert_array_equal(flat[i], patch.ravel())
 

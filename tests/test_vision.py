@@ -140,11 +140,19 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_would_show(fault, directory):
-    cfg, tower, _ = load(directory("qwen2_5_vl"))
-    wrong = features(replace(cfg, vision=FAULTS[fault](cfg.vision)), tower)[0]
-    assert np.abs(wrong - np.load(GOLDEN)["qwen2_5_vl.features"]).max() > 0.05
+FAULTS3 = {
+    "from other layers": lambda v: replace(v, deepstack=(1, 2)),
+    "another activation": lambda v: replace(v, kind="qwen2_vl"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"), [*(("qwen2_5_vl", f) for f in FAULTS), *(("qwen3_vl", f) for f in FAULTS3)]
+)
+def test_a_fault_would_show(kind, fault, directory):
+    cfg, tower, _ = load(directory(kind))
+    wrong = features(replace(cfg, vision=(FAULTS | FAULTS3)[fault](cfg.vision)), tower)[0]
+    assert np.abs(wrong - np.load(GOLDEN)[f"{kind}.features"]).max() > 0.05
 
 
 DECODER_FAULTS = {
@@ -161,17 +169,33 @@ DECODER_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", DECODER_FAULTS)
-def test_a_fault_of_the_decoder_would_show(fault, directory):
-    cfg, tower, params = load(directory("qwen2_vl"))
-    cfg, prompts = DECODER_FAULTS[fault](cfg, prompts_of(cfg, features(cfg, tower)[1]))
+def without_deepstack(cfg, prompts):
+    seen = prompts.vision.features
+    seen = np.where(np.arange(seen.shape[-1]) < cfg.embed, seen, 0)
+    return cfg, replace(prompts, vision=replace(prompts.vision, features=seen))
+
+
+DECODER_FAULTS3 = {
+    "not interleaved": lambda c, p: (replace(c, rope_axes=vision.rope_axes((4, 2, 2))), p),
+    "nothing after the first layers": without_deepstack,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [*(("qwen2_vl", f) for f in DECODER_FAULTS), *(("qwen3_vl", f) for f in DECODER_FAULTS3)],
+)
+def test_a_fault_of_the_decoder_would_show(kind, fault, directory):
+    cfg, tower, params = load(directory(kind))
+    faults = DECODER_FAULTS | DECODER_FAULTS3
+    cfg, prompts = faults[fault](cfg, prompts_of(cfg, features(cfg, tower)[1]))
     wrong = decoder.logits(params, cfg, decoder.forward(params, cfg, prompts)[0])
-    right = np.load(GOLDEN)["qwen2_vl.logits"]
+    right = np.load(GOLDEN)[f"{kind}.logits"]
     assert np.abs(np.where(prompts.mask[..., None], wrong, 0) - right).max() > 0.05
 
 
 def published(kind, ffn, tied, vocab, **decoder):
-    """config.json as published: the decoder's settings beside the tower's."""
+    """config.json as published: the decoder's settings beside the tower's, or of Qwen3-VL in a section."""
     tower = {"depth": 32, "num_heads": 16, "in_chans": 3, "patch_size": 14, "spatial_patch_size": 14}
     tower |= {"spatial_merge_size": 2, "temporal_patch_size": 2}
     if kind == "qwen2_vl":
@@ -183,6 +207,14 @@ def published(kind, ffn, tied, vocab, **decoder):
     more = {"intermediate_size": ffn, "tie_word_embeddings": tied, "vocab_size": vocab}
     rope = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
     rope |= {"rms_norm_eps": 1e-6, "use_sliding_window": False, "hidden_act": "silu"}
+    if kind == "qwen3_vl":
+        tower = {"depth": 24, "num_heads": 16, "hidden_size": 1024, "intermediate_size": 4096}
+        tower |= {"hidden_act": "gelu_pytorch_tanh", "out_hidden_size": decoder["hidden_size"]}
+        tower |= {"num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17]}
+        section = {"mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_type": "default"}
+        text = decoder | more | rope | {"rope_theta": 5e6, "rope_scaling": section, "head_dim": 128}
+        top = {"model_type": kind, "tie_word_embeddings": tied, "vision_config": tower, "text_config": text}
+        return top | ids
     return {"model_type": kind, "vision_config": tower} | ids | more | rope | decoder
 
 
@@ -192,6 +224,8 @@ def shape(width, layers, heads, kv_heads):
 
 
 SIZES_OF = {  # parameters of the tower and of the decoder
+    "Qwen/Qwen3-VL-2B": ("qwen3_vl", 6144, True, 151936, shape(2048, 28, 16, 8), 406_957_056, 1_720_574_976),
+    "Qwen/Qwen3-VL-4B": ("qwen3_vl", 9728, True, 151936, shape(2560, 36, 32, 8), 415_347_712, 4_022_468_096),
     "Qwen/Qwen2-VL-2B": ("qwen2_vl", 8960, True, 151936, shape(1536, 28, 12, 2), 665_271_296, 1_543_714_304),
     "Qwen/Qwen2.5-VL-3B": (
         "qwen2_5_vl",
@@ -243,7 +277,8 @@ def test_what_is_exported_is_the_same_model(kind, directory, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(out)
     model.save_pretrained(tmp_path / "theirs")
     saved = load_file(tmp_path / "theirs" / "model.safetensors")
-    new = {re.sub("^model.", "model.language_model.", name): t for name, t in saved.items()}
+    old = r"^model\.(?!language_model|visual)"  # Qwen3-VL's are new
+    new = {re.sub(old, "model.language_model.", name): t for name, t in saved.items()}
     save_file(
         {re.sub("^visual", "model.visual", name): t for name, t in new.items()},
         tmp_path / "theirs" / "model.safetensors",
@@ -262,10 +297,10 @@ def test_every_parameter_of_the_tower_matters(kind, directory):
     see = jax.jit(lambda p: vision.tower(p, cfg.vision, arranged, jnp.float32))
     usual, draw = np.asarray(see(tower)), np.random.RandomState(0)
     for name in [n for n, row in vision.PARAMETERS.items() if row.exists(cfg.vision)]:
-        path = vision.path_of(name)
-        branch = tower["layers"] if len(path) > 1 else tower
+        [*group, _] = vision.path_of(name)
+        branch = tower[group[0]] if group else tower
         changed = branch | {name: branch[name] * draw.uniform(0.5, 1.5, branch[name].shape)}
-        moved = np.abs(np.asarray(see(tower | {"layers": changed} if len(path) > 1 else changed)) - usual)
+        moved = np.abs(np.asarray(see(tower | {group[0]: changed} if group else changed)) - usual)
         assert moved.max() > 1e-2, (name, moved.max())
 
 

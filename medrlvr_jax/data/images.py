@@ -195,7 +195,7 @@ def arrange(images: list[list[Cut]], windows: int, cfg: VisionConfig) -> Images:
     """The images of each question in `windows` windows, as the tower takes them."""
     side, square, depth = cfg.window // cfg.merge, cfg.merge**2, 3 * cfg.patch**2
     pixels = np.zeros((len(images), windows, side * side, square, depth), np.uint8)
-    slots = np.zeros((*pixels.shape[:-1], 3), np.int32)
+    slots = np.zeros((*pixels.shape[:-1], 5), np.int32)
     slots[..., 0] = -1
     inner = np.stack(np.divmod(np.arange(square), cfg.merge), -1)  # row and column of a patch in its token
     for q, of_question in enumerate(images):
@@ -206,7 +206,8 @@ def arrange(images: list[list[Cut]], windows: int, cfg: VisionConfig) -> Images:
             pixels[q, here][filled] = cut[held[filled]]
             token = np.stack(np.divmod(held[filled], grid.columns), -1)
             places = token[:, None] * cfg.merge + inner
-            slots[q, here][filled] = np.concatenate([np.full_like(places[..., :1], number), places], -1)
+            slots[q, here][filled, :, 0], slots[q, here][filled, :, 1:3] = number, places
+            slots[q, here][filled, :, 3:] = np.array(grid) * cfg.merge
             start += len(held)
     flat = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
     return Images(flat(pixels), flat(slots))

@@ -224,22 +224,34 @@ def forward(
     packed, positions, groups = pack(prompts, tokens, columns)
     x = constrain(embed_lookup(params["embed"], packed, cfg), "batch", None, None)
     if prompts.vision is not None:
-        x = put_images(x, prompts.vision)
+        x = put_images(x, prompts.vision, 0)
+    deep = cfg.vision is not None and prompts.vision is not None and len(cfg.vision.deepstack)
     rope = rope_tables(positions, cfg, prompts.vision is not None)
 
     @partial(jax.checkpoint, policy=REMAT[cfg.execution.remat], prevent_cse=False)
-    def step(x: Array, layer: Layer):
+    def step(x: Array, inputs: tuple[Layer, Array]):
+        layer, number = inputs
         x, cache = run_layer(layer, cfg, x, rope, prompts.mask, segments, groups)
+        if deep:
+            added = lambda: put_images(x, prompts.vision, number + 1)
+            x = jax.lax.cond(number < deep, added, lambda: x)
         return x, cache if keep_cache else None
 
-    x, cache = jax.lax.scan(step, x, params["layers"])
+    x, cache = jax.lax.scan(step, x, (params["layers"], jnp.arange(cfg.layers)))
     return rms_norm(x, params["norm"], cfg.norm_eps, cfg.execution.dtype), cache
 
 
-def put_images(x: Float32[Array, "Q N E"], vision: Vision) -> Float32[Array, "Q N E"]:
-    """The states with the vision tower's features in the columns of images, where they were zero."""
-    slots = vision.slots[..., None]
-    seen = jnp.take_along_axis(vision.features, jnp.maximum(slots, 0), axis=1).astype(x.dtype)
+def put_images(
+    x: Float32[Array, "Q N E"], vision: Vision, part: Int[Array, ""] | int
+) -> Float32[Array, "Q N E"]:
+    """The states plus the vision tower's features in the columns of images: 0 before the layers, where those
+    states are zero, and part 1, 2, … after the first layers (DeepStack, arXiv 2406.04334).
+    """
+    slots, width = vision.slots[..., None], x.shape[-1]
+    features = vision.features
+    if features.shape[-1] > width:
+        features = jax.lax.dynamic_slice_in_dim(features, part * width, width, axis=-1)
+    seen = jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1).astype(x.dtype)
     seen = jnp.where(slots >= 0, seen, 0)
     return x + jnp.pad(seen, ((0, 0), (0, x.shape[1] - seen.shape[1]), (0, 0)))
 

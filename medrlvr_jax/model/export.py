@@ -19,7 +19,16 @@ from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model.lora import flat
 from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig, abstract
-from medrlvr_jax.model.weights import INDEX, SIDE_FILES, Source, Tensor, open_tensors, resolve, sources
+from medrlvr_jax.model.weights import (
+    INDEX,
+    SIDE_FILES,
+    Source,
+    Tensor,
+    open_tensors,
+    published_name,
+    resolve,
+    sources,
+)
 from medrlvr_jax.types import Params
 
 SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers had it; also what is on the host at once
@@ -57,7 +66,7 @@ def save_params(
     stored, frozen = jnp.dtype(dtype or leaves["embed",].dtype), open_tensors(source) if cfg.vision else {}
     partial_dir, shards = _begin(out), _shards(sources(cfg), stored.itemsize)
     for file, tensors in shards.items():
-        gathered = _gathered(leaves, frozen, tensors, stored)
+        gathered = ((published_name(n, cfg), x) for n, x in _gathered(leaves, frozen, tensors, stored))
         if jax.process_index() == 0:
             save_file(dict(gathered), partial_dir / file, {"format": "pt"})
         else:
@@ -66,7 +75,7 @@ def save_params(
     if jax.process_index() == 0:
         if len(shards) > 1:
             total = sum(prod(s.shape) for tensors in shards.values() for s in tensors.values())
-            files_of = {name: file for file, tensors in shards.items() for name in tensors}
+            files_of = {published_name(n, cfg): file for file, tensors in shards.items() for n in tensors}
             index = {"metadata": {"total_size": total * stored.itemsize}, "weight_map": files_of}
             (partial_dir / INDEX).write_text(json.dumps(index, indent=1))
         _copy_settings(source, partial_dir, stored.name, stop_ids)

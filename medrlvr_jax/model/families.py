@@ -12,7 +12,7 @@ from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.model import weights
 from medrlvr_jax.model.spec import DecoderConfig, VisionConfig
-from medrlvr_jax.model.vision import rope_axes
+from medrlvr_jax.model.vision import PIXELS, rope_axes
 
 
 def _qwen2(
@@ -27,22 +27,23 @@ def _qwen3(embed: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: b
     return DecoderConfig(151936, embed, layers, heads, kv_heads, 128, ffn, 1e6, 1e-6, tied, qk_norm=True)
 
 
+IDS = {"image_token": 151655, "image_start": 151652, "image_end": 151653}
+
+
 def _seeing(decoder: DecoderConfig, kind: Literal["qwen2_vl", "qwen2_5_vl"]) -> DecoderConfig:
     """The decoder with the vision tower of its family, which has one size."""
-    new = kind == "qwen2_5_vl"
-    tower = VisionConfig(
-        kind,
-        layers=32,
-        embed=1280,
-        heads=16,
-        ffn=3420 if new else 5120,
-        out=decoder.embed,
-        image_token=151655,
-        image_start=151652,
-        image_end=151653,
-        full_layers=(7, 15, 23, 31) if new else tuple(range(32)),
-    )
+    windowed, layers = kind == "qwen2_5_vl", tuple(range(32))
+    ffn, full = (3420, (7, 15, 23, 31)) if windowed else (5120, layers)
+    tower = VisionConfig(kind, len(layers), 1280, 16, ffn, decoder.embed, **IDS, full_layers=full)
     return replace(decoder, rope_axes=rope_axes((16, 24, 24)), vision=tower)
+
+
+def _seeing3(decoder: DecoderConfig) -> DecoderConfig:
+    """Qwen3-VL: the tower of the 2B and the 4B."""
+    layers = tuple(range(24))
+    tower = VisionConfig("qwen3_vl", len(layers), 1024, 16, 4096, decoder.embed, **IDS, full_layers=layers)
+    tower = replace(tower, patch=16, positions=48, deepstack=(5, 11, 17), **PIXELS["qwen3_vl"])
+    return replace(decoder, rope_theta=5e6, rope_axes=rope_axes((24, 20, 20), True), vision=tower)
 
 
 KNOWN = {
@@ -57,6 +58,8 @@ KNOWN = {
     "Qwen/Qwen3-0.6B": _qwen3(1024, 28, 16, 8, 3072),
     "Qwen/Qwen3-1.7B": _qwen3(2048, 28, 16, 8, 6144),
     "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728),
+    "Qwen/Qwen3-VL-2B": _seeing3(_qwen3(2048, 28, 16, 8, 6144)),
+    "Qwen/Qwen3-VL-4B": _seeing3(_qwen3(2560, 36, 32, 8, 9728)),
     "Qwen/Qwen3-8B": _qwen3(4096, 36, 32, 8, 12288, tied=False),
 }
 

@@ -51,7 +51,7 @@ class Execution:
 class VisionConfig:
     """A tower as `vision_config` in config.json and preprocessor_config.json give it, with our names."""
 
-    kind: Literal["qwen2_vl", "qwen2_5_vl"]
+    kind: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
     layers: int
     embed: int
     heads: int
@@ -65,6 +65,9 @@ class VisionConfig:
     frames: int = 2  # a still image is seen as this many equal frames
     window: int = 8  # patches of a window's side
     full_layers: tuple[int, ...] = ()  # layers that attend within the image
+    positions: int = 0  # the side of the square table of learned positions; 0: there is none
+    # Layers after which image tokens are taken as well: the decoder adds them after its first layers.
+    deepstack: tuple[int, ...] = ()
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue, from 0 to 1
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     min_pixels: int = 56 * 56  # smaller images are enlarged
@@ -73,6 +76,11 @@ class VisionConfig:
     @property
     def head_dim(self) -> int:
         return self.embed // self.heads
+
+    @property
+    def features(self) -> int:
+        """Numbers of an image token: `out` for the embedding, and `out` for each of `deepstack`."""
+        return self.out * (1 + len(self.deepstack))
 
     @property
     def factor(self) -> int:

@@ -1,17 +1,20 @@
-"""The vision towers of Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923): pixels to image tokens.
+"""The vision towers of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL (arXiv
+2511.21631): pixels to image tokens.
 
 An image is cut into patches, and each square of merge × merge patches becomes one image token. The images of
 a question lie in *windows* of 8 × 8 patches, one after another, so that every shape is static: Q questions, W
 windows, S = 64 slots of a window, of which those at an image's edge may be empty. Qwen2.5-VL attends within a
-window in most layers and within the image in a few, Qwen2-VL within the image in all. No patch ever sees
+window in most layers and within the image in a few, the others within the image in all. No patch ever sees
 another image.
 
 data/images.py makes `Images` on the host; the decoder reads the features in place of its embedding.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,10 @@ from medrlvr_jax.sharding import constrain, gather
 from medrlvr_jax.types import Array, Params, pytree
 
 EPS = 1e-6  # of all norms of the towers
+ACTIVATIONS = {"qwen2_vl": "quick_gelu", "qwen2_5_vl": "silu", "qwen3_vl": "gelu_pytorch_tanh"}
+# How images are scaled without a preprocessor_config.json, where `VisionConfig`'s defaults are not it.
+HALF = (0.5, 0.5, 0.5)
+PIXELS = {"qwen3_vl": {"mean": HALF, "std": HALF, "min_pixels": 2**16, "max_pixels": 2**24}}
 
 
 @pytree
@@ -37,13 +44,19 @@ class Images:
     """The images of each question, in windows one after another."""
 
     pixels: UInt8[Array, "Q W S D"]  # of each patch: channel, row, column, flattened
-    # of each patch: the number of its image within the question, or -1 in an empty slot; its row and column
-    slots: Int32[Array, "Q W S 3"]
+    # of each patch: the number of its image within the question, or -1 in an empty slot; its row and column;
+    # the image's rows and columns of patches
+    slots: Int32[Array, "Q W S 5"]
 
 
-def rope_axes(sections: Sequence[int]) -> tuple[int, ...]:
-    """The axis that each rotary frequency of the decoder follows: the first `sections[0]` time, then rows."""
-    return tuple(axis for axis, n in enumerate(sections) for _ in range(n))
+def rope_axes(sections: Sequence[int], interleaved: bool = False) -> tuple[int, ...]:
+    """The axis that each rotary frequency of the decoder follows: the first `sections[0]` time, the next ones
+    rows, the others columns. `interleaved` (Qwen3-VL): time, rows and columns in turn, and time again where
+    the section of rows or columns has ended.
+    """
+    if not interleaved:
+        return tuple(axis for axis, n in enumerate(sections) for _ in range(n))
+    return tuple(j % 3 if j < 3 * sections[j % 3] else 0 for j in range(sum(sections)))
 
 
 def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
@@ -55,16 +68,16 @@ def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
             raise ConfigError(f"{file}: {section}{key}: needed, and not given")
         return where[key]
 
-    new = kind == "qwen2_5_vl"
-    layers, width = need("depth"), need("hidden_size" if new else "embed_dim")
-    usual = {"hidden_act": "silu" if new else "quick_gelu", "in_channels": 3, "in_chans": 3}
+    first, windowed = kind == "qwen2_vl", kind == "qwen2_5_vl"
+    layers, width = need("depth"), need("embed_dim" if first else "hidden_size")
+    usual = {"hidden_act": ACTIVATIONS[kind], "in_channels": 3, "in_chans": 3}
     for key, value in usual.items():
         if said.get(key, value) != value:
             raise ConfigError(
                 f"{file}: vision_config.{key}: {said[key]!r}: this tower computes only {value!r}"
             )
-    patch, merge = said.get("patch_size", 14), said.get("spatial_merge_size", 2)
-    window = need("window_size") // patch if new else 8
+    patch, merge = said.get("patch_size", 16 if kind == "qwen3_vl" else 14), said.get("spatial_merge_size", 2)
+    window = need("window_size") // patch if windowed else 8
     if window % merge:
         raise ConfigError(f"{file}: vision_config.window_size: {window} patches do not divide by {merge}")
     top = partial(need, where=config, section="")
@@ -73,8 +86,8 @@ def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
         layers=layers,
         embed=width,
         heads=need("num_heads"),
-        ffn=need("intermediate_size") if new else int(width * need("mlp_ratio")),
-        out=need("out_hidden_size" if new else "hidden_size"),
+        ffn=int(width * need("mlp_ratio")) if first else need("intermediate_size"),
+        out=need("hidden_size" if first else "out_hidden_size"),
         image_token=top("image_token_id"),
         image_start=top("vision_start_token_id"),
         image_end=top("vision_end_token_id"),
@@ -82,8 +95,10 @@ def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
         merge=merge,
         frames=said.get("temporal_patch_size", 2),
         window=window,
-        full_layers=tuple(need("fullatt_block_indexes")) if new else tuple(range(layers)),
-        **_read_preprocessor(folder / "preprocessor_config.json", patch, merge),
+        full_layers=tuple(need("fullatt_block_indexes")) if windowed else tuple(range(layers)),
+        positions=math.isqrt(need("num_position_embeddings")) if kind == "qwen3_vl" else 0,
+        deepstack=tuple(need("deepstack_visual_indexes")) if kind == "qwen3_vl" else (),
+        **PIXELS.get(kind, {}) | _read_preprocessor(folder / "preprocessor_config.json", patch, merge),
     )
 
 
@@ -108,8 +123,10 @@ def _read_preprocessor(file: Path, patch: int, merge: int) -> dict[str, Any]:
 
 # ---- parameters ----
 
-_new = lambda cfg: cfg.kind == "qwen2_5_vl"
-_old = lambda cfg: cfg.kind == "qwen2_vl"
+_swiglu = lambda cfg: cfg.kind == "qwen2_5_vl"  # with RMSNorm; the others have LayerNorm and two matrices
+_biased = lambda cfg: cfg.kind != "qwen2_5_vl"
+_positions = lambda cfg: cfg.positions > 0
+_deep = lambda cfg: len(cfg.deepstack) > 0
 
 
 def _matrix(axes: str, inputs: str, tensor: str, tensor_axes: str, **more: Any) -> Parameter:
@@ -124,7 +141,8 @@ def _norm(tensor: str, **more: Any) -> Parameter:
     return Parameter("norm", "width", "", "ones", tensor, "width", **more)
 
 
-# As spec.PARAMETERS, of the tower. A tensor's name follows "visual." or, of a layer, "visual.blocks.{i}.".
+# As spec.PARAMETERS, of the tower. Tensors' names follow "visual."; a layer's, "visual.blocks.{i}."; those
+# of what begins with deep_ (stacked, too), "visual.deepstack_merger_list.{i}.".
 PARAMETERS = {
     "patch": _matrix(
         "channels frames rows columns embed",
@@ -133,8 +151,12 @@ PARAMETERS = {
         "embed channels frames rows columns",
         stacked=False,
     ),
+    "patch_bias": _bias("width", "patch_embed.proj.bias", stacked=False, exists=_positions),
+    "positions": Parameter(
+        "table", "places width", "", "normal", "pos_embed.weight", "places width", False, _positions
+    ),
     "merge_norm": _norm("merger.ln_q.weight", stacked=False),
-    "merge_norm_bias": _bias("width", "merger.ln_q.bias", stacked=False, exists=_old),
+    "merge_norm_bias": _bias("width", "merger.ln_q.bias", stacked=False, exists=_biased),
     "merge_in": _matrix(
         "square embed merged", "square embed", "merger.mlp.0.weight", "merged (square embed)", stacked=False
     ),
@@ -142,24 +164,34 @@ PARAMETERS = {
     "merge_out": _matrix("merged out", "merged", "merger.mlp.2.weight", "out merged", stacked=False),
     "merge_out_bias": _bias("out", "merger.mlp.2.bias", stacked=False),
     "attn_norm": _norm("norm1.weight"),
-    "attn_norm_bias": _bias("width", "norm1.bias", exists=_old),
+    "attn_norm_bias": _bias("width", "norm1.bias", exists=_biased),
     "qkv": _matrix("embed three heads head_dim", "embed", "attn.qkv.weight", "(three heads head_dim) embed"),
     "qkv_bias": _bias("three heads head_dim", "attn.qkv.bias"),
     "o": _matrix("heads head_dim embed", "heads head_dim", "attn.proj.weight", "embed (heads head_dim)"),
     "o_bias": _bias("width", "attn.proj.bias"),
     "mlp_norm": _norm("norm2.weight"),
-    "mlp_norm_bias": _bias("width", "norm2.bias", exists=_old),
-    "gate": _matrix("embed ffn", "embed", "mlp.gate_proj.weight", "ffn embed", exists=_new),
-    "gate_bias": _bias("ffn", "mlp.gate_proj.bias", exists=_new),
-    "up": _matrix("embed ffn", "embed", "mlp.up_proj.weight", "ffn embed", exists=_new),
-    "up_bias": _bias("ffn", "mlp.up_proj.bias", exists=_new),
-    "down": _matrix("ffn embed", "ffn", "mlp.down_proj.weight", "embed ffn", exists=_new),
-    "down_bias": _bias("width", "mlp.down_proj.bias", exists=_new),
-    "fc1": _matrix("embed ffn", "embed", "mlp.fc1.weight", "ffn embed", exists=_old),
-    "fc1_bias": _bias("ffn", "mlp.fc1.bias", exists=_old),
-    "fc2": _matrix("ffn embed", "ffn", "mlp.fc2.weight", "embed ffn", exists=_old),
-    "fc2_bias": _bias("width", "mlp.fc2.bias", exists=_old),
+    "mlp_norm_bias": _bias("width", "norm2.bias", exists=_biased),
+    "gate": _matrix("embed ffn", "embed", "mlp.gate_proj.weight", "ffn embed", exists=_swiglu),
+    "gate_bias": _bias("ffn", "mlp.gate_proj.bias", exists=_swiglu),
+    "up": _matrix("embed ffn", "embed", "mlp.up_proj.weight", "ffn embed", exists=_swiglu),
+    "up_bias": _bias("ffn", "mlp.up_proj.bias", exists=_swiglu),
+    "down": _matrix("ffn embed", "ffn", "mlp.down_proj.weight", "embed ffn", exists=_swiglu),
+    "down_bias": _bias("width", "mlp.down_proj.bias", exists=_swiglu),
+    "fc1": _matrix("embed ffn", "embed", "mlp.fc1.weight", "ffn embed", exists=_biased),
+    "fc1_bias": _bias("ffn", "mlp.fc1.bias", exists=_biased),
+    "fc2": _matrix("ffn embed", "ffn", "mlp.fc2.weight", "embed ffn", exists=_biased),
+    "fc2_bias": _bias("width", "mlp.fc2.bias", exists=_biased),
+    "deep_norm": Parameter("norm", "merged_width", "", "ones", "norm.weight", "merged_width", exists=_deep),
+    "deep_norm_bias": _bias("merged_width", "norm.bias", exists=_deep),
+    "deep_in": _matrix(
+        "square embed merged", "square embed", "linear_fc1.weight", "merged (square embed)", exists=_deep
+    ),
+    "deep_in_bias": _bias("merged", "linear_fc1.bias", exists=_deep),
+    "deep_out": _matrix("merged out", "merged", "linear_fc2.weight", "out merged", exists=_deep),
+    "deep_out_bias": _bias("out", "linear_fc2.bias", exists=_deep),
 }
+# What Qwen3-VL's files call otherwise.
+RENAMED = {"ln_q.": "norm.", "mlp.0.": "linear_fc1.", "mlp.2.": "linear_fc2.", ".fc": ".linear_fc"}
 
 
 def sizes(cfg: VisionConfig) -> dict[str, int]:
@@ -168,26 +200,39 @@ def sizes(cfg: VisionConfig) -> dict[str, int]:
     square = cfg.merge**2
     of_layer = {"embed": cfg.embed, "width": cfg.embed, "three": 3, "heads": cfg.heads, "ffn": cfg.ffn}
     merger = {"square": square, "merged": square * cfg.embed, "out": cfg.out}
+    merger |= {"merged_width": square * cfg.embed, "places": cfg.positions**2}
     return of_patch | of_layer | merger | {"head_dim": cfg.head_dim}
 
 
 def path_of(name: str) -> tuple[str, ...]:
     """Where the parameter of a row lies in the tower's tree."""
-    return ("layers", name) if PARAMETERS[name].stacked else (name,)
+    if not PARAMETERS[name].stacked:
+        return (name,)
+    return "deepstack" if name.startswith("deep_") else "layers", name
+
+
+def tensor_name(row: Parameter, cfg: VisionConfig) -> str:
+    """The row's tensor in a Hugging Face file of this family."""
+    if cfg.kind != "qwen3_vl":
+        return row.tensor
+    return reduce(lambda name, pair: name.replace(*pair), RENAMED.items(), row.tensor)
 
 
 def abstract(cfg: VisionConfig) -> Params:
     """The tower's tree with shapes and logical axes in place of arrays, as `spec.abstract`."""
     size = sizes(cfg)
 
-    def box(row: Parameter) -> nn.Partitioned:
+    stacks = {"layers": cfg.layers, "deepstack": len(cfg.deepstack)}
+
+    def box(row: Parameter, group: str) -> nn.Partitioned:
         axes = tuple(row.axes.split())
         shape = tuple(size[axis] for axis in axes)
         if row.stacked:
-            shape, axes = (cfg.layers, *shape), ("layers", *axes)
+            shape, axes = (stacks[group], *shape), ("layers", *axes)
         return nn.Partitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
 
-    return unflatten_dict({path_of(name): box(row) for name, row in PARAMETERS.items() if row.exists(cfg)})
+    rows = {path_of(name): row for name, row in PARAMETERS.items() if row.exists(cfg)}
+    return unflatten_dict({path: box(row, path[0]) for path, row in rows.items()})
 
 
 # ---- the forward pass ----
@@ -210,7 +255,7 @@ def _linear(x: Array, layer: Params, name: str, dtype: Any) -> Float32[Array, "*
 
 
 def _norm_of(x: Array, layer: Params, name: str, cfg: VisionConfig, dtype: Any) -> Array:
-    """RMSNorm (Qwen2.5-VL) or LayerNorm (Qwen2-VL), in float32."""
+    """RMSNorm (Qwen2.5-VL) or LayerNorm, in float32."""
     if cfg.kind == "qwen2_5_vl":
         return rms_norm(x, layer[name], EPS, dtype)
     centred = x - x.mean(-1, keepdims=True)
@@ -251,19 +296,49 @@ def _block(
         y = jax.nn.silu(_linear(y, layer, "gate", dtype)) * _linear(y, layer, "up", dtype)
         return x + _linear(y, layer, "down", dtype)
     y = _linear(y, layer, "fc1", dtype)
-    return x + _linear(y * jax.nn.sigmoid(1.702 * y), layer, "fc2", dtype)
+    y = y * jax.nn.sigmoid(1.702 * y) if cfg.kind == "qwen2_vl" else jax.nn.gelu(y, approximate=True)
+    return x + _linear(y, layer, "fc2", dtype)
 
 
-def tower(params: Params, cfg: VisionConfig, images: Images, dtype: Any) -> Float[Array, "Q T out"]:
-    """Image tokens of all windows, T = W · S / merge², in the order of the slots, as `dtype`.
+def learned_positions(table: Array, slots: Int[Array, "*N 5"]) -> Float32[Array, "*N E"]:
+    """What Qwen3-VL adds to each patch: its square table of positions [side², E], stretched over the image so
+    that the corners meet, between the four nearest entries.
+    """
+    side = math.isqrt(len(table))
+    at = slots[..., 1:3] * jnp.float32(side - 1) / jnp.maximum(slots[..., 3:] - 1, 1)
+    low = jnp.floor(at).astype(jnp.int32)
+    out = jnp.zeros((), jnp.float32)
+    for step in np.ndindex(2, 2):
+        place = jnp.minimum(low + np.array(step), side - 1)
+        share = (1 - jnp.abs(at - low - np.array(step))).prod(-1)
+        out += share[..., None] * table[place[..., 0] * side + place[..., 1]].astype(jnp.float32)
+    return out
+
+
+def _merge(x: Float[Array, "Q W S E"], params: Params, name: str, cfg: VisionConfig, dtype: Any) -> Array:
+    """Each square of patches as one image token [Q, T, out], by a merger's two matrices. Its norm is of the
+    patches; that of Qwen3-VL's further mergers, of the squares.
+    """
+    squares = lambda y: y.reshape(len(y), -1, cfg.merge**2 * cfg.embed)
+    x = squares(x) if name == "deep" else x
+    y = squares(_norm_of(x, params, f"{name}_norm", cfg, dtype))
+    y = jax.nn.gelu(_linear(y, params, f"{name}_in", dtype), approximate=False)
+    return _linear(y, params, f"{name}_out", dtype).astype(dtype)
+
+
+def tower(params: Params, cfg: VisionConfig, images: Images, dtype: Any) -> Float[Array, "Q T F"]:
+    """Image tokens of all windows, T = W · S / merge², in the order of the slots, as `dtype`; F is
+    `cfg.features`.
 
     Those of empty slots are finite and mean nothing.
     """
-    owners, places = images.slots[..., 0], images.slots[..., 1:]
+    owners, places = images.slots[..., 0], images.slots[..., 1:3]
     weight = params["patch"].sum(1).reshape(-1, cfg.embed)  # over frames: a still image's are equal
     x = jnp.matmul(
         normalize(images.pixels, cfg).astype(dtype), weight.astype(dtype), preferred_element_type=jnp.float32
     )
+    if cfg.positions:
+        x += params["patch_bias"].astype(jnp.float32) + learned_positions(params["positions"], images.slots)
     half = cfg.head_dim // 2
     freqs = 10000.0 ** (-jnp.arange(0, half, 2, dtype=jnp.float32) / half)
     angles = (places[..., None].astype(jnp.float32) * freqs).reshape(*owners.shape, half)
@@ -275,7 +350,12 @@ def tower(params: Params, cfg: VisionConfig, images: Images, dtype: Any) -> Floa
         layer, whole = inputs
         return _block(layer, cfg, x, rope, owners, True if flags.all() else whole, dtype), None
 
-    x, _ = jax.lax.scan(step, constrain(x, "batch", None, None, None), (params["layers"], jnp.array(flags)))
-    x = _norm_of(x, params, "merge_norm", cfg, dtype).reshape(len(x), -1, cfg.merge**2 * cfg.embed)
-    x = jax.nn.gelu(_linear(x, params, "merge_in", dtype), approximate=False)
-    return _linear(x, params, "merge_out", dtype).astype(dtype)
+    x, features = constrain(x, "batch", None, None, None), []
+    cut = lambda tree, index: jax.tree.map(lambda p: p[index], tree)
+    layers = params["layers"], jnp.array(flags)
+    ends = [0, *(layer + 1 for layer in cfg.deepstack), cfg.layers]
+    for number, (begin, end) in enumerate(pairwise(ends)):
+        x, _ = jax.lax.scan(step, x, cut(layers, slice(begin, end)))
+        if number < len(cfg.deepstack):
+            features.append(_merge(x, cut(params["deepstack"], number), "deep", cfg, dtype))
+    return jnp.concatenate([_merge(x, params, "merge", cfg, dtype), *features], axis=-1)

@@ -36,7 +36,8 @@ from medrlvr_jax.model.lora import flat
 from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig, RopeScaling, abstract, parameters
 from medrlvr_jax.types import Params
 
-# How transformers 5 names what the published files name otherwise; both are read, and the latter written.
+# How transformers 5 and the published files of Qwen3-VL name what other published files name otherwise. Both
+# names are read; `published_name` is written.
 RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
 EMBED, HEAD = PARAMETERS["embed"].tensor, PARAMETERS["head"].tensor
 BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # computed, never learned
@@ -46,7 +47,7 @@ INDEX = "model.safetensors.index.json"
 SAMPLED = 4096  # bytes of a tensor that `_digests` reads in each of three places
 
 FAMILIES = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}, "llama": {}}
-SEEING = ("qwen2_vl", "qwen2_5_vl")  # Qwen2 with a vision tower
+SEEING = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}  # with a tower: whose decoder
 ONLY = {  # settings that would change the arithmetic, and the one value that does not
     "hidden_act": "silu",
     "attention_bias": False,
@@ -120,7 +121,8 @@ def read_config(path: str | Path, field: str = "model.path") -> DecoderConfig:
     rope = {"rope_theta": config.get("rope_theta"), "rope_type": rope.get("type", "default"), **rope}
     _check_settings(file, config, rope)
     need("hidden_act")
-    if kind == "qwen3":
+    family = SEEING.get(kind, kind)
+    if family == "qwen3":
         # transformers would assume 128 here, and hidden_size / num_attention_heads elsewhere
         need("head_dim")
     stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -138,8 +140,8 @@ def read_config(path: str | Path, field: str = "model.path") -> DecoderConfig:
         tied=need("tie_word_embeddings"),
         rope_scaling=RopeScaling(*(need(key, rope) for key in stretch)) if stretched else None,
         max_positions=config.get("max_position_embeddings"),  # of a stretched rope: after the stretching
-        **FAMILIES["qwen2" if sees else need("model_type")],
-        rope_axes=vision.rope_axes(need("mrope_section", rope)) if sees else None,
+        **FAMILIES[family],
+        rope_axes=vision.rope_axes(need("mrope_section", rope), kind == "qwen3_vl") if sees else None,
         vision=vision.read_config(given, file.parent) if sees else None,
     )
 
@@ -156,7 +158,7 @@ def _check_settings(file: Path, config: dict[str, Any], rope: dict[str, Any]) ->
         settings.append(("rope_type", rope_type, " or ".join(rope_types)))
     for key, value, only in settings:
         # Qwen2 has query, key and value biases whatever attention_bias says.
-        ignored = key == "attention_bias" and kind in ("qwen2", *SEEING)
+        ignored = key == "attention_bias" and SEEING.get(kind, kind) == "qwen2"
         if value not in (None, only) and not ignored:
             raise ConfigError(f"{file}: {key}: {value!r}: this decoder computes only {only!r}")
 
@@ -200,7 +202,9 @@ def sources(cfg: DecoderConfig) -> dict[str, Source]:
     rows = {path: (row, "", "model.layers.{}.") for path, row in parameters(cfg).items() if row.tensor}
     for name, row in vision.PARAMETERS.items() if cfg.vision else ():
         if row.exists(cfg.vision):
-            rows["vision", *vision.path_of(name)] = row, "visual.", "visual.blocks.{}."
+            group, tensor = vision.path_of(name)[0], vision.tensor_name(row, cfg.vision)
+            stack = "visual.deepstack_merger_list.{}." if group == "deepstack" else "visual.blocks.{}."
+            rows["vision", *vision.path_of(name)] = row._replace(tensor=tensor), "visual.", stack
     shapes, out = _shapes(cfg), {}
     for path, (row, prefix, of_layer) in rows.items():
         axes, groups = row.axes.split(), row.tensor_groups
@@ -364,6 +368,15 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
                 )
             out[name] = Tensor(source, given, jnp.dtype(DTYPES[dtype]), shape)
     return out
+
+
+def published_name(name: str, cfg: DecoderConfig) -> str:
+    """What the published files of the model's family call a tensor."""
+    if cfg.vision and cfg.vision.kind == "qwen3_vl":
+        for new, old in RENAMED.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+    return name
 
 
 def _check(tensors: dict[str, Tensor], cfg: DecoderConfig) -> None:

@@ -74,7 +74,7 @@ def abstract_prompts(parts: Parts, questions: int, width: int, windows: int = 0)
     tokens, mask = (array(parts, dtype, questions, width) for dtype in (jnp.int32, jnp.bool_))
     ids, cfg, vision = array(parts, jnp.uint32, questions), parts.cfg, None
     if windows and cfg.vision:
-        size = questions, windows * (cfg.vision.window // cfg.vision.merge) ** 2, cfg.embed
+        size = questions, windows * (cfg.vision.window // cfg.vision.merge) ** 2, cfg.vision.features
         features = array(parts, cfg.execution.dtype, *size)
         places = ((questions, width), (questions, width, 3), (questions,))
         vision = Vision(features, *(array(parts, jnp.int32, *shape) for shape in places))

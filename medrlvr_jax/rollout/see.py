@@ -54,5 +54,5 @@ def see_program(parts: Parts, questions: int, windows: int, name: str) -> Progra
     assert cfg is not None
     patches = questions, windows, cfg.window**2
     pixels = array(parts, jnp.uint8, *patches, 3 * cfg.patch**2)
-    images = Images(pixels, array(parts, jnp.int32, *patches, 3))
+    images = Images(pixels, array(parts, jnp.int32, *patches, 5))
     return Program(name, see, (abstract_tower(parts), images), settings(parts, questions, windows))
