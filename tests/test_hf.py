@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import make_vision
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -469,15 +470,19 @@ def test_an_export_stops_where_the_policy_stopped(generation, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [3, turn_end]
 
 
-@pytest.mark.parametrize("family", ["qwen2_tied", "llama3"])
+@pytest.mark.parametrize("family", ["qwen2_tied", "llama3", "qwen2_5_vl"])
 def test_peft_loads_the_adapter(family, tmp_path):
     """transformers with PEFT's adapter computes what our decoder computes with it: the scale, each matrix's
     axes, the names.
     """
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    source = write(tmp_path / "source", FAMILIES[family], weights(FAMILIES[family]))
+    sees = family in make_vision.CONFIGS
+    if sees:
+        source = make_vision.make(tmp_path / "source", family)
+    else:
+        source = write(tmp_path / "source", FAMILIES[family], weights(FAMILIES[family]))
     base_cfg, tokens = hf.read_config(source), np.arange(1, 20)[None]
     cfg = base_cfg.run_with(lora=LoRAConfig(rank=3, alpha=5.0, targets=("q", "v", "o", "gate", "down")))
     fresh = lora.trained(jax.eval_shape(lambda: spec.init(cfg, jax.random.key(0))), cfg)
@@ -495,7 +500,8 @@ def test_peft_loads_the_adapter(family, tmp_path):
     prompts = Prompts(tokens, tokens > 0, np.zeros(1, np.uint32))
     state, _ = decoder.forward(params, cfg, prompts)
     ours = np.asarray(decoder.logits(params, cfg, state))
-    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    base = auto.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         without = base(torch.tensor(tokens)).logits.numpy()
         theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(

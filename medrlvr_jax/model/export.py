@@ -111,18 +111,21 @@ def save_adapter(
         raise ConfigError("--adapter: this run trained all weights (model.lora null); leave --adapter out")
     stored = jnp.dtype(dtype or "float32")
     tensors, targets = {}, [PARAMETERS[name].tensor.split(".")[-2] for name in lora.targets]
+    decoder = "model.language_model" if cfg.vision else "model"  # as transformers 5 names it
     for name in lora.targets:
         module = PARAMETERS[name].tensor.removesuffix(".weight")
         for half, shape in (("a", (-1, lora.rank)), ("b", (lora.rank, -1))):
             layers = np.asarray(process_allgather(params["layers"][f"{name}_{half}"], tiled=True))
             for i, layer in enumerate(layers):
                 tensor = np.ascontiguousarray(layer.reshape(shape).T, stored)
-                tensors[f"base_model.model.model.layers.{i}.{module}.lora_{half.upper()}.weight"] = tensor
+                tensors[f"base_model.model.{decoder}.layers.{i}.{module}.lora_{half.upper()}.weight"] = tensor
     partial_dir = _begin(out)
     if jax.process_index() == 0:
         save_file(tensors, partial_dir / "adapter_model.safetensors", {"format": "pt"})
         local = str(source_dir) in SOURCES or Path(source_dir).expanduser().is_dir()
-        about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": targets}
+        # a pattern keeps PEFT out of the vision tower, whose matrices have the same names
+        modules = rf".*language_model.*\.({'|'.join(targets)})" if cfg.vision else targets
+        about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": modules}
         about["base_model_name_or_path"] = str(source.resolve() if local else source_dir)
         scale = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": False, "use_dora": False}
         usual = {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.0}
