@@ -125,9 +125,14 @@ def command(group: Group) -> Callable[[Callable[..., int]], Callable[..., int]]:
 
 
 def finish(summary: dict[str, Any], folder: Path) -> int:
-    """Print a run's end; other processes than 0 have none. One that a signal stopped has its exit status."""
+    """Print a run's end, and write its page if it came to its end; other processes than 0 have none. A run
+    that a signal stopped has its exit status.
+    """
     from medrlvr_jax.report.ending import ending
+    from medrlvr_jax.report.page import write_page
 
+    if summary and "exit_status" not in summary:
+        write_page([folder], folder / "report.html")
     if summary:
         print(ending(summary, folder))
     return int(summary.get("exit_status", 0))
@@ -492,13 +497,14 @@ def plan(
 def report(*runs: Paths, out: Path = Path("report.html")) -> int:
     """Show one or several runs as a page: accuracies, curves, alarms, samples.
 
-    The page is one self-contained HTML file. Its pictures are also written as
-    PNG, into NAME_pictures beside it. Runs that differ only in their seed are
-    one curve with a band. The runs need not be finished.
+    The page is one self-contained HTML file, with the answers of two
+    evaluations side by side. Runs that differ only in their seed are one curve
+    with a band. The runs need not be finished. A run that came to its end has
+    its page already, in RUN/report.html.
 
     Args:
         runs: Folders of runs, or of evaluations, which become bars beside the runs.
-        out: The page, such as report.html; or OUT.png, for the curves alone.
+        out: The page, such as report.html; or OUT.png, the curves as a picture.
     """
     if out.suffix not in (".html", ".png"):
         raise ConfigError(f"--out: {out} must end in .html, for the page, or in .png, for the curves alone")

@@ -131,6 +131,19 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
             assert [r["step"] for r in files.read_jsonl(run.path / name)] == list(range(1, steps[-1] + 1))
 
 
+def test_answers_are_spread_over_the_set_and_a_resumed_run_drops_the_later_ones(tmp_path):
+    rows = [{"id": i, "sample": k} for i in range(9) for k in (0, 1)]
+    for done, steps, left in ((0, (0, 2, 4), {"0", "2", "4"}), (2, (), {"0", "2"}), (0, (0,), {"0"})):
+        with log.Run(config(tmp_path, log={"answers": 3}), 9) as run:
+            run.resume(done)
+            for step in steps:
+                run.write_answers(step, "dev", rows)
+                run.record(step, {})
+        assert {folder.name for folder in (run.path / "answers").iterdir()} == left
+        answers = files.read_jsonl(run.path / "answers" / "0" / "dev.jsonl")
+        assert answers == [{"id": i, "sample": 0} for i in (0, 4, 8)]
+
+
 def test_other_settings_are_refused_and_named(tmp_path):
     with log.Run(config(tmp_path), 3):
         pass

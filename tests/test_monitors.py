@@ -15,6 +15,7 @@ from medrlvr_jax.rewards import score, stages
 from medrlvr_jax.rl import records
 from medrlvr_jax.rl.advantages import compute
 from medrlvr_jax.rollout.rollout import Scored
+from medrlvr_jax.runs.metrics import is_due
 from medrlvr_jax.types import Assessment
 
 TREE = {
@@ -155,7 +156,7 @@ def test_an_alarm_is_reported_when_it_has_lasted_and_now_and_then():
         lasted, news = monitors.mark([] if step == 3 else found, history)
         history.append(lasted)
         said += [step] * len(news)
-    assert [n for n in range(1, 14) if monitors.is_due("reward_clipped", n)] == [1, 11]
+    assert [n for n in range(1, 14) if is_due("reward_clipped", n)] == [1, 11]
     assert said == [9, 19] and history[2] == {"alarm/hacks": 3} and history[4] == {"alarm/hacks": 1}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.report import ending, pictures
+from medrlvr_jax.report import ending, explore, pictures
 
 
 def test_smooth_is_a_running_mean_with_fewer_values_at_the_ends():
@@ -20,12 +20,15 @@ def test_smooth_is_a_running_mean_with_fewer_values_at_the_ends():
 
 def test_steps_that_only_some_runs_recorded():
     runs = [
-        [{"step": 1, "kl": 0.5}, {"step": 2, "kl": None}],
-        [{"step": 2, "kl": 1.5}, {"step": 3, "reward": 1.0}],
+        explore.columns([{"step": 1, "kl": 0.5}, {"step": 2, "kl": None}]),
+        explore.columns([{"step": 2, "kl": 1.5}, {"step": 3, "reward": 1.0}]),
     ]
-    steps, values = pictures.over_steps(runs, "kl")
-    assert steps == [1, 2] and np.array_equal(values, [[0.5, np.nan], [np.nan, 1.5]], equal_nan=True)
-    assert pictures.over_steps(runs, "entropy")[0] == []
+    steps, values = explore.over_steps(runs, "kl", 150)
+    assert steps.tolist() == [1, 2]
+    assert np.array_equal(values, [[0.5, np.nan], [np.nan, 1.5]], equal_nan=True)
+    assert explore.over_steps(runs, "entropy", 150)[0].tolist() == []
+    steps, values = explore.over_steps(runs, "kl", 1)
+    assert steps.tolist() == [2] and values.tolist() == [[0.5], [1.5]]
 
 
 def test_the_end_of_a_run_says_what_changed_where_it_lies_and_what_next():
@@ -36,12 +39,13 @@ def test_the_end_of_a_run_says_what_changed_where_it_lies_and_what_next():
     sets = {"medqa": {"before": before, "after": after}, "late_only": {"after": after}}
     sets["same"] = {"before": after, "after": after | {"correct": 710}}
     text = ending.ending({"steps": 32, "seconds": 65, "eval": sets}, Path("runs/mine"))
-    assert "runs/mine: 32 steps in 0:01:05" in text and max(map(len, text.splitlines())) <= 80
+    lines = [line for line in text.splitlines() if "file://" not in line]
+    assert "runs/mine: 32 steps in 0:01:05" in text and max(map(len, lines)) <= 80
     medqa, late, same = text.split("\n\n")[1:4]
     assert "31.4 % (28.9–34.0)  →  55.0 % (52.2–57.7)" in medqa and "→  100.0 % (99.7–100.0)" in medqa
     assert "1,273" in medqa and medqa.endswith("beyond chance: +23.6 points.") and "–  →" in late
     assert same.endswith("No clear change: +0.8 points, and the intervals overlap.")
-    assert "medrlvr report runs/mine" in text.split("\n\n")[4]
+    assert f"file://{Path.cwd()}/runs/mine/report.html" in text.split("\n\n")[4]
     stopped = ending.ending({"steps": 32, "done": 5, "exit_status": 130}, Path("runs/mine"))
     assert stopped == "runs/mine: step 5 of 32 is saved"
 
@@ -88,5 +92,5 @@ def test_curves_say_which_folder_is_no_run(tmp_path):
 
 def test_folders_of_one_name_are_told_apart(tmp_path):
     folders = [tmp_path / x for x in ("a/ppo", "b/ppo", "b/grpo", "b/deep/ppo")]
-    assert pictures.short_names(folders) == ["a/ppo", "b/ppo", "grpo", "deep/ppo"]
-    assert pictures.short_names([folders[0], folders[0]]) == ["ppo", "ppo"]
+    assert explore.short_names(folders) == ["a/ppo", "b/ppo", "grpo", "deep/ppo"]
+    assert explore.short_names([folders[0], folders[0]]) == ["ppo", "ppo"]

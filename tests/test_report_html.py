@@ -18,7 +18,7 @@ import yaml
 from medrlvr_jax import cli
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.report import ending, explore, watch
+from medrlvr_jax.report import answers, ending, explore, watch
 from medrlvr_jax.report import page as report_html
 from medrlvr_jax.rewards import stages
 
@@ -98,6 +98,8 @@ def write_run(path, seed, steps=12, **changes):
         for k in range(1, steps + 1)
     ]
     files.append(path / "samples.jsonl", rows)
+    answers_of(path, 0, "1001")
+    answers_of(path, steps, "1100")
     data = {"train": {"n": 12, "sha256": "beef"}}
     versions = {
         "git": {"revision": "cafe", "dirty": True},
@@ -122,7 +124,7 @@ def page(tmp_path_factory):
     (root / "sft").mkdir()
     files.write_json(
         root / "sft" / "eval.json",
-        {"eval": {"dev": {"n": 50, "correct": 25, "format_ok": 50}}, "versions": {}},
+        {"eval": {"dev": {"n": 50, "correct": 25, "format_ok": 50}}, "step": 7, "versions": {}},
     )
     assert cli.main(["report", *map(str, runs), str(root / "sft"), "--out", str(root / "report.html")]) == 0
     return root / "report.html"
@@ -149,7 +151,7 @@ def test_the_page_is_whole_and_all_text_is_text(page):
         "30 of 50: 60.0 % (46.2–72.4)",
     ):
         assert fact in text, fact
-    for section in ("accuracy", "stages", "curves", "alarms", "samples", "run-card"):
+    for section in ("accuracy", "curves", "stages", "alarms", "answers", "samples", "run-card"):
         assert section in parsed.ids
 
 
@@ -208,8 +210,12 @@ def test_a_run_that_asks_for_no_thought_has_no_stages(tmp_path):
     """Its log may hold some: an older version counted all of its completions as format failures."""
     direct, other = (write_run(tmp_path / name, 0, reward={"mode": name}) for name in ("direct", "strict"))
     groups = report_html.group([report_html.read_run(direct), report_html.read_run(other)])
-    report_html.stages(groups, tmp_path)
-    assert [p.stem for p in tmp_path.glob("stages-*.png")] == ["stages-strict"]
+    (name, first, last, areas), *rest = report_html.stages(groups)
+    assert (name, first, last, rest) == ("strict", 1, 12, [])
+    assert areas[5] == (explore.FILLS["reintegrated_reasoning"], areas[5][1]) and areas[5][1].startswith(
+        "0.0,0.0 9.1,"
+    )
+    assert tuple(explore.FILLS) == stages.STAGES
 
 
 def test_a_long_answer_says_how_much_of_it_is_shown(tmp_path):
@@ -223,45 +229,40 @@ def test_a_long_answer_says_how_much_of_it_is_shown(tmp_path):
     )
 
 
-def test_its_pictures_lie_beside_it_as_png(page):
-    folder = page.with_name("report_pictures")
-    names = {p.stem for p in folder.iterdir()}
-    assert {
-        "accuracy-dev",
-        "stages-ppo",
-        "stages-a-b",
-        "curve-reward",
-        "curve-response_length",
-        "curve-clip_fraction",
-    } <= names
-    assert "curve-kl" not in names  # null everywhere
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in folder.iterdir())
-    assert page.read_text(encoding="utf-8").count("<figure ") == len(names)
-
-
 def test_runs_that_differ_by_seed_alone_are_one_group(page):
     runs = [report_html.read_run(page.parent / name) for name in ("ppo-seed1", "a&b", "ppo-seed0", "sft")]
     groups = report_html.group(runs)
     assert [(g.name, len(g.runs)) for g in groups] == [("ppo", 2), ("a&b", 1), (f"{page.parent.name}/sft", 1)]
     assert len({g.color for g in groups}) == 3
+    assert [g.differs for g in groups] == ["kl.coef 0.01", "kl.coef 0.5", ""]
+
+
+def test_groups_of_one_name_are_named_by_what_differs(tmp_path):
+    """A value that most have says nothing; settings beyond `NAMED` are counted."""
+    many = {f"learn.x{i}": i for i in range(5)}
+    configs = [{"kl.coef": 0.1, "steps": 8}, {"kl.coef": 0.1, "steps": 9}, {"kl.coef": 0.5, "steps": 7}]
+    assert report_html.what_differs(configs) == ["steps 8", "steps 9", "kl.coef 0.5, steps 7"]
+    assert (
+        report_html.what_differs([many, {k: -1 for k in many}])[0]
+        == "learn.x0 0, learn.x1 1, learn.x2 2 and 2 more"
+    )
+    for folder, coef in (("one", 0.1), ("two", 0.2)):
+        (tmp_path / folder).mkdir()
+        write_run(tmp_path / folder / "ppo-seed0", 0, kl={"coef": coef})
+    runs = [report_html.read_run(tmp_path / folder / "ppo-seed0") for folder in ("one", "two")]
+    assert [g.name for g in report_html.group(runs)] == ["ppo-seed0, kl.coef 0.1", "ppo-seed0, kl.coef 0.2"]
 
 
 def test_curves_have_the_styles_of_their_legend(page, tmp_path):
-    """Also where a group before them has no curve: an evaluation, or a run without that number."""
+    """Also where a group before them has no curve: an evaluation."""
     folders = [page.parent / name for name in ("sft", "a&b", "ppo-seed0")]
     groups = report_html.group([report_html.read_run(folder) for folder in folders])
     report_html.write_page(folders, tmp_path / "page.html")
-    section = re.search(r'<h2 id="curves">.*?</section>', (tmp_path / "page.html").read_text(), re.S)[0]
-    legend, curve = (
-        section.split('<div class="grid">')[0],
-        re.search(r"<figure.*?</figure>", section, re.S)[0],
-    )
-    shown = re.findall(r'stroke="(#\w{6})"', legend)
-    drawn = [
-        c.upper()
-        for c in re.findall(r'<g id="[\w-]+line2d_\d+">\s*<path d="[^"]{200,}"[^>]*stroke: (#\w{6})', curve)
-    ]
-    assert shown == [g.color for g in groups[1:]] == drawn
+    text = (tmp_path / "page.html").read_text()
+    section = re.search(r'<h2 id="curves">.*?</section>', text, re.S)[0]
+    data = json.loads(re.search(r'id="explore-data">(.*?)</script>', section, re.S)[1])
+    colors = [g.color for g in groups[1:]]
+    assert re.findall(r'stroke="(#\w{6})"', section) == [g["color"] for g in data["groups"]] == colors
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
@@ -303,7 +304,14 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     const told = [["run", "ppo-seed0"], ["stage", "verbose_formatter"], ["step_low", 2], ["length_high", 21], ["text", "nothing like it"]]
       .map((pair) => set(...pair));
     set("text", "BROKEN");
-    document.title = JSON.stringify([told, document.querySelector("article > pre").textContent]);
+    const pair = document.getElementById("pair"), counts = [document.getElementById("pair-count").textContent];
+    pair.elements.kind.value = "10";
+    pair.elements.b.value = "0";
+    pair.elements.a.value = "1";
+    pair.elements.kind.dispatchEvent(new Event("change", { bubbles: true }));
+    counts.push(document.querySelector("#pairs h3").textContent, document.querySelectorAll("#pairs .wrong").length);
+    counts.push(document.querySelectorAll("#charts canvas").length);
+    document.title = JSON.stringify([told, document.querySelector("#list article > pre").textContent, counts]);
     </script></body>"""
     path = tmp_path / "probe.html"
     path.write_text(page.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
@@ -320,26 +328,70 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     )
     assert "CONSOLE" not in done.stderr
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]
-    counts, shown = json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert counts == [f"{n} of 36 samples, {k} shown" for n, k in ((12, 10), (2, 2), (1, 1), (1, 1), (0, 0))]
+    counts, shown, pair = json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert counts == [f"{n} of 36 samples" for n in (12, 2, 1, 1, 0)]
     assert shown.split() == EVIL.split()  # a title keeps no line ends
+    assert pair[0] == "Of 4 questions: 1 gained, 1 lost, 1 right in both, 1 wrong in both."
+    assert pair[1:] == ["q1: lost, key A", 1, 3]
 
 
 def test_every_metric_is_a_curve_and_long_ones_are_thinned():
-    records = [
-        {"step": k, "kl": k / 7, "row/kl_high": 3, "monitor/letter_p": None, "new": 1.0}
-        for k in range(1, 4001)
-    ]
-    data = explore.curves([("one", "#000", records), ("two", "#fff", [{"step": 1, "reward": 0.5}])])
-    assert [m["name"] for m in data["metrics"]] == ["kl", "new", "reward"]
-    kl = data["metrics"][0]
-    assert kl["unit"] == "nats / token" and kl["curves"][1] == [[], []]
+    records = [{"step": k, "kl": k / 7, "row/kl_high": 3, "p": None, "new": 1.0} for k in range(1, 4001)]
+    one, two = explore.columns(records), explore.columns([{"step": 1, "reward": 0.5}])
+    metrics = explore.curves([[one], [two, one]])
+    assert [m["name"] for m in metrics] == ["kl", "new", "reward"]
+    kl, _, reward = metrics
+    assert kl["unit"] == "nats / token" and reward["curves"] == [[], [[1], [0.5], [None]]]
     steps, values = kl["curves"][0]
     assert len(steps) == explore.MOST and steps[0] == 8 and values[0] == pytest.approx(4.5 / 7, rel=1e-3)
-    many = explore.curves(
-        [(str(i), "#000", [r | {f"m{j}": j for j in range(70)} for r in records]) for i in range(4)]
-    )
-    assert len(json.dumps(many)) < 5e6
+    many = explore.columns([r | {f"m{j}": j for j in range(70)} for r in records])
+    assert len(json.dumps(explore.curves([[many]] * 20))) < 3e6
+
+
+def test_long_runs_are_read_in_part_but_their_evaluations_and_alarms_whole(tmp_path):
+    records = [{"step": k, "x": 1.0} for k in range(1000)]
+    records[0] |= {"eval.dev.n": 50, "eval.dev.correct": 10}
+    records[333] |= {"eval.dev.n": 50, "eval.dev.correct": 20, "alarm/leak": 6}
+    files.append(tmp_path / "metrics.jsonl", records)
+    run = report_html.read_run(tmp_path, report_html.STEPS // 10)
+    assert run.counts("dev", "after")["correct"] == 20
+    assert run.metrics["step"].values.tolist() == [*range(0, 301, 100), 333, *range(400, 901, 100), 999]
+
+
+def answers_of(run, step, right, name="dev"):
+    """The answers of an evaluation; `right` has a character a question, of which the first has the id q0."""
+    (run / "answers" / str(step)).mkdir(parents=True)
+    rows = [
+        {
+            "id": f"q{i}",
+            "question": "?",
+            "key": "A",
+            "completion": f"{EVIL}{step}",
+            "correct": x == "1",
+            "sample": s,
+        }
+        for i, x in enumerate(right)
+        for s in (0, 1)
+    ]
+    files.append(run / "answers" / str(step) / f"{name}.jsonl", rows)
+
+
+def test_two_evaluations_side_by_side(tmp_path, monkeypatch):
+    """Changed questions come first, where there is not room for all; steps between the first and the last are
+    left out where there are many."""
+    run = tmp_path / "ppo"
+    for step, right in ((0, "1001"), (6, "1101"), (9, "1111"), (12, "110")):
+        answers_of(run, step, right)
+    data = answers.answers({"ppo": run})["dev"]
+    assert [q["id"] for q in data["questions"]] == ["q1", "q2", "q0", "q3"]
+    assert [e["right"] for e in data["evaluations"]] == ["0011", "1011", "1111", "101-"]
+    assert data["evaluations"][3]["texts"] == [f"{EVIL}12"] * 3 + [None]
+    monkeypatch.setattr(answers, "EVALUATIONS", 3)
+    monkeypatch.setattr(answers, "SIZE", 3 * len(EVIL) + 20)
+    data = answers.answers({"ppo": run})["dev"]
+    assert [e["step"] for e in data["evaluations"]] == [0, 9, 12]
+    assert [q["id"] for q in data["questions"]] == ["q1"]
+    assert len(data["evaluations"][0]["right"]) == 4
 
 
 def test_the_page_is_served_and_follows_the_runs(tmp_path):

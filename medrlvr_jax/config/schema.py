@@ -269,6 +269,7 @@ class LogConfig:
 
     samples_every: Size = 10  # Steps between logged completions. 0: never.
     samples: Count = 8  # Completions logged each time.
+    answers: Size = 400  # Of each evaluated set, questions whose answers go to answers/, for the page.
     # Stop after this many steps in a row whose rewards are all equal, which teach nothing. 0: never.
     stop_constant: Size = 20
     profile: tuple[Count, Count] | None = None  # First and last step that jax.profiler traces. null: none.

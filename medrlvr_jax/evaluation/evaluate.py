@@ -100,6 +100,7 @@ def ask(
         question, which = scored.questions[row], draw + which
         about = {"subject": question.subject, "sample": which, "question_hash": question_hash(question)}
         about |= {"task": question.task} if question.task else {}
+        about["question"] = text.render(question, "none")
         if question.id in encoded.repeats:
             about["repeats"] = encoded.repeats[question.id]
         rows.append((int(index[place]) * c.eval.samples + which, scored.record(row) | about))
@@ -159,13 +160,14 @@ def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:
 
 
 def evaluate_sets(
-    parts: Parts, decode_params: Params, sets: dict[str, Encoded], run: log.Run
+    parts: Parts, decode_params: Params, sets: dict[str, Encoded], run: log.Run, step: int
 ) -> dict[str, Any]:
-    """Every set of a run in training; flat `eval.<set>.<count>` metrics."""
+    """Every set of a run after `step` steps; flat `eval.<set>.<count>` metrics."""
     metrics = {}
     for name, encoded in sets.items():
         with jax.profiler.TraceAnnotation("evaluate"):
-            counts, _ = evaluate(parts, decode_params, encoded, partial(run.progress, f"eval {name}"))
+            counts, rows = evaluate(parts, decode_params, encoded, partial(run.progress, f"eval {name}"))
+        run.write_answers(step, name, rows)
         metrics |= {f"eval.{name}.{k}": v for k, v in counts.items()}
         if counts["truncated"] > monitors.HIGH["truncated"][0] * counts["n"]:
             run.notify(answers.remarks(f"eval {name}", counts)[-1])

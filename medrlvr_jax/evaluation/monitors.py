@@ -20,10 +20,9 @@ from medrlvr_jax.host.processes import gather
 from medrlvr_jax.rewards import stages
 from medrlvr_jax.rewards.penalties import leaks
 from medrlvr_jax.rollout.rollout import Scored
+from medrlvr_jax.runs.metrics import is_due
 
 WINDOW, ENOUGH = 20, 5  # a moving limit follows the median of the last WINDOW steps; it needs ENOUGH
-LASTS = 6  # an alarm is reported in the step in which it has lasted so long: a healthy run has shorter ones
-AGAIN = 10  # steps after which an alarm that lasts is reported again
 EXAMPLES = 2  # rows named in a notice, from each process
 AFTER_LEAK = 5  # words that follow an answer stated too early
 HEDGES, HEDGED = 3, 0.04  # a completion hedges from so many hedges on, if they are this share of its words
@@ -83,7 +82,6 @@ MOVES = {  # metric: what it is; least and greatest multiple of its recent media
     "entropy": ("entropy (how undecided the model is between next words)", 0.33, 3.0, 0.02),
     "kl": ("kl (how far the model is from where it started)", 0.0, 4.0, 0.05),
 }
-AT_ONCE = ("constant_reward", "reward_clipped", "sampler_ratio_far")  # faults of the set-up
 RARE = 5  # fewer keys of a letter than this are too few for χ²
 LETTER_P, LETTER_SHIFT = 1e-3, 0.15  # limits of `watch`'s two metrics; both must be passed
 
@@ -246,14 +244,6 @@ def mark(found: Sequence[Alarm], history: Sequence[dict[str, Any]]) -> tuple[dic
     lasted = {name: 1 + (before.get(name) or 0) for name in names}
     due = [alarm for alarm, name in zip(found, names, strict=True) if is_due(alarm.name, lasted[name])]
     return lasted, due
-
-
-def is_due(name: str, lasted: int) -> bool:
-    """Whether an alarm is reported that has lasted so many steps: once it has lasted `LASTS`, those of
-    `AT_ONCE` when they begin, and then every `AGAIN` steps.
-    """
-    first = 1 if name.removeprefix("monitor/") in AT_ONCE else LASTS
-    return lasted >= first and (lasted - first) % AGAIN == 0
 
 
 def examples(alarm: Alarm, scored: Scored, metrics: dict[str, Any], samples: int) -> list[int]:

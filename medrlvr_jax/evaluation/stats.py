@@ -9,7 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy  # loads scipy.stats when it is first used, which takes half a second
 from jaxtyping import Bool, Float64, Int, Num, Shaped
 
 ROOM = 0.1  # pass@k beyond chance is given only where chance leaves at least this much

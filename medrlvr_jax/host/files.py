@@ -6,13 +6,14 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from medrlvr_jax.host.errors import ConfigError, Unwritable
 
+Records = list[dict[str, Any]]  # of a JSONL file
 PEEK = 256  # bytes read to recognise a file whose content is not what its name says
 
 
@@ -133,13 +134,22 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All complete lines. A last one without newline is dropped: a crash cut it, or it is being written."""
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+def read_jsonl(path: Path, most: int | None = None, always: Sequence[bytes] = ()) -> Records:
+    """All complete lines. A last one without newline is dropped: a crash cut it, or it is being written.
+
+    `most`: of more lines, about so many spread evenly, the first and the last among them, and every line that
+    holds one of `always`.
+    """
+    *lines, _ = path.read_bytes().split(b"\n")
+    numbers = list(range(len(lines)))
+    if most is not None and len(lines) > most:
+        every = -(-len(lines) // most)
+        holding = (i for x in always for i, line in enumerate(lines) if x in line)
+        numbers = sorted({*range(0, len(lines), every), *holding, len(lines) - 1})
     records = []
-    for number, line in enumerate(lines, 1):
-        with reading(f"{path}:{number}", "a crash cannot do this, so repair or remove the file"):
-            records.append(json.loads(line))
+    for number in numbers:
+        with reading(f"{path}:{number + 1}", "a crash cannot do this, so repair or remove the file"):
+            records.append(json.loads(lines[number].decode("utf-8", "replace")))
     return records
 
 

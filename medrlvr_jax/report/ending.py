@@ -47,8 +47,8 @@ def verdict(before: Interval, after: Interval) -> str:
 
 def next_commands(folder: Path, evaluated: bool) -> Iterator[str]:
     yield "Next:"
-    yield f"  medrlvr report {folder}"
-    yield "      curves, alarms and answers, as a page in report.html"
+    yield f"  {(folder / 'report.html').absolute().as_uri()}"
+    yield "      the page of this run: curves, alarms and answers, before and after"
     yield f"  medrlvr eval {folder}" + ("" if evaluated else " eval.sets.mine.path=FILE")
     yield "      each answer, by subject and letter; then `medrlvr compare RUN RUN`"
     yield f"  medrlvr export {folder} DIRECTORY"

@@ -1,45 +1,105 @@
-"""The data of a report's curves: every metric of every run, thinned so that the page stays small."""
+"""The data of curves: a run's metrics as columns, curves of several runs thinned together, and for the page
+every metric of every group.
+"""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64, Int
 
+from medrlvr_jax.host.files import Records
 from medrlvr_jax.runs import metrics
-from medrlvr_jax.runs.log import Records
 
 SIZE = 1_500_000  # characters of JSON, about, for all curves together
-LEAST, MOST = 60, 500  # points of a curve
+LEAST, MOST, STAGE_POINTS = 60, 500, 40  # points of a curve, and of a picture of stages
+# Okabe and Ito's colours, which colour-blind readers can distinguish; black is none, for dark pages
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A2A")
+GREY = "#7F7F7F"
+FILLS = {  # of the stages
+    "format_failure": "#BBBBBB",
+    "verbose_formatter": "#E69F00",
+    "concise_structurer": "#56B4E9",
+    "direct_answer_hacker": "#D55E00",
+    "step_by_step_exploit": "#CC79A7",
+    "reintegrated_reasoning": "#009E73",
+}
 HIDDEN = ("step", "row/*")  # not curves
 
 
-def curves(runs: Sequence[tuple[str, str, Records]]) -> dict[str, Any]:
-    """`{"runs": [{name, color}], "metrics": [{name, unit, meaning, curves}]}` for explore.js.
+class Column(NamedTuple):
+    steps: Int[np.ndarray, " n"]
+    values: Float64[np.ndarray, " n"]
 
-    `runs`: each run's name, colour and records. A metric's `curves` have `[steps, values]` for each run,
-    empty where the run did not record it. A curve of more points than there is room for has the means of
-    equal stretches of steps.
+
+Columns = Mapping[str, Column]  # a run's metrics, by name
+
+
+def columns(records: Records) -> Columns:
+    """Each metric at the steps at which it is a finite number."""
+    steps, out = np.array([record["step"] for record in records]), {}
+    for name in sorted({name for record in records for name in record}):
+        values = np.array([record.get(name) for record in records], float)
+        finite = np.isfinite(values)
+        out[name] = Column(steps[finite], values[finite])
+    return {name: column for name, column in out.items() if len(column.steps)}
+
+
+def over_steps(
+    runs: Sequence[Columns], name: str, points: int
+) -> tuple[Int[np.ndarray, " steps"], Float64[np.ndarray, "runs steps"]]:
+    """The steps at which any run recorded the metric, and its values there; NaN where a run has none.
+
+    Of more than `points` steps, the last of each of so many equal stretches, and the means over them.
     """
-    names = sorted({k for _, _, records in runs for r in records for k, v in r.items() if _is_number(v)})
+    recorded = [run.get(name, Column(np.zeros(0, int), np.zeros(0))) for run in runs]
+    steps = np.unique(np.concatenate([column.steps for column in recorded]))
+    values = np.full((len(runs), len(steps)), np.nan)
+    for row, column in zip(values, recorded, strict=True):
+        row[np.searchsorted(steps, column.steps)] = column.values
+    if len(steps) <= points:
+        return steps, values
+    starts = np.linspace(0, len(steps), points, endpoint=False).astype(int)
+    known = ~np.isnan(values)
+    total = np.add.reduceat(np.where(known, values, 0), starts, axis=1)
+    count = np.add.reduceat(known, starts, axis=1, dtype=float)
+    ends = np.append(starts[1:], len(steps)) - 1
+    return steps[ends], np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def curves(groups: Sequence[Sequence[Columns]]) -> list[dict[str, Any]]:
+    """`{name, unit, meaning, curves}` of each metric, for explore.js.
+
+    `curves` has `[steps, values of a run, values of the next, …]` for each group of runs, with four digits,
+    and null where a run has no value; it is empty where no run of the group recorded the metric.
+    """
+    names = sorted({name for runs in groups for run in runs for name in run})
     known = {name: metrics.find(name) or metrics.Metric(name, "", "") for name in names}
     names = [name for name in names if known[name].name not in HIDDEN]
-    points = int(np.clip(SIZE / 16 / max(1, len(names) * len(runs)), LEAST, MOST))
+    number = sum(len(runs) + 1 for runs in groups)
+    points = int(np.clip(SIZE / 8 / max(1, len(names) * number), LEAST, MOST))
     shown = []
     for name in names:
-        curves = [[(r["step"], r[name]) for r in records if _is_number(r.get(name))] for *_, records in runs]
         about = {"name": name, "unit": known[name].unit, "meaning": known[name].meaning}
-        shown.append(about | {"curves": [thinned(curve, points) for curve in curves]})
-    return {"runs": [{"name": name, "color": color} for name, color, _ in runs], "metrics": shown}
+        shown.append(about | {"curves": [_curve(runs, name, points) for runs in groups]})
+    return shown
 
 
-def thinned(curve: list[tuple[int, float]], points: int) -> list[list[float]]:
-    """At most `points` steps and values with four digits: the means of equal stretches of the curve."""
-    if not curve:
-        return [[], []]
-    parts = np.array_split(np.array(curve, float), min(points, len(curve)))
-    steps: list[float] = [int(part[-1, 0]) for part in parts]
-    return [steps, [float(f"{part[:, 1].mean():.4g}") for part in parts]]
+def _curve(runs: Sequence[Columns], name: str, points: int) -> list[list[float | None]]:
+    steps, values = over_steps(runs, name, points)
+    if not len(steps):
+        return []
+    rows = [[None if np.isnan(x) else float(f"{x:.4g}") for x in row] for row in values.tolist()]
+    return [steps.tolist(), *rows]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Each folder's name; where several have one name, as much of their paths as makes them differ."""
+    paths, out = [folder.resolve().parts for folder in folders], []
+    for parts in paths:
+        depth, others = 1, [other for other in paths if other != parts]
+        while depth < len(parts) and any(other[-depth:] == parts[-depth:] for other in others):
+            depth += 1
+        out.append("/".join(parts[-depth:]))
+    return out

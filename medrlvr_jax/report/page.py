@@ -1,37 +1,37 @@
-"""`medrlvr report RUN …`: runs as one HTML file that needs nothing else, and its pictures as PNG beside it.
+"""`medrlvr report RUN …`: runs as one HTML file that needs nothing else.
 
 This file gathers what the page shows; templates/report.html says how. Runs that differ only in their seed are
 one group: a mean and a band. Names and completions of runs are untrusted text. The template escapes them, and
-the script that shows samples sets them as `textContent`. The page forbids itself the network.
+the script sets them as `textContent`. The page forbids itself the network. Of long runs some steps are read,
+so that a page of many takes seconds and few megabytes.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-from matplotlib.figure import Figure
 
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.evaluation.answers import percent
-from medrlvr_jax.evaluation.monitors import is_due
+from medrlvr_jax.evaluation.stats import Interval
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.host.files import read_json, read_jsonl, write_text
-from medrlvr_jax.report import explore, pictures
+from medrlvr_jax.host.files import Records, read_json, read_jsonl, write_text
+from medrlvr_jax.report import answers, explore
 from medrlvr_jax.report.ending import interval
-from medrlvr_jax.rewards.stages import STAGES
 from medrlvr_jax.runs.console import before_after, clock
-from medrlvr_jax.runs.log import Records
+from medrlvr_jax.runs.metrics import is_due
 
 ALIKE = ("name", "runs", "seed", "log", "checkpoint", "mesh")  # settings that may differ within a group
-SAMPLES, LENGTH = 2000, 6000  # samples on a page, and characters of one
+STEPS, SAMPLES = 10_000, 2000  # read for a page, of all runs together
+SAMPLE_SIZE, LENGTH = 1_500_000, 6000  # characters of all samples on a page, about, and of one
+NAMED = 3  # settings by which a group is named
 FOLDER = Path(__file__).parent / "templates"
 
 
@@ -42,7 +42,7 @@ class Run:
     name: str
     folder: Path  # absolute
     config: dict[str, Any]  # flat
-    records: Records
+    metrics: explore.Columns  # empty of an evaluation
     samples: Records
     summary: dict[str, Any]  # empty while the run goes on
     evals: dict[str, dict[str, dict[str, Any]]]  # {set: {"before", "after": counts}}
@@ -58,30 +58,37 @@ class Group:
     name: str
     number: int  # among all groups of the page: its style, in every picture
     runs: list[Run]
+    differs: str  # the settings that few other groups share, where the name does not say them
 
     @property
     def color(self) -> str:
-        return pictures.COLORS[self.number % len(pictures.COLORS)]
+        return explore.COLORS[self.number % len(explore.COLORS)]
 
     @property
-    def dash(self) -> str:
-        """`pictures.DASHES` as SVG has it."""
-        return ("", "6 3", "6 3 1.5 3", "1.5 2.5", "6 2 1.5 2")[self.number % len(pictures.DASHES)]
+    def dash(self) -> Sequence[float]:
+        """Lengths in pixels of lines and gaps; none for an unbroken line."""
+        return ([], [6, 3], [6, 3, 1.5, 3], [1.5, 2.5], [6, 2, 1.5, 2])[self.number % 5]
 
 
-class Picture(NamedTuple):
-    svg: str
-    label: str  # for screen readers
-    rows: Sequence[tuple[str, str, str]] = ()  # the numbers that it shows
+class Arm(NamedTuple):
+    """Of one set: a group after training, or the policies before it."""
+
+    name: str
+    color: str
+    runs: list[Interval]
+    texts: list[str]  # of the same runs
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean([share.value for share in self.runs]))
 
 
 def write_page(folders: Sequence[Path], out: Path, live: str = "") -> None:
-    """The page, and a folder `<stem>_pictures` beside it. `live`: of a page that is served, its version."""
-    runs = with_unique_names([read_run(folder) for folder in dict.fromkeys(f.resolve() for f in folders)])
+    """`live`: of a page that is served, its version."""
+    places = list(dict.fromkeys(folder.resolve() for folder in folders))
+    runs = with_unique_names([read_run(folder, len(places)) for folder in places])
     groups = group(runs)
-    trained = [g for g in groups if g.runs[0].records]
-    folder = out.with_name(f"{out.stem}_pictures")
-    folder.mkdir(parents=True, exist_ok=True)
+    trained = [g for g in groups if g.runs[0].metrics]
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -89,19 +96,25 @@ def write_page(folders: Sequence[Path], out: Path, live: str = "") -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    lines = [
+        {"name": g.name, "color": g.color, "dash": g.dash, "runs": [r.name for r in g.runs]} for g in trained
+    ]
     page = templates.get_template("report.html").render(
         live=live,
-        explore=explore.curves([(run.name, g.color, run.records) for g in trained for run in g.runs]),
+        explore={
+            "groups": lines,
+            "metrics": explore.curves([[run.metrics for run in g.runs] for g in trained]),
+        },
         groups=groups,
         trained=trained,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        accuracies=accuracies(groups, folder),
-        stages=stages(trained, folder),
-        fills=[(stage, pictures.FILLS[stage][0]) for stage in reversed(STAGES)],
-        curves=curves(trained, folder),
+        accuracies=accuracies(groups),
+        answers=answers.answers({run.name: run.folder for run in runs}),
+        stages=stages(trained),
+        fills=explore.FILLS,
         alarms=alarms(runs),
         samples=samples(runs),
-        differing=differing(groups),
+        differing=differing([(g.name, g.runs[0].config) for g in groups]),
         cards=[(run.name, list(facts_of(run)), settings_of(run)) for run in runs],
     )
     write_text(out, page)
@@ -110,8 +123,12 @@ def write_page(folders: Sequence[Path], out: Path, live: str = "") -> None:
 # --- runs and groups ---
 
 
-def read_run(folder: Path) -> Run:
-    """A run's folder, or one of `medrlvr eval`, which has accuracies alone and is named by its path's end."""
+def read_run(folder: Path, runs: int = 1) -> Run:
+    """A run's folder, or one of `medrlvr eval`, which has accuracies alone and is named by its path's end.
+
+    `runs`: on the page. The more there are, the fewer steps and samples are read of each; evaluations and
+    alarms are read whole.
+    """
     folder, remedy = folder.resolve(), "repair it, or leave this folder out"
     if not (folder / "metrics.jsonl").exists():
         if not (folder / "eval.json").exists():
@@ -120,18 +137,20 @@ def read_run(folder: Path) -> Run:
         tree = read_json(folder / "eval.json", remedy)
         evals = {name: {"after": counts} for name, counts in tree["eval"].items()}
         settings = configs.flat(tree.get("config", {}))
-        return Run("/".join(folder.parts[-2:]), folder, settings, [], [], tree, evals)
+        return Run("/".join(folder.parts[-2:]), folder, settings, {}, [], tree, evals)
     config, samples, summary = (folder / name for name in ("config.yaml", "samples.jsonl", "summary.json"))
     settings = configs.flat(configs.read_yaml(config, remedy)) if config.exists() else {}
-    records = read_jsonl(folder / "metrics.jsonl")
+    records = read_jsonl(folder / "metrics.jsonl", STEPS // runs, (b'"eval.', b'"alarm/'))
+    metrics = explore.columns(records)
+    evaluated = {k for name, c in metrics.items() if name.startswith("eval.") for k in c.steps.tolist()}
     return Run(
         name=str(settings.get("name", folder.name)),
         folder=folder,
         config=settings,
-        records=records,
-        samples=read_jsonl(samples) if samples.exists() else [],
+        metrics=metrics,
+        samples=read_jsonl(samples, SAMPLES // runs) if samples.exists() else [],
         summary=read_json(summary, remedy) if summary.exists() else {},
-        evals=before_after(records),
+        evals=before_after([record for record in records if record["step"] in evaluated]),
     )
 
 
@@ -141,7 +160,7 @@ def with_unique_names(runs: Sequence[Run]) -> list[Run]:
     for name in {run.name for run in runs}:
         places = [i for i, run in enumerate(runs) if run.name == name]
         if len(places) > 1:
-            longer = pictures.short_names([runs[i].folder for i in places])
+            longer = explore.short_names([runs[i].folder for i in places])
             for i, new in zip(places, longer, strict=True):
                 out[i] = replace(runs[i], name=new)
     return out
@@ -155,7 +174,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     alike: dict[str, list[Run]] = {}
     for run in runs:
         same = {k: v for k, v in run.config.items() if k.split(".")[0] not in ALIKE}
-        key = json.dumps(same, sort_keys=True) if run.records else str(run.folder)
+        key = json.dumps(same, sort_keys=True) if run.metrics else str(run.folder)
         alike.setdefault(key, []).append(run)
     split: dict[tuple[str, Path | None], list[Run]] = {}
     for settings, members in alike.items():
@@ -163,9 +182,30 @@ def group(runs: Sequence[Run]) -> list[Group]:
         for run in members:
             split.setdefault((settings, run.folder.parent if repeated else None), []).append(run)
     names = [common_name([run.name for run in members]) for members in split.values()]
+    differs = what_differs([members[0].config for members in split.values()])
+    # groups of one name are named by what differs, and where nothing does, by numbers
+    names = [f"{x}, {y}" if names.count(x) > 1 and y else x for x, y in zip(names, differs, strict=True)]
     counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
     numbered = [f"{name} ({n})" if n > 1 else name for name, n in zip(names, counts, strict=True)]
-    return [Group(numbered[i], i, members) for i, members in enumerate(split.values())]
+    shown = ["" if name.endswith(y) else y for name, y in zip(names, differs, strict=True)]
+    return [Group(numbered[i], i, members, shown[i]) for i, members in enumerate(split.values())]
+
+
+def what_differs(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each config, the settings whose value at most half of the configs have, such as
+    "kl.coef 0.5, steps 64": `NAMED` of them, and the number of others.
+    """
+    _, *rows = differing([(str(i), config) for i, config in enumerate(configs)])
+    numbers = [i for i, config in enumerate(configs) if config]
+    out = [""] * len(configs)
+    for place, i in enumerate(numbers):
+        rare = [
+            f"{name} {values[place]}"
+            for name, *values in rows
+            if all(name in configs[j] for j in numbers) and 2 * values.count(values[place]) <= len(values)
+        ]
+        out[i] = ", ".join(rare[:NAMED]) + (f" and {len(rare) - NAMED} more" if len(rare) > NAMED else "")
+    return out
 
 
 def common_name(names: list[str]) -> str:
@@ -178,33 +218,22 @@ def common_name(names: list[str]) -> str:
 # --- the sections ---
 
 
-def picture(folder: Path, name: str, label: str, draw: Callable[[], Figure | None]) -> list[Picture]:
-    """The picture in a list, which is empty where there is none."""
-    svg = pictures.save(draw, folder / re.sub(r"[^\w.-]+", "-", name))
-    return [Picture(svg, label)] if svg else []
-
-
-def accuracies(groups: Sequence[Group], folder: Path) -> list[Picture]:
-    """A picture and a table for each set: the policies before training, then each group after it."""
-    out = []
+def accuracies(groups: Sequence[Group]) -> dict[str, list[Arm]]:
+    """Of each set: the policies before training, then each group after it."""
+    out = {}
     for name in dict.fromkeys(s for g in groups for run in g.runs for s in run.evals):
         before = {in_words(c): c for g in groups for run in g.runs if (c := run.counts(name, "before"))}
         arms = [  # several before training, if runs began at other weights or were asked otherwise
-            (f"before training{f' ({i})' if len(before) > 1 else ''}", pictures.GREY, [before[text]])
+            (f"before training{f' ({i})' if len(before) > 1 else ''}", explore.GREY, [before[text]])
             for i, text in enumerate(sorted(before), 1)
         ]
         arms += [(g.name, g.color, [c for run in g.runs if (c := run.counts(name, "after"))]) for g in groups]
         arms = [(arm, color, counts) for arm, color, counts in arms if counts]
-        if not arms:
-            continue
-        bars = [(arm, color, [interval(c) for c in counts]) for arm, color, counts in arms]
-        means = [f"{100 * np.mean([share.value for share in shares]):.1f} %" for _, _, shares in bars]
-        each = ["\n".join(map(in_words, counts)) for _, _, counts in arms]
-        rows = [(arm, runs, mean) for (arm, _, _), runs, mean in zip(arms, each, means, strict=True)]
-        title = name.replace("_", " ")
-        draw = partial(pictures.bar_figure, bars, title)
-        drawn = picture(folder, f"accuracy-{name}", f"right answers on {title}", draw)
-        out += [p._replace(rows=rows) for p in drawn]
+        if arms:
+            out[name.replace("_", " ")] = [
+                Arm(arm, color, [interval(c) for c in counts], list(map(in_words, counts)))
+                for arm, color, counts in arms
+            ]
     return out
 
 
@@ -215,44 +244,50 @@ def in_words(counts: dict[str, Any]) -> str:
     return f"{counts['correct']:,} of {asked}: {percent(interval(counts)._asdict())}"
 
 
-def stages(groups: Sequence[Group], folder: Path) -> list[Picture]:
+def stages(groups: Sequence[Group]) -> list[tuple[str, int, int, list[tuple[str, str]]]]:
+    """Of each group: name, first and last step, and each stage's colour and area over the steps, whose
+    points are in per cent of the picture."""
     out = []
     for g in groups:
-        if g.runs[0].config.get("reward.mode") != "direct":  # older logs call its answers format failures
-            draw = partial(pictures.stage_figure, [run.records for run in g.runs], g.name)
-            label = f"shares of the six stages over the steps of {g.name}"
-            out += picture(folder, f"stages-{g.name}", label, draw)
-    return out
-
-
-def curves(groups: Sequence[Group], folder: Path) -> list[Picture]:
-    records = [(g.number, [run.records for run in g.runs]) for g in groups]
-    out = []
-    for panel in (*pictures.PANELS, *pictures.MORE):
-        draw = partial(pictures.curve_figure, panel, records)
-        out += picture(folder, f"curve-{panel.key}", f"{panel.title} over the steps", draw)
+        if g.runs[0].config.get("reward.mode") == "direct":  # older logs call its answers format failures
+            continue
+        runs = [run.metrics for run in g.runs]
+        layers = [explore.over_steps(runs, f"stage/{stage}", explore.STAGE_POINTS) for stage in explore.FILLS]
+        steps = layers[0][0]
+        if not len(steps):
+            continue
+        shares = [np.nanmean(values, 0) for _, values in layers]
+        edges = np.cumsum([np.zeros(len(steps)), *shares], 0)
+        x = 100 * (steps - steps[0]) / max(1, steps[-1] - steps[0]) if len(steps) > 1 else np.array([0, 100])
+        areas = []
+        for stage, low, high in zip(explore.FILLS, edges, edges[1:], strict=False):
+            low, high = (np.broadcast_to(100 - 100 * edge, x.shape) for edge in (low, high))
+            corners = [*zip(x, high, strict=True), *zip(x[::-1], low[::-1], strict=True)]
+            areas.append((explore.FILLS[stage], " ".join(f"{a:.1f},{b:.1f}" for a, b in corners)))
+        out.append((g.name, int(steps[0]), int(steps[-1]), areas))
     return out
 
 
 def alarms(runs: Sequence[Run]) -> list[tuple[str, str, int, int, int]] | None:
     """What the monitors reported: run, alarm, number of steps, first, last; None if no run had monitors."""
-    if not any(k.startswith("monitor/") for run in runs for r in run.records for k in r):
+    if not any(name.startswith("monitor/") for run in runs for name in run.metrics):
         return None
     rows = []
     for run in runs:
-        for name in sorted({k for r in run.records for k in r if k.startswith("alarm/")}):
-            alarm, raised = name.removeprefix("alarm/"), [r for r in run.records if r.get(name)]
-            if any(is_due(alarm, r[name]) for r in raised):  # else it never lasted long enough to be reported
-                first, last = raised[0]["step"], raised[-1]["step"]
-                rows.append((run.name, alarm.replace("_", " "), len(raised), first, last))
+        for name, (steps, lasted) in run.metrics.items():
+            alarm, raised = name.removeprefix("alarm/"), steps[lasted > 0]
+            # else it never lasted long enough to be reported
+            if name.startswith("alarm/") and any(is_due(alarm, int(n)) for n in lasted[lasted > 0]):
+                rows.append((run.name, alarm.replace("_", " "), len(raised), int(raised[0]), int(raised[-1])))
     return rows
 
 
-def samples(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
-    """At most `SAMPLES` logged completions, evenly chosen, and how many there are."""
-    rows = [sample | {"run": run.name} for run in runs for sample in run.samples]
-    chosen = np.linspace(0, len(rows) - 1, min(SAMPLES, len(rows))).round().astype(int)
-    return [{k: shortened(v) for k, v in rows[i].items()} for i in chosen], len(rows)
+def samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Logged completions, evenly chosen: as many as `SAMPLE_SIZE` has room for."""
+    rows = [{k: shortened(v) for k, v in s.items()} | {"run": run.name} for run in runs for s in run.samples]
+    size = sum(len(row["prompt"]) + len(row["completion"]) + 300 for row in rows)
+    number = min(len(rows), len(rows) * SAMPLE_SIZE // max(1, size))
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, number).round().astype(int)]
 
 
 def shortened(value: Any) -> Any:
@@ -262,12 +297,12 @@ def shortened(value: Any) -> Any:
     return f"{value[:LENGTH]}… [the first {LENGTH:,} of {len(value):,} characters; samples.jsonl has all]"
 
 
-def differing(groups: Sequence[Group]) -> list[list[str]]:
-    """The settings in which the groups differ: a head, then a row a setting."""
-    firsts = {g.name: g.runs[0].config for g in groups if g.runs[0].config}
-    keys = dict.fromkeys(k for config in firsts.values() for k in config if k.split(".")[0] not in ALIKE)
-    rows = [[k, *(str(config.get(k)) for config in firsts.values())] for k in keys]
-    return [["setting", *firsts], *(row for row in rows if len(set(row[1:])) > 1)]
+def differing(configs: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
+    """The settings in which configs differ, those of `ALIKE` apart: a head, then a row a setting."""
+    configs = [(name, config) for name, config in configs if config]
+    keys = dict.fromkeys(k for _, config in configs for k in config if k.split(".")[0] not in ALIKE)
+    rows = [[k, *(str(config.get(k)) for _, config in configs)] for k in keys]
+    return [["setting", *(name for name, _ in configs)], *(row for row in rows if len(set(row[1:])) > 1)]
 
 
 def settings_of(run: Run) -> str:
@@ -276,12 +311,12 @@ def settings_of(run: Run) -> str:
 
 def facts_of(run: Run) -> Iterator[tuple[str, str]]:
     """What is needed to make the run again, beside its settings."""
-    if run.records:
-        last, steps = run.records[-1]["step"], run.summary.get("steps")
+    if run.metrics:
+        last, steps = int(run.metrics["step"].values[-1]), run.summary.get("steps")
         yield "steps", f"{last} of {steps}" if steps else f"{last} so far: the run has no summary.json yet"
-        seconds = [r["seconds"] for r in run.records if r.get("seconds")]
-        if seconds:
-            yield "time", f"{clock(sum(seconds))} in steps, {np.median(seconds):.2f} s a step (median)"
+        if seconds := run.metrics.get("seconds"):
+            total, median = clock(float(seconds.values.mean()) * last), np.median(seconds.values)
+            yield "time", f"{total} in steps, {median:.2f} s a step (median)"
     if v := run.summary.get("versions"):
         git = v.get("git")
         commit = git and f"{git['revision']}{' with changes' if git['dirty'] else ''}"

@@ -134,7 +134,7 @@ def take_steps(
     run, checkpoints, every = session.run, session.checkpoints, job.parts.config.checkpoint.every
     history = run.history(monitors.WINDOW)
     if done == 0 and job.sets:
-        run.record(0, evaluate.evaluate_sets(job.parts, job.policy(state), job.sets, run))
+        run.record(0, evaluate.evaluate_sets(job.parts, job.policy(state), job.sets, run, 0))
     for n in range(done + 1, job.steps + 1):
         result = take_step(job, session, state, n, history, first=n == done + 1)
         state, metrics = result.state, result.metrics
@@ -175,7 +175,8 @@ def take_step(
     result.metrics["seconds"] = time.monotonic() - began
     every = job.parts.config.eval.every
     if job.sets and (n == job.steps or (every and n % every == 0)):
-        result.metrics.update(evaluate.evaluate_sets(job.parts, job.policy(result.state), job.sets, run))
+        policy = job.policy(result.state)
+        result.metrics.update(evaluate.evaluate_sets(job.parts, policy, job.sets, run, n))
     if (compiled := compiles.drain()) and not first:
         names, seconds = ", ".join(sorted({name for name, _ in compiled})), sum(s for _, s in compiled)
         run.notify(

@@ -4,6 +4,7 @@
                 inputs.json     digests of the files that the settings name (inputs.py)
                 metrics.jsonl   one object a step; step 0 is the evaluation before training
                 samples.jsonl   some completions, every few steps
+                answers/        answers of the evaluations: <step>/<set>.jsonl
                 summary.json    at the end
                 checkpoints/    checkpoint.py
 
@@ -29,17 +30,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 
 import medrlvr_jax
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host.files import Records
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.runs import trackers
 from medrlvr_jax.runs.console import Console, before_after
 
-Records = list[dict[str, Any]]
 COMMAND = "# medrlvr "  # begins the first line of config.yaml; the command's name follows
 LOGS = ("metrics", "samples", "questions")
 # settings that a resume may change
@@ -103,6 +105,9 @@ class Run:
         if self._lock:
             for name in LOGS:
                 files.rewind(self.path / f"{name}.jsonl", done)
+            for folder in self.path.glob("answers/*"):
+                if int(folder.name) > done or not done:
+                    shutil.rmtree(folder)
             if done:
                 records = files.read_jsonl(self.path / "metrics.jsonl")
                 skips = sum(1 for _ in itertools.takewhile(skipped, reversed(records)))
@@ -131,6 +136,16 @@ class Run:
         self._console.step(step, metrics)
         self._done = step
         self.check_signals()
+
+    def write_answers(self, step: int, name: str, rows: Records) -> None:
+        """Write the first answer to `log.answers` questions, spread evenly over an evaluated set."""
+        first = [row for row in rows if row["sample"] == 0]
+        chosen = np.unique(np.linspace(0, len(first) - 1, min(self._config.log.answers, len(first))).round())
+        if self._lock and len(chosen):
+            file = self.path / "answers" / str(step) / f"{name}.jsonl"
+            with files.named_errors(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(file, files.jsonl(first[int(i)] for i in chosen))
 
     def check_signals(self) -> None:
         """Set `stopping` in all processes if a signal or `stop` has reached any of them."""

@@ -1,7 +1,13 @@
-"""The metrics of metrics.jsonl: unit and meaning of each. The documentation lists them from here."""
+"""The metrics of metrics.jsonl: unit and meaning of each, from which the documentation lists them; and when
+an alarm among them is reported.
+"""
 
 from fnmatch import fnmatchcase
 from typing import NamedTuple
+
+LASTS = 6  # an alarm is reported in the step in which it has lasted so long: a healthy run has shorter ones
+AGAIN = 10  # steps after which an alarm that lasts is reported again
+AT_ONCE = ("constant_reward", "reward_clipped", "sampler_ratio_far")  # faults of the set-up
 
 
 class Metric(NamedTuple):
@@ -112,3 +118,11 @@ METRICS = tuple(
 def find(name: str) -> Metric | None:
     """What is known of a metric by its name in metrics.jsonl."""
     return next((metric for metric in METRICS if fnmatchcase(name, metric.name)), None)
+
+
+def is_due(name: str, lasted: int) -> bool:
+    """Whether an alarm is reported that has lasted so many steps: once it has lasted `LASTS`, those of
+    `AT_ONCE` when they begin, and then every `AGAIN` steps.
+    """
+    first = 1 if name.removeprefix("monitor/") in AT_ONCE else LASTS
+    return lasted >= first and (lasted - first) % AGAIN == 0

@@ -1,26 +1,193 @@
 "use strict";
-// The browser of samples. All text from the runs goes into the page as textContent, never as markup.
-(() => {
-  const all = JSON.parse(document.getElementById("sample-data").textContent);
-  const form = document.getElementById("filter"), list = document.getElementById("list");
-  const count = document.getElementById("count"), more = document.getElementById("more");
-  const PAGE = 10;
-  let shown = PAGE;
+// The page's browsers of curves, answers and samples. Text from runs goes into it as textContent, never as markup.
 
-  const make = (tag, text, name) => {
-    const element = document.createElement(tag);
-    element.textContent = text;
-    if (name) element.className = name;
-    return element;
+const make = (tag, text = "", name = "") => {
+  const element = document.createElement(tag);
+  element.textContent = text;
+  if (name) element.className = name;
+  return element;
+};
+const byId = (id) => document.getElementById(id);
+const dataOf = (id) => JSON.parse(byId(id).textContent);
+const prompt = (text) => {
+  const box = make("details");
+  box.append(make("summary", "prompt"), make("pre", text));
+  return box;
+};
+const choose = (select, values, show = String) => {
+  for (const value of values) {
+    const option = make("option", show(value));
+    option.value = String(value);
+    select.append(option);
+  }
+};
+// As many of `items` as fit a page of a list, and a button for more.
+const PAGE = 5;
+const pages = (list, more, card) => {
+  let items = [], shown = PAGE;
+  const draw = () => {
+    list.replaceChildren(...items.slice(0, shown).map(card));
+    more.hidden = shown >= items.length;
   };
+  more.addEventListener("click", () => { shown += PAGE; draw(); });
+  return (given) => { items = given; shown = PAGE; draw(); };
+};
+
+// --- curves: a chart for each chosen metric, a line for each group of runs, or for each run ---
+
+const curves = () => {
+  const data = dataOf("explore-data"), KEY = "medrlvr metrics", open = new Map(), hidden = new Set();
+  const START = /^(reward|accuracy|format_ok|response_length|kl|entropy|nll|eval\..*\.accuracy)$/;
+  const style = getComputedStyle(document.documentElement);
+  const ink = style.getPropertyValue("--soft"), line = style.getPropertyValue("--line");
+  const single = byId("single");
+  const summary = (rows, f) => rows[0].map((_, i) => {
+    const values = rows.map((row) => row[i]).filter((x) => x !== null);
+    return values.length ? f(values) : null;
+  });
+  const mean = (values) => values.reduce((sum, x) => sum + x, 0) / values.length;
+  const four = (_, x) => (x === null || x === undefined ? "–" : String(Number(x.toPrecision(4))));
+  // uPlot's series, bands and columns of a metric
+  const lines = (metric) => {
+    const tables = [], series = [{ label: "step" }], bands = [];
+    metric.curves.forEach(([steps, ...rows], i) => {
+      const group = data.groups[i];
+      if (!steps) return;
+      const add = (label, values, look) => {
+        tables.push([steps, values]);
+        series.push({ label, group: i, show: !hidden.has(i), spanGaps: true, value: four, ...look });
+      };
+      const look = { stroke: group.color, width: 1.5, dash: group.dash };
+      if (single.checked || rows.length === 1) rows.forEach((row, j) => add(group.runs[j], row, look));
+      else {
+        const edge = { stroke: "transparent", width: 0, class: "edge" };
+        add("", summary(rows, (x) => Math.max(...x)), edge);
+        add("", summary(rows, (x) => Math.min(...x)), edge);
+        bands.push({ series: [series.length - 2, series.length - 1], fill: `${group.color}30` });
+        add(group.name, summary(rows, mean), look);
+      }
+    });
+    return { series, bands, table: uPlot.join(tables) };
+  };
+  const draw = (metric) => {
+    const box = make("div", "", "chart"), { series, bands, table } = lines(metric);
+    box.append(make("h3", metric.unit ? `${metric.name} (${metric.unit})` : metric.name));
+    box.append(make("p", metric.meaning, "soft"));
+    byId("charts").append(box);
+    const axis = { stroke: ink, grid: { stroke: line, width: 1 }, ticks: { stroke: line } };
+    const size = () => ({ width: Math.max(240, box.clientWidth), height: 220 });
+    const chart = new uPlot({
+      ...size(), scales: { x: { time: false } }, axes: [axis, { ...axis, size: 64 }], series, bands,
+      cursor: { sync: { key: "step" }, drag: { x: true, y: false } },
+    }, table, box);
+    const observer = new ResizeObserver(() => chart.setSize(size()));
+    observer.observe(box);
+    open.set(metric.name, { chart, end: () => { observer.disconnect(); chart.destroy(); box.remove(); } });
+  };
+  const remove = (name) => { open.get(name).end(); open.delete(name); };
+  const stored = () => { try { return JSON.parse(sessionStorage.getItem(KEY)); } catch { return null; } };
+  const store = () => {
+    try { sessionStorage.setItem(KEY, JSON.stringify([...open.keys()])); } catch { /* a file without storage */ }
+  };
+  const chosen = stored() || data.metrics.map((metric) => metric.name).filter((name) => START.test(name));
+  for (const metric of data.metrics) {
+    const label = make("label"), box = make("input");
+    box.type = "checkbox";
+    box.checked = chosen.includes(metric.name);
+    box.addEventListener("change", () => { (box.checked ? draw(metric) : remove(metric.name)); store(); });
+    label.append(box, make("span", metric.name));
+    label.title = metric.meaning;
+    byId("metrics").append(label);
+    if (box.checked) draw(metric);
+  }
+  const redraw = () => {
+    const names = [...open.keys()];
+    names.forEach(remove);
+    data.metrics.filter((metric) => names.includes(metric.name)).forEach(draw);
+  };
+  single.addEventListener("change", redraw);
+  document.querySelectorAll("[data-group]").forEach((box) => box.addEventListener("change", () => {
+    const group = Number(box.dataset.group);
+    if (box.checked) hidden.delete(group); else hidden.add(group);
+    for (const { chart } of open.values()) {
+      chart.series.forEach((s, i) => { if (s.group === group) chart.setSeries(i, { show: box.checked }); });
+    }
+  }));
+  byId("metric-search").addEventListener("input", (event) => {
+    const wanted = event.target.value.toLowerCase();
+    data.metrics.forEach((metric, i) => {
+      byId("metrics").children[i].hidden = !`${metric.name} ${metric.meaning}`.toLowerCase().includes(wanted);
+    });
+  });
+};
+
+// --- answers: two evaluations side by side, and one question over time ---
+
+const answers = () => {
+  const data = dataOf("answer-data"), form = byId("pair");
+  const KINDS = new Map([["01", "gained"], ["10", "lost"], ["11", "right in both"], ["00", "wrong in both"]]);
+  const named = (e) => `${e.run}, ${e.step ? `step ${e.step}` : "before training"}`;
+  const of = (name) => form.elements[name].value;
+  const given = (evaluation, i) => {
+    const box = make("div");
+    const verdict = { 1: "right", 0: "wrong", "-": "not asked" }[evaluation.right[i]];
+    box.append(make("h4", `${named(evaluation)}: ${verdict}`, verdict.replace(" ", "-")));
+    box.append(make("pre", evaluation.texts[i] ?? ""));
+    return box;
+  };
+  const card = (i) => {
+    const set = data[of("set")], question = set.questions[i];
+    const pair = [set.evaluations[of("a")], set.evaluations[of("b")]];
+    const box = make("article", "", "sample"), sides = make("div", "", "grid"), all = make("details");
+    box.append(make("h3", `${question.id}: ${KINDS.get(pair.map((e) => e.right[i]).join(""))}, key ${question.key}`));
+    sides.append(...pair.map((evaluation) => given(evaluation, i)));
+    if (question.text) box.append(make("pre", question.text));
+    box.append(sides);
+    if (set.evaluations.length > 2) {
+      all.append(make("summary", "in every evaluation"));
+      all.addEventListener("toggle", () => {
+        if (all.children.length < 2) all.append(...set.evaluations.map((evaluation) => given(evaluation, i)));
+      });
+      box.append(all);
+    }
+    return box;
+  };
+  const show = pages(byId("pairs"), byId("more-pairs"), card);
+  const draw = () => {
+    const set = data[of("set")], [a, b] = [set.evaluations[of("a")], set.evaluations[of("b")]];
+    const places = Object.fromEntries([...KINDS.keys()].map((kind) => [kind, []]));
+    [...a.right].forEach((x, i) => places[x + b.right[i]]?.push(i));
+    const counts = [...KINDS].map(([kind, name]) => `${places[kind].length} ${name}`);
+    const asked = Object.values(places).reduce((sum, x) => sum + x.length, 0);
+    const listed = places[of("kind")].filter((i) => i < set.questions.length);
+    const less = listed.length < places[of("kind")].length ? `; ${listed.length} of these are on this page` : "";
+    byId("pair-count").textContent = `Of ${asked} questions: ${counts.join(", ")}${less}.`;
+    show(listed);
+  };
+  const fill = () => {
+    const { evaluations } = data[of("set")];
+    for (const side of ["a", "b"]) {
+      form.elements[side].replaceChildren();
+      choose(form.elements[side], evaluations.keys(), (i) => named(evaluations[i]));
+    }
+    form.elements.b.value = String(evaluations.findLastIndex((e) => e.run === evaluations[0].run));
+    draw();
+  };
+  choose(form.elements.set, Object.keys(data));
+  choose(form.elements.kind, KINDS.keys(), (kind) => KINDS.get(kind));
+  form.addEventListener("change", (event) => (event.target.name === "set" ? fill() : draw()));
+  form.addEventListener("submit", (event) => event.preventDefault());
+  fill();
+};
+
+// --- samples ---
+
+const samples = () => {
+  const all = dataOf("sample-data"), form = byId("filter");
   const spaced = (name) => (name === null ? "no stage: no thought was asked for" : name.replaceAll("_", " "));
   const fill = (field, show = String) => {
     const values = [...new Set(all.map((s) => s[field]))].sort((a, b) => (a < b ? -1 : a > b ? 1 : 0));
-    for (const value of values) {
-      const option = make("option", show(value));
-      option.value = String(value);
-      form.elements[field].append(option);
-    }
+    choose(form.elements[field], values, show);
   };
   fill("run");
   fill("stage", spaced);
@@ -32,7 +199,7 @@
     return ["run", "stage", "reward"].every((field) => of(field) === "" || String(s[field]) === of(field))
       && within(s.step, of("step_low"), of("step_high"))
       && within(s.length, of("length_low"), of("length_high"))
-      && (s.prompt + "\n" + s.completion).toLowerCase().includes(of("text").toLowerCase());
+      && [s.id, s.prompt, s.completion].join("\n").toLowerCase().includes(of("text").toLowerCase());
   };
   const card = (s) => {
     const box = make("article", "", "sample");
@@ -41,20 +208,21 @@
     const cut = s.stopped ? "" : ", cut off";
     const scored = `answer ${answer}, key ${s.key}, ${spaced(s.reason)}, ${s.length} tokens${cut}`;
     box.append(make("div", `${scored}; question ${s.id}, row ${s.row}`, "soft"));
-    const question = make("details", "");
-    question.append(make("summary", "prompt"), make("pre", s.prompt));
-    box.append(question, make("pre", s.completion));
+    box.append(prompt(s.prompt), make("pre", s.completion));
     return box;
   };
+  const show = pages(byId("list"), byId("more"), card);
   const draw = () => {
-    const found = all.filter(fits);
-    list.replaceChildren(...found.slice(0, shown).map(card));
-    count.textContent = `${found.length} of ${all.length} samples, ${Math.min(shown, found.length)} shown`;
-    more.hidden = shown >= found.length;
+    const fitting = all.filter(fits);
+    byId("count").textContent = `${fitting.length} of ${all.length} samples`;
+    show(fitting);
   };
-  form.addEventListener("input", () => { shown = PAGE; draw(); });
+  form.addEventListener("input", draw);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => setTimeout(() => { shown = PAGE; draw(); }));
-  more.addEventListener("click", () => { shown += PAGE; draw(); });
+  form.addEventListener("reset", () => setTimeout(draw));
   draw();
-})();
+};
+
+for (const [id, browser] of [["explore-data", curves], ["answer-data", answers], ["sample-data", samples]]) {
+  if (byId(id)) browser();
+}

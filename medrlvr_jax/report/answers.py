@@ -1,0 +1,88 @@
+"""The answers of evaluations for the page: which questions each got right, and the answers to some, so that
+two evaluations can be shown side by side and one question over time.
+
+A run in training writes them into answers/; an evaluation of `medrlvr eval` has them in its folder.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medrlvr_jax.host.files import read_json, read_jsonl
+
+SIZE = 1_200_000  # characters, about, of all prompts and answers on a page
+LENGTH = 2000  # characters of one
+EVALUATIONS = 16  # on a page, about; of each run the first and the last at least
+Rows = list[dict[str, Any]]
+
+
+def folders(run: Path, most: int) -> dict[int, Path]:
+    """The folders of at most `most` evaluations of a run, by step; the newest of `medrlvr eval` where the run
+    wrote none itself, or where `run` is one.
+    """
+    steps = {int(folder.name): folder for folder in run.glob("answers/*")}
+    if steps:
+        chosen = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
+        return {step: steps[step] for step in np.array(sorted(steps))[chosen].tolist()}
+    files = [run / "eval.json"] if (run / "eval.json").exists() else list(run.glob("*/eval.json"))
+    if not files:
+        return {}
+    newest = max(files, key=lambda file: file.stat().st_mtime_ns)
+    return {read_json(newest).get("step", 0): newest.parent}
+
+
+def answers(runs: Mapping[str, Path]) -> dict[str, Any]:
+    """`{set: {"questions": [{id, text, key}], "evaluations": [{run, step, right, texts}]}}`.
+
+    `right` has a character a question: 1, 0, or - where it was not asked. `questions` are those whose answers
+    have room, the changed ones first, and `texts` these answers; null where it was not asked. `runs`: folders
+    by name.
+    """
+    most = max(2, EVALUATIONS // max(1, len(runs)))
+    rows: dict[str, dict[tuple[str, int], Rows]] = {}
+    for name, folder in runs.items():
+        for step, place in folders(folder, most).items():
+            for file in sorted(place.glob("*.jsonl")):
+                first = [row for row in read_jsonl(file) if row.get("sample", 0) == 0]
+                rows.setdefault(file.stem, {})[name, step] = first
+    room = SIZE // max(1, len(rows))
+    return {name: _of_set(evaluations, room) for name, evaluations in rows.items()}
+
+
+def _of_set(evaluations: Mapping[tuple[str, int], Rows], room: int) -> dict[str, Any]:
+    by_key = [{_key(row): row for row in rows} for rows in evaluations.values()]
+    every = {key: row for rows in by_key for key, row in rows.items()}
+    right = {key: "".join(_right(rows.get(key)) for rows in by_key) for key in every}
+    changed = [key for key in every if {"0", "1"} <= set(right[key])]  # these are shown first
+    order = [*changed, *(key for key in every if not {"0", "1"} <= set(right[key]))]
+    texts = [every[key].get("question", "") for key in order]  # older answers have none
+    sizes = [
+        len(text) + sum(len(r[k]["completion"]) for r in by_key if k in r)
+        for k, text in zip(order, texts, strict=True)
+    ]
+    shown = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
+    about = [
+        {"id": every[k]["id"], "text": t, "key": every[k]["key"]} for k, t in zip(order, texts, strict=True)
+    ]
+    return {
+        "questions": about[:shown],
+        "evaluations": [
+            {
+                "run": run,
+                "step": step,
+                "right": "".join(_right(rows.get(key)) for key in order),
+                "texts": [rows[key]["completion"][:LENGTH] if key in rows else None for key in order[:shown]],
+            }
+            for (run, step), rows in zip(evaluations, by_key, strict=True)
+        ],
+    }
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str | None]:
+    return str(row["id"]), row.get("question_hash")
+
+
+def _right(row: Mapping[str, Any] | None) -> str:
+    return "-" if row is None else "01"[bool(row["correct"])]
