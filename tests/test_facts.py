@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from medrlvr_jax.config.reward import ProcessConfig
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.rewards.components import Graded
-from medrlvr_jax.rewards.facts import SPARE, Facts
+from medrlvr_jax.rewards.facts import SPARE, Facts, facts_of
 from medrlvr_jax.rewards.parse import Parsed
 from medrlvr_jax.world import world
 
@@ -29,8 +30,8 @@ def rewards(facts, thoughts, questions, correct=True, format_ok=True):
     return values
 
 
-def reward(thought, question=POOL[0], **graded):
-    return rewards(FACTS, [thought], [question], **graded)[0]
+def reward(thought, question=POOL[0], facts=FACTS, **graded):
+    return rewards(facts, [thought], [question], **graded)[0]
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,39 @@ def test_the_worlds_own_reasoning_names_its_facts():
     facts = Facts(questions)
     assert set(rewards(facts, [q.rationale for q in questions], questions)) == {1.0}
     assert np.mean(rewards(facts, [q.rationale for q in questions[1:] + questions[:1]], questions)) < 0.2
+
+
+FINDINGS = [
+    Question("film", "?", ("x", "y"), 0, facts=(("effusion", "blunted angle"), ("left",))),
+    Question("other", "?", ("x", "y"), 0, facts=(("nodule",), ("cavity",), ("right",))),
+]
+
+
+@pytest.mark.parametrize(
+    ("thought", "f1", "completeness", "factuality", "effectiveness"),
+    [
+        ("A left effusion.", 1, 1, 1, 1),
+        ("An effusion. No nodule is seen.", 2 / 3, 1 / 2, 1, 1 / 2),  # another's denial is right
+        ("No effusion. It is on the left.", 2 / 3, 1 / 2, 1 / 2, 1 / 2),  # one of the own is wrong
+        ("A nodule, a cavity and an effusion, right or left.", 4 / 7, 1, 2 / 5, 0),
+        ("The effusion is ruled out.\nNo! There is one: an effusion.", 2 / 3, 1 / 2, 1, 1 / 3),
+        ("No cavity but a left effusion.", 1, 1, 1, 1),  # the denial ends at "but"
+        ("Neither the angle nor the heart tells.", 0, 0, 0, 0),
+    ],
+)
+def test_findings_by_hand(thought, f1, completeness, factuality, effectiveness):
+    judged = {}
+    for measure in ("f1", "radr"):
+        facts = Facts(FINDINGS, ProcessConfig(measure=measure, negation=True))
+        judged[measure] = reward(thought, FINDINGS[0], facts=facts)
+        assert reward(thought, FINDINGS[0], facts=facts, correct=False) == judged[measure] / 2
+    assert judged["f1"] == pytest.approx(f1)
+    assert judged["radr"] == pytest.approx((completeness + factuality + effectiveness) / 3)
+    _, parts = facts._by_sentence(facts_of(FINDINGS[0]), thought)
+    assert parts == pytest.approx((completeness, factuality, effectiveness))
+
+
+def test_a_denial_names_the_fact_unless_negation_is_set():
+    thought = "There is no effusion on the left."
+    assert reward(thought, FINDINGS[0], facts=Facts(FINDINGS)) == 1
+    assert reward(thought, FINDINGS[0], facts=Facts(FINDINGS, ProcessConfig(negation=True))) == 0

@@ -137,6 +137,10 @@ class ProcessConfig(PayingConfig):
 
     kind: Literal["process"] = "process"
     weight: float = 0.5  # The value, 0 to 1, is multiplied by this. 0: only a metric.
+    # share: of the question's facts, less where the thought names over four times as many; f1: of those facts
+    # against all that the thought names; radr: mean of RadRScore's completeness, factuality, effectiveness.
+    measure: Literal["share", "f1", "radr"] = "share"
+    negation: bool = False  # A fact that is denied ("no effusion") is not named. false: the words suffice.
 
 
 @section

@@ -35,7 +35,7 @@ class Verdicts:
     reason: np.ndarray  # str [N], a key of parse.REASONS or of values.REASONS
     components: Mapping[str, np.ndarray] = field(default_factory=dict)  # values [N], before the weight
     failed: Mapping[int, str] = field(default_factory=dict)  # rows on which a component failed, and why
-    shares: Mapping[str, np.ndarray] = field(default_factory=dict)  # bool [N], whose means are metrics
+    shares: Mapping[str, np.ndarray] = field(default_factory=dict)  # [N], whose means are metrics
 
     @cached_property
     def reward(self) -> Float32[np.ndarray, " N"]:

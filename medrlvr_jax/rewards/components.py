@@ -83,7 +83,7 @@ class Judged(NamedTuple):
 
     values: Sequence[float]  # NaN where it failed
     failed: Mapping[int, str]  # why, by row
-    shares: Mapping[str, Bool[np.ndarray, " N"]] = {}  # their means are metrics of these names
+    shares: Mapping[str, np.ndarray] = {}  # bool or float [N]: their means are metrics of these names
 
 
 class Judge(Protocol):

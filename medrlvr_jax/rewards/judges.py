@@ -42,7 +42,7 @@ def started(
                     stack.callback(worker.close)
                     term = dataclasses.replace(term, judge=worker)
                 case ProcessConfig():
-                    term = dataclasses.replace(term, judge=Facts(questions))
+                    term = dataclasses.replace(term, judge=Facts(questions, term.settings))
                 case VerifierConfig():
                     term = dataclasses.replace(term, judge=(verifiers or {})[term.name])
             terms.append(term)
