@@ -313,7 +313,7 @@ def compiled(parts: build.Parts, programs: Any, encoded: Encoded, chip: Chip) ->
     """The step's programs, compiled at once as `compile_ahead` does (the calls find them), with what `medrlvr
     plan` says of each.
     """
-    alone, ahead = Machine(chip.kind, chip, 1, 1), step_programs(parts, programs, encoded.width)
+    alone, ahead = Machine(chip.kind, chip, (1,), 1), step_programs(parts, programs, encoded.width)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         figures = pool.map(lambda program: aot.compile_program(program, parts, alone, {}, options={}), ahead)
         return {f.name: f for f in figures}

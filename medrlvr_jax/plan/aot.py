@@ -163,36 +163,31 @@ def repeated(figures: Figures, calls: int) -> Figures:
 def read(figures: Figures, compiled: Any, mesh: Mesh, machine: Machine) -> Figures:
     """The figures with XLA's memory, traffic and collectives, and the times that follow."""
     memory, moved = compiled.memory_analysis(), hlo.read(compiled.as_text(), dict(mesh.shape))
-    network = [
-        machine.seconds(c.bytes, c.group, crosses_nodes(c.axis, mesh, machine)) for c in moved.collectives
-    ]
+    crosses = lambda c: crosses_nodes(c.axis, mesh, machine)
+    times = {
+        "compute": figures.flops / machine.chip.flops,
+        "memory": moved.bytes / machine.chip.hbm_speed,
+        "network": sum(machine.seconds(c.bytes, c.group, crosses(c)) for c in moved.collectives),
+    }
     return figures._replace(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         traffic=moved.bytes,
         collectives=tuple(moved.collectives),
-        times={
-            "compute": figures.flops / machine.chip.flops,
-            "memory": moved.bytes / machine.chip.hbm_speed,
-            "network": sum(network),
-        },
+        times=times,
     )
 
 
 def visited(program: Program, parts: Parts) -> Mapping[str, float]:
-    """The share of its blocks that the TPU's attention kernel visits, by a part of its name; see
-    `splash.visited`.
-    """
-    if not parts.cfg.execution.splash:
-        return {}
+    """The share of its blocks that each of the TPU's attention kernels visits: see `splash.visited`."""
     prompts = flops.prompts_of(program)
-    if prompts is None:
+    if not parts.cfg.execution.splash or prompts is None:
         return {}
-    sample, width = parts.config.sample, prompts.tokens.shape[1]
-    alone = program.name.startswith(("generate", "verify"))
-    rows = (0, width) if alone else (sample.samples, sample.max_new_tokens)
-    return splash.visited(width, *rows)
+    sample, columns = parts.config.sample, prompts.tokens.shape[1]
+    prompts_only = program.name.startswith(("generate", "verify"))
+    rows = (0, columns) if prompts_only else (sample.samples, sample.max_new_tokens)
+    return splash.visited(columns, *rows)
 
 
 def refusal(message: str, arguments: float) -> float | None:
@@ -204,9 +199,8 @@ def refusal(message: str, arguments: float) -> float | None:
     match = used or re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message)
     if match is None:
         return None
-    return float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]] - (
-        arguments if used else 0.0
-    )
+    size = float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]]
+    return size - arguments if used else size
 
 
 def crosses_nodes(axis: str, mesh: Mesh, machine: Machine) -> bool:

@@ -75,7 +75,6 @@ def weights(cfg: DecoderConfig) -> int:
 
 def useful(program: Program, parts: Parts) -> float:
     """FLOPs of a step's program over all devices, without recomputation; 0 if it multiplies no matrices."""
-
     sample, policy, critic = parts.config.sample, parts.cfg, parts.critic_cfg
     prompts = prompts_of(program)
     if prompts is None:

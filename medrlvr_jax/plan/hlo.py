@@ -58,8 +58,7 @@ class Moved(NamedTuple):
 
 
 def read(text: str, mesh: dict[str, int]) -> Moved:
-    """The traffic of one device's program: `text` is `compiled.as_text()`, `mesh` the axes' sizes, in
-    order."""
+    """The traffic of one device's program: `text` is `compiled.as_text()`, `mesh` its axes' sizes."""
     computations, entry = parse(text)
     collectives: dict[str, Collective] = {}
     total = 0.0
@@ -139,9 +138,7 @@ def _closing(text: str) -> int:
 
 
 def size(kind: str, memory_only: bool = False) -> float:
-    """Bytes of a type such as `(bf16[2,8]{1,0:T(8,128)}, s32[])`. `memory_only`: without arrays in memory on
-    the chip itself (S(1) and up).
-    """
+    """Bytes of a type such as `(bf16[2,8]{1,0:T(8,128)}, s32[])`; `memory_only`: not on the chip (S(1) …)."""
     total = 0.0
     for dtype, dims, layout in ARRAY.findall(kind):
         if not (memory_only and re.search(r"S\([1-9]", layout)):
@@ -235,9 +232,7 @@ def _fusion_traffic(i: Instruction, outer: Computation, computations: Computatio
 
 
 def _read(name: str, full: float, inner: Computation, computations: Computations) -> float:
-    """Bytes that a fusion reads of its parameter `name`, which has `full` bytes: slices of it alone, also
-    those of a fusion within the fusion.
-    """
+    """Bytes that a fusion, or a fusion within it, reads of its parameter `name`, which has `full` bytes."""
     readers = [u for u in inner.values() if name in u.operands]
     total = 0.0 if readers else full  # the parameter is passed on
     for u in readers:

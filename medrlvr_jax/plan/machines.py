@@ -67,10 +67,8 @@ CARDS = {
 
 # The dot-merger threshold is that of launch/gpu_1x.sh and slurm_gpu.sbatch: merging matrices with a common
 # input (q, k, v; gate, up; adapters) would copy all of them side by side for each sampled token.
-COMPILE: dict[str, dict[str, Any]] = {
-    "tpu": {},
-    "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0},
-}
+CUDA_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0}
+COMPILE: dict[str, dict[str, Any]] = {"tpu": {}, "cuda": CUDA_OPTIONS}
 # The effort is from -1 to 1; the GPU's compiler does the same at each.
 QUICK = {"tpu": {"exec_time_optimization_effort": -1.0}, "cuda": {}}
 
@@ -84,8 +82,13 @@ LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW
 class Machine:
     topology: str
     chip: Chip
-    count: int  # chips
+    shape: tuple[int, ...]
     nodes: int  # islands of fast links: 1 for a TPU slice
+
+    @property
+    def count(self) -> int:
+        """Of its chips."""
+        return math.prod(self.shape)
 
     def seconds(self, received: float, group: int, crosses: bool) -> float:
         """Time for a collective that brings `received` bytes to each of `group` chips.
@@ -104,16 +107,12 @@ def parse(topology: str) -> Machine:
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         form = f"write CHIP:SHAPE, such as v5e:4x4 or h100:2x8; the chips are {', '.join(CHIPS)}"
         raise ConfigError(f"--topology: {topology!r}: {form}")
-    sizes, chip = _sizes(topology), CHIPS[kind]
+    sizes, chip = tuple(map(int, shape.split("x"))), CHIPS[kind]
     if chip.platform == "cuda" and len(sizes) > 2:
         form = f"GPUs are written GPUS or NODESxGPUS, such as {kind}:8 or {kind}:2x8"
         raise ConfigError(f"--topology: {topology!r}: {form}")
     nodes = sizes[0] if chip.platform == "cuda" and len(sizes) == 2 else 1
-    return Machine(topology, chip, math.prod(sizes), nodes)
-
-
-def _sizes(topology: str) -> list[int]:
-    return [int(n) for n in topology.partition(":")[2].split("x")]
+    return Machine(topology, chip, sizes, nodes)
 
 
 def devices(machine: Machine) -> list[Any]:
@@ -130,21 +129,16 @@ def devices(machine: Machine) -> list[Any]:
 
     if not on_tpu:
         jax.devices("cpu")  # starts the backends, which loads the plug-in
-        kind, shape = (
-            machine.topology.partition(":")[0],
-            f"1x{machine.nodes}x{machine.count // machine.nodes}",
-        )
+        kind = machine.topology.partition(":")[0]
         card = GPU % (CARDS[kind], machine.chip.kind)
-        how = {"target_config": card, "topology": shape}
+        how = {"target_config": card, "topology": f"1x{machine.nodes}x{machine.count // machine.nodes}"}
         return list(topologies.get_topology_desc(platform="cuda", topology_name=kind, **how).devices)
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     # libtpu takes a host to have four chips, unless it is given
-    host = [*_sizes(machine.topology), 1, 1][:3]
-    how = {"chips_per_host_bounds": host} if machine.count < 4 else {}
+    how = {"chips_per_host_bounds": [*machine.shape, 1, 1][:3]} if machine.count < 4 else {}
     try:
-        return list(
-            topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **how).devices
-        )
+        described = topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **how)
+        return list(described.devices)
     except jax.errors.JaxRuntimeError as e:
         raise ConfigError(f"{where}: the TPU compiler knows no such slice: {str(e)[:200]}") from None

@@ -90,9 +90,7 @@ def plan(
     cache: dict[str, Figures] | None = None,
     quick: bool = False,
 ) -> Plan:
-    """Compile the step's programs (or `only` those named) for the machine; `quick`: with the compiler's least
-    effort.
-    """
+    """Compile the step's programs (or `only` those named) for the machine; `quick`: with least effort."""
     parts, figures = prepare(config, machine), []
     for program in planned(parts, steps or STEPS):
         if not only or program.name in only:
@@ -188,9 +186,7 @@ def changed(config: Config, *settings: str) -> Config:
 
 
 def resident(config: Config, machine: Machine) -> dict[str, float]:
-    """Bytes per device that are in memory when each program begins, its arguments included. Compiles
-    nothing.
-    """
+    """Bytes per device in memory when each program begins, its arguments included. Compiles nothing."""
     return {p.name: bytes_of((p.args, p.kwargs, p.others)) for p in planned(prepare(config, machine), STEPS)}
 
 
@@ -243,12 +239,8 @@ def table(p: Plan) -> str:
         work = (f.flops / 1e12, f.traffic / 1e9, sum(c.bytes for c in f.collectives) / 1e9, f.seconds)
         sizes = (f"{x / GIB:.2f}" for x in memory)
         rows.append((f.name, f"{f.compile_s:.0f}", *sizes, yes(f.fits), *map(_figure, work), f.bound))
-    collectives = [
-        (f.name, c.kind, c.axis, str(c.group), _figure(c.bytes / 1e9))
-        for f in p.programs
-        for c in f.collectives
-        if c.bytes > 1e6
-    ]
+    moved = [(f.name, c) for f in p.programs for c in f.collectives if c.bytes > 1e6]
+    collectives = [(name, c.kind, c.axis, str(c.group), _figure(c.bytes / 1e9)) for name, c in moved]
     lines = [f"{p.config.name} on {p.machine.topology} ({p.machine.count} chips), mesh {mesh}", ""]
     lines += [tables.plain((*PROGRAM, *WORK), rows), "", UNITS, ""]
     lines += [tables.plain(("collectives", "kind", "axis", "chips", "GB"), collectives), "", *verdict(p)]
@@ -264,9 +256,8 @@ def verdict(p: Plan) -> list[str]:
             refused = " (the compiler refuses it even alone)" if f.refused else ""
             out.append(f"does not fit: {need}: {(f.peak - f.usable) / GIB:.2f} too much{refused}")
         return out + [f"would help: {line}" for line in p.advice]
-    parts = [
-        f"{f.name} {100 * f.seconds / p.seconds:.0f} %" for f in p.programs if f.seconds > 0.005 * p.seconds
-    ]
+    shares = [(f.name, 100 * f.seconds / p.seconds) for f in p.programs]
+    parts = [f"{name} {share:.0f} %" for name, share in shares if share > 0.5]
     tightest = max(p.programs, key=lambda f: f.peak / f.usable)
     rate = f"at best {p.tokens_per_second:,.0f} response tokens/s"
     path, hours = p.config.data.path, (p.steps or 0) * p.seconds / 3600
