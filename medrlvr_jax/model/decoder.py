@@ -223,17 +223,17 @@ def forward(
     """
     packed, positions, groups = pack(prompts, tokens, columns)
     x = constrain(embed_lookup(params["embed"], packed, cfg), "batch", None, None)
-    if prompts.vision is not None:
-        x = put_images(x, prompts.vision, 0)
-    deep = cfg.vision is not None and prompts.vision is not None and len(cfg.vision.deepstack)
-    rope = rope_tables(positions, cfg, prompts.vision is not None)
+    vision, deep = prompts.vision, 0
+    if vision is not None:
+        x, deep = put_images(x, vision, 0), vision.features.shape[-1] // cfg.embed - 1
+    rope = rope_tables(positions, cfg, vision is not None)
 
     @partial(jax.checkpoint, policy=REMAT[cfg.execution.remat], prevent_cse=False)
     def step(x: Array, inputs: tuple[Layer, Array]):
         layer, number = inputs
         x, cache = run_layer(layer, cfg, x, rope, prompts.mask, segments, groups)
-        if deep:
-            added = lambda: put_images(x, prompts.vision, number + 1)
+        if vision is not None and deep:
+            added = partial(put_images, x, vision, number + 1)
             x = jax.lax.cond(number < deep, added, lambda: x)
         return x, cache if keep_cache else None
 

@@ -27,21 +27,21 @@ def _qwen3(embed: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: b
     return DecoderConfig(151936, embed, layers, heads, kv_heads, 128, ffn, 1e6, 1e-6, tied, qk_norm=True)
 
 
-IDS = {"image_token": 151655, "image_start": 151652, "image_end": 151653}
+IDS = 151655, 151652, 151653  # of an image token, of an image's start and end
 
 
 def _seeing(decoder: DecoderConfig, kind: Literal["qwen2_vl", "qwen2_5_vl"]) -> DecoderConfig:
     """The decoder with the vision tower of its family, which has one size."""
     windowed, layers = kind == "qwen2_5_vl", tuple(range(32))
     ffn, full = (3420, (7, 15, 23, 31)) if windowed else (5120, layers)
-    tower = VisionConfig(kind, len(layers), 1280, 16, ffn, decoder.embed, **IDS, full_layers=full)
+    tower = VisionConfig(kind, len(layers), 1280, 16, ffn, decoder.embed, *IDS, full_layers=full)
     return replace(decoder, rope_axes=rope_axes((16, 24, 24)), vision=tower)
 
 
 def _seeing3(decoder: DecoderConfig) -> DecoderConfig:
     """Qwen3-VL: the tower of the 2B and the 4B."""
     layers = tuple(range(24))
-    tower = VisionConfig("qwen3_vl", len(layers), 1024, 16, 4096, decoder.embed, **IDS, full_layers=layers)
+    tower = VisionConfig("qwen3_vl", len(layers), 1024, 16, 4096, decoder.embed, *IDS, full_layers=layers)
     tower = replace(tower, patch=16, positions=48, deepstack=(5, 11, 17), **PIXELS["qwen3_vl"])
     return replace(decoder, rope_theta=5e6, rope_axes=rope_axes((24, 20, 20), True), vision=tower)
 

@@ -36,7 +36,9 @@ EPS = 1e-6  # of all norms of the towers
 ACTIVATIONS = {"qwen2_vl": "quick_gelu", "qwen2_5_vl": "silu", "qwen3_vl": "gelu_pytorch_tanh"}
 # How images are scaled without a preprocessor_config.json, where `VisionConfig`'s defaults are not it.
 HALF = (0.5, 0.5, 0.5)
-PIXELS = {"qwen3_vl": {"mean": HALF, "std": HALF, "min_pixels": 2**16, "max_pixels": 2**24}}
+PIXELS: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"mean": HALF, "std": HALF, "min_pixels": 2**16, "max_pixels": 2**24}
+}
 
 
 @pytree
@@ -211,11 +213,13 @@ def path_of(name: str) -> tuple[str, ...]:
     return "deepstack" if name.startswith("deep_") else "layers", name
 
 
-def tensor_name(row: Parameter, cfg: VisionConfig) -> str:
-    """The row's tensor in a Hugging Face file of this family."""
+def parameters(cfg: VisionConfig) -> dict[tuple[str, ...], Parameter]:
+    """The rows that a tower has, by their paths in its tree, with the tensors' names of its family's files."""
+    rows = {path_of(name): row for name, row in PARAMETERS.items() if row.exists(cfg)}
     if cfg.kind != "qwen3_vl":
-        return row.tensor
-    return reduce(lambda name, pair: name.replace(*pair), RENAMED.items(), row.tensor)
+        return rows
+    renamed = lambda tensor: reduce(lambda name, pair: name.replace(*pair), RENAMED.items(), tensor)
+    return {path: row._replace(tensor=renamed(row.tensor)) for path, row in rows.items()}
 
 
 def abstract(cfg: VisionConfig) -> Params:
@@ -231,8 +235,7 @@ def abstract(cfg: VisionConfig) -> Params:
             shape, axes = (stacks[group], *shape), ("layers", *axes)
         return nn.Partitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
 
-    rows = {path_of(name): row for name, row in PARAMETERS.items() if row.exists(cfg)}
-    return unflatten_dict({path: box(row, path[0]) for path, row in rows.items()})
+    return unflatten_dict({path: box(row, path[0]) for path, row in parameters(cfg).items()})
 
 
 # ---- the forward pass ----

@@ -121,7 +121,7 @@ def read_config(path: str | Path, field: str = "model.path") -> DecoderConfig:
     rope = {"rope_theta": config.get("rope_theta"), "rope_type": rope.get("type", "default"), **rope}
     _check_settings(file, config, rope)
     need("hidden_act")
-    family = SEEING.get(kind, kind)
+    family = str(SEEING.get(kind, kind))
     if family == "qwen3":
         # transformers would assume 128 here, and hidden_size / num_attention_heads elsewhere
         need("head_dim")
@@ -200,11 +200,9 @@ class Tensor(NamedTuple):
 def sources(cfg: DecoderConfig) -> dict[str, Source]:
     """All tensors that a model needs, by name."""
     rows = {path: (row, "", "model.layers.{}.") for path, row in parameters(cfg).items() if row.tensor}
-    for name, row in vision.PARAMETERS.items() if cfg.vision else ():
-        if row.exists(cfg.vision):
-            group, tensor = vision.path_of(name)[0], vision.tensor_name(row, cfg.vision)
-            stack = "visual.deepstack_merger_list.{}." if group == "deepstack" else "visual.blocks.{}."
-            rows["vision", *vision.path_of(name)] = row._replace(tensor=tensor), "visual.", stack
+    for path, row in vision.parameters(cfg.vision).items() if cfg.vision else ():
+        stack = "deepstack_merger_list" if path[0] == "deepstack" else "blocks"
+        rows["vision", *path] = row, "visual.", f"visual.{stack}.{{}}."
     shapes, out = _shapes(cfg), {}
     for path, (row, prefix, of_layer) in rows.items():
         axes, groups = row.axes.split(), row.tensor_groups
