@@ -214,7 +214,7 @@ def path_of(name: str) -> tuple[str, ...]:
 
 
 def parameters(cfg: VisionConfig) -> dict[tuple[str, ...], Parameter]:
-    """The rows that a tower has, by their paths in its tree, with the tensors' names of its family's files."""
+    """The rows that a tower has, by their paths in its tree, with tensors' names of its family's files."""
     rows = {path_of(name): row for name, row in PARAMETERS.items() if row.exists(cfg)}
     if cfg.kind != "qwen3_vl":
         return rows
