@@ -3,6 +3,7 @@ one is found.
 """
 
 import http.client
+import io
 import json
 import os
 import re
@@ -14,8 +15,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from medrlvr_jax import cli
+from medrlvr_jax.data.images import thumbnail
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.report import answers, ending, explore, watch
@@ -23,6 +26,9 @@ from medrlvr_jax.report import page as report_html
 from medrlvr_jax.rewards import stages
 
 EVIL = '<think>"&lt;</script><script>console.error("broken out")</script><img src=x onerror=console.error(1)>\u2028</think><answer>A</answer>'
+RED = io.BytesIO()
+Image.new("RGB", (400, 200), "red").save(RED, "PNG")
+RED = RED.getvalue()
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 NODE, CHROMIUM = (
     shutil.which("node"),
@@ -88,6 +94,7 @@ def write_run(path, seed, steps=12, **changes):
         "id": "q<1>",
         "prompt": "?",
         "completion": EVIL,
+        "images": [thumbnail(RED), "https://example.org/x.png"],
         "key": "A",
         "answer": None,
         "reward": -1.0,
@@ -311,6 +318,7 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     pair.elements.kind.dispatchEvent(new Event("change", { bubbles: true }));
     counts.push(document.querySelector("#pairs h3").textContent, document.querySelectorAll("#pairs .wrong").length);
     counts.push(document.querySelectorAll("#charts canvas").length);
+    counts.push(document.querySelectorAll("#list article:first-child img").length);
     document.title = JSON.stringify([told, document.querySelector("#list article > pre").textContent, counts]);
     </script></body>"""
     path = tmp_path / "probe.html"
@@ -332,7 +340,7 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     assert counts == [f"{n} of 36 samples" for n in (12, 2, 1, 1, 0)]
     assert shown.split() == EVIL.split()  # a title keeps no line ends
     assert pair[0] == "Of 4 questions: 1 gained, 1 lost, 1 right in both, 1 wrong in both."
-    assert pair[1:] == ["q1: lost, key A", 1, 3]
+    assert pair[1:] == ["q1: lost, key A", 1, 3, 1]  # of the images, only what the run itself made
 
 
 def test_every_metric_is_a_curve_and_long_ones_are_thinned():

@@ -2,6 +2,8 @@
 tokens.
 """
 
+import base64
+import io
 import json
 import re
 from dataclasses import replace
@@ -18,6 +20,7 @@ from medrlvr_jax import build, cli
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import images, load
+from medrlvr_jax.data.images import thumbnail
 from medrlvr_jax.data.prompts import encode_questions
 from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash
 from medrlvr_jax.evaluation import look
@@ -88,6 +91,22 @@ def metrics(folder):
 def test_the_trainer_sees_what_the_sampler_saw(metrics):
     for row in metrics[1:]:
         assert row["sampler_gap"] < 1e-5 and row["policy/grad_norm"] > 0, row
+
+
+def test_samples_show_their_images(folder, metrics):
+    rows = lines(folder / "runs" / "run" / "samples.jsonl")
+    by_id = {row["id"]: row["images"] for row in lines(folder / "data.jsonl")}
+    assert rows and all(len(row.get("images", ())) == len(by_id[row["id"]]) for row in rows)
+    image = thumbnail(saved(Image.new("RGB", (900, 300), "red")))
+    head, _, body = image.partition(",")
+    shown = Image.open(io.BytesIO(base64.b64decode(body)))
+    assert head == "data:image/jpeg;base64" and shown.size == (160, 53) and len(image) < 4000
+
+
+def saved(image):
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
 
 
 def test_any_mesh_and_any_interruption(folder, metrics):

@@ -10,6 +10,7 @@ none, from the least value to the largest; MONOCHROME1 is inverted.
 """
 
 import math
+from base64 import b64encode
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from medrlvr_jax.types import Vision
 
 Source = str | bytes  # a file's path, or what such a file holds
 MAX_PIXELS = 89_478_485  # beyond it, a small file may ask for more memory than there is; Pillow's own limit
+SIDE = 160  # pixels of a thumbnail's longer side
 ASPECT = 200  # of the longer side to the shorter, at most
 
 
@@ -81,6 +83,14 @@ def read_image(source: Source) -> Image.Image:
             upright = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
         return upright.convert("RGB")
+
+
+def thumbnail(source: Source) -> str:
+    """The image for people, as a data URI of a few kilobytes: at most `SIDE` pixels a side."""
+    image, out = read_image(source), BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(out, "JPEG")
+    return f"data:image/jpeg;base64,{b64encode(out.getvalue()).decode()}"
 
 
 def _to_bytes(shares: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:

@@ -285,7 +285,8 @@ def alarms(runs: Sequence[Run]) -> list[tuple[str, str, int, int, int]] | None:
 def samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Logged completions, evenly chosen: as many as `SAMPLE_SIZE` has room for."""
     rows = [{k: shortened(v) for k, v in s.items()} | {"run": run.name} for run in runs for s in run.samples]
-    size = sum(len(row["prompt"]) + len(row["completion"]) + 300 for row in rows)
+    pictures = lambda row: sum(map(len, row.get("images", ())))
+    size = sum(len(row["prompt"]) + len(row["completion"]) + pictures(row) + 300 for row in rows)
     number = min(len(rows), len(rows) * SAMPLE_SIZE // max(1, size))
     return [rows[i] for i in np.linspace(0, len(rows) - 1, number).round().astype(int)]
 

@@ -12,6 +12,7 @@ from medrlvr_jax import sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data.batches import step_batch
+from medrlvr_jax.data.images import thumbnail
 from medrlvr_jax.evaluation import monitors
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.rewards.stages import STAGES
@@ -117,8 +118,10 @@ def sample_record(
     """
     place = int(scored.places[row])
     tokens = encoded.tokens[index[place // parts.config.sample.samples]]
+    images = [thumbnail(image) for image in scored.questions[row].images]
     return {
         "row": place,
         "prompt": parts.tokenizer.show(tokens),
         "prompt_length": len(tokens),
+        **({"images": images} if images else {}),
     } | scored.record(row)

@@ -87,7 +87,7 @@ def show(result: dict[str, Any]) -> str:
     """As text: prompt, completion, its rewards, and whether it equals what was logged."""
     drawn, logged = result["drawn"], result["logged"]
     line = lambda name, value: f"{name:>14}: {json.dumps(value, ensure_ascii=False)}"
-    rewards = [line(*item) for item in drawn.items() if item[0] not in ("prompt", "completion")]
+    rewards = [line(*item) for item in drawn.items() if item[0] not in ("prompt", "completion", "images")]
     verdict = "exactly what was logged"
     if logged is None:
         verdict = "not in samples.jsonl, so there is nothing to compare it with"

@@ -208,6 +208,10 @@ const samples = () => {
     const cut = s.stopped ? "" : ", cut off";
     const scored = `answer ${answer}, key ${s.key}, ${spaced(s.reason)}, ${s.length} tokens${cut}`;
     box.append(make("div", `${scored}; question ${s.id}, row ${s.row}`, "soft"));
+    for (const source of (s.images ?? []).filter((x) => x.startsWith("data:image/jpeg;base64,"))) {
+      const image = make("img");
+      box.append(Object.assign(image, { src: source, alt: `image of question ${s.id}` }));
+    }
     box.append(prompt(s.prompt), make("pre", s.completion));
     return box;
   };
