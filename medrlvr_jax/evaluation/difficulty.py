@@ -18,7 +18,7 @@ import dataclasses
 from collections import Counter
 from itertools import groupby, zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,12 +32,11 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import from_leader, gather_rows
 from medrlvr_jax.rollout.rollout import encode
 from medrlvr_jax.rollout.sync import make_weight_sync
+from medrlvr_jax.runs.checkpoint import Which
 from medrlvr_jax.runs.console import Console
 
 
-def difficulty_source(
-    source: Path, settings: list[str], step: int | Literal["best"] | None, samples: int, out: Path | None
-) -> int:
+def difficulty_source(source: Path, settings: list[str], step: Which, samples: int, out: Path | None) -> int:
     """Count for every question of the config's `data`, whatever its `pass_count`; print a table."""
     parts, params, step = open_source(source, settings, step, "difficulty")
     c, new = parts.config, parts.config.sample.max_new_tokens

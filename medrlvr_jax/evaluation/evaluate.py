@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ from medrlvr_jax.rollout.rollout import Encoded, encode, reorder, sample_and_sco
 from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import inputs, log
-from medrlvr_jax.runs.checkpoint import best_step, restore_params
+from medrlvr_jax.runs.checkpoint import Which, best_step, restore_params
 from medrlvr_jax.runs.console import Console
 from medrlvr_jax.types import Params
 
@@ -138,9 +138,8 @@ def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:
     `rows` are in the order of questions, with equally many samples of each.
     """
     n, questions = len(rows), len({r["id"] for r in rows})
-    right, formatted = (
-        np.array([r[k] for r in rows]).reshape(questions, -1) for k in ("correct", "format_ok")
-    )
+    column = lambda name: np.array([r[name] for r in rows]).reshape(questions, -1)
+    right, formatted = column("correct"), column("format_ok")
     accuracy, form = stats.accuracy(right), stats.accuracy(formatted)
     return {
         "n": n,
@@ -175,10 +174,7 @@ def evaluate_sets(
 
 
 def open_source(
-    source: Path,
-    settings: Mapping[str, Any] | Sequence[str],
-    step: int | Literal["best"] | None,
-    command: str | None = None,
+    source: Path, settings: Mapping[str, Any] | Sequence[str], step: Which, command: str | None = None
 ) -> tuple[Parts, Params, int]:
     """A run's policy (by default its newest) and its step, or the model that a config names and 0.
 
@@ -263,9 +259,7 @@ def look_at(
     return look.describe(encoded.questions, rows, found)
 
 
-def evaluate_source(
-    source: Path, settings: list[str], step: int | Literal["best"] | None, out: Path | None
-) -> int:
+def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | None) -> int:
     """`medrlvr eval`: a JSONL of answers for each set, eval.json (settings, counts, statistics), tables."""
     parts, params, step = open_source(source, settings, step, "eval")
     sets = required_sets(parts)

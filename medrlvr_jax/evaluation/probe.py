@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,6 +44,7 @@ from medrlvr_jax.rollout.assess import assess_alone
 from medrlvr_jax.rollout.rollout import Encoded, encode, width
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
+from medrlvr_jax.runs.checkpoint import Which
 from medrlvr_jax.runs.console import Console
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
 from medrlvr_jax.types import Params, Rollout
@@ -127,20 +128,20 @@ def letter_logprobs(
         new = {int(case): row for case, row in zip(mine[counted], sums[counted].tolist(), strict=True)}
         out += [(case, row[: options[case]]) for case, row in new.items()]
         progress(stop, len(cases))
-    rows = zip(gather_rows(out), split, strict=True)
-    return [(row, [len(ids) for ids in letters]) for row, (_, letters) in rows]
+    sizes = [[len(ids) for ids in letters] for _, letters in split]
+    return list(zip(gather_rows(out), sizes, strict=True))
 
 
 class Scorer(NamedTuple):
     """Another model, whose probability of the key after each sentence counts."""
 
-    name: str
+    name: str  # a directory or hub name
     parts: Parts
     params: Params
 
 
 def open_scorer(name: str, source: Path, settings: list[str]) -> Scorer:
-    """The model of the directory (or hub name) `name`; other settings are the probed model's."""
+    """Its settings, apart from the model, are the probed model's."""
     model = [f"model.path={json.dumps(name)}", "model.init=pretrained", "model.lora=null"]
     config = source / "config.yaml" if source.is_dir() else source
     parts, params, _ = open_source(config, [*settings, *model], None, "probe")
@@ -270,11 +271,7 @@ def show(probed: dict[str, dict[str, Any]]) -> str:
 
 
 def probe_source(
-    source: Path,
-    settings: list[str],
-    step: int | Literal["best"] | None,
-    out: Path | None,
-    scorer: str | None = None,
+    source: Path, settings: list[str], step: Which, out: Path | None, scorer: str | None = None
 ) -> int:
     """`medrlvr probe`: one JSONL a set, probe.json, and tables."""
     parts, params, step = open_source(source, settings, step, "probe")
@@ -289,11 +286,8 @@ def probe_source(
     with jax.set_mesh(parts.mesh):
         decode_params = make_weight_sync(parts, parts.cfg)(params)
         for name, questions in encoded.items():
-
-            def report(what: str, done: int, n: int, name: str = name) -> None:
-                console.progress(f"probe {name}, {what}", done, n)
-
-            probed[name], rows = probe(parts, params, decode_params, questions, report, judge)
+            progress = lambda what, *done, name=name: console.progress(f"probe {name}, {what}", *done)
+            probed[name], rows = probe(parts, params, decode_params, questions, progress, judge)
             if leads:
                 files.write_text(folder / f"{name}.jsonl", files.jsonl(rows))
     console.close()

@@ -36,6 +36,7 @@ from medrlvr_jax.host.errors import MedrlvrError
 from medrlvr_jax.host.files import read_json, reading, write_json, write_text
 from medrlvr_jax.host.processes import from_leader, gather
 
+Which = int | Literal["best"] | None  # a checkpoint by its step; the best; None: the newest undamaged one
 Digests = dict[str, list[int]]  # [bytes, CRC-32] by file name
 SEAL = "digests.json"
 SMALL = 1 << 16  # bytes
@@ -48,8 +49,7 @@ class CheckpointError(MedrlvrError, RuntimeError):
 
 
 class _DigestingHandler(ocp.PyTreeCheckpointHandler):
-    """Orbax's handler; each process also digests the files it wrote. `Checkpoints._seal` merges the
-    digests."""
+    """Orbax's handler; each process also digests the files it wrote, which `Checkpoints._seal` merges."""
 
     async def async_save(self, directory, *args, **kwargs):
         return [*(await super().async_save(directory, *args, **kwargs) or []), _DigestFuture(Path(directory))]
@@ -92,13 +92,10 @@ class Checkpoints:
         _rename_damaged(self.folder, notify)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints renamed")
-        keep: list[Any] = [managers.LatestN(config.keep)]
-        if config.best:
-            keep.append(
-                managers.BestN(get_metric_fn=self._quality, n=1, keep_checkpoints_without_metrics=False)
-            )
+        newest = managers.LatestN(config.keep)
+        best = managers.BestN(get_metric_fn=self._quality, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=managers.AnyPreservationPolicy(keep),
+            preservation_policy=managers.AnyPreservationPolicy([newest, best] if config.best else [newest]),
             best_fn=self._quality if config.best else None,  # Orbax stores metrics only with a best_fn
             cleanup_tmp_directories=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
@@ -174,9 +171,7 @@ class Checkpoints:
         if not (damaged or existed):
             return None
         left = f"only {', '.join(damaged)}" if damaged else "though there were some"
-        remedy = (
-            f"put one back, start again under another name=, or remove {self.folder.parent} to start over"
-        )
+        remedy = f"put one back, give another name=, or remove {self.folder.parent} to start over"
         raise CheckpointError(f"{self.folder}: no whole checkpoint is left, {left}; {remedy}")
 
     def restore_newest(self, state: Any) -> tuple[Any, int]:
@@ -198,18 +193,15 @@ class Checkpoints:
         return metrics.get(self._best or "", -math.inf)  # older checkpoints may hold another metric
 
     def _seal(self) -> None:
-        """Orbax calls this in the background on process 0, after all files are written and before the
-        rename."""
+        """Orbax calls this in the background on process 0, when all is written and before the rename."""
         [temporary] = self.folder.glob(f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}*")
         sealed: Digests = {}
         for process in range(jax.process_count()):
             part = temporary / f"{SEAL}.{process}"
             sealed |= json.loads(part.read_text(encoding="utf-8"))
             part.unlink()
-        rest = [
-            name for name in _names(temporary, temporary.glob("*/**/*")) if name not in sealed
-        ]  # small files
-        write_json(temporary / SEAL, dict(sorted((sealed | digests(temporary, rest)).items())))
+        small = [name for name in _names(temporary, temporary.glob("*/**/*")) if name not in sealed]
+        write_json(temporary / SEAL, dict(sorted((sealed | digests(temporary, small)).items())))
 
     @contextmanager
     def _write_errors(self):
@@ -225,14 +217,10 @@ class Checkpoints:
             raise CheckpointError(f"{failed}; {newest}; {room}: {' '.join(str(e).split())[:800]}") from e
 
 
-def restore_params(
-    folder: Path, abstract: Any, which: int | Literal["best"] | None = None
-) -> tuple[Any, int]:
-    """The policy's parameters and their step: of step `which`, of the best, or of the newest undamaged
-    checkpoint.
+def restore_params(folder: Path, abstract: Any, which: Which = None) -> tuple[Any, int]:
+    """The policy's parameters and their step. Changes nothing in the folder.
 
-    Dtypes are those of `abstract`: float32 master weights can be read as bfloat16. Changes nothing in the
-    folder."""
+    Dtypes are those of `abstract`: float32 master weights can be read as bfloat16."""
     step = _choose(folder, which)
     tree = _read(folder / str(step), {"policy": {"params": abstract}}, partial=True)
     return tree["policy"]["params"], step
@@ -289,7 +277,7 @@ def damage(path: Path, below: float = math.inf) -> str | None:
 
     All processes must call it together and get the same answer: process 0 lists the files and each process
     reads its share. Raises `CheckpointError` if a process does not see a file that process 0 sees."""
-    sealed, sizes = from_leader(lambda: (_read_seal(path), _sizes(path)))
+    sealed, sizes = from_leader(lambda: _read_seal(path))
     if sealed is None:
         return f"{SEAL} is missing or damaged"
     for name, (size, _) in sealed.items():
@@ -297,9 +285,8 @@ def damage(path: Path, below: float = math.inf) -> str | None:
             return f"{name} is missing"
         if sizes[name] != size:
             return f"{name} has {sizes[name]:,} bytes where {size:,} were written"
-    largest_first = sorted(
-        (n for n, (size, _) in sealed.items() if size < below), key=lambda n: -sealed[n][0]
-    )
+    names = [name for name, (size, _) in sealed.items() if size < below]
+    largest_first = sorted(names, key=lambda name: -sealed[name][0])
     process = jax.process_index()
     try:
         share = digests(path, largest_first[process :: jax.process_count()])
@@ -312,20 +299,17 @@ def damage(path: Path, below: float = math.inf) -> str | None:
     return f"{changed[0]} does not hold what was written" if changed else None
 
 
-def _read_seal(path: Path) -> Digests | None:
+def _read_seal(path: Path) -> tuple[Digests | None, dict[str, int]]:
+    """What was written, None if that cannot be read; and the sizes of the files that are there."""
+    sizes = {name: (path / name).stat().st_size for name in _names(path, path.glob("*/**/*"))}
     try:
-        return json.loads((path / SEAL).read_text(encoding="utf-8"))
+        return json.loads((path / SEAL).read_text(encoding="utf-8")), sizes
     except (FileNotFoundError, ValueError):
-        return None
-
-
-def _sizes(path: Path) -> dict[str, int]:
-    return {name: (path / name).stat().st_size for name in _names(path, path.glob("*/**/*"))}
+        return None, sizes
 
 
 def _rename_damaged(folder: Path, notify: Callable[[str], None]) -> None:
-    """The newest undamaged checkpoint is read in full; of older ones, which will not be restored, small files
-    only."""
+    """The newest undamaged checkpoint is read in full; of older ones, only the small files."""
     below = math.inf
     for step in reversed(from_leader(lambda: saved_steps(folder))):
         path = folder / str(step)
@@ -340,7 +324,7 @@ def _rename_damaged(folder: Path, notify: Callable[[str], None]) -> None:
         notify(f"checkpoint {path} is damaged ({reason}): moved to {aside.name}, going on without it")
 
 
-def _choose(folder: Path, which: int | Literal["best"] | None) -> int:
+def _choose(folder: Path, which: Which) -> int:
     steps = from_leader(lambda: saved_steps(folder))
     if which is None:
         newest = next((s for s in reversed(steps) if not damage(folder / str(s))), None)
@@ -352,9 +336,8 @@ def _choose(folder: Path, which: int | Literal["best"] | None) -> int:
         best = read_meta(folder, steps[-1])["config"]["checkpoint"]["best"] if steps else None
         why = f"the run had checkpoint.best {best or 'null'}"
         why += ", which no checkpointed step recorded" if best else ""
-        raise CheckpointError(
-            f"{folder}: no checkpoint says how good it is: {why}; name one of the steps {steps}"
-        )
+        unknown = f"{folder}: no checkpoint says how good it is"
+        raise CheckpointError(f"{unknown}: {why}; name one of the steps {steps}")
     reason = damage(folder / str(step)) if step in steps else f"not one of {steps}"
     if reason:
         raise CheckpointError(f"{folder}: checkpoint {step} cannot be used: {reason}")
@@ -362,8 +345,7 @@ def _choose(folder: Path, which: int | Literal["best"] | None) -> int:
 
 
 def best_step(folder: Path) -> int | None:
-    """The step with the largest `checkpoint.best` metric, as the newest checkpoint names it; None if none has
-    one."""
+    """The step with the largest `checkpoint.best` metric, which the newest checkpoint names; None without."""
     files = {s: folder / str(s) / "metrics" / "metrics" for s in saved_steps(folder)}
     metrics = {s: json.loads(f.read_text(encoding="utf-8")) for s, f in files.items() if f.exists()}
     if not metrics:
@@ -395,20 +377,18 @@ def _read(path: Path, abstract: Any, partial: bool = False) -> Any:
 
 
 def _check_fits(path: Path, saved: Any, abstract: Any, partial: bool) -> None:
-    """Name the first leaf that differs: Orbax converts another dtype silently, and skips leaves that are
-    absent."""
-    there, here = _leaves(saved), _leaves(abstract)
-    unread = [] if partial else [name for name in there if name not in here and name not in RETIRED]
-    for name in [*here, *unread]:
-        a, b = (_describe(tree.get(name), partial) for tree in (there, here))
+    """Name the first leaf that differs: Orbax silently converts dtypes and skips leaves that are absent."""
+    old, new = _leaves(saved), _leaves(abstract)
+    unread = [] if partial else [name for name in old if name not in new and name not in RETIRED]
+    for name in [*new, *unread]:
+        a, b = (_describe(tree.get(name), partial) for tree in (old, new))
         if a != b:
             remedy = "take its own settings (in its meta/metadata), or start under another name="
             raise CheckpointError(f"{path} is of another model: {name} is {a} there and {b} here; {remedy}")
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    """By dotted path, which is the same for dataclasses, named tuples and the dicts that Orbax makes of
-    them."""
+    """By dotted path: the same for dataclasses, named tuples and the dicts that Orbax makes of them."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
 

@@ -97,14 +97,10 @@ def _weights(parts: Parts) -> dict[str, str]:
 
 
 def describe_set(spec: SetConfig, rows: list[Any], tokens: list[Any]) -> dict[str, Any]:
-    """Digests of a set's rows, in order, and of their tokens, which tokenizer, template and wording
-    determine."""
-    asked = [
-        [q.id, q.question, *filter(None, [q.options]), q.answer if q.value is None else q.value]
-        if isinstance(q, Question)
-        else q
-        for q in rows
-    ]
+    """Digests of a set's rows, in order, and of their tokens, which the tokenizer and the prompt decide."""
+    key = lambda q: q.answer if q.value is None else q.value
+    fields = lambda q: [q.id, q.question, *filter(None, [q.options]), key(q)]
+    asked = [fields(row) if isinstance(row, Question) else row for row in rows]
     marks = "".join(fingerprint([row])["sha256"][:MARK] for row in asked)
     digest = fingerprint(asked) | {"marks": marks, "tokens": fingerprint(tokens)["sha256"]}
     return {"from": configs.to_tree(spec)} | digest
@@ -142,10 +138,8 @@ def _weight_differences(place: str, old: dict[str, str], new: dict[str, str]) ->
 
 def _set_differences(name: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     before, now = old.get("sets", {}).get(name), new["sets"][name]
-    if before is None or (
-        name != "data" and before["from"] != now["from"]
-    ):  # a resume may evaluate other sets
-        return []
+    if before is None or (name != "data" and before["from"] != now["from"]):
+        return []  # a resume may evaluate other sets
     place = f"{name}.path: {now['from']['path']}"
     if before["sha256"] != now["sha256"]:
         marks = ([d["marks"][i : i + MARK] for i in range(0, len(d["marks"]), MARK)] for d in (before, now))
@@ -162,10 +156,8 @@ def _set_differences(name: str, old: dict[str, Any], new: dict[str, Any]) -> lis
 def _reward_differences(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
     if (before := _listed(old)) != (now := _listed(new)):
         return [f"rewards: {before} there, {now} now"]
-    pairs = zip(old, new, strict=True)
-    return [
-        f"rewards: {b['name']} has another source text now" for a, b in pairs if a["sha256"] != b["sha256"]
-    ]
+    changed = [b["name"] for a, b in zip(old, new, strict=True) if a["sha256"] != b["sha256"]]
+    return [f"rewards: {name} has another source text now" for name in changed]
 
 
 def _listed(rewards: list[dict[str, Any]]) -> str:

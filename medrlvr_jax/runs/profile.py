@@ -42,8 +42,7 @@ class Compiles:
 
 
 class Profile:
-    """Traces steps `first` to `last` into a folder; call `at(n)` before step n. A resumed run traces the
-    rest."""
+    """Traces steps `first` to `last` into a folder, a resumed run the rest; call `at(n)` before step n."""
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self._folder, (self._first, self._last), self._on = folder, steps or (0, 0), False

@@ -1,7 +1,6 @@
 """`medrlvr export`: write a run's policy in the formats of Hugging Face transformers and PEFT."""
 
 from pathlib import Path
-from typing import Literal
 
 import huggingface_hub
 import jax
@@ -13,13 +12,14 @@ from medrlvr_jax.host.files import read_json, reading, write_text
 from medrlvr_jax.model import lora
 from medrlvr_jax.model.export import save_adapter, save_params
 from medrlvr_jax.model.weights import resolve
+from medrlvr_jax.runs.checkpoint import Which
 from medrlvr_jax.tools.card import card
 
 
 def export(
     run: Path,
     out: Path,
-    step: int | Literal["best"] | None,
+    step: Which,
     dtype: str | None,
     adapter: bool = False,
     push: str | None = None,
