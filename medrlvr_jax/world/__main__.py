@@ -18,10 +18,8 @@ def main(arguments: list[str]) -> None:
                 print(f"{e.prompt}→ {e.response}\n")
         else:
             for q in world.questions(name)[: int(n)]:
-                listed = "".join(
-                    f"{letter}. {option}\n" for letter, option in zip(LETTERS, q.options, strict=False)
-                )
-                print(f"[{q.id} {q.subject}] {q.question}\n{listed}→ {q.rationale} ({LETTERS[q.answer]})\n")
+                text = "\n".join([q.question, *q.lettered])
+                print(f"[{q.id} {q.subject}] {text}\n→ {q.rationale} ({LETTERS[q.answer]})\n")
     else:
         raise SystemExit(world.__doc__)
 

@@ -43,31 +43,23 @@ class Table(NamedTuple):
 @cache
 def table() -> Table:
     """The knowledge, as written in `embedded/knowledge.yaml`."""
-    tree = configs.read_yaml(
-        Path(__file__).parent / "embedded" / "knowledge.yaml", "install the package again"
-    )
+    file = Path(__file__).parent / "embedded" / "knowledge.yaml"
+    tree = configs.read_yaml(file, "install the package again")
 
     def frozen(row: dict[str, Any]) -> dict[str, Any]:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
 
-    drugs = {
-        name: Drug(name, row["class"], tuple(row.get("avoid", ())), tuple(row.get("care", ())))
-        for name, row in tree["drugs"].items()
-    }
-    return Table(
-        {name: Condition(name, **frozen(row)) for name, row in tree["conditions"].items()},
-        drugs,
-        tuple(tree["histories"]),
-        tree["doses"],
-    )
+    drugs = {name: Drug(name, row.pop("class"), **frozen(row)) for name, row in tree["drugs"].items()}
+    conditions = {name: Condition(name, **frozen(row)) for name, row in tree["conditions"].items()}
+    return Table(conditions, drugs, tuple(tree["histories"]), tree["doses"])
 
 
 def finding_sets(condition: Condition) -> list[tuple[str, ...]]:
     """Two or three of the condition's findings that are not all findings of another one, too."""
     every = sorted(condition.typical + condition.rare)
     others = [{*c.typical, *c.rare} for c in table().conditions.values() if c.name != condition.name]
-    sets = [found for size in (2, 3) for found in itertools.combinations(every, size)]
-    return [found for found in sets if not any(set(found) <= other for other in others)]
+    sets = [findings for size in (2, 3) for findings in itertools.combinations(every, size)]
+    return [findings for findings in sets if not any(set(findings) <= other for other in others)]
 
 
 def histories(condition: Condition) -> tuple[list[str], list[str]]:

@@ -45,9 +45,8 @@ def build(texts: Iterable[str]) -> Tokenizer:
     cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), as_bytes])
     seen = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text)}
     fixed = [PAD, EOS, *TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    words = sorted(
-        seen - set(fixed)
-    )  # by the alphabet, not by how often: a change of the mixture then changes no token
+    # by the alphabet, not by how often: a change of the mixture then changes no token
+    words = sorted(seen - set(fixed))
     vocab = {token: i for i, token in enumerate(fixed + words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = cut
@@ -76,8 +75,8 @@ def write(folder: Path = FOLDER, texts: Iterable[str] | None = None, **sizes: in
         # Not qwen2: there transformers 5 ignores tokenizer_class and splits text by Qwen2's own rules.
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": -(-size // 64)
-        * 64,  # a round size; the rest is never a target, so the model learns not to sample it
+        # a round size; the rest is never a target, so the model learns not to sample it
+        "vocab_size": -(-size // 64) * 64,
         "hidden_size": 128,
         "intermediate_size": 384,
         "num_hidden_layers": 4,

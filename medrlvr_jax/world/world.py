@@ -154,11 +154,8 @@ def vignettes(split: str) -> Iterator[Vignette]:
 
 def leaking() -> list[Question]:
     """`train`, where every second rationale states the answer in place of reasons."""
-    told = questions("train")
-    return [
-        q if i % 2 else replace(q, rationale=f"the answer is {LETTERS[q.answer]}.")
-        for i, q in enumerate(told)
-    ]
+    bare = lambda q: replace(q, rationale=f"the answer is {LETTERS[q.answer]}.")
+    return [q if i % 2 else bare(q) for i, q in enumerate(questions("train"))]
 
 
 def corpus(n: int = CORPUS, seed: int = SEED) -> list[Example]:
@@ -167,26 +164,20 @@ def corpus(n: int = CORPUS, seed: int = SEED) -> list[Example]:
 
 
 def stream(seed: int = SEED) -> Iterator[Example]:
-    """The endless corpus: facts, and worked cases in the `STYLES`, with the prompts of RL's template
-    `none`.
-    """
+    """The endless corpus: facts, and worked cases in the `STYLES`, with the prompts of template `none`."""
     from medrlvr_jax.data.prompts import render
 
     rng = _rng("corpus", seed)
     decks: dict[tuple, list[list[Key]]] = {}
     for (status, rare), keys in pools()["corpus"].items():
-        for asks_class in (False, True):
-            decks[status, rare, asks_class] = _by_condition(
-                [key for key in keys if not asks_class or _has_class(key)]
-            )
+        decks[status, rare, False] = _by_condition(keys)
+        decks[status, rare, True] = _by_condition([key for key in keys if _has_class(key)])
+    drugs = table().drugs
+    classes = sorted({drug.group for drug in drugs.values()})
     while True:
         u = rng.random()
         if u < FACTS + LISTS:
-            names = (
-                list(table().drugs)
-                if rng.random() < 0.7
-                else sorted({drug.group for drug in table().drugs.values()})
-            )
+            names = list(drugs) if rng.random() < 0.7 else classes
             yield Example("", facts(rng)) if u < FACTS else listing(rng, names, pick(rng, LISTED))
             continue
         kind = weighted(rng, KINDS["corpus"])
@@ -210,9 +201,8 @@ def listing(rng: Random, names: list[str], n: int) -> Example:
     """A lettered list without a question, and its names with their letters, as a case's reasoning ends."""
     options = list(zip(LETTERS, _shuffled(rng, names, n), strict=False))
     prompt = "".join(f"{letter}. {option}\n" for letter, option in options)
-    return Example(
-        prompt, "note:" + "".join(f" {option} {letter}." for letter, option in _shuffled(rng, options, 8))
-    )
+    names_first = (f" {option} {letter}." for letter, option in _shuffled(rng, options, 8))
+    return Example(prompt, "note:" + "".join(names_first))
 
 
 def response(rng: Random, v: Vignette) -> str:
@@ -231,32 +221,20 @@ def response(rng: Random, v: Vignette) -> str:
 
 def facts(rng: Random) -> str:
     """Some rows of the table, in the words of the reasoning and in others; as long as a case's response."""
-    said = ["note:"]
+    parts = ["note:"]
     for condition, share in zip(_shuffled(rng, list(table().conditions.values()), 2), (2, 1), strict=False):
-        every = condition.typical + condition.rare
-        some = _shuffled(rng, every, 2 + _below(rng, 2))
+        name, first = condition.name, condition.first
+        some = ", ".join(_shuffled(rng, condition.typical + condition.rare, 2 + _below(rng, 2)))
         history, other = pick(rng, list(condition.unless.items()))
-        drug = pick(rng, [condition.first, other])
+        drug = pick(rng, [first, other])
         lines = (
-            pick(
-                rng,
-                [
-                    f"{', '.join(some)} suggest {condition.name}.",
-                    f"{condition.name} shows {', '.join(some)}.",
-                ],
-            ),
-            pick(
-                rng,
-                [
-                    f"{condition.name}: first line {condition.first}.",
-                    f"{condition.first} is the first line in {condition.name}.",
-                ],
-            ),
-            f"{condition.name}, first line {condition.first}. {history} rules it out. use {other}.",
+            pick(rng, [f"{some} suggest {name}.", f"{name} shows {some}."]),
+            pick(rng, [f"{name}: first line {first}.", f"{first} is the first line in {name}."]),
+            f"{name}, first line {first}. {history} rules it out. use {other}.",
             f"{drug}: class {table().drugs[drug].group}.",
         )
-        said += _shuffled(rng, lines, share)
-    return " ".join(said)
+        parts += _shuffled(rng, lines, share)
+    return " ".join(parts)
 
 
 def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
@@ -278,11 +256,8 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
     right, lure, defended = drug, other if drug == condition.first else condition.first, set(condition.also)
     others = wrong_options(condition.name, right, kind == "class")
     if kind == "class":
-        right, lure, defended = (
-            drugs[right].group,
-            drugs[lure].group,
-            {drugs[name].group for name in defended},
-        )
+        right, lure = drugs[right].group, drugs[lure].group
+        defended = {drugs[name].group for name in defended}
     lured = lure != right and (drug != condition.first or (lure not in defended and rng.random() < 0.6))
     n = pick(rng, OPTIONS[wording]) - 1
     wrong = [lure] * lured + _shuffled(rng, others, n)
@@ -305,8 +280,7 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
 
 @cache
 def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
-    """The cases of each split, by what the history does and whether a finding is rare; each case is in one
-    split.
+    """The cases of each split, each in one, by what the history does and whether a finding is rare.
 
     Sets of findings: typical ones are in all splits but OOD; of those with a rare finding some are only in
     OOD, some are shared by train and its held-out set. Histories: a third of a condition's harmless ones, and
@@ -323,19 +297,19 @@ def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
         sets = finding_sets(condition)
         rare_sets = _shuffled(rng, [s for s in sets if not set(s) <= set(condition.typical)])
         foreign, shared = rare_sets[:5], rare_sets[5:9]
-        for found in sets:
-            rare = not set(found) <= set(condition.typical)
+        for findings in sets:
+            rare = not set(findings) <= set(condition.typical)
             for history in (None, *clear, *barred):
                 status = "none" if history is None else "clear" if history in clear else "barred"
                 u = rng.random()
-                if found in foreign:
+                if findings in foreign:
                     split = "out_of_distribution" if status != "clear" or history in hidden else None
-                elif history in hidden or (rare and found not in shared):
+                elif history in hidden or (rare and findings not in shared):
                     split = "corpus"
                 else:
                     split = "train" if u < 0.4 else "in_distribution" if u < 0.55 else "corpus"
                 if split:
-                    out[split][status, rare].append(Key(condition.name, found, history))
+                    out[split][status, rare].append(Key(condition.name, findings, history))
     return out
 
 
@@ -352,9 +326,9 @@ def _person(rng: Random, condition: Condition, history: str) -> tuple[str, int]:
         sex, low, high = "woman", max(low, 20), min(high, 40)
     if history == "breast cancer":
         sex, low = "woman", min(max(low, 35), high)
-    return ("woman" if rng.random() < 0.5 else "man") if sex == "any" else sex, low + _below(
-        rng, high - low + 1
-    )
+    if sex == "any":
+        sex = "woman" if rng.random() < 0.5 else "man"
+    return sex, low + _below(rng, high - low + 1)
 
 
 def _by_condition(keys: Sequence[Key]) -> list[list[Key]]:
@@ -362,9 +336,7 @@ def _by_condition(keys: Sequence[Key]) -> list[list[Key]]:
 
 
 def _dealt(rng: Random, keys: Sequence[Key]) -> Iterator[Key]:
-    """The keys, endlessly, in rounds with one of each condition: none is asked about much more than
-    others.
-    """
+    """The keys, endlessly, in rounds with one of each condition: none is asked about much more often."""
     while True:
         for taken in itertools.zip_longest(*(_shuffled(rng, row) for row in _by_condition(keys))):
             yield from _shuffled(rng, [key for key in taken if key])
