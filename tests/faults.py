@@ -6,7 +6,7 @@ bit by bit.
     python tests/faults.py --kills 5 --out DIR   # fewer kills of each run; the log of every launch stays in
     DIR
 
-Twelve steps of PPO, GRPO and SFT on the embedded model. Each launch is the same command (`medrlvr train …`)
+Twelve steps of PPO, GRPO and SFT on the embedded model, and of GRPO on a tiny one with images. Each launch is the same command (`medrlvr train …`)
 with one fault in it: SIGKILL or SIGTERM a random instant after a named point is passed (generation, scoring,
 learning, a checkpoint that is being written, its seal, the log, the restoring of the launch before …). It is
 launched again until it is done. Compared with a run that nothing happened to: every leaf of policy, critic,
@@ -43,6 +43,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import jax  # noqa: E402
 import yaml  # noqa: E402
+from make_vision import make_run  # noqa: E402
 from quick import FLAGS as quick_flags  # noqa: E402
 from same_run import differences  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402, F401  (seconds to import, in every launch)
@@ -68,6 +69,7 @@ TREE = {
 }
 GRPO = {"advantage": {"estimator": "group"}, "kl": {"coef": 0.01, "into": "loss", "estimator": "k3"}}
 GRPO |= {"learn": {"minibatch": 2, "policy": {"lr": 3e-4}}}
+MOVED = {"loss": {"entropy_coef": 0.5}, "log": TREE["log"] | {"stop_constant": 0}}
 EVAL = {
     "eval": {
         "batch": 8,
@@ -78,6 +80,8 @@ EVAL = {
 KINDS = {
     "ppo": ("train", EVAL),
     "grpo": ("train", GRPO),
+    # on a model of bytes that sees and is in the wrong format: the entropy's bonus moves it
+    "images": ("train", GRPO | {"prompt": {"template": "none", "max_tokens": 128}} | MOVED),
     "sft": ("sft", {"sft": {"target": "rationale", "max_new_tokens": 64}}),
 }
 QUICK = f" {quick_flags}"  # where no cache saves compiling: see invariance.py
@@ -101,7 +105,8 @@ POINTS = {
 LEADER = ("checkpoint being sealed", "half a line of the log", "between the two logs")
 AGAIN = ("restoring", "logs being rewound")  # points of a launch that goes on from another
 
-LACKS = {"grpo": ("evaluation (PPO)",), "sft": ("generation", "scoring", "evaluation (PPO)")}
+LACKS = dict.fromkeys(("grpo", "images"), ("evaluation (PPO)",))
+LACKS |= {"sft": ("generation", "scoring", "evaluation (PPO)")}
 
 
 def arm(point: str, number: int, nth: int, delay: float) -> None:
@@ -299,6 +304,11 @@ def alone(root: Path, kind: str, n: int = 1, name: str = "", devices: int = 1, *
     return root / "runs" / name
 
 
+def images(root: Path) -> dict[str, dict[str, str]]:
+    (root / "seen").mkdir()
+    return make_run(root / "seen")
+
+
 def full_disk(disk: Path, command: list[str], want: Path, out: str) -> bool:
     """The run in a mount namespace of its own, on a small disk that is then enlarged, and on a read-only one.
     Needs root.
@@ -338,7 +348,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--kills", type=int, default=18, help="of each of the three runs on one process; default 18"
+        "--kills", type=int, default=18, help="of each of the four runs on one process; default 18"
     )
     parser.add_argument(
         "--pairs", type=int, default=8, help="kills of one of two processes; default 8; 0: none"
@@ -360,8 +370,9 @@ def main() -> int:
         for kind in KINDS:
             if args.only in (None, kind):
                 print(f"{kind}, one process, seed {args.seed}", flush=True)
-                want = alone(root, kind)
-                for run in torment(root, kind, kind, args.kills, dice, tally):
+                changes = in_child(images, root) if kind == "images" else {}
+                want = alone(root, kind, **changes)
+                for run in torment(root, kind, kind, args.kills, dice, tally, **changes):
                     ok &= verdict(run.name, run, want)
         if args.only in (None, "pairs") and args.pairs:
             print("ppo, two processes", flush=True)

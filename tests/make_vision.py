@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from byte_tokenizer import byte_tokenizer
 from make_parity import write
 from PIL import Image
 
@@ -120,6 +121,27 @@ def make(directory: Path, kind: str, **changes: Any) -> Path:
     pixels = {"size": {"shortest_edge": 56 * 56, "longest_edge": LIMIT}} | PIXELS.get(kind, {})
     (directory / "preprocessor_config.json").write_text(json.dumps(pixels))
     return write(directory, config, weights(directory))
+
+
+def make_run(root: Path, questions: int = 16, **changes: Any) -> dict[str, Any]:
+    """A tiny model of bytes that sees, `data.jsonl` of questions with 0, 1 or 2 images each (every fourth has
+    none), and the settings `model` and `data` of a run on them. `changes` are of the model's config.json.
+    """
+    ids = {"image_token_id": 259, "vision_start_token_id": 258, "vision_end_token_id": 260}
+    model = make(root / "model", "qwen2_5_vl", vocab_size=264, **ids, eos_token_id=257, **changes)
+    hf = byte_tokenizer().hf
+    hf.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|image|>", "<|end|>"]})
+    hf.save_pretrained(model)
+    draw, rows = np.random.RandomState(0), []
+    for i in range(questions):
+        row = {"question": f"Which {i}?", "options": ["red", "blue"], "answer": "AB"[i % 2], "id": f"q{i}"}
+        names = [f"{i}-{k}.png" for k in range(i % 4 if i % 4 < 3 else 1)]
+        for name in names:
+            size = (28 * draw.randint(2, 6), 28 * draw.randint(2, 6), 3)
+            Image.fromarray(draw.randint(0, 256, size).astype(np.uint8)).save(root / name)
+        rows.append(row | {"images": names})
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"model": {"path": str(model)}, "data": {"path": str(root / "data.jsonl")}}
 
 
 def reference(directory: Path) -> dict[str, np.ndarray]:

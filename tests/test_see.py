@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import subprocess
 from dataclasses import replace
 
 import jax
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import yaml
 from byte_tokenizer import byte_tokenizer
-from make_vision import make
+from invariance import launch
+from make_vision import make_run
 from PIL import Image
 
 from medrlvr_jax import build, cli
@@ -47,22 +49,7 @@ METHOD = {"advantage": {"estimator": "group"}, "kl": {"coef": 0.05}}
 def folder(tmp_path_factory):
     """A tiny model that sees, 16 questions (every fourth without an image), and a config that trains on them."""
     root = tmp_path_factory.mktemp("see")
-    ids = {"image_token_id": PAD, "vision_start_token_id": START, "vision_end_token_id": END}
-    model = make(root / "model", "qwen2_5_vl", vocab_size=264, **ids, eos_token_id=257)
-    hf = byte_tokenizer().hf
-    hf.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|image|>", "<|end|>"]})
-    hf.save_pretrained(model)
-    draw, rows = np.random.RandomState(0), []
-    for i in range(16):
-        row = {"question": f"Which {i}?", "options": ["red", "blue"], "answer": "AB"[i % 2], "id": f"q{i}"}
-        names = [f"{i}-{k}.png" for k in range(i % 4 if i % 4 < 3 else 1)]
-        for name in names:
-            size = (28 * draw.randint(2, 6), 28 * draw.randint(2, 6), 3)
-            Image.fromarray(draw.randint(0, 256, size).astype(np.uint8)).save(root / name)
-        rows.append(row | {"images": names})
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree = TREE | METHOD | {"runs": str(root / "runs"), "data": {"path": str(root / "data.jsonl")}}
-    tree |= {"model": {"path": str(model)}}
+    tree = TREE | METHOD | {"runs": str(root / "runs")} | make_run(root)
     tree["eval"] |= {"sets": {"mine": {"path": str(root / "data.jsonl")}}}
     (root / "config.yaml").write_text(yaml.safe_dump(tree))
     return root
@@ -119,6 +106,24 @@ def test_any_mesh_and_any_interruption(folder, metrics):
     for row, other in zip(metrics[1:], again, strict=True):
         for name in set(names) & set(other) - {"sampler_gap"}:
             assert other[name] == pytest.approx(row[name], rel=2e-4, abs=2e-5), name
+
+
+def test_two_processes_see_what_one_sees(folder):
+    """Each process reads and places the images of its own questions; tokens and numbers are those of one."""
+    settings = {"eval.sets": {}, "loss.entropy_coef": 0.5, "log.samples_every": 1, "checkpoint.every": 0}
+    one = configs.load(folder / "config.yaml", settings | {"name": "one"})
+    train(one)
+    words = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    words = ["train", str(folder / "config.yaml"), "--distributed", *words, "name=two", "mesh={data: 4}"]
+    started = launch(2, 2, ["-m", "medrlvr_jax", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    ended = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    runs = [folder / "runs" / name for name in ("one", "two")]
+    one, two = (lines(run / "samples.jsonl") for run in runs)
+    assert one == two and any("images" in row for row in one)
+    for row, other in zip(*(lines(run / "metrics.jsonl") for run in runs), strict=True):
+        for name in ("entropy", "policy/grad_norm", "kl", "tokens"):
+            assert other[name] == pytest.approx(row[name], rel=1e-4, abs=1e-6), name
 
 
 def test_other_images_give_another_run(folder, metrics, tmp_path):
