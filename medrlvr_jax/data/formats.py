@@ -48,6 +48,8 @@ Row = dict[str, Any]
 
 # ---- checks of single fields ----
 
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
+
 
 def field_names(row: Row) -> str:
     """The names of a record's fields, for messages: all, since the one that matters may be the last."""
@@ -71,7 +73,7 @@ def _text(row: Row, field: str, strip: bool = True, empty: bool = False) -> str:
         raise _wrong(field, value, "is not a string; put quotes around it")
     if not value.strip() and not empty:
         raise _wrong(field, value, "is blank; give a text, or take the record out")
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if not value.isascii() and HALF.search(value):
         raise _wrong(field, value, "holds half a surrogate pair (a lone \\ud8…); write the character again")
     return value.strip() if strip else value
 

@@ -166,10 +166,12 @@ def _format(name: str, row: Any, where: str, allowed: list[str]) -> str:
 
 def _beside(question: Question, config: SetConfig) -> Question:
     """The question with its images' paths from here, which a file gives from its own folder on."""
+    if not question.images:
+        return question
     path = Path(config.path).expanduser()
     folder = (path.parent if path.is_file() else Path()) / Path(config.image_folder or "").expanduser()
     there = (s if isinstance(s, bytes) else str(folder / Path(s).expanduser()) for s in question.images)
-    return dataclasses.replace(question, images=tuple(there)) if question.images else question
+    return dataclasses.replace(question, images=tuple(there))
 
 
 def _item(row: Any, name: str, default_id: str) -> Question | Example:
@@ -191,7 +193,7 @@ def _without_letters(question: Question, tally: Counter[str]) -> Question:
     options = unlabelled(question.options)
     tally["removed"] += options != question.options
     tally["kept"] += options == question.options and brings_letters(options)
-    return dataclasses.replace(question, options=options)
+    return question if options == question.options else dataclasses.replace(question, options=options)
 
 
 def _notes(name: str, unread: list[str], tally: Counter[str]) -> list[str]:

@@ -22,6 +22,8 @@ MESSAGE = (
     "\ue000message\ue000"  # the user's text while a chat template is rendered; private-use, so in no template
 )
 
+PART = 1024  # texts that are encoded at a time, by all cores; an encoding is far larger than its ids
+
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
@@ -52,7 +54,13 @@ class Tokenizer:
 
     def spell(self, texts: list[str]) -> list[list[int]]:
         """Untrusted texts as tokens, none of them special; `DataError` where that cannot be."""
-        return [encoding.ids for encoding in self.spell_with_offsets(texts)]
+        parts = (self.spell_with_offsets(texts[i : i + PART]) for i in range(0, len(texts), PART))
+        return [[self._ids[i] for i in encoding.ids] for encodings in parts for encoding in encodings]
+
+    @functools.cached_property
+    def _ids(self) -> list[int]:
+        """Each id once: rows that share them take a quarter of the memory."""
+        return list(range(self.vocab_size))
 
     def spell_with_offsets(self, texts: list[str]) -> list[tokenizers.Encoding]:
         """`spell`, with the characters of each token: `ids` and `offsets` of each text."""
