@@ -48,6 +48,8 @@ class Vision:
     slots: Int32[Array, "Q P"]  # which of the features stands in a column; -1: the column holds text
     positions: Int32[Array, "Q P 3"]  # in time, by row and by column; 0 on padding
     next_position: Int32[Array, " Q"]
+    # the same features of grey images of the same sizes; None where no component of the reward asks for them
+    blank: Float[Array, "Q T F"] | None = None
 
 
 @pytree

@@ -18,7 +18,7 @@ from invariance import launch
 from make_vision import make_run
 from PIL import Image
 
-from medrlvr_jax import build, cli
+from medrlvr_jax import build, cli, sharding
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import images, load
@@ -26,9 +26,13 @@ from medrlvr_jax.data.images import thumbnail
 from medrlvr_jax.data.prompts import encode_questions
 from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash
 from medrlvr_jax.evaluation import look
+from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder
+from medrlvr_jax.rl.policy_rewards import check_questions, make_policy_rewards
 from medrlvr_jax.rl.train import train
+from medrlvr_jax.rollout.assess import assess_alone
 from medrlvr_jax.rollout.rollout import encode, place_prompts
+from medrlvr_jax.types import Rollout
 
 START, PAD, END = 258, 259, 260
 TREE = {
@@ -193,6 +197,53 @@ def test_eval_asks_under_each_condition(folder, metrics, capsys):
     looks = json.loads((run / "eval-2" / "eval.json").read_text())["looks"]["mine"]
     assert list(looks) == ["n", "image", "blank", "shuffled", "none", "option_texts", "chance", "looks"]
     assert looks["looks"]["value"] == 0 and "another's" in capsys.readouterr().out
+
+
+def test_looks_is_the_models(folder):
+    """The reward against log-probs of the same responses behind grey files; 0 without format or image."""
+    changes = {"reward": [{"kind": "rule"}, {"kind": "looks", "clip": 0.5}]}
+    parts = build.build(configs.load(folder / "config.yaml", changes))
+    questions, index = load.load(parts.config.data), np.arange(8)
+    encoded = encode(parts.tokenizer, questions, parts.config, vision=parts.cfg.vision)
+    grey = {q.id: q for q in look.conditions(questions)["blank"]}
+    blank = [grey.get(q.id, q) for q in questions]
+    blank = encode(parts.tokenizer, blank, parts.config, vision=parts.cfg.vision)
+    tokens = np.random.RandomState(1).randint(32, 120, (8, 2, 6)).astype(np.int32)
+    mask = np.arange(6) < np.array([[6, 3]] * 8)[..., None]
+    with jax.set_mesh(parts.mesh):
+        params = build.load_params(parts, parts.cfg)
+        drawn = Rollout(tokens, mask, np.zeros(tokens.shape, np.float32), None)
+        place = lambda tree: sharding.place_rows(tree, 8, parts.mesh)
+        prompts = place_prompts(parts, encoded, index, blank=True)
+        seen, unseen = (
+            np.asarray(assess_alone(params, parts, p, place(drawn)).logprobs)
+            for p in (prompts, place_prompts(parts, blank, index))
+        )
+        rollout = place(replace(drawn, logprobs=seen))
+        reward = make_policy_rewards(parts)["looks"]
+        kept = np.arange(16).reshape(8, 2) % 5 > 0
+        values = np.asarray(reward.program({}, params, prompts, rollout, place(kept)))
+    mean = lambda x: np.where(mask, x, 0).sum(-1) / mask.sum(-1)
+    gains = mean(seen) - mean(unseen)
+    kept &= np.array([[bool(q.images)] for q in encoded.questions[:8]])
+    np.testing.assert_allclose(values, np.where(kept, np.clip(gains, -0.5, 0.5), 0), atol=1e-5)
+    assert (np.abs(values[kept]) < 0.4).any() and (np.abs(values) == 0.5).any(), gains
+    with pytest.raises(ConfigError, match=r"looks: no question of data\.path has images"):
+        check_questions(parts.config.reward, parts.tokenizer, [replace(questions[0], images=())])
+
+
+def test_a_run_that_is_paid_for_looking_resumes(folder):
+    changes = {"reward": [{"kind": "format", "broken": -1}, {"kind": "looks"}], "eval.sets": {}}
+    changes |= {"steps": 2, "log.stop_constant": 0, "loss.entropy_coef": 0.5}
+    for name in ("whole", "cut"):
+        config = configs.load(folder / "config.yaml", changes | {"name": name})
+        if name == "cut":
+            train(config, callbacks=lambda step, row: True)
+        train(config)
+    whole, cut = (lines(folder / "runs" / name / "metrics.jsonl") for name in ("whole", "cut"))
+    timing = ("seconds", "tokens_per_second")
+    strip = lambda rows: [{k: v for k, v in row.items() if k not in timing} for row in rows]
+    assert strip(whole) == strip(cut) and whole[-1]["reward/looks"] == 0  # no response has the format
 
 
 def test_data_shows_image_tokens(folder, capsys):

@@ -167,6 +167,16 @@ class ConsistencyConfig(PenaltyConfig):
 
 
 @section
+class LooksConfig(PayingConfig):
+    """How much more probable the images make the response than grey images do, in nats a token (after CAPO,
+    arXiv 2506.12849)."""
+
+    kind: Literal["looks"] = "looks"
+    weight: float = 0.5  # The value is multiplied by this. 0: only a metric.
+    clip: Positive = 1.0  # The value is clipped to ± this.
+
+
+@section
 class OverlongConfig(PenaltyConfig):
     """0 up to `buffer` tokens before the limit, then linear to 1 at the limit (DAPO, arXiv 2503.14476)."""
 
@@ -206,7 +216,8 @@ Component = Annotated[
     | OverlongConfig
     | LengthConfig
     | RepetitionConfig
-    | ConsistencyConfig,
+    | ConsistencyConfig
+    | LooksConfig,
     Field(discriminator="kind"),
 ]
 

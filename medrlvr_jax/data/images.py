@@ -30,6 +30,7 @@ from medrlvr_jax.model.vision import Images
 from medrlvr_jax.types import Vision
 
 Source = str | bytes  # a file's path, or what such a file holds
+GREY = (122, 116, 104)  # the mean of the images that the towers were made for: about 0 once normalised
 MAX_PIXELS = 89_478_485  # beyond it, a small file may ask for more memory than there is; Pillow's own limit
 SIDE = 160  # pixels of a thumbnail's longer side
 ASPECT = 200  # of the longer side to the shorter, at most

@@ -16,14 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medrlvr_jax.data.images import read_image
+from medrlvr_jax.data.images import GREY, read_image
 from medrlvr_jax.data.prompts import IMAGE
 from medrlvr_jax.data.question import Question, image_digest, question_hash
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.evaluation.answers import percent
 from medrlvr_jax.host import tables
-
-GREY = (122, 116, 104)  # the mean of the images that the towers were made for: 0 once normalised
 
 
 def conditions(questions: list[Question]) -> dict[str, list[Question]]:

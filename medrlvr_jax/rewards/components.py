@@ -36,6 +36,7 @@ from medrlvr_jax.config.reward import (
     FunctionConfig,
     LeakConfig,
     LengthConfig,
+    LooksConfig,
     OverlongConfig,
     PenaltyConfig,
     ProbabilityConfig,
@@ -52,7 +53,7 @@ from medrlvr_jax.rewards.parse import Parsed, answer_text, is_r1
 from medrlvr_jax.rewards.penalties import leaks, much_before, repeats
 
 JUDGED = (FunctionConfig, ProcessConfig, VerifierConfig)  # need a `Judge`
-ON_DEVICE = (ProbabilityConfig, ConsistencyConfig)  # ask the policy
+ON_DEVICE = (ProbabilityConfig, ConsistencyConfig, LooksConfig)  # ask the policy
 
 
 class Tokens(NamedTuple):

@@ -16,6 +16,15 @@ consistency: 1 where the policy itself, after its thought without the last sente
 probable than the one that it gave (CLARity has another model read the thought). Of a thought of one sentence
 nothing is left: the policy is then asked after an empty thought.
 
+looks: how much the response depends on the images (the idea of CAPO, arXiv 2506.12849, whose formulas are not
+published): the mean over its tokens of
+
+    log π(token | images) − log π(token | grey images of the same sizes)
+
+clipped to ± `clip`; 0 where the format is broken or the question has no image. The first term is the
+sampler's, the second takes one more pass over the rows. It pays for any difference between the images and
+grey, also one that does not help to answer.
+
 Departures: RLPR encodes the response's text again, here the drawn tokens stay (rewards/joins.py). It scores
 all tokens of the right answer, here the first `max_tokens` are. VeriFree also learns from log π of the right
 answer, weighted by the reward: that term is not here.
@@ -34,14 +43,14 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from medrlvr_jax.build import Parts
-from medrlvr_jax.config.reward import ConsistencyConfig, ProbabilityConfig, RewardConfig
+from medrlvr_jax.config.reward import ConsistencyConfig, LooksConfig, ProbabilityConfig, RewardConfig
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.question import LETTERS, Question, question_hash
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import from_leader, gather
-from medrlvr_jax.model import lora
+from medrlvr_jax.model import lora, scoring
 from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rewards.joins import Join, join, places, sentences
 from medrlvr_jax.rewards.parse import ANSWER, END_THINK, WHITE, judged_beginning
@@ -83,7 +92,18 @@ def make_policy_rewards(parts: Parts) -> dict[str, PolicyReward]:
                     request=partial(consistency_request, parts),
                     shapes=ConsistencyRequest(endings_as_shapes(parts, CUT), letters),
                 )
+            case LooksConfig():
+                out[term.name] = PolicyReward(
+                    program=jax.jit(partial(looks_value, clip=section.clip, how=how)),
+                    request=lambda scored: scored.verdicts.format_ok,
+                    shapes=shape(parts, jnp.bool_),
+                )
     return out
+
+
+def asks_blank(config: RewardConfig) -> bool:
+    """Whether a component needs the prompts with grey images."""
+    return any(section.kind == "looks" for section in config.components)
 
 
 def check_questions(config: RewardConfig, tokenizer: Tokenizer, questions: Sequence[Question]) -> None:
@@ -95,6 +115,8 @@ def check_questions(config: RewardConfig, tokenizer: Tokenizer, questions: Seque
         if section.kind == "consistency" and no_letters is not None:
             problem = f"it asks for letters, and question {no_letters} has not one right letter"
             raise ConfigError(f"reward.components: consistency: {problem}; take it out")
+        if section.kind == "looks" and not any(q.images for q in questions):
+            raise ConfigError("reward.components: looks: no question of data.path has images; take it out")
         if section.kind == "process" and not any(q.facts for q in questions):
             remedy = "give them a field facts, or take it out"
             raise ConfigError(f"reward.components: process: no question of data.path has facts; {remedy}")
@@ -324,3 +346,29 @@ def consistency_value(
     with jax.named_scope("consistency"):
         other = ask.differs(lora.join(base, policy), answers, request.letters, how)
     return by_rows(other.astype(jnp.float32))
+
+
+# ---- looks ----
+
+
+def looks_value(
+    base: Params,
+    policy: Params,
+    prompts: Prompts,
+    rollout: Rollout,
+    format_ok: Bool[Array, "Q G"],
+    *,
+    clip: float,
+    how: Pass,
+) -> Float32[Array, "Q G"]:
+    vision, mask = prompts.vision, rollout.mask
+    assert vision is not None
+    blank = dataclasses.replace(
+        prompts, vision=dataclasses.replace(vision, features=vision.blank, blank=None)
+    )
+    answers = ask.Answers(scoring.Rows(blank, rollout.tokens, mask), mask)
+    with jax.named_scope("looks"):
+        unseen = ask.answer_scores(lora.join(base, policy), answers, "logmean", how)
+    logprobs = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
+    gain = jnp.clip(ask.reduced(logprobs, mask, "logmean") - unseen, -clip, clip)
+    return by_rows(jnp.where(format_ok & (vision.slots >= 0).any(-1, keepdims=True), gain, 0.0))

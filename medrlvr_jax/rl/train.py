@@ -58,7 +58,7 @@ from medrlvr_jax.rl.experience import (
 )
 from medrlvr_jax.rl.learn import adapt_kl, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
-from medrlvr_jax.rl.policy_rewards import check_questions, take_baselines
+from medrlvr_jax.rl.policy_rewards import asks_blank, check_questions, take_baselines
 from medrlvr_jax.rl.programs import Programs, make_programs
 from medrlvr_jax.rollout import judge
 from medrlvr_jax.rollout.assess import assess_settings
@@ -268,7 +268,7 @@ def train_step(
     if step < config.learn.critic_warmup:
         waiting = dataclasses.replace(training.programs, learn_policy=None)
         training = dataclasses.replace(training, programs=waiting)
-    prompts = place_prompts(parts, encoded, index)
+    prompts = place_prompts(parts, encoded, index, asks_blank(config.reward))
     spread = config.advantage.spread
     mean = mean_spread(spread, history, step + 1)
     least = spread and jax.device_put(jnp.float32(spread.beta * mean), sharding.replicated(parts.mesh))
@@ -431,7 +431,7 @@ def step_programs(
     requests = {name: reward.shapes for name, reward in programs.policy_rewards.items()}
     requests = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), requests)
     keys = Keys(a_key(parts), a_key(parts))
-    prompts = abstract_prompts(parts, questions, width, windows)
+    prompts = abstract_prompts(parts, questions, width, windows, asks_blank(config.reward))
     with jax.set_mesh(mesh):
 
         def graded(rollout: Rollout) -> Graded:

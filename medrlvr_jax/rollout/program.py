@@ -69,15 +69,20 @@ def a_key(parts: Parts) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((), dtype, sharding=sharding.replicated(parts.mesh))
 
 
-def abstract_prompts(parts: Parts, questions: int, width: int, windows: int = 0) -> Prompts:
-    """Prompts of `width` columns, with images in `windows` windows (0: none), as shapes."""
+def abstract_prompts(
+    parts: Parts, questions: int, width: int, windows: int = 0, blank: bool = False
+) -> Prompts:
+    """Prompts of `width` columns, with images in `windows` windows (0: none), as shapes. `blank`: also with
+    grey ones.
+    """
     tokens, mask = (array(parts, dtype, questions, width) for dtype in (jnp.int32, jnp.bool_))
     ids, cfg, vision = array(parts, jnp.uint32, questions), parts.cfg, None
     if windows and cfg.vision:
         size = questions, windows * (cfg.vision.window // cfg.vision.merge) ** 2, cfg.vision.features
         features = array(parts, cfg.execution.dtype, *size)
         places = ((questions, width), (questions, width, 3), (questions,))
-        vision = Vision(features, *(array(parts, jnp.int32, *shape) for shape in places))
+        numbers = (array(parts, jnp.int32, *shape) for shape in places)
+        vision = Vision(features, *numbers, blank=features if blank else None)
     return Prompts(tokens, mask, ids, vision)
 
 

@@ -211,8 +211,10 @@ def shown_stages(
     return [stages.stage(text, ok, q.options) if q.letters else None for text, ok, q in rows]
 
 
-def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
-    """The prompts of the questions at `index` on the mesh; each process pads and places its own."""
+def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray, blank: bool = False) -> Prompts:
+    """The prompts of the questions at `index` on the mesh; each process pads and places its own. `blank`:
+    with the features of grey images beside those of theirs.
+    """
     own, _ = own_rows(len(index), parts.mesh)
     prompts = encoded.prompts(index[own], parts.tokenizer.pad_id)
     placed = place_rows(prompts, len(index), parts.mesh)
@@ -220,7 +222,7 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray) -> Prompts:
         return placed
     cuts = cut_images([encoded.questions[i] for i in index[own]], encoded.images.cfg)
     images = arrange(cuts, encoded.windows, encoded.images.cfg)
-    return add_features(parts, placed, place_rows(images, len(index), parts.mesh))
+    return add_features(parts, placed, place_rows(images, len(index), parts.mesh), blank)
 
 
 def sample_and_score(

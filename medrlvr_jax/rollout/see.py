@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from medrlvr_jax import sharding
 from medrlvr_jax.build import Parts, abstract_tower
+from medrlvr_jax.data.images import GREY
 from medrlvr_jax.model import vision
 from medrlvr_jax.model.spec import VisionConfig
 from medrlvr_jax.model.vision import Images
@@ -39,13 +40,26 @@ def settings(parts: Parts, questions: int, windows: int) -> dict[str, Any]:
     return {"cfg": cfg, "dtype": parts.cfg.execution.dtype, "at_once": at_once}
 
 
-def add_features(parts: Parts, prompts: Prompts, images: Images) -> Prompts:
-    """The prompts with what the tower sees of their images; both lie over the mesh by rows."""
+@partial(jax.jit, static_argnames="patch")
+def as_grey(images: Images, *, patch: int) -> Images:
+    """Grey images of the same sizes."""
+    pixels = jnp.repeat(jnp.array(GREY, jnp.uint8), patch**2)
+    return replace(images, pixels=sharding.by_rows(jnp.broadcast_to(pixels, images.pixels.shape)))
+
+
+def add_features(parts: Parts, prompts: Prompts, images: Images, blank: bool = False) -> Prompts:
+    """The prompts with what the tower sees of their images; both lie over the mesh by rows. `blank`: also
+    with what it would see of grey ones.
+    """
     assert parts.tower is not None
     assert prompts.vision is not None
     questions, windows = images.pixels.shape[:2]
-    features = see(parts.tower.params, images, **settings(parts, questions, windows))
-    return replace(prompts, vision=replace(prompts.vision, features=features))
+    static = settings(parts, questions, windows)
+    look = partial(see, parts.tower.params, **static)
+    features = {"features": look(images)}
+    if blank:
+        features["blank"] = look(as_grey(images, patch=static["cfg"].patch))
+    return replace(prompts, vision=replace(prompts.vision, **features))
 
 
 def see_program(parts: Parts, questions: int, windows: int, name: str) -> Program:

@@ -20,7 +20,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rewards import judges
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.experience import with_asked
-from medrlvr_jax.rl.policy_rewards import take_baselines
+from medrlvr_jax.rl.policy_rewards import asks_blank, take_baselines
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rollout import judge
 from medrlvr_jax.rollout.rollout import encode, place_prompts
@@ -67,7 +67,8 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
             console.progress("training steps again", k + 1, step - 1)
         index = step_batch(c, len(encoded.questions), step - 1)
         encoded = train.at_epoch(parts, encoded, step - 1)
-        key, prompts = train.step_keys(c.seed, step - 1).sample, place_prompts(parts, encoded, index)
+        key = train.step_keys(c.seed, step - 1).sample
+        prompts = place_prompts(parts, encoded, index, asks_blank(c.reward))
         rollout = train.draw(training, state, prompts, key)
         graded = train.grade(training, encoded, index, rollout, key, None)
         asked = train.ask(training, state, prompts, rollout, graded.requests)
