@@ -3,9 +3,10 @@
     python tests/bench_reward.py [rows] [pairs]
 
 100,000 completions of 200 to 2,000 characters, all kinds of verdict, one call. Each pair times the loop and
-then `score` on the same rows; the ratio is the median over the pairs. `plain` is the pattern as one writes it
-down; `tuned` is the fastest loop found, with the pattern unrolled at every `<` and the paper's thought
-skipped by `str.find`. One JSON line a mode.
+then `score` on the same rows, in seconds of the processor; the ratio is the median over the pairs. `plain` is
+the pattern as one writes it down; `tuned` is the fastest loop found, with the pattern unrolled at every `<` and the paper's thought
+skipped by `str.find`. One JSON line a mode. A last line has the rule and all penalties together, for the 1,024
+completions of a step.
 """
 
 import json
@@ -17,8 +18,18 @@ import time
 
 import numpy as np
 
-from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.rewards import score
+from medrlvr_jax.config.reward import (
+    BeforeConfig,
+    LeakConfig,
+    LengthConfig,
+    OverlongConfig,
+    RepetitionConfig,
+    RewardConfig,
+    RuleConfig,
+)
+from medrlvr_jax.data.question import Question
+from medrlvr_jax.rewards import grade, score
+from medrlvr_jax.rewards.components import Tokens
 
 TERMS = """the patient presents with fever chest pain dyspnea on exertion an elevated troponin level suggests myocardial infarction
 warfarin inhibits vitamin K epoxide reductase INR < 2.0 and LDL >100 mg/dL so option B is less likely than C given a history of
@@ -113,9 +124,9 @@ def loop(
 
 
 def timed(function, *args):
-    start = time.perf_counter()
+    start = time.process_time()
     out = function(*args)
-    return out, time.perf_counter() - start
+    return out, time.process_time() - start
 
 
 def main(rows: int = 100_000, pairs: int = 5) -> None:
@@ -123,6 +134,7 @@ def main(rows: int = 100_000, pairs: int = 5) -> None:
     completions, answers = [completion(rng) for _ in range(rows)], rng.choices("ABCDE", k=rows)
     options = [OPTIONS] * rows
     lengths = sorted(map(len, completions))
+    rewards = {}
     for mode in ("paper", "strict"):
         seconds = {"score": [], "plain": [], "tuned": []}
         for _ in range(pairs):
@@ -134,6 +146,7 @@ def main(rows: int = 100_000, pairs: int = 5) -> None:
             seconds["tuned"].append(t)
             (got, t) = timed(score, completions, answers, options, RewardConfig(mode=mode))
             seconds["score"].append(t)
+            rewards = {str(v): int((got.reward == v).sum()) for v in (-1, 0, 1)}
             for columns in (plain, tuned):
                 assert all(map(np.array_equal, columns, (got.reward, got.format_ok, got.correct, got.answer)))
         ratio = {
@@ -144,12 +157,33 @@ def main(rows: int = 100_000, pairs: int = 5) -> None:
             "mode": mode,
             "rows": rows,
             "characters": {"least": lengths[0], "median": lengths[rows // 2], "most": lengths[-1]},
-            "rewards": {str(v): int((got.reward == v).sum()) for v in (-1, 0, 1)},
+            "rewards": rewards,
             "seconds": {k: round(statistics.median(v), 4) for k, v in seconds.items()},
             "times_faster_than_plain": round(ratio["plain"], 1),
             "times_faster_than_tuned": round(ratio["tuned"], 2),
         }
         print(json.dumps(figures), flush=True)
+    penalties(completions[:1024], answers)
+
+
+def penalties(completions: list[str], answers: list[str], runs: int = 31) -> None:
+    pays = (
+        LeakConfig(),
+        BeforeConfig(),
+        OverlongConfig(buffer=64),
+        LengthConfig(budget=256),
+        RepetitionConfig(),
+    )
+    config = RewardConfig(components=(RuleConfig(), *pays))
+    lengths = np.array([len(c) // 4 for c in completions])
+    tokens = Tokens(lengths, lengths < 512, 512)
+    questions = [Question("", "", tuple(OPTIONS), "ABCDE".index(answer)) for answer in answers]
+    seconds = []
+    for _ in range(runs):
+        fresh = [c[:9] + c[9:] for c in completions]
+        seconds.append(timed(grade, fresh, questions[: len(fresh)], config, tokens)[1])
+    figures = {"median": statistics.median(seconds), "least": min(seconds)}
+    print(json.dumps({"penalties": len(pays), "rows": len(completions), "seconds": figures}))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def rewards(facts, thoughts, questions, correct=True, format_ok=True):
     parsed = Parsed(columns["format_ok"], [""] * n, thoughts, [""] * n, [""] * n)
     answer = np.full(n, "A")
     values, failed, _ = facts.judge(
-        Graded([""] * n, questions, parsed, [], **columns, answer=answer, reason=answer)
+        Graded([""] * n, questions, parsed, **columns, answer=answer, reason=answer)
     )
     assert not failed
     return values

@@ -8,7 +8,7 @@ import dataclasses
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float32, Float64, UInt
 from medrlvr_jax.config.reward import RewardConfig
 from medrlvr_jax.data.question import LETTERS, DataError, Question
 from medrlvr_jax.rewards.components import Component, Graded, Tokens, pure, values
-from medrlvr_jax.rewards.graders import Grade, choice, value
+from medrlvr_jax.rewards.graders import Grade, judge_answer
 from medrlvr_jax.rewards.parse import parse
 
 DEFAULT = RewardConfig()
@@ -96,26 +96,20 @@ def read(
     completions: Sequence[str], questions: Sequence[Question], config: RewardConfig, tokens: Tokens | None
 ) -> Graded:
     """Parse each completion once, and grade its answer once."""
-    graders = [
-        partial(value, reference=q.value)
-        if q.value is not None
-        else partial(choice, reference=q.reference, options=q.options)
-        for q in questions
-    ]
     parsed = parse(completions, config.mode, [LETTERS[: len(q.options)] for q in questions])
-    rows = zip(parsed.format_ok, parsed.answer, parsed.reason, graders, strict=True)
-    grades = [grader(answer) if ok else Grade("", False, why) for ok, answer, why, grader in rows]
-    return Graded(
-        completions=completions,
-        questions=questions,
-        parsed=parsed,
-        graders=graders,
-        format_ok=np.array([g.answer != "" for g in grades], bool),
-        correct=np.array([g.correct for g in grades], bool),
-        answer=np.array([g.answer for g in grades], str),
-        reason=np.array([g.reason for g in grades], str),
-        tokens=tokens,
-    )
+    seen: dict[
+        tuple[int, str, str], Grade
+    ] = {}  # samples of a question give few answers: each is graded once
+    grades = []
+    for question, answer, why in zip(questions, parsed.answer, parsed.reason, strict=True):
+        key = id(question), answer, why
+        if (judged := seen.get(key)) is None:
+            judged = seen[key] = Grade("", False, why) if why else judge_answer(answer, question)
+        grades.append(judged)
+    answers, correct, reasons = zip(*grades, strict=True) if grades else ((), (), ())
+    answer = np.array(answers, str)
+    verdict = {"correct": np.array(correct, bool), "answer": answer, "reason": np.array(reasons, str)}
+    return Graded(completions, questions, parsed, format_ok=answer != "", **verdict, tokens=tokens)
 
 
 def score(
@@ -129,12 +123,15 @@ def score(
     Raises `DataError` also if a row has too few or too many options, or a key that is none of them.
     """
     _check(completions, answers=answers, options=options)
+    distinct: dict[tuple[str, ...], Question] = {}
     questions = []
     for i, (key, row) in enumerate(zip(answers, options, strict=True)):
         if not 2 <= len(row) <= len(LETTERS) or key not in list(LETTERS[: len(row)]):
             remedy = "2 to 10 options and the letter of one are needed"
             raise DataError(f"row {i}: answer {reprlib.repr(key)} with {len(row)} options: {remedy}")
-        questions.append(Question("", "", tuple(row), LETTERS.index(key)))
+        if (question := distinct.get((key, *row))) is None:
+            question = distinct[key, *row] = Question("", "", tuple(row), LETTERS.index(key))
+        questions.append(question)
     return grade(completions, questions, config)
 
 

@@ -21,7 +21,7 @@ To add a component:
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -48,7 +48,7 @@ from medrlvr_jax.config.reward import (
 )
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rewards.graders import Grade, accepts
+from medrlvr_jax.rewards.graders import accepts, judge_answer
 from medrlvr_jax.rewards.parse import Parsed, answer_text, is_r1
 from medrlvr_jax.rewards.penalties import leaks, much_before, repeats
 
@@ -71,7 +71,6 @@ class Graded:
     completions: Sequence[str]
     questions: Sequence[Question]
     parsed: Parsed
-    graders: Sequence[Callable[[str], Grade]]  # of each row's question: judges the text of an answer
     format_ok: Bool[np.ndarray, " N"]
     correct: Bool[np.ndarray, " N"]
     answer: np.ndarray  # str [N], the letter or the value; "" where the format failed
@@ -199,7 +198,7 @@ def _answers(section: AnswerConfig, graded: Graded) -> Float64[np.ndarray, " N"]
         if text is None:
             continue
         if question.value is not None or section.accept == "rule":
-            right = graded.graders[i](text).correct
+            right = judge_answer(text, question).correct
         else:
             right = accepts(text, question, section.accept)
         if right:

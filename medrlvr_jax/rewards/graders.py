@@ -20,6 +20,13 @@ class Grade(NamedTuple):
     reason: str  # a key of REASONS
 
 
+def judge_answer(answer: str, question: Question) -> Grade:
+    """The text between the answer tags, judged by what the question gives as right."""
+    if question.value is not None:
+        return value(answer, question.value)
+    return choice(answer, question.reference, question.options)
+
+
 def choice(answer: str, reference: str, options: Sequence[str]) -> Grade:
     """An option's letter, or its letter with `.`, `)` or `:` and its text, spelled the same.
 

@@ -80,11 +80,15 @@ def parse(completions: Sequence[str], mode: Mode, letters: Sequence[str] | None 
     letters = [LETTERS] * len(completions) if letters is None else letters
     before, thought, answer, reason = [], [], [], []
     for completion, offered in zip(completions, letters, strict=True):
-        head, opened, tail = completion.partition(THINK)
-        before.append(head if opened else "")
-        thought.append(tail.partition(END_THINK)[0])
         pieces = TAG.split(completion)
         texts, tags = pieces[::2], pieces[1::2]  # texts[i] stands before tags[i]
+        if tags == LAYOUTS["strict"]:
+            head, inner = texts[:2]
+        else:
+            head, opened, tail = completion.partition(THINK)
+            head, inner = head if opened else "", tail.partition(END_THINK)[0]
+        before.append(head)
+        thought.append(inner)
         content, why = _paper(texts, tags, offered) if mode == "paper" else _exact(texts, tags, mode)
         answer.append(content)
         reason.append(why)

@@ -8,14 +8,18 @@ repeats A run of words occurs again and again: 10 words, 10 times (RLPR, arXiv 2
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 WORDS_BEFORE = 15
+SPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
+FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # masks of n of a word's first bytes
+BLOCK = 64  # texts whose words are counted at a time: few enough for the processor's cache
 
 
 def _statement(look: bool) -> str:
@@ -88,43 +92,35 @@ def much_before(texts: Sequence[str]) -> list[bool]:
 def repeats(texts: Sequence[str], window: int, times: int) -> Bool[np.ndarray, " N"]:
     """Whether in each text some run of `window` words occurs at least `times` times; runs may overlap.
 
-    Words are split at ASCII's white space and at `_`. A run is known by a 64-bit hash of its words and of its
-    row, for all rows at once: one row alone takes Python 0.1 ms.
+    Words are split at ASCII's white space and at `_`. Python takes 0.1 ms for a text, so it looks only at
+    those in which such a run is possible.
     """
     out = np.zeros(len(texts), bool)
-    # A surrogate becomes "?", for Arrow holds UTF-8.
-    rows = pa.array([t.replace("_", " ").encode("utf-8", "replace") for t in texts], pa.large_string())
-    words = pc.ascii_split_whitespace(pc.ascii_trim_whitespace(rows))  # pyright: ignore
-    codes, ends = words.values.dictionary_encode().indices.to_numpy(), words.offsets.to_numpy()
-    row = np.repeat(np.arange(len(texts)), np.diff(ends))
-    starts = np.flatnonzero(np.arange(len(codes)) + window <= ends[1:][row])
-    if len(starts) < times:
-        return out
-    rows_hash = _mixed(~row[starts].astype(np.uint64))  # `~`: other numbers than any code
-    hashes = _run_hashes(_mixed(codes.astype(np.uint64)), window)[starts] ^ rows_hash
-    ordered = np.sort(hashes)
-    often = np.unique(ordered[times - 1 :][ordered[times - 1 :] == ordered[: len(ordered) - times + 1]])
-    maybe = np.zeros(1 << 16, bool)  # by the last 16 bits, which leaves few to search for
-    maybe[often & np.uint64(0xFFFF)] = True
-    candidates = np.flatnonzero(maybe[hashes & np.uint64(0xFFFF)])
-    out[row[starts[candidates[np.isin(hashes[candidates], often)]]]] = True
+    rows = [text.replace("_", " ").encode("utf-8", "replace") for text in texts]
+    for start in range(0, len(rows), BLOCK):
+        for i in may_repeat(rows[start : start + BLOCK], window, times) + start:
+            words = rows[i].split()
+            runs = Counter(zip(*(words[k:] for k in range(window)), strict=False))
+            out[i] = max(runs.values(), default=0) >= times
     return out
 
 
-def _run_hashes(words: np.ndarray, window: int) -> np.ndarray:
-    """Of hashes of words uint64 [W], those of all runs of `window` words, Σ word·baseⁱ modulo 2⁶⁴."""
-    base, length, hashes = 0x9E3779B97F4A7C15, 1, words
-    for bit in f"{window:b}"[1:]:  # runs of doubled length from two, and one word more where the bit is set
-        factor = np.uint64(pow(base, length, 1 << 64))
-        hashes, length = hashes[:-length] * factor + hashes[length:], 2 * length
-        if bit == "1":
-            hashes, length = hashes[:-1] * np.uint64(base) + words[length:], length + 1
-    return hashes
+def may_repeat(rows: Sequence[bytes], window: int, times: int) -> Int[np.ndarray, " M"]:
+    """The numbers of the rows where `window` words stand behind one another of which each occurs `times`
+    times in its row: all words of a run that occurs so often do.
 
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit integers that scatters them (SplitMix64, Steele et al. 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    Two words of a row count as the same if their first eight bytes are, and seldom otherwise.
+    """
+    data = np.frombuffer(b" ".join([b"", *rows, bytes(8)]), np.uint8)
+    space = SPACE[data]
+    first = np.flatnonzero(space[:-1] > space[1:]) + 1  # of each word; the last word is the eight zeros
+    size = np.flatnonzero(space[:-1] < space[1:]) + 1 - first[:-1]
+    eight = np.lib.stride_tricks.sliding_window_view(data, 8)[first[:-1]].view("<u8")[:, 0]
+    words = eight & FIRST_BYTES[np.minimum(size, 8)]
+    ends = np.searchsorted(first, np.cumsum([1 + len(row) for row in rows]))
+    row = np.repeat(np.arange(len(rows)), np.diff(ends, prepend=0))
+    bits = len(words).bit_length() + 2
+    mixed = (words + row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    bucket = (mixed >> np.uint64(64 - bits)).astype(np.int64)
+    often = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=1 << bits)[bucket] >= times)])
+    return np.unique(row[np.flatnonzero(often[window:] - often[:-window] == window)])
