@@ -38,12 +38,8 @@ TRAIN = {
 }
 DECODE = TRAIN | {"embed": None}
 WORDS = ("tensor", "fsdp")
-ACTIVATIONS: dict[str, Any] = DECODE | {
-    "batch": BATCH,
-    "replica": ("slice", "data"),
-    "embed_shard": "fsdp",
-    "words": WORDS,
-}
+OF_STATES = {"batch": BATCH, "replica": ("slice", "data"), "embed_shard": "fsdp", "words": WORDS}
+ACTIVATIONS: dict[str, Any] = DECODE | OF_STATES
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -55,21 +51,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     inner = config.slices * config.fsdp * config.tensor
     data = len(devices) // inner if config.data == -1 else config.data
-    if data < 1 or data * inner != len(devices):
+    n = len(devices)
+    if data < 1 or data * inner != n:
         names = ("slices", "data", "fsdp", "tensor") if config.slices > 1 else ("data", "fsdp", "tensor")
         asked = " × ".join(f"mesh.{name}={getattr(config, name)}" for name in names)
-        n = len(devices)
-        raise ConfigError(
-            f"{asked} does not make the {n} devices here; set their product to {n}, or mesh.data to -1"
-        )
-    shape = (data, config.fsdp, config.tensor)
+        remedy = f"set their product to {n}, or mesh.data to -1"
+        raise ConfigError(f"{asked} does not make the {n} devices here; {remedy}")
     # Splitting a physical axis is how a v5e or v6e slice makes most shapes; elsewhere the argument is unused.
-    blocks = [
-        mesh_utils.create_device_mesh(shape, part, allow_split_physical_axes=True)
-        for part in _slices(devices, config.slices)
-    ]
+    block = partial(mesh_utils.create_device_mesh, allow_split_physical_axes=True)
+    shape = (data, config.fsdp, config.tensor)
+    blocks = np.stack([block(shape, part) for part in _slices(devices, config.slices)])
     # Auto axes: the compiler propagates.
-    return Mesh(np.stack(blocks), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(blocks, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _slices(devices: Sequence[Any], n: int) -> list[list[Any]]:
@@ -79,9 +72,7 @@ def _slices(devices: Sequence[Any], n: int) -> list[list[Any]]:
     where = {d: (getattr(d, "slice_index", 0), d.process_index) for d in devices}
     physical = len({s for s, _ in where.values()})
     if physical > 1 and devices[0].platform == "tpu" and n % physical:
-        raise ConfigError(
-            f"mesh.slices: {n}, and the devices are {physical} TPU slices; set it to {physical}"
-        )
+        raise ConfigError(f"mesh.slices: {n}, and there are {physical} TPU slices; set it to {physical}")
     ordered = sorted(devices, key=lambda d: (*where[d], d.id))
     granules = [list(g) for _, g in groupby(ordered, key=where.get)]
     if len(granules) < n:
@@ -140,18 +131,12 @@ def split_rows(tree: Any, size: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def join_rows(tree: Any) -> Any:
-    """What `split_rows` split."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
 def map_rows(f: Callable[[Any], Any], tree: Any, size: int) -> Any:
-    """f of a tree of arrays of rows, `size` rows at a time to hold less memory; the result is laid out by
-    rows.
-    """
+    """f of a tree of arrays of rows, `size` rows at a time to hold less memory; the result lies by rows."""
     if size == len(jax.tree.leaves(tree)[0]):
         return by_rows(f(tree))
-    return by_rows(join_rows(jax.lax.map(f, split_rows(tree, size))))
+    join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])  # what `split_rows` split
+    return by_rows(jax.tree.map(join, jax.lax.map(f, split_rows(tree, size))))
 
 
 def splits_words(vocab: int) -> bool:
@@ -161,9 +146,7 @@ def splits_words(vocab: int) -> bool:
 
 
 def batch_ways(size: int) -> int:
-    """Over how many devices a batch axis of `size` is split in the current mesh; 1 where it does not divide,
-    or outside a mesh.
-    """
+    """Devices over which the mesh in use splits a batch axis of `size`; 1 if it does not, or without one."""
     ways = int(np.prod([axis_ways(axis) for axis in BATCH]))
     return ways if size % ways == 0 else 1
 
@@ -234,9 +217,7 @@ def own_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
 
 
 def place_rows(tree: Any, n: int, mesh: Mesh) -> Any:
-    """Host arrays of this process's rows [H, …] as arrays of all n rows over the mesh; nothing crosses
-    processes.
-    """
+    """This process's rows [H, …] on the host as arrays of all n rows; nothing crosses processes."""
     held, _ = own_rows(n, mesh)
 
     def place(x):
@@ -251,9 +232,7 @@ def fetch_rows(tree: Any, mesh: Mesh) -> Any:
 
     def fetch(x):
         if not x.sharding.is_equivalent_to(rows(mesh), x.ndim):
-            raise ValueError(
-                f"rows are fetched from arrays laid out by `rows`; this one is laid out by {x.sharding}"
-            )
+            raise ValueError(f"rows are fetched from arrays laid out by `rows`; this one is by {x.sharding}")
         held, _ = own_rows(len(x), mesh)
         out = np.empty((len(held), *x.shape[1:]), x.dtype)
         for shard in x.addressable_shards:
@@ -271,16 +250,13 @@ def check_divides(name: str, value: int, mesh: Mesh, axes: tuple[str, ...]) -> N
     """Refuse a size that the mesh cannot split, with the nearest ones that work."""
     ways = int(np.prod([mesh.shape[a] for a in axes]))
     if value % ways:
-        near, product = [n for n in (value // ways * ways, -(-value // ways) * ways) if n], " × ".join(axes)
-        raise ConfigError(
-            f"{name}: {value} must divide by mesh {product} = {ways}; the nearest that do: {near}"
-        )
+        near = [n for n in (value // ways * ways, -(-value // ways) * ways) if n]
+        product = f"mesh {' × '.join(axes)} = {ways}"
+        raise ConfigError(f"{name}: {value} must divide by {product}; the nearest that do: {near}")
 
 
 def check_model(mesh: Mesh, axis: str, sizes: dict[str, int]) -> None:
-    """Refuse a mesh that cannot split the sizes of a model, with the nearest that can. Key/value heads may be
-    fewer: see `_spec`.
-    """
+    """Refuse a mesh that cannot split a model's sizes, with the nearest that can; KV heads: see `_spec`."""
     ways = mesh.shape[axis]
     for name, size in sizes.items():
         if size % ways:
@@ -316,7 +292,5 @@ def like(state: Any, params: Any, mesh: Mesh) -> Any:
 
 
 def to_memory(tree: Any, kind: str) -> Any:
-    """The arrays as they lie, but in the memory named: "device" or "pinned_host". Those that are there
-    already are not copied.
-    """
+    """The arrays as they lie, but in the memory "device" or "pinned_host"; copied only if not there yet."""
     return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))

@@ -336,7 +336,7 @@ def test_slices_follow_the_hardware():
     parts = sharding._slices(devices[::-1], 2)
     assert [[d.id for d in part] for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [[d.id for d in part] for part in sharding._slices(devices, 4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    with pytest.raises(ConfigError, match=r"mesh\.slices: 1, and the devices are 2 TPU slices; set it to 2"):
+    with pytest.raises(ConfigError, match=r"mesh\.slices: 1, and there are 2 TPU slices; set it to 2"):
         sharding._slices(devices, 1)
     with pytest.raises(ConfigError, match=r"mesh\.slices: 3 does not divide the 4 .* nearest that do: 2, 4"):
         sharding._slices([Device(i, i // 2, 0) for i in range(8)], 3)

@@ -54,9 +54,7 @@ def save_params(
     written beside itself as `.NAME.partial` and renamed.
     """
     if cfg.execution.value_head:
-        raise ConfigError(
-            "a critic has no output matrix, so transformers has no use for it: export the policy"
-        )
+        raise ConfigError("a critic has no output matrix, which transformers needs: export the policy")
     source, out, leaves = resolve(source_dir), Path(out_dir), flat(params)
     shapes = {path: tuple(p.shape) for path, p in leaves.items()}
     needed = {path: box.value.shape for path, box in flat(abstract(cfg)).items()}
@@ -134,9 +132,7 @@ def save_adapter(
 
 
 def _begin(out: Path) -> Path:
-    """The empty directory beside `out` in which process 0 writes what then gets its name; refused where
-    something is there.
-    """
+    """The empty directory in which process 0 writes what then becomes `out`, which must not hold anything."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not empty; name another directory")
     partial_dir = out.absolute().with_name(f".{out.name}.partial")
@@ -162,9 +158,7 @@ def _shards(tensors: dict[str, Source], itemsize: int) -> dict[str, dict[str, So
 def _gathered(
     leaves: dict, frozen: dict[str, Tensor], tensors: dict[str, Source], dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors by name, each from all processes, since one may hold only a part. A parameter that is not in
-    `leaves` was never trained: it is copied from `frozen`.
-    """
+    """Tensors by name, each from all processes; those never trained, not in `leaves`, are from `frozen`."""
     for name, source in tensors.items():
         if source.path in leaves:
             value = leaves[source.path] if source.layer is None else leaves[source.path][source.layer]

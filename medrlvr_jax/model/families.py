@@ -65,17 +65,13 @@ KNOWN = {
 
 
 def known(path: str) -> DecoderConfig:
-    """Of a directory's config.json; else of this table (`-Base` and `-Instruct` alike); else of the hub's
-    config.json alone.
-    """
+    """Of a directory's config.json; else of this table, `-Base` and `-Instruct` alike; else of the hub's."""
     name = path.removesuffix("-Base").removesuffix("-Instruct")
     if name in KNOWN and not Path(path).is_dir():
         return KNOWN[name]
     if path in SOURCES or Path(path).expanduser().is_dir() or path.count("/") != 1:
         return weights.read_config(path)
-    with files.reading(
-        f"model.path: {path}",
-        f"it is no directory here, none of {', '.join(KNOWN)}, and the hub did not give it",
-    ):
+    remedy = f"it is no directory here, none of {', '.join(KNOWN)}, and the hub did not give it"
+    with files.reading(f"model.path: {path}", remedy):
         file = hf_hub_download(path, "config.json")
     return weights.read_config(Path(file).parent)

@@ -31,9 +31,8 @@ def trained(params: Params, cfg: DecoderConfig) -> Params:
     """The part of a whole tree (of anything, such as shapes or shardings) that is trained."""
     if cfg.execution.lora is None:
         return params
-    return unflatten_dict(
-        {path: leaf for path, leaf in flat(params).items() if PARAMETERS[path[-1]].trained_with_lora}
-    )
+    is_trained = lambda path: PARAMETERS[path[-1]].trained_with_lora
+    return unflatten_dict({path: leaf for path, leaf in flat(params).items() if is_trained(path)})
 
 
 def off(cfg: DecoderConfig) -> DecoderConfig:

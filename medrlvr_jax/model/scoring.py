@@ -37,9 +37,7 @@ def row_sizes(shares: Sequence[float], samples: int, length: int) -> tuple[int, 
 
 
 def at_row_size(mask: Array, sizes: tuple[int, ...], f: Callable[[int], T]) -> T:
-    """f(size) at the least size that holds the tokens of every row of the mask [Q, G, R]: the device chooses,
-    all are compiled.
-    """
+    """f(size) at the least size that holds every row of the mask [Q, G, R]; all of them are compiled."""
     if len(sizes) == 1:
         return f(sizes[0])
     longest = mask.sum((1, 2)).max()

@@ -33,9 +33,7 @@ class RopeScaling(NamedTuple):
 
 @dataclass(frozen=True)
 class Execution:
-    """How an architecture is computed: the run and the device choose it, and a checkpoint does not depend on
-    most of it.
-    """
+    """How an architecture is computed: the run and the device choose it; most of it is in no checkpoint."""
 
     dtype: Any = jnp.float32  # of products; sums, norms and softmaxes are float32
     remat: str = "full"  # what the backward pass computes again: see `decoder.REMAT`
@@ -120,9 +118,7 @@ Kind = Literal["table", "matrix", "adapter", "scale", "norm", "bias", "value"]
 
 
 class Parameter(NamedTuple):
-    """One row of the table. The parameters of all layers are stacked along a leading axis `layers`, left out
-    here.
-    """
+    """One row of the table. Those of all layers are stacked along a leading axis `layers`, left out here."""
 
     kind: Kind
     axes: str  # logical axes: `sizes` gives their sizes, sharding.py their mesh axes
@@ -167,9 +163,8 @@ class Parameter(NamedTuple):
             return nn.initializers.zeros_init() if self.start == "zeros" else nn.initializers.ones_init()
         size = sizes(cfg)
         deviation = prod(size[axis] for axis in self.inputs.split()) ** -0.5
-        return nn.initializers.normal(
-            (2 * cfg.layers) ** -0.5 * deviation if self.start == "residual" else deviation
-        )
+        scale = (2 * cfg.layers) ** -0.5 if self.start == "residual" else 1.0
+        return nn.initializers.normal(scale * deviation)
 
 
 def sizes(cfg: DecoderConfig) -> dict[str, int]:
@@ -181,9 +176,7 @@ def sizes(cfg: DecoderConfig) -> dict[str, int]:
 
 
 def _with_companions(**rows: Parameter) -> dict[str, Parameter]:
-    """The rows; after each layer's matrix, the scale of its int8 form and the factors A and B of its
-    adapter.
-    """
+    """The rows; after each layer's matrix, the scale of its int8 form and its adapter's factors A and B."""
     out: dict[str, Parameter] = {}
     for name, row in rows.items():
         out[name] = row
@@ -209,9 +202,7 @@ def _norm(axis: str, module: str, **more: Any) -> Parameter:
 
 
 def _bias(axes: str, module: str) -> Parameter:
-    return Parameter(
-        "bias", axes, "", "zeros", f"{module}.bias", f"({axes})", exists=lambda cfg: cfg.qkv_bias
-    )
+    return Parameter("bias", axes, "", "zeros", f"{module}.bias", f"({axes})", exists=_has_qkv_bias)
 
 
 def _matrix(axes: str, inputs: str, module: str, tensor_axes: str, start: Any = "normal") -> Parameter:
@@ -222,6 +213,7 @@ _quantized = lambda cfg: cfg.execution.int8
 _has_value = lambda cfg: cfg.execution.value_head
 _has_head = lambda cfg: not (cfg.tied or cfg.execution.value_head)
 _has_qk_norm = lambda cfg: cfg.qk_norm
+_has_qkv_bias = lambda cfg: cfg.qkv_bias
 # Start values depend on the order of the rows: see `init`. A new row goes to the end.
 PARAMETERS = _with_companions(
     embed=_table("vocab embed", "model.embed_tokens"),
@@ -260,9 +252,7 @@ def parameters(cfg: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
 
 
 def abstract(cfg: DecoderConfig) -> Params:
-    """The parameter tree with shapes and logical axes (`nn.Partitioned` around a ShapeDtypeStruct) in place
-    of arrays.
-    """
+    """The parameter tree: for each array its shape and logical axes, `nn.Partitioned(ShapeDtypeStruct)`."""
 
     def box(row: Parameter) -> nn.Partitioned:
         shape, axes = row.shape(cfg), tuple(row.axes.split())

@@ -22,9 +22,7 @@ BLOCKS = (512, 256, 128)
 
 
 class Shared(kernels.Mask):
-    """The mask of `attention.plain` without padding, made block by block: at thousands of tokens the whole is
-    gigabytes.
-    """
+    """The mask of `attention.plain` without padding, made block by block: all of it may be gigabytes."""
 
     def __init__(self, size: int, width: int, length: int):
         self.shape_, self.width, self.length = (size, size), width, length

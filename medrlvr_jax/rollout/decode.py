@@ -92,9 +92,7 @@ def decode_step(
     caches: Caches,
     t: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "Q G E"], Caches]:
-    """The tokens of column t → the states that predict column t + 1, and `caches`, the samples', with column
-    t filled.
-    """
+    """The tokens of column t → the states that predict column t + 1, and the samples' `caches` with t."""
     params, dtype = weights.params, cfg.execution.dtype
     x = constrain(params["embed"].astype(dtype)[tokens].astype(jnp.float32), "batch", None, None)
     cos, sin = (table[prompts.next_position + t][:, None] for table in weights.rope)

@@ -87,9 +87,8 @@ def _next_column(weights: decode.Weights, settings: DrawSettings, state: State) 
     """Read column t − 1, and draw column t."""
     rows, before = state.rows, state.t - 1
     tokens = jax.lax.dynamic_index_in_dim(rows.drawn.tokens, before, axis=2, keepdims=False)
-    hidden, caches = decode.decode_step(
-        weights, settings.cfg, tokens, state.prompts, state.prompt_caches, rows.caches, before
-    )
+    prompts = state.prompts, state.prompt_caches
+    hidden, caches = decode.decode_step(weights, settings.cfg, tokens, *prompts, rows.caches, before)
     state = state._replace(rows=rows._replace(caches=caches))
     return _record(weights.params, settings, state, hidden)
 

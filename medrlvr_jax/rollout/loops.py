@@ -36,9 +36,7 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-    """Before column t is drawn; columns below t are final. After the first narrowing Q counts rows, and G
-    is 1.
-    """
+    """Before column t is drawn; those below are final. After the first narrowing Q is rows, and G is 1."""
 
     t: Int[Array, ""]
     rows: Rows
@@ -49,9 +47,7 @@ class State(NamedTuple):
 
 
 def segment_ends(length: int) -> list[int]:
-    """For how many tokens the samples' caches have room, loop by loop: the budget, its half, … down to less
-    than 2 · SEGMENT.
-    """
+    """Tokens for which the caches have room, loop by loop: …, a quarter, half of the budget, the budget."""
     ends = [length]
     while ends[0] >= 2 * SEGMENT:
         ends.insert(0, -(-ends[0] // 2))

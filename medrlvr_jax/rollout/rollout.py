@@ -77,9 +77,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Scored:
-    """What this process scored of a rollout: N flat rows, question by question. No other process scored any
-    of them.
-    """
+    """What this process, and no other, scored of a rollout: N flat rows, question by question."""
 
     questions: list[Question]  # [N]
     places: np.ndarray  # int [N], each row's place among the Q·G of the whole batch
@@ -151,10 +149,8 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
     own = index[own_rows(len(index), parts.mesh)[0]].tolist()
     wanted = [shuffled(encoded.questions[i], parts.config.seed, draw) for i in own]
     pads = encoded.images.taking(own).pads() if encoded.images else None
-    rows, limit = (
-        text.encode_questions(parts.tokenizer, wanted, parts.config.prompt, images=pads),
-        min(encoded.width, parts.config.prompt.max_tokens),
-    )
+    rows = text.encode_questions(parts.tokenizer, wanted, parts.config.prompt, images=pads)
+    limit = min(encoded.width, parts.config.prompt.max_tokens)
     questions, tokens = list(encoded.questions), list(encoded.tokens)
     for i, question, row in zip(own, wanted, rows, strict=True):
         if len(row) <= limit:
@@ -241,8 +237,6 @@ def sample_and_score(
     if not entropies:
         return scored
     _, counted = own_rows(len(index), parts.mesh)
-    flat = (-1, rollout.tokens.shape[-1])
-    entropy, mask = (
-        x[counted].reshape(flat) for x in fetch_rows((rollout.entropy, rollout.mask), parts.mesh)
-    )
-    return dataclasses.replace(scored, entropy=entropy.sum(1) / np.maximum(mask.sum(1), 1))
+    entropy, mask = (x[counted] for x in fetch_rows((rollout.entropy, rollout.mask), parts.mesh))
+    means = entropy.sum(-1) / np.maximum(mask.sum(-1), 1)
+    return dataclasses.replace(scored, entropy=means.ravel())

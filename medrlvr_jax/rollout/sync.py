@@ -96,8 +96,6 @@ def make_weight_sync(parts: Parts, cfg: DecoderConfig) -> WeightSync:
         """Layer by layer: all at once, XLA holds what it gathers a second time beside the result."""
         stacked = {path: params[path] for path in shards}
         placed = jax.lax.map(lambda layer: place_all(quantized(layer), of_layer), stacked) if stacked else {}
-        return (
-            place_all(params, {path: place for path, place in places.items() if path not in layers}) | placed
-        )
+        return place_all(params, {path: s for path, s in places.items() if path not in layers}) | placed
 
     return WeightSync(jax.jit(sync_weights, out_shardings=places), moved)

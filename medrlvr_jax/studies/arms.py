@@ -20,17 +20,13 @@ from pydantic import Field
 
 from medrlvr_jax.config import check
 from medrlvr_jax.config import load as configs
-from medrlvr_jax.config.schema import Config, section
+from medrlvr_jax.config.schema import Config
+from medrlvr_jax.config.section import Name, section
 from medrlvr_jax.host.errors import ConfigError
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
-NO_DEFAULT: dict[str, Any] = {
-    "name": "x",
-    "model": {"path": ""},
-    "data": {"path": ""},
-    "learn": {"policy": {"lr": 0}},
-}
+PATH = {"path": ""}
+NO_DEFAULT = {"name": "x", "model": PATH, "data": PATH, "learn": {"policy": {"lr": 0}}}
 DEFAULTS = configs.flat(configs.to_tree(pydantic.TypeAdapter(Config).validate_python(NO_DEFAULT)))
 
 
