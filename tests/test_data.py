@@ -2,6 +2,7 @@
 where the data is there.
 """
 
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -352,6 +353,32 @@ def test_csv_by_commas_semicolons_or_tabs(file, mark):
     assert "column 'A' is there twice" in complaint(
         file("own.csv", mark.join("question A A answer".split()) + "\n")
     )
+
+
+def test_excel(tmp_path, monkeypatch):
+    openpyxl = pytest.importorskip("openpyxl")
+    book, path = openpyxl.Workbook(), tmp_path / "own.xlsx"
+    rows = [
+        ["question", "A", "B", "C", "answer", None],
+        ["Which?", 3.0, 2.5, None, "b"],
+        [None],
+        ["Where?", "x", "y", "z", "A"],
+    ]
+    for row in rows:
+        book.active.append(row)
+    book.create_sheet("notes").append(["no question"])
+    book.save(path)
+    assert [(q.id, q.options, q.answer) for q in read(str(path))] == [
+        ("own-2", ("3", "2.5"), 1),
+        ("own-4", ("x", "y", "z"), 0),
+    ]
+    book.active.append(["Why?", "x", "y", "z", "A", "by Ann"])
+    book.save(path)
+    assert "row 5: 6 cells under a header of 5" in complaint(str(path))
+    path.write_bytes(b"PK")
+    assert "no .xlsx file, or a broken one" in complaint(str(path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'medrlvr-jax[excel]'" in complaint(str(path))
 
 
 def test_trials_have_trecs_labels_whatever_their_prompt_says(file):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # imported where a setting asks for them, or in a notebook, which has IPython
-OPTIONAL = {"tensorboardX", "wandb", "trackio", "IPython", "pydicom"}
+OPTIONAL = {"tensorboardX", "wandb", "trackio", "IPython", "pydicom", "openpyxl"}
 MODULES = {
     "orbax-checkpoint": "orbax",
     "pyyaml": "yaml",

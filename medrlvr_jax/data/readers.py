@@ -4,6 +4,8 @@ Errors (`DataError`) are yielded, not raised, so that one pass over a file repor
 """
 
 import csv
+import datetime
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,34 +121,72 @@ def _record(value: Any) -> Row:
     return DataError(f"{short(value)}: a record is an object with fields")
 
 
-# ---- CSV ----
+# ---- tables ----
+
+Cells = Iterable[tuple[int, list[str]]]  # each line's or row's number and its cells
 
 
 def _csv(path: Path) -> Rows:
-    """With a header (columns A, B, … are the options) or, as in MMLU, without: question, A, B, C, D, letter.
-
-    Cells are separated by commas, semicolons or tabs, whichever fits the first record.
-    """
-    header, start = None, 1
+    """Cells are separated by commas, semicolons or tabs, whichever fits the first record."""
+    start = 1
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
             delimiter = _delimiter(file)
             reader = csv.reader(file, strict=True, delimiter=delimiter)
-            for cells in reader:
-                number, start = start, reader.line_num + 1  # its first line: a quoted cell may span lines
-                if number == 1 and _is_header(cells):
-                    header = [cell.strip() for cell in cells]
-                    if twice := [name for name, times in Counter(header).items() if name and times > 1]:
-                        yield number, DataError(f"column {twice[0]!r} is there twice; take one out")
-                        return
-                elif header and cells and len(cells) != len(header):
-                    problem = f"{len(cells)} cells under a header of {len(header)}"
-                    yield number, DataError(f"{problem}; quote cells that hold {delimiter!r}")
-                elif cells:
-                    row = _under_header(header, cells) if header else _without_header(cells, path.stem)
-                    yield number, row
+
+            def lines() -> Cells:
+                nonlocal start
+                for cells in reader:
+                    number, start = start, reader.line_num + 1  # its first line: a quoted cell may span lines
+                    yield number, cells
+
+            yield from _table(lines(), path, f"quote cells that hold {delimiter!r}")
         except (csv.Error, UnicodeDecodeError) as e:
             yield start, DataError(f"not CSV in UTF-8: {e}; save the file again as CSV in UTF-8")
+
+
+def _excel(path: Path) -> Rows:
+    """The first sheet of a workbook; formulas by the values that were saved with them."""
+    if not importlib.util.find_spec("openpyxl"):
+        remedy = "pip install 'medrlvr-jax[excel]', or save the sheet as CSV in UTF-8"
+        raise DataError(f"{path}: an Excel file needs openpyxl, which is not installed; {remedy}")
+    import openpyxl  # pyright: ignore[reportMissingModuleSource]
+
+    with files.reading(path, "it may be no .xlsx file, or a broken one: save it again", DataError):
+        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
+        values = [[_cell(value) for value in row] for row in sheet.iter_rows(values_only=True)]
+    filled = [max((i for i, cell in enumerate(row, 1) if cell), default=0) for row in values]
+    width = next(iter(filled), 0)  # of the header: empty cells at the end may be left out, or be too many
+    sizes = [max(width, size) if size else 0 for size in filled]
+    rows = ((row + [""] * width)[:size] for row, size in zip(values, sizes, strict=True))
+    yield from _table(enumerate(rows, 1), path, "take out what stands beside the table")
+
+
+def _cell(value: Any) -> str:
+    """What a cell shows: 3.0 is 3, and a date has no time."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time():
+        value = value.date()
+    return "" if value is None else str(value)
+
+
+def _table(lines: Cells, path: Path, remedy: str) -> Rows:
+    """With a header (columns A, B, … are the options) or, as in MMLU, without: question, A, B, C, D, letter.
+
+    `remedy`: for a line of more or fewer cells than the header has.
+    """
+    header = None
+    for number, cells in lines:
+        if number == 1 and _is_header(cells):
+            header = [cell.strip() for cell in cells]
+            if twice := [name for name, times in Counter(header).items() if name and times > 1]:
+                yield number, DataError(f"column {twice[0]!r} is there twice; take one out")
+                return
+        elif header and cells and len(cells) != len(header):
+            yield number, DataError(f"{len(cells)} cells under a header of {len(header)}; {remedy}")
+        elif cells:
+            yield number, _under_header(header, cells) if header else _without_header(cells, path.stem)
 
 
 def _is_header(cells: list[str]) -> bool:
@@ -226,5 +266,5 @@ def _dataset(rows: Any) -> Rows:
 
 
 # By suffix: the unit that records are counted in, and the reader.
-READERS = {suffix: ("line", _csv) for suffix in (".csv", ".tsv")}
+READERS = {".csv": ("line", _csv), ".tsv": ("line", _csv), ".xlsx": ("row", _excel)}
 READERS |= {".jsonl": ("line", read_json), ".json": ("record", read_json), ".parquet": ("row", _parquet)}
