@@ -61,6 +61,7 @@ def test_what_a_command_reads_is_in_the_schema():
 
 BAD = [
     ({"passes": 1}, "steps: 2 and passes: 1.0: give exactly one of the two"),
+    ({"prompt": {"template": "thnik"}}, "prompt.template: 'thnik': take think, direct, none, or a wording"),
     ({"reward": {"mode": "direct"}}, "reward.mode: direct pays for an answer .* set prompt.template=direct"),
     ({"prompt": {"system": "Be brief."}}, "prompt.system: it needs the chat template; set prompt.chat to"),
     ({"reward": {"random": 0.5, "leak_penalty": 1}}, "reward.random: it alone says what is paid; take the"),

@@ -2,6 +2,7 @@
 transformers' own.
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -84,6 +85,14 @@ def special_inside(tok, ids):
 
 
 # ---- wording ----
+
+
+def test_a_wording_of_ones_own():
+    """Braces in a question are text; so are others in the wording."""
+    question = dataclasses.replace(SCURVY, question="Is {answer} a set, {x}?")
+    prompt = text.render(question, "{question}\nGive {answer} as {form}, not {x}.")
+    last = "Give the letter of the one best option as letter, not {x}."
+    assert prompt == f"Question: Is {{answer}} a set, {{x}}?\nA. A\nB. C\nC. D\n{last}"
 
 
 def test_wording():

@@ -54,6 +54,9 @@ def problems(c: Config) -> Iterator[tuple[str, str]]:
         remedy = "reward.mode=direct" if c.prompt.template == "direct" else "prompt.template=direct"
         asks = f"which prompt.template {c.prompt.template} does not ask for"
         yield "reward.mode", f"{c.reward.mode} pays for {pays}, {asks}; set {remedy}"
+    if c.prompt.template not in ("think", "direct", "none") and "{question}" not in c.prompt.template:
+        names = "think, direct, none, or a wording of your own with {question} in it"
+        yield "prompt.template", f"{c.prompt.template!r}: take {names}"
     for name, value in (("system", c.prompt.system), ("template_args", c.prompt.template_args or None)):
         if value is not None and not c.prompt.chat:
             yield f"prompt.{name}", "it needs the chat template; set prompt.chat to true, or take it out"

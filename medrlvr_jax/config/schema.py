@@ -98,8 +98,10 @@ class SetConfig:
 class PromptConfig:
     """How a question becomes the tokens of a prompt."""
 
-    # think: ask for a thought and an answer; direct: for the answer alone; none: give no instruction.
-    template: Literal["think", "direct", "none"] = "think"
+    # think: ask for a thought and an answer; direct: for the answer alone; none: give no instruction. Or a
+    # wording of your own, in which {question} is the question with its lettered options, {answer} what is
+    # asked for ("the letter of the one best option"), and {form} the word for it ("letter").
+    template: str = "think"
     chat: bool = False  # Wrap the prompt in the tokenizer's chat template.
     system: str | None = None  # With chat: the system turn. null: the template's default, if it has one.
     # With chat: variables of the template, such as {enable_thinking: false}.

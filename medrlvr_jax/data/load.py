@@ -1,7 +1,7 @@
 """A set of questions (or of texts): every record read and checked, and a report of how it was read.
 
-`SetConfig.path` is a local file (.jsonl .json .csv .tsv .xlsx .parquet), `embedded:NAME`, or the name of a set
-on the hub. The first record's fields tell the format, or `format` sets it; formats.py has the formats.
+`SetConfig.path` is a local file (.jsonl .json .csv .tsv .xlsx .parquet), `embedded:NAME`, or the name of a
+set on the hub. The first record's fields tell the format, or `format` sets it; formats.py has the formats.
 
 The whole set is checked before any of it is used, and up to ten errors are raised at once, each with its
 line. What could be read in more than one way is reported: `read` returns a few lines for the console.

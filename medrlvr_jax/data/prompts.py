@@ -21,25 +21,25 @@ from medrlvr_jax.types import Prompts
 # ---- wording: the paper does not give its own, so this is ours; it stands only here ----
 
 ROLE = "You are a medical expert taking the United States Medical Licensing Examination (USMLE)."
-THINK = (
-    "Reason step by step inside <think> </think> tags, then give {answer} inside <answer> </answer> tags, "
-    "in this form: <think>reasoning</think><answer>{form}</answer>"
-)
-DIRECT = (
-    "Give {answer} inside <answer> </answer> tags, and nothing else, in this form: <answer>{form}</answer>"
-)
+BEGIN = f"{ROLE}\n\n{{question}}\n\n"
+TEMPLATES = {
+    "think": f"{BEGIN}Reason step by step inside <think> </think> tags, then give {{answer}} inside "
+    "<answer> </answer> tags, in this form: <think>reasoning</think><answer>{form}</answer>",
+    "direct": f"{BEGIN}Give {{answer}} inside <answer> </answer> tags, and nothing else, in this form: "
+    "<answer>{form}</answer>",
+    "none": "{question}",
+}
+FIELD = re.compile(r"\{(?:question|answer|form)\}")  # of a wording; braces in a question are text
 IMAGE = "<image>"  # in a question's text: where its next image stands
 DATES = {None: "2024-03-31", "month_first": "MM/DD/YYYY", "day_first": "DD/MM/YYYY"}
 
 
 def render(question: Question, template: str) -> str:
-    """The user's text, by `PromptConfig.template`; `none` is only the question and its lettered options."""
+    """The user's text: a question in the wording that `PromptConfig.template` names, or is."""
     asked = "\n".join([f"Question: {question.question}", *question.lettered])
-    if template == "none":
-        return asked
     answer, form = answer_form(question)
-    template = THINK if template == "think" else DIRECT
-    return f"{ROLE}\n\n{asked}\n\n{template.format(answer=answer, form=form)}"
+    parts = {"{question}": asked, "{answer}": answer, "{form}": form}
+    return FIELD.sub(lambda field: parts[field[0]], TEMPLATES.get(template, template))
 
 
 def answer_form(question: Question) -> tuple[str, str]:
