@@ -112,6 +112,15 @@ def test_any_mesh_and_any_interruption(folder, metrics):
             assert other[name] == pytest.approx(row[name], rel=2e-4, abs=2e-5), name
 
 
+def test_learning_from_text_and_asked_about_images(folder):
+    """The same model and tower: MedVLThinker's recipe."""
+    changes = {"name": "text", "steps": 1, "data.fields": {"images": None}, "checkpoint.every": 0}
+    before, step = trained(folder, **changes)
+    assert before["eval.mine.n"] == step["eval.mine.n"] == 16 and step["policy/grad_norm"] > 0
+    samples = lines(folder / "runs" / "text" / "samples.jsonl")
+    assert not any("<|image|>" in row["prompt"] or "images" in row for row in samples)
+
+
 def test_two_processes_see_what_one_sees(folder):
     """Each process reads and places the images of its own questions; tokens and numbers are those of one."""
     settings = {"eval.sets": {}, "loss.entropy_coef": 0.5, "log.samples_every": 1, "checkpoint.every": 0}
