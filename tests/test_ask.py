@@ -53,7 +53,7 @@ def merged():
 def shown(tok, row, joined):
     """(the tokens that stay, the lead, the new text) as texts."""
     ids = joined.ids
-    return [tok.show(part) for part in (row[: joined.kept], ids[: joined.start], ids[joined.start :])]
+    return [tok.show(part) for part in (row[: joined.prefix], ids[: joined.start], ids[joined.start :])]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_what_was_drawn_stays_as_it_was_drawn():
     tok = merged()
     row = tok.spell(["<answer>"])[0] + tok.spell(["B"])[0] + tok.spell(["</answer>"])[0]
     [joined] = joins.join(tok, [row], ["<answer>B</answer>"], [8], [("", "B")])
-    assert (joined.kept, joined.ids, joined.start) == (8, tok.spell(["B"])[0], 0)
+    assert (joined.prefix, joined.ids, joined.start) == (8, tok.spell(["B"])[0], 0)
 
 
 def test_joins_never_cut_a_character():
@@ -101,12 +101,12 @@ def test_joins_never_cut_a_character():
     for row, text, end, joined in zip(
         rows, texts, ends, joins.join(tok, rows, texts, ends, [("", "x")] * 60), strict=True
     ):
-        start = tok.show(row[: joined.kept])
+        start = tok.show(row[: joined.prefix])
         assert text.startswith(start) and len(start) <= end
         assert tok.show(joined.ids) == text[len(start) : end] + "x"
-        longer = tok.show(row[: joined.kept + 1])
+        longer = tok.show(row[: joined.prefix + 1])
         assert (
-            joined.kept == len(row) or len(longer) > end or not text.startswith(longer) or end == len(start)
+            joined.prefix == len(row) or len(longer) > end or not text.startswith(longer) or end == len(start)
         )
 
 

@@ -213,12 +213,12 @@ def arrange(images: list[list[Cut]], windows: int, cfg: VisionConfig) -> Images:
         start = 0
         for number, (cut, grid) in enumerate(of_question):
             held = layout(grid, side)
-            here, filled = slice(start, start + len(held)), held >= 0
-            pixels[q, here][filled] = cut[held[filled]]
+            part, filled = slice(start, start + len(held)), held >= 0
+            pixels[q, part][filled] = cut[held[filled]]
             token = np.stack(np.divmod(held[filled], grid.columns), -1)
             places = token[:, None] * cfg.merge + inner
-            slots[q, here][filled, :, 0], slots[q, here][filled, :, 1:3] = number, places
-            slots[q, here][filled, :, 3:] = np.array(grid) * cfg.merge
+            slots[q, part][filled, :, 0], slots[q, part][filled, :, 1:3] = number, places
+            slots[q, part][filled, :, 3:] = np.array(grid) * cfg.merge
             start += len(held)
     flat = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
     return Images(flat(pixels), flat(slots))

@@ -169,8 +169,8 @@ def _beside(question: Question, config: SetConfig) -> Question:
         return question
     path = Path(config.path).expanduser()
     folder = (path.parent if path.is_file() else Path()) / Path(config.image_folder or "").expanduser()
-    there = (s if isinstance(s, bytes) else str(folder / Path(s).expanduser()) for s in question.images)
-    return dataclasses.replace(question, images=tuple(there))
+    paths = (s if isinstance(s, bytes) else str(folder / Path(s).expanduser()) for s in question.images)
+    return dataclasses.replace(question, images=tuple(paths))
 
 
 def _item(row: Any, name: str, default_id: str) -> Question | Example:

@@ -68,7 +68,7 @@ REASONS = {  # why a text is not a value
 
 _NUMBER = re.compile(
     r"(?P<sign>[+\-−])?\s?"
-    r"(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?P<fraction>\.\d+)?"
+    r"(?P<digits>\d{1,3}(?:,\d{3})+|\d+)?(?P<fraction>\.\d+)?"
     r"(?:[eE](?P<exponent>[+\-−]?\d{1,2})|\s?[×x]\s?10\^(?P<power>[+\-−]?\d{1,2}))?"
     r"\s?(?P<unit>(?:/ ?)?[^\s\d.,+\-−/][^\s,]*(?: [^\s\d,]+){0,2}(?: ?/ ?1\.73 ?m[²2])?)?\.?",
     re.ASCII,
@@ -147,12 +147,12 @@ def unit_size(text: str) -> tuple[str, Fraction]:
 def read_number(text: str) -> Number:
     """Sign, digits, thousands, decimal point, exponent, unit: `−1,234.5 mg/dL`, `2.5e-3`, `3 × 10^4 /µL`."""
     match = _NUMBER.fullmatch(text)
-    if not match or (match["whole"] is None and match["fraction"] is None):
+    if not match or (match["digits"] is None and match["fraction"] is None):
         raise Unreadable("not_a_number")
-    whole = match["whole"] or "0"
-    if whole.count(",") == 1 and match["fraction"] is None:
+    digits = match["digits"] or "0"
+    if digits.count(",") == 1 and match["fraction"] is None:
         raise Unreadable("ambiguous_number")
-    value = Fraction(whole.replace(",", "") + (match["fraction"] or ""))
+    value = Fraction(digits.replace(",", "") + (match["fraction"] or ""))
     value *= Fraction(10) ** int((match["exponent"] or match["power"] or "0").replace("−", "-"))
     unit = match["unit"]
     if unit is not None:
@@ -286,8 +286,8 @@ def _limits(row: Mapping[str, Any], value: Fraction) -> dict[str, Fraction]:
         limits = {"lower": value - abs(value) * tolerance, "upper": value + abs(value) * tolerance}
     limits = limits or {"lower": value, "upper": value}
     if not limits.get("lower", value) <= value <= limits.get("upper", value):
-        told = ", ".join(f"{name} {float(limit):g}" for name, limit in limits.items())
-        raise Unreadable(f"field answer: {float(value):g} is not within {told}; put the limits in order")
+        bounds = ", ".join(f"{name} {float(limit):g}" for name, limit in limits.items())
+        raise Unreadable(f"field answer: {float(value):g} is not within {bounds}; put the limits in order")
     return limits
 
 

@@ -53,29 +53,29 @@ def how_asked(log: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     return asked | {"shuffle_options": config[f"eval.sets.{name}.shuffle_options"]}
 
 
-def differences(a: Path, b: Path, name: str, one: Answers, other: Answers) -> list[str]:
+def differences(a: Path, b: Path, name: str, x: Answers, y: Answers) -> list[str]:
     """How the two evaluations of a set differ, beside the model."""
     try:
         first, second = (how_asked(read_log(folder), folder, name) for folder in (a, b))
         out = [f"{k}: {value!r} in A, {second[k]!r} in B" for k, value in first.items() if value != second[k]]
     except ConfigError as e:
         out = [str(e)]
-    i, j, odd = pair(one, other)
+    i, j, odd = pair(x, y)
     if odd:
         what = f"{len(odd):,} ids, the first is {odd[0]!r}, are of other questions or keys in B"
         out.append(f"{what}; evaluate both on one file")
-    only_a, only_b = len(one.ids) - len(i) - len(odd), len(other.ids) - len(j) - len(odd)
+    only_a, only_b = len(x.ids) - len(i) - len(odd), len(y.ids) - len(j) - len(odd)
     if only_a or only_b:
         remedy = "evaluate both on one file, with a prompt.max_tokens that drops none"
         out.append(f"{only_a:,} questions were answered in A alone, {only_b:,} in B alone; {remedy}")
-    if not out and not all(s.hashes.all() for s in (one, other)):
+    if not out and not all(s.hashes.all() for s in (x, y)):
         out.append("the answers of an older version have no hashes of their questions; evaluate again")
     return out
 
 
-def check_alike(a: Path, b: Path, name: str, one: Answers, other: Answers, anyway: bool) -> list[str]:
+def check_alike(a: Path, b: Path, name: str, x: Answers, y: Answers, anyway: bool) -> list[str]:
     """`differences`, which are refused unless `anyway`."""
-    if (odd := differences(a, b, name, one, other)) and not anyway:
+    if (odd := differences(a, b, name, x, y)) and not anyway:
         lines = "".join(f"\n  {line}" for line in odd)
         why = f"{a} (A) and {b} (B) differ in more than the model; if that is meant, give --anyway"
         raise ConfigError(f"{name}: {why}:{lines}")
@@ -91,21 +91,21 @@ def compare_sets(a: Answers, b: Answers) -> dict[str, Any]:
     i, j, _ = pair(a, b)
     if not len(i):
         raise ConfigError("the two evaluations share no question")
-    one, other = a.correct[i], b.correct[j]
-    difference, alike = stats.paired_difference(one, other), one.shape[1] == other.shape[1]
+    x, y = a.correct[i], b.correct[j]
+    difference, alike = stats.paired_difference(x, y), x.shape[1] == y.shape[1]
     only_a, only_b, p = None, None, difference.p
-    if one.shape[1] == other.shape[1] == 1:
-        only_a, only_b, p = stats.mcnemar(one[:, 0], other[:, 0])
+    if x.shape[1] == y.shape[1] == 1:
+        only_a, only_b, p = stats.mcnemar(x[:, 0], y[:, 0])
     return {
         "n": len(i),
-        "a": stats.accuracy(one)._asdict(),
-        "b": stats.accuracy(other)._asdict(),
+        "a": stats.accuracy(x)._asdict(),
+        "b": stats.accuracy(y)._asdict(),
         "difference": {"value": difference.value, "low": difference.low, "high": difference.high},
         "only_a": only_a,
         "only_b": only_b,
         "p": p,
         "minimum_detectable": difference.minimum_detectable,
-        "boundary": stats.boundary(one, other) if alike else None,  # more samples solve more
+        "boundary": stats.boundary(x, y) if alike else None,  # more samples solve more
     }
 
 
@@ -122,16 +122,16 @@ def compare(a: Path, b: Path, anyway: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{a} and {b}: no set of answers in both; give two folders of `medrlvr eval`")
     out = {}
     for name in names:
-        one, other = (read(folder / f"{name}.jsonl") for folder in (a, b))
-        odd = check_alike(a, b, name, one, other, anyway)
+        x, y = (read(folder / f"{name}.jsonl") for folder in (a, b))
+        odd = check_alike(a, b, name, x, y, anyway)
         logs = {"A": read_log(a), "B": read_log(b)}
         counts = {f"{name}, {x}": log.get("eval", {}).get(name) for x, log in logs.items()}
         notes = [line for which, c in counts.items() if c for line in remarks(which, c)]
         try:
-            out[name] = compare_sets(one, other) | {"each": {"a": describe(one), "b": describe(other)}}
+            out[name] = compare_sets(x, y) | {"each": {"a": describe(x), "b": describe(y)}}
             out[name] |= {"differences": odd, "remarks": notes}
-            if one.repeats.any():
-                out[name]["distinct"] = compare_sets(one.only(~one.repeats), other)
+            if x.repeats.any():
+                out[name]["distinct"] = compare_sets(x.only(~x.repeats), y)
         except ConfigError as e:
             raise ConfigError(f"{name}: {e}") from None
     tested = [out[name].get("distinct", out[name]) for name in names]

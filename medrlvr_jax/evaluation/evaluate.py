@@ -47,7 +47,7 @@ def load_sets(parts: Parts) -> dict[str, Encoded]:
             raise ConfigError(f"eval.sets.{name}: no question of {spec.path} fits {limit}; raise it")
         if encoded.dropped:
             how_read += f"\n  dropped: {encoded.dropped:,} questions, longer than prompt.max_tokens; raise it"
-        sets[name] = dataclasses.replace(encoded, told=how_read)
+        sets[name] = dataclasses.replace(encoded, how_read=how_read)
         check_positions(parts, encoded.longest, rollout_settings(c, encoded).max_new_tokens, field)
     return sets
 
@@ -251,12 +251,12 @@ def look_at(
     parts: Parts, decode_params: Params, encoded: Encoded, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """`look.describe` of a set with images: its questions are asked again under each condition."""
-    found = {}
+    answered = {}
     for name, questions in look.conditions(encoded.questions).items():
         other = encode(parts.tokenizer, questions, parts.config, encoded.shuffle, parts.cfg.vision)
         other = dataclasses.replace(other, width=max(other.width, encoded.width))  # fewer shapes to compile
-        found[name] = evaluate(parts, decode_params, other)[1] if other.questions else []
-    return look.describe(encoded.questions, rows, found)
+        answered[name] = evaluate(parts, decode_params, other)[1] if other.questions else []
+    return look.describe(encoded.questions, rows, answered)
 
 
 def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | None) -> int:
@@ -269,7 +269,7 @@ def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | 
     with jax.set_mesh(parts.mesh):
         decode_params = make_weight_sync(parts, parts.cfg)(params)
         for name, encoded in sets.items():
-            console.notify(f"eval.sets.{name}: {encoded.told}")
+            console.notify(f"eval.sets.{name}: {encoded.how_read}")
             progress = partial(console.progress, f"eval {name}")
             results[name], rows = evaluate(parts, decode_params, encoded, progress, entropies=True)
             statistics[name] = answers.describe(answers.of_rows(rows, name))

@@ -241,9 +241,9 @@ def mark(found: Sequence[Alarm], history: Sequence[dict[str, Any]]) -> tuple[dic
     """How many steps each alarm has lasted, as metrics `alarm/…`; and those to report now (`is_due`)."""
     before = history[-1] if history else {}
     names = [f"alarm/{alarm.name.removeprefix('monitor/')}" for alarm in found]
-    lasted = {name: 1 + (before.get(name) or 0) for name in names}
-    due = [alarm for alarm, name in zip(found, names, strict=True) if is_due(alarm.name, lasted[name])]
-    return lasted, due
+    durations = {name: 1 + (before.get(name) or 0) for name in names}
+    due = [alarm for alarm, name in zip(found, names, strict=True) if is_due(alarm.name, durations[name])]
+    return durations, due
 
 
 def examples(alarm: Alarm, scored: Scored, metrics: dict[str, Any], samples: int) -> list[int]:

@@ -63,9 +63,9 @@ def rope_axes(sections: Sequence[int], interleaved: bool = False) -> tuple[int, 
 
 def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
     """The tower of a directory whose config.json holds `config`."""
-    file, kind, said = folder / "config.json", config["model_type"], config.get("vision_config") or {}
+    file, kind, settings = folder / "config.json", config["model_type"], config.get("vision_config") or {}
 
-    def need(key: str, where: Mapping[str, Any] = said, section: str = "vision_config.") -> Any:
+    def need(key: str, where: Mapping[str, Any] = settings, section: str = "vision_config.") -> Any:
         if where.get(key) is None:
             raise ConfigError(f"{file}: {section}{key}: needed, and not given")
         return where[key]
@@ -74,11 +74,14 @@ def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
     layers, width = need("depth"), need("embed_dim" if first else "hidden_size")
     usual = {"hidden_act": ACTIVATIONS[kind], "in_channels": 3, "in_chans": 3}
     for key, value in usual.items():
-        if said.get(key, value) != value:
+        if settings.get(key, value) != value:
             raise ConfigError(
-                f"{file}: vision_config.{key}: {said[key]!r}: this tower computes only {value!r}"
+                f"{file}: vision_config.{key}: {settings[key]!r}: this tower computes only {value!r}"
             )
-    patch, merge = said.get("patch_size", 16 if kind == "qwen3_vl" else 14), said.get("spatial_merge_size", 2)
+    patch, merge = (
+        settings.get("patch_size", 16 if kind == "qwen3_vl" else 14),
+        settings.get("spatial_merge_size", 2),
+    )
     window = need("window_size") // patch if windowed else 8
     if window % merge:
         raise ConfigError(f"{file}: vision_config.window_size: {window} patches do not divide by {merge}")
@@ -95,7 +98,7 @@ def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
         image_end=top("vision_end_token_id"),
         patch=patch,
         merge=merge,
-        frames=said.get("temporal_patch_size", 2),
+        frames=settings.get("temporal_patch_size", 2),
         window=window,
         full_layers=tuple(need("fullatt_block_indexes")) if windowed else tuple(range(layers)),
         positions=math.isqrt(need("num_position_embeddings")) if kind == "qwen3_vl" else 0,
@@ -108,17 +111,17 @@ def _read_preprocessor(file: Path, patch: int, merge: int) -> dict[str, Any]:
     """How the model's images are scaled, by preprocessor_config.json; the published values without one."""
     if not file.is_file():
         return {}
-    said = json.loads(file.read_text(encoding="utf-8"))
-    size = said.get("size") or {}
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    size = settings.get("size") or {}
     fixed = {"patch_size": patch, "merge_size": merge, "do_resize": True, "do_normalize": True, "resample": 3}
     for key, value in fixed.items():
-        if said.get(key, value) != value:
-            raise ConfigError(f"{file}: {key}: {said[key]!r}: images are prepared with {value!r} alone")
+        if settings.get(key, value) != value:
+            raise ConfigError(f"{file}: {key}: {settings[key]!r}: images are prepared with {value!r} alone")
     given = {
-        "mean": said.get("image_mean"),
-        "std": said.get("image_std"),
-        "min_pixels": said.get("min_pixels") or size.get("shortest_edge"),
-        "max_pixels": said.get("max_pixels") or size.get("longest_edge"),
+        "mean": settings.get("image_mean"),
+        "std": settings.get("image_std"),
+        "min_pixels": settings.get("min_pixels") or size.get("shortest_edge"),
+        "max_pixels": settings.get("max_pixels") or size.get("longest_edge"),
     }
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v}
 
@@ -350,8 +353,8 @@ def tower(params: Params, cfg: VisionConfig, images: Images, dtype: Any) -> Floa
 
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
     def step(x: Array, inputs: Any):
-        layer, whole = inputs
-        return _block(layer, cfg, x, rope, owners, True if flags.all() else whole, dtype), None
+        layer, of_image = inputs
+        return _block(layer, cfg, x, rope, owners, True if flags.all() else of_image, dtype), None
 
     x, features = constrain(x, "batch", None, None, None), []
     cut = lambda tree, index: jax.tree.map(lambda p: p[index], tree)

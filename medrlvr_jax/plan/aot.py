@@ -85,8 +85,8 @@ def planned(parts: Parts, steps: int) -> list[Program]:
         if asked.url is None
     }
     programs, columns = make_programs(parts, steps), width(parts.config.prompt.max_tokens)
-    made = step_programs(parts, programs, columns, verifiers=verifiers)
-    return [program for program in made if program.calls]
+    called = step_programs(parts, programs, columns, verifiers=verifiers)
+    return [program for program in called if program.calls]
 
 
 def bytes_of(tree: Any) -> float:

@@ -274,10 +274,10 @@ def alarms(runs: Sequence[Run]) -> list[tuple[str, str, int, int, int]] | None:
         return None
     rows = []
     for run in runs:
-        for name, (steps, lasted) in run.metrics.items():
-            alarm, raised = name.removeprefix("alarm/"), steps[lasted > 0]
+        for name, (steps, durations) in run.metrics.items():
+            alarm, raised = name.removeprefix("alarm/"), steps[durations > 0]
             # else it never lasted long enough to be reported
-            if name.startswith("alarm/") and any(is_due(alarm, int(n)) for n in lasted[lasted > 0]):
+            if name.startswith("alarm/") and any(is_due(alarm, int(n)) for n in durations[durations > 0]):
                 rows.append((run.name, alarm.replace("_", " "), len(raised), int(raised[0]), int(raised[-1])))
     return rows
 

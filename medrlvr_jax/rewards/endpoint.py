@@ -98,10 +98,8 @@ class Endpoint:
             raise ConfigError(f"{name}.url: {self.url}: {e}; {remedy}") from None
         listed = [m.get("id") for m in models if isinstance(m, dict)] if isinstance(models, list) else []
         if listed and self.model not in listed:
-            there = ", ".join(map(str, listed[:8]))
-            raise ConfigError(
-                f"{name}.model: {self.model}: the server at {self.url} has {there}; give one of these"
-            )
+            known = f"the server at {self.url} has {', '.join(map(str, listed[:8]))}"
+            raise ConfigError(f"{name}.model: {self.model}: {known}; give one of these")
 
     def complete(self, prompts: Sequence[str], new_tokens: int, first: bool) -> list[Reply | str]:
         """A greedy reply of at most `new_tokens` to each prompt; where there is none, the reason, as a str.
@@ -112,8 +110,8 @@ class Endpoint:
         distinct = list(dict.fromkeys(prompts))
         with ThreadPoolExecutor(self.concurrency) as pool:
             replies = pool.map(lambda prompt: self._reply(prompt, new_tokens, first, ends), distinct)
-            found = dict(zip(distinct, replies, strict=True))
-        return [found[prompt] for prompt in prompts]
+            by_prompt = dict(zip(distinct, replies, strict=True))
+        return [by_prompt[prompt] for prompt in prompts]
 
     def _reply(self, prompt: str, new_tokens: int, first: bool, ends: float) -> Reply | str:
         body: dict[str, Any] = {"model": self.model, "temperature": 0, "max_tokens": new_tokens}

@@ -83,14 +83,14 @@ class Facts:
         """The process reward of N rows, 0 to 1; 0 of a question without facts. No row fails."""
         out, parts = [0.0] * len(graded.completions), np.zeros((len(graded.completions), 3))
         for i in np.flatnonzero(graded.format_ok).tolist():
-            own, thought = facts_of(graded.questions[i]), graded.parsed.thought[i]
-            if not own:
+            facts, thought = facts_of(graded.questions[i]), graded.parsed.thought[i]
+            if not facts:
                 continue
             if self._settings.measure == "share":
                 named = {fact for fact, affirmed in self.mentions(thought).items() if affirmed}
-                value = len(own & named) / max(len(own), len(named) / SPARE)
+                value = len(facts & named) / max(len(facts), len(named) / SPARE)
             else:
-                value, parts[i] = self._by_sentence(own, thought)
+                value, parts[i] = self._by_sentence(facts, thought)
             out[i] = value if graded.correct[i] else value / 2
         if self._settings.measure != "radr":
             return Judged(out, {})
@@ -101,10 +101,10 @@ class Facts:
         """`f1` or `radr` of a thought, and RadRScore's three parts."""
         mentioned, helpful, sentences = dict[Fact, bool](), 0, 0
         for sentence in filter(words, SENTENCE.split(thought)):
-            found = self.mentions(sentence)
-            named = {fact for fact, affirmed in found.items() if affirmed}
+            stated = self.mentions(sentence)
+            named = {fact for fact, affirmed in stated.items() if affirmed}
             sentences, helpful = sentences + 1, helpful + bool(named and named <= own)
-            mentioned = {f: mentioned.get(f, False) or found.get(f, False) for f in {**mentioned, **found}}
+            mentioned = {f: mentioned.get(f, False) or stated.get(f, False) for f in {**mentioned, **stated}}
         named = {fact for fact, affirmed in mentioned.items() if affirmed}
         hits, denied = len(own & named), mentioned.keys() - named
         right = hits + len(denied - own)

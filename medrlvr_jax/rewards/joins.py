@@ -26,10 +26,10 @@ class Places(NamedTuple):
 
 
 class Join(NamedTuple):
-    """A row of tokens: the first `kept` of a response, then `ids`, of which those from `start` on are the
+    """A row of tokens: the first `prefix` of a response, then `ids`, of which those from `start` on are the
     new text's."""
 
-    kept: int
+    prefix: int
     ids: list[int]
     start: int
 
@@ -71,11 +71,11 @@ def join(
     `rows` are the responses' tokens and `responses` what they decode to. An `end` of 0 or less keeps no
     token: the ending then follows the prompt.
     """
-    kept, starts = _boundaries(tokenizer, rows, responses, ends)
+    prefix, starts = _boundaries(tokenizer, rows, responses, ends)
     between = [text[size : max(end, 0)] for text, size, end in zip(responses, starts, ends, strict=True)]
     pairs = [(before + lead, new) for before, (lead, new) in zip(between, endings, strict=True)]
     spelled = _spell(tokenizer, list(dict.fromkeys(pairs)))
-    return [Join(n, *spelled[pair]) for n, pair in zip(kept, pairs, strict=True)]
+    return [Join(n, *spelled[pair]) for n, pair in zip(prefix, pairs, strict=True)]
 
 
 def _boundaries(
@@ -93,24 +93,24 @@ def _boundaries(
         bisect_right(list(accumulate(sizes[i] for i in row)), end)
         for row, end in zip(rows, ends, strict=True)
     ]
-    kept, most, starts = [0] * len(rows), [len(row) for row in rows], [""] * len(rows)
+    prefix, most, starts = [0] * len(rows), [len(row) for row in rows], [""] * len(rows)
     for attempt in count():
-        rest = [i for i in range(len(rows)) if kept[i] < most[i]]
+        rest = [i for i in range(len(rows)) if prefix[i] < most[i]]
         if not rest:
             break
-        tries = [guesses[i] + attempt if attempt < 2 else (kept[i] + most[i] + 1) // 2 for i in rest]
-        tries = [min(max(n, kept[i] + 1), most[i]) for i, n in zip(rest, tries, strict=True)]
+        tries = [guesses[i] + attempt if attempt < 2 else (prefix[i] + most[i] + 1) // 2 for i in rest]
+        tries = [min(max(n, prefix[i] + 1), most[i]) for i, n in zip(rest, tries, strict=True)]
         texts = decode([rows[i][:n] for i, n in zip(rest, tries, strict=True)])
         for i, n, text in zip(rest, tries, texts, strict=True):
             if len(text) > ends[i]:
                 most[i] = n - 1
             else:
-                kept[i], starts[i] = n, text
+                prefix[i], starts[i] = n, text
     for i, response in enumerate(responses):
         while not response.startswith(starts[i]):  # it ends within a character, as U+FFFD
-            kept[i] -= 1
-            starts[i] = decode([rows[i][: kept[i]]])[0]
-    return kept, list(map(len, starts))
+            prefix[i] -= 1
+            starts[i] = decode([rows[i][: prefix[i]]])[0]
+    return prefix, list(map(len, starts))
 
 
 def _spell(

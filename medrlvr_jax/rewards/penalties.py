@@ -120,7 +120,7 @@ def may_repeat(rows: Sequence[bytes], window: int, times: int) -> Int[np.ndarray
     ends = np.searchsorted(first, np.cumsum([1 + len(row) for row in rows]))
     row = np.repeat(np.arange(len(rows)), np.diff(ends, prepend=0))
     bits = len(words).bit_length() + 2
-    mixed = (words + row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-    bucket = (mixed >> np.uint64(64 - bits)).astype(np.int64)
+    spread = (words + row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    bucket = (spread >> np.uint64(64 - bits)).astype(np.int64)
     often = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=1 << bits)[bucket] >= times)])
     return np.unique(row[np.flatnonzero(often[window:] - often[:-window] == window)])

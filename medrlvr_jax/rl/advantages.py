@@ -100,8 +100,8 @@ def gae(rewards: Array, values: Array, mask: Array, gamma: float, lam: float) ->
         reward, value, real = column
         advantage_after, value_after = after
         advantage = reward + gamma * value_after - value + gamma * lam * advantage_after
-        here = (advantage, value)
-        return jax.tree.map(partial(jnp.where, real), here, after), jnp.where(real, advantage, 0.0)
+        at_token = (advantage, value)
+        return jax.tree.map(partial(jnp.where, real), at_token, after), jnp.where(real, advantage, 0.0)
 
     zero = jnp.zeros((), values.dtype)
     _, advantages = jax.lax.scan(

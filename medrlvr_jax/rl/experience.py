@@ -92,7 +92,7 @@ def place_scored(tree: Any, scored: Scored, n: int, parts: Parts) -> Any:
     would then differ from process to process, and nothing would say so.
     """
     leaves, structure = jax.tree.flatten(tree)
-    samples, (own, _) = parts.config.sample.samples, own_rows(n, parts.mesh)
+    samples, (mine, _) = parts.config.sample.samples, own_rows(n, parts.mesh)
     pieces = [[scored.places, leaves]]
     if jax.process_count() > 1:
         pieces = gather([scored.places.tolist(), [leaf.tolist() for leaf in leaves]])
@@ -100,7 +100,7 @@ def place_scored(tree: Any, scored: Scored, n: int, parts: Parts) -> Any:
     for places, values in pieces:
         for array, rows in zip(out, values, strict=True):
             array[places] = np.asarray(rows, array.dtype).reshape(-1, *array.shape[1:])
-    out = [array.reshape(n, samples, *array.shape[1:])[own] for array in out]
+    out = [array.reshape(n, samples, *array.shape[1:])[mine] for array in out]
     return place_rows(jax.tree.unflatten(structure, out), n, parts.mesh)
 
 
@@ -152,19 +152,19 @@ def make_experience(
     total, unshaped = weigh(each, config.columns)
     finite = jnp.isfinite(total)
     total = jnp.where(finite, total, jnp.where(finite, total, 0.0).sum() / jnp.maximum(finite.sum(), 1))
-    kept, stats = kept_responses(finite, total, unshaped, rewards.least_spread, advantage)
-    learned = rollout.mask & kept[..., None]
-    each = jnp.where(kept[..., None], each, 0.0)
+    usable, stats = kept_responses(finite, total, unshaped, rewards.least_spread, advantage)
+    learned = rollout.mask & usable[..., None]
+    each = jnp.where(usable[..., None], each, 0.0)
     terms = [(column.weight, each[..., k]) for k, column in enumerate(config.columns)]
     adv, returns, compared = advantages.compute(advantage, kl, total, assessment, learned, kl_coef, terms)
     if loss.mask_truncated:
         last = rollout.tokens[..., -1]
-        kept &= ~(rollout.mask[..., -1] & ~jnp.isin(last, jnp.array(config.stop_ids)))
-        learned = rollout.mask & kept[..., None]
+        usable &= ~(rollout.mask[..., -1] & ~jnp.isin(last, jnp.array(config.stop_ids)))
+        learned = rollout.mask & usable[..., None]
         adv = jnp.where(learned, adv, 0.0)
     sampler = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
     gap = jnp.where(rollout.mask, assessment.logprobs - sampler, 0.0)
-    stats |= compared | assessed(rollout.mask, assessment, gap) | {"unlearned": 1 - kept.mean()}
+    stats |= compared | assessed(rollout.mask, assessment, gap) | {"unlearned": 1 - usable.mean()}
     weights = None
     if loss.sampler_cap is not None:
         weights = jnp.minimum(advantages.ratio_of(gap), loss.sampler_cap)
@@ -189,20 +189,20 @@ def kept_responses(
     compared, those of questions of which all are; not those of questions that `drop_equal_groups` or
     `spread` drops. total, unshaped [Q, G]: the rewards, and what they are without penalties.
     """
-    kept, dropped, stats = finite, jnp.zeros(len(finite), bool), {}
+    usable, dropped, stats = finite, jnp.zeros(len(finite), bool), {}
     if config.estimator in COMPARING:
-        kept = jnp.broadcast_to(finite.all(-1, keepdims=True), finite.shape)
+        usable = jnp.broadcast_to(finite.all(-1, keepdims=True), finite.shape)
     if config.drop_equal_groups:
-        _, dropped = advantages.contrast(unshaped, kept, within=True)
+        _, dropped = advantages.contrast(unshaped, usable, within=True)
     if least_spread is not None:
-        n = jnp.maximum(kept.sum(-1), 1)
-        mean = jnp.where(kept, total, 0.0).sum(-1) / n
-        spread = jnp.sqrt(jnp.where(kept, (total - mean[:, None]) ** 2, 0.0).sum(-1) / n)
+        n = jnp.maximum(usable.sum(-1), 1)
+        mean = jnp.where(usable, total, 0.0).sum(-1) / n
+        spread = jnp.sqrt(jnp.where(usable, (total - mean[:, None]) ** 2, 0.0).sum(-1) / n)
         dropped |= spread < least_spread
         stats["spread"] = spread.mean()
     if config.drop_equal_groups or least_spread is not None:
         stats["dropped_groups"] = dropped.mean()
-    return kept & ~dropped[:, None], stats
+    return usable & ~dropped[:, None], stats
 
 
 BEFORE = 5  # steps of which `SpreadConfig`'s running mean begins as the mean

@@ -121,7 +121,7 @@ def resume(job: Job, run: log.Run, checkpoints: Checkpoints) -> tuple[TrainState
     for text in [
         *job.notices,
         *changed,
-        *(f"eval.sets.{name}: {encoded.told}" for name, encoded in job.sets.items()),
+        *(f"eval.sets.{name}: {encoded.how_read}" for name, encoded in job.sets.items()),
     ]:
         run.notify(text)
     return state, done, skips

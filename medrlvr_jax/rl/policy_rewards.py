@@ -196,8 +196,8 @@ def probability_request(
             spaced = completion[where.answer - 1] in WHITE  # as the model has it, if it has any
             wanted[i] = where.answer, ("" if spaced else lead, answer)
     width = section.max_tokens + LEAD
-    found = joined(parts.tokenizer, responses(parts, scored), wanted)
-    rows = [j and j._replace(ids=j.ids[:width]) for j in found]
+    rows = joined(parts.tokenizer, responses(parts, scored), wanted)
+    rows = [j and j._replace(ids=j.ids[:width]) for j in rows]
     level = [0.0 if baseline is None else baseline[question_hash(q)] for q in scored.questions]
     room = answer_columns(section, parts.config.sample.max_new_tokens)
     return ProbabilityRequest(ask.endings(rows, width, room), np.array(level, np.float32), format_ok)
@@ -286,13 +286,13 @@ def start_scores(
     program, out = jax.jit(score), {}
     for first in range(0, n, size):
         index = np.resize(np.arange(first, min(first + size, n)), size)
-        own, counted = own_rows(size, mesh)
-        ending = ask.endings([rows[i] for i in index[own]], width, width)
+        mine, counted = own_rows(size, mesh)
+        ending = ask.endings([rows[i] for i in index[mine]], width, width)
         placed = place_rows(jax.tree.map(lambda x: x[:, None], ending), size, mesh)
         scores = fetch_rows(program(*start, place_prompts(parts, encoded, index), placed), mesh)[counted]
         out |= {
             question_hash(questions[i]): float(x)
-            for i, x in zip(index[own[counted]], scores[:, 0], strict=True)
+            for i, x in zip(index[mine[counted]], scores[:, 0], strict=True)
         }
         progress(min(first + size, n), n)
     return dict(chain.from_iterable(part.items() for part in gather(out)))
@@ -323,10 +323,10 @@ def consistency_request(parts: Parts, scored: Scored) -> ConsistencyRequest:
         completion = scored.completions[i]
         if where := places(completion):
             begin, end = where.thought
-            kept = ["", *sentences(completion[begin:end])][-2:][0]
+            before = ["", *sentences(completion[begin:end])][-2:][0]
             seam = completion[end + len(END_THINK) : completion.index(ANSWER)][:SEAM]
             letter = str(scored.verdicts.answer[i])
-            wanted[i] = begin + len(kept), (f"{END_THINK}{seam}{ANSWER}", letter)
+            wanted[i] = begin + len(before), (f"{END_THINK}{seam}{ANSWER}", letter)
     rows = joined(parts.tokenizer, responses(parts, scored), wanted)
     offered = np.arange(len(LETTERS)) < np.array([[len(q.options)] for q in scored.questions])
     letters = np.where(offered, np.array(letter_tokens(parts.tokenizer)), -1).astype(np.int32)

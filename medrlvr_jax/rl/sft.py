@@ -59,21 +59,21 @@ def encode_pairs(
             "letters; set it to false"
         )
     if c.sft.target == "text":
-        examples, told = read_text(c.data, records)
+        examples, how_read = read_text(c.data, records)
         prompts = [ids or [tok.stop_ids[0]] for ids in tok.encode_texts([e.prompt for e in examples])]
         targets = [e.response for e in examples]
     else:
-        questions, told = read(c.data, records)
+        questions, how_read = read(c.data, records)
         prompts = text.encode_questions(tok, questions, c.prompt)
         targets = text.to_teach(tok, [text.sft_target(q, c.sft.target) for q in questions], c.prompt)
     rows = list(zip(prompts, tok.encode_targets(targets), strict=True))
-    kept = [r for r in rows if len(r[0]) <= c.prompt.max_tokens and len(r[1]) <= c.sft.max_new_tokens]
-    if not kept:
+    fitting = [r for r in rows if len(r[0]) <= c.prompt.max_tokens and len(r[1]) <= c.sft.max_new_tokens]
+    if not fitting:
         raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")
-    prompt, target = map(len, max(kept, key=lambda r: len(r[0]) + len(r[1])))
+    prompt, target = map(len, max(fitting, key=lambda r: len(r[0]) + len(r[1])))
     check_positions(parts, prompt, target, "sft.max_new_tokens")
-    require_equal(lambda: {"rows": fingerprint(kept)})
-    return kept, len(rows) - len(kept), told
+    require_equal(lambda: {"rows": fingerprint(fitting)})
+    return fitting, len(rows) - len(fitting), how_read
 
 
 def batch(
@@ -128,8 +128,8 @@ def make_job(parts: Parts, rows: list[tuple[list[int], list[int]]], sets: dict[s
     def step(state: TrainState, step: int, history: log.Records) -> StepResult:
         index = step_batch(config, len(rows), step)
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        own, _ = sharding.own_rows(n, parts.mesh)
-        targets = sharding.place_rows(batch(rows, index[own], widths, pad_id), n, parts.mesh)
+        mine, _ = sharding.own_rows(n, parts.mesh)
+        targets = sharding.place_rows(batch(rows, index[mine], widths, pad_id), n, parts.mesh)
         learner, means = learn(state.policy, base, targets, key, None)
         means = sharding.to_host(means)
         metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}

@@ -421,10 +421,10 @@ def step_programs(
     on_device += tuple(each.model.params for each in asked if not each.settings.offload)
     recorder = Recorder(mesh, on_device)
     # What is offloaded comes to the device before a program is called: to the programs nothing is.
-    here = dataclasses.replace(config, learn=dataclasses.replace(config.learn, offload=False))
+    on_chip = dataclasses.replace(config, learn=dataclasses.replace(config.learn, offload=False))
     terms = components(config.reward) if terms is None else terms
     recorded = programs.wrapped(recorder.of)
-    training = Training(dataclasses.replace(parts, config=here), recorded, frozen, terms)
+    training = Training(dataclasses.replace(parts, config=on_chip), recorded, frozen, terms)
     questions, samples = config.sample.questions, config.sample.samples
     graded_columns = columns([term for term in terms if not term.on_device], config.advantage)
     rewards = array(parts, jnp.float32, questions, samples, len(graded_columns))

@@ -26,7 +26,7 @@ Score = Literal["mean", "geometric", "product", "logmean"]
 class Ending:
     """For each row, what stands behind its first tokens; nothing of a row that is not asked about."""
 
-    kept: Int32[Array, "*rows"]  # tokens of the response that stay
+    prefix: Int32[Array, "*rows"]  # tokens of the response that stay
     ids: Int32[Array, "*rows L"]
     start: Int32[Array, "*rows"]  # the first of `ids` that is of the answer
     size: Int32[Array, "*rows"]  # how many of `ids` there are
@@ -52,19 +52,19 @@ class Pass(NamedTuple):
 def endings(joined: Sequence[Join | None], width: int, room: int) -> Ending:
     """[N, …] from N joins. None is not asked about, nor a row of more than `width` ids or `room` tokens."""
     fits = [
-        j if j and len(j.ids) <= width and j.kept + len(j.ids) <= room else Join(0, [], 0) for j in joined
+        j if j and len(j.ids) <= width and j.prefix + len(j.ids) <= room else Join(0, [], 0) for j in joined
     ]
     ids = np.zeros((len(fits), width), np.int32)
     for row, j in zip(ids, fits, strict=True):
         row[: len(j.ids)] = j.ids
-    kept, start, size = np.array([(j.kept, j.start, len(j.ids)) for j in fits], np.int32).reshape(-1, 3).T
-    return Ending(kept, ids, start, size)
+    prefix, start, size = np.array([(j.prefix, j.start, len(j.ids)) for j in fits], np.int32).reshape(-1, 3).T
+    return Ending(prefix, ids, start, size)
 
 
 def with_ending(prompts: Prompts, tokens: Int32[Array, "Q G R"], ending: Ending, length: int) -> Answers:
     """The responses' first tokens, each with its ending behind them, in `length` columns."""
     column = jnp.broadcast_to(jnp.arange(length), (*tokens.shape[:2], length))
-    place = column - ending.kept[..., None]  # among the ending's ids
+    place = column - ending.prefix[..., None]  # among the ending's ids
     response = jnp.take_along_axis(tokens, jnp.minimum(column, tokens.shape[-1] - 1), axis=-1)
     added = jnp.take_along_axis(ending.ids, jnp.clip(place, 0, ending.ids.shape[-1] - 1), axis=-1)
     mask = place < ending.size[..., None]

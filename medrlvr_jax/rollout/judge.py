@@ -138,8 +138,10 @@ class Judge:
     def placed(self, rows: list[Row], columns: int) -> Prompts:
         """A batch of prompts on the mesh, filled up with its first ones; each process places its own."""
         held, _ = sharding.own_rows(self.size, self.model.mesh)
-        own = [list(rows[i % len(rows)]) for i in held]
-        prompts = text.pad_prompts(own, np.zeros(len(held), np.uint32), columns, self.model.tokenizer.pad_id)
+        taken = [list(rows[i % len(rows)]) for i in held]
+        prompts = text.pad_prompts(
+            taken, np.zeros(len(held), np.uint32), columns, self.model.tokenizer.pad_id
+        )
         return sharding.place_rows(prompts, self.size, self.model.mesh)
 
     def _read(self, result: Any) -> list[verifier.Reply]:

@@ -52,7 +52,7 @@ class Encoded:
     width: int
     shuffle: bool = False  # whether its options are to be shuffled: see `reorder`
     repeats: dict[str, str] = dataclasses.field(default_factory=dict)  # see `question.repeats`
-    told: str = ""  # how the set was read, for the console: see `load.read`
+    how_read: str = ""  # how the set was read, for the console: see `load.read`
     images: ImageSet | None = None
 
     @property
@@ -132,10 +132,10 @@ def encode(
     pads = images.pads() if images else None
     tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt, pads)
     gone = set(dropped)
-    kept = [i for i in range(len(questions)) if i not in gone]
-    left, columns = [questions[i] for i in kept], width(max(map(len, tokens), default=0))
+    fitting = [i for i in range(len(questions)) if i not in gone]
+    left, columns = [questions[i] for i in fitting], width(max(map(len, tokens), default=0))
     require_equal(lambda: {"questions": fingerprint(left), "tokens of their prompts": fingerprint(tokens)})
-    ids, seen = np.array(kept, np.uint32), images.taking(kept) if images else None
+    ids, seen = np.array(fitting, np.uint32), images.taking(fitting) if images else None
     again = repeats(left)
     return Encoded(left, tokens, ids, len(dropped), columns, shuffle, again, images=seen)
 
@@ -146,13 +146,13 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
 
     An order whose prompt has more tokens than fit is not taken: the question then stands as in its file.
     """
-    own = index[own_rows(len(index), parts.mesh)[0]].tolist()
-    wanted = [shuffled(encoded.questions[i], parts.config.seed, draw) for i in own]
-    pads = encoded.images.taking(own).pads() if encoded.images else None
+    mine = index[own_rows(len(index), parts.mesh)[0]].tolist()
+    wanted = [shuffled(encoded.questions[i], parts.config.seed, draw) for i in mine]
+    pads = encoded.images.taking(mine).pads() if encoded.images else None
     rows = text.encode_questions(parts.tokenizer, wanted, parts.config.prompt, images=pads)
     limit = min(encoded.width, parts.config.prompt.max_tokens)
     questions, tokens = list(encoded.questions), list(encoded.tokens)
-    for i, question, row in zip(own, wanted, rows, strict=True):
+    for i, question, row in zip(mine, wanted, rows, strict=True):
         if len(row) <= limit:
             questions[i], tokens[i] = question, row
         else:
@@ -175,8 +175,8 @@ def score_rollout(
     control `reward.random`. Evaluation has neither.
     """
     tokenizer, rule = parts.tokenizer, parts.config.reward
-    own, counted = own_rows(len(index), parts.mesh)
-    own = own[counted]
+    mine, counted = own_rows(len(index), parts.mesh)
+    mine = mine[counted]
     tokens, mask = (x[counted] for x in fetch_rows((rollout.tokens, rollout.mask), parts.mesh))
     groups, length = tokens.shape[1:]
     flat, flat_mask = tokens.reshape(-1, length), mask.reshape(-1, length)
@@ -184,14 +184,14 @@ def score_rollout(
     completions = [begun + c for c in tokenizer.decode(flat, flat_mask)]
     lengths = flat_mask.sum(1)
     stopped = np.isin(flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)], tokenizer.stop_ids)
-    questions = [encoded.questions[i] for i in index[own] for _ in range(groups)]
+    questions = [encoded.questions[i] for i in index[mine] for _ in range(groups)]
     if terms is not None:
         terms = [term for term in terms if not term.on_device]
     verdicts = grade(completions, questions, rule, Tokens(lengths, stopped, length), terms)
     if rule.random is not None and coin is not None:
-        paid = toss(np.asarray(jax.random.key_data(coin)), encoded.ids[index[own]], groups, rule)
+        paid = toss(np.asarray(jax.random.key_data(coin)), encoded.ids[index[mine]], groups, rule)
         verdicts = tossed(verdicts, paid.ravel())
-    places = (own[:, None] * groups + np.arange(groups)).ravel()
+    places = (mine[:, None] * groups + np.arange(groups)).ravel()
     shown = shown_stages(completions, questions, verdicts, rule.mode)
     return Scored(questions, places, completions, flat, verdicts, lengths, stopped, shown)
 
@@ -211,12 +211,12 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray, blank: bool
     """The prompts of the questions at `index` on the mesh; each process pads and places its own. `blank`:
     with the features of grey images beside those of theirs.
     """
-    own, _ = own_rows(len(index), parts.mesh)
-    prompts = encoded.prompts(index[own], parts.tokenizer.pad_id)
+    mine, _ = own_rows(len(index), parts.mesh)
+    prompts = encoded.prompts(index[mine], parts.tokenizer.pad_id)
     placed = place_rows(prompts, len(index), parts.mesh)
     if encoded.images is None:
         return placed
-    cuts = cut_images([encoded.questions[i] for i in index[own]], encoded.images.cfg)
+    cuts = cut_images([encoded.questions[i] for i in index[mine]], encoded.images.cfg)
     images = arrange(cuts, encoded.windows, encoded.images.cfg)
     return add_features(parts, placed, place_rows(images, len(index), parts.mesh), blank)
 

@@ -233,10 +233,10 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         settings = draw_settings(parts, parts.cfg, sample)
         return [generate(params, prompts, jax.random.key(0), settings) for prompts in batches]
 
-    times, alone = by_turns([evaluation, generation], args.runs)
+    times, others = by_turns([evaluation, generation], args.runs)
     return timing(times) | {
-        "generate_s": timing(alone)["runs"],
-        "overhead": round(ratio(times, alone) - 1, 4),
+        "generate_s": timing(others)["runs"],
+        "overhead": round(ratio(times, others) - 1, 4),
     }
 
 
@@ -261,9 +261,9 @@ def verify_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     def prefills():
         return [prefill(asked.model.params, asked.model.cfg, prompts) for prompts in placed]
 
-    times, alone = by_turns([lambda: asked.ask(texts), prefills], args.runs)
-    overhead = round(ratio(times, alone) - 1, 4)
-    return timing(times) | {"columns": columns, "prefill_s": timing(alone)["runs"], "overhead": overhead}
+    times, others = by_turns([lambda: asked.ask(texts), prefills], args.runs)
+    overhead = round(ratio(times, others) - 1, 4)
+    return timing(times) | {"columns": columns, "prefill_s": timing(others)["runs"], "overhead": overhead}
 
 
 def compile_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def ask_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     n, shape, rng = args.questions, (args.questions, args.samples), np.random.default_rng(0)
     tokens, mask = random_rows(args, rng)
     ending = Ending(
-        kept=np.maximum(lengths(args) - 6, 0),
+        prefix=np.maximum(lengths(args) - 6, 0),
         ids=rng.integers(5, 200, (*shape, section.max_tokens + LEAD)).astype(np.int32),
         start=np.zeros(shape, np.int32),
         size=np.full(shape, 8, np.int32),

@@ -75,8 +75,8 @@ def what(run: Path, config: Config, step: int) -> str:
     if begun_by(run) != "sft":
         method += f" (advantage estimator `{config.advantage.estimator}`)"
     trained = "adapters (LoRA)" if config.model.lora else "all weights"
-    made = f"by medrlvr_jax {medrlvr_jax.__version__}"
-    return f"`{config.model.path}` after {step} steps of {method}, {trained}, {made}."
+    version = f"by medrlvr_jax {medrlvr_jax.__version__}"
+    return f"`{config.model.path}` after {step} steps of {method}, {trained}, {version}."
 
 
 def how_to_run(config: Config, wording: str, place: str, adapter: bool) -> str:

@@ -93,7 +93,7 @@ def show(result: dict[str, Any]) -> str:
     if logged is None:
         verdict = "not in samples.jsonl, so there is nothing to compare it with"
     elif result["differ"]:
-        there = [f"{line(name, logged[name])} there" for name in result["differ"]]
-        verdict = "\n".join(["NOT what was logged:", *there])
+        before = [f"{line(name, logged[name])} there" for name in result["differ"]]
+        verdict = "\n".join(["NOT what was logged:", *before])
     text = f"{drawn['prompt']}\n---- completion ----\n{drawn['completion']}\n---- reward ----"
     return "\n".join([text, *rewards, f"---- {verdict}"])
