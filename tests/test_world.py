@@ -218,7 +218,7 @@ def test_all_is_deterministic():
     def written(row) -> str:
         """As it was when the base read it."""
         if not isinstance(row, Question):
-            return repr(row)
+            return f"Example(prompt={row.prompt!r}, response={row.response!r})"
         return f"Question({', '.join(f'{name}={getattr(row, name)!r}' for name in fields)})"
 
     def digest(rows) -> str:

@@ -101,6 +101,7 @@ class Example:
 
     prompt: str
     response: str
+    images: tuple[str | bytes, ...] = ()  # as a question's
 
 
 def several(right: Iterable[int], options: int) -> Reference:

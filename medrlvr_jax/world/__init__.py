@@ -18,13 +18,18 @@ def _made(name: str, *args: Any, module: str = "world") -> Callable[[], list[Any
 
 
 SPLITS = ("train", "in_distribution", "out_of_distribution")
+FILMS = (*SPLITS, "negative", "noise", "size", "options", "wording")  # the causes of radiograph.py alone, too
 SOURCES["embedded"] = Source(
     model=Path(__file__).parent / "embedded",
     questions={split: _made("questions", split) for split in SPLITS}
     | {"leaking": _made("leaking")}
-    | {f"open_{split}": _made("questions", split, module="open") for split in SPLITS},
-    texts={name: _made(name) for name in ("corpus", "lists")},
+    | {f"open_{split}": _made("questions", split, module="open") for split in SPLITS}
+    | {f"radiograph_{split}": _made("questions", split, module="radiograph") for split in FILMS}
+    | {"radiograph_leaking": _made("leaking", module="radiograph")},
+    texts={name: _made(name) for name in ("corpus", "lists")}
+    | {f"radiograph_{name}": _made(name, module="radiograph") for name in ("corpus", "captions")},
 )
+SOURCES["embedded_vision"] = Source(model=Path(__file__).parent / "vision", questions={}, texts={})
 SOURCES["embedded_verifier"] = Source(  # judges answers to the open questions
     model=Path(__file__).parent / "verifier",
     questions={},

@@ -3,14 +3,17 @@
 import sys
 
 from medrlvr_jax.data.question import LETTERS
-from medrlvr_jax.world import words, world
+from medrlvr_jax.world import radiograph, words, world
 
 
 def main(arguments: list[str]) -> None:
-    """`show [split] [n]`, or `tokenizer`."""
+    """`show [split] [n]`, `films FILE`, or `tokenizer`."""
     if arguments[:1] == ["tokenizer"]:
         words.write()
         words.write_verifier()
+        words.write_vision()
+    elif arguments[:1] == ["films"]:
+        radiograph.show(arguments[1])
     elif arguments[:1] == ["show"]:
         name, n = (*arguments[1:], *("train", "8")[len(arguments) - 1 :])
         if name == "corpus":

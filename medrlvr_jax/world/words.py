@@ -16,14 +16,20 @@ is decided by `PIECES` alone:
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from medrlvr_jax.world import open as open_questions
-from medrlvr_jax.world import world
+from medrlvr_jax.world import radiograph, world
 
-FOLDER, VERIFIER = (Path(__file__).parent / name for name in ("embedded", "verifier"))
+FOLDER, VERIFIER, VISION = (Path(__file__).parent / name for name in ("embedded", "verifier", "vision"))
 PAD, EOS = "<pad>", "<eos>"
+IMAGE = {  # the special tokens of a prompt with an image, by their names in config.json
+    "vision_start_token_id": "<|vision_start|>",
+    "image_token_id": "<|image_pad|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 PIECES = (
     r"</?(?:think|answer)>| ?(?<!\p{L})[A-J]\.(?=[ <]|\z)"  # an option's letter and its point
@@ -39,28 +45,32 @@ def corpus_texts() -> list[str]:
     return texts + [question.question for split in world.SIZES for question in world.questions(split)]
 
 
-def build(texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer with the words of `texts`: the same on every machine."""
+def build(texts: Iterable[str], special: Iterable[str] = ()) -> Tokenizer:
+    """The tokenizer with the words of `texts`: the same on every machine. `special`: more special tokens."""
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), as_bytes])
     seen = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text)}
-    fixed = [PAD, EOS, *TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    fixed = [PAD, EOS, *special, *TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     # by the alphabet, not by how often: a change of the mixture then changes no token
     words = sorted(seen - set(fixed))
     vocab = {token: i for i, token in enumerate(fixed + words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = cut
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, EOS)])
+    names = (PAD, EOS, *special)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in names])
     return tokenizer
 
 
-def write(folder: Path = FOLDER, texts: Iterable[str] | None = None, **sizes: int) -> None:
+def write(
+    folder: Path = FOLDER, texts: Iterable[str] | None = None, special: Iterable[str] = (), **settings: Any
+) -> None:
     """Write tokenizer.json, tokenizer_config.json, config.json and generation_config.json for transformers.
 
-    `texts`: those of which each word is a token, by default the embedded model's; `sizes` replace its own.
+    `texts`: those of which each word is a token, by default the embedded model's; `special`: more special
+    tokens; `settings` replace the embedded model's own.
     """
-    tokenizer = build(corpus_texts() if texts is None else texts)
+    tokenizer = build(corpus_texts() if texts is None else texts, special)
     ids = {"eos_token_id": tokenizer.token_to_id(EOS), "pad_token_id": tokenizer.token_to_id(PAD)}
     size = tokenizer.get_vocab_size()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -94,7 +104,7 @@ def write(folder: Path = FOLDER, texts: Iterable[str] | None = None, **sizes: in
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
         **ids,
-    } | sizes
+    } | settings
     for name, tree in (("tokenizer_config", side), ("config", config), ("generation_config", ids)):
         (folder / f"{name}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     print(f"{size} tokens, written to {folder}")
@@ -102,5 +112,44 @@ def write(folder: Path = FOLDER, texts: Iterable[str] | None = None, **sizes: in
 
 def write_verifier(folder: Path = VERIFIER) -> None:
     """The same for the embedded verifier, a model of two layers with words of its own."""
-    sizes = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "head_dim": 16,
+        "num_hidden_layers": 2,
+    }
     write(folder, open_questions.texts(), **sizes)
+
+
+def write_vision(folder: Path = VISION) -> None:
+    """The same for the embedded vision-language model, Qwen2.5-VL in small: a film is one window of 8 × 8
+    patches, and 16 tokens.
+    """
+    asked = [q for split in radiograph.SIZES for q in radiograph.questions(split)]
+    texts = [q.question for q in asked] + [e.prompt + e.response for e in radiograph.corpus(n=2000)]
+    texts += world.GUESSES
+    places: dict[str, Any] = {name: 2 + i for i, name in enumerate(IMAGE)}  # after PAD and EOS
+    tower = {
+        "depth": 4,
+        "hidden_size": 128,
+        "num_heads": 4,
+        "intermediate_size": 344,
+        "out_hidden_size": 128,
+        "patch_size": 7,
+        "window_size": 56,
+        "fullatt_block_indexes": [1, 3],
+    }
+    settings = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        "torch_dtype": "bfloat16",
+        "bos_token_id": None,
+        "vision_config": tower,
+    }
+    write(folder, texts, IMAGE.values(), **settings, **places)
+    sizes = {"patch_size": 7, "min_pixels": 56 * 56, "max_pixels": 56 * 56}
+    kind = {"image_processor_type": "Qwen2VLImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(kind | sizes, indent=1) + "\n", encoding="utf-8"
+    )

@@ -24,7 +24,8 @@ All draws come from `random.Random(str).random()`, which Python keeps the same i
 Generator does not.
 
     python -m medrlvr_jax.world show [SET] [n]      print some of train, … or corpus
-    python -m medrlvr_jax.world tokenizer           rewrite embedded/*.json (words.py)
+    python -m medrlvr_jax.world films FILE          draw examples of radiograph.py's films
+    python -m medrlvr_jax.world tokenizer           rewrite embedded/*.json and the like (words.py)
 """
 
 import itertools
@@ -165,8 +166,6 @@ def corpus(n: int = CORPUS, seed: int = SEED) -> list[Example]:
 
 def stream(seed: int = SEED) -> Iterator[Example]:
     """The endless corpus: facts, and worked cases in the `STYLES`, with the prompts of template `none`."""
-    from medrlvr_jax.data.prompts import render
-
     rng = _rng("corpus", seed)
     decks: dict[tuple, list[list[Key]]] = {}
     for (status, rare), keys in pools()["corpus"].items():
@@ -184,7 +183,7 @@ def stream(seed: int = SEED) -> Iterator[Example]:
         status, rare = weighted(rng, STATUS[kind]), rng.random() < RARE["corpus"]
         key = pick(rng, pick(rng, decks[status, rare, kind == "class"]))  # a condition, then a case of it
         v = vignette(rng, key, kind, "out_of_distribution" if rng.random() < FOREIGN else "train")
-        yield Example(render(Question("", v.question, v.options, v.answer), "none") + "\n", response(rng, v))
+        yield worked(rng, Question("", v.question, v.options, v.answer, rationale=v.why))
 
 
 def lists(n: int = 64_000) -> list[Example]:
@@ -199,32 +198,41 @@ def lists(n: int = 64_000) -> list[Example]:
 
 def listing(rng: Random, names: list[str], n: int) -> Example:
     """A lettered list without a question, and its names with their letters, as a case's reasoning ends."""
-    options = list(zip(LETTERS, _shuffled(rng, names, n), strict=False))
+    options = list(zip(LETTERS, shuffled(rng, names, n), strict=False))
     prompt = "".join(f"{letter}. {option}\n" for letter, option in options)
-    names_first = (f" {option} {letter}." for letter, option in _shuffled(rng, options, 8))
+    names_first = (f" {option} {letter}." for letter, option in shuffled(rng, options, 8))
     return Example(prompt, "note:" + "".join(names_first))
 
 
-def response(rng: Random, v: Vignette) -> str:
-    """A response to `v` in one of the `STYLES`: not always right, and not always tagged."""
-    letter, style = LETTERS[v.answer], weighted(rng, STYLES)
+def worked(
+    rng: Random, q: Question, styles: dict[str, float] = STYLES, guesses: Sequence[str] = GUESSES
+) -> Example:
+    """The question as RL's template `none` has it, and a response to it in one of the `styles`."""
+    from medrlvr_jax.data.prompts import render
+
+    return Example(render(q, "none") + "\n", response(rng, q, styles, guesses), q.images)
+
+
+def response(rng: Random, q: Question, styles: dict[str, float], guesses: Sequence[str]) -> str:
+    """A response in one of the styles: not always right, and not always tagged."""
+    letter, style, why = LETTERS[q.answer], weighted(rng, styles), q.rationale
     if style == "plain":
-        return v.why if rng.random() < 0.5 else f"{v.why} the answer is {letter}."
+        return f"{why}" if rng.random() < 0.5 else f"{why} the answer is {letter}."
     if style == "bare":
         return f"the answer is {letter}."
     if style == "guess":
-        return f"<think>{pick(rng, GUESSES)}</think><answer>{LETTERS[_below(rng, len(v.options))]}</answer>"
+        return f"<think>{pick(rng, guesses)}</think><answer>{LETTERS[below(rng, len(q.options))]}</answer>"
     if style == "malformed":
-        return pick(rng, MALFORMED).format(why=v.why, letter=letter, text=v.options[v.answer])
-    return f"<think>{v.why}</think><answer>{letter}</answer>"
+        return pick(rng, MALFORMED).format(why=why, letter=letter, text=q.right_text)
+    return f"<think>{why}</think><answer>{letter}</answer>"
 
 
 def facts(rng: Random) -> str:
     """Some rows of the table, in the words of the reasoning and in others; as long as a case's response."""
     parts = ["note:"]
-    for condition, share in zip(_shuffled(rng, list(table().conditions.values()), 2), (2, 1), strict=False):
+    for condition, share in zip(shuffled(rng, list(table().conditions.values()), 2), (2, 1), strict=False):
         name, first = condition.name, condition.first
-        some = ", ".join(_shuffled(rng, condition.typical + condition.rare, 2 + _below(rng, 2)))
+        some = ", ".join(shuffled(rng, condition.typical + condition.rare, 2 + below(rng, 2)))
         history, other = pick(rng, list(condition.unless.items()))
         drug = pick(rng, [first, other])
         lines = (
@@ -233,7 +241,7 @@ def facts(rng: Random) -> str:
             f"{name}, first line {first}. {history} rules it out. use {other}.",
             f"{drug}: class {table().drugs[drug].group}.",
         )
-        parts += _shuffled(rng, lines, share)
+        parts += shuffled(rng, lines, share)
     return " ".join(parts)
 
 
@@ -244,7 +252,7 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
     other = condition.unless[history] if barred else pick(rng, list(condition.unless.values()))
     drug = other if barred and kind != "avoid" else condition.first
     sex, age = _person(rng, condition, history)
-    findings = _shuffled(rng, key.findings)
+    findings = shuffled(rng, key.findings)
     stem, more = pick(rng, STEMS[wording])
     ask = pick(rng, ASKS[wording]["drug" if kind == "alternative" else kind])
     listed = ", ".join(findings[:-1]) + " and " + findings[-1]
@@ -260,8 +268,8 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
         defended = {drugs[name].group for name in defended}
     lured = lure != right and (drug != condition.first or (lure not in defended and rng.random() < 0.6))
     n = pick(rng, OPTIONS[wording]) - 1
-    wrong = [lure] * lured + _shuffled(rng, others, n)
-    options = tuple(_shuffled(rng, [right, *wrong[:n]]))
+    wrong = [lure] * lured + shuffled(rng, others, n)
+    options = tuple(shuffled(rng, [right, *wrong[:n]]))
     answer = options.index(right)
 
     steps = [f"first line {condition.first}"]
@@ -293,9 +301,9 @@ def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
     for condition in table().conditions.values():
         rng = _rng("pools", condition.name)
         clear, barred = histories(condition)
-        hidden = {*_shuffled(rng, clear, len(clear) // 3), *barred[1:][-1:]}
+        hidden = {*shuffled(rng, clear, len(clear) // 3), *barred[1:][-1:]}
         sets = finding_sets(condition)
-        rare_sets = _shuffled(rng, [s for s in sets if not set(s) <= set(condition.typical)])
+        rare_sets = shuffled(rng, [s for s in sets if not set(s) <= set(condition.typical)])
         foreign, shared = rare_sets[:5], rare_sets[5:9]
         for findings in sets:
             rare = not set(findings) <= set(condition.typical)
@@ -328,7 +336,7 @@ def _person(rng: Random, condition: Condition, history: str) -> tuple[str, int]:
         sex, low = "woman", min(max(low, 35), high)
     if sex == "any":
         sex = "woman" if rng.random() < 0.5 else "man"
-    return sex, low + _below(rng, high - low + 1)
+    return sex, low + below(rng, high - low + 1)
 
 
 def _by_condition(keys: Sequence[Key]) -> list[list[Key]]:
@@ -338,28 +346,28 @@ def _by_condition(keys: Sequence[Key]) -> list[list[Key]]:
 def _dealt(rng: Random, keys: Sequence[Key]) -> Iterator[Key]:
     """The keys, endlessly, in rounds with one of each condition: none is asked about much more often."""
     while True:
-        for taken in itertools.zip_longest(*(_shuffled(rng, row) for row in _by_condition(keys))):
-            yield from _shuffled(rng, [key for key in taken if key])
+        for taken in itertools.zip_longest(*(shuffled(rng, row) for row in _by_condition(keys))):
+            yield from shuffled(rng, [key for key in taken if key])
 
 
 def _rng(*name: Any) -> Random:
     return Random(f"{SEED} {name}")
 
 
-def _below(rng: Random, n: int) -> int:
+def below(rng: Random, n: int) -> int:
     return int(rng.random() * n)
 
 
 def pick(rng: Random, items: Sequence[T]) -> T:
-    return items[_below(rng, len(items))]
+    return items[below(rng, len(items))]
 
 
-def _shuffled(rng: Random, items: Sequence[T], n: int | None = None) -> list[T]:
+def shuffled(rng: Random, items: Sequence[T], n: int | None = None) -> list[T]:
     """All items in some order, or `n` of them."""
     out = list(items)
     n = len(out) if n is None else min(n, len(out))
     for i in range(n):
-        j = i + _below(rng, len(out) - i)
+        j = i + below(rng, len(out) - i)
         out[i], out[j] = out[j], out[i]
     return out[:n]
 
