@@ -22,7 +22,12 @@ from medrlvr_jax.world import radiograph
 from medrlvr_jax.world.films import Film
 from medrlvr_jax.world.radiograph import FINDINGS, SIDED
 
-PINNED = {"in_distribution": "f32db73e13e2", "out_of_distribution": "e9b561f518af"}
+SPLITS = ("in_distribution", "out_of_distribution")
+PINNED = {
+    "in_distribution": "fb88697e9bc5",
+    "out_of_distribution": "56e2c4ec3097",
+    "corpus": "83d6fe259c3b",
+}
 
 
 @cache
@@ -99,9 +104,11 @@ def test_the_leaking_set_gives_its_answers_away_by_the_order_alone():
 
 
 def test_all_machines_draw_the_same():
+    shown = lambda q: (q.question, q.options, q.answer, q.rationale, q.images)
     digest = lambda rows: hashlib.sha256(repr(rows).encode()).hexdigest()[:12]
-    assert {split: digest(asked(split)) for split in PINNED} == PINNED
-    assert digest(radiograph.corpus(n=50)) == "63c116f0eb35"
+    read = [(e.prompt, e.response, e.images) for e in radiograph.corpus(n=50)]
+    drawn = {split: digest([*map(shown, asked(split))]) for split in SPLITS}
+    assert drawn | {"corpus": digest(read)} == PINNED
     film = Film("cavity", "left", "upper")
     assert str(film) == "left upper cavity"
 
