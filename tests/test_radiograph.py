@@ -44,7 +44,8 @@ def test_no_text_gives_an_answer_away(split):
     questions = asked(split)
     assert len(questions) == radiograph.SIZES[split] == len({q.images for q in questions})
     chance = np.mean([1 / len(q.options) for q in questions])
-    assert look.prior(questions).mean() < chance + 0.02  # counted as every evaluation counts it
+    guessed = look.prior(questions)  # as every evaluation counts it
+    assert np.mean([*guessed.values()]) < chance + 0.02
     keys = defaultdict(Counter)
     for q in questions:
         for text in (q.subject, q.options, q.question, (q.question, q.options)):
