@@ -13,9 +13,11 @@ def test_a_case_is_one_line_of_json(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 8 * 2 * 4 and found["settings"] == ["model.remat=none"]
     assert found["tokens_per_s"] > 0 and found["matmul_gflops"] > 0
-    assert bench.main(["learn", "embedded", *sizes]) == 0
+    lengths = ["--new", "100", "--lengths", "lognormal", "learn.row_sizes=[0.5]"]
+    assert bench.main(["learn", "embedded", *sizes, *lengths]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["packed_tokens"], found["padded_tokens"]) == (8 * (8 + 2 * 4), 8 * 2 * (8 + 4))
+    assert (found["packed_tokens"], found["padded_tokens"]) == (8 * (8 + 2 * 100), 8 * 2 * (8 + 100))
+    assert 8 * 2 < found["tokens"] < 8 * 2 * 100
     assert bench.main(["eval", "embedded", *sizes]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["seconds"] > 0 and len(found["generate_s"]) == 1
@@ -28,22 +30,3 @@ def test_a_slab_of_logits_changes_nothing_but_rounding(capsys):
         max(line["difference"] for line in lines) < 1e-5
         and lines[-1]["temporaries_mib"] <= lines[0]["temporaries_mib"]
     )
-
-
-def test_lognormal_lengths_are_learned_from(capsys):
-    sizes = [
-        "--questions",
-        "8",
-        "--samples",
-        "2",
-        "--prompt",
-        "8",
-        "--new",
-        "100",
-        "--runs",
-        "1",
-        "--lengths",
-        "lognormal",
-    ]
-    assert bench.main(["learn", "embedded", *sizes, "learn.row_sizes=[0.5]"]) == 0
-    assert 8 * 2 < json.loads(capsys.readouterr().out)["tokens"] < 8 * 2 * 100
