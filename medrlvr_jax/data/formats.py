@@ -40,7 +40,7 @@ from io import BytesIO
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-from medrlvr_jax.data.question import LETTERS, DataError, Example, Key, Question, several, unlabelled
+from medrlvr_jax.data.question import LABEL, LETTERS, DataError, Example, Key, Question, several, unlabelled
 from medrlvr_jax.data.values import Reference, Unreadable, read_reference
 
 Row = dict[str, Any]
@@ -110,14 +110,11 @@ def _letter(row: Row, field: str, options: tuple[str, ...]) -> int:
     """The index of the option whose letter the field holds."""
     value = _needed(row, field)
     if _integer(value) is not None:
-        remedy = 'give the letter, such as "B", since a number may count from 0 or from 1'
+        remedy = 'give the letter, such as "B"; or set constants={answer_as: from_0}, or from_1'
         raise _wrong(field, value, f"is a number where a letter is needed; {remedy}")
     letter = _text(row, field).upper()
     if len(letter) != 1 or letter not in LETTERS[: len(options)]:
-        problem = f"is not the letter of one of its {len(options)} options"
-        if value.strip() in options:
-            problem += f"; it is the text of option {LETTERS[options.index(value.strip())]}: give the letter"
-        raise _wrong(field, value, problem)
+        raise _wrong(field, value, f"is not the letter of one of its {len(options)} options")
     return LETTERS.index(letter)
 
 
@@ -179,7 +176,10 @@ def _own(row: Row) -> Key:
 
 def _options_and_key(row: Row) -> Key:
     """`options`, and what `answer` says is right: one of them, or several in a list or between commas."""
+    row = _lettered(row)
     options, answer = _options(row, "options"), _needed(row, "answer")
+    if isinstance(answer, str) and (place := _place_of_text(answer, options)) is not None:
+        return options, place
     if isinstance(answer, str) and row.get("answer_as") != "text" and re.search("[,;]", answer):
         answer = re.split("[,;]", answer)
     if not isinstance(answer, list | tuple):
@@ -188,6 +188,33 @@ def _options_and_key(row: Row) -> Key:
     if not places or len(places) < len(answer):
         raise _wrong("answer", answer, "names no option, or one twice; give each right option once")
     return options, several(places, len(options))
+
+
+def _lettered(row: Row) -> Row:
+    """The record with letters in place of names of its own that its options have, as {"1": …, "2": …}."""
+    options, answer = row.get("options"), row.get("answer")
+    if not isinstance(options, dict) or set(options) <= set(LETTERS) or "answer_as" in row:
+        return row
+    letters = dict(zip(map(str, options), LETTERS, strict=False))
+    keys = [str(each).strip() for each in (answer if isinstance(answer, list | tuple) else (answer,))]
+    if len(options) > len(LETTERS) or not letters.keys() >= set(keys):
+        return row
+    named = [letters[key] for key in keys]
+    return row | {"options": list(options.values()), "answer": named if len(named) > 1 else named[0]}
+
+
+def _place_of_text(answer: str, options: tuple[str, ...]) -> int | None:
+    """The index of the one option whose text the answer is, as "heparin" or "B. heparin"; None where it is a
+    letter or a number, or no option's text.
+    """
+    text = answer.strip()
+    if len(text) == 1 or _integer(text) is not None:
+        return None
+    own = unlabelled(options)
+    label = LABEL.match(text)
+    if label and (i := LETTERS.find(label[1].upper())) in range(len(own)) and text[label.end() :] == own[i]:
+        return i
+    return own.index(text) if own.count(text) == 1 else None
 
 
 def _asked_of_an_image(row: Row) -> Key:
