@@ -1,7 +1,6 @@
 """The start of every command: tokenizer, decoder, mesh, weights in their shards, optimiser states."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,9 +16,9 @@ from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
-from medrlvr_jax.model import lora, spec, vision, weights
-from medrlvr_jax.model.spec import DecoderConfig, Execution, VisionConfig
-from medrlvr_jax.types import Frozen, Learner, Params
+from medrlvr_jax.model import lora, spec, weights
+from medrlvr_jax.model.spec import VISION, DecoderConfig, Execution, VisionConfig
+from medrlvr_jax.types import Array, Frozen, Learner, Params
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,7 @@ class Parts:
 
 
 class Tower:
-    """The vision tower of a model. It is frozen; its weights are loaded when they are first used, in the
-    arithmetic's dtype.
-    """
+    """A frozen vision tower. Its weights are loaded when they are first used, in the arithmetic's dtype."""
 
     def __init__(self, parts: Parts):
         self._parts = parts
@@ -51,17 +48,19 @@ class Tower:
     def params(self) -> Params:
         model = self._parts.config.model
         if model.init == "random":
-            problem = "the vision tower is never trained here, and a random one sees nothing"
-            raise ConfigError(f"model.init: random: {problem}; set it to pretrained, or take images out")
-        where = {"vision": places(abstract_tower(self._parts))}
-        return weights.load_params(model.path, self._parts.cfg, where, jnp.dtype(model.dtype))["vision"]
+            problem = "a random vision tower that is not trained sees nothing"
+            remedy = "set model.init to pretrained or model.vision to train, or take images out"
+            raise ConfigError(f"model.init: random: {problem}; {remedy}")
+        where = {VISION: places(abstract_tower(self._parts))}
+        return weights.load_params(model.path, self._parts.cfg, where, jnp.dtype(model.dtype))[VISION]
 
 
 def abstract_tower(parts: Parts) -> Params:
     """The vision tower's parameters as shapes with shardings."""
-    assert parts.cfg.vision is not None
-    dtype = jnp.dtype(parts.config.model.dtype)
-    return sharding.structs(vision.abstract(parts.cfg.vision), parts.mesh, sharding.TRAIN, dtype)
+    if parts.cfg.execution.tower != "freeze":
+        return abstract_params(parts, parts.cfg)[VISION]
+    tower = spec.abstract(parts.cfg.run_with(tower="train"))[VISION]
+    return sharding.structs(tower, parts.mesh, sharding.TRAIN, jnp.dtype(parts.config.model.dtype))
 
 
 def read_model(path: str, field: str = "model.path") -> tuple[DecoderConfig, Tokenizer]:
@@ -98,7 +97,13 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
         splash=platform == "tpu" and m.attention == "auto" and not config.learn.row_sizes,
         unroll=platform != "tpu" and config.sample.layout == "gathered",
         narrow=platform == "cpu",
+        tower=m.vision,
     )
+    if m.vision != "freeze" and cfg.vision is None:
+        raise ConfigError(f"model.vision: {m.vision}: {m.path} has no vision tower; set it to freeze")
+    if m.vision == "merger" and m.init == "random":
+        problem = "the tower's blocks would stay random"
+        raise ConfigError(f"model.vision: merger: {problem}; set it to train, or model.init to pretrained")
     cfg = dataclasses.replace(cfg, execution=execution)
     cfg = dataclasses.replace(cfg, vision=vision_of(cfg, config))
     sizes = {"sample.questions": config.sample.questions, "learn.minibatch": config.learn.minibatch}
@@ -107,7 +112,7 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
     for name, size in sizes.items():
         sharding.check_divides(name, size, mesh, sharding.BATCH)
     check_widths(cfg, mesh)
-    return Parts(config, tokenizer, cfg, cfg.run_with(value_head=True), mesh)
+    return Parts(config, tokenizer, cfg, cfg.run_with(value_head=True, tower="freeze"), mesh)
 
 
 def check_widths(cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> None:
@@ -147,18 +152,18 @@ def abstract_params(parts: Parts, cfg: DecoderConfig, table: dict = sharding.TRA
     """
     float32, stored = jnp.dtype("float32"), jnp.dtype(parts.config.model.param_dtype)
 
-    def dtype(name: str) -> jnp.dtype:
-        return float32 if cfg.execution.lora and spec.PARAMETERS[name].trained_with_lora else stored
+    def dtype(path: tuple[str, ...]) -> jnp.dtype:
+        return float32 if cfg.execution.lora and spec.row_of(path).trained_with_lora else stored
 
     boxed = spec.abstract(cfg)
     places = lora.flat(sharding.shardings(boxed, parts.mesh, table))
-    struct = lambda path, box: jax.ShapeDtypeStruct(box.value.shape, dtype(path[-1]), sharding=places[path])
+    struct = lambda path, box: jax.ShapeDtypeStruct(box.value.shape, dtype(path), sharding=places[path])
     return unflatten_dict({path: struct(path, box) for path, box in lora.flat(boxed).items()})
 
 
 def abstract_base(parts: Parts) -> Params:
     """What `load_base` returns, abstractly."""
-    return abstract_params(parts, lora.off(parts.cfg)) if parts.cfg.execution.lora else {}
+    return lora.frozen(abstract_params(parts, lora.off(parts.cfg)), parts.cfg)
 
 
 def abstract_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformation) -> Learner:
@@ -178,33 +183,49 @@ def places(abstract: Any) -> Any:
 
 
 def load_base(parts: Parts) -> Params:
-    """The frozen decoder under the adapters; {} where all weights are trained."""
-    return load_params(parts, lora.off(parts.cfg)) if parts.cfg.execution.lora else {}
+    """What is frozen of the policy's parameters: the decoder under adapters, the tower's blocks under a
+    trained merger; {} where all weights are trained.
+    """
+    return _values(parts, lora.off(parts.cfg), abstract_base(parts))
 
 
 def load_params(parts: Parts, cfg: DecoderConfig) -> Params:
     """What a run trains, at its start: all weights, from the model's directory or random; or new adapters
     (and a value head).
     """
-    c, abstract = parts.config, lora.trained(abstract_params(parts, cfg), cfg)
-    if c.model.init == "pretrained" and not cfg.execution.lora:
-        return weights.load_params(c.model.path, cfg, places(abstract), jnp.dtype(c.model.param_dtype))
+    return _values(parts, cfg, lora.trained(abstract_params(parts, cfg), cfg))
 
-    def fresh(key):
-        params = lora.trained(spec.init(cfg, key), cfg)
-        return jax.tree.map(lambda p, like: p.astype(like.dtype), params, abstract)
+
+def _values(parts: Parts, cfg: DecoderConfig, abstract: Params) -> Params:
+    """Start values of the parameters in `abstract`, which are some of `cfg`'s."""
+    c, wanted = parts.config, lora.flat(abstract)
+    new = lambda path: cfg.execution.lora is not None and spec.row_of(path).trained_with_lora
+    fresh = {path: p for path, p in wanted.items() if c.model.init == "random" or new(path)}
+    stored = unflatten_dict({path: p.sharding for path, p in wanted.items() if path not in fresh})
+    values = {}
+    if stored:
+        values = weights.load_params(c.model.path, cfg, stored, jnp.dtype(c.model.param_dtype))
+    if not fresh:
+        return values
+
+    def start(key: Array) -> dict[tuple, Array]:
+        params = lora.flat(spec.init(cfg, key))
+        return {path: params[path].astype(p.dtype) for path, p in fresh.items()}
 
     key = jax.random.key(c.seed)
     if cfg.execution.lora:
         key = jax.random.fold_in(key, cfg.execution.value_head)
-    return jax.jit(fresh, out_shardings=places(abstract))(key)
+    made = jax.jit(start, out_shardings=places(fresh))(key)
+    return lora.join(values, unflatten_dict(made))
 
 
 def load_frozen(parts: Parts) -> Frozen:
-    """Base and reference. The reference of adapters is the base itself; any other is a copy of the start, in
-    host memory if offloaded.
+    """Base and reference. The reference has the base, too, and a copy of the start of all else that is
+    trained but adapters, in host memory if offloaded.
     """
-    reference = _reference(parts, load_params)
+    reference = _abstract_reference(parts)
+    if reference:
+        reference = _values(parts, parts.cfg, reference)
     if reference and parts.config.learn.offload:
         reference = sharding.to_memory(reference, "pinned_host")
     return Frozen(load_base(parts), reference)
@@ -212,13 +233,14 @@ def load_frozen(parts: Parts) -> Frozen:
 
 def abstract_frozen(parts: Parts) -> Frozen:
     """What `load_frozen` returns, as shapes."""
-    return Frozen(abstract_base(parts), _reference(parts, abstract_params))
+    return Frozen(abstract_base(parts), _abstract_reference(parts))
 
 
-def _reference(parts: Parts, params: Callable[[Parts, DecoderConfig], Params]) -> Params | None:
+def _abstract_reference(parts: Parts) -> Params | None:
     if parts.config.kl.coef == 0:
         return None
-    return {} if parts.cfg.execution.lora else params(parts, parts.cfg)
+    trained = lora.flat(lora.trained(abstract_params(parts, parts.cfg), parts.cfg))
+    return unflatten_dict({path: p for path, p in trained.items() if not spec.row_of(path).trained_with_lora})
 
 
 def init_learner(

@@ -7,11 +7,11 @@ Shapes stand in the types, as in `Float32[Array, "Q G R"]` (jaxtyping). They are
 checker; nothing is checked at run time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
-from jaxtyping import Bool, Float, Float32, Int32, UInt32
+from jaxtyping import Bool, Float, Float32, Int32, UInt8, UInt32
 
 Array = Any  # jax.Array on the device, numpy on the host
 Params = Any
@@ -39,17 +39,29 @@ class Mean(NamedTuple):
 
 
 @pytree
+class Images:
+    """The images of each question, in windows one after another."""
+
+    pixels: UInt8[Array, "Q W S D"]  # of each patch: channel, row, column, flattened
+    # of each patch: the number of its image within the question, or -1 in an empty slot; its row and column;
+    # the image's rows and columns of patches
+    slots: Int32[Array, "Q W S 5"]
+
+
+@pytree
 class Vision:
     """What the decoder reads of the images in a batch of prompts."""
 
     # The vision tower's image tokens: E numbers for the embedding, then E for each of the first layers
-    # (`VisionConfig.deepstack`).
-    features: Float[Array, "Q T F"]
+    # (`VisionConfig.deepstack`). None: they are computed from `images` by the tower of the parameters that
+    # read the prompts (`scoring.hidden_states`).
+    features: Float[Array, "Q T F"] | None
     slots: Int32[Array, "Q P"]  # which of the features stands in a column; -1: the column holds text
     positions: Int32[Array, "Q P 3"]  # in time, by row and by column; 0 on padding
     next_position: Int32[Array, " Q"]
     # the same features of grey images of the same sizes; None where no component of the reward asks for them
     blank: Float[Array, "Q T F"] | None = None
+    images: Images | None = None  # None where the tower is frozen: nothing asks for them again
 
 
 @pytree
@@ -72,6 +84,15 @@ class Prompts:
         if self.vision is not None:
             return self.vision.next_position
         return self.mask.sum(1)
+
+    def with_vision(self, **changes: Any) -> "Prompts":
+        """The same with other fields of `vision`, if there are images."""
+        return replace(self, vision=replace(self.vision, **changes)) if self.vision else self
+
+    @property
+    def unseen(self) -> "Prompts":
+        """The same for parameters with a tower of their own: without the features, if it can see again."""
+        return self.with_vision(features=None) if self.vision and self.vision.images else self
 
 
 @pytree

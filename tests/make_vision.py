@@ -144,10 +144,8 @@ def make_run(root: Path, questions: int = 16, **changes: Any) -> dict[str, Any]:
     return {"model": {"path": str(model)}, "data": {"path": str(root / "data.jsonl")}}
 
 
-def reference(directory: Path) -> dict[str, np.ndarray]:
-    """What transformers computes in float32: each image's features, one after another; positions [Q, P, 3]
-    and the next [Q]; logits [Q, P, V], 0 on padding; greedy tokens [Q, NEW].
-    """
+def in_torch(directory: Path) -> tuple[Any, dict[str, Any]]:
+    """The model of a directory in transformers, and what it takes of `pictures` and `rows`."""
     import torch
     from transformers import AutoModelForImageTextToText
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -164,13 +162,23 @@ def reference(directory: Path) -> dict[str, np.ndarray]:
     ids, mask = pad(rows(tokens))
     ids, mask = torch.tensor(ids), torch.tensor(mask)
     inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == 90).long()}
-    inputs |= {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
+    return model, inputs | {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
+
+
+def reference(directory: Path) -> dict[str, np.ndarray]:
+    """What transformers computes in float32: each image's features, one after another; positions [Q, P, 3]
+    and the next [Q]; logits [Q, P, V], 0 on padding; greedy tokens [Q, NEW].
+    """
+    import torch
+
+    model, inputs = in_torch(directory)
+    ids, mask, grids = (inputs[name] for name in ("input_ids", "attention_mask", "image_grid_thw"))
     with torch.no_grad():
-        seen = model.model.get_image_features(made["pixel_values"], made["image_grid_thw"])
+        seen = model.model.get_image_features(inputs["pixel_values"], grids)
         parts = [seen.pooler_output, *getattr(seen, "deepstack_features", [])]
         features = torch.cat([torch.cat(list(part)) for part in parts], -1)
         positions, deltas = model.model.get_rope_index(
-            ids, inputs["mm_token_type_ids"], made["image_grid_thw"], attention_mask=mask
+            ids, inputs["mm_token_type_ids"], grids, attention_mask=mask
         )
         logits = model(**inputs).logits
         grown = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
@@ -181,6 +189,25 @@ def reference(directory: Path) -> dict[str, np.ndarray]:
         "logits": np.where(mask[..., None], logits.numpy(), 0),
         "greedy": grown[:, ids.shape[1] :].numpy().astype(np.int32),
     }
+
+
+def tower_gradients(directory: Path) -> dict[str, np.ndarray]:
+    """What transformers computes of `loss_weights`' loss: its gradient by the tower's published names."""
+    import torch
+
+    model, inputs = in_torch(directory)
+    logits = model(**inputs).logits
+    (
+        logits * torch.tensor(loss_weights(tuple(logits.shape), inputs["attention_mask"].numpy()))
+    ).sum().backward()
+    named = model.model.visual.named_parameters()
+    return {f"visual.{name}": p.grad.numpy() for name, p in named}
+
+
+def loss_weights(shape: tuple[int, ...], mask: np.ndarray) -> np.ndarray:
+    """A loss is the sum of the logits [Q, P, V], each by its own weight; padding has none."""
+    weights = np.random.RandomState(7).standard_normal(shape).astype(np.float32)
+    return np.where(mask[..., None] > 0, weights, 0)
 
 
 def pad(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

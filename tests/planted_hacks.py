@@ -70,7 +70,8 @@ def main(model: str = "embedded", questions: str = "64") -> None:
     with jax.set_mesh(parts.mesh):
         params, index = build.load_params(parts, parts.cfg), np.arange(n)
         placed = place_rows((tokens, mask), n, parts.mesh)
-        rollout, prompts = Rollout(*placed, placed[0], None), place_prompts(parts, encoded, index)
+        rollout = Rollout(*placed, placed[0], None)
+        prompts = place_prompts(params, parts, encoded, index)
         scored = score_rollout(parts, encoded, index, rollout)
         rewards, quiet = policy_rewards.make_policy_rewards(parts), lambda *_: None
         columns = []

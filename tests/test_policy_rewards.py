@@ -109,7 +109,7 @@ def answered(setting, name):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), request) == jax.tree.map(
         lambda x: (x.shape, x.dtype), reward.shapes
     )
-    prompts = place_prompts(parts, encoded, np.arange(8))
+    prompts = place_prompts(params, parts, encoded, np.arange(8))
     return np.asarray(reward.program({}, params, prompts, rollout, request)), reward.baseline
 
 

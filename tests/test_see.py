@@ -17,6 +17,7 @@ from byte_tokenizer import byte_tokenizer
 from invariance import launch
 from make_vision import make_run
 from PIL import Image
+from safetensors.numpy import load_file
 
 from medrlvr_jax import build, cli, sharding
 from medrlvr_jax.config import load as configs
@@ -29,10 +30,12 @@ from medrlvr_jax.evaluation import look
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder
 from medrlvr_jax.rl.policy_rewards import check_questions, make_policy_rewards
+from medrlvr_jax.rl.sft import sft
 from medrlvr_jax.rl.train import train
-from medrlvr_jax.rollout.assess import assess_alone
+from medrlvr_jax.rollout.assess import assess, assess_alone, assess_settings
 from medrlvr_jax.rollout.rollout import encode, place_prompts
-from medrlvr_jax.types import Rollout
+from medrlvr_jax.sharding import place_rows
+from medrlvr_jax.types import Frozen, Rollout
 
 START, PAD, END = 258, 259, 260
 TREE = {
@@ -152,8 +155,8 @@ def test_other_images_give_another_run(folder, metrics, tmp_path):
             questions = load.read(SetConfig(path="python:data"), given)[0]
             encoded = encode(parts.tokenizer, questions, parts.config, vision=parts.cfg.vision)
             encoded = replace(encoded, width=96, images=replace(encoded.images, windows=8))
-            prompts = place_prompts(parts, encoded, np.arange(8))
             params = build.load_params(parts, parts.cfg)
+            prompts = place_prompts(params, parts, encoded, np.arange(8))
             states = jax.jit(lambda p, x: decoder.forward(p, parts.cfg, x)[0])(params, prompts)
             logits.append(np.asarray(states[:, -1]))
     moved = np.abs(logits[0] - logits[1]).max(-1)
@@ -223,10 +226,10 @@ def test_looks_is_the_models(folder):
         params = build.load_params(parts, parts.cfg)
         drawn = Rollout(tokens, mask, np.zeros(tokens.shape, np.float32), None)
         place = lambda tree: sharding.place_rows(tree, 8, parts.mesh)
-        prompts = place_prompts(parts, encoded, index, blank=True)
+        prompts = place_prompts(params, parts, encoded, index, blank=True)
         seen, unseen = (
             np.asarray(assess_alone(params, parts, p, place(drawn)).logprobs)
-            for p in (prompts, place_prompts(parts, blank, index))
+            for p in (prompts, place_prompts(params, parts, blank, index))
         )
         rollout = place(replace(drawn, logprobs=seen))
         reward = make_policy_rewards(parts)["looks"]
@@ -315,3 +318,75 @@ def test_broken_images_are_refused_together(folder):
     first, second = str(refused.value).splitlines()
     assert first.startswith("question q0: image of 1 bytes: ") and "gone.png: no such image" in second
     assert images.measure([Question("q", "?", ("a", "b"), 0)], cfg) is None
+
+
+TOWER = {"name": "tower", "model.vision": "train", "kl.into": "loss", "kl.estimator": "k3", "eval.sets": {}}
+
+
+def test_a_trained_tower_resumes_to_the_bit(folder):
+    """The trainer sees what the sampler saw, and the reference by the start's tower; the tower is saved."""
+    tower_run = trained(folder, **TOWER)
+    assert tower_run[0]["sampler_gap"] < 1e-5 and abs(tower_run[0]["kl"]) < 1e-6, tower_run[0]
+    changes = TOWER | {"name": "resumed"}
+    config = configs.load(folder / "config.yaml", changes)
+    train(config, rewards=characters, callbacks=lambda step, row: True)
+    again = trained(folder, **changes)
+    timed = ("seconds", "tokens_per")
+    for row, other in zip(tower_run, again, strict=True):
+        assert {k: v for k, v in other.items() if not k.startswith(timed)} == {
+            k: v for k, v in row.items() if not k.startswith(timed)
+        }
+
+
+def test_a_trained_merger_leaves_the_blocks(folder):
+    """Beside adapters, in a fine-tuning; what is exported has the merger as it was learned."""
+    changes = {"name": "merger", "model.vision": "merger", "model.lora": {"rank": 2}, "eval.sets": {}}
+    sft(configs.load(folder / "config.yaml", changes | {"steps": 1, "sft.max_new_tokens": 32}, "sft"))
+    assert cli.main(["export", str(folder / "runs" / "merger"), str(folder / "hf")]) == 0
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("model", "hf"))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    tower = {name for name in before if name.startswith("visual.")}
+    assert changed & tower == {name for name in tower if name.startswith("visual.merger.")}
+
+
+def test_texts_with_images_teach_a_random_model(folder):
+    """Pretraining from nothing, as the embedded models are made: the loss falls below that of chance."""
+    rows = [
+        {"prompt": "<image>It is ", "response": "red" if i % 2 else "blue", "image": str(folder / "1-0.png")}
+        for i in range(8)
+    ]
+    changes = {"name": "random", "model.vision": "train", "model.init": "random", "eval.sets": {}}
+    changes |= {"sft.target": "text", "steps": 3}
+    sft(configs.load(folder / "config.yaml", changes, "sft"), data=rows)
+    nll = [row["nll"] for row in lines(folder / "runs" / "random" / "metrics.jsonl")]
+    assert nll[-1] < nll[0]
+    frozen = configs.load(folder / "config.yaml", changes | {"name": "r2", "model.vision": "freeze"}, "sft")
+    with pytest.raises(ConfigError, match=r"model\.init: random: a random vision tower"):
+        sft(frozen, data=rows)
+    with pytest.raises(ConfigError, match=r"model\.vision: train: no question of data has an image"):
+        config = configs.load(folder / "config.yaml", changes | {"name": "r3"}, "sft")
+        sft(config, data=[{"prompt": "x", "response": "y"}] * 8)
+
+
+def test_the_reference_sees_by_the_tower_of_the_start(folder):
+    """Whatever the policy's tower has become since."""
+    parts = build.build(configs.load(folder / "config.yaml", TOWER))
+    questions = load.load(parts.config.data)[:8]
+    with jax.set_mesh(parts.mesh):
+        encoded = encode(parts.tokenizer, questions, parts.config, vision=parts.cfg.vision)
+        start, index = build.load_params(parts, parts.cfg), np.arange(8)
+        moved = start | {"vision": jax.tree.map(lambda x: x * 1.1, start["vision"])}
+        tokens = np.random.RandomState(0).randint(5, 200, (8, 2, 6)).astype(np.int32)
+        tokens = place_rows(tokens, 8, parts.mesh)
+        rollout = Rollout(tokens, tokens > 0, logprobs=tokens, policy_logprobs=None)
+        frozen, settings = Frozen({}, start), assess_settings(parts)
+        of = {
+            name: assess(
+                frozen, params, None, place_prompts(params, parts, encoded, index), rollout, settings
+            )
+            for name, params in {"start": start, "moved": moved}.items()
+        }
+    close = lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max() < 1e-5
+    assert close(of["start"].logprobs, of["start"].ref_logprobs)
+    assert close(of["moved"].ref_logprobs, of["start"].ref_logprobs)
+    assert not close(of["moved"].logprobs, of["start"].logprobs)

@@ -460,7 +460,7 @@ def test_a_chat_template_that_opens_the_thought_is_as_a_prefill(folder, capsys):
     pairs = []
     for settings in ways.values():
         parts = build.build(configs.load(folder / "config.yaml", [*settings, "sft.target=rationale"]))
-        rows, *_ = encode_pairs(parts)
+        rows = encode_pairs(parts).rows
         pairs.append(rows)
         prompt, target = (parts.tokenizer.show(ids) for ids in rows[0])
         assert prompt.endswith("\n<think>") and "<think>" not in target and target.endswith("</answer><eos>")

@@ -14,14 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from make_vision import CONFIGS, GOLDEN, NEW, SIZES, make, pad, pictures, reference, rows
+from make_vision import (
+    CONFIGS,
+    GOLDEN,
+    NEW,
+    SIZES,
+    loss_weights,
+    make,
+    pad,
+    pictures,
+    reference,
+    rows,
+    tower_gradients,
+)
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.data import images
-from medrlvr_jax.model import decoder, export, families, scoring, spec, vision
+from medrlvr_jax.model import decoder, export, families, lora, scoring, spec, vision
 from medrlvr_jax.model import weights as hf
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
@@ -39,7 +51,7 @@ def load(path):
     """Configuration, tower and decoder of a directory."""
     cfg = hf.read_config(path)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    whole = spec.abstract(cfg) | {"vision": vision.abstract(cfg.vision)}
+    whole = spec.abstract(cfg.run_with(tower="train"))
     params = hf.load_params(path, cfg, sharding.shardings(whole, mesh, sharding.TRAIN), "float32")
     return cfg, params["vision"], {name: p for name, p in params.items() if name != "vision"}
 
@@ -129,6 +141,29 @@ def test_as_transformers_was(kind, directory):
 def test_as_transformers_is(kind, directory):
     pytest.importorskip("torch")
     agree(ours(directory(kind)), reference(directory(kind)))
+
+
+def test_gradients_of_the_tower_are_those_of_transformers(directory):
+    """Through the decoder, by the tower that a trainer's pass asks where the prompts have no features."""
+    pytest.importorskip("torch")
+    cfg, tower, params = load(directory("qwen2_5_vl"))
+    windows = max(images.windows_of(row, cfg.vision) for row in grids(cfg))
+    prompts = prompts_of(cfg, None).with_vision(images=arrange(pictures(), windows, cfg.vision))
+    weights = loss_weights((*prompts.mask.shape, cfg.vocab), prompts.mask)
+
+    @jax.jit
+    @jax.grad
+    def gradients(tower):
+        seen = prompts.with_vision(features=vision.see({"vision": tower}, cfg, prompts.vision.images))
+        return (decoder.logits(params, cfg, decoder.forward(params, cfg, seen)[0]) * weights).sum()
+
+    grads, theirs = lora.flat({"vision": gradients(tower)}), tower_gradients(directory("qwen2_5_vl"))
+    sources = {name: s for name, s in hf.sources(cfg).items() if name.startswith("visual.")}
+    assert sources.keys() == theirs.keys()
+    for name, source in sources.items():
+        ours = grads[source.path] if source.layer is None else grads[source.path][source.layer]
+        order = [source.axes.index(axis) for axis in source.tensor_axes]
+        close(np.asarray(ours).transpose(order).reshape(source.shape), theirs[name])
 
 
 FAULTS = {
@@ -255,14 +290,15 @@ def test_published_sizes(name, tmp_path):
     cfg = hf.read_config(tmp_path)
     assert cfg == families.known(f"{name}-Instruct")
     count = lambda tree: sum(np.prod(x.shape) for x in jax.tree.leaves(nn.meta.unbox(tree)))
-    assert (count(vision.abstract(cfg.vision)), count(spec.abstract(cfg))) == (tower, text)
+    whole = spec.abstract(cfg.run_with(tower="train"))
+    assert (count(whole["vision"]), count(spec.abstract(cfg))) == (tower, text)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_what_is_exported_is_the_same_model(kind, directory, tmp_path):
     """Ours is read by transformers, and what transformers saves, under its new names, by us."""
     path, out = directory(kind), tmp_path / "ours"
-    cfg, _, params = load(path)
+    cfg, tower, params = load(path)
     export.save_params(params, cfg, path, out)
     with (
         safe_open(out / "model.safetensors", framework="np") as saved,
@@ -271,6 +307,10 @@ def test_what_is_exported_is_the_same_model(kind, directory, tmp_path):
         assert set(saved.keys()) == set(source.keys())
         assert all(np.array_equal(saved.get_tensor(n), source.get_tensor(n)) for n in source.keys())
     assert (out / "preprocessor_config.json").read_bytes() == (path / "preprocessor_config.json").read_bytes()
+    moved = jax.tree.map(lambda x: x * 1.5, tower)
+    export.save_params(params | {"vision": moved}, cfg.run_with(tower="train"), path, tmp_path / "moved")
+    for one, other in zip(*map(jax.tree.leaves, (load(tmp_path / "moved")[1], moved)), strict=True):
+        np.testing.assert_array_equal(one, other)
     pytest.importorskip("torch")
     from transformers import AutoModelForImageTextToText
 
@@ -296,8 +336,8 @@ def test_every_parameter_of_the_tower_matters(kind, directory):
     arranged = arrange([pictures()[2]], 4, cfg.vision)
     see = jax.jit(lambda p: vision.tower(p, cfg.vision, arranged, jnp.float32))
     usual, draw = np.asarray(see(tower)), np.random.RandomState(0)
-    for name in [n for n, row in vision.PARAMETERS.items() if row.exists(cfg.vision)]:
-        [*group, _] = vision.path_of(name)
+    for name in [n for n, row in spec.TOWER.items() if row.exists(cfg.vision)]:
+        [*group, _] = spec.path_of(name, spec.TOWER[name])
         branch = tower[group[0]] if group else tower
         changed = branch | {name: branch[name] * draw.uniform(0.5, 1.5, branch[name].shape)}
         moved = np.abs(np.asarray(see(tower | {group[0]: changed} if group else changed)) - usual)

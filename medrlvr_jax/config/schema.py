@@ -45,6 +45,9 @@ class ModelConfig:
     logit_slab: Count = 8192  # Tokens whose logits are in memory at once while log-probs are computed.
     # null: train all weights. Otherwise train float32 adapters; policy and critic share one frozen base.
     lora: LoRAConfig | None = None
+    # What of a vision tower is trained, whole, beside the decoder. merger: its last part, from patches to
+    # image tokens; train: all of it. It is then seen again in each pass that learns.
+    vision: Literal["freeze", "merger", "train"] = "freeze"
 
 
 @section

@@ -23,7 +23,8 @@
 | `vqa`      | question and answer, with image or images: a choice where the answer is yes or no, else a    |
 |            | text; with options (also as JSON text), answer as in `plain`. published.py has the names of  |
 |            | published sets, whose fields are read in this format                                         |
-| `text`     | prompt (may be empty) and response, or only text: for `sft.target: text`                     |
+| `text`     | prompt (may be empty) and response, or only text: for `sft.target: text`;                    |
+|            | optional: image or images                                                                    |
 
 Two options with the same text are accepted in the published sets (21 of MedMCQA's 4,183 dev questions have
 them) and refused in `plain`, where they can be corrected. Letters that options bring ("A. aspirin",
@@ -403,7 +404,7 @@ FORMATS = {
     ),
     "trec": Format(_trec, TREC, also="query_id, corpus_id", reword=_with_trial),
     "vqa": Format(_asked_of_an_image, ["image, question, answer", "images, question, answer"], also=OWN),
-    "text": Format(None, ["response", "text"], also="prompt"),
+    "text": Format(None, ["response", "text"], also="prompt, image, images"),
 }
 
 
@@ -418,9 +419,9 @@ def parse(row: Row, name: str, default_id: str) -> Question | Example:
 
 def parse_example(row: Row) -> Example:
     if "text" in row and "response" not in row:
-        return Example("", _text(row, "text", strip=False))
+        return Example("", _text(row, "text", strip=False), _images(row))
     prompt = _text(row, "prompt", strip=False, empty=True) if row.get("prompt") else ""
-    return Example(prompt, _text(row, "response", strip=False))
+    return Example(prompt, _text(row, "response", strip=False), _images(row))
 
 
 def check_question(question: Question, default_id: str) -> Question:

@@ -26,8 +26,7 @@ from PIL import Image, ImageOps
 from medrlvr_jax.data.question import DataError, Question
 from medrlvr_jax.host import files
 from medrlvr_jax.model.spec import VisionConfig
-from medrlvr_jax.model.vision import Images
-from medrlvr_jax.types import Vision
+from medrlvr_jax.types import Images, Vision
 
 Source = str | bytes  # a file's path, or what such a file holds
 GREY = (122, 116, 104)  # the mean of the images that the towers were made for: about 0 once normalised

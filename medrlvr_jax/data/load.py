@@ -94,7 +94,8 @@ class Collected:
                 if self.lines.setdefault(item.id, number) != number:
                     problem = f"id {item.id!r} is already that of {self.unit} {self.lines[item.id]}"
                     raise DataError(f"{problem}; give each its own, or none")
-                item = _without_letters(_beside(item, self.config), self.tally)
+                item = _without_letters(item, self.tally)
+            item = _beside(item, self.config)
         except DataError as e:
             auto = self.config.format == "auto" and isinstance(row, dict)
             unlike = auto and not formats.fits(row, self.name)
@@ -163,8 +164,8 @@ def _format(name: str, row: Any, where: str, allowed: list[str]) -> str:
     return name
 
 
-def _beside(question: Question, config: SetConfig) -> Question:
-    """The question with its images' paths from here, which a file gives from its own folder on."""
+def _beside(question: Question | Example, config: SetConfig) -> Question | Example:
+    """The question or text with its images' paths from here, which a file gives from its own folder on."""
     if not question.images:
         return question
     path = Path(config.path).expanduser()

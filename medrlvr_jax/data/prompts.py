@@ -211,18 +211,38 @@ def encode_questions(
             problem = f"it spells {end!r}, which ends the user's turn in this chat template"
             raise DataError(f"question {bad.id}: {problem}; take it out")
     tail = f.tail + (tok.spell([config.prefill])[0] if begun else [])
+    texts = _spell(tok, questions, rendered, images, f.before, f.after)
+    return [f.head + ids + tail for ids in texts]
+
+
+def encode_texts(
+    tok: Tokenizer, questions: list[Question], images: Sequence[list[list[int]]] | None = None
+) -> list[list[int]]:
+    """The tokens of the questions' texts as they stand, without wording or template. `images`: as in
+    `encode_questions`.
+    """
+    return [tok.prefix + ids for ids in _spell(tok, questions, [q.question for q in questions], images)]
+
+
+def _spell(
+    tok: Tokenizer,
+    questions: list[Question],
+    contents: list[str],
+    images: Sequence[list[list[int]]] | None,
+    before: str = "",
+    after: str = "",
+) -> list[list[int]]:
+    """The tokens of the user's text of each question, between `before` and `after`, with those of images."""
     if images is None:
         if pictured := next((q for q in questions if q.images), None):
             remedy = "train or evaluate a vision-language model, or set fields={image: null} beside path"
             raise DataError(f"question {pictured.id}: it has images, which are not seen here; {remedy}")
-        texts = tok.spell([f.before + content + f.after for content in rendered])
-    else:
-        contents = map(_mark, questions, rendered, images)
-        texts = (
-            _spell_around(tok, f.before + content + f.after, seen)
-            for content, seen in zip(contents, images, strict=True)
-        )
-    return [f.head + ids + tail for ids in texts]
+        return tok.spell([before + content + after for content in contents])
+    marked = map(_mark, questions, contents, images)
+    return [
+        _spell_around(tok, before + content + after, seen)
+        for content, seen in zip(marked, images, strict=True)
+    ]
 
 
 def _mark(question: Question, content: str, images: list[list[int]]) -> str:

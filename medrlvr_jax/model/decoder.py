@@ -225,6 +225,7 @@ def forward(
     x = constrain(embed_lookup(params["embed"], packed, cfg), "batch", None, None)
     vision, deep = prompts.vision, 0
     if vision is not None:
+        assert vision.features is not None
         x, deep = put_images(x, vision, 0), vision.features.shape[-1] // cfg.embed - 1
     rope = rope_tables(positions, cfg, vision is not None)
 
@@ -248,7 +249,7 @@ def put_images(
     states are zero, and part 1, 2, … after the first layers (DeepStack, arXiv 2406.04334).
     """
     slots, width = vision.slots[..., None], x.shape[-1]
-    features = vision.features
+    features: Array = vision.features
     if features.shape[-1] > width:
         features = jax.lax.dynamic_slice_in_dim(features, part * width, width, axis=-1)
     seen = jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1).astype(x.dtype)

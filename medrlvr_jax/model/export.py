@@ -61,8 +61,9 @@ def save_params(
     if shapes != needed:
         differ = sorted(set(shapes.items()) ^ set(needed.items()))[:4]
         raise ConfigError(f"{out}: the parameters are not this model's: {differ}")
-    stored, frozen = jnp.dtype(dtype or leaves["embed",].dtype), open_tensors(source) if cfg.vision else {}
-    partial_dir, shards = _begin(out), _shards(sources(cfg), stored.itemsize)
+    stored, tensors = jnp.dtype(dtype or leaves["embed",].dtype), sources(cfg)
+    frozen = {} if all(s.path in leaves for s in tensors.values()) else open_tensors(source)
+    partial_dir, shards = _begin(out), _shards(tensors, stored.itemsize)
     for file, tensors in shards.items():
         gathered = ((published_name(n, cfg), x) for n, x in _gathered(leaves, frozen, tensors, stored))
         if jax.process_index() == 0:

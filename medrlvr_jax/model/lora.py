@@ -4,7 +4,8 @@ they are.
 The parameters that the decoder computes with are always `join(base, trained)`. Where all weights are trained,
 the base is the empty tree. With `model.lora` the base is the whole decoder, held once for policy, critic and
 reference; a policy trains its adapters `<name>_a` and `<name>_b`, a critic its own and its value head. The
-policy with its adapter off is `join(base, {})`.
+policy with its adapter off is `join(base, {})`. Of a vision tower whose merger alone is trained, the blocks
+are in the base.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig
+from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig, is_trained
 from medrlvr_jax.types import Array, Params
 
 
@@ -29,10 +30,12 @@ def flat(tree: Params) -> dict[tuple, Any]:
 
 def trained(params: Params, cfg: DecoderConfig) -> Params:
     """The part of a whole tree (of anything, such as shapes or shardings) that is trained."""
-    if cfg.execution.lora is None:
-        return params
-    is_trained = lambda path: PARAMETERS[path[-1]].trained_with_lora
-    return unflatten_dict({path: leaf for path, leaf in flat(params).items() if is_trained(path)})
+    return unflatten_dict({path: leaf for path, leaf in flat(params).items() if is_trained(path, cfg)})
+
+
+def frozen(params: Params, cfg: DecoderConfig) -> Params:
+    """The rest: what `trained` leaves out."""
+    return unflatten_dict({path: leaf for path, leaf in flat(params).items() if not is_trained(path, cfg)})
 
 
 def off(cfg: DecoderConfig) -> DecoderConfig:

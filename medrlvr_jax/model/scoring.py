@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from medrlvr_jax.model import decoder
+from medrlvr_jax.model import decoder, vision
 from medrlvr_jax.model.decoder import NO_TOKEN
 from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.sharding import constrain, splits_words
@@ -84,8 +84,10 @@ def hidden_states(
     project.
 
     `segments` and `columns` [Q, G, R], where several responses stand in one: which of them a token is of, and
-    its place there.
+    its place there. Images of prompts without features are seen by the tower in `params`.
     """
+    if prompts.vision and prompts.vision.images and prompts.vision.features is None:
+        prompts = prompts.with_vision(features=vision.see(params, cfg, prompts.vision.images))
     packed, _ = decoder.forward(params, cfg, prompts, tokens, segments, columns)
     rows, groups, length = tokens.shape
     width = prompts.tokens.shape[1]

@@ -1,15 +1,16 @@
-"""The decoder's architecture, how it is executed, and the one table of its parameters.
+"""The architecture of decoder and vision tower, how it is executed, and the one table of parameters of each.
 
-A row of `PARAMETERS` holds all that the library knows of a parameter: shape and logical axes, which axes are
-its input, start value, name in a Hugging Face file, which models have it. Initialisation, shardings, loading
-and export, LoRA, weight decay, Muon and the sampler's copy read this table. A new parameter is one new row.
+A row of `PARAMETERS` (the decoder's) or `TOWER` holds all that the library knows of a parameter: shape and
+logical axes, which axes are its input, start value, name in a Hugging Face file, which models have it.
+Initialisation, shardings, loading and export, LoRA, weight decay, Muon and the sampler's copy read it. A new
+parameter is one new row.
 """
 
 import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from typing import Any, Literal, NamedTuple
 
@@ -43,6 +44,8 @@ class Execution:
     value_head: bool = False  # a critic: one number per token in place of the vocabulary
     lora: LoRAConfig | None = None  # adapters beside the matrices: `<name>_a` and `<name>_b`
     int8: bool = False  # int8 matrices, each output channel scaled by `<name>_scale`: see `decoder.quantize`
+    # What of the vision tower is trained. freeze: nothing, and the parameter tree does not hold the tower.
+    tower: Literal["freeze", "merger", "train"] = "freeze"
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,16 @@ class VisionConfig:
         """Pixels of an image token's side."""
         return self.patch * self.merge
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Logical axis → size. `square`: the patches of an image token; `merged`: their states, joined."""
+        of_patch = {"channels": 3, "frames": self.frames, "rows": self.patch, "columns": self.patch}
+        of_layer = {"embed": self.embed, "width": self.embed, "three": 3, "heads": self.heads}
+        merged = self.merge**2 * self.embed
+        merger = {"square": self.merge**2, "merged": merged, "merged_width": merged, "out": self.out}
+        tables = {"head_dim": self.head_dim, "ffn": self.ffn, "places": self.positions**2}
+        return of_patch | of_layer | merger | tables
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -109,11 +122,20 @@ class DecoderConfig:
     vision: VisionConfig | None = None  # None: the model sees no images
     execution: Execution = Execution()
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Logical axis → size. `width` is `embed` in what is too small to be sharded."""
+        lora = self.execution.lora
+        names = ("vocab", "embed", "heads", "kv_heads", "head_dim", "ffn")
+        also = {"width": self.embed, "width+1": self.embed + 1, "rank": lora.rank if lora else 0}
+        return {name: getattr(self, name) for name in names} | also
+
     def run_with(self, **changes: Any) -> "DecoderConfig":
         """The same architecture with other fields of `Execution`."""
         return replace(self, execution=replace(self.execution, **changes))
 
 
+Architecture = DecoderConfig | VisionConfig
 Kind = Literal["table", "matrix", "adapter", "scale", "norm", "bias", "value"]
 
 
@@ -150,29 +172,21 @@ class Parameter(NamedTuple):
         groups = re.findall(r"\((.*?)\)|(\S+)", self.tensor_axes)
         return [(joined or single).split() for joined, single in groups]
 
-    def shape(self, cfg: DecoderConfig) -> tuple[int, ...]:
+    def shape(self, cfg: Architecture) -> tuple[int, ...]:
         """One layer's shape."""
-        size = sizes(cfg)
+        size = cfg.sizes
         return tuple(size[axis] for axis in self.axes.split())
 
-    def initializer(self, cfg: DecoderConfig) -> Any:
+    def initializer(self, cfg: Architecture) -> Any:
         """`normal` has standard deviation inputs^-½, so that a product keeps its input's size. `residual`,
         for the matrices that end a residual branch, divides it by √(2·layers) (GPT-2).
         """
         if self.start in ("zeros", "ones"):
             return nn.initializers.zeros_init() if self.start == "zeros" else nn.initializers.ones_init()
-        size = sizes(cfg)
+        size = cfg.sizes
         deviation = prod(size[axis] for axis in self.inputs.split()) ** -0.5
         scale = (2 * cfg.layers) ** -0.5 if self.start == "residual" else 1.0
         return nn.initializers.normal(scale * deviation)
-
-
-def sizes(cfg: DecoderConfig) -> dict[str, int]:
-    """Logical axis → size. `width` is `embed` in what is too small to be sharded."""
-    lora = cfg.execution.lora
-    names = ("vocab", "embed", "heads", "kv_heads", "head_dim", "ffn")
-    also = {"width": cfg.embed, "width+1": cfg.embed + 1, "rank": lora.rank if lora else 0}
-    return {name: getattr(cfg, name) for name in names} | also
 
 
 def _with_companions(**rows: Parameter) -> dict[str, Parameter]:
@@ -201,19 +215,21 @@ def _norm(axis: str, module: str, **more: Any) -> Parameter:
     return Parameter("norm", axis, "", "ones", f"{module}.weight", axis, **more)
 
 
-def _bias(axes: str, module: str) -> Parameter:
-    return Parameter("bias", axes, "", "zeros", f"{module}.bias", f"({axes})", exists=_has_qkv_bias)
+def _bias(axes: str, module: str, **more: Any) -> Parameter:
+    return Parameter("bias", axes, "", "zeros", f"{module}.bias", f"({axes})", **more)
 
 
-def _matrix(axes: str, inputs: str, module: str, tensor_axes: str, start: Any = "normal") -> Parameter:
-    return Parameter("matrix", axes, inputs, start, f"{module}.weight", tensor_axes)
+def _matrix(
+    axes: str, inputs: str, module: str, tensor_axes: str, start: Any = "normal", **more: Any
+) -> Parameter:
+    return Parameter("matrix", axes, inputs, start, f"{module}.weight", tensor_axes, **more)
 
 
 _quantized = lambda cfg: cfg.execution.int8
 _has_value = lambda cfg: cfg.execution.value_head
 _has_head = lambda cfg: not (cfg.tied or cfg.execution.value_head)
+_has_bias = lambda cfg: cfg.qkv_bias
 _has_qk_norm = lambda cfg: cfg.qk_norm
-_has_qkv_bias = lambda cfg: cfg.qkv_bias
 # Start values depend on the order of the rows: see `init`. A new row goes to the end.
 PARAMETERS = _with_companions(
     embed=_table("vocab embed", "model.embed_tokens"),
@@ -227,9 +243,9 @@ PARAMETERS = _with_companions(
     o=_matrix(
         "heads head_dim embed", "heads head_dim", "self_attn.o_proj", "embed (heads head_dim)", "residual"
     ),
-    q_bias=_bias("heads head_dim", "self_attn.q_proj"),
-    k_bias=_bias("kv_heads head_dim", "self_attn.k_proj"),
-    v_bias=_bias("kv_heads head_dim", "self_attn.v_proj"),
+    q_bias=_bias("heads head_dim", "self_attn.q_proj", exists=_has_bias),
+    k_bias=_bias("kv_heads head_dim", "self_attn.k_proj", exists=_has_bias),
+    v_bias=_bias("kv_heads head_dim", "self_attn.v_proj", exists=_has_bias),
     q_norm=_norm("head_dim", "self_attn.q_norm", exists=_has_qk_norm),
     k_norm=_norm("head_dim", "self_attn.k_norm", exists=_has_qk_norm),
     mlp_norm=_norm("width", "post_attention_layernorm"),
@@ -241,26 +257,120 @@ PARAMETERS = _with_companions(
 MATRICES = {name: len(row.inputs.split()) for name, row in PARAMETERS.items() if row.kind == "matrix"}
 
 
-def path_of(name: str) -> tuple[str, ...]:
-    """Where the parameter of a row lies in the tree."""
-    return ("layers", name) if PARAMETERS[name].stacked else (name,)
+_swiglu = lambda cfg: cfg.kind == "qwen2_5_vl"  # with RMSNorm; the others have LayerNorm and two matrices
+_biased = lambda cfg: cfg.kind != "qwen2_5_vl"
+_positions = lambda cfg: cfg.positions > 0
+_deep = lambda cfg: len(cfg.deepstack) > 0
+# The vision tower's. What begins with deep_ is stacked over Qwen3-VL's further mergers. weights.py has what
+# stands before a tensor's name.
+TOWER = {
+    "patch": _matrix(
+        "channels frames rows columns embed",
+        "channels frames rows columns",
+        "patch_embed.proj",
+        "embed channels frames rows columns",
+        stacked=False,
+    ),
+    "patch_bias": _bias("width", "patch_embed.proj", stacked=False, exists=_positions),
+    "positions": Parameter(
+        "table", "places width", "width", "normal", "pos_embed.weight", "places width", False, _positions
+    ),
+    "merge_norm": _norm("width", "merger.ln_q", stacked=False),
+    "merge_norm_bias": _bias("width", "merger.ln_q", stacked=False, exists=_biased),
+    "merge_in": _matrix(
+        "square embed merged", "square embed", "merger.mlp.0", "merged (square embed)", stacked=False
+    ),
+    "merge_in_bias": _bias("merged", "merger.mlp.0", stacked=False),
+    "merge_out": _matrix("merged out", "merged", "merger.mlp.2", "out merged", stacked=False),
+    "merge_out_bias": _bias("out", "merger.mlp.2", stacked=False),
+    "attn_norm": _norm("width", "norm1"),
+    "attn_norm_bias": _bias("width", "norm1", exists=_biased),
+    "qkv": _matrix("embed three heads head_dim", "embed", "attn.qkv", "(three heads head_dim) embed"),
+    "qkv_bias": _bias("three heads head_dim", "attn.qkv"),
+    "o": _matrix("heads head_dim embed", "heads head_dim", "attn.proj", "embed (heads head_dim)", "residual"),
+    "o_bias": _bias("width", "attn.proj"),
+    "mlp_norm": _norm("width", "norm2"),
+    "mlp_norm_bias": _bias("width", "norm2", exists=_biased),
+    "gate": _matrix("embed ffn", "embed", "mlp.gate_proj", "ffn embed", exists=_swiglu),
+    "gate_bias": _bias("ffn", "mlp.gate_proj", exists=_swiglu),
+    "up": _matrix("embed ffn", "embed", "mlp.up_proj", "ffn embed", exists=_swiglu),
+    "up_bias": _bias("ffn", "mlp.up_proj", exists=_swiglu),
+    "down": _matrix("ffn embed", "ffn", "mlp.down_proj", "embed ffn", "residual", exists=_swiglu),
+    "down_bias": _bias("width", "mlp.down_proj", exists=_swiglu),
+    "fc1": _matrix("embed ffn", "embed", "mlp.fc1", "ffn embed", exists=_biased),
+    "fc1_bias": _bias("ffn", "mlp.fc1", exists=_biased),
+    "fc2": _matrix("ffn embed", "ffn", "mlp.fc2", "embed ffn", "residual", exists=_biased),
+    "fc2_bias": _bias("width", "mlp.fc2", exists=_biased),
+    "deep_norm": _norm("merged_width", "norm", exists=_deep),
+    "deep_norm_bias": _bias("merged_width", "norm", exists=_deep),
+    "deep_in": _matrix(
+        "square embed merged", "square embed", "linear_fc1", "merged (square embed)", exists=_deep
+    ),
+    "deep_in_bias": _bias("merged", "linear_fc1", exists=_deep),
+    "deep_out": _matrix("merged out", "merged", "linear_fc2", "out merged", exists=_deep),
+    "deep_out_bias": _bias("out", "linear_fc2", exists=_deep),
+}
+# What Qwen3-VL's files call otherwise.
+RENAMED = {"ln_q.": "norm.", "mlp.0.": "linear_fc1.", "mlp.2.": "linear_fc2.", ".fc": ".linear_fc"}
+VISION = "vision"  # where the tower lies in the tree of a model
+
+
+def row_of(path: tuple[str, ...]) -> Parameter:
+    """The row of the parameter at a path of the tree."""
+    return (TOWER if path[0] == VISION else PARAMETERS)[path[-1]]
+
+
+def is_trained(path: tuple[str, ...], cfg: DecoderConfig) -> bool:
+    """Whether a run trains the parameter: of the decoder all, or with LoRA the adapters; of the tower what
+    `Execution.tower` says.
+    """
+    if path[0] == VISION:
+        return cfg.execution.tower == "train" or path[-1].startswith(("merge", "deep"))
+    return cfg.execution.lora is None or row_of(path).trained_with_lora
 
 
 def parameters(cfg: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
-    """The rows that a model has, by their paths in its parameter tree."""
-    return {path_of(name): row for name, row in PARAMETERS.items() if row.exists(cfg)}
+    """The rows that a model has, by their paths in its parameter tree: the tower is there unless it is
+    frozen.
+    """
+    rows = _rows(PARAMETERS, cfg)
+    if cfg.vision and cfg.execution.tower != "freeze":
+        rows |= {(VISION, *path): row for path, row in _rows(TOWER, cfg.vision).items()}
+    return rows
+
+
+def path_of(name: str, row: Parameter) -> tuple[str, ...]:
+    """Where the parameter of a row lies in the tree of decoder or tower."""
+    return ("deepstack" if name.startswith("deep_") else "layers", name) if row.stacked else (name,)
+
+
+def _rows(table: dict[str, Parameter], cfg: Architecture) -> dict[tuple[str, ...], Parameter]:
+    """A table's rows by path, with tensors' names of the family's files."""
+    rows = {path_of(name, row): row for name, row in table.items() if row.exists(cfg)}
+    if not (isinstance(cfg, VisionConfig) and cfg.kind == "qwen3_vl"):
+        return rows
+    renamed = lambda tensor: reduce(lambda name, pair: name.replace(*pair), RENAMED.items(), tensor)
+    return {path: row._replace(tensor=renamed(row.tensor)) for path, row in rows.items()}
+
+
+def _depth(path: tuple[str, ...], cfg: Architecture) -> int:
+    """How many a stacked parameter holds."""
+    if isinstance(cfg, VisionConfig) and path[-2] == "deepstack":
+        return len(cfg.deepstack)
+    return cfg.layers
 
 
 def abstract(cfg: DecoderConfig) -> Params:
     """The parameter tree: for each array its shape and logical axes, `nn.Partitioned(ShapeDtypeStruct)`."""
 
-    def box(row: Parameter) -> nn.Partitioned:
-        shape, axes = row.shape(cfg), tuple(row.axes.split())
+    def box(path: tuple[str, ...], row: Parameter) -> nn.Partitioned:
+        of = cfg.vision if path[0] == VISION and cfg.vision else cfg
+        shape, axes = row.shape(of), tuple(row.axes.split())
         if row.stacked:
-            shape, axes = (cfg.layers, *shape), ("layers", *axes)
+            shape, axes = (_depth(path, of), *shape), ("layers", *axes)
         return nn.Partitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
 
-    return unflatten_dict({path: box(row) for path, row in parameters(cfg).items()})
+    return unflatten_dict({path: box(path, row) for path, row in parameters(cfg).items()})
 
 
 def init(cfg: DecoderConfig, key: Array) -> Params:
@@ -269,16 +379,23 @@ def init(cfg: DecoderConfig, key: Array) -> Params:
     A parameter's key is a hash of its number. The numbers are those that Flax Linen gave (it traced a layer
     twice and went on counting), so that a seed still gives the same weights.
     """
-    rows, params = parameters(cfg), {}
-    layer_keys = jax.random.split(key, cfg.layers)
+    params = _init(PARAMETERS, cfg, key)
+    if cfg.vision and cfg.execution.tower != "freeze":
+        params[VISION] = _init(TOWER, cfg.vision, jax.random.fold_in(key, 2**31))
+    return params
+
+
+def _init(table: dict[str, Parameter], cfg: Architecture, key: Array) -> Params:
+    rows, params = _rows(table, cfg), {}
     for stacked in (False, True):
         group = [path for path, row in rows.items() if row.stacked == stacked]
         for number, path in enumerate(group, 1 + stacked * len(group)):
             seed = hashlib.sha1(b"layers" * stacked + bytes([number])).digest()[:4]
             start = partial(_start, rows[path], cfg, int.from_bytes(seed, "big"))
-            params[path] = jax.lax.map(start, layer_keys) if stacked else start(key)
+            each = jax.random.split(key, _depth(path, cfg)) if stacked else None
+            params[path] = start(key) if each is None else jax.lax.map(start, each)
     return unflatten_dict(params)
 
 
-def _start(row: Parameter, cfg: DecoderConfig, seed: int, key: Array) -> Array:
+def _start(row: Parameter, cfg: Architecture, seed: int, key: Array) -> Array:
     return row.initializer(cfg)(jax.random.fold_in(key, jnp.uint32(seed)), row.shape(cfg), jnp.float32)

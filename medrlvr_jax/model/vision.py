@@ -13,7 +13,7 @@ data/images.py makes `Images` on the host; the decoder reads the features in pla
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax.traverse_util import unflatten_dict
-from jaxtyping import Bool, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Bool, Float, Float32, Int
 
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import attention
 from medrlvr_jax.model.decoder import rms_norm, rotate
-from medrlvr_jax.model.spec import Parameter, VisionConfig
-from medrlvr_jax.sharding import constrain, gather
-from medrlvr_jax.types import Array, Params, pytree
+from medrlvr_jax.model.spec import TOWER, VISION, DecoderConfig, VisionConfig
+from medrlvr_jax.sharding import batch_ways, constrain, gather, map_rows
+from medrlvr_jax.types import Array, Images, Params
 
 EPS = 1e-6  # of all norms of the towers
 ACTIVATIONS = {"qwen2_vl": "quick_gelu", "qwen2_5_vl": "silu", "qwen3_vl": "gelu_pytorch_tanh"}
@@ -39,16 +37,7 @@ HALF = (0.5, 0.5, 0.5)
 PIXELS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"mean": HALF, "std": HALF, "min_pixels": 2**16, "max_pixels": 2**24}
 }
-
-
-@pytree
-class Images:
-    """The images of each question, in windows one after another."""
-
-    pixels: UInt8[Array, "Q W S D"]  # of each patch: channel, row, column, flattened
-    # of each patch: the number of its image within the question, or -1 in an empty slot; its row and column;
-    # the image's rows and columns of patches
-    slots: Int32[Array, "Q W S 5"]
+SCORES = 2**28  # attention scores of whole images that a device holds at a time: 1 GiB of float32
 
 
 def rope_axes(sections: Sequence[int], interleaved: bool = False) -> tuple[int, ...]:
@@ -126,121 +115,6 @@ def _read_preprocessor(file: Path, patch: int, merge: int) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v}
 
 
-# ---- parameters ----
-
-_swiglu = lambda cfg: cfg.kind == "qwen2_5_vl"  # with RMSNorm; the others have LayerNorm and two matrices
-_biased = lambda cfg: cfg.kind != "qwen2_5_vl"
-_positions = lambda cfg: cfg.positions > 0
-_deep = lambda cfg: len(cfg.deepstack) > 0
-
-
-def _matrix(axes: str, inputs: str, tensor: str, tensor_axes: str, **more: Any) -> Parameter:
-    return Parameter("matrix", axes, inputs, "normal", tensor, tensor_axes, **more)
-
-
-def _bias(axes: str, tensor: str, **more: Any) -> Parameter:
-    return Parameter("bias", axes, "", "zeros", tensor, f"({axes})", **more)
-
-
-def _norm(tensor: str, **more: Any) -> Parameter:
-    return Parameter("norm", "width", "", "ones", tensor, "width", **more)
-
-
-# As spec.PARAMETERS, of the tower. Tensors' names follow "visual."; a layer's, "visual.blocks.{i}."; those
-# of what begins with deep_ (stacked, too), "visual.deepstack_merger_list.{i}.".
-PARAMETERS = {
-    "patch": _matrix(
-        "channels frames rows columns embed",
-        "channels frames rows columns",
-        "patch_embed.proj.weight",
-        "embed channels frames rows columns",
-        stacked=False,
-    ),
-    "patch_bias": _bias("width", "patch_embed.proj.bias", stacked=False, exists=_positions),
-    "positions": Parameter(
-        "table", "places width", "", "normal", "pos_embed.weight", "places width", False, _positions
-    ),
-    "merge_norm": _norm("merger.ln_q.weight", stacked=False),
-    "merge_norm_bias": _bias("width", "merger.ln_q.bias", stacked=False, exists=_biased),
-    "merge_in": _matrix(
-        "square embed merged", "square embed", "merger.mlp.0.weight", "merged (square embed)", stacked=False
-    ),
-    "merge_in_bias": _bias("merged", "merger.mlp.0.bias", stacked=False),
-    "merge_out": _matrix("merged out", "merged", "merger.mlp.2.weight", "out merged", stacked=False),
-    "merge_out_bias": _bias("out", "merger.mlp.2.bias", stacked=False),
-    "attn_norm": _norm("norm1.weight"),
-    "attn_norm_bias": _bias("width", "norm1.bias", exists=_biased),
-    "qkv": _matrix("embed three heads head_dim", "embed", "attn.qkv.weight", "(three heads head_dim) embed"),
-    "qkv_bias": _bias("three heads head_dim", "attn.qkv.bias"),
-    "o": _matrix("heads head_dim embed", "heads head_dim", "attn.proj.weight", "embed (heads head_dim)"),
-    "o_bias": _bias("width", "attn.proj.bias"),
-    "mlp_norm": _norm("norm2.weight"),
-    "mlp_norm_bias": _bias("width", "norm2.bias", exists=_biased),
-    "gate": _matrix("embed ffn", "embed", "mlp.gate_proj.weight", "ffn embed", exists=_swiglu),
-    "gate_bias": _bias("ffn", "mlp.gate_proj.bias", exists=_swiglu),
-    "up": _matrix("embed ffn", "embed", "mlp.up_proj.weight", "ffn embed", exists=_swiglu),
-    "up_bias": _bias("ffn", "mlp.up_proj.bias", exists=_swiglu),
-    "down": _matrix("ffn embed", "ffn", "mlp.down_proj.weight", "embed ffn", exists=_swiglu),
-    "down_bias": _bias("width", "mlp.down_proj.bias", exists=_swiglu),
-    "fc1": _matrix("embed ffn", "embed", "mlp.fc1.weight", "ffn embed", exists=_biased),
-    "fc1_bias": _bias("ffn", "mlp.fc1.bias", exists=_biased),
-    "fc2": _matrix("ffn embed", "ffn", "mlp.fc2.weight", "embed ffn", exists=_biased),
-    "fc2_bias": _bias("width", "mlp.fc2.bias", exists=_biased),
-    "deep_norm": Parameter("norm", "merged_width", "", "ones", "norm.weight", "merged_width", exists=_deep),
-    "deep_norm_bias": _bias("merged_width", "norm.bias", exists=_deep),
-    "deep_in": _matrix(
-        "square embed merged", "square embed", "linear_fc1.weight", "merged (square embed)", exists=_deep
-    ),
-    "deep_in_bias": _bias("merged", "linear_fc1.bias", exists=_deep),
-    "deep_out": _matrix("merged out", "merged", "linear_fc2.weight", "out merged", exists=_deep),
-    "deep_out_bias": _bias("out", "linear_fc2.bias", exists=_deep),
-}
-# What Qwen3-VL's files call otherwise.
-RENAMED = {"ln_q.": "norm.", "mlp.0.": "linear_fc1.", "mlp.2.": "linear_fc2.", ".fc": ".linear_fc"}
-
-
-def sizes(cfg: VisionConfig) -> dict[str, int]:
-    """Logical axis → size."""
-    of_patch = {"channels": 3, "frames": cfg.frames, "rows": cfg.patch, "columns": cfg.patch}
-    square = cfg.merge**2
-    of_layer = {"embed": cfg.embed, "width": cfg.embed, "three": 3, "heads": cfg.heads, "ffn": cfg.ffn}
-    merger = {"square": square, "merged": square * cfg.embed, "out": cfg.out}
-    merger |= {"merged_width": square * cfg.embed, "places": cfg.positions**2}
-    return of_patch | of_layer | merger | {"head_dim": cfg.head_dim}
-
-
-def path_of(name: str) -> tuple[str, ...]:
-    """Where the parameter of a row lies in the tower's tree."""
-    if not PARAMETERS[name].stacked:
-        return (name,)
-    return "deepstack" if name.startswith("deep_") else "layers", name
-
-
-def parameters(cfg: VisionConfig) -> dict[tuple[str, ...], Parameter]:
-    """The rows that a tower has, by their paths in its tree, with tensors' names of its family's files."""
-    rows = {path_of(name): row for name, row in PARAMETERS.items() if row.exists(cfg)}
-    if cfg.kind != "qwen3_vl":
-        return rows
-    renamed = lambda tensor: reduce(lambda name, pair: name.replace(*pair), RENAMED.items(), tensor)
-    return {path: row._replace(tensor=renamed(row.tensor)) for path, row in rows.items()}
-
-
-def abstract(cfg: VisionConfig) -> Params:
-    """The tower's tree with shapes and logical axes in place of arrays, as `spec.abstract`."""
-    size = sizes(cfg)
-
-    stacks = {"layers": cfg.layers, "deepstack": len(cfg.deepstack)}
-
-    def box(row: Parameter, group: str) -> nn.Partitioned:
-        axes = tuple(row.axes.split())
-        shape = tuple(size[axis] for axis in axes)
-        if row.stacked:
-            shape, axes = (stacks[group], *shape), ("layers", *axes)
-        return nn.Partitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
-
-    return unflatten_dict({path: box(row, path[0]) for path, row in parameters(cfg).items()})
-
-
 # ---- the forward pass ----
 
 
@@ -255,7 +129,7 @@ def normalize(pixels: Array, cfg: VisionConfig, xp: Any = jnp) -> Float32[Array,
 
 def _linear(x: Array, layer: Params, name: str, dtype: Any) -> Float32[Array, "*N out"]:
     """x by a matrix whose input axes are flattened, plus its bias; the sum is float32."""
-    matrix: Array = gather(layer[name].astype(dtype), tuple(PARAMETERS[name].axes.split()))
+    matrix: Array = gather(layer[name].astype(dtype), tuple(TOWER[name].axes.split()))
     y = jnp.matmul(x.astype(dtype), matrix.reshape(x.shape[-1], -1), preferred_element_type=jnp.float32)
     return y + layer[f"{name}_bias"].astype(jnp.float32).reshape(-1)
 
@@ -269,10 +143,15 @@ def _norm_of(x: Array, layer: Params, name: str, cfg: VisionConfig, dtype: Any) 
     return (scaled + layer[f"{name}_bias"].astype(jnp.float32)).astype(dtype)
 
 
+@jax.checkpoint
 def attend(
     q: Float[Array, "*B N H D"], k: Array, v: Array, owners: Int[Array, "*B N"]
 ) -> Float32[Array, "*B N H D"]:
-    """Attention in both directions among the patches of one image; empty slots see one another alone."""
+    """Attention in both directions among the patches of one image; empty slots see one another alone.
+
+    The backward pass computes the weights again. If `lax.cond` kept them, a layer that attends in windows
+    would write zeros in place of the whole image's.
+    """
     q, k, v = (y.swapaxes(-2, -3) for y in (q, k, v))
     same = (owners[..., :, None] == owners[..., None, :])[..., None, :, :]
     (weights,), total = attention.weigh([(attention.products(q, k), same)])
@@ -330,6 +209,18 @@ def _merge(x: Float[Array, "Q W S E"], params: Params, name: str, cfg: VisionCon
     y = squares(_norm_of(x, params, f"{name}_norm", cfg, dtype))
     y = jax.nn.gelu(_linear(y, params, f"{name}_in", dtype), approximate=False)
     return _linear(y, params, f"{name}_out", dtype).astype(dtype)
+
+
+def see(params: Params, cfg: DecoderConfig, images: Images) -> Float[Array, "Q T F"]:
+    """What the tower of a model's parameters sees: the image tokens by slot, some questions at a time."""
+    vision, (n, windows) = cfg.vision, images.pixels.shape[:2]
+    assert vision is not None
+    ways = batch_ways(n)
+    rows = n // ways
+    fit = max(1, SCORES // (vision.heads * (windows * vision.window**2) ** 2))
+    at_once = ways * max(size for size in range(1, rows + 1) if rows % size == 0 and size <= fit)
+    one = partial(tower, params[VISION], vision, dtype=cfg.execution.dtype)
+    return map_rows(one, images, at_once)
 
 
 def tower(params: Params, cfg: VisionConfig, images: Images, dtype: Any) -> Float[Array, "Q T F"]:

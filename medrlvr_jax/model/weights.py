@@ -33,7 +33,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model import vision
 from medrlvr_jax.model.lora import flat
-from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig, RopeScaling, abstract, parameters
+from medrlvr_jax.model.spec import PARAMETERS, VISION, DecoderConfig, RopeScaling, abstract, parameters
 from medrlvr_jax.types import Params
 
 # How transformers 5 and the published files of Qwen3-VL name what other published files name otherwise. Both
@@ -44,6 +44,11 @@ BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK = 2**20  # bytes read at once: small enough that turning a block stays in the processor's cache
 INDEX = "model.safetensors.index.json"
+STACKS = {  # where the tensors of a stacked parameter are, by its place in the tree
+    ("layers",): "model.layers.{}.",
+    (VISION, "layers"): "visual.blocks.{}.",
+    (VISION, "deepstack"): "visual.deepstack_merger_list.{}.",
+}
 SAMPLED = 4096  # bytes of a tensor that `_digests` reads in each of three places
 
 FAMILIES = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}, "llama": {}}
@@ -198,19 +203,18 @@ class Tensor(NamedTuple):
 
 
 def sources(cfg: DecoderConfig) -> dict[str, Source]:
-    """All tensors that a model needs, by name."""
-    rows = {path: (row, "", "model.layers.{}.") for path, row in parameters(cfg).items() if row.tensor}
-    for path, row in vision.parameters(cfg.vision).items() if cfg.vision else ():
-        stack = "deepstack_merger_list" if path[0] == "deepstack" else "blocks"
-        rows["vision", *path] = row, "visual.", f"visual.{stack}.{{}}."
+    """All tensors that a model needs, by name; those of its vision tower, whether it is trained or not."""
     shapes, out = _shapes(cfg), {}
-    for path, (row, prefix, of_layer) in rows.items():
+    for path, row in parameters(_whole(cfg)).items():
+        if not row.tensor:
+            continue
         axes, groups = row.axes.split(), row.tensor_groups
         tensor_axes = [axis for group in groups for axis in group]
         size = dict(zip(axes, shapes[path][row.stacked :], strict=True))
         shape = tuple(prod(size[axis] for axis in group) for group in groups)
         for layer in range(shapes[path][0]) if row.stacked else (None,):
-            name = (prefix if layer is None else of_layer.format(layer)) + row.tensor
+            stack = STACKS[path[:-1]] if row.stacked else "visual." * (path[0] == VISION)
+            name = stack.format(layer) + row.tensor
             source = Source(path, layer, axes, tensor_axes, shape)
             if name in out:
                 raise ConfigError(f"{name}: both {out[name]} and {source} take it, and one may")
@@ -220,14 +224,17 @@ def sources(cfg: DecoderConfig) -> dict[str, Source]:
 
 @cache
 def _shapes(cfg: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
-    """Path -> shape of every parameter, those of the vision tower under "vision"."""
-    tree = abstract(cfg) | ({"vision": vision.abstract(cfg.vision)} if cfg.vision else {})
-    return {path: box.value.shape for path, box in flat(tree).items()}
+    """Path -> shape of every parameter, those of the vision tower among them."""
+    return {path: box.value.shape for path, box in flat(abstract(_whole(cfg))).items()}
+
+
+def _whole(cfg: DecoderConfig) -> DecoderConfig:
+    return cfg.run_with(tower="train")
 
 
 def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: Any) -> Params:
     """The parameters of a directory as `dtype`, each laid out by its sharding. A critic gets the same body
-    and a value head of zeros. `shardings` of `{"vision": …}` alone give the vision tower alone.
+    and a value head of zeros. `shardings` of some of the parameters alone give these alone.
     """
     places, loaded, taken = flat(shardings), {}, {}
     shapes = {key: shape for key, shape in _shapes(cfg).items() if key in places}

@@ -12,7 +12,7 @@ float32 copy of the parameters exists.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ import optax.contrib
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import Config, KLConfig, OptimConfig
 from medrlvr_jax.model import lora, scoring
-from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig
+from medrlvr_jax.model.spec import DecoderConfig, Parameter, row_of
 from medrlvr_jax.rl import losses
 from medrlvr_jax.types import Array, Experience, Learner, Mean, Params
 
@@ -101,7 +101,11 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 def _decays(params: Params) -> Params:
     """Norms, biases and the value head do not decay."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: PARAMETERS[path[-1].key].decays, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _row(path).decays, params)
+
+
+def _row(path: Any) -> Parameter:
+    return row_of(tuple(key.key for key in path))
 
 
 def _matrix_axes(params: Params) -> Params:
@@ -110,11 +114,14 @@ def _matrix_axes(params: Params) -> Params:
     """
 
     def axes(path, p):
-        row = PARAMETERS[path[-1].key]
+        row = _row(path)
         if row.kind not in ("matrix", "adapter"):
             return None
-        outputs = 1 + len(row.inputs.split())  # after the axis of layers
-        return optax.contrib.MuonDimensionNumbers(tuple(range(1, outputs)), tuple(range(outputs, p.ndim)))
+        inputs = int(row.stacked)  # after the axis of layers
+        outputs = inputs + len(row.inputs.split())
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(inputs, outputs)), tuple(range(outputs, p.ndim))
+        )
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
@@ -126,6 +133,7 @@ def policy_objective(config: Config, cfg: DecoderConfig) -> Objective:
     )
 
     def objective(params, rows, kl_coef, size):
+        rows = replace(rows, prompts=rows.prompts.unseen)
         logprobs, entropy = scoring.at_responses(params, cfg, rows, size, partial(read, params, cfg))
         length = config.sample.max_new_tokens
         return losses.policy_loss(logprobs, entropy, rows, config.loss, config.kl, kl_coef, length)
@@ -149,6 +157,7 @@ def nll_objective(config: Config, cfg: DecoderConfig) -> Objective:
     read = partial(scoring.token_logprobs, temperature=1.0, slab=config.model.logit_slab)
 
     def objective(params, rows, _, size):
+        rows = replace(rows, prompts=rows.prompts.unseen)
         logprobs, _ = scoring.at_responses(params, cfg, rows, size, partial(read, params, cfg))
         return losses.nll_loss(logprobs, rows.mask)
 

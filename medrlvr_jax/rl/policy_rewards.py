@@ -289,7 +289,8 @@ def start_scores(
         mine, counted = own_rows(size, mesh)
         ending = ask.endings([rows[i] for i in index[mine]], width, width)
         placed = place_rows(jax.tree.map(lambda x: x[:, None], ending), size, mesh)
-        scores = fetch_rows(program(*start, place_prompts(parts, encoded, index), placed), mesh)[counted]
+        prompts = place_prompts(lora.join(*start), parts, encoded, index)
+        scores = fetch_rows(program(*start, prompts, placed), mesh)[counted]
         out |= {
             question_hash(questions[i]): float(x)
             for i, x in zip(index[mine[counted]], scores[:, 0], strict=True)
@@ -363,9 +364,7 @@ def looks_value(
 ) -> Float32[Array, "Q G"]:
     vision, mask = prompts.vision, rollout.mask
     assert vision is not None
-    blank = dataclasses.replace(
-        prompts, vision=dataclasses.replace(vision, features=vision.blank, blank=None)
-    )
+    blank = prompts.with_vision(features=vision.blank, blank=None)
     answers = ask.Answers(scoring.Rows(blank, rollout.tokens, mask), mask)
     with jax.named_scope("looks"):
         unseen = ask.answer_scores(lora.join(base, policy), answers, "logmean", how)

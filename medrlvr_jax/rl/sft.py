@@ -8,10 +8,11 @@ learned in minibatches.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from medrlvr_jax import sharding
 from medrlvr_jax.build import (
@@ -29,8 +30,9 @@ from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.batches import step_batch
+from medrlvr_jax.data.images import measure
 from medrlvr_jax.data.load import given, read, read_text
-from medrlvr_jax.data.question import fingerprint
+from medrlvr_jax.data.question import Question, fingerprint, image_digest
 from medrlvr_jax.data.readers import Records
 from medrlvr_jax.evaluation import evaluate
 from medrlvr_jax.host.errors import ConfigError
@@ -38,20 +40,33 @@ from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model import lora
 from medrlvr_jax.rl.learn import compile_learn, make_optimizer, nll_objective, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
-from medrlvr_jax.rollout.program import Program, a_key, array, sync_program
-from medrlvr_jax.rollout.rollout import Encoded, width
+from medrlvr_jax.rollout.program import Program, a_key, abstract_prompts, array, sync_program
+from medrlvr_jax.rollout.rollout import Encoded, check_seen, place_prompts, width
+from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.console import stage
-from medrlvr_jax.types import Experience, TrainState
+from medrlvr_jax.types import Array, Experience, Prompts, TrainState
 
 
-def encode_pairs(
-    parts: Parts, records: Records | None = None
-) -> tuple[list[tuple[list[int], list[int]]], int, str]:
-    """(prompt, target) tokens of every row, how many were dropped for their length, and how the set was read.
+class Pairs(NamedTuple):
+    """What is fine-tuned on."""
 
-    `records` stand in place of what `data.path` names."""
+    prompts: Encoded
+    targets: list[list[int]]  # tokens, those of the response to each prompt
+
+    @property
+    def rows(self) -> list[tuple[Any, ...]]:
+        """Of each, the tokens of prompt and target, and digests of its images if the set has any."""
+        rows = zip(self.prompts.tokens, self.targets, strict=True)
+        if self.prompts.images is None:
+            return list(rows)
+        questions = self.prompts.questions
+        return [(*row, [*map(image_digest, q.images)]) for row, q in zip(rows, questions, strict=True)]
+
+
+def encode_pairs(parts: Parts, records: Records | None = None) -> Pairs:
+    """The rows that are not too long. `records` stand in place of what `data.path` names."""
     c, tok = parts.config, parts.tokenizer
     if c.data.shuffle_options:
         raise ConfigError(
@@ -60,32 +75,53 @@ def encode_pairs(
         )
     if c.sft.target == "text":
         examples, how_read = read_text(c.data, records)
-        prompts = [ids or [tok.stop_ids[0]] for ids in tok.encode_texts([e.prompt for e in examples])]
+        questions = [Question(str(i), e.prompt, images=e.images) for i, e in enumerate(examples, 1)]
         targets = [e.response for e in examples]
     else:
         questions, how_read = read(c.data, records)
-        prompts = text.encode_questions(tok, questions, c.prompt)
         targets = text.to_teach(tok, [text.sft_target(q, c.sft.target) for q in questions], c.prompt)
+    images = measure(questions, parts.cfg.vision) if parts.cfg.vision else None
+    check_seen(parts, images)
+    pads = images and images.pads()
+    if c.sft.target == "text":
+        prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, questions, pads)]
+    else:
+        prompts = text.encode_questions(tok, questions, c.prompt, images=pads)
     rows = list(zip(prompts, tok.encode_targets(targets), strict=True))
-    fitting = [r for r in rows if len(r[0]) <= c.prompt.max_tokens and len(r[1]) <= c.sft.max_new_tokens]
-    if not fitting:
+    fits = lambda row: len(row[0]) <= c.prompt.max_tokens and len(row[1]) <= c.sft.max_new_tokens
+    kept = [i for i, row in enumerate(rows) if fits(row)]
+    if not kept:
         raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")
-    prompt, target = map(len, max(fitting, key=lambda r: len(r[0]) + len(r[1])))
-    check_positions(parts, prompt, target, "sft.max_new_tokens")
-    require_equal(lambda: {"rows": fingerprint(fitting)})
-    return fitting, len(rows) - len(fitting), how_read
+    prompts, targets = map(list, zip(*(rows[i] for i in kept), strict=True))
+    longest = max(zip(prompts, targets, strict=True), key=lambda row: len(row[0]) + len(row[1]))
+    check_positions(parts, len(longest[0]), len(longest[1]), "sft.max_new_tokens")
+    encoded = Encoded(
+        [questions[i] for i in kept],
+        prompts,
+        np.arange(len(kept), dtype=np.uint32),
+        len(rows) - len(kept),
+        width(max(map(len, prompts))),
+        how_read=how_read,
+        images=images and images.taking(kept),
+    )
+    pairs = Pairs(encoded, targets)
+    require_equal(lambda: {"rows": fingerprint(pairs.rows)})
+    return pairs
 
 
-def batch(
-    rows: list[tuple[list[int], list[int]]], index: np.ndarray, widths: tuple[int, int], pad_id: int
-) -> Experience:
-    """Rows as experience with one response each; what only RL has is None."""
-    prompts = text.pad_prompts([rows[i][0] for i in index], index.astype(np.uint32), widths[0], pad_id)
-    tokens = np.full((len(index), 1, widths[1]), pad_id, np.int32)
+def pad_targets(
+    targets: Sequence[list[int]], columns: int, pad_id: int
+) -> tuple[Int32[np.ndarray, "Q 1 R"], Bool[np.ndarray, "Q 1 R"]]:
+    """Targets as one response to each prompt: its tokens, and which of them are not padding."""
+    tokens = np.full((len(targets), 1, columns), pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
-    for row, i in enumerate(index):
-        target = rows[i][1]
+    for row, target in enumerate(targets):
         tokens[row, 0, : len(target)], mask[row, 0, : len(target)] = target, True
+    return tokens, mask
+
+
+def as_experience(prompts: Prompts, tokens: Array, mask: Array) -> Experience:
+    """Rows with one response each; what only RL has is None."""
     return Experience(prompts, tokens, mask, None, None, None, None, None)
 
 
@@ -103,22 +139,22 @@ def sft(
     config = dataclasses.replace(config, data=spec)
     parts = build(config)
     with stage(f"reading {config.data.path} and the sets of eval.sets"):
-        rows, dropped, how_read = encode_pairs(parts, records)
+        pairs = encode_pairs(parts, records)
         sets = evaluate.load_sets(parts)
-    notices = [f"data: {how_read}"]
-    if dropped:
+    notices = [f"data: {pairs.prompts.how_read}"]
+    if dropped := pairs.prompts.dropped:
         notices.append(f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens")
     with jax.set_mesh(parts.mesh):
         with stage(f"loading {config.model.path}"):
-            job = make_job(parts, rows, sets)
+            job = make_job(parts, pairs, sets)
         return run_job(dataclasses.replace(job, notices=notices), callbacks)
 
 
-def make_job(parts: Parts, rows: list[tuple[list[int], list[int]]], sets: dict[str, Encoded]) -> Job:
+def make_job(parts: Parts, pairs: Pairs, sets: dict[str, Encoded]) -> Job:
     """The fine-tuning as the loop runs it."""
-    config, pad_id = parts.config, parts.tokenizer.pad_id
+    config, rows, (encoded, targets) = parts.config, pairs.rows, pairs
     steps, n = total_steps(config, len(rows)), config.sample.questions
-    widths = width(max(len(prompt) for prompt, _ in rows)), width(max(len(target) for _, target in rows))
+    columns = width(max(map(len, targets)))
     tx = make_optimizer(config.learn.policy, updates_in(config, steps))
     learner, placed = init_learner(parts, parts.cfg, tx)
     program = compile_learn(config, nll_objective(config, parts.cfg), tx, placed)
@@ -128,17 +164,21 @@ def make_job(parts: Parts, rows: list[tuple[list[int], list[int]]], sets: dict[s
     def step(state: TrainState, step: int, history: log.Records) -> StepResult:
         index = step_batch(config, len(rows), step)
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        mine, _ = sharding.own_rows(n, parts.mesh)
-        targets = sharding.place_rows(batch(rows, index[mine], widths, pad_id), n, parts.mesh)
-        learner, means = learn(state.policy, base, targets, key, None)
+        own, _ = sharding.own_rows(n, parts.mesh)
+        padded = pad_targets([targets[i] for i in index[own]], columns, parts.tokenizer.pad_id)
+        placed = sharding.place_rows(padded, n, parts.mesh)
+        batch = as_experience(place_prompts(None, parts, encoded, index), *placed)
+        learner, means = learn(state.policy, base, batch, key, None)
         means = sharding.to_host(means)
         metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}
-        return StepResult(TrainState(learner, None, state.kl_coef), metrics, targets)
+        return StepResult(TrainState(learner, None, state.kl_coef), metrics, batch)
 
-    shapes = batch(rows, np.zeros(n, int), widths, pad_id)
-    shapes = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), shapes)
+    prompts = abstract_prompts(parts, n, encoded.width, encoded.windows).unseen
+    shapes = as_experience(prompts, *(array(parts, dtype, n, 1, columns) for dtype in (np.int32, np.bool_)))
     args = abstract_learner(parts, parts.cfg, tx), abstract_base(parts), shapes, a_key(parts), None
     ahead = [Program("learn", program, args)]
+    if encoded.windows and parts.cfg.execution.tower == "freeze":
+        ahead.append(see_program(parts, n, encoded.windows, "see"))
     return Job(
         command="sft",
         parts=parts,

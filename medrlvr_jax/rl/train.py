@@ -64,7 +64,15 @@ from medrlvr_jax.rollout import judge
 from medrlvr_jax.rollout.assess import assess_settings
 from medrlvr_jax.rollout.generate import draw_settings
 from medrlvr_jax.rollout.program import Program, Recorder, a_key, abstract_prompts, array, sync_program
-from medrlvr_jax.rollout.rollout import Encoded, Scored, encode, place_prompts, reorder, score_rollout
+from medrlvr_jax.rollout.rollout import (
+    Encoded,
+    Scored,
+    check_seen,
+    encode,
+    place_prompts,
+    reorder,
+    score_rollout,
+)
 from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
@@ -134,6 +142,7 @@ def check_lengths(parts: Parts, encoded: Encoded) -> None:
     if not encoded.questions:
         limit = f"prompt.max_tokens = {config.prompt.max_tokens}"
         raise ConfigError(f"data.path: no question of {config.data.path} fits {limit}; raise it")
+    check_seen(parts, encoded.images)
     check_positions(parts, encoded.longest, config.sample.max_new_tokens, "sample.max_new_tokens")
     check_questions(config.reward, parts.tokenizer, encoded.questions)
     steps, warmup = total_steps(config, len(encoded.questions)), config.learn.critic_warmup
@@ -268,7 +277,8 @@ def train_step(
     if step < config.learn.critic_warmup:
         waiting = dataclasses.replace(training.programs, learn_policy=None)
         training = dataclasses.replace(training, programs=waiting)
-    prompts = place_prompts(parts, encoded, index, asks_blank(config.reward))
+    policy = lora.join(training.frozen.base, state.policy.params)
+    prompts = place_prompts(policy, parts, encoded, index, asks_blank(config.reward))
     spread = config.advantage.spread
     mean = mean_spread(spread, history, step + 1)
     least = spread and jax.device_put(jnp.float32(spread.beta * mean), sharding.replicated(parts.mesh))

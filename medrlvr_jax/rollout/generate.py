@@ -54,6 +54,9 @@ def generate(
     n, width = prompts.tokens.shape
     with jax.named_scope("prefill"):
         last, prompt_caches = decode.prefill(params, cfg, prompts)
+    prompts = prompts.with_vision(
+        features=None, blank=None, images=None
+    )  # only their caches are read from here on
     weights, ends = decode.prepare(params, cfg, width + length), segment_ends(length)
     # rows move between loops only where each layer has a cache of its own
     halvings = HALVINGS if cfg.execution.narrow and cfg.execution.unroll else 0

@@ -11,7 +11,7 @@ from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.rollout.generate import draw_settings, generate
 from medrlvr_jax.rollout.sync import WeightSync, abstract_decode
-from medrlvr_jax.types import Prompts, Vision
+from medrlvr_jax.types import Images, Prompts, Vision
 
 
 class Program(NamedTuple):
@@ -80,10 +80,21 @@ def abstract_prompts(
     if windows and cfg.vision:
         size = questions, windows * (cfg.vision.window // cfg.vision.merge) ** 2, cfg.vision.features
         features = array(parts, cfg.execution.dtype, *size)
-        places = ((questions, width), (questions, width, 3), (questions,))
-        numbers = (array(parts, jnp.int32, *shape) for shape in places)
-        vision = Vision(features, *numbers, blank=features if blank else None)
+        shapes = ((questions, width), (questions, width, 3), (questions,))
+        slots, positions, after = (array(parts, jnp.int32, *shape) for shape in shapes)
+        trained = cfg.execution.tower != "freeze"
+        images = abstract_images(parts, questions, windows) if trained else None
+        vision = Vision(features, slots, positions, after, features if blank else None, images)
     return Prompts(tokens, mask, ids, vision)
+
+
+def abstract_images(parts: Parts, questions: int, windows: int) -> Images:
+    """The images of questions, as shapes."""
+    cfg = parts.cfg.vision
+    assert cfg is not None
+    patches = questions, windows, cfg.window**2
+    pixels = array(parts, jnp.uint8, *patches, 3 * cfg.patch**2)
+    return Images(pixels, array(parts, jnp.int32, *patches, 5))
 
 
 def draw_program(parts: Parts, sample: SampleConfig, width: int, name: str, windows: int = 0) -> Program:

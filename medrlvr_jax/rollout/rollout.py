@@ -140,6 +140,13 @@ def encode(
     return Encoded(left, tokens, ids, len(dropped), columns, shuffle, again, images=seen)
 
 
+def check_seen(parts: Parts, images: ImageSet | None) -> None:
+    """Refuse to train a vision tower on questions without an image: weight decay alone would move it."""
+    if images is None and parts.cfg.execution.tower != "freeze":
+        problem = "no question of data has an image"
+        raise ConfigError(f"model.vision: {parts.cfg.execution.tower}: {problem}; set it to freeze")
+
+
 def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Encoded:
     """`encoded` with other orders of options in the questions at `index`, as far as this process holds them.
     `draw`: epoch or sample.
@@ -207,9 +214,11 @@ def shown_stages(
     return [stages.stage(text, ok, q.options) if q.letters else None for text, ok, q in rows]
 
 
-def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray, blank: bool = False) -> Prompts:
-    """The prompts of the questions at `index` on the mesh; each process pads and places its own. `blank`:
-    with the features of grey images beside those of theirs.
+def place_prompts(
+    params: Params | None, parts: Parts, encoded: Encoded, index: np.ndarray, blank: bool = False
+) -> Prompts:
+    """The prompts of the questions at `index` on the mesh; each process pads and places its own. `params`,
+    `blank`: see `add_features`.
     """
     mine, _ = own_rows(len(index), parts.mesh)
     prompts = encoded.prompts(index[mine], parts.tokenizer.pad_id)
@@ -218,7 +227,8 @@ def place_prompts(parts: Parts, encoded: Encoded, index: np.ndarray, blank: bool
         return placed
     cuts = cut_images([encoded.questions[i] for i in index[mine]], encoded.images.cfg)
     images = arrange(cuts, encoded.windows, encoded.images.cfg)
-    return add_features(parts, placed, place_rows(images, len(index), parts.mesh), blank)
+    placed_images = place_rows(images, len(index), parts.mesh)
+    return add_features(parts, params, placed, placed_images, blank)
 
 
 def sample_and_score(
@@ -232,7 +242,8 @@ def sample_and_score(
 ) -> Scored:
     """Evaluation's whole job. With `entropies`, also the mean entropy of each response."""
     settings = draw_settings(parts, parts.cfg, sample, entropies)
-    rollout = generate(decode_params, place_prompts(parts, encoded, index), key, settings)
+    prompts = place_prompts(decode_params, parts, encoded, index)
+    rollout = generate(decode_params, prompts, key, settings)
     scored = score_rollout(parts, encoded, index, rollout)
     if not entropies:
         return scored

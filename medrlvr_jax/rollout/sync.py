@@ -16,7 +16,7 @@ from medrlvr_jax import sharding
 from medrlvr_jax.build import Parts, abstract_params
 from medrlvr_jax.model import decoder
 from medrlvr_jax.model.lora import flat
-from medrlvr_jax.model.spec import MATRICES, PARAMETERS, DecoderConfig
+from medrlvr_jax.model.spec import MATRICES, VISION, DecoderConfig, row_of
 from medrlvr_jax.types import Array, Params
 
 Path = tuple[str, ...]  # in the parameter tree
@@ -27,14 +27,17 @@ def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
     for norms and biases, which keep theirs.
 
     The layers stay as they are where `unroll` cuts and gathers them one by one (`decode.prepare`), and
-    stay in shards where `sample.layout` says so. int8 matrices have float32 scales.
+    stay in shards where `sample.layout` says so. int8 matrices have float32 scales. A vision tower stays as
+    it is: it is read once a rollout.
     """
     model = parts.config.model
     sharded = flat(abstract_params(parts, cfg, sharding.TRAIN))
     by_layer = cfg.execution.unroll or parts.config.sample.layout == "sharded"
 
     def wanted(path: Path, p: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        row, in_layer = PARAMETERS[path[-1]], path[0] == "layers"
+        if path[0] == VISION:
+            return sharded[path]
+        row, in_layer = row_of(path), path[0] == "layers"
         dtype = p.dtype if row.keeps_dtype or (in_layer and cfg.execution.unroll) else jnp.dtype(model.dtype)
         if cfg.execution.int8 and row.kind in ("matrix", "scale"):
             dtype = jnp.dtype("int8" if row.kind == "matrix" else "float32")

@@ -160,7 +160,7 @@ def count(params: Params) -> int:
 def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     params, cfg, limits = sampled_params(parts, parts.sampler_cfg), parts.sampler_cfg, lengths(args)
     encoded = encoded_questions(args, parts, args.questions)
-    prompts, key = place_prompts(parts, encoded, np.arange(args.questions)), jax.random.key(0)
+    prompts, key = place_prompts(params, parts, encoded, np.arange(args.questions)), jax.random.key(0)
     stops = (parts.cfg.vocab,)  # none that can be drawn: `limits` alone end a row
     settings = DrawSettings(cfg, parts.config.sample, stops, parts.tokenizer.pad_id)
 
@@ -229,7 +229,9 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         return answers.describe(answers.of_rows(evaluate(parts, params, encoded)[1], "set"))
 
     def generation():
-        batches = [place_prompts(parts, encoded, np.arange(i, i + size)) for i in range(0, 4 * size, size)]
+        batches = [
+            place_prompts(params, parts, encoded, np.arange(i, i + size)) for i in range(0, 4 * size, size)
+        ]
         settings = draw_settings(parts, parts.cfg, sample)
         return [generate(params, prompts, jax.random.key(0), settings) for prompts in batches]
 
@@ -290,7 +292,7 @@ def ask_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     )
     request = ProbabilityRequest(ending, np.zeros(shape, np.float32), np.ones(shape, bool))
     request, tokens, mask = place_rows((request, tokens, mask), n, parts.mesh)
-    prompts = place_prompts(parts, encoded_questions(args, parts, n), np.arange(n))
+    prompts = place_prompts(params, parts, encoded_questions(args, parts, n), np.arange(n))
     rollout = Rollout(tokens, mask, logprobs=tokens, policy_logprobs=None)
 
     @jax.jit

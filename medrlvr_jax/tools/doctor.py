@@ -147,8 +147,9 @@ def _data(config: Config) -> Iterator[Finding]:
 
     parts = build.build(config)
     if config.sft.target == "text" or config.data.format == "text":
-        rows, dropped, how_read = sft.encode_pairs(parts)
-        longest = max(len(prompt) + len(target) for prompt, target in rows)
+        encoded, targets = sft.encode_pairs(parts)
+        dropped, how_read = encoded.dropped, encoded.how_read
+        longest = max(len(p) + len(t) for p, t in zip(encoded.tokens, targets, strict=True))
     else:
         questions, how_read = read(config.data)
         encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options, parts.cfg.vision)

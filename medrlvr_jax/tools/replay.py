@@ -17,6 +17,7 @@ from medrlvr_jax.data import load as data
 from medrlvr_jax.data.batches import step_batch
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model import lora
 from medrlvr_jax.rewards import judges
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.experience import with_asked
@@ -67,8 +68,8 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
             console.progress("training steps again", k + 1, step - 1)
         index = step_batch(c, len(encoded.questions), step - 1)
         encoded = train.at_epoch(parts, encoded, step - 1)
-        key = train.step_keys(c.seed, step - 1).sample
-        prompts = place_prompts(parts, encoded, index, asks_blank(c.reward))
+        key, policy = train.step_keys(c.seed, step - 1).sample, lora.join(start[0], state.policy.params)
+        prompts = place_prompts(policy, parts, encoded, index, asks_blank(c.reward))
         rollout = train.draw(training, state, prompts, key)
         graded = train.grade(training, encoded, index, rollout, key, None)
         asked = train.ask(training, state, prompts, rollout, graded.requests)
