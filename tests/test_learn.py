@@ -5,6 +5,8 @@ it learns.
 import dataclasses
 import math
 from functools import lru_cache, partial
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from medrlvr_jax.build import Parts
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config import schema
 from medrlvr_jax.model import lora, scoring, spec
-from medrlvr_jax.rl import experience, learn, programs
+from medrlvr_jax.rl import experience, learn, loop, programs
 from medrlvr_jax.rollout import generate, sync
 from medrlvr_jax.rollout.assess import assess, assess_settings
 from medrlvr_jax.types import Experience, Learner, Prompts
@@ -344,6 +346,22 @@ def test_weights_in_bfloat16_move_as_float32_ones_do(kind):
     error = np.sqrt(((rounded - slope * exact) ** 2 * exact**2).sum()) / (exact**2).sum()
     assert error < 0.1 and abs(slope - 1) < 4 * error
     assert abs((rounded - exact).mean()) < 4 * (rounded - exact).std() / len(exact) ** 0.5
+
+
+def test_the_logged_learning_rates_are_those_of_a_steps_last_update():
+    """Two updates a step; the policy begins a step later, and warms up over three of its six updates."""
+    policy, critic = {"lr": 1.0, "warmup": 0.5}, {"lr": 2.0, "warmup": 0.0, "schedule": "linear"}
+    tree = {"name": "x", "steps": 4, "model": {"path": "embedded"}, "data": {"path": "embedded:train"}}
+    tree["learn"] = {"minibatch": 4, "critic_warmup": 1, "policy": policy, "critic": critic}
+    config = configs.load(tree | {"sample": {"questions": 8}})
+    logged = {}
+    for command in ("train", "sft"):
+        job: Any = SimpleNamespace(parts=SimpleNamespace(config=config), steps=4, command=command)
+        logged[command] = [loop.learning_rates(job, n) for n in (1, 2, 4)]
+    rates = [{"critic": 1.75}, {"policy": 2 / 3, "critic": 1.25}, {"policy": 1.0, "critic": 0.25}]
+    rates = [{f"{name}/learning_rate": pytest.approx(x) for name, x in each.items()} for each in rates]
+    assert logged["train"] == rates
+    assert [x["policy/learning_rate"] for x in logged["sft"]] == pytest.approx([0.5, 1.0, 1.0])
 
 
 def test_schedules_end_with_the_run_though_the_policy_waits_for_its_critic():

@@ -298,7 +298,8 @@ def test_trackers(tmp_path, monkeypatch):
         run.resume(0)
         run.record(1, {"reward": 0.5, "kl": None, "policy/clip_fraction": 0.1})
     [events] = (run.path / "tensorboard").iterdir()
-    assert all(name in events.read_bytes() for name in (b"policy/clip_fraction", b"train/reward"))
+    wanted = (b"policy/clip_fraction", b"train/reward", b"_hparams_/session_start_info", b"learn.policy.lr")
+    assert all(name in events.read_bytes() for name in wanted)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     for settings, extra in (({"tensorboard": True}, "tensorboard"), ({"wandb": "project"}, "wandb")):

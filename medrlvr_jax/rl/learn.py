@@ -44,6 +44,21 @@ class LearnSettings:
     row_shares: tuple[float, ...]  # see `scoring.row_sizes`
 
 
+def learning_rate(config: OptimConfig, updates: int) -> optax.Schedule:
+    """The learning rate by the number of updates before; `updates` is the whole run's number."""
+    warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
+    rest = max(1, updates - warmup)
+    after = {
+        "constant": optax.constant_schedule(config.lr),
+        "linear": optax.linear_schedule(config.lr, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(config.lr, rest),
+    }[config.schedule]
+    if not warmup:
+        return after
+    # starts at lr / warmup, not at 0: no optimiser step is spent on standing still
+    return optax.join_schedules([lambda n: config.lr * (n + 1) / warmup, after], [warmup])
+
+
 def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
     """The config's optimiser after clipping by global norm; `updates` is the whole run's number.
 
@@ -52,16 +67,7 @@ def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransform
     AdamW's step (arXiv 2502.16982), AdamW on the rest. State and updates are float32 for parameters of any
     dtype, but for first moments where `moments` says otherwise.
     """
-    warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
-    rest = max(1, updates - warmup)
-    after = {
-        "constant": optax.constant_schedule(config.lr),
-        "linear": optax.linear_schedule(config.lr, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(config.lr, rest),
-    }[config.schedule]
-    rate = after
-    if warmup:  # starts at lr / warmup, not at 0: no optimiser step is spent on standing still
-        rate = optax.join_schedules([lambda n: config.lr * (n + 1) / warmup, after], [warmup])
+    rate = learning_rate(config, updates)
     decay, shared = config.weight_decay, {"eps": config.eps, "mu_dtype": config.moments}
     match config.kind:
         case "adamw":

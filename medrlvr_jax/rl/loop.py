@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax.build import Parts
+from medrlvr_jax.build import Parts, updates_in
 from medrlvr_jax.data.question import fingerprint
 from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import Diverged
+from medrlvr_jax.rl.learn import learning_rate
 from medrlvr_jax.rl.programs import compile_ahead
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import Encoded
@@ -170,6 +171,7 @@ def take_step(
     began = time.monotonic()
     with jax.profiler.StepTraceAnnotation("step", step_num=n):
         result = job.step(state, n - 1, history)
+    result.metrics.update(learning_rates(job, n))
     for text in result.notices:
         run.notify(f"step {n}: {text}")
     result.metrics["seconds"] = time.monotonic() - began
@@ -183,6 +185,19 @@ def take_step(
             f"step {n}: compiled {names} in mid-run, {seconds:.1f} s lost; JAX's log above says what changed"
         )
     return result
+
+
+def learning_rates(job: Job, n: int) -> dict[str, float]:
+    """The learning rate of step n's last update, of each learner that has one."""
+    config, tuned = job.parts.config, job.command == "sft"
+    learners = {"policy": (config.learn.policy, 0 if tuned else config.learn.critic_warmup)}
+    learners |= {} if tuned else {"critic": (config.learn.critic, 0)}
+    out = {}
+    for name, (optimizer, waits) in learners.items():
+        if optimizer and n > waits:
+            rate = learning_rate(optimizer, updates_in(config, job.steps - waits))
+            out[f"{name}/learning_rate"] = float(np.asarray(rate(updates_in(config, n - waits) - 1)))
+    return out
 
 
 def record(run: log.Run, n: int, result: StepResult) -> None:

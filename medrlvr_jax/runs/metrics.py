@@ -90,6 +90,7 @@ METRICS = tuple(
         ("critic/loss", "reward²", "What the critic's update lowers."),
         ("nll", "nats / token", "Fine-tuning: negative log-likelihood of the targets."),
         ("loss", "nats / token", "Fine-tuning: what the update lowers."),
+        ("*learning_rate", "1 / update", "Learning rate of the step's last update."),
         ("*grad_norm", "norm", "Global norm of the gradient before clipping, mean over the updates."),
         ("*skipped", "share", "Updates that were not finite, and left out."),
         ("eval.*.n", "answers", "Answers in the evaluation of a set."),

@@ -67,10 +67,22 @@ class Tracker:
         self._board, self._others = None, []
         if config.log.tensorboard:
             from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+            from tensorboardX.summary import hparams  # pyright: ignore[reportMissingImports]
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
-            settings = {k: str(v) for k, v in configs.flat(configs.to_tree(config)).items()}
-            self._board.add_text("settings", _as_code("\n".join(f"{k}: {v}" for k, v in settings.items())))
+            flat = configs.flat(configs.to_tree(config))
+            self._board.add_text("settings", _as_code("\n".join(f"{k}: {v}" for k, v in flat.items())))
+            settings = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in flat.items()}
+            judged = [
+                "train/reward",
+                "train/accuracy",
+                *(f"eval/{name}/accuracy" for name in config.eval.sets),
+            ]
+            for summary in hparams(
+                settings, dict.fromkeys(judged, 0.0)
+            ):  # the hparams tab, of this run itself
+                if self._board.file_writer:
+                    self._board.file_writer.add_summary(summary)
         run_id = _run_id(folder) if config.log.wandb or config.log.trackio else ""
         tree = configs.to_tree(config)
         if project := config.log.wandb:
