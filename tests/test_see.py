@@ -142,6 +142,24 @@ def test_two_processes_see_what_one_sees(folder):
             assert other[name] == pytest.approx(row[name], rel=1e-4, abs=1e-6), name
 
 
+def test_batches_prepared_ahead_change_nothing(folder, metrics, monkeypatch):
+    """The same bits where no batch is begun while the device works; and what is begun is what is asked for."""
+    monkeypatch.setattr(images.ImageSet, "begin", lambda *_: None)
+    alone = trained(folder, name="alone")
+    timing = ("seconds", "tokens_per_second")
+    strip = lambda rows: [{k: v for k, v in row.items() if k not in timing} for row in rows]
+    assert strip(alone) == strip(metrics)
+    monkeypatch.undo()
+    asked = load.load(SetConfig(path=str(folder / "data.jsonl")))
+    seen = images.measure(asked, build.build(configs.load(folder / "config.yaml")).cfg.vision)
+    want = seen.prepare(asked, [3, 1])
+    seen.begin(asked, [3, 1])
+    seen.ahead[3, 1].result()
+    monkeypatch.setattr(images, "arrange", None)  # it is not computed again
+    got = seen.prepare(asked, [3, 1])
+    assert np.array_equal(got.pixels, want.pixels) and np.array_equal(got.slots, want.slots)
+
+
 def test_other_images_give_another_run(folder, metrics, tmp_path):
     rows = lines(folder / "data.jsonl")
     for row in rows:

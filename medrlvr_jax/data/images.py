@@ -12,8 +12,8 @@ none, from the least value to the largest; MONOCHROME1 is inverted.
 import math
 from base64 import b64encode
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -29,6 +29,7 @@ from medrlvr_jax.model.spec import VisionConfig
 from medrlvr_jax.types import Images, Vision
 
 Source = str | bytes  # a file's path, or what such a file holds
+BEHIND = ThreadPoolExecutor(1)  # where the next batch is prepared; its images are read in more threads
 GREY = (122, 116, 104)  # the mean of the images that the towers were made for: about 0 once normalised
 MAX_PIXELS = 89_478_485  # beyond it, a small file may ask for more memory than there is; Pillow's own limit
 SIDE = 160  # pixels of a thumbnail's longer side
@@ -285,6 +286,8 @@ class ImageSet:
     cfg: VisionConfig
     grids: list[tuple[Grid, ...]]  # of each question's images
     windows: int  # of a question's images together, at most
+    # batches that a thread prepares while the device works, by the places of their questions
+    ahead: dict[tuple[int, ...], Future[Images]] = field(default_factory=dict, compare=False, repr=False)
 
     def pads(self) -> list[list[list[int]]]:
         """The tokens that stand in the prompt for each image of each question."""
@@ -294,7 +297,19 @@ class ImageSet:
 
     def taking(self, index: Sequence[int] | np.ndarray) -> "ImageSet":
         """The same of some of the questions."""
-        return replace(self, grids=[self.grids[i] for i in index])
+        return replace(self, grids=[self.grids[i] for i in index], ahead={})
+
+    def prepare(self, questions: list[Question], index: Sequence[int]) -> Images:
+        """The images of the questions at `index` as the tower takes them; they may have been begun."""
+        ahead = self.ahead.pop(tuple(index), None)
+        return ahead.result() if ahead else self._prepare([questions[i] for i in index])
+
+    def begin(self, questions: list[Question], index: Sequence[int]) -> None:
+        """Prepare the images of the questions at `index`, which come next, in a thread."""
+        self.ahead[tuple(index)] = BEHIND.submit(self._prepare, [questions[i] for i in index])
+
+    def _prepare(self, questions: list[Question]) -> Images:
+        return arrange(cut_images(questions, self.cfg), self.windows, self.cfg)
 
 
 def measure(questions: list[Question], cfg: VisionConfig) -> ImageSet | None:

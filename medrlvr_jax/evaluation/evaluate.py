@@ -24,7 +24,7 @@ from medrlvr_jax.host.processes import gather_rows
 from medrlvr_jax.model import lora
 from medrlvr_jax.rewards.parse import beginning_trap
 from medrlvr_jax.rollout.program import Program, draw_program
-from medrlvr_jax.rollout.rollout import Encoded, encode, reorder, sample_and_score
+from medrlvr_jax.rollout.rollout import Encoded, begin_images, encode, reorder, sample_and_score
 from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import inputs, log
@@ -66,7 +66,9 @@ def evaluate(
     draws, rows = c.samples if encoded.shuffle else 1, []
     for draw in range(draws):
         for start in range(0, n, c.batch):
-            index = np.arange(start, min(start + c.batch, n))
+            index, after = (np.arange(a, min(a + c.batch, n)) for a in (start, start + c.batch))
+            if len(after):
+                begin_images(parts, encoded, np.resize(after, c.batch))
             rows += ask(parts, decode_params, encoded, index, draw, entropies)
             progress((draw * n + int(index[-1]) + 1) // draws, n)
     rows = gather_rows(rows)

@@ -41,7 +41,7 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.rl.learn import compile_learn, make_optimizer, nll_objective, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
 from medrlvr_jax.rollout.program import Program, a_key, abstract_prompts, array, sync_program
-from medrlvr_jax.rollout.rollout import Encoded, check_seen, place_prompts, width
+from medrlvr_jax.rollout.rollout import Encoded, begin_images, check_seen, place_prompts, width
 from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
@@ -168,6 +168,7 @@ def make_job(parts: Parts, pairs: Pairs, sets: dict[str, Encoded]) -> Job:
         padded = pad_targets([targets[i] for i in index[own]], columns, parts.tokenizer.pad_id)
         placed = sharding.place_rows(padded, n, parts.mesh)
         batch = as_experience(place_prompts(None, parts, encoded, index), *placed)
+        begin_images(parts, encoded, step_batch(config, len(rows), step + 1))
         learner, means = learn(state.policy, base, batch, key, None)
         means = sharding.to_host(means)
         metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}

@@ -67,6 +67,7 @@ from medrlvr_jax.rollout.program import Program, Recorder, a_key, abstract_promp
 from medrlvr_jax.rollout.rollout import (
     Encoded,
     Scored,
+    begin_images,
     check_seen,
     encode,
     place_prompts,
@@ -279,6 +280,7 @@ def train_step(
         training = dataclasses.replace(training, programs=waiting)
     policy = lora.join(training.frozen.base, state.policy.params)
     prompts = place_prompts(policy, parts, encoded, index, asks_blank(config.reward))
+    begin_images(parts, encoded, step_batch(config, len(encoded.questions), step + 1))
     spread = config.advantage.spread
     mean = mean_spread(spread, history, step + 1)
     least = spread and jax.device_put(jnp.float32(spread.beta * mean), sharding.replicated(parts.mesh))

@@ -17,7 +17,7 @@ import numpy as np
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import Config, SampleConfig
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.images import ImageSet, arrange, cut_images, measure, place
+from medrlvr_jax.data.images import ImageSet, measure, place
 from medrlvr_jax.data.options import shuffled
 from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
 from medrlvr_jax.data.tokenizer import Tokenizer
@@ -225,10 +225,15 @@ def place_prompts(
     placed = place_rows(prompts, len(index), parts.mesh)
     if encoded.images is None:
         return placed
-    cuts = cut_images([encoded.questions[i] for i in index[mine]], encoded.images.cfg)
-    images = arrange(cuts, encoded.windows, encoded.images.cfg)
+    images = encoded.images.prepare(encoded.questions, index[mine].tolist())
     placed_images = place_rows(images, len(index), parts.mesh)
     return add_features(parts, params, placed, placed_images, blank)
+
+
+def begin_images(parts: Parts, encoded: Encoded, index: np.ndarray) -> None:
+    """Have a thread prepare the images of the questions at `index`, the next batch of `place_prompts`."""
+    if encoded.images:
+        encoded.images.begin(encoded.questions, index[own_rows(len(index), parts.mesh)[0]].tolist())
 
 
 def sample_and_score(
