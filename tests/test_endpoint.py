@@ -1,15 +1,20 @@
 """A verifier on a server that fails in every way."""
 
 import json
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from medrlvr_jax.config import load as configs
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rewards import endpoint
 from medrlvr_jax.rewards.endpoint import Endpoint, Reply, yes_share
+from medrlvr_jax.rewards.user import RewardError
+from medrlvr_jax.rl import train
+from medrlvr_jax.tools import replay
 
 GOOD = {"choices": [{"text": " Yes", "logprobs": {"top_logprobs": [{" Yes": -0.1, " No": -2.4}]}}]}
 
@@ -197,3 +202,58 @@ def test_what_can_be_refused_before_the_run(server, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ConfigError, match=r"reward\.v\.key: NO_SUCH_KEY: no such environment variable"):
         endpoint.api_key("NO_SUCH_KEY", "reward.v")
+
+
+class Alive(dict):
+    """Answers each prompt by its length, until the server dies after `left` more."""
+
+    left = 1000
+
+    def __missing__(self, prompt):
+        self.left -= 1
+        share = {" Yes": -0.1 - len(prompt) % 7, " No": -1.0}
+        return [{"choices": [{"text": "", "logprobs": {"top_logprobs": [share]}}]} if self.left >= 0 else cut]
+
+
+def test_a_run_whose_verifier_is_a_server(server, tmp_path):
+    """A step that is made again asks nothing; nor does its replay. A server that dies costs rows, then the run."""
+    server.answers = Alive()
+    verifier = {"kind": "verifier", "url": server.url, "model": "judge", "prompt": "{question} {answer}"}
+    verifier |= {"when": "always", "retries": 0, "deadline": 20, "concurrency": 1}
+    tree = {
+        "name": "served",
+        "runs": str(tmp_path),
+        "steps": 2,
+        "model": {"path": "embedded"},
+        "data": {"path": "embedded:train", "limit": 64},
+        "prompt": {"template": "none", "max_tokens": 96},
+        "sample": {"questions": 8, "samples": 4, "max_new_tokens": 48},
+        "reward": [verifier, {"kind": "format", "weight": 0.1}],
+        "advantage": {"estimator": "group_mean"},
+        "learn": {"minibatch": 8, "policy": {"lr": 1e-4}},
+        "eval": {"batch": 8},
+        "checkpoint": {"every": 1},
+        "log": {"samples_every": 1, "samples": 8},
+    }
+    logged = lambda: [json.loads(line) for line in (tmp_path / "served" / "metrics.jsonl").open()]
+    train.train(configs.from_tree(tree))
+    first, asked = logged(), len(server.requests)
+    assert asked > 10 and all(m["verifier_share"] > 0.2 and m["reward_failed"] == 0 for m in first)
+    assert first[0]["reward/verifier"] != first[1]["reward/verifier"]
+    shutil.rmtree(tmp_path / "served" / "checkpoints" / "2")
+    server.answers.left = 3
+    with pytest.raises(
+        RewardError, match=r"verifier failed on all \d+ answers of a batch: its reply is no JSON"
+    ):
+        train.train(configs.from_tree(tree | {"steps": 4}))
+    again = logged()
+    names = [name for name in first[0] if name.startswith(("reward", "verifier", "policy"))]
+    assert [[m[k] for k in names] for m in again[:2]] == [[m[k] for k in names] for m in first]
+    assert len(again) == 3 and 0 < again[2]["reward_failed"] < 1 and again[2]["unlearned"] > 0
+    asked = len(server.requests)
+    result = replay.replay(tmp_path / "served", 1, 4, [])
+    assert (result["differ"], len(server.requests)) == ([], asked) and "reward" in result["logged"]
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(ConfigError, match=r"reward\.components\.verifier\.url: .*start the server"):
+        replay.replay(tmp_path / "served", 1, 4, [])

@@ -24,7 +24,7 @@ from medrlvr_jax.plan import aot, flops, machines, plan
 from medrlvr_jax.rl import train
 from medrlvr_jax.rl.programs import compile_ahead, make_programs
 from medrlvr_jax.rl.train import step_programs
-from medrlvr_jax.rollout import generate, loops, rollout
+from medrlvr_jax.rollout import generate, judge, loops, rollout
 from medrlvr_jax.rollout.program import Program, array
 from medrlvr_jax.types import Prompts
 
@@ -104,6 +104,30 @@ def test_flops_of_programs_are_the_formulas():
         jaxpr = generate.generate.trace(shapes(cfg), prompts, key, settings).jaxpr
         assert flops.traced_flops(jaxpr) == flops.generate_flops(cfg, Q, P, G, new)
     assert loops.columns_of_loops(300) == [(1, 151), (151, 300)] and loops.columns_of_loops(R) == [(1, R)]
+
+
+def test_the_passes_of_rewards_are_counted(monkeypatch):
+    """Each reward that a model computes: what is traced is the formula's number."""
+    monkeypatch.setattr(judge, "verdict_tokens", lambda *_: (0, 1))
+    verifiers = [
+        {"kind": "verifier", "model": "embedded", "name": score, "score": score, "max_tokens": 64}
+        | {"batch": 4, "max_new_tokens": 8}
+        for score in ("soft", "hard")
+    ]
+    probabilities = [
+        {"kind": "probability", "of": of, "max_tokens": 4, "name": of} for of in ("letter", "text")
+    ]
+    rewards = [*verifiers, *probabilities, {"kind": "consistency"}]
+    learn = TREE["learn"] | {"microbatch": None}
+    parts = build.build(configs.from_tree(TREE | {"reward": rewards, "mesh": {"fsdp": 8}, "learn": learn}))
+    verified = judge.prepare(parts)
+    made = step_programs(parts, make_programs(parts, 2), 96, verifiers=verified)
+    asked = [p for p in made if p.name.startswith("verify") or p.name in ("letter", "text", "consistency")]
+    assert len(asked) == 9
+    with jax.set_mesh(parts.mesh):
+        for program in asked:
+            jaxpr = program.function.trace(*program.args, **program.kwargs).jaxpr
+            assert 0.9 < flops.useful(program, parts) / flops.traced_flops(jaxpr) <= 1.0, program.name
 
 
 def test_the_programs_are_those_that_train(tiny, monkeypatch):

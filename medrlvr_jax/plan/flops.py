@@ -13,8 +13,12 @@ import jax
 from jax.extend import core
 
 from medrlvr_jax.build import Parts
+from medrlvr_jax.config.reward import ConsistencyConfig, ProbabilityConfig
+from medrlvr_jax.data.question import LETTERS
 from medrlvr_jax.model.spec import DecoderConfig
-from medrlvr_jax.rollout.judge import yes_probability
+from medrlvr_jax.rewards.components import components
+from medrlvr_jax.rl.policy_rewards import answer_columns
+from medrlvr_jax.rollout.judge import greedy_reply, yes_probability
 from medrlvr_jax.rollout.loops import columns_of_loops, segment_ends
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.types import Prompts
@@ -83,6 +87,16 @@ def useful(program: Program, parts: Parts) -> float:
     sizes = questions, prompt, sample.samples, sample.max_new_tokens
     if program.function is yes_probability:
         return forward_flops(program.args[1], questions, prompt, samples=0, new=0)
+    if program.function is greedy_reply:
+        drawn = program.args[2]
+        return generate_flops(drawn.cfg, questions, prompt, 1, drawn.sample.max_new_tokens)
+    if asked := next((t for t in components(parts.config.reward) if t.name == program.name), None):
+        match asked.settings:
+            case ProbabilityConfig() as section:
+                return forward_flops(policy, *sizes[:3], answer_columns(section, sizes[3]))
+            case ConsistencyConfig():
+                return forward_flops(policy, *sizes, read=len(LETTERS))
+        return forward_flops(policy, *sizes)
     if program.name == "generate":
         return generate_flops(parts.sampler_cfg, *sizes)
     if program.name == "assess":
@@ -101,13 +115,16 @@ def prompts_of(program: Program) -> Prompts | None:
     return next(filter(is_prompts, jax.tree.leaves(program.args, is_leaf=is_prompts)), None)
 
 
-def forward_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:
+def forward_flops(
+    cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int, read: int | None = None
+) -> float:
     """One scoring pass over `prompt | response 1 | … `: matrices, attention as it is computed (squares, not
-    triangles), and the logits of each response token (of a critic, one value).
+    triangles), and `read` logits of each response token (None: all; of a critic, one value).
     """
     tokens = questions * (prompt + samples * new)
     pairs = questions * (prompt * prompt + samples * new * (prompt + new))
-    words = cfg.embed * (1 if cfg.execution.value_head else cfg.vocab) * questions * samples * new
+    read = read or (1 if cfg.execution.value_head else cfg.vocab)
+    words = cfg.embed * read * questions * samples * new
     return 2.0 * (cfg.layers * (weights(cfg) * tokens + 2 * cfg.heads * cfg.head_dim * pairs) + words)
 
 
