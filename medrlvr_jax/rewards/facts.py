@@ -97,19 +97,19 @@ class Facts:
         name = self._settings.name or self._settings.kind
         return Judged(out, {}, {f"reward/{name}_{part}": parts[:, k] for k, part in enumerate(PARTS)})
 
-    def _by_sentence(self, own: frozenset[Fact], thought: str) -> tuple[float, tuple[float, float, float]]:
+    def _by_sentence(self, wanted: frozenset[Fact], thought: str) -> tuple[float, tuple[float, float, float]]:
         """`f1` or `radr` of a thought, and RadRScore's three parts."""
         mentioned, helpful, sentences = dict[Fact, bool](), 0, 0
         for sentence in filter(words, SENTENCE.split(thought)):
             stated = self.mentions(sentence)
             named = {fact for fact, affirmed in stated.items() if affirmed}
-            sentences, helpful = sentences + 1, helpful + bool(named and named <= own)
-            mentioned = {f: mentioned.get(f, False) or stated.get(f, False) for f in {**mentioned, **stated}}
+            sentences, helpful = sentences + 1, helpful + bool(named and named <= wanted)
+            mentioned |= {fact: mentioned.get(fact, False) or affirmed for fact, affirmed in stated.items()}
         named = {fact for fact, affirmed in mentioned.items() if affirmed}
-        hits, denied = len(own & named), mentioned.keys() - named
-        right = hits + len(denied - own)
-        radr = hits / len(own), right / max(len(mentioned), 1), helpful / max(sentences, 1)
-        f1 = 2 * hits / (len(own) + len(named))
+        hits, denied = len(wanted & named), mentioned.keys() - named
+        right = hits + len(denied - wanted)
+        radr = hits / len(wanted), right / max(len(mentioned), 1), helpful / max(sentences, 1)
+        f1 = 2 * hits / (len(wanted) + len(named))
         return (f1 if self._settings.measure == "f1" else sum(radr) / 3), radr
 
 
