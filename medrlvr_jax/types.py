@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar, dataclass_transform
 import jax
 from jaxtyping import Bool, Float, Float32, Int32, UInt8, UInt32
 
-Array = Any  # jax.Array on the device, numpy on the host
+Array = jax.Array
+Leaf = Any  # of a pytree: an Array; on the host NumPy's; in a plan a ShapeDtypeStruct
 Params = Any
 
 
@@ -31,8 +32,8 @@ class Mean(NamedTuple):
     once.
     """
 
-    total: Array
-    count: Array
+    total: Leaf
+    count: Leaf
 
     def value(self):
         return self.total / jax.numpy.maximum(self.count, 1e-9)
@@ -42,10 +43,10 @@ class Mean(NamedTuple):
 class Images:
     """The images of each question, in windows one after another."""
 
-    pixels: UInt8[Array, "Q W S D"]  # of each patch: channel, row, column, flattened
+    pixels: UInt8[Leaf, "Q W S D"]  # of each patch: channel, row, column, flattened
     # of each patch: the number of its image within the question, or -1 in an empty slot; its row and column;
     # the image's rows and columns of patches
-    slots: Int32[Array, "Q W S 5"]
+    slots: Int32[Leaf, "Q W S 5"]
 
 
 @pytree
@@ -55,31 +56,31 @@ class Vision:
     # The vision tower's image tokens: E numbers for the embedding, then E for each of the first layers
     # (`VisionConfig.deepstack`). None: they are computed from `images` by the tower of the parameters that
     # read the prompts (`scoring.hidden_states`).
-    features: Float[Array, "Q T F"] | None
-    slots: Int32[Array, "Q P"]  # which of the features stands in a column; -1: the column holds text
-    positions: Int32[Array, "Q P 3"]  # in time, by row and by column; 0 on padding
-    next_position: Int32[Array, " Q"]
+    features: Float[Leaf, "Q T F"] | None
+    slots: Int32[Leaf, "Q P"]  # which of the features stands in a column; -1: the column holds text
+    positions: Int32[Leaf, "Q P 3"]  # in time, by row and by column; 0 on padding
+    next_position: Int32[Leaf, " Q"]
     # the same features of grey images of the same sizes; None where no component of the reward asks for them
-    blank: Float[Array, "Q T F"] | None = None
+    blank: Float[Leaf, "Q T F"] | None = None
     images: Images | None = None  # None where the tower is frozen: nothing asks for them again
 
 
 @pytree
 class Prompts:
-    tokens: Int32[Array, "Q P"]  # left-padded
-    mask: Bool[Array, "Q P"]  # False on padding
-    ids: UInt32[Array, " Q"]  # the questions' own numbers: sampling noise is keyed by them
+    tokens: Int32[Leaf, "Q P"]  # left-padded
+    mask: Bool[Leaf, "Q P"]  # False on padding
+    ids: UInt32[Leaf, " Q"]  # the questions' own numbers: sampling noise is keyed by them
     vision: Vision | None = None  # None: no question has an image
 
     @property
-    def positions(self) -> Int32[Array, "Q P *axes"]:
+    def positions(self) -> Int32[Leaf, "Q P *axes"]:
         """0, 1, … from the first token on; 0 on padding. With images, along three axes."""
         if self.vision is not None:
             return self.vision.positions
         return jax.numpy.maximum(jax.numpy.cumsum(self.mask, axis=1) - 1, 0)
 
     @property
-    def next_position(self) -> Int32[Array, " Q"]:
+    def next_position(self) -> Int32[Leaf, " Q"]:
         """Of a response's first token, along every axis."""
         if self.vision is not None:
             return self.vision.next_position
@@ -97,21 +98,21 @@ class Prompts:
 
 @pytree
 class Rollout:
-    tokens: Int32[Array, "Q G R"]  # pad after the end
-    mask: Bool[Array, "Q G R"]  # True up to and including the stop token
-    logprobs: Float32[Array, "Q G R"]  # under the distribution each token was drawn from
+    tokens: Int32[Leaf, "Q G R"]  # pad after the end
+    mask: Bool[Leaf, "Q G R"]  # True up to and including the stop token
+    logprobs: Float32[Leaf, "Q G R"]  # under the distribution each token was drawn from
     # under the untruncated policy; None where that is the same
-    policy_logprobs: Float32[Array, "Q G R"] | None
+    policy_logprobs: Float32[Leaf, "Q G R"] | None
     # nats, the untruncated policy's at each token; None where it was not asked for
-    entropy: Float32[Array, "Q G R"] | None = None
+    entropy: Float32[Leaf, "Q G R"] | None = None
 
 
 @pytree
 class Assessment:
-    logprobs: Float32[Array, "Q G R"]  # the policy before learning, as the trainer computes it
-    entropy: Float32[Array, "Q G R"]  # nats
-    ref_logprobs: Float32[Array, "Q G R"] | None
-    values: Float32[Array, "Q G R"] | None  # of the state before token t
+    logprobs: Float32[Leaf, "Q G R"]  # the policy before learning, as the trainer computes it
+    entropy: Float32[Leaf, "Q G R"]  # nats
+    ref_logprobs: Float32[Leaf, "Q G R"] | None
+    values: Float32[Leaf, "Q G R"] | None  # of the state before token t
 
 
 @pytree
@@ -119,15 +120,15 @@ class Experience:
     """All a learner needs; rows (the leading Q) are independent, so any split into minibatches is legal."""
 
     prompts: Prompts
-    tokens: Int32[Array, "Q G R"]
-    mask: Bool[Array, "Q G R"]  # the tokens that are learned from
-    logprobs: Float32[Array, "Q G R"]  # before learning
-    ref_logprobs: Float32[Array, "Q G R"] | None
-    advantages: Float32[Array, "Q G R"]
-    values: Float32[Array, "Q G R"] | None  # before learning
-    returns: Float32[Array, "Q G R"] | None
+    tokens: Int32[Leaf, "Q G R"]
+    mask: Bool[Leaf, "Q G R"]  # the tokens that are learned from
+    logprobs: Float32[Leaf, "Q G R"]  # before learning
+    ref_logprobs: Float32[Leaf, "Q G R"] | None
+    advantages: Float32[Leaf, "Q G R"]
+    values: Float32[Leaf, "Q G R"] | None  # before learning
+    returns: Float32[Leaf, "Q G R"] | None
     # of truncated importance sampling: see losses.policy_loss
-    sampler_weights: Float32[Array, "Q G R"] | None = None
+    sampler_weights: Float32[Leaf, "Q G R"] | None = None
 
 
 @pytree
@@ -151,4 +152,4 @@ class Frozen:
 class TrainState:
     policy: Learner
     critic: Learner | None
-    kl_coef: Float32[Array, ""]
+    kl_coef: Float32[Leaf, ""]

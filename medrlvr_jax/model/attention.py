@@ -127,7 +127,7 @@ def weigh(parts: list[tuple[Array, Array]]) -> tuple[list[Array], Array]:
     scores = [jnp.where(keep, x, LEAST) for x, keep in parts]
     top = jax.lax.stop_gradient(reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in scores]))
     weights = [jnp.exp(x - top) for x in scores]
-    return weights, sum(w.sum(-1, keepdims=True) for w in weights)
+    return weights, reduce(jnp.add, [w.sum(-1, keepdims=True) for w in weights])
 
 
 def decode(

@@ -249,7 +249,8 @@ def put_images(
     states are zero, and part 1, 2, … after the first layers (DeepStack, arXiv 2406.04334).
     """
     slots, width = vision.slots[..., None], x.shape[-1]
-    features: Array = vision.features
+    features = vision.features
+    assert features is not None
     if features.shape[-1] > width:
         features = jax.lax.dynamic_slice_in_dim(features, part * width, width, axis=-1)
     seen = jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1).astype(x.dtype)

@@ -17,7 +17,7 @@ from medrlvr_jax.rewards.components import Component, components
 from medrlvr_jax.rl import advantages
 from medrlvr_jax.rollout.rollout import Scored
 from medrlvr_jax.sharding import by_rows, fetch_rows, own_rows, place_rows
-from medrlvr_jax.types import Array, Assessment, Experience, Prompts, Rollout
+from medrlvr_jax.types import Array, Assessment, Experience, Leaf, Prompts, Rollout
 
 
 class Column(NamedTuple):
@@ -40,9 +40,9 @@ class ExperienceConfig(NamedTuple):
 class Rewards(NamedTuple):
     """The rewards of a step, for `make_experience`."""
 
-    graded: Array  # float32 [Q, G, K], the host's columns
-    asked: tuple[Array, ...] = ()  # of each term that asks the policy, its values [Q, G]
-    least_spread: Array | None = None  # float32 []: see `kept_responses`
+    graded: Leaf  # float32 [Q, G, K], the host's columns
+    asked: tuple[Leaf, ...] = ()  # of each term that asks the policy, its values [Q, G]
+    least_spread: Leaf | None = None  # float32 []: see `kept_responses`
 
 
 class PolicyReward(NamedTuple):

@@ -60,7 +60,7 @@ from medrlvr_jax.rollout.ask import Ending, Pass
 from medrlvr_jax.rollout.assess import assess_settings
 from medrlvr_jax.rollout.rollout import Encoded, Scored, place_prompts
 from medrlvr_jax.sharding import by_rows, fetch_rows, own_rows, place_rows
-from medrlvr_jax.types import Array, Params, Prompts, Rollout, pytree
+from medrlvr_jax.types import Array, Leaf, Params, Prompts, Rollout, pytree
 
 FILE = "baseline.json"
 LEAD = 4  # tokens of an ending before the right answer, at most: what a token shares with it, and a space
@@ -172,8 +172,8 @@ def joined(
 @pytree
 class ProbabilityRequest:
     ending: Ending
-    baseline: Float32[Array, "*rows"]
-    format_ok: Bool[Array, "*rows"]
+    baseline: Float32[Leaf, "*rows"]
+    format_ok: Bool[Leaf, "*rows"]
 
 
 def right_answer(question: Question, section: ProbabilityConfig) -> tuple[str, str]:
@@ -305,7 +305,7 @@ def start_scores(
 @pytree
 class ConsistencyRequest:
     ending: Ending
-    letters: Int32[Array, "*rows L"]  # tokens of those that the question offers, else −1
+    letters: Int32[Leaf, "*rows L"]  # tokens of those that the question offers, else −1
 
 
 def letter_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:

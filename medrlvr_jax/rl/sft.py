@@ -46,7 +46,7 @@ from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.console import stage
-from medrlvr_jax.types import Array, Experience, Prompts, TrainState
+from medrlvr_jax.types import Experience, Leaf, Prompts, TrainState
 
 
 class Pairs(NamedTuple):
@@ -120,7 +120,7 @@ def pad_targets(
     return tokens, mask
 
 
-def as_experience(prompts: Prompts, tokens: Array, mask: Array) -> Experience:
+def as_experience(prompts: Prompts, tokens: Leaf, mask: Leaf) -> Experience:
     """Rows with one response each; what only RL has is None."""
     return Experience(prompts, tokens, mask, None, None, None, None, None)
 

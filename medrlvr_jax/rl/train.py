@@ -78,7 +78,17 @@ from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.console import stage
-from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Learner, Prompts, Rollout, TrainState
+from medrlvr_jax.types import (
+    Array,
+    Assessment,
+    Experience,
+    Frozen,
+    Leaf,
+    Learner,
+    Prompts,
+    Rollout,
+    TrainState,
+)
 
 
 def train(
@@ -253,8 +263,8 @@ def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
 class Keys(NamedTuple):
     """The randomness of a step: functions of (seed, step), so that a resumed run is the same run."""
 
-    sample: Array
-    shuffle: Array  # of the rows, and of rounding
+    sample: Leaf
+    shuffle: Leaf  # of the rows, and of rounding
 
 
 def step_keys(seed: int, step: int) -> Keys:
@@ -320,10 +330,10 @@ def five_parts(
 class Graded(NamedTuple):
     """What the host makes of a rollout."""
 
-    rewards: Array  # float32 [Q, G, K], the columns of `experience.host_columns`
+    rewards: Leaf  # float32 [Q, G, K], the columns of `experience.host_columns`
     requests: dict[str, Any]  # by component: what the policy is asked, arrays [Q, G, …]
     scored: Any  # Scored, of this process's rows
-    least_spread: Array | None  # float32 []: see `experience.kept_responses`
+    least_spread: Leaf | None  # float32 []: see `experience.kept_responses`
 
 
 def grade(

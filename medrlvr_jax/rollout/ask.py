@@ -16,7 +16,7 @@ from medrlvr_jax.model import scoring
 from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rewards.joins import Join
 from medrlvr_jax.sharding import map_rows
-from medrlvr_jax.types import Array, Params, Prompts, pytree
+from medrlvr_jax.types import Array, Leaf, Params, Prompts, pytree
 
 T = TypeVar("T")
 Score = Literal["mean", "geometric", "product", "logmean"]
@@ -26,10 +26,10 @@ Score = Literal["mean", "geometric", "product", "logmean"]
 class Ending:
     """For each row, what stands behind its first tokens; nothing of a row that is not asked about."""
 
-    prefix: Int32[Array, "*rows"]  # tokens of the response that stay
-    ids: Int32[Array, "*rows L"]
-    start: Int32[Array, "*rows"]  # the first of `ids` that is of the answer
-    size: Int32[Array, "*rows"]  # how many of `ids` there are
+    prefix: Int32[Leaf, "*rows"]  # tokens of the response that stay
+    ids: Int32[Leaf, "*rows L"]
+    start: Int32[Leaf, "*rows"]  # the first of `ids` that is of the answer
+    size: Int32[Leaf, "*rows"]  # how many of `ids` there are
 
 
 class Answers(NamedTuple):
