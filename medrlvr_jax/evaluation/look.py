@@ -3,8 +3,8 @@ none, and what the options' texts give away by themselves.
 
 A model that answers from the text scores as high without the image. On OmniMedVQA, the options' texts alone,
 counted on one half of Med-R1's test questions, reach 94 to 100 % of each modality's other half: an accuracy
-there says nothing of looking. `looks` is the accuracy with the right image less the larger of those with a blank
-image and with another question's.
+there says nothing of looking. `looks` is the accuracy with the right image less the larger of those with a
+blank image and with another question's.
 """
 
 from collections import Counter, defaultdict
