@@ -12,7 +12,7 @@ data/images.py makes `Images` on the host; the decoder reads the features in pla
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -143,15 +143,10 @@ def _norm_of(x: Array, layer: Params, name: str, cfg: VisionConfig, dtype: Any) 
     return (scaled + layer[f"{name}_bias"].astype(jnp.float32)).astype(dtype)
 
 
-@jax.checkpoint
 def attend(
     q: Float[Array, "*B N H D"], k: Array, v: Array, owners: Int[Array, "*B N"]
 ) -> Float32[Array, "*B N H D"]:
-    """Attention in both directions among the patches of one image; empty slots see one another alone.
-
-    The backward pass computes the weights again. If `lax.cond` kept them, a layer that attends in windows
-    would write zeros in place of the whole image's.
-    """
+    """Attention in both directions among the patches of one image; empty slots see one another alone."""
     q, k, v = (y.swapaxes(-2, -3) for y in (q, k, v))
     same = (owners[..., :, None] == owners[..., None, :])[..., None, :, :]
     (weights,), total = attention.weigh([(attention.products(q, k), same)])
@@ -164,7 +159,7 @@ def _block(
     x: Float32[Array, "Q W S E"],
     rope: tuple[Array, Array],
     owners: Int[Array, "Q W S"],
-    whole: Bool[Array, ""] | bool,
+    whole: bool,
     dtype: Any,
 ) -> Float32[Array, "Q W S E"]:
     """One layer; `whole`: it attends within the image, not within the window."""
@@ -172,9 +167,7 @@ def _block(
     q, k, v = jnp.moveaxis(y.reshape(*y.shape[:-1], 3, cfg.heads, cfg.head_dim), -3, 0)
     q, k, v = (y.astype(dtype) for y in (rotate(q, rope) * cfg.head_dim**-0.5, rotate(k, rope), v))
     flat = lambda y: y.reshape(y.shape[0], -1, *y.shape[3:])
-    in_images = lambda: attend(flat(q), flat(k), flat(v), flat(owners)).reshape(v.shape)
-    in_windows = lambda: attend(q, k, v, owners)
-    y: Array = in_images() if whole is True else jax.lax.cond(whole, in_images, in_windows)
+    y = attend(*map(flat, (q, k, v, owners))) if whole else attend(q, k, v, owners)
     x = x + _linear(y.reshape(x.shape), layer, "o", dtype)
     y = _norm_of(x, layer, "mlp_norm", cfg, dtype)
     if cfg.kind == "qwen2_5_vl":
@@ -211,6 +204,37 @@ def _merge(x: Float[Array, "Q W S E"], params: Params, name: str, cfg: VisionCon
     return _linear(y, params, f"{name}_out", dtype).astype(dtype)
 
 
+def _cut(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda p: p[index], tree)
+
+
+def _through(
+    block: Callable[[Array, Params, bool], Array], x: Array, layers: Params, whole: Bool[np.ndarray, " L"]
+) -> Array:
+    """`block` over stacked layers; `whole`: which attend within the image.
+
+    What the layers repeat is scanned, and in it each run of equal ones: of 7 in windows and 1 in the image, 4
+    times, two layers are compiled.
+    """
+
+    def scan(x: Array, layers: Params, flag: bool) -> Array:
+        step = lambda x, layer: (block(x, layer, flag), None)
+        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), x, layers)[0]
+
+    n = len(whole)
+    period = next(p for p in range(1, n + 1) if n % p == 0 and (whole.reshape(-1, p) == whole[:p]).all())
+    if period == 1:
+        return scan(x, layers, bool(whole[0]))
+    ends = [0, *(np.flatnonzero(np.diff(whole[:period])) + 1).tolist(), period]
+
+    def repeat(x: Array, layers: Params) -> tuple[Array, None]:
+        for begin, end in pairwise(ends):
+            x = scan(x, _cut(layers, slice(begin, end)), bool(whole[begin]))
+        return x, None
+
+    return jax.lax.scan(repeat, x, jax.tree.map(lambda p: p.reshape(-1, period, *p.shape[1:]), layers))[0]
+
+
 def see(params: Params, cfg: DecoderConfig, images: Images) -> Float[Array, "Q T F"]:
     """What the tower of a model's parameters sees: the image tokens by slot, some questions at a time."""
     vision, (n, windows) = cfg.vision, images.pixels.shape[:2]
@@ -240,19 +264,15 @@ def tower(params: Params, cfg: VisionConfig, images: Images, dtype: Any) -> Floa
     freqs = 10000.0 ** (-jnp.arange(0, half, 2, dtype=jnp.float32) / half)
     angles = (places[..., None].astype(jnp.float32) * freqs).reshape(*owners.shape, half)
     rope = jnp.cos(angles), jnp.sin(angles)
-    flags = np.isin(np.arange(cfg.layers), cfg.full_layers)
+    whole = np.isin(np.arange(cfg.layers), cfg.full_layers)
 
-    @partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
-    def step(x: Array, inputs: Any):
-        layer, of_image = inputs
-        return _block(layer, cfg, x, rope, owners, True if flags.all() else of_image, dtype), None
+    def block(x: Array, layer: Params, whole: bool) -> Array:
+        return _block(layer, cfg, x, rope, owners, whole, dtype)
 
     x, features = constrain(x, "batch", None, None, None), []
-    cut = lambda tree, index: jax.tree.map(lambda p: p[index], tree)
-    layers = params["layers"], jnp.array(flags)
     ends = [0, *(layer + 1 for layer in cfg.deepstack), cfg.layers]
     for number, (begin, end) in enumerate(pairwise(ends)):
-        x, _ = jax.lax.scan(step, x, cut(layers, slice(begin, end)))
+        x = _through(block, x, _cut(params["layers"], slice(begin, end)), whole[begin:end])
         if number < len(cfg.deepstack):
-            features.append(_merge(x, cut(params["deepstack"], number), "deep", cfg, dtype))
+            features.append(_merge(x, _cut(params["deepstack"], number), "deep", cfg, dtype))
     return jnp.concatenate([_merge(x, params, "merge", cfg, dtype), *features], axis=-1)
