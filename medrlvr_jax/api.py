@@ -20,6 +20,7 @@ from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config, EvalConfig, SampleConfig, SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.images import measure
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.data.readers import PYTHON, Records
 from medrlvr_jax.data.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rollout.generate import draw_settings
 from medrlvr_jax.rollout.generate import generate as draw
-from medrlvr_jax.rollout.rollout import encode, width
+from medrlvr_jax.rollout.rollout import Encoded, encode, place_prompts, width
 from medrlvr_jax.rollout.sync import WeightSync, make_weight_sync
 from medrlvr_jax.types import Params, Rollout
 
@@ -173,26 +174,25 @@ def generate(
     a prompt has no tokens.
     """
     parts = model.parts
-    rows = _encode(parts, [prompts] if isinstance(prompts, str | Question | Mapping) else list(prompts))
-    if not rows:
+    given = [prompts] if isinstance(prompts, str | Question | Mapping) else list(prompts)
+    if not given:
         return []
-    size = _batch(parts.mesh, max(1, min(batch, len(rows))))
+    encoded = _encode(parts, given)
+    n = len(encoded.tokens)
+    size = _batch(parts.mesh, max(1, min(batch, n)))
     values: dict[str, Any] = {"samples": 1, "max_new_tokens": 256, **sampling}
     sample = _settings(SampleConfig, questions=size, **values)
-    check_positions(parts, max(map(len, rows)), sample.max_new_tokens, "max_new_tokens")
-    columns, key, completions = width(max(map(len, rows))), jax.random.key(seed), []
+    check_positions(parts, encoded.longest, sample.max_new_tokens, "max_new_tokens")
+    key, completions = jax.random.key(seed), []
     with jax.set_mesh(parts.mesh):
         params = model.sync_weights(model.params)
-        for start in range(0, len(rows), size):
-            index = np.arange(start, min(start + size, len(rows)))
-            filled = np.resize(index, size)  # the last batch is filled up with its first prompts
-            local = filled[sharding.own_rows(size, parts.mesh)[0]]
-            tokens, pad_id = [rows[i] for i in local], parts.tokenizer.pad_id
-            padded = text.pad_prompts(tokens, local.astype(np.uint32), columns, pad_id)
-            placed = sharding.place_rows(padded, size, parts.mesh)
+        for start in range(0, n, size):
+            index = np.arange(start, min(start + size, n))
+            # the last batch is filled up with its first prompts
+            placed = place_prompts(params, parts, encoded, np.resize(index, size))
             rollout = sharding.to_host(draw(params, placed, key, draw_settings(parts, parts.cfg, sample)))
             for row, i in enumerate(index):
-                completions += _completions(parts.tokenizer, rows[i], rollout, row)
+                completions += _completions(parts.tokenizer, encoded.tokens[i], rollout, row)
     return completions
 
 
@@ -247,20 +247,22 @@ def evaluate(
         return Evaluation(*evaluation.evaluate(parts, loaded.sync_weights(loaded.params), encoded))
 
 
-def _encode(parts: Parts, prompts: list[Any]) -> list[list[int]]:
-    """Tokens of texts as they stand, or of questions as the config words them."""
-    texts = [isinstance(prompt, str) for prompt in prompts]
+def _encode(parts: Parts, prompts: list[Any]) -> Encoded:
+    """Texts as they stand, or questions as the config words them, with their images."""
+    texts, questions, images = [isinstance(prompt, str) for prompt in prompts], [], None
     if all(texts):
         rows = parts.tokenizer.encode_texts(prompts)
     elif any(texts):
         raise ConfigError("prompts: texts and questions together; give either, in two calls")
     else:
-        rows = text.encode_questions(
-            parts.tokenizer, [_question(prompt) for prompt in prompts], parts.config.prompt
-        )
+        questions = [_question(prompt) for prompt in prompts]
+        images = measure(questions, parts.cfg.vision) if parts.cfg.vision else None
+        pads = images and images.pads()
+        rows = text.encode_questions(parts.tokenizer, questions, parts.config.prompt, images=pads)
     if empty := [i for i, row in enumerate(rows) if not row]:
         raise ConfigError(f"prompts: number {empty[0] + 1} has no tokens; give a text that is not empty")
-    return rows
+    ids, columns = np.arange(len(rows), dtype=np.uint32), width(max(map(len, rows)))
+    return Encoded(questions, rows, ids, 0, columns, images=images)
 
 
 def _question(prompt: Any) -> Question:

@@ -19,7 +19,7 @@ from make_vision import make_run
 from PIL import Image
 from safetensors.numpy import load_file
 
-from medrlvr_jax import build, cli, sharding
+from medrlvr_jax import build, cli, evaluate, generate, load_model, sharding
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import images, load
@@ -408,3 +408,18 @@ def test_the_reference_sees_by_the_tower_of_the_start(folder):
     assert close(of["start"].logprobs, of["start"].ref_logprobs)
     assert close(of["moved"].ref_logprobs, of["start"].ref_logprobs)
     assert not close(of["moved"].logprobs, of["start"].logprobs)
+
+
+def test_completions_of_questions_with_images_are_an_evaluations(folder):
+    model, rows = (
+        load_model(folder / "model", settings={"prompt.template": "none"}),
+        lines(folder / "data.jsonl")[:4],
+    )
+    for row in rows:
+        row["images"] = [str(folder / name) for name in row["images"]]
+    ask = lambda rows: generate(model, rows, temperature=0, max_new_tokens=6)
+    asked, answers = ask(rows), evaluate(model, rows, max_new_tokens=6).answers
+    assert [x.text for x in asked] == [x["completion"] for x in answers]
+    rows[1]["images"] = rows[3]["images"]
+    again = ask(rows)
+    assert again[0].logprobs[0] == asked[0].logprobs[0] and again[1].logprobs[0] != asked[1].logprobs[0]

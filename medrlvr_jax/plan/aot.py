@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh
 
 from medrlvr_jax.build import Parts, lay_out
 from medrlvr_jax.config.schema import Config
+from medrlvr_jax.data.images import Grid, windows_of
 from medrlvr_jax.model import families, splash
 from medrlvr_jax.plan import flops, hlo, machines
 from medrlvr_jax.plan.machines import Machine
@@ -85,8 +86,19 @@ def planned(parts: Parts, steps: int) -> list[Program]:
         if asked.url is None
     }
     programs, columns = make_programs(parts, steps), width(parts.config.prompt.max_tokens)
-    called = step_programs(parts, programs, columns, verifiers=verifiers)
+    called = step_programs(parts, programs, columns, windows=image_windows(parts), verifiers=verifiers)
     return [program for program in called if program.calls]
+
+
+def image_windows(parts: Parts) -> int:
+    """Windows of a prompt's images: of a square one with all the tokens that the settings allow. 0 for a text
+    model, and where `data.fields` leaves images out.
+    """
+    cfg, config = parts.cfg.vision, parts.config
+    if cfg is None or None in [config.data.fields.get(name, "") for name in ("image", "images")]:
+        return 0
+    side = math.isqrt(min(cfg.max_pixels // cfg.factor**2, config.prompt.max_tokens))
+    return windows_of((Grid(side, side),), cfg)
 
 
 def bytes_of(tree: Any) -> float:

@@ -21,7 +21,8 @@ from medrlvr_jax.rl.policy_rewards import answer_columns
 from medrlvr_jax.rollout.judge import greedy_reply, yes_probability
 from medrlvr_jax.rollout.loops import columns_of_loops, segment_ends
 from medrlvr_jax.rollout.program import Program
-from medrlvr_jax.types import Prompts
+from medrlvr_jax.rollout.see import see
+from medrlvr_jax.types import Images, Prompts
 
 
 def traced_flops(
@@ -81,6 +82,10 @@ def useful(program: Program, parts: Parts) -> float:
     """FLOPs of a step's program over all devices, without recomputation; 0 if it multiplies no matrices."""
     sample, policy, critic = parts.config.sample, parts.cfg, parts.critic_cfg
     prompts = prompts_of(program)
+    if program.function is see:
+        return tower_flops(parts.cfg, program.args[1])
+    images = prompts.vision and prompts.vision.images if prompts else None  # of a tower that is trained
+    tower = tower_flops(policy, images) if images else 0.0
     if prompts is None:
         return 0.0
     questions, prompt = prompts.tokens.shape
@@ -102,10 +107,15 @@ def useful(program: Program, parts: Parts) -> float:
     if program.name == "assess":
         frozen, _, values = program.args[:3]
         passes = [policy] + [policy] * (frozen.reference is not None) + [critic] * (values is not None)
-        return sum(forward_flops(cfg, *sizes) for cfg in passes)
+        own = tower if frozen.reference is not None else 0.0
+        return sum(forward_flops(cfg, *sizes) for cfg in passes) + own
     if program.name in ("learn_policy", "learn_critic"):
-        learned = critic if program.name == "learn_critic" else policy
-        return 3 * parts.config.learn.epochs * forward_flops(learned, *sizes)
+        epochs = parts.config.learn.epochs
+        if program.name == "learn_critic":
+            return 3 * epochs * forward_flops(critic, *sizes)
+        merger = tower_flops(policy, images, merger=True) if images else 0.0
+        seen = 3 * tower if policy.execution.tower == "train" else tower + 2 * merger
+        return epochs * (3 * forward_flops(policy, *sizes) + seen)
     return 0.0
 
 
@@ -126,6 +136,21 @@ def forward_flops(
     read = read or (1 if cfg.execution.value_head else cfg.vocab)
     words = cfg.embed * read * questions * samples * new
     return 2.0 * (cfg.layers * (weights(cfg) * tokens + 2 * cfg.heads * cfg.head_dim * pairs) + words)
+
+
+def tower_flops(cfg: DecoderConfig, images: Images, merger: bool = False) -> float:
+    """One pass of the vision tower over all slots of the images, or of its mergers alone."""
+    vision, (questions, windows, slots, depth) = cfg.vision, images.pixels.shape
+    assert vision is not None
+    patches, embed, merged = questions * windows * slots, vision.embed, vision.merge**2 * vision.embed
+    tokens = patches // vision.merge**2
+    total = tokens * merged * (merged + vision.out) * (1 + len(vision.deepstack))
+    if not merger:
+        matrices = 4 * embed**2 + (3 if vision.kind == "qwen2_5_vl" else 2) * embed * vision.ffn
+        whole = len(vision.full_layers)
+        pairs = slots * (windows * whole + vision.layers - whole)  # with each patch, over all layers
+        total += patches * (depth * embed + vision.layers * matrices + 2 * embed * pairs)
+    return 2.0 * total
 
 
 def generate_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:

@@ -43,6 +43,7 @@ from medrlvr_jax.data.readers import Records
 from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
+from medrlvr_jax.model.spec import VISION
 from medrlvr_jax.rewards import judges
 from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rewards.parse import beginning_trap
@@ -439,6 +440,12 @@ def step_programs(
     on_device: Any = policy.params, critic and critic.params, frozen.base
     if not config.learn.offload:
         on_device += policy.opt_state, critic and critic.opt_state, frozen.reference
+    tower = None
+    if windows and parts.cfg.execution.tower == "freeze":
+        tower = build.abstract_tower(parts)
+        on_device += (tower,)
+    elif windows:
+        tower = lora.join(frozen.base, policy.params)[VISION]
     asked = [each for each in (verifiers or {}).values() if isinstance(each, judge.Judge)]
     on_device += tuple(each.model.params for each in asked if not each.settings.offload)
     recorder = Recorder(mesh, on_device)
@@ -455,6 +462,9 @@ def step_programs(
     keys = Keys(a_key(parts), a_key(parts))
     prompts = abstract_prompts(parts, questions, width, windows, asks_blank(config.reward))
     with jax.set_mesh(mesh):
+        if tower:
+            seen = see_program(parts, questions, windows, "see", tower)
+            recorder.add(seen._replace(calls=1 + asks_blank(config.reward)))
 
         def graded(rollout: Rollout) -> Graded:
             for program in chain.from_iterable(each.programs(questions * samples) for each in asked):
@@ -462,5 +472,4 @@ def step_programs(
             return Graded(rewards, requests, None, scalar if config.advantage.spread else None)
 
         five_parts(training, TrainState(policy, critic, scalar), prompts, keys, graded)
-    seen = [see_program(parts, questions, windows, "see")] if windows else []
-    return seen + recorder.programs
+    return recorder.programs

@@ -60,7 +60,9 @@ def add_features(
     return prompts.with_vision(features=look(images), blank=grey)
 
 
-def see_program(parts: Parts, questions: int, windows: int, name: str) -> Program:
-    """`see` as `add_features` calls it."""
-    images = abstract_images(parts, questions, windows)
-    return Program(name, see, (abstract_tower(parts), images), {"cfg": parts.cfg})
+def see_program(
+    parts: Parts, questions: int, windows: int, name: str, tower: Params | None = None
+) -> Program:
+    """`see` as `add_features` calls it; `tower`: its parameters as shapes."""
+    images, tower = abstract_images(parts, questions, windows), tower or abstract_tower(parts)
+    return Program(name, see, (tower, images), {"cfg": parts.cfg})
