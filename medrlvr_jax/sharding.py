@@ -157,9 +157,7 @@ def axis_ways(name: str) -> int:
 
 
 def _spec(axes: tuple, shape: tuple[int, ...], table: dict, sizes: dict[str, int]) -> PartitionSpec:
-    """Axes that do not divide are replicated: small key/value heads on a wide `tensor` axis; `check_divides`
-    refuses the rest.
-    """
+    """Axes that do not divide are replicated: few key/value heads on a wide `tensor`; see `check_divides`."""
 
     def resolve(name, dim):
         target = table.get(name)

@@ -17,7 +17,7 @@ from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.data import batches, formats, published
 from medrlvr_jax.data.fields import Choice
-from medrlvr_jax.data.question import LETTERS, DataError, Example, Question, brings_letters, unlabelled
+from medrlvr_jax.data.question import DataError, Example, Question, brings_letters, unlabelled
 from medrlvr_jax.data.readers import PYTHON, Records, given_records, open_records
 from medrlvr_jax.data.values import KINDS
 from medrlvr_jax.host import files
@@ -128,9 +128,8 @@ def _collect(config: SetConfig, allowed: list[str], records: Records | None) -> 
     if read.errors and (config.on_bad == "refuse" or not read.items):
         raise DataError("\n".join(read.errors[: MAX_ERRORS + 1]))
     if not read.items:
-        raise DataError(
-            f"{config.path}: " + (choice.nothing() if choice.left_out else "there is not one record in it")
-        )
+        why = choice.nothing() if choice.left_out else "there is not one record in it"
+        raise DataError(f"{config.path}: {why}")
     notes = [f"revision {revision}"] if revision else []
     unread = [field for field in formats.unread(read.fields, read.name) if field not in choice.read]
     notes += _notes(read.name, unread, read.tally)
@@ -214,20 +213,15 @@ def _report(questions: list[Question], notes: list[str]) -> str:
     size = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
     size = f"of {size} options" if sizes[-1] else "open"
     shares = Counter(q.reference if q.value is None else q.kind for q in questions)
-    names = [
-        name
-        for name in (*max(q.letters for q in questions), "choices", *KINDS)
-        if name in LETTERS or name in shares
-    ]
+    kinds = [kind for kind in ("choices", *KINDS) if kind in shares]
+    names = [*max(q.letters for q in questions), *kinds]
     lines = ["keys " + ", ".join(f"{name} {100 * shares[name] / n:.0f} %" for name in names)]
     right_texts: dict[tuple, set[str]] = {}  # by question, images and options in any order
     for q in questions:
         right_texts.setdefault((q.question, q.images, *sorted(q.options)), set()).add(q.right_text)
     if again := n - len(right_texts):
-        differ = sum(len(texts) > 1 for texts in right_texts.values())
-        lines.append(
-            f"repeats of an earlier question: {again:,}; questions with more than one key: {differ:,}"
-        )
+        differ = f"{sum(len(texts) > 1 for texts in right_texts.values()):,}"
+        lines.append(f"repeats of an earlier question: {again:,}; questions with more than one key: {differ}")
     others = ((q, q.options[: q.answer] + q.options[q.answer + 1 :]) for q in questions)
     if both := sum(q.reference in [option.upper() for option in options] for q, options in others):
         lines.append(f"keys that are also the text of another option: {both:,}, taken as letters")

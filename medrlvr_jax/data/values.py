@@ -172,9 +172,7 @@ _DURATION = re.compile(r"(?:(\d{1,4}) ?(?:weeks?|wks?|w))?(?:,? ?(?:and )?(\d{1,
 
 
 def read_date(text: str, order: DateOrder | None = None) -> datetime.date:
-    """2024-03-04, 4 March 2024, March 4, 2024; and 03/04/2024 where `order` or a number above 12 tells the
-    month.
-    """
+    """2024-03-04, 4 March 2024, March 4, 2024; and 03/04/2024 if `order` or a number above 12 tells which."""
     text = " ".join(text.lower().split())
     if match := _ISO.fullmatch(text):
         year, month, day = map(int, match.groups())
@@ -310,9 +308,7 @@ def _whole(value: Fraction) -> Fraction:
 
 
 def matches(answer: str, reference: Reference) -> bool:
-    """Whether an answer, without white space around it, is right. Raises `Unreadable` where it has no such
-    value.
-    """
+    """Whether an answer, stripped of white space, is right. Raises `Unreadable` where it has no value."""
     if len(answer) > LONGEST[reference.kind]:
         raise Unreadable("too_long")
     match reference.kind:

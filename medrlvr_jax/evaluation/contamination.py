@@ -153,11 +153,9 @@ def contamination(paths: list[str], folder: Path | None) -> dict[str, Any]:
     """For JSON: each set's size and contaminated questions, and an evaluation's accuracies without them."""
     train, tests = read_sets(paths)
     overlapping, questions = overlaps(train, tests), {"(train)": train, **tests}
+    listed = {name: [o._asdict() for o in some] for name, some in overlapping.items()}
     out: dict[str, Any] = {
-        "sets": {
-            name: {"n": len(questions[name]), "found": [o._asdict() for o in some]}
-            for name, some in overlapping.items()
-        }
+        "sets": {name: {"n": len(questions[name]), "found": rows} for name, rows in listed.items()}
     }
     return out | ({"scores": clean_scores(folder, overlapping, tests)} if folder else {})
 

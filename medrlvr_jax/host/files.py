@@ -34,9 +34,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError (disk full, read-only or gone) into `Unwritable`. No function of this file overwrites
-    in place.
-    """
+    """Turn an OSError (disk full, read-only or gone) into `Unwritable`."""
     try:
         yield
     except OSError as e:

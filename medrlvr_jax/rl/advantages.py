@@ -38,9 +38,7 @@ MAX_EXPONENT = 20.0  # e²⁰ ≈ 5·10⁸ is past any honest ratio of probabili
 
 
 def ratio_of(log_ratio: Array) -> Array:
-    """exp(log_ratio), cut at e²⁰ (with gradient 0 there) so that one stray token cannot turn a step
-    into NaN.
-    """
+    """exp(log_ratio), cut at e²⁰ (with gradient 0 there), so that no stray token turns a step into NaN."""
     return jnp.exp(jnp.minimum(log_ratio, MAX_EXPONENT))
 
 
@@ -104,9 +102,8 @@ def gae(rewards: Array, values: Array, mask: Array, gamma: float, lam: float) ->
         return jax.tree.map(partial(jnp.where, real), at_token, after), jnp.where(real, advantage, 0.0)
 
     zero = jnp.zeros((), values.dtype)
-    _, advantages = jax.lax.scan(
-        backward, (zero, zero), (rewards.astype(values.dtype), values, mask), reverse=True
-    )
+    columns = rewards.astype(values.dtype), values, mask
+    _, advantages = jax.lax.scan(backward, (zero, zero), columns, reverse=True)
     return advantages, jnp.where(mask, advantages + values, 0.0)
 
 

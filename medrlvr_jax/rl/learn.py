@@ -92,9 +92,7 @@ def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransform
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` as it would be if gradients and parameters were float32; optax makes its state after the
-    parameters' dtype.
-    """
+    """`tx` as if gradients and parameters were float32; optax's state would have the parameters' dtype."""
 
     def init(params):
         return tx.init(optax.tree.cast(params, jnp.float32))
@@ -115,9 +113,7 @@ def _row(path: Any) -> Parameter:
 
 
 def _matrix_axes(params: Params) -> Params:
-    """Muon's view of each parameter: which axes are input and output of a layer's matrix (or adapter's half);
-    None: not one.
-    """
+    """For Muon: which axes are input and output of a layer's matrix, or adapter's half; None: not one."""
 
     def axes(path, p):
         row = _row(path)
@@ -134,9 +130,8 @@ def _matrix_axes(params: Params) -> Params:
 
 def policy_objective(config: Config, cfg: DecoderConfig) -> Objective:
     """The clipped surrogate (and its kin) of `losses.policy_loss`; extra is the KL coefficient."""
-    read = partial(
-        scoring.token_logprobs, temperature=config.sample.temperature, slab=config.model.logit_slab
-    )
+    temperature, slab = config.sample.temperature, config.model.logit_slab
+    read = partial(scoring.token_logprobs, temperature=temperature, slab=slab)
 
     def objective(params, rows, kl_coef, size):
         rows = replace(rows, prompts=rows.prompts.unseen)
@@ -159,7 +154,6 @@ def critic_objective(config: Config, cfg: DecoderConfig) -> Objective:
 
 def nll_objective(config: Config, cfg: DecoderConfig) -> Objective:
     """Negative log-likelihood of the targets; extra is unused."""
-
     read = partial(scoring.token_logprobs, temperature=1.0, slab=config.model.logit_slab)
 
     def objective(params, rows, _, size):
@@ -171,9 +165,7 @@ def nll_objective(config: Config, cfg: DecoderConfig) -> Objective:
 
 
 def _mixed(x: Array) -> Array:
-    """MurmurHash3's finaliser: a one-to-one map of uint32 in which each bit of x moves every bit of the
-    result. Elementwise.
-    """
+    """MurmurHash3's finaliser, elementwise: each bit of x moves every bit of the result. One-to-one."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
@@ -279,18 +271,14 @@ def learn(
 def compile_learn(
     config: Config, objective: Objective, tx: optax.GradientTransformation, learner_shardings: Learner
 ):
-    """`learn` jitted for one learner: state donated, its shardings pinned (else the second step compiles
-    again).
-    """
+    """`learn` jitted for one learner: state donated, its shardings pinned (else step 2 compiles again)."""
     c = config.learn
     how = LearnSettings(objective, tx, c.epochs, c.minibatch, c.microbatch or c.minibatch, c.row_sizes)
     return jax.jit(partial(learn, how=how), donate_argnums=0, out_shardings=(learner_shardings, None))
 
 
 def offload(config: Config, learner: Learner, program: Any) -> tuple[Learner, Any]:
-    """With `learn.offload`: the learner's optimiser state waits in the host's memory, and comes to the device
-    for `program` alone.
-    """
+    """With `learn.offload`: the optimiser's state waits in the host's memory between the calls of `program`."""
 
     if not config.learn.offload:
         return learner, program
@@ -306,9 +294,7 @@ def offload(config: Config, learner: Learner, program: Any) -> tuple[Learner, An
 
 
 def adapt_kl(coef: Array, kl: Array, samples: int, config: KLConfig) -> Array:
-    """Ziegler et al. 2019 (arXiv 1909.08593), eq. 6: the coefficient follows the KL per response towards its
-    target.
-    """
+    """Ziegler et al. 2019 (arXiv 1909.08593), eq. 6: the coefficient follows the KL of a response."""
     if config.target is None:
         return coef
     # a rollout without a KL moves nothing

@@ -82,9 +82,7 @@ def clip_surrogate(ratio: Array, advantages: Array, loss: LossConfig) -> Array:
 
 
 def cispo_surrogate(logprobs: Array, ratio: Array, advantages: Array, loss: LossConfig) -> Array:
-    """CISPO (arXiv 2506.13585), per token: stop_gradient(min(ρ, 1 + ε_high))·A·log π, to be maximised. No
-    token loses its gradient.
-    """
+    """CISPO (arXiv 2506.13585), per token: sg(min(ρ, 1 + ε_high))·A·log π; no token loses its gradient."""
     return jax.lax.stop_gradient(jnp.minimum(ratio, 1 + loss.clip_high)) * advantages * logprobs
 
 
@@ -188,8 +186,6 @@ def explained_variance(metrics: Metrics) -> Array:
 
 
 def nll_loss(logprobs: Array, mask: Array) -> tuple[Mean, Metrics]:
-    """−log π of the target tokens, mean over tokens. logprobs, mask [..., R]; the metric `nll` is the same
-    number, in nats.
-    """
+    """−log π of the targets, mean over tokens. logprobs, mask [..., R]; `nll` is the same, in nats."""
     nll = token_mean(-logprobs, mask)
     return nll, {"nll": nll}

@@ -42,9 +42,7 @@ class Programs:
     policy_rewards: Mapping[str, PolicyReward]  # by the name of the component
 
     def wrapped(self, wrap: Callable[[str, Any], Any]) -> "Programs":
-        """The same with `wrap(name, function)` in place of each function: to time the calls, or to record
-        them.
-        """
+        """The same with `wrap(name, function)` in place of each function: to time calls, or record them."""
         names = ("generate", "assess", "make_experience", "learn_policy", "learn_critic")
         functions = {name: getattr(self, name) for name in names}
         wrapped = {name: wrap(name, function) for name, function in functions.items() if function}
@@ -57,14 +55,11 @@ class Programs:
 
 
 def make_programs(parts: Parts, steps: int) -> Programs:
-    """Nothing is compiled or allocated yet. Schedules end with the run: while the critic warms up, the
-    policy's stands still.
-    """
+    """Nothing is compiled yet. Schedules end with the run; while the critic warms up, the policy's waits."""
     config = parts.config
     check_rl(config)
-    policy_tx = make_optimizer(
-        config.learn.policy, build.updates_in(config, steps - config.learn.critic_warmup)
-    )
+    updates = build.updates_in(config, steps - config.learn.critic_warmup)
+    policy_tx = make_optimizer(config.learn.policy, updates)
     placed = build.places(build.abstract_learner(parts, parts.cfg, policy_tx))
     learn_policy = compile_learn(config, policy_objective(config, parts.cfg), policy_tx, placed)
     critic_tx, learn_critic = None, None
@@ -124,8 +119,6 @@ def compile_ahead(
                 remedy = "`medrlvr plan CONFIG --topology …` says by how much, and what would help"
                 raise ConfigError(f"{problem}; {remedy}") from None
             report()
-    slowest = max(took, key=lambda name: took[name])
-    return (
-        f"{len(programs)} programs compiled in {time.monotonic() - began:.0f} s; longest was "
-        f"{slowest}, {took[slowest]:.0f} s"
-    )
+    seconds, name = max((seconds, name) for name, seconds in took.items())
+    longest = f"longest was {name}, {seconds:.0f} s"
+    return f"{len(programs)} programs compiled in {time.monotonic() - began:.0f} s; {longest}"
