@@ -20,9 +20,11 @@ from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder, spec
 from medrlvr_jax.plan import aot, machines
+from medrlvr_jax.rewards.verifier import LEAD
 from medrlvr_jax.rl import train
 from medrlvr_jax.rollout import judge
 from medrlvr_jax.types import Prompts
+from medrlvr_jax.world.open import verifier_tests
 
 CFG = small(vocab=264)
 TEXTS = ["a", "which is it? " * 3, "b" * 50, "which is it? " * 3, "c" * 80, "d" * 40]
@@ -74,6 +76,17 @@ def test_the_probability_is_that_of_a_direct_pass(tied):
     if tied:
         _, other = asked(MeshConfig(data=2, fsdp=2, tensor=2), batch=3, max_tokens=112)
         np.testing.assert_allclose(other.ask(TEXTS[::-1]), got[::-1], atol=1e-5)
+
+
+def test_the_packages_verifier_knows_the_held_out_rows():
+    """As docs/pages/numbers/rewards.md: 98, 98 and 83 %; without rows of persuasion, 4 % of the second sort."""
+    settings = VerifierConfig(model="embedded_verifier", max_tokens=128, batch=64, dtype="float32")
+    made = judge.read(settings, sharding.make_mesh(MeshConfig()), "reward.components.v").loaded()
+    tests = verifier_tests(64)
+    rows = [row for rows in tests.values() for row in rows]
+    says = np.array(made.ask([row.prompt.removesuffix(LEAD) for row, _ in rows])) > 0.5
+    right = (says == [yes for _, yes in rows]).reshape(len(tests), -1).mean(1)
+    assert (right > [0.92, 0.92, 0.7]).all(), dict(zip(tests, right, strict=True))
 
 
 SEVERAL = """

@@ -162,6 +162,20 @@ def test_a_file_of_completions_is_scored(path, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main("score", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl") == 0
     assert [row["reward"] for row in lines(tmp_path / "out.jsonl")] == [1.0] * 8
+    process = [
+        "score",
+        tmp_path / "in.jsonl",
+        "--reward",
+        "[{kind: process}]",
+        "--out",
+        tmp_path / "facts.jsonl",
+    ]
+    assert main(*process) == 2 and "process: no line has facts" in capsys.readouterr().err
+    facts = [[], ["x"], ["x", ["y", "z"]], ["y"]]
+    rows = [row | {"facts": named} for row, named in zip(rows, facts, strict=False)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(*process) == 0
+    assert [row["reward"] for row in lines(tmp_path / "facts.jsonl")] == [0.0, 0.5, 0.25, 0.0]
 
 
 def test_training_and_evaluation(folder, capsys):  # noqa: F811

@@ -216,11 +216,12 @@ def test_what_cannot_work_is_refused(changes, complaint):
     [
         ("consistency", "consistency: it asks for letters, and question open-1 has not one right letter"),
         ("process", r"process: no question of data\.path has facts"),
+        ("verifier", r"verifier: no right answer in data\.path is a text, so it is never asked; set when"),
     ],
 )
 def test_questions_that_lack_what_is_asked_for_are_refused(kind, complaint):
     value = Reference("number", "3", value=Fraction(3))
-    config = RewardConfig(components=({"kind": kind},))
+    config = RewardConfig(components=({"kind": kind} | ({"model": "m"} if kind == "verifier" else {}),))
     with pytest.raises(ConfigError, match=complaint):
         policy_rewards.check_questions(
             config, byte_tokenizer(), [Question("open-1", "How many?", value=value)]

@@ -293,7 +293,8 @@ def test_eval_and_export(run, folder, capsys, monkeypatch):
 def test_difficulty(folder, capsys):
     args = ["difficulty", folder / "config.yaml", "--samples", "2", "--out", folder / "counts.jsonl"]
     assert main(*args) == 0
-    assert "0 of 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "0 of 2" in out and "fine-tune first" in out
     rows = lines(folder / "counts.jsonl")
     questions = data.load(SetConfig(path="embedded:train", limit=32))
     assert [r["id"] for r in rows] == [q.id for q in questions] and all(

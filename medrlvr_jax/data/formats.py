@@ -119,7 +119,7 @@ def _letter(row: Row, field: str, options: tuple[str, ...]) -> int:
     return LETTERS.index(letter)
 
 
-def _facts(row: Row) -> tuple[tuple[str, ...], ...]:
+def facts_of(row: Row) -> tuple[tuple[str, ...], ...]:
     """What a good thought states: each fact a text, or the texts that state it."""
     facts = row.get("facts") or ()
     if not isinstance(facts, list | tuple):
@@ -455,7 +455,7 @@ def _question(row: Row, default_id: str, key: Key, form: Format) -> Question:
         rationale=optional(form.rationale) or None,
         value=value,
         task=optional("task") if "task" in form.also else "",
-        facts=_facts(row) if "facts" in form.also else (),
+        facts=facts_of(row) if "facts" in form.also else (),
         images=_images(row) if "images" in form.also else (),
     )
 

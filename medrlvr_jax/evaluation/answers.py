@@ -134,9 +134,8 @@ def describe(a: Answers) -> dict[str, Any]:
         out["balanced_accuracy"] = stats.balanced(a.correct[label], a.key[label])._asdict()
     if k > 1:
         passed = {j: stats.pass_at_k(a.correct, j) for j in range(1, k + 1)}
-        beyond = {j: stats.beyond_chance(p, a.options, j) for j, p in passed.items()}
         out["pass_at_k"] = {j: stats.mean_share(p)._asdict() for j, p in passed.items()}
-        out["pass_at_k_beyond_chance"] = {j: x and x._asdict() for j, x in beyond.items()}
+        out["pass_at_k_beyond_chance"] = beyond_chance(a.correct, a.options)
         out["majority"] = stats.mean_share(stats.majority(a.answers, a.correct))._asdict()
         out["answer_entropy"] = float(stats.answer_entropy(a.answers).mean())
         if a.shuffled.any():
@@ -153,6 +152,15 @@ def by_group(correct: np.ndarray, names: np.ndarray) -> dict[str, dict[str, Any]
     if len(groups) < 2:
         return {}
     return {name: {"n": len(c), "accuracy": stats.accuracy(c)._asdict()} for name, c in groups.items()}
+
+
+def beyond_chance(correct: np.ndarray, options: np.ndarray) -> dict[int, dict[str, float] | None]:
+    """`stats.beyond_chance` of right answers [n, samples], by k from 1 to the samples."""
+    shares = {
+        k: stats.beyond_chance(stats.pass_at_k(correct, k), options, k)
+        for k in range(1, correct.shape[1] + 1)
+    }
+    return {k: share and share._asdict() for k, share in shares.items()}
 
 
 def fine_tune_first(beyond_chance: dict[int, dict[str, float] | None]) -> str | None:

@@ -26,6 +26,7 @@ import numpy as np
 from medrlvr_jax.build import check_positions
 from medrlvr_jax.config.load import load
 from medrlvr_jax.data import load as data
+from medrlvr_jax.evaluation.answers import beyond_chance, fine_tune_first
 from medrlvr_jax.evaluation.evaluate import ask, open_source, run_folder
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
@@ -68,6 +69,10 @@ def difficulty_source(source: Path, settings: list[str], step: Which, samples: i
         asked = set(ids)
         files.append(path, [{"id": q.id, "right": None} | about for q in questions if q.id not in asked])
         print(show(counts, samples, len(questions) - len(ids)))
+        right = np.arange(samples) < np.array([[line["right"]] for line in counts])
+        options = np.array([q.offered for q in encoded.questions])
+        if advice := fine_tune_first(beyond_chance(right, options)):
+            print(advice)
         choice = f"{{file: {path}, keep: [1, {samples - 1}]}}"
         print(f"counts: {path}; train on some with data.pass_count='{choice}'")
     return 0

@@ -22,7 +22,7 @@ To add a component:
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -124,12 +124,14 @@ def components(config: RewardConfig) -> tuple[Component, ...]:
     )
 
 
-def pure(config: RewardConfig) -> tuple[Component, ...]:
-    """The terms that need the completion alone: by them evaluations are paid. Without any that pays, the rule
-    is one.
+def pure(config: RewardConfig, facts: Judge | None = None) -> tuple[Component, ...]:
+    """The terms that need the completion alone, and `process` where there is a judge for it: by them
+    evaluations and files are paid. Without any that pays, the rule is one.
     """
+    judges = {ProcessConfig: facts}
+    listed = [replace(term, judge=judges.get(type(term.settings))) for term in components(config)]
     outside = (*JUDGED, *ON_DEVICE)
-    terms = tuple(term for term in components(config) if not isinstance(term.settings, outside))
+    terms = tuple(term for term in listed if term.judge or not isinstance(term.settings, outside))
     if all(term.penalty for term in terms):
         return Component("rule", 1.0, settings=_rule(config)), *terms
     return terms

@@ -107,7 +107,9 @@ def asks_blank(config: RewardConfig) -> bool:
 
 
 def check_questions(config: RewardConfig, tokenizer: Tokenizer, questions: Sequence[Question]) -> None:
-    """Refuse questions that lack what a component asks for: letters (of one token each), or facts."""
+    """Refuse questions that lack what a component asks for (letters of one token each, texts, facts, images):
+    its value would be the same for all completions.
+    """
     for section in config.components:
         if section.kind == "consistency":
             letter_tokens(tokenizer)
@@ -117,6 +119,10 @@ def check_questions(config: RewardConfig, tokenizer: Tokenizer, questions: Seque
             raise ConfigError(f"reward.components: consistency: {problem}; take it out")
         if section.kind == "looks" and not any(q.images for q in questions):
             raise ConfigError("reward.components: looks: no question of data.path has images; take it out")
+        no_texts = not any(q.value is not None and q.value.kind == "text" for q in questions)
+        if section.kind == "verifier" and section.when == "undecided" and no_texts:
+            why = "no right answer in data.path is a text, so it is never asked; set when to wrong or always"
+            raise ConfigError(f"reward.components: verifier: {why}")
         if section.kind == "process" and not any(q.facts for q in questions):
             remedy = "give them a field facts, or take it out"
             raise ConfigError(f"reward.components: process: no question of data.path has facts; {remedy}")

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.data.formats import field_names, key_of
+from medrlvr_jax.data.formats import facts_of, field_names, key_of
 from medrlvr_jax.data.question import DataError, Question
 from medrlvr_jax.data.readers import read_json
 from medrlvr_jax.host import tables
 from medrlvr_jax.rewards import grade
+from medrlvr_jax.rewards.components import pure
+from medrlvr_jax.rewards.facts import Facts
 
 BLOCK = 4096  # rows scored at a time, so that a file of any size fits the memory
 
@@ -28,11 +30,12 @@ def score_file(
     """Score a JSONL file into another, in the same order; returns how many lines had each reason.
 
     In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}` with 2 to 10 options, or
-    `{"completion": str, "kind": "number", "answer": 5.2, …}` as in the format `open`; other fields are
-    ignored. Read as questions are (`readers.read_json`): blank lines have no line in the output.
+    `{"completion": str, "kind": "number", "answer": 5.2, …}` as in the format `open`; `facts` where the
+    reward has a component `process`; other fields are ignored. Read as questions are (`readers.read_json`):
+    blank lines have no line in the output.
     Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of rewards.REASONS}`,
-    and the values of the reward's components if there are several. Only those that need the completion alone
-    are paid (`components.pure`).
+    and the values of the reward's components if there are several. Only those that need the completion alone,
+    and `process`, are paid (`components.pure`).
     `prefill`: the end of each prompt, judged as the beginning of each completion.
     Raises `DataError` for a line that cannot be scored, and then leaves no output: the file gets its name
     once it is complete.
@@ -48,11 +51,14 @@ def score_file(
         )
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     reasons: Counter[str] = Counter()
+    terms = pure(config, facts_in(source) if any(c.kind == "process" for c in config.components) else None)
     try:
         with part.open("x", encoding="utf-8", newline="\n") as file:
             for block in _blocks(source):
                 completions, questions = zip(*block, strict=True)
-                verdicts = grade([prefill + completion for completion in completions], questions, config)
+                verdicts = grade(
+                    [prefill + completion for completion in completions], questions, config, terms=terms
+                )
                 # float64, so that a file has 0.2 and not float32's 0.19999999
                 rewards = [round(reward, 9) for reward in (verdicts.paid - verdicts.penalty).tolist()]
                 for i, reward in enumerate(rewards):
@@ -77,6 +83,15 @@ def show(reasons: Counter[str]) -> str:
     """How many lines had each reason, as a table."""
     rows = [(reason, f"{n:,}", f"{100 * n / reasons.total():.1f} %") for reason, n in reasons.most_common()]
     return tables.plain(("reason", "completions", "share"), rows)
+
+
+def facts_in(source: Path) -> Facts:
+    """The facts of all lines, among which a thought's are counted."""
+    questions = [question for block in _blocks(source) for _, question in block]
+    if not any(question.facts for question in questions):
+        remedy = "give lines a field facts, or take the component out"
+        raise DataError(f"{source}: reward.components: process: no line has facts; {remedy}")
+    return Facts(questions)
 
 
 def _blocks(source: Path, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, Question]]]:
@@ -107,6 +122,7 @@ def _record(row: dict[str, Any] | DataError) -> tuple[str, Question]:
             f"the line has {field_names(row)}"
         )
     options, answer = key_of(row)
+    facts = facts_of(row)
     if isinstance(answer, int):
-        return completion, Question("", "", options, answer)
-    return completion, Question("", "", options, value=answer)
+        return completion, Question("", "", options, answer, facts=facts)
+    return completion, Question("", "", options, value=answer, facts=facts)
