@@ -103,9 +103,10 @@ def stopped_without_traceback() -> Iterator[None]:
     """
 
     def stop(number: int, _: object) -> None:
-        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress line hides it
-        print(f"{show_cursor}\nstopped at once", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        # in place of the progress line, which hides the cursor and would be drawn again below a print
+        clear = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else "\n"
+        os.write(2, f"{clear}stopped at once\n".encode())
         os._exit(128 + number)
 
     before = signal.signal(signal.SIGINT, stop)
