@@ -129,13 +129,17 @@ def finish(summary: dict[str, Any], folder: Path) -> int:
     """Print a run's end, and write its page if it came to its end; other processes than 0 have none. A run
     that a signal stopped has its exit status.
     """
+    from rich.console import Console as Screen
+
     from medrlvr_jax.report.ending import ending
     from medrlvr_jax.report.page import write_page
 
     if summary and "exit_status" not in summary:
         write_page([folder], folder / "report.html")
-    if summary:
-        print(ending(summary, folder))
+    if summary:  # in a terminal, lines break at words
+        Screen(soft_wrap=not sys.stdout.isatty()).print(
+            ending(summary, folder), markup=False, highlight=False
+        )
     return int(summary.get("exit_status", 0))
 
 

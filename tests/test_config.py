@@ -12,6 +12,22 @@ SETS = {"eval": {"sets": {"dev": {"path": "dev.jsonl"}}}}
 SFT = MODEL | {"steps": 2, "data": {"path": "train.jsonl"}, "learn": {"policy": {"lr": 1e-4}}}
 
 
+TREE_OF_PASSES = {
+    "name": "x",
+    "passes": 3,
+    "model": {"path": "embedded"},
+    "data": {"path": "embedded:train"},
+    "advantage": {"estimator": "group"},
+    "learn": {"policy": {"lr": 1e-4}},
+}
+
+
+@pytest.mark.parametrize("given", [["steps=8"], {"steps": 8}, ["passes=null", "steps=8"]])
+def test_steps_given_on_the_command_line_replace_the_passes_of_the_file(given):
+    config = load(TREE_OF_PASSES, given)
+    assert (config.steps, config.passes) == (8, None) and load(TREE_OF_PASSES, ["seed=1"]).passes == 3
+
+
 def test_an_evaluation_needs_a_model_and_sets_alone():
     for command in ("eval", "probe"):
         assert load(MODEL | SETS, ["eval.samples=2", "eval.temperature=1"], command).eval.samples == 2

@@ -20,6 +20,7 @@ from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 
 PRESETS = Path(__file__).parents[1] / "configs"
+LENGTHS = ("steps", "passes")  # the two ways to say how long a run is
 # Values of settings that have no default, for commands that do not read them.
 UNREAD: dict[str, Any] = {"data.path": "", "learn.policy.lr": 0.0}
 
@@ -48,11 +49,14 @@ def load(
         raise ConfigError(f"{name}: a mapping of settings is needed, got {type(tree).__name__}")
     tree = dict(tree)
     spell_out_reward(tree)
+    of_file = {name: tree.pop(name, None) for name in LENGTHS}
     if isinstance(overrides, Mapping):
         merge(tree, overrides)
     else:
         for item in overrides:
             override(tree, item)
+    if all(tree.get(name) is None for name in LENGTHS):  # else what is given here replaces the file's
+        tree = {name: value for name, value in of_file.items() if name not in tree} | tree
     return from_tree(tree, name, command)
 
 

@@ -215,7 +215,8 @@ def _report(questions: list[Question], notes: list[str]) -> str:
     shares = Counter(q.reference if q.value is None else q.kind for q in questions)
     kinds = [kind for kind in ("choices", *KINDS) if kind in shares]
     names = [*max(q.letters for q in questions), *kinds]
-    lines = ["keys " + ", ".join(f"{name} {100 * shares[name] / n:.0f} %" for name in names)]
+    mark, end = (", %: ", "") if len(names) > 6 else (" ", " %")
+    lines = [f"keys{mark}" + ", ".join(f"{name} {100 * shares[name] / n:.0f}{end}" for name in names)]
     right_texts: dict[tuple, set[str]] = {}  # by question, images and options in any order
     for q in questions:
         right_texts.setdefault((q.question, q.images, *sorted(q.options)), set()).add(q.right_text)

@@ -184,9 +184,13 @@ def open_source(
     see `config.load.load`.
     """
     is_run = source.is_dir()
+    remedy = "give a run's folder, such as runs/quickstart, or a config file"
     if is_run and not (source / "config.yaml").is_file():
-        remedy = "give a run's folder, such as runs/quickstart, or a config file"
         raise ConfigError(f"{source}: no config.yaml in it; {remedy}")
+    if (
+        not source.exists() and len(source.parts) > 1 and not source.suffix
+    ):  # else a config's or preset's name
+        raise ConfigError(f"{source}: there is no such run; {remedy}")
     if step is not None and not is_run:
         why = f"{source} is no run's folder, so there are no checkpoints"
         raise ConfigError(f"--step {step}: {why}; leave it out")

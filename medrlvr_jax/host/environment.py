@@ -14,8 +14,9 @@ CACHE_BYTES = 4 * 2**30  # least recently used programs beyond this are removed
 
 
 def prepare(cache: bool = True) -> None:
-    """Set the variables that JAX and XLA read when they are imported. `cache`: store compiled programs."""
+    """Set the variables that JAX, XLA and transformers read. `cache`: store compiled programs."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not used
     # libtpu comes with the extra `plan`. Where there is no TPU, JAX would try it, and it prints errors.
     if importlib.util.find_spec("libtpu") and not any(glob.glob(file) for file in ACCELERATORS):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
