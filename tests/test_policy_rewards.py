@@ -10,7 +10,7 @@ from byte_tokenizer import byte_tokenizer
 
 from medrlvr_jax import build
 from medrlvr_jax.config import load as configs
-from medrlvr_jax.config.reward import RewardConfig
+from medrlvr_jax.config.reward import ConsistencyConfig, RewardConfig
 from medrlvr_jax.config.schema import AdvantageConfig, SpreadConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
@@ -144,6 +144,9 @@ def test_consistency_is_the_models(setting):
         expected.append(letters[int(np.argmax([s[0] for s in scores]))] != completion[-10])
     np.testing.assert_array_equal(values[:, 0], np.array(expected, np.float32))
     assert (values[:, 1] == 0).all() and 0 < sum(expected) < 8
+    request = policy_rewards.consistency_request(parts, ConsistencyConfig(of="right"), scored)
+    right = scored.verdicts.correct
+    assert right.any() and ((request.ending.size > 0) == right).all() and not right[::2].all()
 
 
 def test_a_run_resumes_with_its_baseline(tmp_path):

@@ -164,6 +164,9 @@ class ConsistencyConfig(PenaltyConfig):
     """1 where the policy itself, after its thought without the last sentence, prefers another letter."""
 
     kind: Literal["consistency"] = "consistency"
+    # all: of every answer in the right format; right: of right answers alone. A guess is always consistent,
+    # so `all` with a large weight teaches to guess.
+    of: Literal["all", "right"] = "all"
 
 
 @section

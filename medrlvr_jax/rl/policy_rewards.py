@@ -89,7 +89,7 @@ def make_policy_rewards(parts: Parts) -> dict[str, PolicyReward]:
                 letters = shape(parts, jnp.int32, len(LETTERS))
                 out[term.name] = PolicyReward(
                     program=jax.jit(partial(consistency_value, how=how)),
-                    request=partial(consistency_request, parts),
+                    request=partial(consistency_request, parts, section),
                     shapes=ConsistencyRequest(endings_as_shapes(parts, CUT), letters),
                 )
             case LooksConfig():
@@ -323,16 +323,16 @@ def letter_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(row[-1] for row in rows)
 
 
-def consistency_request(parts: Parts, scored: Scored) -> ConsistencyRequest:
+def consistency_request(parts: Parts, section: ConsistencyConfig, scored: Scored) -> ConsistencyRequest:
     """[N, …]: the letter that was given behind each thought without its last sentence."""
-    wanted = {}
-    for i in np.flatnonzero(scored.verdicts.format_ok).tolist():
+    wanted, v = {}, scored.verdicts
+    for i in np.flatnonzero(v.correct if section.of == "right" else v.format_ok).tolist():
         completion = scored.completions[i]
         if where := places(completion):
             begin, end = where.thought
             before = ["", *sentences(completion[begin:end])][-2:][0]
             seam = completion[end + len(END_THINK) : completion.index(ANSWER)][:SEAM]
-            letter = str(scored.verdicts.answer[i])
+            letter = str(v.answer[i])
             wanted[i] = begin + len(before), (f"{END_THINK}{seam}{ANSWER}", letter)
     rows = joined(parts.tokenizer, responses(parts, scored), wanted)
     offered = np.arange(len(LETTERS)) < np.array([[len(q.options)] for q in scored.questions])
