@@ -130,7 +130,9 @@ def read_run(folder: Path, runs: int = 1) -> Run:
     alarms are read whole.
     """
     folder, remedy = folder.resolve(), "repair it, or leave this folder out"
-    if not (folder / "metrics.jsonl").exists():
+    config, samples, summary = (folder / name for name in ("config.yaml", "samples.jsonl", "summary.json"))
+    log = folder / "metrics.jsonl"  # a run that has only begun has none yet
+    if not log.exists() and not config.exists():
         if not (folder / "eval.json").exists():
             either = "name a run's folder, such as runs/<name>, or one that `medrlvr eval` wrote"
             raise ConfigError(f"{folder}: no metrics.jsonl there; {either}")
@@ -138,9 +140,8 @@ def read_run(folder: Path, runs: int = 1) -> Run:
         evals = {name: {"after": counts} for name, counts in tree["eval"].items()}
         settings = configs.flat(tree.get("config", {}))
         return Run("/".join(folder.parts[-2:]), folder, settings, {}, [], tree, evals)
-    config, samples, summary = (folder / name for name in ("config.yaml", "samples.jsonl", "summary.json"))
     settings = configs.flat(configs.read_yaml(config, remedy)) if config.exists() else {}
-    records = read_jsonl(folder / "metrics.jsonl", STEPS // runs, (b'"eval.', b'"alarm/'))
+    records = read_jsonl(log, STEPS // runs, (b'"eval.', b'"alarm/')) if log.exists() else []
     metrics = explore.columns(records)
     evaluated = {k for name, c in metrics.items() if name.startswith("eval.") for k in c.steps.tolist()}
     return Run(
