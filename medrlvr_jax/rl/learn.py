@@ -278,7 +278,7 @@ def compile_learn(
 
 
 def offload(config: Config, learner: Learner, program: Any) -> tuple[Learner, Any]:
-    """With `learn.offload`: the optimiser's state waits in the host's memory between the calls of `program`."""
+    """With `learn.offload`: the optimiser's state waits in the host's memory between calls of `program`."""
 
     if not config.learn.offload:
         return learner, program
