@@ -295,6 +295,8 @@ def test_conditions_of_looking(folder):
     pictures = {q.images for q in asked[:4]}
     for question, before in zip(under["shuffled"], asked[:4], strict=True):
         assert question.images != before.images and question.images in pictures
+    graded = look.conditions([replace(asked[0], task="grade"), *asked[1:]])  # nor with another task
+    assert [q.id for q in graded["shuffled"]] == ["q1", "q2", "q3"]
     blank = images.read_image(under["blank"][1].images[0])
     assert blank.size == images.read_image(asked[1].images[0]).size and blank.getextrema()[0] == (122, 122)
     assert all(q.question == " ?" and not q.images for q in under["none"]) and len(under["none"]) == 5

@@ -42,11 +42,11 @@ def _blank(image: str | bytes) -> bytes:
 
 
 def _shuffled(questions: list[Question]) -> list[Question]:
-    """Each question with the images of another one of its subject that has as many. Left out where all
-    questions of the kind have the same images.
+    """Each question with the images of another one of its subject and task that has as many. Left out where
+    all questions of the kind have the same images.
     """
     kinds: dict[tuple, dict[tuple[str, ...], tuple]] = defaultdict(dict)
-    kind_of = lambda q: (q.subject, len(q.images))
+    kind_of = lambda q: (q.subject, q.task, len(q.images))
     digests = [tuple(map(image_digest, question.images)) for question in questions]
     for question, digest in sorted(zip(questions, digests, strict=True), key=lambda x: x[1]):
         kinds[kind_of(question)][digest] = question.images
