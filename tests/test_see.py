@@ -226,7 +226,9 @@ def test_eval_asks_under_each_condition(folder, metrics, capsys):
     assert cli.main(["eval", str(run), "eval.sets.mine.limit=8"]) == 0
     looks = json.loads((run / "eval-2" / "eval.json").read_text())["looks"]["mine"]
     assert list(looks) == ["n", "image", "blank", "shuffled", "none", "option_texts", "chance", "looks"]
-    assert looks["looks"]["value"] == 0 and "another's" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert looks["looks"]["value"] == 0 and "another's" in told
+    assert "warning: mine: the answers do not depend on the images: looks is 0.0 %" in told
 
 
 def test_looks_is_the_models(folder):

@@ -288,6 +288,7 @@ def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | 
         return 0
     chosen = f"checkpoint {step} was chosen as the best on these questions: its accuracy here is too high"
     warnings = [f"{name}: {chosen}" for name in chosen_on(source, step, parts.config.eval.sets)]
+    warnings += look.warnings(looks)
     if trap := beginning_trap(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode):
         warnings.append("; ".join(trap))
     about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings}

@@ -149,6 +149,21 @@ def _by_question(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     return {name: float(np.mean(correct)) for name, correct in answers.items()}
 
 
+def warnings(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What to say of each set whose answers are not better with the right images than without them."""
+    out = []
+    for name, figures in found.items():
+        looks = figures.get("looks")
+        if looks and looks["low"] <= 0:
+            blind = f"{name}: the answers do not depend on the images: looks is {percent(looks)}"
+            remedy = (
+                "a reward that rose rose by the texts alone. Train on questions whose texts do not give the "
+                "answers away (option texts alone against chance; data.shuffle_options=true against an order)"
+            )
+            out.append(f"{blind}; {remedy}")
+    return out
+
+
 def show(found: dict[str, dict[str, Any]]) -> str:
     """What `describe` found of each set, as a table: all questions, then each subject and each task."""
     columns = ("image", "blank", "shuffled", "none", "option_texts", "chance", "looks")

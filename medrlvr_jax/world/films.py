@@ -37,7 +37,11 @@ def draw(rng: Random, film: Film, causes: tuple[str, ...] = ()) -> bytes:
     draws = np.frombuffer(hashlib.shake_256(seed).digest(4 * SIDE**2), np.uint8).reshape(SIDE, SIDE, 4)
     noise = (draws.sum(-1, dtype=np.int64) - 510) / 147.8  # about standard normal
     grey = chest + (NOISY if "noise" in causes else NOISE) * noise
-    grey = 1 - grey if "negative" in causes else grey
+    return as_bmp(1 - grey if "negative" in causes else grey)
+
+
+def as_bmp(grey: Plane) -> bytes:
+    """Grey values, 0 to 1, as a BMP file."""
     file = BytesIO()
     Image.fromarray(np.clip(np.floor(255 * grey + 0.5), 0, 255).astype(np.uint8)).save(file, "BMP")
     return file.getvalue()

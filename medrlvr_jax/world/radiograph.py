@@ -11,9 +11,10 @@ No text gives an answer away, by construction: questions come in blocks that sha
 options in one order, and each option is right for exactly one film of the block. So whatever is computed
 from the text alone is right as often as chance.
 
-Out of distribution, films are negatives, noisier and have findings of other sizes, and questions have six to
-eight options and other words. Each of these `CAUSES` also comes alone. `leaking` is train with the right
-option always first: reward can be had without looking.
+The trained questions list the same options in the same order each time. Out of distribution, films are
+negatives, noisier and have findings of other sizes, and questions have other words, and six to eight options
+in any order. Each of these `CAUSES` also comes alone. `leaking` is train with the right option first: reward
+can be had without looking. `blank` is train with grey films: nothing can be seen.
 
 films.py draws the films.
 """
@@ -29,7 +30,7 @@ from PIL import Image
 
 from medrlvr_jax.data.question import LETTERS, Example, Question
 from medrlvr_jax.world import world
-from medrlvr_jax.world.films import Film, draw, pixels
+from medrlvr_jax.world.films import SIDE, Film, as_bmp, draw, pixels
 from medrlvr_jax.world.world import pick, shuffled
 
 CAUSES = ("negative", "noise", "size", "options", "wording")
@@ -63,6 +64,7 @@ FINDINGS = {
     "hyperinflation": Finding("emphysema", "tiotropium"),
 }
 SIDED = tuple(name for name, finding in FINDINGS.items() if finding.other)
+LISTED = tuple(name for name in FINDINGS if name not in ("nodules", "cavity"))  # in the trained questions
 DRAINED = ("effusion", "pneumothorax")
 NODULES = {"nodule": "one", "nodules": "several"}
 # The trained wordings, and last the one of another wording.
@@ -115,14 +117,21 @@ def leaking() -> list[Question]:
     return [replace(q, rationale=(q.rationale or "")[:-2] + "A.") for q in asked]
 
 
+def blank() -> list[Question]:
+    """`train` with a grey film each: the control of learning from the text alone."""
+    grey = as_bmp(np.full((SIDE, SIDE), 0.47))
+    return [replace(q, images=(grey,)) for q in questions("train")]
+
+
 def block(rng: Random, kind: str, causes: tuple[str, ...]) -> list[tuple[Question, Film]]:
     """Questions of one text, one for each option, and the film for which that option is right."""
     sex, age, side = pick(rng, ("man", "woman")), 20 + int(rng.random() * 60), pick(rng, SIDES)
     word = lambda texts: texts[-1] if "wording" in causes else pick(rng, texts[:-1])
     texts = [word(STEMS), *[word(FAILED)] * (kind == "barred"), word(ASKS.get(kind, ASKS["management"]))]
     text = " ".join(texts).format(sex=sex, age=age, side=side)
-    films = films_of(rng, kind, side, pick(rng, (6, 7, 8)) if "options" in causes else 4)
-    options, out = tuple(shuffled(rng, list(films))), []
+    n = pick(rng, (6, 7, 8)) if "options" in causes else None
+    films, out = films_of(rng, kind, side, n), []
+    options = tuple(shuffled(rng, list(films)) if n else films)
     for answer, right in enumerate(options):
         steps = reasons(films[right], kind, side)
         why = " ".join(f"{step}." for step in [*steps, f"{right} {LETTERS[answer]}"])
@@ -131,9 +140,9 @@ def block(rng: Random, kind: str, causes: tuple[str, ...]) -> list[tuple[Questio
     return out
 
 
-def films_of(rng: Random, kind: str, failed: str, n: int) -> dict[str, Film]:
-    """Option → a film for which it is right; `n` options where the kind has so many. `failed`: the side on
-    which the first choice failed, of a `barred` question.
+def films_of(rng: Random, kind: str, failed: str, n: int | None) -> dict[str, Film]:
+    """Option → a film for which it is right: of the options that are always listed, or of `n` where the kind
+    has so many. `failed`: the side on which the first choice failed, of a `barred` question.
     """
     one = partial(film, rng)
     if kind == "side":
@@ -146,11 +155,11 @@ def films_of(rng: Random, kind: str, failed: str, n: int) -> dict[str, Film]:
         return {NONE: one(pick(rng, others))} | {count: one(name) for name, count in NODULES.items()}
     if kind == "barred":
         (well,) = set(SIDES) - {failed}
-        names = shuffled(rng, SIDED, n // 2)
+        names = shuffled(rng, SIDED, n // 2) if n else SIDED[:4]
         return {FINDINGS[name].first: one(name, well) for name in names} | {
             FINDINGS[name].other: one(name, failed) for name in names
         }
-    names = shuffled(rng, list(FINDINGS), n)
+    names = shuffled(rng, list(FINDINGS), n) if n else LISTED
     return {FINDINGS[name].first if kind == "management" else name: one(name) for name in names}
 
 
