@@ -35,6 +35,7 @@ from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.data import images
 from medrlvr_jax.model import decoder, export, families, lora, scoring, spec, vision
 from medrlvr_jax.model import weights as hf
+from medrlvr_jax.plan import flops
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
 
@@ -342,6 +343,15 @@ def test_every_parameter_of_the_tower_matters(kind, directory):
         changed = branch | {name: branch[name] * draw.uniform(0.5, 1.5, branch[name].shape)}
         moved = np.abs(np.asarray(see(tower | {group[0]: changed} if group else changed)) - usual)
         assert moved.max() > 1e-2, (name, moved.max())
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_products_are_counted_by_formula(kind, directory):
+    """What a plan counts of the tower are the products of its program."""
+    cfg, tower, _ = load(directory(kind))
+    arranged = arrange([pictures()[2]] * 2, 4, cfg.vision)
+    see = lambda p: vision.see({"vision": p}, cfg, arranged)
+    assert flops.traced_flops(jax.make_jaxpr(see)(tower)) == flops.tower_flops(cfg, arranged)
 
 
 def test_another_image_changes_nothing(directory):
