@@ -7,13 +7,14 @@
     python -m medrlvr_jax.tools.bench ask MODEL --questions 4 --samples 8 --prompt 64 --new 128
     python -m medrlvr_jax.tools.bench verify MODEL --questions 8 --samples 4 --prompt 256
     python -m medrlvr_jax.tools.bench compile MODEL --questions 4 --samples 8 --prompt 64 --new 128
+    python -m medrlvr_jax.tools.bench see MODEL --questions 64 prompt.max_pixels=200704
 
 MODEL is a Hugging Face directory or "embedded". Settings of the run may follow, such as model.remat=none
 learn.microbatch=1. `step` is a whole step of training: sample, assess, decode, score, learn. `eval` is four
 batches of an evaluation; its `overhead` is the share of time beyond generating. `ask` is the pass of the
 probability reward; its `ratio` is to the reference's pass over the same responses. `verify` is a soft
 verifier on questions × samples texts of about `--prompt` tokens; its `overhead` is beyond one prefill of its
-model for each.
+model for each. `see` is the vision tower on a square image of `prompt.max_pixels` for each question.
 
 `seconds` is the median of `--runs` after the first, which compiles (`first_s`). `tokens_per_s` counts
 response tokens up to their stop token. `padded_tokens` is what a system computes that repeats the prompt for
@@ -24,6 +25,7 @@ and of a copy of 256 MB in the same run; `copy_share` counts the weights alone, 
 import argparse
 import itertools
 import json
+import math
 import resource
 import statistics
 import sys
@@ -35,17 +37,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from medrlvr_jax.build import Parts, build, load_base, load_params
 from medrlvr_jax.config.load import from_tree, override
 from medrlvr_jax.config.reward import ProbabilityConfig, RewardConfig, VerifierConfig
 from medrlvr_jax.config.schema import Config
+from medrlvr_jax.data.images import arrange, patches, windows_of
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import answers
 from medrlvr_jax.evaluation.evaluate import evaluate
+from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
 from medrlvr_jax.model.scoring import Rows
-from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.model.spec import VISION, DecoderConfig
+from medrlvr_jax.plan.flops import tower_flops
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.policy_rewards import LEAD, ProbabilityRequest, make_policy_rewards, pass_over
 from medrlvr_jax.rl.programs import make_programs
@@ -53,6 +59,7 @@ from medrlvr_jax.rollout import decode, judge
 from medrlvr_jax.rollout.ask import Answers, Ending, answer_scores
 from medrlvr_jax.rollout.generate import DrawSettings, draw_settings, generate
 from medrlvr_jax.rollout.rollout import Encoded, place_prompts, width
+from medrlvr_jax.rollout.see import see
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.sharding import place_rows
 from medrlvr_jax.types import Experience, Params, Prompts, Rollout
@@ -173,6 +180,21 @@ def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     read = sum(p.nbytes for p in jax.tree.leaves(params)) * columns
     work = {"matmul_gflop": round(work / 1e9), "read_gb": round(read / 1e9)}
     return timing(times) | {"tokens": tokens, "tokens_per_s": rate(tokens, times)} | work
+
+
+def see_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
+    cfg = parts.cfg.vision
+    if cfg is None or parts.tower is None:
+        raise ConfigError(f"{args.model}: it has no vision tower; give a vision-language model")
+    side = math.isqrt(cfg.max_pixels) // cfg.factor * cfg.factor
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
+    cut = patches(Image.fromarray(pixels), cfg)
+    images = arrange([[cut]] * args.questions, windows_of((cut[1],), cfg), cfg)
+    images = place_rows(images, args.questions, parts.mesh)
+    tower = load_params(parts, parts.cfg).get(VISION) or parts.tower.params
+    [times] = by_turns([lambda: see(tower, images, cfg=parts.cfg)], args.runs)
+    work = {"matmul_gflop": round(tower_flops(parts.cfg, images) / 1e9, 1)}
+    return timing(times) | {"tokens": cut[1].tokens, "images_per_s": rate(args.questions, times)} | work
 
 
 def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
@@ -308,6 +330,7 @@ def ask_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 CASES = {
     "ask": ask_case,
     "sample": sample_case,
+    "see": see_case,
     "learn": learn_case,
     "step": step_case,
     "eval": eval_case,
