@@ -179,9 +179,8 @@ def init(
     """
     from medrlvr_jax.tools import init as start
 
-    answers = start.answers(
-        model=model, data=data, test=test, algorithm=algorithm, lora=lora, devices=devices
-    )
+    machine = {"lora": lora, "devices": devices}
+    answers = start.answers(model=model, data=data, test=test, algorithm=algorithm, **machine)
     start.write_config(file, answers)
     from medrlvr_jax.tools.doctor import report
 

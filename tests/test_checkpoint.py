@@ -300,7 +300,7 @@ def test_a_full_disk_is_an_error_at_the_next_call_and_leaves_the_last_checkpoint
     try:
         with pytest.raises(
             CheckpointError,
-            match=r"checkpoint of step 2 could not be written; the newest whole one is that of step 1",
+            match=r"checkpoint of step 2 could not be written; the newest whole one is of step 1",
         ):
             checkpoints.save(2, state)
             checkpoints.wait()

@@ -278,9 +278,7 @@ def _mmlu(row: Row) -> Key:
 def _medmcqa(row: Row) -> Key:
     options, cop = tuple(_text(row, "op" + letter) for letter in "abcd"), row.get("cop")
     if "cop" in row and cop in (None, -1):
-        raise DataError(
-            "field cop: no key, as in the published test split; take the train or validation split"
-        )
+        raise DataError("field cop: no key, as in the test split; take the train or validation split")
     if (index := _integer(cop)) is None:
         return options, _letter(row, "cop", options)
     if not 1 <= index <= 4:  # a file that counts from 0 almost surely has a 0, so the whole file is refused
@@ -300,9 +298,7 @@ def _medcalc(row: Row) -> Key:
     output, truth = _text(row, "Output Type"), _text(row, "Ground Truth Answer")
     kinds = {"decimal": "number", "integer": "integer", "date": "date"}
     if output not in kinds:
-        raise DataError(
-            f"field Output Type: {short(output)} is none of {', '.join(kinds)}; give one of these"
-        )
+        raise _wrong("Output Type", output, f"is none of {', '.join(kinds)}; give one of these")
     kind = "duration" if "week" in truth else kinds[output]
     limits = {}
     if kind == "number":

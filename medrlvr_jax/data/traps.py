@@ -26,13 +26,9 @@ def _ids(tok: Tokenizer, vocab_size: int) -> list[str]:
     if tok.hf.pad_token_id is None:
         lines.append(f"no pad token: padding is {name(tok.pad_id)}; harmless, masks decide what counts")
     elif tok.pad_id in tok.stop_ids:
-        lines.append(
-            f"the pad token {name(tok.pad_id)} is a stop token too; harmless: masks decide what counts"
-        )
+        lines.append(f"the pad token {name(tok.pad_id)} is a stop token too; harmless, masks decide")
     if tok.hf.eos_token_id is None:
-        lines.append(
-            f"no eos_token: targets end with {name(tok.stop_ids[0])}, from the model's configuration"
-        )
+        lines.append(f"no eos_token: targets end with {name(tok.stop_ids[0])}, by the model's configuration")
     if len(tok.stop_ids) > 1:
         names = ", ".join(map(str, map(name, tok.stop_ids)))
         lines.append(f"stop tokens {names}: any ends a response, the first ends targets")

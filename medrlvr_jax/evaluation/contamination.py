@@ -154,10 +154,8 @@ def contamination(paths: list[str], folder: Path | None) -> dict[str, Any]:
     train, tests = read_sets(paths)
     overlapping, questions = overlaps(train, tests), {"(train)": train, **tests}
     listed = {name: [o._asdict() for o in some] for name, some in overlapping.items()}
-    out: dict[str, Any] = {
-        "sets": {name: {"n": len(questions[name]), "found": rows} for name, rows in listed.items()}
-    }
-    return out | ({"scores": clean_scores(folder, overlapping, tests)} if folder else {})
+    sets = {name: {"n": len(questions[name]), "found": rows} for name, rows in listed.items()}
+    return {"sets": sets} | ({"scores": clean_scores(folder, overlapping, tests)} if folder else {})
 
 
 def show(result: dict[str, Any]) -> str:

@@ -121,10 +121,8 @@ def rollout_settings(c: Config, encoded: Encoded) -> SampleConfig:
 
 def programs(parts: Parts, sets: dict[str, Encoded]) -> list[Program]:
     """The programs that `evaluate_sets` calls; sets of the same shape share one."""
-    shapes = {
-        (rollout_settings(parts.config, encoded), encoded.width, encoded.windows): name
-        for name, encoded in sets.items()
-    }
+    of_set = lambda encoded: (rollout_settings(parts.config, encoded), encoded.width, encoded.windows)
+    shapes = {of_set(encoded): name for name, encoded in sets.items()}
     seen = {windows: name for (_, _, windows), name in shapes.items() if windows}
     batch = parts.config.eval.batch
     return [
@@ -246,11 +244,8 @@ def how_made(parts: Parts, sets: dict[str, Encoded]) -> dict[str, Any]:
     hashes = lambda e: {"data": fingerprint(e.questions), "prompts": fingerprint(e.tokens)}
     blank = Question("", "{question}", ("{option A}", "{option B}"), 0)
     template = text.render(blank, parts.config.prompt.template)
-    return {
-        "config": configs.to_tree(parts.config),
-        "template": template,
-        "sets": {name: hashes(e) for name, e in sets.items()},
-    }
+    asked = {name: hashes(encoded) for name, encoded in sets.items()}
+    return {"config": configs.to_tree(parts.config), "template": template, "sets": asked}
 
 
 def look_at(

@@ -217,10 +217,8 @@ def alarms(metrics: dict[str, Any], history: Sequence[dict[str, Any]], config: C
             out.append(Alarm(name, text, value > usual))
     p, shift = _number(metrics, "monitor/letter_p"), _number(metrics, "monitor/letter_shift")
     if p < LETTER_P and shift > LETTER_SHIFT:
-        text = "the model prefers some letters whatever the question:"
-        text += (
-            f" {100 * shift:.0f} % of its answers would have to change their letter to be spread as the keys"
-        )
+        text = f"the model prefers some letters whatever the question: {100 * shift:.0f} % of its answers"
+        text += " would have to change their letter to be spread as the keys"
         remedy = "set data.shuffle_options=true"
         out.append(Alarm("monitor/letter_shift", f"{text} (χ² p = {p:.1g}); {remedy}"))
     if idle and not constant_by_choice(config):

@@ -18,9 +18,8 @@ from medrlvr_jax.model.vision import PIXELS, rope_axes
 def _qwen2(
     embed: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int = 151936, tied: bool = True
 ) -> DecoderConfig:
-    return DecoderConfig(
-        vocab, embed, layers, heads, kv_heads, embed // heads, ffn, 1e6, 1e-6, tied, qkv_bias=True
-    )
+    head_dim = embed // heads
+    return DecoderConfig(vocab, embed, layers, heads, kv_heads, head_dim, ffn, 1e6, 1e-6, tied, qkv_bias=True)
 
 
 def _qwen3(embed: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: bool = True) -> DecoderConfig:

@@ -58,9 +58,7 @@ def merge(params: Params, cfg: DecoderConfig, dtype: Any = None) -> Params:
         product = jnp.tensordot(a, b, 1, precision="highest", preferred_element_type=jnp.float32)
         return (w.astype(jnp.float32) + product * (lora.alpha / lora.rank)).astype(dtype or w.dtype)
 
-    merged = {
-        name: jax.lax.map(lambda x: add(*x), (layers[name], layers[f"{name}_a"], layers[f"{name}_b"]))
-        for name in lora.targets
-    }
+    parts = lambda name: (layers[name], layers[f"{name}_a"], layers[f"{name}_b"])
+    merged = {name: jax.lax.map(lambda x: add(*x), parts(name)) for name in lora.targets}
     others = {name: w for name, w in layers.items() if PARAMETERS[name].kind != "adapter"}
     return params | {"layers": others | merged}

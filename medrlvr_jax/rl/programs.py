@@ -46,10 +46,8 @@ class Programs:
         names = ("generate", "assess", "make_experience", "learn_policy", "learn_critic")
         functions = {name: getattr(self, name) for name in names}
         wrapped = {name: wrap(name, function) for name, function in functions.items() if function}
-        wrapped["policy_rewards"] = {
-            name: reward._replace(program=wrap(name, reward.program))
-            for name, reward in self.policy_rewards.items()
-        }
+        of = lambda name, reward: reward._replace(program=wrap(name, reward.program))
+        wrapped["policy_rewards"] = {name: of(name, reward) for name, reward in self.policy_rewards.items()}
         sync_weights = replace(self.sync_weights, program=wrap("sync_weights", self.sync_weights.program))
         return replace(self, sync_weights=sync_weights, **wrapped)
 

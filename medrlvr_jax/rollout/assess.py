@@ -64,9 +64,8 @@ def assess(
         rows: scoring.Rows, trained: Params, cfg: DecoderConfig, size: int
     ) -> tuple[Array, Array]:
         params = lora.join(frozen.base, trained)
-        read = partial(
-            scoring.token_logprobs, params, cfg, temperature=settings.temperature, slab=settings.slab
-        )
+        how = {"temperature": settings.temperature, "slab": settings.slab}
+        read = partial(scoring.token_logprobs, params, cfg, **how)
         return scoring.at_responses(params, cfg, rows, size, read)
 
     def values_at(rows: scoring.Rows, trained: Params, size: int) -> Array:

@@ -104,13 +104,8 @@ def _record(params: Params, settings: DrawSettings, state: State, hidden: Float[
     token, logprobs, policy_logprobs, entropy = draw_token(
         scores, uniforms, t, settings.sample, settings.stop_ids
     )
-    column = Rollout(
-        token,
-        running,
-        logprobs,
-        policy_logprobs if truncated(settings.sample) else None,
-        entropy if settings.entropies else None,
-    )
+    under_policy = policy_logprobs if truncated(settings.sample) else None
+    column = Rollout(token, running, logprobs, under_policy, entropy if settings.entropies else None)
 
     def put(x: Array, new: Array, blank: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(running, new, blank)[:, :, None], t, axis=2)

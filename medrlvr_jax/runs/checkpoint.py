@@ -209,9 +209,7 @@ class Checkpoints:
             yield
         except Exception as e:
             steps = [s for s in self.steps() if s != self._saving]
-            newest = (
-                f"the newest whole one is that of step {steps[-1]}" if steps else "no earlier one is there"
-            )
+            newest = f"the newest whole one is of step {steps[-1]}" if steps else "no earlier one is there"
             room = f"{shutil.disk_usage(self.folder).free / 2**30:.1f} GiB are free there"
             failed = f"{self.folder}: the checkpoint of step {self._saving} could not be written"
             raise CheckpointError(f"{failed}; {newest}; {room}: {' '.join(str(e).split())[:800]}") from e

@@ -258,10 +258,8 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         return [generate(params, prompts, jax.random.key(0), settings) for prompts in batches]
 
     times, others = by_turns([evaluation, generation], args.runs)
-    return timing(times) | {
-        "generate_s": timing(others)["runs"],
-        "overhead": round(ratio(times, others) - 1, 4),
-    }
+    overhead = round(ratio(times, others) - 1, 4)
+    return timing(times) | {"generate_s": timing(others)["runs"], "overhead": overhead}
 
 
 def verify_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
@@ -340,11 +338,8 @@ CASES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    top = argparse.ArgumentParser(
-        prog="python -m medrlvr_jax.tools.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    name, raw = "python -m medrlvr_jax.tools.bench", argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog=name, description=__doc__, formatter_class=raw)
     top.add_argument("case", choices=CASES)
     top.add_argument("model", metavar="MODEL")
     top.add_argument("settings", nargs="*", metavar="a.b=value")

@@ -49,10 +49,8 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options, parts.cfg.vision)
     inputs.check_replay(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)})
     verifiers = judge.start(parts, judge.prepare(parts))
-    with (
-        judges.started(c.reward, questions=encoded.questions, verifiers=verifiers) as terms,
-        jax.set_mesh(parts.mesh),
-    ):
+    started = judges.started(c.reward, questions=encoded.questions, verifiers=verifiers)
+    with started as terms, jax.set_mesh(parts.mesh):
         programs = make_programs(parts, total_steps(c, len(encoded.questions)))
         training, state = train.start(parts, programs, terms)
         start = training.frozen.base, state.policy.params

@@ -46,9 +46,7 @@ def score_file(
     if not target.parent.is_dir():
         raise DataError(f"{target}: its folder does not exist; make {target.parent} first")
     if target.exists() and (not overwrite or target.samefile(source)):
-        raise DataError(
-            f"{target}: exists already, and is not overwritten; give another name or move it away"
-        )
+        raise DataError(f"{target}: exists already, and is not overwritten; give another name")
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     reasons: Counter[str] = Counter()
     terms = pure(config, facts_in(source) if any(c.kind == "process" for c in config.components) else None)
@@ -116,11 +114,8 @@ def _record(row: dict[str, Any] | DataError) -> tuple[str, Question]:
         raise row
     completion = row.get("completion")
     if not isinstance(completion, str):
-        shown = reprlib.repr(completion)
-        raise DataError(
-            f'field completion: {shown} is not a text; an empty completion is ""; '
-            f"the line has {field_names(row)}"
-        )
+        problem = f'{reprlib.repr(completion)} is not a text; an empty completion is ""'
+        raise DataError(f"field completion: {problem}; the line has {field_names(row)}")
     options, answer = key_of(row)
     facts = facts_of(row)
     if isinstance(answer, int):

@@ -131,10 +131,8 @@ class Vignette(NamedTuple):
 
 def questions(split: str) -> list[Question]:
     """The questions of a split, always the same; `rationale` is the reasoning, `subject` the kind."""
-    return [
-        Question(f"{split}-{i:04d}", v.question, v.options, v.answer, v.kind, v.why, facts=v.facts)
-        for i, v in enumerate(vignettes(split))
-    ]
+    question = lambda name, v: Question(name, v.question, v.options, v.answer, v.kind, v.why, facts=v.facts)
+    return [question(f"{split}-{i:04d}", v) for i, v in enumerate(vignettes(split))]
 
 
 def vignettes(split: str) -> Iterator[Vignette]:
