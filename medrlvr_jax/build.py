@@ -64,9 +64,7 @@ def abstract_tower(parts: Parts) -> Params:
 
 
 def read_model(path: str, field: str = "model.path") -> tuple[DecoderConfig, Tokenizer]:
-    """Architecture and tokenizer of a directory or hub name. `field`: the setting that names it, for
-    `ConfigError`s.
-    """
+    """Architecture and tokenizer of a directory or hub name; `field`: the setting that names it."""
     cfg, tokenizer = weights.read_config(path, field), load_tokenizer(path, field)
     tokenizer.check_fits(cfg.vocab, path, field)
     return cfg, tokenizer
@@ -190,9 +188,7 @@ def load_base(parts: Parts) -> Params:
 
 
 def load_params(parts: Parts, cfg: DecoderConfig) -> Params:
-    """What a run trains, at its start: all weights, from the model's directory or random; or new adapters
-    (and a value head).
-    """
+    """What a run trains at its start: all weights, read or random; or new adapters (and a value head)."""
     return _values(parts, cfg, lora.trained(abstract_params(parts, cfg), cfg))
 
 

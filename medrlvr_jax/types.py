@@ -28,9 +28,7 @@ def pytree(cls: type[T]) -> type[T]:
 
 
 class Mean(NamedTuple):
-    """A mean that is not yet divided: totals and counts add over micro-batches and devices, and are divided
-    once.
-    """
+    """A mean, not yet divided: totals and counts add over micro-batches and devices, and divide once."""
 
     total: Leaf
     count: Leaf
@@ -139,9 +137,7 @@ class Learner:
 
 @pytree
 class Frozen:
-    """What a run reads and never changes; no checkpoint holds it. Parameters are always `lora.join(base,
-    trained)`.
-    """
+    """What a run reads and never changes, in no checkpoint. Parameters are `lora.join(base, trained)`."""
 
     base: Params  # {} where all weights are trained
     # the reference's part beside the base: all of it, or {} where it is the base; None: kl.coef is 0

@@ -313,9 +313,7 @@ class ImageSet:
 
 
 def measure(questions: list[Question], cfg: VisionConfig) -> ImageSet | None:
-    """Read every image of the questions, in threads, and refuse those that cannot be used; None without
-    images.
-    """
+    """Read every image, in threads, and refuse those that cannot be used; None without images."""
 
     def one(question: Question) -> tuple[Grid, ...] | str:
         try:

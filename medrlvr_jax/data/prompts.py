@@ -218,9 +218,7 @@ def encode_questions(
 def encode_texts(
     tok: Tokenizer, questions: list[Question], images: Sequence[list[list[int]]] | None = None
 ) -> list[list[int]]:
-    """The tokens of the questions' texts as they stand, without wording or template. `images`: as in
-    `encode_questions`.
-    """
+    """The tokens of the questions' texts alone, without wording; `images`: as in `encode_questions`."""
     return [tok.prefix + ids for ids in _spell(tok, questions, [q.question for q in questions], images)]
 
 

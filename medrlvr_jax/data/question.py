@@ -151,9 +151,7 @@ def image_digest(image: str | bytes) -> str:
 
 
 def question_hash(question: Question) -> str:
-    """16 hexadecimal digits of the stem, the options in the file's order, the key and the images; not of the
-    id.
-    """
+    """16 hexadecimal digits of stem, options in the file's order, key and images; not of the id."""
     options, images = list(question.options), [[image_digest(image) for image in question.images]]
     images = images if question.images else []
     if not options:

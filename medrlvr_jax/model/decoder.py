@@ -100,9 +100,7 @@ def for_products(layer: Layer, cfg: DecoderConfig) -> Layer:
 
 
 def project(layer: Layer, cfg: DecoderConfig, x: Float[Array, "*N in"], name: str) -> Float[Array, "*N out"]:
-    """x by a matrix whose input axes and whose output axes are flattened; where it is adapted, x·W +
-    x·A·B·alpha/rank.
-    """
+    """x by a matrix with flattened input and output axes; where it is adapted, x·W + x·A·B·alpha/rank."""
     y = linear(x, layer[name].reshape(x.shape[-1], -1))
     if cfg.execution.int8:
         y = (y * layer[f"{name}_scale"].reshape(-1)).astype(y.dtype)
@@ -321,9 +319,7 @@ def logits(params: Params, cfg: DecoderConfig, hidden: Float[Array, "*N E"]) -> 
 
 
 def quantize(w: Float[Array, "..."], inputs: int) -> tuple[Int8[Array, "..."], Float32[Array, "*out"]]:
-    """A matrix [in…, out…] with `inputs` input axes as int8 and a scale for each output channel: its largest
-    entry / 127.
-    """
+    """A matrix [in…, out…] as int8, and for each output channel a scale, its largest entry / 127."""
     axes = tuple(range(inputs))
     w = w.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(w).max(axes), 1e-30) / 127

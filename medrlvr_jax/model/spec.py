@@ -330,9 +330,7 @@ def is_trained(path: tuple[str, ...], cfg: DecoderConfig) -> bool:
 
 
 def parameters(cfg: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
-    """The rows that a model has, by their paths in its parameter tree: the tower is there unless it is
-    frozen.
-    """
+    """The rows that a model has, by their paths in its parameter tree, with a tower only if it is trained."""
     rows = _rows(PARAMETERS, cfg)
     if cfg.vision and cfg.execution.tower != "freeze":
         rows |= {(VISION, *path): row for path, row in _rows(TOWER, cfg.vision).items()}

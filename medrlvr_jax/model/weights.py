@@ -269,9 +269,7 @@ def _read(
 def _fill(
     out: np.ndarray, source: Source, tensor: Tensor, shape: tuple[int, ...], bounds: list[range]
 ) -> None:
-    """out = tensor, turned to our axes, within `bounds` of them; read along the tensor's first axis, block by
-    block.
-    """
+    """out = tensor, turned to our axes, within `bounds` of them; read block by block along its first axis."""
     axes, (first, *rest) = source.axes, source.tensor_axes
     size, within = dict(zip(axes, shape, strict=True)), dict(zip(axes, bounds, strict=True))
     unit = tensor.shape[0] // size[first]  # rows of one step along the first axis: a head's

@@ -26,8 +26,7 @@ class Places(NamedTuple):
 
 
 class Join(NamedTuple):
-    """A row of tokens: the first `prefix` of a response, then `ids`, of which those from `start` on are the
-    new text's."""
+    """Tokens: the first `prefix` of a response, then `ids`; those from `start` on are the new text's."""
 
     prefix: int
     ids: list[int]
@@ -116,8 +115,7 @@ def _boundaries(
 def _spell(
     tokenizer: Tokenizer, pairs: list[tuple[str, str]]
 ) -> dict[tuple[str, str], tuple[list[int], int]]:
-    """For each (text before, new text): the tokens of both together, and the first that has a character of
-    the new."""
+    """For each (text before, new text): the tokens of both, and the first with a character of the new."""
     texts = [before + new for before, new in pairs]
     out = {}
     for pair, row in zip(pairs, tokenizer.spell_with_offsets(texts), strict=True):

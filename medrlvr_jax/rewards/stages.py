@@ -113,9 +113,7 @@ def without_answers(thought: str, options: Sequence[str]) -> str:
 
 
 def repetition(text: str) -> float:
-    """Share of 4-grams of words that stood before; 0 for texts of less than 24 words, where a repeat says
-    little.
-    """
+    """Share of 4-grams of words that stood before; 0 for texts of under 24 words, where it says little."""
     tokens = [w.lower() for w in WORD.findall(text) if not w.isdigit()]  # a list's numbers make no line new
     grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
     return 1 - len(set(grams)) / len(grams) if len(tokens) >= 24 else 0.0

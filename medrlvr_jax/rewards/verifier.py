@@ -141,9 +141,7 @@ def length_factor(answer: int, reference: int, penalty: float) -> float:
 
 
 def standardised(values: Float64[np.ndarray, " N"], of_all: Sequence[float]) -> Float64[np.ndarray, " N"]:
-    """(value − mean) / spread over the batch `of_all`, without those that are not finite; 0 where all are
-    equal.
-    """
+    """(value − mean) / spread over what is finite of the batch `of_all`; 0 where all are equal."""
     batch = np.array(of_all)
     batch = batch[np.isfinite(batch)]
     spread = batch.std() if len(batch) else 0.0

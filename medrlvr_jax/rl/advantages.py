@@ -63,9 +63,7 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str) -> Array:
 
 
 def penalties(logprobs: Array, ref_logprobs: Array, mask: Array, kl_coef: Array, kl: KLConfig) -> Array:
-    """β·k(log π, log π_ref) per token, 0 where the mask is False, whatever the padding holds. Any shape,
-    elementwise.
-    """
+    """β·k(log π, log π_ref) per token, 0 off the mask, whatever that holds. Any shape, elementwise."""
     return kl_coef * jnp.where(mask, kl_estimate(logprobs, ref_logprobs, kl.estimator), 0.0)
 
 
@@ -123,9 +121,7 @@ def whiten(x: Array, mask: Array, scaled: Array | bool = True) -> Array:
 
 
 def group_mean(scores: Array) -> Array:
-    """Aᵢ = rᵢ − mean(r) within each question (Dr.GRPO, arXiv 2503.20783). [Q, G] → [Q, G]; equal scores give
-    exactly 0.
-    """
+    """Aᵢ = rᵢ − mean(r) in each question (Dr.GRPO, arXiv 2503.20783); exactly 0 of equal scores. [Q, G]."""
     scores = scores - scores[:, :1]  # as in `whiten`: equal scores are exactly 0 from here on
     return scores - scores.mean(axis=-1, keepdims=True)
 
@@ -156,9 +152,7 @@ def gdpo(components: Components, ddof: int, eps: float) -> Array:
 
 
 def rloo(scores: Array) -> Array:
-    """Aᵢ = rᵢ − mean of the other samples' r = G/(G−1)·(rᵢ − mean(r)) (RLOO, arXiv 2402.14740). [Q, G ≥ 2] →
-    [Q, G].
-    """
+    """Aᵢ = rᵢ − mean of the others = G/(G−1)·(rᵢ − mean(r)) (RLOO, arXiv 2402.14740). [Q, G ≥ 2]."""
     samples = scores.shape[-1]
     if samples < 2:
         raise ValueError(

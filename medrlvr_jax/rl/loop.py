@@ -160,9 +160,7 @@ def take_steps(
 def take_step(
     job: Job, session: Session, state: TrainState, n: int, history: log.Records, first: bool
 ) -> StepResult:
-    """Step n, timed and, where it is due, evaluated. Reports what was compiled in it: after the first,
-    nothing should be.
-    """
+    """Step n, timed and, where due, evaluated. Reports compilations: there are none after the first."""
     run, compiles = session.run, session.compiles
     compiles.drain()  # what a checkpoint or a dump compiled is not the step's
     if not first:
@@ -236,9 +234,7 @@ def why_diverged(job: Job, n: int, metrics: dict[str, Any], skips: int) -> str |
 
 
 def dump(folder: Path, step: int, rows: Experience) -> Path:
-    """Write all rows of a step, one array of `skipped/<step>.npz` for each of `Experience`, such as
-    `prompts.tokens`.
-    """
+    """Write the rows of a step to `skipped/<step>.npz`, an array for each of `Experience`'s."""
     path = folder / "skipped" / f"{step}.npz"
     arrays = jax.tree.leaves_with_path(process_allgather(rows, tiled=True))
     if jax.process_index() == 0:

@@ -99,9 +99,7 @@ def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[d
 
 
 def passes(scored: Scored, samples: int) -> dict[str, Any]:
-    """The step's record for questions.jsonl: how many of each question's samples were right (`medrlvr
-    difficulty --history`).
-    """
+    """For questions.jsonl: how many samples of each question were right (`medrlvr difficulty --history`)."""
     questions, correct = (scored.places // samples).tolist(), scored.verdicts.correct.tolist()
     rows = [(place, q.id, ok) for place, q, ok in zip(questions, scored.questions, correct, strict=True)]
     right: dict[tuple[int, str], int] = {}

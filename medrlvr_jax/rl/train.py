@@ -147,9 +147,7 @@ def train(
 
 
 def check_lengths(parts: Parts, encoded: Encoded) -> None:
-    """Refuse data without a usable question, rows beyond the model's positions, and a critic's warm-up
-    without end.
-    """
+    """Refuse data without a usable question, rows beyond the model's positions, and a warm-up without end."""
     config = parts.config
     if not encoded.questions:
         limit = f"prompt.max_tokens = {config.prompt.max_tokens}"
@@ -247,9 +245,7 @@ def start(parts: Parts, programs: Programs, terms: judges.Terms | None = None) -
 
 
 def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
-    """The questions of step `step` with their options in their epoch's order, where `data.shuffle_options`
-    asks for it.
-    """
+    """The questions of a step, options in their epoch's order where `data.shuffle_options` asks for it."""
     if not encoded.shuffle:
         return encoded
     n = len(encoded.questions)
@@ -404,9 +400,7 @@ def advantages(
 def learn(
     training: Training, state: TrainState, experience: Experience, key: Array
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Policy and critic after their epochs over the rows, with their metrics. A program that is None leaves
-    its learner.
-    """
+    """Policy and critic after their epochs over the rows, and metrics. A None program leaves its learner."""
     programs, base = training.programs, training.frozen.base
     policy, critic, metrics = state.policy, state.critic, {}
     if programs.learn_policy:

@@ -45,9 +45,7 @@ Row = tuple[int, ...]  # a prompt's tokens
 
 @partial(jax.jit, static_argnames=("cfg", "verdicts"))
 def yes_probability(params: Params, cfg: DecoderConfig, prompts: Prompts, verdicts: tuple[int, int]) -> Array:
-    """float32 [N], on every device: the probability of the first of two tokens after each prompt, among the
-    two.
-    """
+    """float32 [N] on every device: after each prompt, the first of two tokens' probability among the two."""
     states, _ = decoder.forward(params, cfg, prompts)
     ids = jnp.array(verdicts)
     table = params["embed"][ids] if cfg.tied else params["head"][:, ids].T

@@ -72,9 +72,7 @@ def a_key(parts: Parts) -> jax.ShapeDtypeStruct:
 def abstract_prompts(
     parts: Parts, questions: int, width: int, windows: int = 0, blank: bool = False
 ) -> Prompts:
-    """Prompts of `width` columns, with images in `windows` windows (0: none), as shapes. `blank`: also with
-    grey ones.
-    """
+    """Prompts of `width` columns as shapes, with `windows` windows of images, and grey ones if `blank`."""
     tokens, mask = (array(parts, dtype, questions, width) for dtype in (jnp.int32, jnp.bool_))
     ids, cfg, vision = array(parts, jnp.uint32, questions), parts.cfg, None
     if windows and cfg.vision:

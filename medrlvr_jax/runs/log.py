@@ -99,8 +99,7 @@ class Run:
             signal.signal(number, handler)
 
     def resume(self, done: int) -> int:
-        """Drop all records after step `done`; 0 empties the logs. Returns how many of the last steps were
-        skipped."""
+        """Drop the records after step `done`, 0: all. Returns how many of the last steps were skipped."""
         skips = 0
         if self._lock:
             for name in LOGS:
@@ -124,8 +123,7 @@ class Run:
         return gather(_step_records(self.path)[-n:] if self._lock else [])[0]
 
     def record(self, step: int, metrics: dict[str, Any], **logs: Iterable[dict[str, Any]]) -> None:
-        """Write a step's records to the disk before returning; `logs` are rows for the files of those names
-        (`LOGS`)."""
+        """Write a step's records to the disk before returning; `logs` are rows for others of `LOGS`."""
         if metrics.get("seconds") and "tokens" in metrics:
             metrics = metrics | {"tokens_per_second": metrics["tokens"] / metrics["seconds"]}
         if self._lock:
@@ -228,8 +226,7 @@ def check_folder(path: Path, config: Config, command: str) -> None:
 
 
 def begun_by(path: Path) -> str | None:
-    """`train` or `sft`, from the first line of config.yaml; where an older version wrote none, from the
-    metrics."""
+    """`train` or `sft`, from the first line of config.yaml; of an older version, from the metrics."""
     first = (path / "config.yaml").read_text(encoding="utf-8").partition("\n")[0]
     if first.startswith(COMMAND):
         return first.removeprefix(COMMAND).strip()
@@ -274,8 +271,7 @@ def lock_holder(path: Path) -> str | None:
 
 
 def check_same(path: Path, config: Config) -> None:
-    """Refuse to resume with other settings than those in the file `path`, apart from those in
-    `MAY_CHANGE`."""
+    """Refuse to resume with settings other than those in the file `path`, but for `MAY_CHANGE`."""
     old = configs.flat(configs.read_yaml(path, "repair it, or give this run another name=") or {})
     new = configs.flat(configs.to_tree(config))
     fixed = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in MAY_CHANGE]
@@ -307,8 +303,7 @@ def versions() -> dict[str, Any]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """`{"revision", "dirty"}` of the git checkout that this package runs from; None if it is installed
-    elsewhere."""
+    """`{"revision", "dirty"}` of the git checkout that this package runs from; None elsewhere."""
     root = Path(medrlvr_jax.__file__).resolve().parent.parent
     if not (root / ".git").exists() or not shutil.which("git"):
         return None

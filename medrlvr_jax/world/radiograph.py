@@ -93,9 +93,7 @@ def film(rng: Random, finding: str, side: str = "") -> Film:
 
 
 def questions(split: str) -> list[Question]:
-    """The questions of a split or of a cause alone, always the same; `rationale` is the reasoning, `subject`
-    the kind.
-    """
+    """The questions of a split or cause, always the same; `rationale` the reasoning, `subject` the kind."""
     rng, out = Random(f"{world.SEED} radiograph {split}"), []
     causes = CAUSES if split == "out_of_distribution" else (split,)
     for kind in cycle(KINDS):
