@@ -20,9 +20,20 @@ def prepare(cache: bool = True) -> None:
     # libtpu comes with the extra `plan`. Where there is no TPU, JAX would try it, and it prints errors.
     if importlib.util.find_spec("libtpu") and not any(glob.glob(file) for file in ACCELERATORS):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if cache:
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
+    # A folder that the user names may hold programs stored without a limit. With one, JAX fails at them.
+    if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_folder())
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))
+        remove_torn(cache_folder())
+
+
+def remove_torn(folder: Path) -> None:
+    """Remove programs without their time of use, as a process leaves them that is killed while it stores one.
+    JAX would store nothing more beside them.
+    """
+    for program in folder.glob("*-cache"):
+        if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
+            program.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
