@@ -188,7 +188,7 @@ def stochastic_round(x: Array, word: Array) -> Array:
 
 
 def moved(params: Params, updates: Params, key: Array) -> Params:
-    """params + updates (float32) in the params' dtypes; bfloat16 by stochastic rounding (key, leaf, place)."""
+    """params + updates (float32) in params' dtypes; bfloat16 by stochastic rounding (key, leaf, place)."""
     leaves, tree = jax.tree.flatten(params)
     words = jax.random.bits(key, (len(leaves),), jnp.uint32)
 
