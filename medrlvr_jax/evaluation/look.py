@@ -9,7 +9,9 @@ blank image and with another question's.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
@@ -27,8 +29,10 @@ from medrlvr_jax.host import tables
 def conditions(questions: list[Question]) -> dict[str, list[Question]]:
     """The questions that have images, under each condition."""
     seeing = [question for question in questions if question.images]
+    with ThreadPoolExecutor() as pool:
+        blank = list(pool.map(lambda question: tuple(map(_blank, question.images)), seeing))
     return {
-        "blank": [replace(q, images=tuple(map(_blank, q.images))) for q in seeing],
+        "blank": [replace(q, images=images) for q, images in zip(seeing, blank, strict=True)],
         "shuffled": _shuffled(seeing),
         "none": [replace(q, question=q.question.replace(IMAGE, " "), images=()) for q in seeing],
     }
@@ -36,8 +40,13 @@ def conditions(questions: list[Question]) -> dict[str, list[Question]]:
 
 def _blank(image: str | bytes) -> bytes:
     """A grey image of the same size."""
+    return _grey(read_image(image).size)
+
+
+@lru_cache(maxsize=4096)
+def _grey(size: tuple[int, int]) -> bytes:
     out = BytesIO()
-    Image.new("RGB", read_image(image).size, GREY).save(out, "PNG")
+    Image.new("RGB", size, GREY).save(out, "PNG")
     return out.getvalue()
 
 
