@@ -60,7 +60,7 @@ const curves = () => {
       const look = { stroke: group.color, width: 1.5, dash: group.dash };
       if (single.checked || rows.length === 1) rows.forEach((row, j) => add(group.runs[j], row, look));
       else {
-        const edge = { stroke: "transparent", width: 0, class: "edge" };
+        const edge = { stroke: "transparent", width: 0, class: "edge", points: { show: false } };
         add("", summary(rows, (x) => Math.max(...x)), edge);
         add("", summary(rows, (x) => Math.min(...x)), edge);
         bands.push({ series: [series.length - 2, series.length - 1], fill: `${group.color}30` });
