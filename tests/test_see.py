@@ -360,7 +360,7 @@ def test_a_trained_tower_resumes_to_the_bit(folder):
         }
 
 
-def test_a_trained_merger_leaves_the_blocks(folder):
+def test_a_trained_merger_leaves_the_blocks(folder, capsys):
     """Beside adapters, in a fine-tuning; what is exported has the merger as it was learned."""
     changes = {"name": "merger", "model.vision": "merger", "model.lora": {"rank": 2}, "eval.sets": {}}
     sft(configs.load(folder / "config.yaml", changes | {"steps": 1, "sft.max_new_tokens": 32}, "sft"))
@@ -369,6 +369,8 @@ def test_a_trained_merger_leaves_the_blocks(folder):
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     tower = {name for name in before if name.startswith("visual.")}
     assert changed & tower == {name for name in tower if name.startswith("visual.merger.")}
+    assert cli.main(["export", str(folder / "runs" / "merger"), str(folder / "adapter"), "--adapter"]) == 2
+    assert "model.vision merger: the adapters are not all that was trained" in capsys.readouterr().err
 
 
 def test_texts_with_images_teach_a_random_model(folder):

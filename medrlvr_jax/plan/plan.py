@@ -150,6 +150,7 @@ def remedies(config: Config, machine: Machine) -> list[Remedy]:
         Remedy(("model.remat=full",), learning=0.5 if c.model.remat != "full" else 1.0),
         Remedy(tuple(f"learn.{learner}.moments=bfloat16" for learner in learners)),
         Remedy(("learn.offload=true",), "the host's memory must hold it"),
+        Remedy(("model.vision=freeze",), "the vision tower then learns nothing"),
     ]
     if c.model.lora:
         return out

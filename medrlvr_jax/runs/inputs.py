@@ -52,13 +52,17 @@ def check(
 
 
 def check_model(folder: Path, parts: Parts) -> None:
-    """Refuse another model than the run was trained on: by its settings and, under adapters, its weights."""
+    """Refuse another model than the run was trained on: by its settings and, where some of it is in no
+    checkpoint (under adapters, and of a frozen vision tower), its weights.
+    """
+    execution = parts.cfg.execution
+    frozen = execution.lora or (parts.cfg.vision and execution.tower != "train")
 
     def compare() -> list[str]:
         old, new = _read(folder), {"model": _model(parts)}
         if old.get("model", {}).get("path") != new["model"]["path"]:
             return []  # the settings ask for another model
-        return differences(old, new | ({"weights": _weights(parts)} if parts.cfg.execution.lora else {}))
+        return differences(old, new | ({"weights": _weights(parts)} if frozen else {}))
 
     _refuse(folder, from_leader(compare), parts.config.checkpoint.accept_changed_inputs)
 

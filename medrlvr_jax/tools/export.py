@@ -39,6 +39,9 @@ def export(
     if adapter and m.init == "random":
         why = "model.init random: no directory holds its base weights"
         raise ConfigError(f"--adapter: {why}; leave --adapter out")
+    if adapter and m.vision != "freeze":
+        why = f"model.vision {m.vision}: the adapters are not all that was trained"
+        raise ConfigError(f"--adapter: {why}; leave --adapter out")
     with jax.set_mesh(parts.mesh):
         if adapter:
             save_adapter(params, parts.cfg, m.path, out, dtype)
@@ -49,7 +52,10 @@ def export(
         trained = "float32" if m.lora else m.param_dtype
         if not adapter and (dtype or m.param_dtype) != trained:
             print(f"the weights are rounded to {dtype or m.param_dtype}, which loses small changes;")
-            print("--dtype float32 keeps them" + ", as does --adapter, the adapters alone" * bool(m.lora))
+            print(
+                "--dtype float32 keeps them"
+                + ", as does --adapter, the adapters alone" * bool(m.lora and m.vision == "freeze")
+            )
         config = load(run / "config.yaml")
         text = card(run, config, at, base, push or str(out), adapter)
         write_text(out / "README.md", text)
