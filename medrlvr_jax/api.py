@@ -121,9 +121,8 @@ def load_model(
         parts, params, step = evaluation.open_source(folder, changes, step)
         return LoadedModel(str(source), step, params, parts)
     if step is not None:
-        raise ConfigError(
-            f"step: {step}: {source} is no run's folder, so there are no checkpoints; leave it out"
-        )
+        why = f"{source} is no run's folder, so there are no checkpoints"
+        raise ConfigError(f"step: {step}: {why}; leave it out")
     n = len(jax.devices())  # sizes that any mesh can split; nothing is trained
     tree: dict[str, Any] = {
         "name": "loaded",

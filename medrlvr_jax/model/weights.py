@@ -87,9 +87,8 @@ def resolve(path: str | Path, field: str = "model.path") -> Path:
         return local
     beside = bool(local.parent.name) and local.parent.is_dir()  # models/typo, where there is a folder models
     if beside or local.exists() or local.is_absolute() or str(path).startswith(".") or len(local.parts) > 2:
-        raise ConfigError(
-            f"{field}: {path}: no such directory; give a Hugging Face directory, a hub name, or embedded"
-        )
+        remedy = "give a Hugging Face directory, a hub name, or embedded"
+        raise ConfigError(f"{field}: {path}: no such directory; {remedy}")
     with files.reading(f"{field}: {path}", "it is no directory here, and the hub did not give it"):
         return Path(
             snapshot_download(str(path), allow_patterns=["*.json", "model*.safetensors", *SIDE_FILES])
@@ -318,9 +317,8 @@ def passed_over(path: str | Path) -> list[str]:
     it does in transformers.
     """
     directory = resolve(path)
-    others = sorted(
-        file.name for file in directory.glob("model*.safetensors*") if file.name != "model.safetensors"
-    )
+    every = (file.name for file in directory.glob("model*.safetensors*"))
+    others = sorted(name for name in every if name != "model.safetensors")
     return others if (directory / "model.safetensors").is_file() else []
 
 

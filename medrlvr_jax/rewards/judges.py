@@ -83,7 +83,5 @@ def from_callables(rewards: Given) -> Terms:
 def record(terms: Terms) -> list[dict[str, Any]]:
     """Of the callables among the terms, for inputs.json: name, weight, digest of the source text."""
     judged = [(term.weight, term.judge.function) for term in terms if isinstance(term.judge, InProcess)]
-    return [
-        {"name": name_of(function), "weight": weight, "sha256": source_of(function)}
-        for weight, function in judged
-    ]
+    entry = lambda w, function: {"name": name_of(function), "weight": w, "sha256": source_of(function)}
+    return [entry(weight, function) for weight, function in judged]

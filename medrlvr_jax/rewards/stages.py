@@ -94,11 +94,8 @@ def stage(completion: str, formatted: bool, options: Sequence[str] = ()) -> str:
     if words(thought) > LONG or words(after) > BEFORE or repetition(thought) > 0.5:
         return "verbose_formatter"
     clauses = [c for c in CLAUSE.split(thought) if words(c) >= 2]
-    return (
-        "reintegrated_reasoning"
-        if len(clauses) >= 2 and len(SIGN.findall(thought)) >= SIGNS
-        else "concise_structurer"
-    )
+    infers = len(clauses) >= 2 and len(SIGN.findall(thought)) >= SIGNS
+    return "reintegrated_reasoning" if infers else "concise_structurer"
 
 
 def words(text: str) -> int:

@@ -178,9 +178,8 @@ def source_of(function: Any) -> str | None:
     if isinstance(function, functools.partial):
         return source_of(function.func)
     try:
-        text = inspect.getsource(
-            function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
-        )
+        has_source = inspect.isroutine(function) or inspect.isclass(function)
+        text = inspect.getsource(function if has_source else type(function))
     except (OSError, TypeError):  # built in, or typed into a plain interpreter
         return None
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -77,9 +77,8 @@ def parameters_of(function: Function, arguments: Sequence[str]) -> list[str]:
     ]
     if unknown := [name for name in needed if name not in arguments]:
         remedy = f"there are {', '.join(arguments)}; rename it, or give it a default"
-        raise ConfigError(
-            f"rewards: {name_of(function)} needs an argument {unknown[0]!r}, which it never gets; {remedy}"
-        )
+        problem = f"{name_of(function)} needs an argument {unknown[0]!r}, which it never gets"
+        raise ConfigError(f"rewards: {problem}; {remedy}")
     return [name for name in arguments if name in known]
 
 

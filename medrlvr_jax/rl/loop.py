@@ -202,13 +202,10 @@ def record(run: log.Run, n: int, result: StepResult) -> None:
     """Write the step's logs; report a reward that failed; dump the rows of an update that was not finite."""
     metrics, logs = result.metrics, result.logs
     if errors := [row["reward_error"] for row in logs.get("samples", []) if "reward_error" in row]:
-        share = (
-            f"{metrics['reward_failed']:.1%} of the completions, {metrics['unlearned']:.1%} "
-            "are not learned from"
-        )
-        run.notify(
-            f"step {n}: the reward failed on {share}; they are in samples.jsonl. The first: {errors[0]}"
-        )
+        failed, unlearned = f"{metrics['reward_failed']:.1%}", f"{metrics['unlearned']:.1%}"
+        share = f"{failed} of the completions, {unlearned} are not learned from"
+        where = f"they are in samples.jsonl. The first: {errors[0]}"
+        run.notify(f"step {n}: the reward failed on {share}; {where}")
     if log.skipped(metrics):
         path = dump(run.path, n, result.learned)
         run.notify(f"step {n}: an update was not finite, and skipped; its rows are in {path}")

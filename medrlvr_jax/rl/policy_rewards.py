@@ -297,10 +297,8 @@ def start_scores(
         placed = place_rows(jax.tree.map(lambda x: x[:, None], ending), size, mesh)
         prompts = place_prompts(lora.join(*start), parts, encoded, index)
         scores = fetch_rows(program(*start, prompts, placed), mesh)[counted]
-        out |= {
-            question_hash(questions[i]): float(x)
-            for i, x in zip(index[mine[counted]], scores[:, 0], strict=True)
-        }
+        hashes = [question_hash(questions[i]) for i in index[mine[counted]]]
+        out |= dict(zip(hashes, scores[:, 0].tolist(), strict=True))
         progress(min(first + size, n), n)
     return dict(chain.from_iterable(part.items() for part in gather(out)))
 

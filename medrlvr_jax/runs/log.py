@@ -278,9 +278,8 @@ def check_same(path: Path, config: Config) -> None:
     changed = [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in fixed if old.get(k) != new.get(k)]
     if changed:
         remedy = "give this run another name=, or the settings it was begun with"
-        raise ConfigError(
-            "\n".join([f"name: {path.parent} was begun with other settings; {remedy}:", *changed])
-        )
+        head = f"name: {path.parent} was begun with other settings; {remedy}:"
+        raise ConfigError("\n".join([head, *changed]))
 
 
 # --- versions ---------------------------------------------------------------------------------------------

@@ -122,9 +122,8 @@ def config_text(file: Path, a: Answers) -> str:
     """The config as YAML with comments."""
     tokenizer, questions = load_tokenizer(a.model), data.read(SetConfig(path=a.data))[0]
     tiny, on_cpu, devices = a.model == EMBEDDED, a.devices == 0, max(1, a.devices)
-    prompt = PromptConfig(
-        template="none" if tiny else "think", chat=bool(getattr(tokenizer.hf, "chat_template", None))
-    )
+    chat = bool(getattr(tokenizer.hf, "chat_template", None))
+    prompt = PromptConfig(template="none" if tiny else "think", chat=chat)
     longest = max(map(len, text.encode_questions(tokenizer, questions, prompt)))
     smallest = devices * -(-8 // devices)  # a multiple of the devices
     minibatch = max(m for m in (devices, smallest) if m <= len(questions) or m == devices)
