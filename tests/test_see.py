@@ -27,6 +27,7 @@ from medrlvr_jax.data.images import thumbnail
 from medrlvr_jax.data.prompts import encode_questions
 from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash
 from medrlvr_jax.evaluation import look
+from medrlvr_jax.evaluation.evaluate import open_source
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder
 from medrlvr_jax.rl.policy_rewards import check_questions, make_policy_rewards
@@ -349,6 +350,10 @@ def test_a_trained_tower_resumes_to_the_bit(folder):
     """The trainer sees what the sampler saw, and the reference by the start's tower; the tower is saved."""
     tower_run = trained(folder, **TOWER)
     assert tower_run[0]["sampler_gap"] < 1e-5 and abs(tower_run[0]["kl"]) < 1e-6, tower_run[0]
+    parts, params, _ = open_source(folder / "runs" / "tower", {}, None)
+    with jax.set_mesh(parts.mesh):
+        start = build.load_params(parts, parts.cfg)["vision"]["layers"]
+    assert np.abs(np.asarray(params["vision"]["layers"]["qkv"]) - np.asarray(start["qkv"])).max() > 1e-4
     changes = TOWER | {"name": "resumed"}
     config = configs.load(folder / "config.yaml", changes)
     train(config, rewards=characters, callbacks=lambda step, row: True)
