@@ -10,4 +10,4 @@ ensure_venv .
 medrlvr sft configs/pretrain_films.yaml
 [[ -d runs/pretrain_films/hf ]] || medrlvr export runs/pretrain_films runs/pretrain_films/hf --dtype float32
 medrlvr sft configs/pretrain_radiograph.yaml
-medrlvr export runs/pretrain_radiograph "$out" --step 120
+medrlvr export runs/pretrain_radiograph "$out" --dtype bfloat16

@@ -106,7 +106,7 @@ def test_accuracy_by_kind_and_label_and_when_to_fine_tune_first():
 
 def test_they_are_read_asked_and_paid(path):
     questions, report = read(SetConfig(path=str(path)))
-    assert report.startswith("questions: 8, of 0 to 3 options\n  keys choices 12 %, number")
+    assert report.startswith("questions: 8, of 0 to 3 options\n  keys, %: choices 12, number")
     asked = [prompts.render(q, "think").splitlines()[-1] for q in questions]
     assert (
         "then give the number in mmol/L inside <answer>" in asked[0] and "<answer>number</answer>" in asked[0]

@@ -49,14 +49,14 @@ def load(
         raise ConfigError(f"{name}: a mapping of settings is needed, got {type(tree).__name__}")
     tree = dict(tree)
     spell_out_reward(tree)
-    of_file = {name: tree.pop(name, None) for name in LENGTHS}
     if isinstance(overrides, Mapping):
         merge(tree, overrides)
     else:
         for item in overrides:
             override(tree, item)
-    if all(tree.get(name) is None for name in LENGTHS):  # else what is given here replaces the file's
-        tree = {name: value for name, value in of_file.items() if name not in tree} | tree
+    given = {str(item).partition("=")[0] for item in overrides}.intersection(LENGTHS)
+    if any(tree[name] is not None for name in given):  # it replaces the file's, of either kind
+        tree = {name: value for name, value in tree.items() if name not in LENGTHS or name in given}
     return from_tree(tree, name, command)
 
 
