@@ -3,7 +3,6 @@ says of it.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -178,7 +177,7 @@ def generate(
         return []
     encoded = _encode(parts, given)
     n = len(encoded.tokens)
-    size = _batch(parts.mesh, max(1, min(batch, n)))
+    size = sharding.rows_that_split(parts.mesh, max(1, min(batch, n)))
     values: dict[str, Any] = {"samples": 1, "max_new_tokens": 256, **sampling}
     sample = _settings(SampleConfig, questions=size, **values)
     check_positions(parts, encoded.longest, sample.max_new_tokens, "max_new_tokens")
@@ -231,7 +230,7 @@ def evaluate(
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     spec, records = data.given(SetConfig(path=PYTHON), questions)
     asked = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
-    settings = _settings(EvalConfig, batch=_batch(loaded.mesh, batch), **asked)
+    settings = _settings(EvalConfig, batch=sharding.rows_that_split(loaded.mesh, batch), **asked)
     parts = dataclasses.replace(loaded.parts, config=dataclasses.replace(loaded.config, eval=settings))
     questions = data.read(spec, records)[0]
     encoded = encode(parts.tokenizer, questions, parts.config, vision=parts.cfg.vision)
@@ -267,12 +266,6 @@ def _encode(parts: Parts, prompts: list[Any]) -> Encoded:
 def _question(prompt: Any) -> Question:
     """By itself, for the same question may be asked more than once."""
     return data.read(SetConfig(path=PYTHON), [prompt])[0][0]
-
-
-def _batch(mesh: jax.sharding.Mesh, size: int) -> int:
-    """The least number of rows from `size` on that the mesh can split."""
-    ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-    return -(-size // ways) * ways
 
 
 def _settings(section: type[T], **values: Any) -> T:

@@ -145,6 +145,12 @@ def splits_words(vocab: int) -> bool:
     return mesh.empty or vocab % int(np.prod([mesh.shape[a] for a in WORDS])) == 0
 
 
+def rows_that_split(mesh: Mesh, least: int) -> int:
+    """The least number of rows from `least` on that the mesh can split."""
+    ways = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    return -(-least // ways) * ways
+
+
 def batch_ways(size: int) -> int:
     """Devices over which the mesh in use splits a batch axis of `size`; 1 if it does not, or without one."""
     ways = int(np.prod([axis_ways(axis) for axis in BATCH]))

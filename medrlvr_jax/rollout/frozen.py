@@ -1,7 +1,6 @@
 """A model by itself, apart from a run's settings: so that a run can have a second one, such as a verifier."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +24,6 @@ class FrozenModel:
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
     params: Params  # sharded over `mesh`; as shapes (ShapeDtypeStructs) before they are loaded
-
-    def rows(self, least: int) -> int:
-        """The least number of rows from `least` on that the mesh can split."""
-        ways = math.prod(self.mesh.shape[axis] for axis in sharding.BATCH)
-        return -(-least // ways) * ways
 
     def in_memory(self, kind: str) -> "FrozenModel":
         """The same with its parameters in the memory named: "device" or "pinned_host"."""

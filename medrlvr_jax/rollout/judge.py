@@ -78,7 +78,7 @@ class Judge:
     @property
     def size(self) -> int:
         """Prompts of a batch."""
-        return self.model.rows(self.settings.batch)
+        return sharding.rows_that_split(self.model.mesh, self.settings.batch)
 
     def loaded(self) -> "Judge":
         """With its weights, which wait in the host's memory if offloaded."""
