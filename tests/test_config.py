@@ -12,14 +12,7 @@ SETS = {"eval": {"sets": {"dev": {"path": "dev.jsonl"}}}}
 SFT = MODEL | {"steps": 2, "data": {"path": "train.jsonl"}, "learn": {"policy": {"lr": 1e-4}}}
 
 
-TREE_OF_PASSES = {
-    "name": "x",
-    "passes": 3,
-    "model": {"path": "embedded"},
-    "data": {"path": "embedded:train"},
-    "advantage": {"estimator": "group"},
-    "learn": {"policy": {"lr": 1e-4}},
-}
+TREE_OF_PASSES = SFT | {"steps": None, "passes": 3, "advantage": {"estimator": "group"}}
 
 
 @pytest.mark.parametrize("given", [["steps=8"], {"steps": 8}, ["passes=null", "steps=8"]])

@@ -55,8 +55,7 @@ def _of_set(evaluations: Mapping[tuple[str, int], Rows], room: int) -> dict[str,
     by_key = [{_key(row): row for row in rows} for rows in evaluations.values()]
     every = {key: row for rows in by_key for key, row in rows.items()}
     right = {key: "".join(_right(rows.get(key)) for rows in by_key) for key in every}
-    changed = [key for key in every if {"0", "1"} <= set(right[key])]  # these are shown first
-    order = [*changed, *(key for key in every if not {"0", "1"} <= set(right[key]))]
+    order = sorted(every, key=lambda key: not {"0", "1"} <= set(right[key]))  # those that changed come first
     texts = [every[key].get("question", "") for key in order]  # older answers have none
     sizes = [
         len(text) + sum(len(r[k]["completion"]) for r in by_key if k in r)
@@ -72,10 +71,10 @@ def _of_set(evaluations: Mapping[tuple[str, int], Rows], room: int) -> dict[str,
             {
                 "run": run,
                 "step": step,
-                "right": "".join(_right(rows.get(key)) for key in order),
+                "right": "".join(right[key][number] for key in order),
                 "texts": [rows[key]["completion"][:LENGTH] if key in rows else None for key in order[:shown]],
             }
-            for (run, step), rows in zip(evaluations, by_key, strict=True)
+            for number, ((run, step), rows) in enumerate(zip(evaluations, by_key, strict=True))
         ],
     }
 

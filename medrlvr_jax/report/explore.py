@@ -69,7 +69,7 @@ def over_steps(
 
 
 def curves(groups: Sequence[Sequence[Columns]]) -> list[dict[str, Any]]:
-    """`{name, unit, meaning, curves}` of each metric, for explore.js.
+    """`{name, unit, meaning, curves}` of each metric, for report.js.
 
     `curves` has `[steps, values of a run, values of the next, …]` for each group of runs, with four digits,
     and null where a run has no value; it is empty where no run of the group recorded the metric.

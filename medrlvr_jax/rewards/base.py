@@ -97,9 +97,8 @@ def read(
 ) -> Graded:
     """Parse each completion once, and grade its answer once."""
     parsed = parse(completions, config.mode, [LETTERS[: len(q.options)] for q in questions])
-    seen: dict[
-        tuple[int, str, str], Grade
-    ] = {}  # samples of a question give few answers: each is graded once
+    # samples of a question give few answers: each is graded once
+    seen: dict[tuple[int, str, str], Grade] = {}
     grades = []
     for question, answer, why in zip(questions, parsed.answer, parsed.reason, strict=True):
         key = id(question), answer, why

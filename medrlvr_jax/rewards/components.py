@@ -128,8 +128,10 @@ def pure(config: RewardConfig, facts: Judge | None = None) -> tuple[Component, .
     """The terms that need the completion alone, and `process` where there is a judge for it: by them
     evaluations and files are paid. Without any that pays, the rule is one.
     """
-    judges = {ProcessConfig: facts}
-    listed = [replace(term, judge=judges.get(type(term.settings))) for term in components(config)]
+    listed = [
+        replace(term, judge=facts) if isinstance(term.settings, ProcessConfig) else term
+        for term in components(config)
+    ]
     outside = (*JUDGED, *ON_DEVICE)
     terms = tuple(term for term in listed if term.judge or not isinstance(term.settings, outside))
     if all(term.penalty for term in terms):
