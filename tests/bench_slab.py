@@ -16,10 +16,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from bench_parts import by_turns
 
 from medrlvr_jax.model.scoring import token_logprobs
 from medrlvr_jax.model.spec import DecoderConfig
-from medrlvr_jax.tools.bench import by_turns
 
 
 def dense(params, hidden, tokens):

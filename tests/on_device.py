@@ -53,6 +53,7 @@ if find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin"):  # as launc
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ["XLA_FLAGS"] = "--xla_gpu_dot_merger_threshold_mb=0 " + os.environ.get("XLA_FLAGS", "")
 
+import bench_parts as bench  # noqa: E402
 import float64  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -76,7 +77,6 @@ from medrlvr_jax.rl.train import step_programs  # noqa: E402
 from medrlvr_jax.rollout.rollout import Encoded, width  # noqa: E402
 from medrlvr_jax.runs.profile import Compiles  # noqa: E402
 from medrlvr_jax.sharding import to_host  # noqa: E402
-from medrlvr_jax.tools import bench  # noqa: E402
 
 SHAPES = {size: families.KNOWN[f"Qwen/Qwen2.5-{size}"] for size in ("0.5B", "1.5B", "3B")}
 SHAPES["0.1B"] = DecoderConfig(151_936, 512, 12, 8, 2, 64, 2816, 1e6, 1e-6, True, qkv_bias=True)

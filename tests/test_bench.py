@@ -2,9 +2,8 @@
 
 import json
 
+import bench_parts as bench
 import bench_slab
-
-from medrlvr_jax.tools import bench
 
 
 def test_a_case_is_one_line_of_json(capsys):

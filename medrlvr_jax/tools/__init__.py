@@ -1,1 +1,1 @@
-"""Beside a run: benchmarks, the doctor, a step replayed, a file of completions scored."""
+"""Beside a run: the doctor, a step replayed, a file of completions scored, a model exported."""

@@ -1,13 +1,13 @@
 """Benchmarks of the parts of a step on this machine: one JSON line a case.
 
-    python -m medrlvr_jax.tools.bench sample MODEL --questions 8 --samples 8 --prompt 256 --new 128
-    python -m medrlvr_jax.tools.bench learn MODEL --questions 2 --samples 8 --prompt 384 --new 128
-    python -m medrlvr_jax.tools.bench step MODEL --questions 4 --samples 8 --prompt 64 --new 128
-    python -m medrlvr_jax.tools.bench eval MODEL --questions 25 --samples 1 --prompt 256 --new 64
-    python -m medrlvr_jax.tools.bench ask MODEL --questions 4 --samples 8 --prompt 64 --new 128
-    python -m medrlvr_jax.tools.bench verify MODEL --questions 8 --samples 4 --prompt 256
-    python -m medrlvr_jax.tools.bench compile MODEL --questions 4 --samples 8 --prompt 64 --new 128
-    python -m medrlvr_jax.tools.bench see MODEL --questions 64 prompt.max_pixels=200704
+    python tests/bench_parts.py sample MODEL --questions 8 --samples 8 --prompt 256 --new 128
+    python tests/bench_parts.py learn MODEL --questions 2 --samples 8 --prompt 384 --new 128
+    python tests/bench_parts.py step MODEL --questions 4 --samples 8 --prompt 64 --new 128
+    python tests/bench_parts.py eval MODEL --questions 25 --samples 1 --prompt 256 --new 64
+    python tests/bench_parts.py ask MODEL --questions 4 --samples 8 --prompt 64 --new 128
+    python tests/bench_parts.py verify MODEL --questions 8 --samples 4 --prompt 256
+    python tests/bench_parts.py compile MODEL --questions 4 --samples 8 --prompt 64 --new 128
+    python tests/bench_parts.py see MODEL --questions 64 prompt.max_pixels=200704
 
 MODEL is a Hugging Face directory or "embedded". Settings of the run may follow, such as model.remat=none
 learn.microbatch=1. `step` is a whole step of training: sample, assess, decode, score, learn. `eval` is four
@@ -338,7 +338,7 @@ CASES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    name, raw = "python -m medrlvr_jax.tools.bench", argparse.RawDescriptionHelpFormatter
+    name, raw = "python tests/bench_parts.py", argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog=name, description=__doc__, formatter_class=raw)
     top.add_argument("case", choices=CASES)
     top.add_argument("model", metavar="MODEL")
