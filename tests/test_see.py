@@ -35,6 +35,7 @@ from medrlvr_jax.rl.sft import sft
 from medrlvr_jax.rl.train import train
 from medrlvr_jax.rollout.assess import assess, assess_alone, assess_settings
 from medrlvr_jax.rollout.rollout import encode, place_prompts
+from medrlvr_jax.rollout.see import see
 from medrlvr_jax.sharding import place_rows
 from medrlvr_jax.types import Frozen, Rollout
 
@@ -180,6 +181,29 @@ def test_other_images_give_another_run(folder, metrics, tmp_path):
             logits.append(np.asarray(states[:, -1]))
     moved = np.abs(logits[0] - logits[1]).max(-1)
     assert (moved[[1, 3]] > 1e-2).all() and (moved[[0, 2, 4, 5, 6, 7]] < 1e-5).all(), moved
+
+
+def test_images_of_several_sizes_share_a_program(folder):
+    """Two batches of a set, and another set whose largest question takes a window less: one compilation. What
+    is seen is what room for just 9 windows gives.
+    """
+    parts = build.build(configs.load(folder / "config.yaml"))
+    of = lambda tokens: saved(Image.effect_noise((28 * tokens, 28), 90))
+    asked = lambda sizes: [Question(str(n), "?", ("a", "b"), 0, images=(of(n),)) for n in sizes]
+    code = lambda sizes: encode(parts.tokenizer, asked(sizes), parts.config, vision=parts.cfg.vision)
+    ten, nine = code((40, 1, 5, 9, 12, 20, 21, 30, 3, 4, 6, 7, 8, 10, 11, 13)), code(range(29, 37))
+    assert (ten.windows, nine.windows, code([32]).windows) == (10, 10, 8)
+    before, look = see._cache_size(), lambda encoded, index: place_prompts(params, parts, encoded, index)
+    with jax.set_mesh(parts.mesh):
+        params = build.load_params(parts, parts.cfg)
+        look(ten, np.arange(8)), look(ten, np.arange(8, 16))
+        roomy = look(nine, np.arange(8)).vision.features
+        assert see._cache_size() == before + 1
+        exact = replace(nine, images=replace(nine.images, windows=9))
+        tight = np.asarray(look(exact, np.arange(8)).vision.features)
+    slots = images.token_slots(nine.images.grids[-1], parts.cfg.vision)
+    want, got = tight[-1, slots], np.asarray(roomy)[-1, slots]
+    assert len(want) == 36 and np.abs(got - want).max() < 1e-6 * np.abs(want).max()
 
 
 def test_prompts_by_hand(folder):

@@ -197,9 +197,13 @@ def layout(grid: Grid, side: int) -> Int32[np.ndarray, "W side*side"]:
 
 
 def windows_of(grids: tuple[Grid, ...], cfg: VisionConfig) -> int:
-    """Windows that a question's images take."""
+    """Windows that a question's images have room in: those that they take, rounded up to one of four numbers
+    between a power of two and the next (1 … 8, 10, 12, 14, 16, 20, …), so that few shapes are compiled.
+    """
     side = cfg.window // cfg.merge
-    return sum(math.ceil(grid.rows / side) * math.ceil(grid.columns / side) for grid in grids)
+    taken = sum(math.ceil(grid.rows / side) * math.ceil(grid.columns / side) for grid in grids)
+    step = 2 ** max(0, (taken - 1).bit_length() - 3)
+    return -(-taken // step) * step
 
 
 def arrange(images: list[list[Cut]], windows: int, cfg: VisionConfig) -> Images:
