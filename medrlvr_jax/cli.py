@@ -528,7 +528,8 @@ def watch(*runs: Paths, host: str = "127.0.0.1", port: Whole = 8787) -> int:
     """Show runs as a page in the browser that follows them while they go on.
 
     Serves the page of `medrlvr report` on this machine, for the named runs
-    alone; the page takes no commands. Ctrl-C ends it. From a far machine:
+    alone; the page takes no commands. A run that has not begun is awaited.
+    Ctrl-C ends it. From a far machine:
         ssh -L 8787:127.0.0.1:8787 HOST
 
     Args:
@@ -540,6 +541,9 @@ def watch(*runs: Paths, host: str = "127.0.0.1", port: Whole = 8787) -> int:
 
     with server(list(runs), host, port) as serving:
         print(f"http://{host}:{serving.server_port}/  (Ctrl-C ends it)", flush=True)
+        for run in runs:
+            if not run.exists():
+                print(f"{run} does not exist yet; the page shows it once it begins", flush=True)
         serving.serve_forever()
     return 0
 

@@ -302,8 +302,12 @@ def test_the_script_parses(page):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: set CHROMIUM to one")
 def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
-    """Filters are set, and what the page then holds is looked at; any line on the console fails."""
-    probe = """<script>
+    """Filters are set, and what the page then holds is looked at; any line on the console fails. As a served
+    page, it takes in changed sections, and what was set stays."""
+    text = page.read_text(encoding="utf-8")
+    later = text.replace("Point at a curve", "NEW curves").replace("Two evaluations", "NEW answers")
+    later = json.dumps(later.replace("Real completions", "NEW samples")).replace("<", "\\u003c")
+    probe = """<script>(async () => {
     const set = (name, value) => {
       const form = document.getElementById("filter");
       form.elements[name].value = value;
@@ -321,10 +325,23 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     counts.push(document.querySelector("#pairs h3").textContent, document.querySelectorAll("#pairs .wrong").length);
     counts.push(document.querySelectorAll("#charts canvas").length);
     counts.push(document.querySelectorAll("#list article:first-child img").length);
-    document.title = JSON.stringify([told, document.querySelector("#list article > pre").textContent, counts]);
-    </script></body>"""
+    const shown = document.querySelector("#list article > pre").textContent, click = (e) => e.click();
+    ["stage", "step_low", "length_high"].forEach((name) => set(name, ""));
+    document.querySelectorAll("#more, #single").forEach(click);
+    document.querySelectorAll("#list summary, #pairs summary").forEach(click);
+    document.querySelectorAll("#metrics input")[3].click();
+    document.querySelector("[data-group]").click();
+    zoomTo({ min: 3, max: 7 });
+    await null; // uPlot draws then
+    const before = state();
+    counts.push(before.shown[1], before.open.length, before.zoom);
+    takeIn(LATER);
+    await null;
+    const same = JSON.stringify(state()) === JSON.stringify(before);
+    document.title = JSON.stringify([told, shown, counts, same, document.querySelector("main").innerText.match(/NEW \\w+/g)]);
+    })();</script></body>""".replace("LATER", later)
     path = tmp_path / "probe.html"
-    path.write_text(page.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
+    path.write_text(text.replace("</body>", probe), encoding="utf-8")
     command = [
         CHROMIUM,
         "--headless",
@@ -338,11 +355,15 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     )
     assert "CONSOLE" not in done.stderr
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]
-    counts, shown, pair = json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    counts, shown, pair, same, new = json.loads(
+        title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    )
     assert counts == [f"{n} of 36 samples" for n in (12, 2, 1, 1, 0)]
     assert shown.split() == EVIL.split()  # a title keeps no line ends
     assert pair[0] == "Of 4 questions: 1 gained, 1 lost, 1 right in both, 1 wrong in both."
-    assert pair[1:] == ["q1: lost, key A", 1, 3, 1]  # of the images, only what the run itself made
+    assert pair[1:5] == ["q1: lost, key A", 1, 3, 1]  # of the images, only what the run itself made
+    assert same and pair[5:] == [10, 11, {"min": 3, "max": 7}]
+    assert new == ["NEW curves", "NEW answers", "NEW samples"]
 
 
 def test_every_metric_is_a_curve_and_long_ones_are_thinned():
@@ -404,9 +425,10 @@ def test_two_evaluations_side_by_side(tmp_path, monkeypatch):
     assert len(data["evaluations"][0]["right"]) == 4
 
 
-def test_the_page_is_served_and_follows_the_runs(tmp_path):
+def test_the_page_is_served_and_follows_the_runs(tmp_path, monkeypatch):
+    """Also a run that has not begun; of what was read, only changed runs are read again."""
     write_run(tmp_path / "ppo", 0)
-    with watch.server([tmp_path / "ppo"], "127.0.0.1", 0) as serving:
+    with watch.server([tmp_path / "ppo", tmp_path / "<late>"], "127.0.0.1", 0) as serving:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
 
         def get(path, host="localhost", method="GET"):
@@ -423,6 +445,14 @@ def test_the_page_is_served_and_follows_the_runs(tmp_path):
         with open(tmp_path / "ppo" / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": 99, "reward": 0.25}) + "\n")
         assert get("/version")[1] != first and get("/")[1] != page
+        assert f"{tmp_path}/&lt;late&gt;" in page and "Not begun yet" in page
+        write_run(tmp_path / "<late>", 1, kl={"coef": 0.5})
+        page = get("/")[1]
+        assert "Not begun yet" not in page and "<title>ppo, &lt;late&gt;" in page
+        read = []
+        monkeypatch.setattr(watch, "read_run", lambda *of: read.append(of) or report_html.read_run(*of))
+        files.append(tmp_path / "ppo" / "metrics.jsonl", [{"step": 100, "reward": 0.5}])
+        assert get("/")[1] != page and read == [(tmp_path / "ppo", 2)]
         serving.shutdown()
     with pytest.raises(ConfigError, match=r"no metrics\.jsonl there"):
         watch.server([tmp_path], "127.0.0.1", 0)

@@ -83,10 +83,14 @@ class Arm(NamedTuple):
         return float(np.mean([share.value for share in self.runs]))
 
 
-def write_page(folders: Sequence[Path], out: Path, live: str = "") -> None:
-    """`live`: of a page that is served, its version."""
+def write_page(folders: Sequence[Path], out: Path) -> None:
     places = list(dict.fromkeys(folder.resolve() for folder in folders))
-    runs = with_unique_names([read_run(folder, len(places)) for folder in places])
+    write_text(out, html([read_run(folder, len(places)) for folder in places]))
+
+
+def html(runs: Sequence[Run], live: str = "", awaited: Sequence[Path] = ()) -> str:
+    """The page. Of one that is served, `live` is its version, and `awaited` are runs that have not begun."""
+    runs = with_unique_names(runs)
     groups = group(runs)
     trained = [g for g in groups if g.runs[0].metrics]
     templates = jinja2.Environment(
@@ -99,8 +103,9 @@ def write_page(folders: Sequence[Path], out: Path, live: str = "") -> None:
     lines = [
         {"name": g.name, "color": g.color, "dash": g.dash, "runs": [r.name for r in g.runs]} for g in trained
     ]
-    page = templates.get_template("report.html").render(
+    return templates.get_template("report.html").render(
         live=live,
+        awaited=awaited,
         explore={
             "groups": lines,
             "metrics": explore.curves([[run.metrics for run in g.runs] for g in trained]),
@@ -117,7 +122,6 @@ def write_page(folders: Sequence[Path], out: Path, live: str = "") -> None:
         differing=differing([(g.name, g.runs[0].config) for g in groups]),
         cards=[(run.name, list(facts_of(run)), settings_of(run)) for run in runs],
     )
-    write_text(out, page)
 
 
 # --- runs and groups ---

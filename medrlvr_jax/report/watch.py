@@ -1,50 +1,64 @@
 """`medrlvr watch RUN …`: the report as a page that follows its runs, from a small server on this machine.
 
-The server answers two requests, `GET /` with the page and `GET /version` with a number that changes when a
-run has new records. It reads no other path, takes no input, and serves the named runs alone. A request under
-another host name is refused, so that no page of the web can read it through the user's browser.
+The server answers two requests, `GET /` with the page and `GET /version` with a text that changes when a run
+begins or has new records. The page asks for the second, and then takes in the first where it has changed. The
+server reads no other path, takes no input, and serves the named runs alone. A request under another host name
+is refused, so that no page of the web can read it through the user's browser.
 """
 
-import tempfile
 import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.report.page import read_run, write_page
+from medrlvr_jax.report.page import Run, html, read_run
 
-WATCHED = ("metrics.jsonl", "summary.json", "eval.json")
+WATCHED = ("config.yaml", "metrics.jsonl", "summary.json", "eval.json")  # one of them makes a folder a run
 
 
 class Pages:
-    """The page of some runs, made again when they have changed."""
+    """The page of some runs, made again when they have changed; only changed runs are read again."""
 
     def __init__(self, folders: Sequence[Path]):
-        self._folders, self._lock = list(folders), threading.Lock()
+        self._folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+        self._lock = threading.Lock()
         self._made, self._page = "", b""
+        self._runs: dict[Path, tuple[str, Run]] = {}  # what was read last, and its files' state then
 
     def version(self) -> str:
         """Changes with the files of the runs."""
-        files = [folder / name for folder in self._folders for name in WATCHED]
-        stats = [file.stat() for file in files if file.exists()]
-        return "-".join(f"{stat.st_mtime_ns:x}.{stat.st_size:x}" for stat in stats)
+        return " ".join(map(files_of, self._folders))
 
     def page(self) -> bytes:
         with self._lock:  # two browsers do not make it twice
             version = self.version()
             if version != self._made:
-                with tempfile.TemporaryDirectory() as folder:
-                    out = Path(folder) / "report.html"
-                    write_page(self._folders, out, live=version)
-                    self._made, self._page = version, out.read_bytes()
+                begun = {folder: state for folder in self._folders if (state := files_of(folder)) != "-"}
+                for folder, state in begun.items():
+                    state = f"{state} of {len(begun)}"  # fewer steps are read of each of more runs
+                    if self._runs.get(folder, ("",))[0] != state:
+                        self._runs[folder] = state, read_run(folder, len(begun))
+                awaited = [folder for folder in self._folders if folder not in begun]
+                page = html([self._runs[folder][1] for folder in begun], version, awaited)
+                self._made, self._page = version, page.encode()
             return self._page
 
 
+def files_of(folder: Path) -> str:
+    """Times and sizes of a run's files; "-" before it has any."""
+    stats = [file.stat() for name in WATCHED if (file := folder / name).exists()]
+    return ",".join(f"{stat.st_mtime_ns:x}.{stat.st_size:x}" for stat in stats) or "-"
+
+
 def server(folders: Sequence[Path], host: str, port: int) -> ThreadingHTTPServer:
-    """The server, not started yet. `port` 0 takes a free one. Raises `ConfigError` for what is no run."""
+    """The server, not started yet. `port` 0 takes a free one.
+
+    A folder that does not exist is awaited. Raises `ConfigError` for one that exists and is no run.
+    """
     for folder in folders:
-        read_run(folder)
+        if folder.exists():
+            read_run(folder)
     pages = Pages(folders)
 
     class Handler(BaseHTTPRequestHandler):

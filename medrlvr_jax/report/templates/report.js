@@ -1,5 +1,6 @@
 "use strict";
 // The page's browsers of curves, answers and samples. Text from runs goes into it as textContent, never as markup.
+// What the reader has set stays while the page is open, also where it is loaded again or takes in new data.
 
 const make = (tag, text = "", name = "") => {
   const element = document.createElement(tag);
@@ -35,8 +36,18 @@ const pages = (list, more, card) => {
 
 // --- curves: a chart for each chosen metric, a line for each group of runs, or for each run ---
 
+const charts = new Map(); // by the metric's name
+const zoom = () => {
+  for (const { chart } of charts.values()) {
+    const { min, max } = chart.scales.x, steps = chart.data[0];
+    if (min > steps[0] || max < steps.at(-1)) return { min, max };
+  }
+  return null;
+};
+const zoomTo = (range) => range && charts.forEach(({ chart }) => chart.setScale("x", range));
+
 const curves = () => {
-  const data = dataOf("explore-data"), KEY = "medrlvr metrics", open = new Map(), hidden = new Set();
+  const data = dataOf("explore-data"), hidden = new Set();
   const START = /^(reward|accuracy|format_ok|response_length|kl|entropy|nll|eval\..*\.accuracy)$/;
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--soft"), line = style.getPropertyValue("--line");
@@ -82,34 +93,35 @@ const curves = () => {
     }, table, box);
     const observer = new ResizeObserver(() => chart.setSize(size()));
     observer.observe(box);
-    open.set(metric.name, { chart, end: () => { observer.disconnect(); chart.destroy(); box.remove(); } });
+    charts.set(metric.name, { chart, end: () => { observer.disconnect(); chart.destroy(); box.remove(); } });
   };
-  const remove = (name) => { open.get(name).end(); open.delete(name); };
-  const stored = () => { try { return JSON.parse(sessionStorage.getItem(KEY)); } catch { return null; } };
-  const store = () => {
-    try { sessionStorage.setItem(KEY, JSON.stringify([...open.keys()])); } catch { /* a file without storage */ }
-  };
-  const chosen = stored() || data.metrics.map((metric) => metric.name).filter((name) => START.test(name));
+  const remove = (name) => { charts.get(name).end(); charts.delete(name); };
+  [...charts.keys()].forEach(remove);
   for (const metric of data.metrics) {
     const label = make("label"), box = make("input");
     box.type = "checkbox";
-    box.checked = chosen.includes(metric.name);
-    box.addEventListener("change", () => { (box.checked ? draw(metric) : remove(metric.name)); store(); });
+    box.checked = START.test(metric.name);
+    box.addEventListener("change", () => {
+      const range = zoom();
+      if (box.checked) draw(metric); else remove(metric.name);
+      zoomTo(range);
+    });
     label.append(box, make("span", metric.name));
     label.title = metric.meaning;
     byId("metrics").append(label);
     if (box.checked) draw(metric);
   }
   const redraw = () => {
-    const names = [...open.keys()];
+    const names = [...charts.keys()], range = zoom();
     names.forEach(remove);
     data.metrics.filter((metric) => names.includes(metric.name)).forEach(draw);
+    zoomTo(range);
   };
   single.addEventListener("change", redraw);
   document.querySelectorAll("[data-group]").forEach((box) => box.addEventListener("change", () => {
     const group = Number(box.dataset.group);
     if (box.checked) hidden.delete(group); else hidden.add(group);
-    for (const { chart } of open.values()) {
+    for (const { chart } of charts.values()) {
       chart.series.forEach((s, i) => { if (s.group === group) chart.setSeries(i, { show: box.checked }); });
     }
   }));
@@ -227,6 +239,77 @@ const samples = () => {
   draw();
 };
 
-for (const [id, browser] of [["explore-data", curves], ["answer-data", answers], ["sample-data", samples]]) {
-  if (byId(id)) browser();
-}
+// --- what the reader has set ---
+
+const LISTS = [["pairs", "more-pairs"], ["list", "more"]], defaults = new WeakMap();
+const idOf = (section) => section.getAttribute("aria-labelledby");
+const fields = () => [...document.querySelectorAll("main input, main select")];
+const nameOf = (e) => `${idOf(e.closest("section"))} ${e.name || e.id || e.closest("label").textContent}`;
+const valueOf = (e) => (e.type === "checkbox" ? e.checked : e.options ? e.selectedOptions[0]?.text : e.value);
+const boxes = () => [...document.querySelectorAll("main details")].map((box) => {
+  const head = [...(box.closest("article")?.children ?? [])].slice(0, 2);
+  return [box, [...head, box.firstElementChild].map((e) => e.textContent).join("\n")];
+});
+const begin = (sections) => {
+  for (const section of sections) ({ curves, answers, samples })[idOf(section)]?.();
+  for (const e of fields()) if (!defaults.has(e)) defaults.set(e, valueOf(e));
+};
+const state = () => ({
+  fields: Object.fromEntries(fields().filter((e) => valueOf(e) !== defaults.get(e)).map((e) => [nameOf(e), valueOf(e)])),
+  open: boxes().filter(([box]) => box.open).map(([, name]) => name),
+  shown: LISTS.map(([list]) => byId(list)?.children.length),
+  zoom: zoom(),
+  focus: document.activeElement.closest("main label") && nameOf(document.activeElement),
+});
+const restore = (set) => {
+  for (const e of fields()) {
+    const value = set.fields[nameOf(e)];
+    if (value !== undefined && value !== valueOf(e)) {
+      if (e.type === "checkbox") e.checked = value;
+      else e.value = e.options ? [...e.options].find((option) => option.text === value)?.value ?? e.value : value;
+      for (const kind of ["input", "change"]) e.dispatchEvent(new Event(kind, { bubbles: true }));
+    }
+    if (nameOf(e) === set.focus) e.focus({ preventScroll: true });
+  }
+  LISTS.forEach(([list, more], i) => {
+    while (byId(list)?.children.length < set.shown[i] && !byId(more).hidden) byId(more).click();
+  });
+  for (const [box, name] of boxes()) if (set.open.includes(name)) box.open = true;
+  zoomTo(set.zoom);
+};
+
+// --- a served page takes in the sections that have changed, and is loaded again where there are others ---
+
+const sectionsOf = (page) => [...page.querySelectorAll("main > section")];
+const sources = new Map(sectionsOf(document).map((section) => [idOf(section), section.outerHTML]));
+const takeIn = (text) => {
+  const page = new DOMParser().parseFromString(text, "text/html"), old = sectionsOf(document);
+  const changed = sectionsOf(page).filter((section) => sources.get(idOf(section)) !== section.outerHTML);
+  if (sectionsOf(page).map(idOf).join() !== old.map(idOf).join()) return location.reload();
+  const set = state(), seen = old.find((section) => section.getBoundingClientRect().bottom > 0);
+  const place = () => seen && byId(idOf(seen)).getBoundingClientRect().top, before = place();
+  document.title = page.title;
+  document.querySelector("header").replaceWith(page.querySelector("header"));
+  for (const section of changed) {
+    sources.set(idOf(section), section.outerHTML);
+    byId(idOf(section)).closest("section").replaceWith(section);
+  }
+  begin(changed);
+  restore(set);
+  scrollBy(0, place() - before);
+};
+const follow = (version) => setInterval(async () => {
+  const read = (path) => fetch(path).then((answer) => (answer.ok ? answer.text() : null), () => null);
+  const now = await read("/version"), text = now !== null && now !== version ? await read("/") : null;
+  byId("lost").hidden = now !== null;
+  if (text === null) return;
+  version = now;
+  takeIn(text);
+}, 5000);
+
+begin(sectionsOf(document));
+const KEY = "medrlvr page";
+try { restore(JSON.parse(sessionStorage.getItem(KEY)) ?? state()); } catch { /* a file without storage */ }
+addEventListener("pagehide", () => {
+  try { sessionStorage.setItem(KEY, JSON.stringify(state())); } catch { /* a file without storage */ }
+});
