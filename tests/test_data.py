@@ -159,7 +159,7 @@ def test_mmlu_csv_without_header_and_the_hubs_form(file):
     ]
     hub = {"question": "Which?", "choices": ["1", "2"], "answer": 1, "subject": "virology"}
     assert read(file("m.jsonl", [hub]))[0] == Question("m-1", "Which?", ("1", "2"), 1, "virology")
-    assert "answer: 2 is not the index of one of the 2 choices" in complaint(
+    assert "answer: 2 is not the number of one of its 2 options, counted from 0" in complaint(
         file("m.jsonl", [hub | {"answer": 2}])
     )
 
@@ -169,7 +169,7 @@ def test_medmcqa_counts_from_one_in_files_and_by_label_on_the_hub(file, tmp_path
         Question("f00", "Which?", ("a", "b", "c", "d"), 3, "ENT", "Since.")
     ]
     for bad in (0, 5, -2):
-        assert f"field cop: {bad} is not 1 to 4; files count from 1" in complaint(
+        assert f"field cop: {bad} is not the number of one of its 4 options, counted from 1" in complaint(
             file("d.jsonl", [MCQA | {"cop": bad}])
         )
     assert "take the train or validation split" in complaint(file("d.jsonl", [MCQA | {"cop": -1}]))

@@ -183,6 +183,8 @@ def test_texts_by_alias():
         ({"kind": "date", "answer": "03/04/2024"}, "day or month first"),
         ({"kind": "date", "answer": "03/04/2024", "order": "usa"}, "field order: 'usa' is neither"),
         ({"kind": "labels", "answer": "a", "labels": ["b"]}, "not one of the labels"),
+        ({"kind": "label", "answer": "a", "labels": "a, b"}, "field labels: 'a, b' is not a list"),
+        ({"kind": "text", "answer": "aspirin", "aliases": "ASA"}, "field aliases: 'ASA' is not a list"),
         ({"kind": "text", "answer": " "}, "field answer: '' has 0 characters"),
     ],
 )

@@ -18,8 +18,9 @@ from reprlib import repr as short
 from typing import Any
 
 from medrlvr_jax.config.schema import SetConfig
-from medrlvr_jax.data.formats import FORMATS, Row, field_names
+from medrlvr_jax.data.formats import FORMATS
 from medrlvr_jax.data.question import DataError
+from medrlvr_jax.data.record import Row, field_names
 
 NEEDED = ("question", "answer", "options", "response")  # a record without these is refused, not read
 

@@ -241,35 +241,34 @@ def read_reference(row: Mapping[str, Any]) -> Reference:
     if kind not in KINDS:
         raise Unreadable(f"field kind: {kind!r} is none of {', '.join(KINDS)}; give one of these")
     text = ", ".join(map(str, answer)) if isinstance(answer, list | tuple) else str(answer).strip()
-    unit, order, allowed = row.get("unit") or None, row.get("order"), tuple(map(str, row.get("labels") or ()))
+    unit, order, allowed = row.get("unit") or None, row.get("order"), _texts(row, "labels")
     if order not in (None, *get_args(DateOrder)):
         raise Unreadable(f"field order: {order!r} is neither month_first nor day_first; give one of these")
     if not text or len(text) > LONGEST[kind]:
         problem = f"{text[:40]!r} has {len(text):,} characters; give 1 to {LONGEST[kind]:,}"
         raise Unreadable(f"field answer: {problem}")
+    reference = Reference(KINDS[KINDS.index(kind)], text, unit=unit, allowed=allowed, order=order)
+    if kind == "text":
+        return replace(reference, aliases=_texts(row, "aliases"))
     try:
         if unit is not None:
             unit_size(str(unit))
-        reference = Reference(KINDS[KINDS.index(kind)], text, unit=unit, allowed=allowed, order=order)
-        match kind:
-            case "number":
-                value = amount(read_number(text), unit)
-                return replace(reference, value=value, **_limits(row, value))
-            case "integer":
-                return replace(reference, value=_whole(amount(read_number(text), unit)))
-            case "date":
-                return replace(reference, value=read_date(text, order))
-            case "duration":
-                return replace(reference, value=read_duration(text))
-            case "label" | "labels":
-                return replace(reference, value=read_labels(text, allowed, kind))
-            case _:
-                return replace(reference, aliases=tuple(map(str, row.get("aliases") or ())))
+        value = read_value(text, reference)
+        limits = _limits(row, value) if kind == "number" else {}
     except Unreadable as e:
         if str(e) not in REASONS:
             raise
         problem = f"{text!r} cannot be read as a value of kind {kind}: {REASONS[str(e)]}"
         raise Unreadable(f"field answer: {problem}; write it otherwise") from None
+    return replace(reference, value=value, **limits)
+
+
+def _texts(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """The texts of a list; none where the field is not given."""
+    texts = row.get(field) or ()
+    if not isinstance(texts, list | tuple):
+        raise Unreadable(f"field {field}: {texts!r} is not a list; give a list of texts")
+    return tuple(map(str, texts))
 
 
 def _limits(row: Mapping[str, Any], value: Fraction) -> dict[str, Fraction]:
@@ -301,28 +300,37 @@ def amount(number: Number, unit: str | None) -> Fraction:
     return number.value * size / wanted_size
 
 
-def _whole(value: Fraction) -> Fraction:
-    if value.denominator != 1:
-        raise Unreadable("not_an_integer")
-    return value
+def read_value(text: str, reference: Reference) -> Any:
+    """What a text says in the terms of a reference, whose kind, unit, order and labels count. Raises
+    `Unreadable` where that is no value of this kind.
+    """
+    match reference.kind:
+        case "number":
+            return amount(read_number(text), reference.unit)
+        case "integer":
+            value = amount(read_number(text), reference.unit)
+            if value.denominator != 1:
+                raise Unreadable("not_an_integer")
+            return value
+        case "date":
+            return read_date(text, reference.order)
+        case "duration":
+            return read_duration(text)
+        case "label" | "labels":
+            return read_labels(text, reference.allowed, reference.kind)
+        case "text":
+            return normal(text)
 
 
 def matches(answer: str, reference: Reference) -> bool:
     """Whether an answer, stripped of white space, is right. Raises `Unreadable` where it has no value."""
     if len(answer) > LONGEST[reference.kind]:
         raise Unreadable("too_long")
-    match reference.kind:
-        case "number":
-            low = -math.inf if reference.lower is None else reference.lower
-            high = math.inf if reference.upper is None else reference.upper
-            return low <= amount(read_number(answer), reference.unit) <= high
-        case "integer":
-            return _whole(amount(read_number(answer), reference.unit)) == reference.value
-        case "date":
-            return read_date(answer, reference.order) == reference.value
-        case "duration":
-            return read_duration(answer) == reference.value
-        case "label" | "labels":
-            return read_labels(answer, reference.allowed, reference.kind) == reference.value
-        case "text":
-            return normal(answer) in map(normal, (reference.text, *reference.aliases))
+    value = read_value(answer, reference)
+    if reference.kind == "text":
+        return value in map(normal, (reference.text, *reference.aliases))
+    if reference.kind == "number":
+        low = -math.inf if reference.lower is None else reference.lower
+        high = math.inf if reference.upper is None else reference.upper
+        return low <= value <= high
+    return value == reference.value

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from medrlvr_jax.config.schema import RewardConfig
-from medrlvr_jax.data.formats import facts_of, field_names, key_of
-from medrlvr_jax.data.question import DataError, Question
+from medrlvr_jax.data.formats import key_of
+from medrlvr_jax.data.question import DataError, Question, unlabelled
 from medrlvr_jax.data.readers import read_json
+from medrlvr_jax.data.record import facts_of, field_names
 from medrlvr_jax.host import tables
 from medrlvr_jax.rewards import grade
 from medrlvr_jax.rewards.components import pure
@@ -117,7 +118,5 @@ def _record(row: dict[str, Any] | DataError) -> tuple[str, Question]:
         problem = f'{reprlib.repr(completion)} is not a text; an empty completion is ""'
         raise DataError(f"field completion: {problem}; the line has {field_names(row)}")
     options, answer = key_of(row)
-    facts = facts_of(row)
-    if isinstance(answer, int):
-        return completion, Question("", "", options, answer, facts=facts)
-    return completion, Question("", "", options, value=answer, facts=facts)
+    key: dict[str, Any] = {"answer" if isinstance(answer, int) else "value": answer}
+    return completion, Question("", "", unlabelled(options), facts=facts_of(row), **key)
