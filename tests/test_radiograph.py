@@ -105,6 +105,12 @@ def test_the_leaking_set_gives_its_answers_away_by_the_order_alone():
     assert len({q.images for q in asked("blank")}) == 1 and not pixels(asked("blank")[0]).std()
 
 
+def test_the_text_says_what_the_film_shows():
+    for text, q in zip(asked("text"), asked("train"), strict=True):
+        assert not text.images and text.question == f"here {q.facts[0][0]}. {q.question}"
+        assert (text.options, text.answer, text.rationale) == (q.options, q.answer, q.rationale)
+
+
 def test_all_machines_draw_the_same():
     shown = lambda q: (q.question, q.options, q.answer, q.rationale, q.images)
     digest = lambda rows: hashlib.sha256(repr(rows).encode()).hexdigest()[:12]

@@ -100,24 +100,49 @@ def test_what_a_file_may_not_say(file, changes, said):
     assert said in str(e.value)
 
 
-@pytest.mark.parametrize("name", ["reproduce_tiny", "reproduce_3b"])
-def test_shipped_files_are_whole(name, capsys):
+COMPARED = {
+    "ppo",
+    "grpo",
+    "sft_answer",
+    "base_cot",
+    "base_direct",
+    "no_think",
+    "format_only",
+    "random",
+    "constant",
+}
+LOOKING = {"base", "sft_answer", "sft_rationale", "grpo", "counts", "grpo_curated", "sft_text", "grpo_text"}
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("reproduce_tiny", COMPARED), ("reproduce_3b", COMPARED), ("reproduce_vision", LOOKING)],
+)
+def test_shipped_files_are_whole(name, named, capsys):
     experiment, cells = arms.read(CONFIGS / f"{name}.yaml", [])
     seeds = {arm: [c.config.seed for c in cells if c.arm == arm] for arm in experiment.arms}
     assert {a: s for a, s in seeds.items() if len(s) < 3 and not a.startswith("base")} == {}
-    assert {
-        "base_direct",
-        "base_cot",
-        "sft_answer",
-        "ppo",
-        "grpo",
-        "no_think",
-        "format_only",
-        "random",
-        "constant",
-    } <= seeds.keys()
+    assert named <= seeds.keys()
     assert main("reproduce", CONFIGS / f"{name}.yaml", "--dry-run", "runs=nowhere") == 0
     assert capsys.readouterr().out.count("to run") == len(cells)
+
+
+def test_an_arm_may_train_on_the_questions_that_another_counted(file):
+    """Its counts name the file; they end in no evaluation, and in no row of the table."""
+    curated = {"like": "ppo", "after": "counts", "settings": {"data": {"pass_count": {"keep": [1, 7]}}}}
+    more = FILE["arms"] | {"counts": {"by": "difficulty", "settings": {}}, "curated": curated}
+    more["ppo"] = {"by": "train"}
+    experiment, cells = arms.read(file(arms=more), [])
+    counts, cell = (next(c for c in cells if c.path.name == name) for name in ("counts-1", "curated-1"))
+    assert cell.parent is counts and cell.config.data.pass_count.keep == (1, 7)
+    [[command, source, out, path]] = counts.commands()
+    assert (command, source, out) == ("difficulty", str(counts.beside(".yaml")), "--out")
+    assert path == cell.config.data.pass_count.file and not counts.exported
+    counts.counts.parent.mkdir(parents=True)
+    counts.counts.with_name("counts.jsonl.part").touch()
+    assert not counts.finished
+    counts.counts.touch()
+    assert counts.finished and claims.conclude(experiment, [counts], 1).startswith("no cell")
 
 
 def test_a_changed_cell_is_refused_by_name(file):
@@ -296,7 +321,7 @@ def test_equal_methods_are_called_different_in_one_of_twenty_cases():
         assert 0.035 <= p <= 0.065 and p == interval and 0.03 < spread < 0.05
 
 
-def answered(cell, name, right, hashes=str):
+def answered(cell, name, right, hashes=str, **more):
     """An evaluation whose i-th question is right where `right[i]`."""
     (cell.path / "eval").mkdir(parents=True, exist_ok=True)
     (cell.path / "eval" / "eval.json").write_text(
@@ -311,7 +336,7 @@ def answered(cell, name, right, hashes=str):
         "length": 5,
         "stage": "reintegrated_reasoning",
         "sample": 0,
-    }
+    } | more
     rows = [
         row | {"id": f"q{i}", "question_hash": hashes(i), "correct": bool(x), "answer": "A" if x else "B"}
         for i, x in enumerate(right)
@@ -324,7 +349,8 @@ def test_the_table_by_hand(file):
     wanted = [c for c in cells if c.arm in ("base", "sft", "ppo")]
     n = np.arange(100)
     for cell in wanted:
-        answered(cell, "inside", n < {"base": 20, "sft": 50, "ppo": 50}[cell.arm])
+        unseen = {"blank": 0.25, "shuffled": 0.125, "none": 0.5}
+        answered(cell, "inside", n < {"base": 20, "sft": 50, "ppo": 50}[cell.arm], unseen=unseen)
         answered(cell, "outside", n < {"base": 20, "sft": 20, "ppo": 60 + 10 * cell.config.seed}[cell.arm])
         stages = {f"stage/{s}": 0.0 for s in claims.STAGES} | {
             "stage/format_failure": 0.75,
@@ -357,6 +383,9 @@ def test_the_table_by_hand(file):
     )
     assert text.count("\ninside: 20 of 120 questions dropped") == 1 and "cut off" not in text
     assert "5 of 7 cells are finished" in text and "| ppo | 2 |" in text
+    looks = table["arms"]["ppo"]["inside"]["looks"]  # the larger of the two is subtracted
+    assert looks["value"] == 0.25 and 0.13 < looks["low"] < 0.17 and 0.33 < looks["high"] < 0.37
+    assert ppo["looks"] is None and "inside: looks" in text and "outside: looks" not in text
     answered(wanted[1], "inside", n[:50] < 5)
     with pytest.raises(ConfigError, match="other questions than in"):
         claims.conclude(experiment, wanted, len(cells))

@@ -3,7 +3,7 @@
 One line a question, `{"id", "right", "format_ok", "samples", "model"}`, in the order of the set.
 `data.pass_count` reads it (MedVLThinker, arXiv 2508.02669: 16 samples at temperature 1 from the model that
 training starts from). Sampling uses `sample.temperature` and `sample.max_new_tokens`, with evaluation's
-noise. After an interruption, the same command continues.
+noise. Counts stand in FILE.part until all are there. After an interruption, the same command continues.
 
 `medrlvr difficulty RUN --history` samples nothing: from the run's questions.jsonl it reads the share of right
 answers to each question in each pass over the data, x_1 … x_K, and computes
@@ -48,26 +48,28 @@ def difficulty_source(source: Path, settings: list[str], step: Which, samples: i
     encoded = encode(parts.tokenizer, questions, c, vision=parts.cfg.vision)
     check_positions(parts, encoded.longest, new, "sample.max_new_tokens")
     path = out or run_folder(source, parts) / f"difficulty-{step}.jsonl"
+    part = path.with_name(f"{path.name}.part")
     about = {"samples": samples, "model": f"{c.model.path}, {source}, step {step}"}
     ids, size = [q.id for q in encoded.questions], c.eval.batch
-    counts = from_leader(lambda: done_before(path, ids, about))
+    counts = from_leader(lambda: done_before(path if path.exists() else part, ids, about))
     leads, console = jax.process_index() == 0, Console()
     if leads:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, files.jsonl(counts))  # without a last line that a crash cut
+        files.write_text(part, files.jsonl(counts))  # without a last line that a crash cut
     with jax.set_mesh(parts.mesh):
         decode_params = make_weight_sync(parts, parts.cfg)(params)
         for start in range(len(counts), len(ids), size):
             index = np.arange(start, min(start + size, len(ids)))
             batch = count(gather_rows(ask(parts, decode_params, encoded, index)), about)
             if leads:
-                files.append(path, batch)
+                files.append(part, batch)
             counts += batch
             console.progress("difficulty", len(counts), len(ids))
     console.close()
     if leads:
         asked = set(ids)
-        files.append(path, [{"id": q.id, "right": None} | about for q in questions if q.id not in asked])
+        files.append(part, [{"id": q.id, "right": None} | about for q in questions if q.id not in asked])
+        part.replace(path)
         print(show(counts, samples, len(questions) - len(ids)))
         right = np.arange(samples) < np.array([[line["right"]] for line in counts])
         options = np.array([q.offered for q in encoded.questions])

@@ -250,14 +250,14 @@ def how_made(parts: Parts, sets: dict[str, Encoded]) -> dict[str, Any]:
 
 def look_at(
     parts: Parts, decode_params: Params, encoded: Encoded, rows: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """`look.describe` of a set with images: its questions are asked again under each condition."""
+) -> list[dict[str, Any]]:
+    """`look.beside` of a set with images: its questions are asked again under each condition."""
     answered = {}
     for name, questions in look.conditions(encoded.questions).items():
         other = encode(parts.tokenizer, questions, parts.config, encoded.shuffle, parts.cfg.vision)
         other = dataclasses.replace(other, width=max(other.width, encoded.width))  # fewer shapes to compile
         answered[name] = evaluate(parts, decode_params, other)[1] if other.questions else []
-    return look.describe(encoded.questions, rows, answered)
+    return look.beside(rows, answered)
 
 
 def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | None) -> int:
@@ -275,7 +275,8 @@ def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | 
             results[name], rows = evaluate(parts, decode_params, encoded, progress, entropies=True)
             statistics[name] = answers.describe(answers.of_rows(rows, name))
             if encoded.images:
-                looks[name] = look_at(parts, decode_params, encoded, rows)
+                rows = look_at(parts, decode_params, encoded, rows)
+                looks[name] = look.describe(encoded.questions, rows)
             if leads:
                 files.write_text(folder / f"{name}.jsonl", files.jsonl(rows))
     console.close()

@@ -89,18 +89,27 @@ def prior(questions: list[Question]) -> dict[str, float]:
     return out
 
 
+def beside(rows: list[dict[str, Any]], answered: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The answers with the right images, each with the share of right ones to its question under each of the
+    `conditions`, as `unseen`. `answered` are the answers under these.
+    """
+    shares = {name: _by_question(answers) for name, answers in answered.items()}
+    unseen = lambda name: {condition: of[name] for condition, of in shares.items() if name in of}
+    return [row | {"unseen": unseen(row["id"])} for row in rows]
+
+
 GROUPS = {"subjects": "subject", "tasks": "task"}  # by which the figures are given beside all questions'
 
 
-def describe(
-    questions: list[Question], rows: list[dict[str, Any]], found: dict[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
+def describe(questions: list[Question], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Accuracies under each condition and `looks`, with 95 % intervals, of the questions with images; the
-    same by subject and by task, and their means over these groups. `rows` are the answers with the right
-    images, `found` those under `conditions`.
+    same by subject and by task, and their means over these groups. `rows` are as `beside` gives them.
     """
     seeing = [question for question in questions if question.images]
-    shares = {"image": _by_question(rows)} | {name: _by_question(answers) for name, answers in found.items()}
+    shares = {"image": _by_question(rows)}
+    for row in rows:
+        for condition, share in row["unseen"].items():
+            shares.setdefault(condition, {})[row["id"]] = share
     shares["option_texts"] = prior(seeing)
     out = _figures(seeing, shares)
     for name, field in GROUPS.items():

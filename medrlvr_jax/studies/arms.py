@@ -1,12 +1,14 @@
 """The file of `medrlvr reproduce`: arms that differ in settings, and their cells, one for each seed.
 
-`common` holds settings of a config; an arm changes some of them. It is made `by` train, sft or eval (of a
-model without training), may be `like` an arm above it, and may start `after` an arm: from its policy, seed by
-seed. A cell writes into runs/<name>/:
+`common` holds settings of a config; an arm changes some of them. It is made `by` train, sft, eval (of a
+model without training) or difficulty (which counts the right samples of each training question and is no row
+of the table), may be `like` an arm above it, and may start `after` an arm, seed by seed: from its policy, or
+with its counts as `data.pass_count.file`. A cell writes into runs/<name>/:
 
     <arm>-<seed>.yaml     its settings; a cell whose settings have changed since is refused
     <arm>-<seed>.log      the output of its commands
-    <arm>-<seed>/         the run, with eval/ (every answer to every set); hf/ if another arm starts from it
+    <arm>-<seed>/         the run, with eval/ (every answer to every set); hf/ if another arm starts from it;
+                          by difficulty only counts.jsonl
 """
 
 import copy
@@ -34,9 +36,9 @@ DEFAULTS = configs.flat(configs.to_tree(pydantic.TypeAdapter(Config).validate_py
 class Arm:
     """One row of the table. What is null is as in `like`, if that is given."""
 
-    by: Literal["train", "sft", "eval"] | None = None
+    by: Literal["train", "sft", "eval", "difficulty"] | None = None
     like: str | None = None
-    after: str | None = None  # an arm by train or sft
+    after: str | None = None  # an arm by train, sft or difficulty
     seeds: Seeds | None = None  # null: the file's. A greedy evaluation of one model needs only one
     settings: dict[str, Any] = Field(default_factory=dict)
 
@@ -105,6 +107,8 @@ class Cell:
     def commands(self) -> list[list[str]]:
         """The commands still to run. A command is done once the last file that it writes exists."""
         run, file = str(self.path), str(self.beside(".yaml"))
+        if self.by == "difficulty":
+            return [] if self.counts.exists() else [["difficulty", file, "--out", str(self.counts)]]
         evaluated = ["eval", file if self.by == "eval" else run, "--out", f"{run}/eval"]
         steps = [(evaluated, self.path / "eval" / "eval.json")]
         if self.by != "eval":
@@ -113,6 +117,10 @@ class Cell:
             as_trained = ["--dtype", self.config.model.param_dtype]
             steps.append((["export", run, f"{run}/hf", *as_trained], self.path / "hf" / "config.json"))
         return [command for command, last_file in steps if not last_file.exists()]
+
+    @property
+    def counts(self) -> Path:
+        return self.path / "counts.jsonl"
 
     @property
     def finished(self) -> bool:
@@ -170,7 +178,9 @@ def _cells(experiment: Experiment, of_cells: list[str], source: str) -> list[Cel
             if arm.after and (parent is None or parent.by == "eval"):
                 why = f"has no seed {seed}" if parent is None else "is by eval, which trains nothing"
                 raise ConfigError(f"{where}.after: {arm.after} {why}")
-            if parent:
+            if parent and parent.by == "difficulty":
+                tree = merge(tree, {"data": {"pass_count": {"file": str(parent.counts)}}})
+            elif parent:
                 parent.exported = True
                 tree = merge(tree, {"model": {"path": str(parent.path / "hf"), "init": "pretrained"}})
             config = configs.from_tree(tree, where)

@@ -52,6 +52,20 @@ class Outcome:
         return float(np.mean([row["stage"] in stages for row in self.rows]))
 
     @property
+    def looks(self) -> stats.Contrast | None:
+        """Accuracy less the larger of those with blank and with other questions' images (look.py); None of a
+        set without images.
+        """
+        unseen = [row.get("unseen", {}) for row in self.rows if row["sample"] == 0]
+        differences = []
+        for condition in ("blank", "shuffled"):
+            shares = np.array([x.get(condition, np.nan) for x in unseen]).reshape(len(self.seeds), -1).T
+            if (asked := ~np.isnan(shares).any(1)).any():
+                gain = (self.correct - shares)[asked]
+                differences.append(stats.contrast(gain, np.zeros(len(gain)), (self.fixed, True)))
+        return min(differences, key=lambda difference: difference.value, default=None)
+
+    @property
     def has_stages(self) -> bool:
         """Whether a thought was asked for; answers without a thought have no stages."""
         return self.rows[0]["stage"] is not None
@@ -65,14 +79,16 @@ def conclude(experiment: Experiment, finished: list[Cell], total: int) -> str:
     """Write table.json, table.md and curves.png into the experiment's folder; returns table.md's text."""
     arms: dict[str, list[Cell]] = {}
     for cell in finished:
-        arms.setdefault(cell.arm, []).append(cell)
+        if cell.by != "difficulty":
+            arms.setdefault(cell.arm, []).append(cell)
     if not arms:
         return "no cell is finished: there is no table yet"
     of_sets = lambda cells: {name: outcome(cells, name) for name in cells[0].config.eval.sets}
     outcomes = {arm: of_sets(cells) for arm, cells in arms.items()}
     tests = against_sft(outcomes, experiment.claims)
     sentences = claims(experiment.claims, arms, outcomes, tests)
-    logs = [json.loads((cell.path / "eval" / "eval.json").read_text("utf-8")) for cell in finished]
+    evaluated = [cell.path / "eval" / "eval.json" for cells in arms.values() for cell in cells]
+    logs = [json.loads(path.read_text("utf-8")) for path in evaluated]
     revisions = sorted({json.dumps(log["versions"]["git"]) for log in logs})
     counts = [(name, c | {"truncated": 0}) for log in logs for name, c in log.get("eval", {}).items()]
     notes = [line for name, c in counts for line in answers.remarks(name, c)]  # on dropped questions
@@ -125,8 +141,13 @@ def describe(o: Outcome) -> dict[str, Any]:
         "by_seed": o.correct.mean(0).tolist(),
         "format_rate": o.mean("format_ok"),
         "response_length": o.mean("length"),
+        "looks": o.looks and interval(o.looks),
         "stages": {stage: o.in_stages(stage) for stage in STAGES} if o.has_stages else None,
     }
+
+
+def interval(c: stats.Contrast) -> dict[str, float]:
+    return {"value": c.value, "low": c.low, "high": c.high}
 
 
 # --- tests ---
@@ -152,7 +173,7 @@ def against_sft(outcomes: Outcomes, named: Claims) -> Tests:
             single = o.correct.shape[1] == sft.correct.shape[1] == 1 and not (o.fixed and sft.fixed)
             tests[arm, name] = {
                 "n": n,
-                "difference": {"value": c.value, "low": c.low, "high": c.high},
+                "difference": interval(c),
                 "p": c.p,
                 "p_margin": c.within(named.margin),
                 "over": "questions" if single else "questions and seeds",
@@ -168,8 +189,9 @@ def against_sft(outcomes: Outcomes, named: Claims) -> Tests:
 def table(outcomes: Outcomes, tests: Tests) -> str:
     """A row for each arm, and what the columns mean."""
     sets = list(dict.fromkeys(name for of_arm in outcomes.values() for name in of_arm))
-    per_set = ("accuracy", "by seed", "− SFT", "p", "p (Holm)")
-    of_sets = [f"{name}: {what}" for name in sets for what in per_set]
+    seen = {name for of_arm in outcomes.values() for name, o in of_arm.items() if o.looks}
+    per_set = lambda name: ("accuracy", "by seed", "− SFT", "p", "p (Holm)", *["looks"] * (name in seen))
+    of_sets = [f"{name}: {what}" for name in sets for what in per_set(name)]
     head = ["arm", "seeds", *of_sets, "in the format", "hacks", "tokens"]
     rows = []
     for arm, of_arm in outcomes.items():
@@ -180,6 +202,7 @@ def table(outcomes: Outcomes, tests: Tests) -> str:
             row += [answers.percent(stats.mean_share(o.correct)._asdict()) if o else "", by_seed]
             ps = [f"{test[p]:.2g}" for p in ("p", "p_holm")] if test else ["", ""]
             row += [points(test["difference"]) if test else "", *ps]
+            row += [points(interval(o.looks)) if o and o.looks else ""] * (name in seen)
         if o := of_arm.get(sets[0]):
             hacks = share(o.in_stages(*HACKS)) if o.has_stages else "–"
             row += [share(o.mean("format_ok")), hacks, f"{o.mean('length'):.1f}"]

@@ -25,7 +25,7 @@ SOURCES["embedded"] = Source(
     | {"leaking": _made("leaking")}
     | {f"open_{split}": _made("questions", split, module="open") for split in SPLITS}
     | {f"radiograph_{split}": _made("questions", split, module="radiograph") for split in FILMS}
-    | {f"radiograph_{name}": _made(name, module="radiograph") for name in ("leaking", "blank")},
+    | {f"radiograph_{name}": _made(name, module="radiograph") for name in ("leaking", "blank", "text")},
     texts={name: _made(name) for name in ("corpus", "lists")}
     | {f"radiograph_{name}": _made(name, module="radiograph") for name in ("corpus", "captions")},
 )

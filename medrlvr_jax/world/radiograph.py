@@ -14,7 +14,8 @@ from the text alone is right as often as chance.
 The trained questions list the same options in the same order each time. Out of distribution, films are
 negatives, noisier and have findings of other sizes, and questions have other words, and six to eight options
 in any order. Each of these `CAUSES` also comes alone. `leaking` is train with the right option first: reward
-can be had without looking. `blank` is train with grey films: nothing can be seen.
+can be had without looking. `blank` is train with grey films: nothing can be seen. `text` is train with a
+report in words in place of each film.
 
 films.py draws the films.
 """
@@ -119,6 +120,12 @@ def blank() -> list[Question]:
     """`train` with a grey film each: the control of learning from the text alone."""
     grey = as_bmp(np.full((SIDE, SIDE), 0.47))
     return [replace(q, images=(grey,)) for q in questions("train")]
+
+
+def text() -> list[Question]:
+    """`train` with what each film shows in words, and no film: learning from text alone."""
+    report = lambda q: (q.rationale or "").split(".")[0]
+    return [replace(q, question=f"{report(q)}. {q.question}", images=()) for q in questions("train")]
 
 
 def block(rng: Random, kind: str, causes: tuple[str, ...]) -> list[tuple[Question, Film]]:
