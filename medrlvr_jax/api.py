@@ -26,7 +26,7 @@ from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.evaluation import evaluate as evaluation
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
-from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.rollout.generate import draw_settings
 from medrlvr_jax.rollout.generate import generate as draw
 from medrlvr_jax.rollout.rollout import Encoded, encode, place_prompts, width

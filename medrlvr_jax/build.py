@@ -16,8 +16,9 @@ from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
-from medrlvr_jax.model import lora, spec, weights
-from medrlvr_jax.model.spec import VISION, DecoderConfig, Execution, VisionConfig
+from medrlvr_jax.model import families, lora, spec, weights
+from medrlvr_jax.model.architecture import DecoderConfig, Execution, VisionConfig
+from medrlvr_jax.model.spec import VISION
 from medrlvr_jax.types import Array, Frozen, Learner, Params
 
 
@@ -65,7 +66,7 @@ def abstract_tower(parts: Parts) -> Params:
 
 def read_model(path: str, field: str = "model.path") -> tuple[DecoderConfig, Tokenizer]:
     """Architecture and tokenizer of a directory or hub name; `field`: the setting that names it."""
-    cfg, tokenizer = weights.read_config(path, field), load_tokenizer(path, field)
+    cfg, tokenizer = families.read_config(path, field), load_tokenizer(path, field)
     tokenizer.check_fits(cfg.vocab, path, field)
     return cfg, tokenizer
 

@@ -49,8 +49,9 @@ from medrlvr_jax.evaluation import answers
 from medrlvr_jax.evaluation.evaluate import evaluate
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model.scoring import Rows
-from medrlvr_jax.model.spec import VISION, DecoderConfig
+from medrlvr_jax.model.spec import VISION
 from medrlvr_jax.plan.flops import tower_flops
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.policy_rewards import LEAD, ProbabilityRequest, make_policy_rewards, pass_over

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from bench_parts import by_turns
 
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model.scoring import token_logprobs
-from medrlvr_jax.model.spec import DecoderConfig
 
 
 def dense(params, hidden, tokens):

@@ -24,8 +24,8 @@ from small_model import small
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig, SampleConfig
-from medrlvr_jax.model import scoring, spec, weights
-from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.model import families, scoring, spec, weights
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.rollout import generate
 from medrlvr_jax.types import Prompts
 
@@ -109,7 +109,7 @@ def main() -> None:
         path = sys.argv[1]
         rng = np.random.default_rng(0)
         for dtype in (jnp.float32, jnp.bfloat16):
-            cfg = weights.read_config(path).run_with(dtype=dtype, remat="none")
+            cfg = families.read_config(path).run_with(dtype=dtype, remat="none")
             mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
             shapes = spec.abstract(cfg)
             params = weights.load_params(

@@ -15,6 +15,7 @@ from make_parity import write
 from PIL import Image
 
 from medrlvr_jax.model import weights as hf
+from medrlvr_jax.model.families import read_config
 
 GOLDEN = Path(__file__).parent / "data" / "vision.npz"
 NEW = 16  # greedy tokens
@@ -105,7 +106,7 @@ def weights(directory: Path) -> dict[str, np.ndarray]:
     """A checkpoint for the config.json in a directory. At transformers' own start values attention is nearly
     uniform, and no fault of it would show.
     """
-    cfg = hf.read_config(directory)
+    cfg = read_config(directory)
     draw, out = np.random.RandomState(3), {}
     for name, shape in sorted((name, source.shape) for name, source in hf.sources(cfg).items()):
         noise = draw.standard_normal(shape)

@@ -68,7 +68,7 @@ from medrlvr_jax.data.question import Question  # noqa: E402
 from medrlvr_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from medrlvr_jax.host import files  # noqa: E402
 from medrlvr_jax.model import decoder, families, lora  # noqa: E402
-from medrlvr_jax.model.spec import DecoderConfig  # noqa: E402
+from medrlvr_jax.model.architecture import DecoderConfig  # noqa: E402
 from medrlvr_jax.plan import aot, machines  # noqa: E402
 from medrlvr_jax.plan.machines import GIB, Chip, Machine  # noqa: E402
 from medrlvr_jax.rl import train  # noqa: E402

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.model.architecture import DecoderConfig
 
 SIZES: dict[str, Any] = {
     "vocab": 40,

@@ -12,7 +12,7 @@ from test_log import config
 from medrlvr_jax.config.load import load
 from medrlvr_jax.config.schema import CheckpointConfig
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.model.weights import resolve
+from medrlvr_jax.model.families import resolve
 from medrlvr_jax.runs import checkpoint, log
 from medrlvr_jax.tools import doctor, show_data
 

@@ -21,8 +21,9 @@ from test_parity import load
 from medrlvr_jax.config.schema import LoRAConfig, MeshConfig
 from medrlvr_jax.data.tokenizer import load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.model import decoder, export, lora, spec
+from medrlvr_jax.model import decoder, export, families, lora, spec
 from medrlvr_jax.model import weights as hf
+from medrlvr_jax.model.families import read_config
 from medrlvr_jax.types import Prompts
 
 QWEN, LLAMA3 = FAMILIES["qwen2_untied"], FAMILIES["llama3"]
@@ -35,7 +36,7 @@ def refused(tmp_path):
     def check(config, tensors, *words, **replaced):
         path = tmp_path if tensors is None else write(tmp_path, config, tensors)
         with pytest.raises(ConfigError) as e:
-            load(path, dataclasses.replace(hf.read_config(path), **replaced))
+            load(path, dataclasses.replace(read_config(path), **replaced))
         assert all(word in str(e.value) for word in words), str(e.value)
 
     return check
@@ -43,7 +44,7 @@ def refused(tmp_path):
 
 def config_of(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    return hf.read_config(tmp_path)
+    return read_config(tmp_path)
 
 
 def test_config_in_our_words(tmp_path):
@@ -125,20 +126,20 @@ def test_config_refusals(tmp_path, base, change, words):
 
 
 def test_resolve(tmp_path, monkeypatch):
-    assert hf.resolve("embedded").name == "embedded"
-    assert hf.resolve(tmp_path) == tmp_path
+    assert families.resolve("embedded").name == "embedded"
+    assert families.resolve(tmp_path) == tmp_path
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     for gone in ("/nowhere/model", "./model", "../model", "~/no-such-model", "a/b/c", "models/typo"):
         with pytest.raises(ConfigError, match=f"{gone}: no such directory"):
-            hf.resolve(gone)
+            families.resolve(gone)
     asked = []
     monkeypatch.setattr(
-        hf,
+        families,
         "snapshot_download",
         lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path),
     )
-    assert hf.resolve("Qwen/Qwen2.5-3B") == tmp_path
+    assert families.resolve("Qwen/Qwen2.5-3B") == tmp_path
     assert (
         asked[0][0] == "Qwen/Qwen2.5-3B"
         and "*.json" in asked[0][1]
@@ -148,16 +149,16 @@ def test_resolve(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("offline")
 
-    monkeypatch.setattr(hf, "snapshot_download", fail)
+    monkeypatch.setattr(families, "snapshot_download", fail)
     with pytest.raises(
         ConfigError, match=r"Qwen/Qwen2\.5-3B: cannot be read: offline; it is no directory here"
     ):
-        hf.resolve("Qwen/Qwen2.5-3B")
+        families.resolve("Qwen/Qwen2.5-3B")
 
 
 def test_loads_every_number(tmp_path):
     """Against a plain transposition of the whole file, and in blocks so small that every loop turns."""
-    tensors, cfg = weights(QWEN), hf.read_config(write(tmp_path, QWEN, weights(QWEN)))
+    tensors, cfg = weights(QWEN), read_config(write(tmp_path, QWEN, weights(QWEN)))
     params = load(tmp_path, cfg)
     q = tensors["model.layers.1.self_attn.q_proj.weight"].T.reshape(48, 4, 12)
     o = tensors["model.layers.1.self_attn.o_proj.weight"].T.reshape(4, 12, 48)
@@ -176,7 +177,7 @@ def test_loads_every_number(tmp_path):
 @pytest.mark.parametrize("block", [1, 1000, 2**20])
 def test_sharded_load_is_the_same(tmp_path, block, monkeypatch):
     write(tmp_path, QWEN, weights(QWEN))
-    cfg = hf.read_config(tmp_path)
+    cfg = read_config(tmp_path)
     whole = flatten_dict(load(tmp_path, cfg))
     monkeypatch.setattr(hf, "BLOCK", block)
     sharded = flatten_dict(load(tmp_path, cfg, mesh=MeshConfig(data=2, fsdp=2, tensor=2), devices=8))
@@ -190,7 +191,7 @@ def test_sharded_load_is_the_same(tmp_path, block, monkeypatch):
 def test_dtypes(tmp_path, stored, wanted):
     tensors = weights(QWEN, jax.numpy.dtype(stored))
     write(tmp_path, QWEN, tensors)
-    params = load(tmp_path, hf.read_config(tmp_path), wanted)
+    params = load(tmp_path, read_config(tmp_path), wanted)
     assert {str(p.dtype) for p in jax.tree.leaves(params)} == {wanted}
     np.testing.assert_array_equal(params["head"], tensors["lm_head.weight"].T.astype(wanted))
 
@@ -198,9 +199,9 @@ def test_dtypes(tmp_path, stored, wanted):
 def test_critic(tmp_path):
     """The body of the policy, no output matrix, a value head that starts at zero; and it is not exported."""
     write(tmp_path / "policy", QWEN, weights(QWEN))
-    cfg = hf.read_config(tmp_path / "policy").run_with(value_head=True)
+    cfg = read_config(tmp_path / "policy").run_with(value_head=True)
     critic = load(tmp_path / "policy", cfg)
-    policy = load(tmp_path / "policy", hf.read_config(tmp_path / "policy"))
+    policy = load(tmp_path / "policy", read_config(tmp_path / "policy"))
     assert "head" not in critic and critic["value"].shape == (49,) and not critic["value"].any()
     assert jax.tree.all(jax.tree.map(np.array_equal, critic["layers"], policy["layers"]))
     with pytest.raises(ConfigError, match="a critic has no output matrix"):
@@ -261,7 +262,7 @@ def test_set_twice_and_missing_shard(refused, tmp_path):
 def test_one_file_comes_before_shards_as_in_transformers(tmp_path):
     """Old shards beside a newer model.safetensors, or their index alone, are passed over; doctor says so."""
     tensors = weights(QWEN)
-    cfg = hf.read_config(write(tmp_path, QWEN, tensors))
+    cfg = read_config(write(tmp_path, QWEN, tensors))
     assert hf.passed_over(tmp_path) == []
     old, names = {name: tensor + 1 for name, tensor in tensors.items()}, list(tensors)
     shards = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
@@ -309,11 +310,11 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path, file, content,
     """Reading its header as a length, a git-LFS pointer was a MemoryError; a foreign tokenizer.json was a
     bare Exception.
     """
-    shutil.copytree(hf.resolve("embedded"), tmp_path, dirs_exist_ok=True)
+    shutil.copytree(families.resolve("embedded"), tmp_path, dirs_exist_ok=True)
     (tmp_path / file).write_text(content)
 
     def read():
-        cfg = hf.read_config(tmp_path)
+        cfg = read_config(tmp_path)
         hf.check_weights(tmp_path, cfg)
         load_tokenizer(str(tmp_path))
 
@@ -356,19 +357,19 @@ def test_tied_checkpoint_with_a_head(refused, tmp_path):
     tied = FAMILIES["qwen2_tied"]
     tensors = weights(tied)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-    load(write(tmp_path, tied, tensors), hf.read_config(tmp_path))
+    load(write(tmp_path, tied, tensors), read_config(tmp_path))
     tensors["lm_head.weight"][60, 47] += 1
     refused(
         tied,
         tensors,
         "lm_head.weight: of shape (61, 48); tie_word_embeddings is true, and it is not the embedding",
     )
-    load(tmp_path, hf.read_config(tmp_path).run_with(value_head=True))
+    load(tmp_path, read_config(tmp_path).run_with(value_head=True))
 
 
 def test_rotary_buffers_are_passed_over(refused, tmp_path):
     tensors = weights(QWEN) | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
-    load(write(tmp_path, QWEN, tensors), hf.read_config(tmp_path))
+    load(write(tmp_path, QWEN, tensors), read_config(tmp_path))
     refused(
         QWEN,
         tensors | {"model.layers.1.rotary_emb.inv_freq": np.ones(6, np.float32)},
@@ -383,7 +384,7 @@ def test_export_gives_back_every_byte(family, tmp_path):
     (source / "tokenizer.json").write_text("{}")
     (source / "generation_config.json").write_text("{}")
     (source / "training_args.bin").write_text("")
-    cfg = hf.read_config(source)
+    cfg = read_config(source)
     params = load(source, cfg, mesh=MeshConfig(fsdp=2, tensor=2), devices=4)
     export.save_params(params, cfg, source, tmp_path / "out")
     back = load_file(tmp_path / "out" / "model.safetensors")
@@ -393,7 +394,7 @@ def test_export_gives_back_every_byte(family, tmp_path):
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert not (tmp_path / ".out.partial").exists()
-    assert hf.read_config(tmp_path / "out") == cfg
+    assert read_config(tmp_path / "out") == cfg
     assert jax.tree.all(jax.tree.map(np.array_equal, load(tmp_path / "out", cfg), params))
     with pytest.raises(ConfigError, match="exists and is not empty"):
         export.save_params(params, cfg, source, tmp_path / "out")
@@ -402,7 +403,7 @@ def test_export_gives_back_every_byte(family, tmp_path):
 def test_export_in_shards_and_another_dtype(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "SHARD_BYTES", 30_000)
     source = write(tmp_path / "source", QWEN | {"torch_dtype": "float32"}, weights(QWEN))
-    cfg = hf.read_config(source)
+    cfg = read_config(source)
     (tmp_path / ".out.partial").mkdir()  # left by a killed export
     (tmp_path / "out").mkdir()  # empty: may be filled
     export.save_params(load(source, cfg), cfg, source, tmp_path / "out", "bfloat16")
@@ -419,7 +420,7 @@ def test_export_in_shards_and_another_dtype(tmp_path, monkeypatch):
 
 def test_export_refuses_another_models_parameters(tmp_path):
     source = write(tmp_path / "source", QWEN, weights(QWEN))
-    cfg = hf.read_config(source)
+    cfg = read_config(source)
     with pytest.raises(ConfigError, match="not this model's"):
         export.save_params(
             load(source, cfg), dataclasses.replace(cfg, qkv_bias=False), source, tmp_path / "out"
@@ -434,7 +435,7 @@ def test_transformers_loads_the_export(family, tmp_path):
     from transformers import AutoModelForCausalLM
 
     source = write(tmp_path / "source", FAMILIES[family], weights(FAMILIES[family]))
-    cfg = hf.read_config(source)
+    cfg = read_config(source)
     export.save_params(load(source, cfg), cfg, source, tmp_path / "out")
     logits = []
     for path in (source, tmp_path / "out"):
@@ -454,7 +455,7 @@ def test_an_export_stops_where_the_policy_stopped(generation, tmp_path):
     source = write(tmp_path / "source", QWEN | {"eos_token_id": 3, "pad_token_id": 4}, weights(QWEN))
     if generation:
         (source / "generation_config.json").write_text(json.dumps(generation))
-    cfg, prompt = hf.read_config(source), torch.arange(5, 12)[None]
+    cfg, prompt = read_config(source), torch.arange(5, 12)[None]
 
     def generated(path):
         model = AutoModelForCausalLM.from_pretrained(path)
@@ -483,7 +484,7 @@ def test_peft_loads_the_adapter(family, tmp_path):
         source = make_vision.make(tmp_path / "source", family)
     else:
         source = write(tmp_path / "source", FAMILIES[family], weights(FAMILIES[family]))
-    base_cfg, tokens = hf.read_config(source), np.arange(1, 20)[None]
+    base_cfg, tokens = read_config(source), np.arange(1, 20)[None]
     cfg = base_cfg.run_with(lora=LoRAConfig(rank=3, alpha=5.0, targets=("q", "v", "o", "gate", "down")))
     fresh = lora.trained(jax.eval_shape(lambda: spec.init(cfg, jax.random.key(0))), cfg)
     draw = np.random.default_rng(0)
@@ -516,12 +517,12 @@ def test_peft_loads_the_adapter(family, tmp_path):
 RESIDENT = """
 import conftest, sys
 from test_parity import load
-from medrlvr_jax.model import weights as hf
+from medrlvr_jax.model.families import read_config
 def resident(key):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
 small, large = sys.argv[1:]
-load(small, hf.read_config(small), "bfloat16")  # the runtime's own first allocations, some 25 MB, are not the load's
-before, params = resident("VmRSS"), load(large, hf.read_config(large), "bfloat16")
+load(small, read_config(small), "bfloat16")  # the runtime's own first allocations, some 25 MB, are not the load's
+before, params = resident("VmRSS"), load(large, read_config(large), "bfloat16")
 print(resident("VmHWM") - before)
 """
 

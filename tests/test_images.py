@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from medrlvr_jax.data import images
 from medrlvr_jax.data.images import Grid
 from medrlvr_jax.data.question import DataError
-from medrlvr_jax.model.spec import VisionConfig
+from medrlvr_jax.model.architecture import VisionConfig
 from medrlvr_jax.model.vision import normalize
 
 CFG = VisionConfig("qwen2_5_vl", 4, 64, 4, 100, 48, 290, 292, 293, max_pixels=28 * 28 * 100)

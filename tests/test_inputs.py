@@ -13,7 +13,7 @@ from medrlvr_jax import build
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.data import load as data
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.model import weights
+from medrlvr_jax.model import families, weights
 from medrlvr_jax.rewards import user
 from medrlvr_jax.rollout.rollout import encode
 from medrlvr_jax.runs import inputs, log
@@ -88,7 +88,7 @@ TREE = {
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with a copy of the embedded model, a training and an evaluation file, and a reward."""
-    shutil.copytree(weights.resolve("embedded"), tmp_path / "model")
+    shutil.copytree(families.resolve("embedded"), tmp_path / "model")
     write(tmp_path / "train.jsonl", questions(16))
     write(tmp_path / "dev.jsonl", questions(8))
     (tmp_path / "pay").mkdir()
@@ -217,7 +217,7 @@ def test_another_verifier_in_its_folder_is_refused(place):
     assert check(place, reward=reward)[1] == []
     other_weights(place)
     shutil.copy(place / "model/model.safetensors", place / "verifier")
-    shutil.copytree(weights.resolve("embedded"), place / "model", dirs_exist_ok=True)
+    shutil.copytree(families.resolve("embedded"), place / "model", dirs_exist_ok=True)
     with pytest.raises(ConfigError, match=r"the verifier .*: 1 of \d+ tensors have other values now"):
         check(place, reward=reward)
 

@@ -18,6 +18,8 @@ from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.model import decoder, scoring, spec
 from medrlvr_jax.model import weights as hf
+from medrlvr_jax.model.architecture import DecoderConfig, RopeScaling
+from medrlvr_jax.model.families import read_config
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
 
@@ -50,7 +52,7 @@ def ours(directory):
 
     @cache
     def compute(family):
-        cfg = hf.read_config(directory(family))
+        cfg = read_config(directory(family))
         params, c = load(directory(family), cfg), case()
         prompts, width, groups = batch(c), c.prompts.shape[1], c.tokens.shape[1]
 
@@ -118,7 +120,7 @@ def test_every_norm_and_bias_matters(directory):
     """So a forgotten one would fail the tests above: each, made neutral in one layer, moves the logits."""
     c = case()
     for family in ("qwen2_untied", "qwen3"):
-        cfg = hf.read_config(directory(family))
+        cfg = read_config(directory(family))
         score = jax.jit(lambda p, cfg=cfg: decoder.logits(p, cfg, decoder.forward(p, cfg, batch(c))[0]))
         flat = flatten_dict(load(directory(family), cfg))
         whole = np.asarray(score(unflatten_dict(flat)))
@@ -134,7 +136,7 @@ def test_llama3_frequencies():
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    scaling = spec.RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
+    scaling = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](
         LlamaConfig(
             hidden_size=2048,
@@ -151,6 +153,6 @@ def test_llama3_frequencies():
         ),
         "cpu",
     )
-    cfg = spec.DecoderConfig(8, 2048, 1, 32, 8, 64, 8, 5e5, 1e-5, True, rope_scaling=scaling)
+    cfg = DecoderConfig(8, 2048, 1, 32, 8, 64, 8, 5e5, 1e-5, True, rope_scaling=scaling)
     cos, sin = decoder.rope_tables(jnp.ones(()), cfg)
     np.testing.assert_allclose(np.arctan2(sin, cos), theirs.numpy(), rtol=2e-6)

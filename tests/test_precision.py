@@ -12,8 +12,8 @@ from small_model import small
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import LoRAConfig
 from medrlvr_jax.model import attention, decoder, lora, scoring, spec
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model.decoder import NO_TOKEN
-from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.rl import learn
 from medrlvr_jax.types import Experience, Learner, Mean, Prompts
 

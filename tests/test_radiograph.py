@@ -17,7 +17,7 @@ from medrlvr_jax.data.load import load
 from medrlvr_jax.data.question import LETTERS, Question
 from medrlvr_jax.data.tokenizer import load_tokenizer
 from medrlvr_jax.evaluation import look
-from medrlvr_jax.model import weights
+from medrlvr_jax.model import families
 from medrlvr_jax.world import radiograph
 from medrlvr_jax.world.films import Film
 from medrlvr_jax.world.radiograph import FINDINGS, SIDED
@@ -122,7 +122,7 @@ def test_all_machines_draw_the_same():
 
 
 def test_a_film_is_one_window_and_every_word_one_token():
-    cfg, tok = weights.read_config("embedded_vision").vision, load_tokenizer("embedded_vision")
+    cfg, tok = families.read_config("embedded_vision").vision, load_tokenizer("embedded_vision")
     assert cfg is not None and cfg.factor * 4 == cfg.patch * cfg.window == 56
     names = [tok.trusted.id_to_token(i) for i in (cfg.image_start, cfg.image_token, cfg.image_end)]
     assert names == ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]

@@ -21,7 +21,7 @@ from medrlvr_jax.config.schema import RewardConfig, SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data.question import LETTERS, fingerprint, question_hash
 from medrlvr_jax.evaluation import difficulty
-from medrlvr_jax.model import decoder, lora, weights
+from medrlvr_jax.model import decoder, families, lora
 from medrlvr_jax.rewards.base import toss
 from medrlvr_jax.rl import loop, train
 from medrlvr_jax.rl.sft import encode_pairs
@@ -49,7 +49,7 @@ TREE = {
 def folder(tmp_path_factory):
     """A folder with a tiny Hugging Face model of random weights and a config that trains it."""
     root = tmp_path_factory.mktemp("train")
-    source = weights.resolve("embedded")
+    source = families.resolve("embedded")
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
     small = json.loads((source / "config.json").read_text()) | shape
     (root / "tiny").mkdir()

@@ -50,7 +50,7 @@ def directory(tmp_path_factory):
 @cache
 def load(path):
     """Configuration, tower and decoder of a directory."""
-    cfg = hf.read_config(path)
+    cfg = families.read_config(path)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     whole = spec.abstract(cfg.run_with(tower="train"))
     params = hf.load_params(path, cfg, sharding.shardings(whole, mesh, sharding.TRAIN), "float32")
@@ -288,7 +288,7 @@ SIZES_OF = {  # parameters of the tower and of the decoder
 def test_published_sizes(name, tmp_path):
     *settings, decoder_shape, tower, text = SIZES_OF[name]
     (tmp_path / "config.json").write_text(json.dumps(published(*settings, **decoder_shape)))
-    cfg = hf.read_config(tmp_path)
+    cfg = families.read_config(tmp_path)
     assert cfg == families.known(f"{name}-Instruct")
     count = lambda tree: sum(np.prod(x.shape) for x in jax.tree.leaves(nn.meta.unbox(tree)))
     whole = spec.abstract(cfg.run_with(tower="train"))

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 from medrlvr_jax.data.question import DataError, Question
 from medrlvr_jax.host import files
-from medrlvr_jax.model.spec import VisionConfig
+from medrlvr_jax.model.architecture import VisionConfig
 from medrlvr_jax.types import Images, Vision
 
 Source = str | bytes  # a file's path, or what such a file holds

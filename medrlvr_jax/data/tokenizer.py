@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int32
 from medrlvr_jax.data.question import DataError
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.model.weights import resolve
+from medrlvr_jax.model.families import resolve
 
 MESSAGE = (
     "\ue000message\ue000"  # the user's text while a chat template is rendered; private-use, so in no template

@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int8
 
 from medrlvr_jax.model import attention, splash
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model.cpu import linear
-from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig
+from medrlvr_jax.model.spec import PARAMETERS
 from medrlvr_jax.sharding import constrain, gather
 from medrlvr_jax.types import Array, Params, Prompts, Vision
 

@@ -17,16 +17,16 @@ from safetensors.numpy import save_file
 from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model.architecture import DecoderConfig
+from medrlvr_jax.model.families import SIDE_FILES, resolve
 from medrlvr_jax.model.lora import flat
-from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig, abstract
+from medrlvr_jax.model.spec import PARAMETERS, abstract
 from medrlvr_jax.model.weights import (
     INDEX,
-    SIDE_FILES,
     Source,
     Tensor,
     open_tensors,
     published_name,
-    resolve,
     sources,
 )
 from medrlvr_jax.types import Params
@@ -110,14 +110,15 @@ def save_adapter(
         raise ConfigError("--adapter: this run trained all weights (model.lora null); leave --adapter out")
     stored = jnp.dtype(dtype or "float32")
     tensors, targets = {}, [PARAMETERS[name].tensor.split(".")[-2] for name in lora.targets]
-    decoder = "model.language_model" if cfg.vision else "model"  # as transformers 5 names it
     for name in lora.targets:
         module = PARAMETERS[name].tensor.removesuffix(".weight")
+        if cfg.vision:  # as transformers 5 names it
+            module = module.replace("model.", "model.language_model.", 1)
         for half, shape in (("a", (-1, lora.rank)), ("b", (lora.rank, -1))):
             layers = np.asarray(process_allgather(params["layers"][f"{name}_{half}"], tiled=True))
             for i, layer in enumerate(layers):
                 tensor = np.ascontiguousarray(layer.reshape(shape).T, stored)
-                tensors[f"base_model.model.{decoder}.layers.{i}.{module}.lora_{half.upper()}.weight"] = tensor
+                tensors[f"base_model.model.{module.format(i)}.lora_{half.upper()}.weight"] = tensor
     partial_dir = _begin(out)
     if jax.process_index() == 0:
         save_file(tensors, partial_dir / "adapter_model.safetensors", {"format": "pt"})

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig, is_trained
+from medrlvr_jax.model.architecture import DecoderConfig
+from medrlvr_jax.model.spec import PARAMETERS, is_trained
 from medrlvr_jax.types import Array, Params
 
 

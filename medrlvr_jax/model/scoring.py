@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from medrlvr_jax.model import decoder, vision
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model.decoder import NO_TOKEN
-from medrlvr_jax.model.spec import DecoderConfig
 from medrlvr_jax.sharding import constrain, splits_words
 from medrlvr_jax.types import Array, Experience, Params, Prompts
 

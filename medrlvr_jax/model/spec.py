@@ -1,4 +1,4 @@
-"""The architecture of decoder and vision tower, how it is executed, and the one table of parameters of each.
+"""The one table of parameters of decoder and vision tower.
 
 A row of `PARAMETERS` (the decoder's) or `TOWER` holds all that the library knows of a parameter: shape and
 logical axes, which axes are its input, start value, name in a Hugging Face file, which models have it.
@@ -9,7 +9,6 @@ parameter is one new row.
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial, reduce
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -19,123 +18,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from medrlvr_jax.config.schema import LoRAConfig
+from medrlvr_jax.model.architecture import Architecture, DecoderConfig, VisionConfig
 from medrlvr_jax.types import Array, Params
 
-
-class RopeScaling(NamedTuple):
-    """Llama 3's stretching of the low rotary frequencies."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How an architecture is computed: the run and the device choose it; most of it is in no checkpoint."""
-
-    dtype: Any = jnp.float32  # of products; sums, norms and softmaxes are float32
-    remat: str = "full"  # what the backward pass computes again: see `decoder.REMAT`
-    splash: bool = False  # attention by the TPU's kernel: see splash.py
-    unroll: bool = True  # decoding: see `decode.decode_step`
-    narrow: bool = True  # sampling: rows that have stopped make room, see loops.py
-    value_head: bool = False  # a critic: one number per token in place of the vocabulary
-    lora: LoRAConfig | None = None  # adapters beside the matrices: `<name>_a` and `<name>_b`
-    int8: bool = False  # int8 matrices, each output channel scaled by `<name>_scale`: see `decoder.quantize`
-    # What of the vision tower is trained. freeze: nothing, and the parameter tree does not hold the tower.
-    tower: Literal["freeze", "merger", "train"] = "freeze"
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """A tower as `vision_config` in config.json and preprocessor_config.json give it, with our names."""
-
-    kind: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
-    layers: int
-    embed: int
-    heads: int
-    ffn: int
-    out: int  # the decoder's width
-    image_token: int  # the token that stands in the prompt for each image token
-    image_start: int
-    image_end: int
-    patch: int = 14  # pixels of a patch's side
-    merge: int = 2  # patches of an image token's side
-    frames: int = 2  # a still image is seen as this many equal frames
-    window: int = 8  # patches of a window's side
-    full_layers: tuple[int, ...] = ()  # layers that attend within the image
-    positions: int = 0  # the side of the square table of learned positions; 0: there is none
-    # Layers after which image tokens are taken as well: the decoder adds them after its first layers.
-    deepstack: tuple[int, ...] = ()
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue, from 0 to 1
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    min_pixels: int = 56 * 56  # smaller images are enlarged
-    max_pixels: int = 28 * 28 * 1280  # larger images are reduced
-
-    @property
-    def head_dim(self) -> int:
-        return self.embed // self.heads
-
-    @property
-    def features(self) -> int:
-        """Numbers of an image token: `out` for the embedding, and `out` for each of `deepstack`."""
-        return self.out * (1 + len(self.deepstack))
-
-    @property
-    def factor(self) -> int:
-        """Pixels of an image token's side."""
-        return self.patch * self.merge
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Logical axis → size. `square`: the patches of an image token; `merged`: their states, joined."""
-        of_patch = {"channels": 3, "frames": self.frames, "rows": self.patch, "columns": self.patch}
-        of_layer = {"embed": self.embed, "width": self.embed, "three": 3, "heads": self.heads}
-        merged = self.merge**2 * self.embed
-        merger = {"square": self.merge**2, "merged": merged, "merged_width": merged, "out": self.out}
-        tables = {"head_dim": self.head_dim, "ffn": self.ffn, "places": self.positions**2}
-        return of_patch | of_layer | merger | tables
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """The architecture as config.json gives it, with our names; and how it is executed."""
-
-    vocab: int
-    embed: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    rope_theta: float
-    norm_eps: float
-    tied: bool  # the output matrix is the embedding
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    rope_scaling: RopeScaling | None = None
-    max_positions: int | None = None  # the longest row that the model was made for; None: not known
-    # With images: the position that each rotary frequency follows: in time (0), by row (1), by column (2).
-    rope_axes: tuple[int, ...] | None = None
-    vision: VisionConfig | None = None  # None: the model sees no images
-    execution: Execution = Execution()
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Logical axis → size. `width` is `embed` in what is too small to be sharded."""
-        lora = self.execution.lora
-        names = ("vocab", "embed", "heads", "kv_heads", "head_dim", "ffn")
-        also = {"width": self.embed, "width+1": self.embed + 1, "rank": lora.rank if lora else 0}
-        return {name: getattr(self, name) for name in names} | also
-
-    def run_with(self, **changes: Any) -> "DecoderConfig":
-        """The same architecture with other fields of `Execution`."""
-        return replace(self, execution=replace(self.execution, **changes))
-
-
-Architecture = DecoderConfig | VisionConfig
 Kind = Literal["table", "matrix", "adapter", "scale", "norm", "bias", "value"]
 
 
@@ -145,8 +30,8 @@ class Parameter(NamedTuple):
     kind: Kind
     axes: str  # logical axes: `sizes` gives their sizes, sharding.py their mesh axes
     inputs: str = ""  # those that a product with it sums over
-    start: Literal["zeros", "ones", "normal", "residual"] = "zeros"  # see `initializer`
-    tensor: str = ""  # its name in a Hugging Face file; for a layer's, what follows "model.layers.{i}."
+    start: Literal["zeros", "ones", "normal", "residual"] = "zeros"  # see `_start`
+    tensor: str = ""  # its name in a Hugging Face file, {} for the layer's number
     tensor_axes: str = ""  # the tensor's axes, as einops writes them: "(heads head_dim) embed" is a matrix
     stacked: bool = True  # each layer has one
     exists: Callable[[Any], Any] = lambda cfg: True  # of a configuration
@@ -167,26 +52,33 @@ class Parameter(NamedTuple):
         return self.kind in ("norm", "bias", "scale")
 
     @property
+    def outputs(self) -> str:
+        """The axes that a product with it does not sum over."""
+        return self.axes.removeprefix(self.inputs).strip()
+
+    @property
     def tensor_groups(self) -> list[list[str]]:
         """The tensor's axes, each as those that it joins: [["heads", "head_dim"], ["embed"]]."""
         groups = re.findall(r"\((.*?)\)|(\S+)", self.tensor_axes)
         return [(joined or single).split() for joined, single in groups]
 
-    def shape(self, cfg: Architecture) -> tuple[int, ...]:
-        """One layer's shape."""
-        size = cfg.sizes
-        return tuple(size[axis] for axis in self.axes.split())
 
-    def initializer(self, cfg: Architecture) -> Any:
-        """`normal` has standard deviation inputs^-½, so that a product keeps its input's size. `residual`,
-        for the matrices that end a residual branch, divides it by √(2·layers) (GPT-2).
-        """
-        if self.start in ("zeros", "ones"):
-            return nn.initializers.zeros_init() if self.start == "zeros" else nn.initializers.ones_init()
-        size = cfg.sizes
-        deviation = prod(size[axis] for axis in self.inputs.split()) ** -0.5
-        scale = (2 * cfg.layers) ** -0.5 if self.start == "residual" else 1.0
-        return nn.initializers.normal(scale * deviation)
+def _table(axes: str, tensor: str, **more: Any) -> Parameter:
+    return Parameter("table", axes, "embed", "normal", tensor, "vocab embed", False, **more)
+
+
+def _norm(axis: str, module: str, **more: Any) -> Parameter:
+    return Parameter("norm", axis, "", "ones", f"{module}.weight", axis, "{}" in module, **more)
+
+
+def _bias(axes: str, module: str, **more: Any) -> Parameter:
+    return Parameter("bias", axes, "", "zeros", f"{module}.bias", f"({axes})", "{}" in module, **more)
+
+
+def _matrix(inputs: str, outputs: str, module: str, start: Any = "normal", **more: Any) -> Parameter:
+    """A linear layer's; its tensor has the outputs first."""
+    axes, tensor_axes = f"{inputs} {outputs}", f"({outputs}) ({inputs})"
+    return Parameter("matrix", axes, inputs, start, f"{module}.weight", tensor_axes, "{}" in module, **more)
 
 
 def _with_companions(**rows: Parameter) -> dict[str, Parameter]:
@@ -195,10 +87,10 @@ def _with_companions(**rows: Parameter) -> dict[str, Parameter]:
     for name, row in rows.items():
         out[name] = row
         if row.kind == "matrix":
-            outputs, adapted = row.axes.removeprefix(row.inputs).strip(), partial(_adapts, name)
-            out[f"{name}_scale"] = Parameter("scale", outputs, start="ones", exists=_quantized)
+            adapted = partial(_adapts, name)
+            out[f"{name}_scale"] = Parameter("scale", row.outputs, start="ones", exists=_quantized)
             factor_a = Parameter("adapter", f"{row.inputs} rank", row.inputs, "normal", exists=adapted)
-            factor_b = Parameter("adapter", f"rank {outputs}", "rank", "zeros", exists=adapted)
+            factor_b = Parameter("adapter", f"rank {row.outputs}", "rank", "zeros", exists=adapted)
             out |= {f"{name}_a": factor_a, f"{name}_b": factor_b}
     return out
 
@@ -207,24 +99,22 @@ def _adapts(name: str, cfg: DecoderConfig) -> bool:
     return cfg.execution.lora is not None and name in cfg.execution.lora.targets
 
 
-def _table(axes: str, module: str, **more: Any) -> Parameter:
-    return Parameter("table", axes, "embed", "normal", f"{module}.weight", "vocab embed", False, **more)
+def _with_biases(**rows: Parameter) -> dict[str, Parameter]:
+    """The rows; after each matrix and norm, its bias."""
+    out: dict[str, Parameter] = {}
+    for name, row in rows.items():
+        out[name] = row
+        if row.kind in ("matrix", "norm"):
+            axes, module = row.outputs.replace("embed", "width"), row.tensor.removesuffix(".weight")
+            out[f"{name}_bias"] = _bias(axes, module, exists=partial(_is_biased, row))
+    return out
 
 
-def _norm(axis: str, module: str, **more: Any) -> Parameter:
-    return Parameter("norm", axis, "", "ones", f"{module}.weight", axis, **more)
+def _is_biased(row: Parameter, cfg: VisionConfig) -> bool:
+    return row.exists(cfg) and (row.kind == "matrix" or _layer_norm(cfg))
 
 
-def _bias(axes: str, module: str, **more: Any) -> Parameter:
-    return Parameter("bias", axes, "", "zeros", f"{module}.bias", f"({axes})", **more)
-
-
-def _matrix(
-    axes: str, inputs: str, module: str, tensor_axes: str, start: Any = "normal", **more: Any
-) -> Parameter:
-    return Parameter("matrix", axes, inputs, start, f"{module}.weight", tensor_axes, **more)
-
-
+LAYER = "model.layers.{}"
 _quantized = lambda cfg: cfg.execution.int8
 _has_value = lambda cfg: cfg.execution.value_head
 _has_head = lambda cfg: not (cfg.tied or cfg.execution.value_head)
@@ -232,84 +122,66 @@ _has_bias = lambda cfg: cfg.qkv_bias
 _has_qk_norm = lambda cfg: cfg.qk_norm
 # Start values depend on the order of the rows: see `init`. A new row goes to the end.
 PARAMETERS = _with_companions(
-    embed=_table("vocab embed", "model.embed_tokens"),
+    embed=_table("vocab embed", "model.embed_tokens.weight"),
     value=Parameter("value", "width+1", stacked=False, exists=_has_value),
-    head=_table("embed vocab", "lm_head", exists=_has_head),
-    norm=_norm("width", "model.norm", stacked=False),
-    attn_norm=_norm("width", "input_layernorm"),
-    q=_matrix("embed heads head_dim", "embed", "self_attn.q_proj", "(heads head_dim) embed"),
-    k=_matrix("embed kv_heads head_dim", "embed", "self_attn.k_proj", "(kv_heads head_dim) embed"),
-    v=_matrix("embed kv_heads head_dim", "embed", "self_attn.v_proj", "(kv_heads head_dim) embed"),
-    o=_matrix(
-        "heads head_dim embed", "heads head_dim", "self_attn.o_proj", "embed (heads head_dim)", "residual"
-    ),
-    q_bias=_bias("heads head_dim", "self_attn.q_proj", exists=_has_bias),
-    k_bias=_bias("kv_heads head_dim", "self_attn.k_proj", exists=_has_bias),
-    v_bias=_bias("kv_heads head_dim", "self_attn.v_proj", exists=_has_bias),
-    q_norm=_norm("head_dim", "self_attn.q_norm", exists=_has_qk_norm),
-    k_norm=_norm("head_dim", "self_attn.k_norm", exists=_has_qk_norm),
-    mlp_norm=_norm("width", "post_attention_layernorm"),
-    gate=_matrix("embed ffn", "embed", "mlp.gate_proj", "ffn embed"),
-    up=_matrix("embed ffn", "embed", "mlp.up_proj", "ffn embed"),
-    down=_matrix("ffn embed", "ffn", "mlp.down_proj", "embed ffn", "residual"),
+    head=_table("embed vocab", "lm_head.weight", exists=_has_head),
+    norm=_norm("width", "model.norm"),
+    attn_norm=_norm("width", f"{LAYER}.input_layernorm"),
+    q=_matrix("embed", "heads head_dim", f"{LAYER}.self_attn.q_proj"),
+    k=_matrix("embed", "kv_heads head_dim", f"{LAYER}.self_attn.k_proj"),
+    v=_matrix("embed", "kv_heads head_dim", f"{LAYER}.self_attn.v_proj"),
+    o=_matrix("heads head_dim", "embed", f"{LAYER}.self_attn.o_proj", "residual"),
+    q_bias=_bias("heads head_dim", f"{LAYER}.self_attn.q_proj", exists=_has_bias),
+    k_bias=_bias("kv_heads head_dim", f"{LAYER}.self_attn.k_proj", exists=_has_bias),
+    v_bias=_bias("kv_heads head_dim", f"{LAYER}.self_attn.v_proj", exists=_has_bias),
+    q_norm=_norm("head_dim", f"{LAYER}.self_attn.q_norm", exists=_has_qk_norm),
+    k_norm=_norm("head_dim", f"{LAYER}.self_attn.k_norm", exists=_has_qk_norm),
+    mlp_norm=_norm("width", f"{LAYER}.post_attention_layernorm"),
+    gate=_matrix("embed", "ffn", f"{LAYER}.mlp.gate_proj"),
+    up=_matrix("embed", "ffn", f"{LAYER}.mlp.up_proj"),
+    down=_matrix("ffn", "embed", f"{LAYER}.mlp.down_proj", "residual"),
 )
 # → input axes
 MATRICES = {name: len(row.inputs.split()) for name, row in PARAMETERS.items() if row.kind == "matrix"}
 
 
+MERGER, BLOCK, DEEP = "visual.merger", "visual.blocks.{}", "visual.deepstack_merger_list.{}"
 _swiglu = lambda cfg: cfg.kind == "qwen2_5_vl"  # with RMSNorm; the others have LayerNorm and two matrices
-_biased = lambda cfg: cfg.kind != "qwen2_5_vl"
+_layer_norm = lambda cfg: not _swiglu(cfg)
 _positions = lambda cfg: cfg.positions > 0
 _deep = lambda cfg: len(cfg.deepstack) > 0
-# The vision tower's. What begins with deep_ is stacked over Qwen3-VL's further mergers. weights.py has what
-# stands before a tensor's name.
-TOWER = {
-    "patch": _matrix(
-        "channels frames rows columns embed",
-        "channels frames rows columns",
-        "patch_embed.proj",
-        "embed channels frames rows columns",
-        stacked=False,
+# The vision tower's. What begins with deep_ is stacked over Qwen3-VL's further mergers.
+TOWER = _with_biases(
+    patch=_matrix("channels frames rows columns", "embed", "visual.patch_embed.proj"),
+    positions=Parameter(
+        "table",
+        "places width",
+        "width",
+        "normal",
+        "visual.pos_embed.weight",
+        "places width",
+        False,
+        _positions,
     ),
-    "patch_bias": _bias("width", "patch_embed.proj", stacked=False, exists=_positions),
-    "positions": Parameter(
-        "table", "places width", "width", "normal", "pos_embed.weight", "places width", False, _positions
-    ),
-    "merge_norm": _norm("width", "merger.ln_q", stacked=False),
-    "merge_norm_bias": _bias("width", "merger.ln_q", stacked=False, exists=_biased),
-    "merge_in": _matrix(
-        "square embed merged", "square embed", "merger.mlp.0", "merged (square embed)", stacked=False
-    ),
-    "merge_in_bias": _bias("merged", "merger.mlp.0", stacked=False),
-    "merge_out": _matrix("merged out", "merged", "merger.mlp.2", "out merged", stacked=False),
-    "merge_out_bias": _bias("out", "merger.mlp.2", stacked=False),
-    "attn_norm": _norm("width", "norm1"),
-    "attn_norm_bias": _bias("width", "norm1", exists=_biased),
-    "qkv": _matrix("embed three heads head_dim", "embed", "attn.qkv", "(three heads head_dim) embed"),
-    "qkv_bias": _bias("three heads head_dim", "attn.qkv"),
-    "o": _matrix("heads head_dim embed", "heads head_dim", "attn.proj", "embed (heads head_dim)", "residual"),
-    "o_bias": _bias("width", "attn.proj"),
-    "mlp_norm": _norm("width", "norm2"),
-    "mlp_norm_bias": _bias("width", "norm2", exists=_biased),
-    "gate": _matrix("embed ffn", "embed", "mlp.gate_proj", "ffn embed", exists=_swiglu),
-    "gate_bias": _bias("ffn", "mlp.gate_proj", exists=_swiglu),
-    "up": _matrix("embed ffn", "embed", "mlp.up_proj", "ffn embed", exists=_swiglu),
-    "up_bias": _bias("ffn", "mlp.up_proj", exists=_swiglu),
-    "down": _matrix("ffn embed", "ffn", "mlp.down_proj", "embed ffn", "residual", exists=_swiglu),
-    "down_bias": _bias("width", "mlp.down_proj", exists=_swiglu),
-    "fc1": _matrix("embed ffn", "embed", "mlp.fc1", "ffn embed", exists=_biased),
-    "fc1_bias": _bias("ffn", "mlp.fc1", exists=_biased),
-    "fc2": _matrix("ffn embed", "ffn", "mlp.fc2", "embed ffn", "residual", exists=_biased),
-    "fc2_bias": _bias("width", "mlp.fc2", exists=_biased),
-    "deep_norm": _norm("merged_width", "norm", exists=_deep),
-    "deep_norm_bias": _bias("merged_width", "norm", exists=_deep),
-    "deep_in": _matrix(
-        "square embed merged", "square embed", "linear_fc1", "merged (square embed)", exists=_deep
-    ),
-    "deep_in_bias": _bias("merged", "linear_fc1", exists=_deep),
-    "deep_out": _matrix("merged out", "merged", "linear_fc2", "out merged", exists=_deep),
-    "deep_out_bias": _bias("out", "linear_fc2", exists=_deep),
-}
+    merge_norm=_norm("width", f"{MERGER}.ln_q"),
+    merge_in=_matrix("square embed", "merged", f"{MERGER}.mlp.0"),
+    merge_out=_matrix("merged", "out", f"{MERGER}.mlp.2"),
+    attn_norm=_norm("width", f"{BLOCK}.norm1"),
+    qkv=_matrix("embed", "three heads head_dim", f"{BLOCK}.attn.qkv"),
+    o=_matrix("heads head_dim", "embed", f"{BLOCK}.attn.proj", "residual"),
+    mlp_norm=_norm("width", f"{BLOCK}.norm2"),
+    gate=_matrix("embed", "ffn", f"{BLOCK}.mlp.gate_proj", exists=_swiglu),
+    up=_matrix("embed", "ffn", f"{BLOCK}.mlp.up_proj", exists=_swiglu),
+    down=_matrix("ffn", "embed", f"{BLOCK}.mlp.down_proj", "residual", exists=_swiglu),
+    fc1=_matrix("embed", "ffn", f"{BLOCK}.mlp.fc1", exists=_layer_norm),
+    fc2=_matrix("ffn", "embed", f"{BLOCK}.mlp.fc2", "residual", exists=_layer_norm),
+    deep_norm=_norm("merged_width", f"{DEEP}.norm", exists=_deep),
+    deep_in=_matrix("square embed", "merged", f"{DEEP}.linear_fc1", exists=_deep),
+    deep_out=_matrix("merged", "out", f"{DEEP}.linear_fc2", exists=_deep),
+)
+# A convolution over patches: its tensor joins no axes, and only Qwen3-VL's has a bias.
+TOWER["patch"] = TOWER["patch"]._replace(tensor_axes="embed channels frames rows columns")
+TOWER["patch_bias"] = TOWER["patch_bias"]._replace(exists=_positions)
 # What Qwen3-VL's files call otherwise.
 RENAMED = {"ln_q.": "norm.", "mlp.0.": "linear_fc1.", "mlp.2.": "linear_fc2.", ".fc": ".linear_fc"}
 VISION = "vision"  # where the tower lies in the tree of a model
@@ -358,12 +230,18 @@ def _depth(path: tuple[str, ...], cfg: Architecture) -> int:
     return cfg.layers
 
 
+def _shape(row: Parameter, cfg: Architecture) -> tuple[int, ...]:
+    """One layer's."""
+    size = cfg.sizes
+    return tuple(size[axis] for axis in row.axes.split())
+
+
 def abstract(cfg: DecoderConfig) -> Params:
     """The parameter tree: for each array its shape and logical axes, `nn.Partitioned(ShapeDtypeStruct)`."""
 
     def box(path: tuple[str, ...], row: Parameter) -> nn.Partitioned:
         of = cfg.vision if path[0] == VISION and cfg.vision else cfg
-        shape, axes = row.shape(of), tuple(row.axes.split())
+        shape, axes = _shape(row, of), tuple(row.axes.split())
         if row.stacked:
             shape, axes = (_depth(path, of), *shape), ("layers", *axes)
         return nn.Partitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
@@ -396,4 +274,13 @@ def _init(table: dict[str, Parameter], cfg: Architecture, key: Array) -> Params:
 
 
 def _start(row: Parameter, cfg: Architecture, seed: int, key: Array) -> Array:
-    return row.initializer(cfg)(jax.random.fold_in(key, jnp.uint32(seed)), row.shape(cfg), jnp.float32)
+    """One layer's start values. `normal` has standard deviation inputs^-½, so that a product keeps its
+    input's size. `residual`, for the matrices that end a residual branch, divides it by √(2·layers) (GPT-2).
+    """
+    shape, size = _shape(row, cfg), cfg.sizes
+    if row.start in ("zeros", "ones"):
+        return jnp.full(shape, float(row.start == "ones"))
+    deviation = prod(size[axis] for axis in row.inputs.split()) ** -0.5
+    scale = (2 * cfg.layers) ** -0.5 if row.start == "residual" else 1.0
+    key = jax.random.fold_in(key, jnp.uint32(seed))
+    return nn.initializers.normal(scale * deviation)(key, shape, jnp.float32)

@@ -25,8 +25,9 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import attention
+from medrlvr_jax.model.architecture import DecoderConfig, VisionConfig
 from medrlvr_jax.model.decoder import rms_norm, rotate
-from medrlvr_jax.model.spec import TOWER, VISION, DecoderConfig, VisionConfig
+from medrlvr_jax.model.spec import TOWER, VISION
 from medrlvr_jax.sharding import batch_ways, constrain, gather, map_rows
 from medrlvr_jax.types import Array, Images, Params
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories to parameter trees: config.json and safetensors.
+"""Safetensors of Hugging Face directories to parameter trees.
 
 Nothing is loaded by halves. A tensor that no parameter takes, a parameter that no tensor sets, a tensor given
 twice, a shape or a setting that the decoder does not compute: each is refused by name, since a half-loaded
@@ -24,16 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
-from medrlvr_jax.model import vision
+from medrlvr_jax.model.architecture import DecoderConfig
+from medrlvr_jax.model.families import resolve
 from medrlvr_jax.model.lora import flat
-from medrlvr_jax.model.spec import PARAMETERS, VISION, DecoderConfig, RopeScaling, abstract, parameters
+from medrlvr_jax.model.spec import PARAMETERS, abstract, parameters
 from medrlvr_jax.types import Params
 
 # How transformers 5 and the published files of Qwen3-VL name what other published files name otherwise. Both
@@ -44,127 +43,7 @@ BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK = 2**20  # bytes read at once: small enough that turning a block stays in the processor's cache
 INDEX = "model.safetensors.index.json"
-STACKS = {  # where the tensors of a stacked parameter are, by its place in the tree
-    ("layers",): "model.layers.{}.",
-    (VISION, "layers"): "visual.blocks.{}.",
-    (VISION, "deepstack"): "visual.deepstack_merger_list.{}.",
-}
 SAMPLED = 4096  # bytes of a tensor that `_digests` reads in each of three places
-
-FAMILIES = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}, "llama": {}}
-SEEING = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}  # with a tower: whose decoder
-ONLY = {  # settings that would change the arithmetic, and the one value that does not
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1,
-    "rope_interleave": False,
-    "rope_interleaved": False,
-    "quantization_config": None,
-}
-SIDE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*preprocessor_config.json",
-    "processor_config.json",
-    "*.jinja",
-    "generation_config.json",
-)
-
-
-def resolve(path: str | Path, field: str = "model.path") -> Path:
-    """The directory of a source such as "embedded", of a path, or of a hub name (downloaded, or found in the
-    hub's cache). `field`: the setting that names it, for `ConfigError`s.
-    """
-    if source := SOURCES.get(str(path)):
-        return source.model
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
-    beside = bool(local.parent.name) and local.parent.is_dir()  # models/typo, where there is a folder models
-    if beside or local.exists() or local.is_absolute() or str(path).startswith(".") or len(local.parts) > 2:
-        remedy = "give a Hugging Face directory, a hub name, or embedded"
-        raise ConfigError(f"{field}: {path}: no such directory; {remedy}")
-    with files.reading(f"{field}: {path}", "it is no directory here, and the hub did not give it"):
-        return Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "model*.safetensors", *SIDE_FILES])
-        )
-
-
-def read_config(path: str | Path, field: str = "model.path") -> DecoderConfig:
-    """The architecture that a directory's config.json describes. `field`: see `resolve`."""
-    file = resolve(path, field) / "config.json"
-    if not file.is_file():
-        run, remedy = file.parent, "a Hugging Face directory has one"
-        if (run / "checkpoints").is_dir():
-            remedy = f"this is a run: medrlvr export {run} {run}/hf, then {field}={run}/hf"
-        raise ConfigError(f"{file}: not there; {remedy}")
-    given = files.read_json(file)
-    kind = given.get("model_type")
-    sees = kind in SEEING
-    # transformers 5 writes the decoder's settings into a section; the published files have them beside it.
-    config = given | (given.get("text_config") or {}) if sees else given
-    config |= {key: given[key] for key in ("model_type", "tie_word_embeddings") if key in given}
-
-    def need(key: str, where: dict[str, Any] = config) -> Any:
-        if where.get(key) is None:
-            raise ConfigError(f"{file}: {key}: needed, and not given")
-        return where[key]
-
-    need("model_type")
-    if kind not in (*FAMILIES, *SEEING):
-        names = ", ".join([*FAMILIES, *SEEING])
-        raise ConfigError(f"{file}: model_type: {kind!r}: this decoder computes {names}")
-    # transformers 5 writes rope_parameters; 4 wrote rope_scaling (type, then rope_type) beside a rope_theta;
-    # 5 reads them in this order.
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope = {"rope_theta": config.get("rope_theta"), "rope_type": rope.get("type", "default"), **rope}
-    _check_settings(file, config, rope)
-    need("hidden_act")
-    family = str(SEEING.get(kind, kind))
-    if family == "qwen3":
-        # transformers would assume 128 here, and hidden_size / num_attention_heads elsewhere
-        need("head_dim")
-    stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    stretched = rope["rope_type"] == "llama3"
-    return DecoderConfig(
-        vocab=need("vocab_size"),
-        embed=need("hidden_size"),
-        layers=need("num_hidden_layers"),
-        heads=need("num_attention_heads"),
-        kv_heads=need("num_key_value_heads"),
-        head_dim=config.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
-        ffn=need("intermediate_size"),
-        rope_theta=need("rope_theta", rope),
-        norm_eps=need("rms_norm_eps"),
-        tied=need("tie_word_embeddings"),
-        rope_scaling=RopeScaling(*(need(key, rope) for key in stretch)) if stretched else None,
-        max_positions=config.get("max_position_embeddings"),  # of a stretched rope: after the stretching
-        **FAMILIES[family],
-        rope_axes=vision.rope_axes(need("mrope_section", rope), kind == "qwen3_vl") if sees else None,
-        vision=vision.read_config(given, file.parent) if sees else None,
-    )
-
-
-def _check_settings(file: Path, config: dict[str, Any], rope: dict[str, Any]) -> None:
-    """Refuse settings under which a decoder computes what this one does not."""
-    kind, rope_type = config["model_type"], rope["rope_type"]
-    settings = [
-        (key, value, only) for key, only in ONLY.items() for value in (config.get(key), rope.get(key))
-    ]
-    settings += [("layer_types", value, "full_attention") for value in config.get("layer_types") or ()]
-    rope_types = ("default", "mrope" if kind in SEEING else "llama3")
-    if rope_type not in rope_types:
-        settings.append(("rope_type", rope_type, " or ".join(rope_types)))
-    for key, value, only in settings:
-        # Qwen2 has query, key and value biases whatever attention_bias says.
-        ignored = key == "attention_bias" and SEEING.get(kind, kind) == "qwen2"
-        if value not in (None, only) and not ignored:
-            raise ConfigError(f"{file}: {key}: {value!r}: this decoder computes only {only!r}")
 
 
 class Source(NamedTuple):
@@ -212,8 +91,7 @@ def sources(cfg: DecoderConfig) -> dict[str, Source]:
         size = dict(zip(axes, shapes[path][row.stacked :], strict=True))
         shape = tuple(prod(size[axis] for axis in group) for group in groups)
         for layer in range(shapes[path][0]) if row.stacked else (None,):
-            stack = STACKS[path[:-1]] if row.stacked else "visual." * (path[0] == VISION)
-            name = stack.format(layer) + row.tensor
+            name = row.tensor.format(layer)
             source = Source(path, layer, axes, tensor_axes, shape)
             if name in out:
                 raise ConfigError(f"{name}: both {out[name]} and {source} take it, and one may")

@@ -15,7 +15,7 @@ from jax.extend import core
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.reward import ConsistencyConfig, ProbabilityConfig
 from medrlvr_jax.data.question import LETTERS
-from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rl.policy_rewards import answer_columns
 from medrlvr_jax.rollout.judge import greedy_reply, yes_probability

@@ -24,7 +24,8 @@ import optax.contrib
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import Config, KLConfig, OptimConfig
 from medrlvr_jax.model import lora, scoring
-from medrlvr_jax.model.spec import DecoderConfig, Parameter, row_of
+from medrlvr_jax.model.architecture import DecoderConfig
+from medrlvr_jax.model.spec import Parameter, row_of
 from medrlvr_jax.rl import losses
 from medrlvr_jax.types import Array, Experience, Learner, Mean, Params
 

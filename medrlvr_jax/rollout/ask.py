@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from medrlvr_jax.model import scoring
-from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.rewards.joins import Join
 from medrlvr_jax.sharding import map_rows
 from medrlvr_jax.types import Array, Leaf, Params, Prompts, pytree

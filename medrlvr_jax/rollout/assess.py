@@ -10,7 +10,7 @@ import jax
 
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model import lora, scoring
-from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.sharding import map_rows
 from medrlvr_jax.types import Array, Assessment, Frozen, Params, Prompts, Rollout
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from medrlvr_jax.model import decoder
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model.decoder import Column, KeysValues, Layer, Rope
-from medrlvr_jax.model.spec import PARAMETERS, DecoderConfig
+from medrlvr_jax.model.spec import PARAMETERS
 from medrlvr_jax.sharding import DECODE, constrain
 from medrlvr_jax.types import Array, Params, Prompts
 

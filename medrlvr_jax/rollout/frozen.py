@@ -12,7 +12,7 @@ from medrlvr_jax.build import check_widths, places
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import spec, weights
-from medrlvr_jax.model.spec import DecoderConfig, Execution
+from medrlvr_jax.model.architecture import DecoderConfig, Execution
 from medrlvr_jax.types import Params
 
 

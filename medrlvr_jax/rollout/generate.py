@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.model import decoder
-from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.rollout.draw import draw_token, is_stop, noise, truncated
 from medrlvr_jax.rollout.loops import HALVINGS, Rows, State, columns_of_loops, run_loop, segment_ends

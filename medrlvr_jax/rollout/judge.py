@@ -27,7 +27,7 @@ from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.model import decoder
-from medrlvr_jax.model.spec import DecoderConfig
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.rewards import verifier
 from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rewards.endpoint import Endpoint, Reply, api_key, yes_share

@@ -23,7 +23,7 @@ from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
-from medrlvr_jax.model.spec import VisionConfig
+from medrlvr_jax.model.architecture import VisionConfig
 from medrlvr_jax.rewards import Verdicts, grade, parse, stages
 from medrlvr_jax.rewards.base import toss, tossed
 from medrlvr_jax.rewards.components import Component, Tokens

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from medrlvr_jax.build import Parts, abstract_tower
 from medrlvr_jax.data.images import GREY
 from medrlvr_jax.model import vision
-from medrlvr_jax.model.spec import VISION, DecoderConfig
+from medrlvr_jax.model.architecture import DecoderConfig
+from medrlvr_jax.model.spec import VISION
 from medrlvr_jax.rollout.program import Program, abstract_images
 from medrlvr_jax.sharding import by_rows
 from medrlvr_jax.types import Array, Images, Params, Prompts

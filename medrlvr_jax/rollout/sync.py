@@ -15,8 +15,9 @@ from flax.traverse_util import unflatten_dict
 from medrlvr_jax import sharding
 from medrlvr_jax.build import Parts, abstract_params
 from medrlvr_jax.model import decoder
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model.lora import flat
-from medrlvr_jax.model.spec import MATRICES, VISION, DecoderConfig, row_of
+from medrlvr_jax.model.spec import MATRICES, VISION, row_of
 from medrlvr_jax.types import Array, Params
 
 Path = tuple[str, ...]  # in the parameter tree

@@ -20,7 +20,7 @@ from medrlvr_jax.data.question import Question, fingerprint
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import from_leader
-from medrlvr_jax.model import weights
+from medrlvr_jax.model import families, weights
 from medrlvr_jax.rewards import user
 from medrlvr_jax.rewards.components import components
 
@@ -91,7 +91,7 @@ def describe(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -
 
 def _model(parts: Parts) -> dict[str, Any]:
     path = parts.config.model.path
-    settings = dataclasses.asdict(weights.read_config(path))
+    settings = dataclasses.asdict(families.read_config(path))
     return {"path": path, "settings": {k: str(v) for k, v in settings.items() if k != "execution"}}
 
 

@@ -11,7 +11,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import read_json, reading, write_text
 from medrlvr_jax.model import lora
 from medrlvr_jax.model.export import save_adapter, save_params
-from medrlvr_jax.model.weights import resolve
+from medrlvr_jax.model.families import resolve
 from medrlvr_jax.runs.checkpoint import Which
 from medrlvr_jax.tools.card import card
 

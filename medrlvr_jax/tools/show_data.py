@@ -13,7 +13,7 @@ from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.images import measure
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
-from medrlvr_jax.model.weights import read_config
+from medrlvr_jax.model.families import read_config
 
 REPEATED = re.compile(r"(<\|\w+\|>)\1{3,}")  # an image's tokens
 
