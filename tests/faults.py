@@ -51,7 +51,7 @@ from transformers import AutoTokenizer  # noqa: E402, F401  (seconds to import, 
 from medrlvr_jax import cli  # noqa: E402
 from medrlvr_jax.host import files, processes  # noqa: E402
 from medrlvr_jax.rl import sft, train  # noqa: E402
-from medrlvr_jax.runs import checkpoint, log  # noqa: E402
+from medrlvr_jax.runs import checkpoint, log, seal  # noqa: E402
 
 STEPS = 12
 SILENCE = 5  # seconds, in place of processes.HEARTBEAT
@@ -97,7 +97,7 @@ POINTS = {
     "between log and checkpoint": ([(log.Run, "record")], 0),
     "half a line of the log": ([(files, "append")], 0),
     "between the two logs": ([(files, "append")], 0),
-    "restoring": ([(checkpoint.Checkpoints, "restore_newest")], 60),
+    "restoring": ([(checkpoint.Checkpoints, "restore")], 60),
     "logs being rewound": ([(files, "write_text")], 2),
     "any time": ([], 20_000),
 }
@@ -332,7 +332,7 @@ def full_disk(disk: Path, command: list[str], want: Path, out: str) -> bool:
 
     checkpoints = disk / "ppo-disk" / "checkpoints"
     first, kept = go(), checkpoint.saved_steps(checkpoints)
-    whole = [s for s in kept if checkpoint.damage(checkpoints / str(s)) is None]
+    whole = [s for s in kept if seal.damage(checkpoints / str(s)) is None]
     print(f"    whole checkpoints: {whole}", file=sys.stderr)
     mount("-o", "remount,ro", disk)
     second = go()

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from medrlvr_jax.config.schema import CheckpointConfig
-from medrlvr_jax.runs import checkpoint
+from medrlvr_jax.runs import checkpoint, seal
 from medrlvr_jax.runs.checkpoint import CheckpointError, Checkpoints, restore_params
 from medrlvr_jax.types import Learner, TrainState
 
@@ -103,10 +103,9 @@ def test_a_checkpoint_with_the_counter_that_states_once_had_is_read(tmp_path):
 def test_newest_takes_the_place_of_a_fresh_state(tmp_path):
     fresh = make_state(mesh_of(2, 2, 2))
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META)
-    assert checkpoints.restore(abstract(fresh)) is None
-    assert checkpoints.restore_newest(fresh) == (fresh, 0)
+    assert checkpoints.restore(fresh) == (fresh, 0)
     checkpoints.save(3, make_state(mesh_of(2, 2, 2), seed=3))
-    back, done = checkpoints.restore_newest(fresh)
+    back, done = checkpoints.restore(fresh)
     assert done == 3 and fresh.kl_coef.is_deleted()
     assert_same(back, make_state(mesh_of(2, 2, 2), seed=3))
     checkpoints.save(3, back)  # a step that is there is left alone
@@ -220,7 +219,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, what
     assert "2.damaged" in notice and (reason in notice or what == "digests.json")
     checkpoints.save(2, back)  # and the step can be saved anew
     checkpoints.close()
-    assert checkpoint.saved_steps(tmp_path) == [1, 2] and checkpoint.damage(tmp_path / "2") is None
+    assert checkpoint.saved_steps(tmp_path) == [1, 2] and seal.damage(tmp_path / "2") is None
 
 
 CUTS = {  # what becomes of a file's bytes; None: it is deleted
@@ -250,10 +249,10 @@ def test_any_damage_to_any_file_is_found_and_named(tmp_path):
             if not data and how not in ("longer", "deleted"):
                 continue  # there is nothing in it to damage
             path.unlink() if cut is None else path.write_bytes(cut(data))
-            wrong = checkpoint.damage(tmp_path / "2")
+            wrong = seal.damage(tmp_path / "2")
             # its last line break: the seal still says all
-            whole = path.name == checkpoint.SEAL and how == "a byte short"
-            if path.name == checkpoint.SEAL:  # damage within it may make another file look damaged
+            whole = path.name == seal.SEAL and how == "a byte short"
+            if path.name == seal.SEAL:  # damage within it may make another file look damaged
                 assert (wrong is None) == whole, (how, wrong)
             else:
                 assert wrong and wrong.startswith(str(path.relative_to(tmp_path / "2"))), (path, how, wrong)
@@ -276,7 +275,7 @@ def test_checkpoints_that_have_vanished_are_missed(tmp_path):
         CheckpointError,
         match=r"no whole checkpoint is left, though there were some; put one back, .* or remove .*",
     ):
-        Checkpoints(folder, CheckpointConfig(), META).restore_newest(make_state(mesh_of(2, 2, 2)))
+        Checkpoints(folder, CheckpointConfig(), META).restore(make_state(mesh_of(2, 2, 2)))
 
 
 def test_nothing_starts_over_when_all_are_damaged(tmp_path):
@@ -317,7 +316,7 @@ def test_check_tells_of_a_failure_without_waiting(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META)
-    monkeypatch.setattr(checkpoint, "write_json", fail)
+    monkeypatch.setattr(seal, "write_json", fail)
     checkpoints.save(1, make_state(mesh_of(2, 2, 2)))
     with pytest.raises(
         CheckpointError,
@@ -333,13 +332,13 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import conftest
-from test_checkpoint import META, CheckpointConfig, Checkpoints, checkpoint, make_state, mesh_of
-write = checkpoint.write_json
+from test_checkpoint import META, CheckpointConfig, Checkpoints, make_state, mesh_of, seal
+write = seal.write_json
 def die(path, tree):
     if path.parent.name.startswith("2"):
         os.kill(os.getpid(), 9)
     write(path, tree)
-checkpoint.write_json = die
+seal.write_json = die
 checkpoints = Checkpoints(Path(sys.argv[1]), CheckpointConfig(keep=1), META)
 for step in (1, 2):
     checkpoints.save(step, make_state(mesh_of(2, 2, 2), seed=step))

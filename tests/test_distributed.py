@@ -22,7 +22,7 @@ from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.host import processes
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.runs import checkpoint
+from medrlvr_jax.runs import checkpoint, seal
 
 SILENCE = 10  # seconds, in place of processes.HEARTBEAT
 MAIN = f"""
@@ -95,7 +95,7 @@ def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
     assert status not in (0, None) and time.monotonic() - began < 2 * SILENCE + 10
     assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\s*1\s", told), told
     kept = checkpoint.saved_steps(run / "checkpoints")
-    assert kept and checkpoint.damage(run / "checkpoints" / str(kept[-1])) is None
+    assert kept and seal.damage(run / "checkpoints" / str(kept[-1])) is None
     recorded = lines(run / "metrics.jsonl")
 
     # all rows on both, counted once
@@ -202,7 +202,7 @@ import json, sys
 from pathlib import Path
 import jax
 from medrlvr_jax.host import processes
-from medrlvr_jax.runs import checkpoint
+from medrlvr_jax.runs import checkpoint, seal
 
 processes.initialize()
 from test_checkpoint import META, CheckpointConfig, Checkpoints, abstract, flip, make_state, mesh_of
@@ -212,7 +212,7 @@ def digests(path, names):
     return original(path, names)
 
 folder, digested = Path(sys.argv[1]), []
-original, checkpoint.digests = checkpoint.digests, digests
+original, seal.digests = seal.digests, digests
 checkpoints = Checkpoints(folder, CheckpointConfig(keep=9), META)
 for step in (1, 2):
     digested.clear()
@@ -222,7 +222,7 @@ out = {"written": list(digested)}
 processes.gather(0)
 if jax.process_index() == 1:
     checkpoint.saved_steps = lambda folder: [1]  # as a network file system that is late
-state, out["newest"] = checkpoints.restore_newest(make_state(mesh_of(2, 2, 2)))
+state, out["newest"] = checkpoints.restore(make_state(mesh_of(2, 2, 2)))
 checkpoints.save(2, state)  # is there already
 digested.clear()
 params = abstract(state).policy.params
@@ -232,7 +232,7 @@ if jax.process_index() == 0:
     flip(max((folder / "2").glob("state/ocdbt.process_1/d/*"), key=lambda p: p.stat().st_size))
 processes.gather(0)
 out["whole"] = checkpoint.restore_params(folder, params)[1]
-out["after"] = Checkpoints(folder, CheckpointConfig(keep=9), META, lambda text: None).restore_newest(state)[1]
+out["after"] = Checkpoints(folder, CheckpointConfig(keep=9), META, lambda text: None).restore(state)[1]
 print("VIEW", json.dumps(out), flush=True)
 jax.distributed.shutdown()
 """

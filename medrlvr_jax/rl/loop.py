@@ -116,7 +116,7 @@ def resume(job: Job, run: log.Run, checkpoints: Checkpoints) -> tuple[TrainState
     for name, encoded in job.sets.items():
         sets[f"eval.sets.{name}"] = (config.eval.sets[name], encoded.questions, encoded.tokens)
     accepted = inputs.check(run.path, job.parts, sets, bool(checkpoints.steps()), job.rewards)
-    state, done = checkpoints.restore_newest(job.state)
+    state, done = checkpoints.restore(job.state)
     skips = run.resume(done)
     changed = [f"going on with what is not as it was: {line}" for line in accepted]
     for text in [

@@ -1,25 +1,19 @@
-"""Checkpoints: Orbax saves them in the background, digests detect damage, and any mesh can restore them.
+"""Checkpoints: Orbax saves them in the background, seals detect damage, and any mesh can restore them.
 
     checkpoints/20/state/         the TrainState, each leaf by its path
                    meta/          JSON: the settings, versions and git revision of the run
                    metrics/       JSON: the number that `checkpoint.best` names
-                   digests.json   size and CRC-32 of every file above
+                   digests.json   size and CRC-32 of every file above (seal.py)
 
-Orbax writes into a temporary folder and renames it at the end, so a crash leaves no partial checkpoint. Orbax
-does not detect later damage: a flipped bit in an array file is read back as a weight. So `digests.json` is
-written just before the rename and checked before anything is restored.
-
-With several processes, each computes the digests of what it wrote and checks its share before a restore.
-Process 0 decides for all which steps exist, which are undamaged and which is the best.
+Orbax writes into a temporary folder and renames it at the end, so a crash leaves no partial checkpoint. With
+several processes, process 0 decides for all which steps exist, which are undamaged and which is the best.
 """
 
 import json
 import logging
 import math
 import shutil
-import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -32,40 +26,14 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from medrlvr_jax.config.schema import CheckpointConfig
-from medrlvr_jax.host.errors import MedrlvrError
-from medrlvr_jax.host.files import read_json, reading, write_json, write_text
-from medrlvr_jax.host.processes import from_leader, gather
+from medrlvr_jax.host.files import read_json, reading, write_text
+from medrlvr_jax.host.processes import from_leader
+from medrlvr_jax.runs import seal
+from medrlvr_jax.runs.seal import CheckpointError, damage
 
 Which = int | Literal["best"] | None  # a checkpoint by its step; the best; None: the newest undamaged one
-Digests = dict[str, list[int]]  # [bytes, CRC-32] by file name
-SEAL = "digests.json"
-SMALL = 1 << 16  # bytes
 RETIRED = {"step"}  # leaves of older checkpoints that nothing reads any more
 OTHER_CHECKPOINT = "take another of the run's checkpoints"
-
-
-class CheckpointError(MedrlvrError, RuntimeError):
-    """A checkpoint that cannot be written or read, or that belongs to another model."""
-
-
-class _DigestingHandler(ocp.PyTreeCheckpointHandler):
-    """Orbax's handler; each process also digests the files it wrote, which `Checkpoints._seal` merges."""
-
-    async def async_save(self, directory, *args, **kwargs):
-        return [*(await super().async_save(directory, *args, **kwargs) or []), _DigestFuture(Path(directory))]
-
-
-class _DigestFuture:
-    """Orbax awaits the futures of a save in order, in the background, then waits for all processes."""
-
-    def __init__(self, state: Path):
-        self._state = state
-
-    def result(self, timeout: float | None = None) -> None:
-        process = jax.process_index()
-        names = _names(self._state, (self._state / f"ocdbt.process_{process}").rglob("*"))
-        written = {f"state/{name}": digest for name, digest in digests(self._state, names).items()}
-        write_json(self._state.parent / f"{SEAL}.{process}", written)
 
 
 class Checkpoints:
@@ -102,7 +70,7 @@ class Checkpoints:
             single_host_load_and_broadcast=True,
         )
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        handlers.add("state", ocp.args.PyTreeSave, _DigestingHandler())
+        handlers.add("state", ocp.args.PyTreeSave, seal.DigestingHandler())
         handlers.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
 
@@ -159,31 +127,21 @@ class Checkpoints:
         with self._write_errors():
             self._manager.close()
 
-    def restore(self, abstract: Any) -> tuple[Any, int] | None:
-        """The newest state and its step; None if none was ever saved.
+    def restore(self, state: Any) -> tuple[Any, int]:
+        """The newest state and its step, or `(state, 0)` if none was ever saved.
 
-        `abstract`: the state's ShapeDtypeStructs, with the shardings to restore to. Raises `CheckpointError`
-        if checkpoints were saved but none is usable: starting over would erase the logs."""
+        `state`: arrays, which are freed before anything is read, since there may be no room for two; or
+        ShapeDtypeStructs. Its shardings are those to restore to. Raises `CheckpointError` if checkpoints were
+        saved but none is usable: starting over would erase the logs."""
         self.wait()
         steps, damaged, existed = from_leader(self._inspect)
         if steps:
-            return _read(self.folder / str(steps[-1]), abstract), steps[-1]
+            return _replace(state, self.folder, steps[-1])
         if not (damaged or existed):
-            return None
+            return state, 0
         left = f"only {', '.join(damaged)}" if damaged else "though there were some"
         remedy = f"put one back, give another name=, or remove {self.folder.parent} to start over"
         raise CheckpointError(f"{self.folder}: no whole checkpoint is left, {left}; {remedy}")
-
-    def restore_newest(self, state: Any) -> tuple[Any, int]:
-        """The newest state and its step, or `(state, 0)` at a run's start.
-
-        `state` is freed before anything is read: there may be no room for two.
-        """
-        abstract = _abstract(state)
-        self.wait()
-        if from_leader(self.steps):
-            _free(state)
-        return self.restore(abstract) or (state, 0)
 
     def _inspect(self) -> tuple[list[int], list[str], bool]:
         """Complete steps, names of damaged checkpoints, and whether any checkpoint was ever saved."""
@@ -195,13 +153,7 @@ class Checkpoints:
     def _seal(self) -> None:
         """Orbax calls this in the background on process 0, when all is written and before the rename."""
         [temporary] = self.folder.glob(f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}*")
-        sealed: Digests = {}
-        for process in range(jax.process_count()):
-            part = temporary / f"{SEAL}.{process}"
-            sealed |= json.loads(part.read_text(encoding="utf-8"))
-            part.unlink()
-        small = [name for name in _names(temporary, temporary.glob("*/**/*")) if name not in sealed]
-        write_json(temporary / SEAL, dict(sorted((sealed | digests(temporary, small)).items())))
+        seal.write(temporary)
 
     @contextmanager
     def _write_errors(self):
@@ -227,15 +179,10 @@ def restore_params(folder: Path, abstract: Any, which: Which = None) -> tuple[An
 def restore_before(folder: Path, state: Any, step: int) -> tuple[Any, int]:
     """The newest undamaged state at or before `step`, and its step; `(state, 0)` if there is none.
 
-    Frees `state` first, as `restore_newest` does, but changes nothing in the folder.
+    Frees `state` first, as `Checkpoints.restore` does, but changes nothing in the folder.
     """
-    steps = [s for s in from_leader(lambda: saved_steps(folder)) if s <= step]
-    newest = next((s for s in reversed(steps) if not damage(folder / str(s))), 0)
-    if not newest:
-        return state, 0
-    abstract = _abstract(state)
-    _free(state)
-    return _read(folder / str(newest), abstract), newest
+    newest = newest_undamaged(folder, step)
+    return _replace(state, folder, newest) if newest else (state, 0)
 
 
 def read_meta(folder: Path, step: int) -> dict[str, Any]:
@@ -243,67 +190,15 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
     return read_json(folder / str(step) / "meta" / "metadata", OTHER_CHECKPOINT)
 
 
-# --- damage -----------------------------------------------------------------------------------------------
-
-
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending."""
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
-def _names(path: Path, files: Iterable[Path]) -> list[str]:
-    return sorted(str(p.relative_to(path)) for p in files if p.is_file())
-
-
-def digests(path: Path, names: list[str]) -> Digests:
-    """`[bytes, CRC-32]` of the named files of a checkpoint."""
-
-    def digest(name: str) -> list[int]:
-        size, crc = 0, 0
-        with open(path / name, "rb") as file:
-            while block := file.read(1 << 20):
-                size, crc = size + len(block), zlib.crc32(block, crc)
-        return [size, crc]
-
-    with ThreadPoolExecutor(8) as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-def damage(path: Path, below: float = math.inf) -> str | None:
-    """What is wrong with a checkpoint; None if nothing is. Files of `below` bytes and more are checked by
-    size only.
-
-    All processes must call it together and get the same answer: process 0 lists the files and each process
-    reads its share. Raises `CheckpointError` if a process does not see a file that process 0 sees."""
-    sealed, sizes = from_leader(lambda: _read_seal(path))
-    if sealed is None:
-        return f"{SEAL} is missing or damaged"
-    for name, (size, _) in sealed.items():
-        if name not in sizes:
-            return f"{name} is missing"
-        if sizes[name] != size:
-            return f"{name} has {sizes[name]:,} bytes where {size:,} were written"
-    names = [name for name, (size, _) in sealed.items() if size < below]
-    largest_first = sorted(names, key=lambda name: -sealed[name][0])
-    process = jax.process_index()
-    try:
-        share = digests(path, largest_first[process :: jax.process_count()])
-    except FileNotFoundError as e:
-        unseen = f"{e.filename}: process {process} does not see this file, which process 0 sees"
-        remedy = "set runs to a folder that all of them share, or start again if its changes arrive late"
-        raise CheckpointError(f"{unseen}; {remedy}") from e
-    actual = {name: digest for part in gather(share) for name, digest in part.items()}
-    changed = sorted(name for name, digest in actual.items() if digest != sealed[name])
-    return f"{changed[0]} does not hold what was written" if changed else None
-
-
-def _read_seal(path: Path) -> tuple[Digests | None, dict[str, int]]:
-    """What was written, None if that cannot be read; and the sizes of the files that are there."""
-    sizes = {name: (path / name).stat().st_size for name in _names(path, path.glob("*/**/*"))}
-    try:
-        return json.loads((path / SEAL).read_text(encoding="utf-8")), sizes
-    except (FileNotFoundError, ValueError):
-        return None, sizes
+def newest_undamaged(folder: Path, last: float = math.inf) -> int | None:
+    """The newest undamaged step, at most `last`."""
+    steps = from_leader(lambda: saved_steps(folder))
+    return next((s for s in reversed(steps) if s <= last and not damage(folder / str(s))), None)
 
 
 def _rename_damaged(folder: Path, notify: Callable[[str], None]) -> None:
@@ -313,7 +208,7 @@ def _rename_damaged(folder: Path, notify: Callable[[str], None]) -> None:
         path = folder / str(step)
         reason = damage(path, below)
         if not reason:
-            below = SMALL
+            below = seal.SMALL
             continue
         aside = path.with_name(f"{step}.damaged")
         if jax.process_index() == 0:
@@ -325,10 +220,9 @@ def _rename_damaged(folder: Path, notify: Callable[[str], None]) -> None:
 def _choose(folder: Path, which: Which) -> int:
     steps = from_leader(lambda: saved_steps(folder))
     if which is None:
-        newest = next((s for s in reversed(steps) if not damage(folder / str(s))), None)
-        if newest is None:
-            raise CheckpointError(f"{folder}: no whole checkpoint; there are {steps}")
-        return newest
+        if newest := newest_undamaged(folder):
+            return newest
+        raise CheckpointError(f"{folder}: no whole checkpoint; there are {steps}")
     step = from_leader(lambda: best_step(folder)) if which == "best" else which
     if step is None:
         best = read_meta(folder, steps[-1])["config"]["checkpoint"]["best"] if steps else None
@@ -355,12 +249,13 @@ def best_step(folder: Path) -> int | None:
 # --- reading ----------------------------------------------------------------------------------------------
 
 
-def _abstract(state: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-def _free(state: Any) -> None:
-    jax.tree.map(lambda x: x.delete(), state)
+def _replace(state: Any, folder: Path, step: int) -> tuple[Any, int]:
+    """The state of a checkpoint in place of `state`, which is freed first; and its step."""
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    for array in jax.tree.leaves(state):
+        if isinstance(array, jax.Array):
+            array.delete()
+    return _read(folder / str(step), abstract), step
 
 
 def _read(path: Path, abstract: Any, partial: bool = False) -> Any:

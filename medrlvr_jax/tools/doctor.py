@@ -21,7 +21,7 @@ from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rewards import judges
-from medrlvr_jax.runs import checkpoint, log, trackers
+from medrlvr_jax.runs import checkpoint, log, seal, trackers
 
 GIB = 2**30
 # An accelerator's device file, and the extra whose JAX uses it.
@@ -122,7 +122,7 @@ def _run(config: Config) -> Iterator[Finding]:
         except ConfigError as e:
             yield problem(str(e))
     for step in checkpoint.saved_steps(path / "checkpoints"):
-        if wrong := checkpoint.damage(path / "checkpoints" / str(step), checkpoint.SMALL):
+        if wrong := seal.damage(path / "checkpoints" / str(step), seal.SMALL):
             yield warning(f"checkpoint {step} is damaged: {wrong}", "an older one will be used")
         else:
             yield ok(f"checkpoint {step} is there")
