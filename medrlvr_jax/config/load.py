@@ -158,6 +158,14 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def differences(a: dict[str, Any], b: dict[str, Any], where: Sequence[str] = ("there", "now")) -> list[str]:
+    """A line for each setting by dotted name that has different values in a and in b. It is null where it is
+    not given.
+    """
+    names = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    return [f"{name}: {a.get(name)!r} {where[0]}, {b.get(name)!r} {where[1]}" for name in names]
+
+
 def override(tree: dict[str, Any], item: str) -> None:
     """Put one `a.b=value` into a tree of settings."""
     name, sep, text = item.partition("=")

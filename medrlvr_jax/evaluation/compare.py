@@ -57,7 +57,7 @@ def differences(a: Path, b: Path, name: str, x: Answers, y: Answers) -> list[str
     """How the two evaluations of a set differ, beside the model."""
     try:
         first, second = (how_asked(read_log(folder), folder, name) for folder in (a, b))
-        out = [f"{k}: {value!r} in A, {second[k]!r} in B" for k, value in first.items() if value != second[k]]
+        out = configs.differences(first, second, ("in A", "in B"))
     except ConfigError as e:
         out = [str(e)]
     i, j, odd = pair(x, y)

@@ -272,14 +272,15 @@ def lock_holder(path: Path) -> str | None:
 
 def check_same(path: Path, config: Config) -> None:
     """Refuse to resume with settings other than those in the file `path`, but for `MAY_CHANGE`."""
-    old = configs.flat(configs.read_yaml(path, "repair it, or give this run another name=") or {})
-    new = configs.flat(configs.to_tree(config))
-    fixed = [k for k in sorted(old.keys() | new.keys()) if k.split(".")[0] not in MAY_CHANGE]
-    changed = [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in fixed if old.get(k) != new.get(k)]
-    if changed:
+    trees = (
+        configs.read_yaml(path, "repair it, or give this run another name=") or {},
+        configs.to_tree(config),
+    )
+    fixed = [{k: v for k, v in tree.items() if k not in MAY_CHANGE} for tree in trees]
+    if changed := configs.differences(*map(configs.flat, fixed)):
         remedy = "give this run another name=, or the settings it was begun with"
         head = f"name: {path.parent} was begun with other settings; {remedy}:"
-        raise ConfigError("\n".join([head, *changed]))
+        raise ConfigError("\n  ".join([head, *changed]))
 
 
 # --- versions ---------------------------------------------------------------------------------------------

@@ -212,9 +212,7 @@ def check_same(cells: list[Cell]) -> None:
         elif file.exists():
             text = file.read_text(encoding="utf-8")
             trees = [configs.parse_yaml(x, str(file), "repair or remove it") for x in (text, cell.record())]
-            then, now = map(configs.flat, trees)
-            pairs = {k: (then.get(k, DEFAULTS.get(k)), now.get(k)) for k in now | then}
-            changes = [f"{k}: {old!r} there, {new!r} now" for k, (old, new) in pairs.items() if old != new]
+            changes = configs.differences(*(DEFAULTS | configs.flat(tree) for tree in trees))
             if text.splitlines()[0] != cell.origin():
                 changes.append("its command, or the run it starts from, is another")
             if changes:
