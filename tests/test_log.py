@@ -283,6 +283,7 @@ def test_a_terminal_always_shows_step_share_and_time_left(monkeypatch, columns):
         console.step(step, metrics | {"kl": 0.1, "response_length": 99, "tokens_per_second": 1234})
     console.progress("eval dev", 3, 9, "a program")
     console.notify("end")
+    assert terminal.getvalue().endswith("\r")  # what C++ writes next does not follow the last line
     console.close()
     lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n").split("\n")
     assert max(map(len, lines)) <= columns

@@ -74,8 +74,13 @@ QUICK = {"tpu": {"exec_time_optimization_effort": -1.0}, "cuda": {}}
 
 CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # either contains the compiler
 
-# Without these, libtpu looks for the metadata of a TPU VM and allows one process only.
-LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# Without these, libtpu looks for the metadata of a TPU VM, warns of what it misses, and allows one process only.
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any that it knows; the topology says which is compiled for
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclass(frozen=True)

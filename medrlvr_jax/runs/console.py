@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 import rich.console
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType
 from rich.text import Text
 
 QUIET = 30  # seconds without a line, after which long work prints its progress
@@ -72,7 +74,7 @@ class Console:
         self._live = None
         if self._rich.is_terminal and not self._rich.quiet:
             self._live = Live(
-                get_renderable=lambda: Text(self._status(), no_wrap=True, overflow="crop"),
+                get_renderable=self._drawn,
                 console=self._rich,
                 refresh_per_second=2,
                 transient=True,
@@ -128,6 +130,13 @@ class Console:
     def _stays(self, step: int) -> bool:
         late = time.monotonic() - self._last_line > 2 * QUIET
         return step in (1, self._total) or step % max(1, self._total // LINES) == 0 or late
+
+    def _drawn(self) -> rich.console.Group:
+        """The last line; the cursor goes back to its start, so that what C++ writes (XLA, libtpu) replaces it
+        instead of following it. It is drawn again below.
+        """
+        line = Text(self._status(), no_wrap=True, overflow="crop", end="")
+        return rich.console.Group(line, Control(ControlType.CARRIAGE_RETURN))
 
     def _status(self) -> str:
         """The last line of a terminal."""
