@@ -12,7 +12,8 @@ import pydantic
 import pytest
 
 import medrlvr_jax
-from medrlvr_jax.cli import apart, app, main
+from medrlvr_jax.cli import app, main
+from medrlvr_jax.cli.app import apart
 from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 
