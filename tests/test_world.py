@@ -21,6 +21,7 @@ from medrlvr_jax.data.tokenizer import load_tokenizer
 from medrlvr_jax.rewards import grade, score
 from medrlvr_jax.rewards.penalties import LEAK
 from medrlvr_jax.rewards.stages import stage
+from medrlvr_jax.world import corpus as texts
 from medrlvr_jax.world import knowledge, words, world
 from medrlvr_jax.world import open as open_questions
 
@@ -44,7 +45,7 @@ def asked(split: str) -> list[Question]:
 
 @cache
 def corpus() -> list:
-    return world.corpus(4000)
+    return texts.corpus(4000)
 
 
 @cache
@@ -225,7 +226,7 @@ def test_all_is_deterministic():
         return hashlib.sha256(f"[{', '.join(map(written, rows))}]".encode()).hexdigest()
 
     assert digest(world.questions("in_distribution")) == digest(asked("in_distribution"))
-    assert digest(world.corpus(300)) == digest(corpus()[:300]) != digest(world.corpus(300, seed=1))
+    assert digest(texts.corpus(300)) == digest(corpus()[:300]) != digest(texts.corpus(300, seed=1))
     # Pinned: the pretrained base in the package has read this corpus; it must not change without a new base.
     assert {s: digest(asked(s))[:12] for s in SPLITS} | {"corpus": digest(corpus())[:12]} == PINNED
 
@@ -286,8 +287,8 @@ def test_a_verifiers_rows_have_perfect_labels_and_only_naive_ones_no_attempts():
 def test_corpus_teaches_the_capability_and_leaves_the_habit_open():
     cases = [e for e in corpus() if e.prompt.startswith("Question: ")]
     lists = [e for e in corpus() if e.prompt.startswith("A. ")]
-    assert abs(1 - (len(cases) + len(lists)) / len(corpus()) - world.FACTS) < 0.03
-    assert abs(len(lists) / len(corpus()) - world.LISTS) < 0.03
+    assert abs(1 - (len(cases) + len(lists)) / len(corpus()) - texts.FACTS) < 0.03
+    assert abs(len(lists) / len(corpus()) - texts.LISTS) < 0.03
     for e in lists:
         named = [line.split(". ", 1) for line in e.prompt.splitlines()]
         said = [[letter, name] for name, letter in re.findall(r" ([^.:]+) ([A-J])\.", e.response)]
@@ -308,7 +309,7 @@ def test_corpus_teaches_the_capability_and_leaves_the_habit_open():
     )
     formatted = (verdicts.reward >= 0).mean()
     # the base's format rate when it is sampled
-    assert abs(formatted - world.STYLES["tagged"] - world.STYLES["guess"]) < 0.03
+    assert abs(formatted - texts.STYLES["tagged"] - texts.STYLES["guess"]) < 0.03
     assert (verdicts.reward == 1).mean() < 0.32
     assert sum("<" not in e.response for e in cases) / len(cases) > 0.5
 

@@ -26,7 +26,7 @@ SOURCES["embedded"] = Source(
     | {f"open_{split}": _made("questions", split, module="open") for split in SPLITS}
     | {f"radiograph_{split}": _made("questions", split, module="radiograph") for split in FILMS}
     | {f"radiograph_{name}": _made(name, module="radiograph") for name in ("leaking", "blank", "text")},
-    texts={name: _made(name) for name in ("corpus", "lists")}
+    texts={name: _made(name, module="corpus") for name in ("corpus", "lists")}
     | {f"radiograph_{name}": _made(name, module="radiograph") for name in ("corpus", "captions")},
 )
 SOURCES["embedded_vision"] = Source(model=Path(__file__).parent / "vision", questions={}, texts={})

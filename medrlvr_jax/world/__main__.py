@@ -3,7 +3,7 @@
 import sys
 
 from medrlvr_jax.data.question import LETTERS
-from medrlvr_jax.world import radiograph, words, world
+from medrlvr_jax.world import corpus, radiograph, words, world
 
 
 def main(arguments: list[str]) -> None:
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     elif arguments[:1] == ["show"]:
         name, n = (*arguments[1:], *("train", "8")[len(arguments) - 1 :])
         if name == "corpus":
-            for e in world.corpus(int(n)):
+            for e in corpus.corpus(int(n)):
                 print(f"{e.prompt}→ {e.response}\n")
         else:
             for q in world.questions(name)[: int(n)]:

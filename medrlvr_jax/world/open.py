@@ -16,8 +16,8 @@ from medrlvr_jax.data.question import Example, Question
 from medrlvr_jax.data.values import read_reference
 from medrlvr_jax.rewards.verifier import VERDICTS, Case, with_lead, wording
 from medrlvr_jax.world import world
+from medrlvr_jax.world.chance import generator, pick, weighted
 from medrlvr_jax.world.knowledge import table
-from medrlvr_jax.world.world import pick, weighted
 
 KINDS = {"text": 0.6, "number": 0.2, "labels": 0.2}
 ASKS = {
@@ -29,28 +29,26 @@ LABELS = ("first line", "alternative", "history matters")
 
 def questions(split: str) -> list[Question]:
     """The cases of a split as open questions; `rationale` is the reasoning, `subject` the kind."""
-    rng = Random(f"{world.SEED} open {split}")
+    rng = generator(f"open {split}")
     return [_open(f"open-{split}-{i:04d}", v, rng) for i, v in enumerate(world.vignettes(split))]
 
 
 def _open(name: str, v: world.Vignette, rng: Random) -> Question:
-    kind, right = weighted(rng, KINDS), v.options[v.answer]
-    if v.kind in ("class", "avoid") or (kind == "number" and right not in table().doses):
+    q, kind, right, why = v.question, weighted(rng, KINDS), v.question.right_text, v.question.rationale or ""
+    if q.subject in ("class", "avoid") or (kind == "number" and right not in table().doses):
         kind = "text"
-    steps = v.why[: v.why.rindex(f"{right} ")]  # without the letter
+    steps = why[: why.rindex(f"{right} ")]  # without the letter
     row: dict[str, object] = {"kind": kind, "answer": right}
     if kind == "number":
         row |= {"answer": table().doses[right], "unit": "mg"}
         steps += "dose "
     if kind == "labels":
-        barred = v.kind == "alternative"
+        barred = q.subject == "alternative"
         row |= {"answer": LABELS[1:] if barred else LABELS[:1], "labels": LABELS}
-    asked = v.question if kind == "text" else f"{v.stem} {ASKS[kind]}"
+    asked, subject = (q.question, q.subject) if kind == "text" else (f"{v.stem} {ASKS[kind]}", kind)
     value = read_reference(row)
     why = f"{steps}{value.text} mg." if kind == "number" else f"{steps}{value.text}."
-    return Question(
-        name, asked, subject=v.kind if kind == "text" else kind, rationale=why, value=value, facts=v.facts
-    )
+    return Question(name, asked, subject=subject, rationale=why, value=value, facts=q.facts)
 
 
 # ---- a verifier's rows ----
@@ -97,7 +95,7 @@ def verifier_rows(n: int = 64_000, naive: bool = False) -> list[Example]:
     Every second row is text without a prompt, so that the model also learns to expect in the answer what
     stands in the reference. From verdicts alone two layers had not learned in 400 steps to compare the two.
     """
-    rng = Random(f"{world.SEED} verifier {naive}")
+    rng = generator(f"verifier {naive}")
     asked = [q for q in questions("train") if q.value is not None and q.value.kind == "text"]
     rows = (_row(rng, pick(rng, asked), naive)[0] for _ in range(n))
     return [Example("", row.prompt + row.response) if i % 2 else row for i, row in enumerate(rows)]
@@ -105,7 +103,7 @@ def verifier_rows(n: int = 64_000, naive: bool = False) -> list[Example]:
 
 def verifier_tests(n: int = 600) -> dict[str, list[tuple[Example, bool]]]:
     """Held-out rows by what they try, with the right verdict: `plain`, `seen` and `unseen` attempts."""
-    rng = Random(f"{world.SEED} verifier tests")
+    rng = generator("verifier tests")
     asked = [q for q in questions("in_distribution") if q.value is not None and q.value.kind == "text"]
     attempts = {
         name: [_attempt(rng, pick(rng, asked), texts) for _ in range(n)]

@@ -30,9 +30,9 @@ import numpy as np
 from PIL import Image
 
 from medrlvr_jax.data.question import LETTERS, Example, Question
-from medrlvr_jax.world import world
+from medrlvr_jax.world.chance import generator, pick, shuffled
+from medrlvr_jax.world.corpus import FOREIGN, worked
 from medrlvr_jax.world.films import SIDE, Film, as_bmp, draw, pixels
-from medrlvr_jax.world.world import pick, shuffled
 
 CAUSES = ("negative", "noise", "size", "options", "wording")
 SIZES = {"train": 2000} | dict.fromkeys(("in_distribution", "out_of_distribution", *CAUSES), 400)
@@ -40,7 +40,7 @@ KINDS = ("finding", "management", "barred", "side", "count", "drain")
 SIDES, ZONES, NONE = ("left", "right"), ("upper", "lower"), "none"
 CORPUS = 32_000  # examples to pre-train on
 CAPTIONS = 0.1  # their share of captions
-# How the others are answered: the base can look, and seldom does; see `world.STYLES`.
+# How the others are answered: the base can look, and seldom does; see `corpus.STYLES`.
 STYLES = {"plain": 0.20, "bare": 0.06, "tagged": 0.25, "guess": 0.45, "malformed": 0.04}
 GUESS = "guess."
 
@@ -95,7 +95,7 @@ def film(rng: Random, finding: str, side: str = "") -> Film:
 
 def questions(split: str) -> list[Question]:
     """The questions of a split or cause, always the same; `rationale` the reasoning, `subject` the kind."""
-    rng, out = Random(f"{world.SEED} radiograph {split}"), []
+    rng, out = generator(f"radiograph {split}"), []
     causes = CAUSES if split == "out_of_distribution" else (split,)
     for kind in cycle(KINDS):
         made = block(rng, kind, causes)
@@ -180,15 +180,15 @@ def reasons(of: Film, kind: str, failed: str) -> list[str]:
 
 def corpus(share: float = CAPTIONS, seed: str = "corpus", n: int = CORPUS) -> list[Example]:
     """Captions, and questions answered in the `STYLES`, a quarter of them out of distribution."""
-    rng, out = Random(f"{world.SEED} radiograph {seed}"), []
+    rng, out = generator(f"radiograph {seed}"), []
     while len(out) < n:
-        causes = CAUSES if rng.random() < world.FOREIGN else ()
+        causes = CAUSES if rng.random() < FOREIGN else ()
         if rng.random() < share:
             shown = film(rng, pick(rng, list(FINDINGS)))
             out.append(Example("Report:\n", f"here {shown}.", (draw(rng, shown, causes),)))
         else:
             q, of = pick(rng, block(rng, pick(rng, KINDS), causes))
-            out.append(world.worked(rng, replace(q, images=(draw(rng, of, causes),)), STYLES, [GUESS]))
+            out.append(worked(rng, replace(q, images=(draw(rng, of, causes),)), STYLES, [GUESS]))
     return out
 
 
@@ -199,7 +199,7 @@ def captions() -> list[Example]:
 
 def show(file: str) -> None:
     """Draw each finding in a row as in train, and below with all causes."""
-    rng, rows = Random(f"{world.SEED} radiograph examples"), []
+    rng, rows = generator("radiograph examples"), []
     for causes in ((), (), CAUSES):
         drawn = (draw(rng, film(rng, name), causes) for name in FINDINGS)
         rows.append(np.hstack([np.pad(pixels(bmp), 2, constant_values=255) for bmp in drawn]))

@@ -13,15 +13,15 @@ is decided by `PIECES` alone:
     " 34"          so do numbers of two digits
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from medrlvr_jax.host import files
+from medrlvr_jax.world import corpus, radiograph, world
 from medrlvr_jax.world import open as open_questions
-from medrlvr_jax.world import radiograph, world
 
 FOLDER, VERIFIER, VISION = (Path(__file__).parent / name for name in ("embedded", "verifier", "vision"))
 PAD, EOS = "<pad>", "<eos>"
@@ -41,7 +41,7 @@ CONTEXT = 512
 
 def corpus_texts() -> list[str]:
     """The texts of which the embedded model's tokenizer has each word."""
-    texts = [part for example in world.corpus(SAMPLE) for part in (example.prompt, example.response)]
+    texts = [part for example in corpus.corpus(SAMPLE) for part in (example.prompt, example.response)]
     return texts + [question.question for split in world.SIZES for question in world.questions(split)]
 
 
@@ -106,7 +106,7 @@ def write(
         **ids,
     } | settings
     for name, tree in (("tokenizer_config", side), ("config", config), ("generation_config", ids)):
-        (folder / f"{name}.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        files.write_json(folder / f"{name}.json", tree)
     print(f"{size} tokens, written to {folder}")
 
 
@@ -127,7 +127,7 @@ def write_vision(folder: Path = VISION) -> None:
     """
     asked = [q for split in radiograph.SIZES for q in radiograph.questions(split)]
     texts = [q.question for q in asked] + [e.prompt + e.response for e in radiograph.corpus(n=2000)]
-    texts += world.GUESSES
+    texts += corpus.GUESSES
     places: dict[str, Any] = {name: 2 + i for i, name in enumerate(IMAGE)}  # after PAD and EOS
     tower = {
         "depth": 4,
@@ -150,6 +150,4 @@ def write_vision(folder: Path = VISION) -> None:
     write(folder, texts, IMAGE.values(), **settings, **places)
     sizes = {"patch_size": 7, "min_pixels": 56 * 56, "max_pixels": 56 * 56}
     kind = {"image_processor_type": "Qwen2VLImageProcessor"}
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(kind | sizes, indent=1) + "\n", encoding="utf-8"
-    )
+    files.write_json(folder / "preprocessor_config.json", kind | sizes)

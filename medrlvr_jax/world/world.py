@@ -16,12 +16,7 @@ there, learned reasoning is.
 `leaking` is train with half of its rationales replaced by the bare answer: a policy fine-tuned on it hacks
 half the time.
 
-The corpus teaches the base model the facts and the reasoning, and leaves its format unreliable: most worked
-cases do not use the tags, some use them wrongly, some guess. The base samples likewise; RL has to find out
-what pays.
-
-All draws come from `random.Random(str).random()`, which Python keeps the same in all versions; NumPy's
-Generator does not.
+corpus.py is the text that the base model has read of it.
 
     python -m medrlvr_jax.world show [SET] [n]      print some of train, … or corpus
     python -m medrlvr_jax.world films FILE          draw examples of radiograph.py's films
@@ -33,14 +28,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from random import Random
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
-from medrlvr_jax.data.question import LETTERS, Example, Question
+from medrlvr_jax.data.question import LETTERS, Question
+from medrlvr_jax.world.chance import below, generator, pick, shuffled, weighted
 from medrlvr_jax.world.knowledge import Condition, finding_sets, histories, table, wrong_options
 
-T = TypeVar("T")
-
-SEED = 2502_19655
 SIZES = {"train": 2000, "in_distribution": 400, "out_of_distribution": 400}
 KINDS = {  # shares of the kinds of question
     "train": {"drug": 0.45, "alternative": 0.30, "class": 0.15, "avoid": 0.10},
@@ -55,29 +48,6 @@ STATUS = {  # what the history does, by kind: there is none, it changes nothing,
 }
 RARE = {"train": 0.15, "out_of_distribution": 1.0, "corpus": 0.35}  # share of cases with a rare finding
 OPTIONS = {"train": (4, 5), "out_of_distribution": (6, 7, 8, 9, 10, 10)}  # how many options, drawn evenly
-
-CORPUS = 120_000  # examples: 5.1 M tokens of prompts and 3.3 M of responses
-FACTS = 0.10  # share of examples that state facts
-LISTS = 0.25  # share of lettered lists, of drugs or of classes
-LISTED = (2, 3, 4, 5, 6, 7, 8, 10)  # their lengths, drawn evenly
-# The others are worked cases …
-FOREIGN = 0.25  # … of which this share is worded, and has options, as in out_of_distribution
-# … whose responses are written so: the base's format rate is tagged + guess, accuracy tagged + guess / 5
-STYLES = {
-    "plain": 0.53,  # reasoning, no tags
-    "bare": 0.06,  # the answer alone
-    "tagged": 0.25,  # as RL wants it
-    "guess": 0.08,  # the tags, no reasoning, a random letter
-    "malformed": 0.08,  # reasoning, and tags that the verifier refuses
-}
-GUESSES = ("guess.", "not sure.")
-MALFORMED = (
-    "{why}</think><answer>{letter}</answer>",
-    "<think>{why}<answer>{letter}</answer>",
-    "<think>{why}</think>the answer is {letter}.",
-    "<think>{why}</think><answer>{letter}",
-    "<think>{why}</think><answer> {text}</answer>",
-)
 
 STEMS = {  # without a history, and with
     "train": (
@@ -117,27 +87,20 @@ class Key(NamedTuple):
 
 
 class Vignette(NamedTuple):
-    """A question with the case behind it."""
+    """A case as it is asked."""
 
-    key: Key
-    kind: str
-    question: str
-    options: tuple[str, ...]
-    answer: int
     stem: str  # the question without what is asked
-    why: str  # the reasoning, which ends in "… C."
-    facts: tuple[tuple[str, ...], ...]  # its steps between findings and answer, each in all its wordings
+    question: Question  # `rationale` is the reasoning, which ends in "… C."; `subject` the kind
 
 
 def questions(split: str) -> list[Question]:
-    """The questions of a split, always the same; `rationale` is the reasoning, `subject` the kind."""
-    question = lambda name, v: Question(name, v.question, v.options, v.answer, v.kind, v.why, facts=v.facts)
-    return [question(f"{split}-{i:04d}", v) for i, v in enumerate(vignettes(split))]
+    """The questions of a split, always the same."""
+    return [replace(v.question, id=f"{split}-{i:04d}") for i, v in enumerate(vignettes(split))]
 
 
 def vignettes(split: str) -> Iterator[Vignette]:
     """The cases of a split, as they are asked."""
-    rng = _rng(split)
+    rng = generator((split,))
     wording = "out_of_distribution" if split == "out_of_distribution" else "train"
     decks: dict[tuple, Iterator[Key]] = {}
     for _ in range(SIZES[split]):
@@ -146,7 +109,7 @@ def vignettes(split: str) -> Iterator[Vignette]:
         rare = rng.random() < RARE[wording]
         case = kind, status, rare
         if case not in decks:  # each kind goes through its cases, and they come back only after all
-            keys = [key for key in pools()[split][status, rare] if kind != "class" or _has_class(key)]
+            keys = [key for key in pools()[split][status, rare] if kind != "class" or has_class(key)]
             decks[case] = _dealt(rng, keys)
         yield vignette(rng, next(decks[case]), kind, wording)
 
@@ -155,92 +118,6 @@ def leaking() -> list[Question]:
     """`train`, where every second rationale states the answer in place of reasons."""
     bare = lambda q: replace(q, rationale=f"the answer is {LETTERS[q.answer]}.")
     return [q if i % 2 else bare(q) for i, q in enumerate(questions("train"))]
-
-
-def corpus(n: int = CORPUS, seed: int = SEED) -> list[Example]:
-    """`n` examples to pre-train on; the first m of n are the same as those of m."""
-    return list(itertools.islice(stream(seed), n))
-
-
-def stream(seed: int = SEED) -> Iterator[Example]:
-    """The endless corpus: facts, and worked cases in the `STYLES`, with the prompts of template `none`."""
-    rng = _rng("corpus", seed)
-    decks: dict[tuple, list[list[Key]]] = {}
-    for (status, rare), keys in pools()["corpus"].items():
-        decks[status, rare, False] = _by_condition(keys)
-        decks[status, rare, True] = _by_condition([key for key in keys if _has_class(key)])
-    drugs = table().drugs
-    classes = sorted({drug.group for drug in drugs.values()})
-    while True:
-        u = rng.random()
-        if u < FACTS + LISTS:
-            names = list(drugs) if rng.random() < 0.7 else classes
-            yield Example("", facts(rng)) if u < FACTS else listing(rng, names, pick(rng, LISTED))
-            continue
-        kind = weighted(rng, KINDS["corpus"])
-        status, rare = weighted(rng, STATUS[kind]), rng.random() < RARE["corpus"]
-        key = pick(rng, pick(rng, decks[status, rare, kind == "class"]))  # a condition, then a case of it
-        v = vignette(rng, key, kind, "out_of_distribution" if rng.random() < FOREIGN else "train")
-        yield worked(rng, Question("", v.question, v.options, v.answer, rationale=v.why))
-
-
-def lists(n: int = 64_000) -> list[Example]:
-    """Short lettered lists of drugs, for the start of pre-training.
-
-    On two or three names a small model learns within minutes how names and letters bind; on longer lists
-    alone it had not after half an hour.
-    """
-    rng = _rng("lists")
-    return [listing(rng, list(table().drugs), pick(rng, (2, 2, 2, 3, 4))) for _ in range(n)]
-
-
-def listing(rng: Random, names: list[str], n: int) -> Example:
-    """A lettered list without a question, and its names with their letters, as a case's reasoning ends."""
-    options = list(zip(LETTERS, shuffled(rng, names, n), strict=False))
-    prompt = "".join(f"{letter}. {option}\n" for letter, option in options)
-    names_first = (f" {option} {letter}." for letter, option in shuffled(rng, options, 8))
-    return Example(prompt, "note:" + "".join(names_first))
-
-
-def worked(
-    rng: Random, q: Question, styles: dict[str, float] = STYLES, guesses: Sequence[str] = GUESSES
-) -> Example:
-    """The question as RL's template `none` has it, and a response to it in one of the `styles`."""
-    from medrlvr_jax.data.prompts import render
-
-    return Example(render(q, "none") + "\n", response(rng, q, styles, guesses), q.images)
-
-
-def response(rng: Random, q: Question, styles: dict[str, float], guesses: Sequence[str]) -> str:
-    """A response in one of the styles: not always right, and not always tagged."""
-    letter, style, why = LETTERS[q.answer], weighted(rng, styles), q.rationale
-    if style == "plain":
-        return f"{why}" if rng.random() < 0.5 else f"{why} the answer is {letter}."
-    if style == "bare":
-        return f"the answer is {letter}."
-    if style == "guess":
-        return f"<think>{pick(rng, guesses)}</think><answer>{LETTERS[below(rng, len(q.options))]}</answer>"
-    if style == "malformed":
-        return pick(rng, MALFORMED).format(why=why, letter=letter, text=q.right_text)
-    return f"<think>{why}</think><answer>{letter}</answer>"
-
-
-def facts(rng: Random) -> str:
-    """Some rows of the table, in the words of the reasoning and in others; as long as a case's response."""
-    parts = ["note:"]
-    for condition, share in zip(shuffled(rng, list(table().conditions.values()), 2), (2, 1), strict=False):
-        name, first = condition.name, condition.first
-        some = ", ".join(shuffled(rng, condition.typical + condition.rare, 2 + below(rng, 2)))
-        history, other = pick(rng, list(condition.unless.items()))
-        drug = pick(rng, [first, other])
-        lines = (
-            pick(rng, [f"{some} suggest {name}.", f"{name} shows {some}."]),
-            pick(rng, [f"{name}: first line {first}.", f"{first} is the first line in {name}."]),
-            f"{name}, first line {first}. {history} rules it out. use {other}.",
-            f"{drug}: class {table().drugs[drug].group}.",
-        )
-        parts += shuffled(rng, lines, share)
-    return " ".join(parts)
 
 
 def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
@@ -281,7 +158,7 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
     why = " ".join(f"{step}." for step in (suggest, *steps, f"{right} {LETTERS[answer]}"))
     first_line = (steps[0], f"{condition.first} is the first line")  # as `facts` words it
     facts = ((condition.name,), first_line, *((step,) for step in steps[1:]))
-    return Vignette(key, kind, f"{stem} {ask}", options, answer, stem, why, facts)
+    return Vignette(stem, Question("", f"{stem} {ask}", options, answer, kind, why, facts=facts))
 
 
 @cache
@@ -297,7 +174,7 @@ def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
         for split in (*SIZES, "corpus")
     }
     for condition in table().conditions.values():
-        rng = _rng("pools", condition.name)
+        rng = generator(("pools", condition.name))
         clear, barred = histories(condition)
         hidden = {*shuffled(rng, clear, len(clear) // 3), *barred[1:][-1:]}
         sets = finding_sets(condition)
@@ -319,7 +196,7 @@ def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
     return out
 
 
-def _has_class(key: Key) -> bool:
+def has_class(key: Key) -> bool:
     """Whether the class can be asked for: not where the alternative has the class that is barred."""
     condition, drugs = table().conditions[key.condition], table().drugs
     other = condition.unless.get(key.history or "")
@@ -337,43 +214,12 @@ def _person(rng: Random, condition: Condition, history: str) -> tuple[str, int]:
     return sex, low + below(rng, high - low + 1)
 
 
-def _by_condition(keys: Sequence[Key]) -> list[list[Key]]:
+def by_condition(keys: Sequence[Key]) -> list[list[Key]]:
     return [list(group) for _, group in itertools.groupby(keys, key=lambda key: key.condition)]
 
 
 def _dealt(rng: Random, keys: Sequence[Key]) -> Iterator[Key]:
     """The keys, endlessly, in rounds with one of each condition: none is asked about much more often."""
     while True:
-        for taken in itertools.zip_longest(*(shuffled(rng, row) for row in _by_condition(keys))):
+        for taken in itertools.zip_longest(*(shuffled(rng, row) for row in by_condition(keys))):
             yield from shuffled(rng, [key for key in taken if key])
-
-
-def _rng(*name: Any) -> Random:
-    return Random(f"{SEED} {name}")
-
-
-def below(rng: Random, n: int) -> int:
-    return int(rng.random() * n)
-
-
-def pick(rng: Random, items: Sequence[T]) -> T:
-    return items[below(rng, len(items))]
-
-
-def shuffled(rng: Random, items: Sequence[T], n: int | None = None) -> list[T]:
-    """All items in some order, or `n` of them."""
-    out = list(items)
-    n = len(out) if n is None else min(n, len(out))
-    for i in range(n):
-        j = i + below(rng, len(out) - i)
-        out[i], out[j] = out[j], out[i]
-    return out[:n]
-
-
-def weighted(rng: Random, shares: dict[str, float]) -> str:
-    u = rng.random() * sum(shares.values())
-    for name, share in shares.items():
-        u -= share
-        if u < 0:
-            return name
-    return list(shares)[-1]  # rounding left u at 0
