@@ -211,8 +211,9 @@ def check_same(cells: list[Cell]) -> None:
             complaints.append(f"  {cell.path.name}: there is no {file.name} beside it with its settings")
         elif file.exists():
             text = file.read_text(encoding="utf-8")
-            trees = [configs.parse_yaml(x, str(file), "repair or remove it") for x in (text, cell.record())]
-            changes = configs.differences(*(DEFAULTS | configs.flat(tree) for tree in trees))
+            tree = configs.parse_yaml(text, str(file), "repair or remove it")
+            then, now = (DEFAULTS | configs.flat(t) for t in (tree, configs.to_tree(cell.config)))
+            changes = configs.differences(then, now)
             if text.splitlines()[0] != cell.origin():
                 changes.append("its command, or the run it starts from, is another")
             if changes:
