@@ -272,12 +272,10 @@ def lock_holder(path: Path) -> str | None:
 
 def check_same(path: Path, config: Config) -> None:
     """Refuse to resume with settings other than those in the file `path`, but for `MAY_CHANGE`."""
-    trees = (
-        configs.read_yaml(path, "repair it, or give this run another name=") or {},
-        configs.to_tree(config),
-    )
-    fixed = [{k: v for k, v in tree.items() if k not in MAY_CHANGE} for tree in trees]
-    if changed := configs.differences(*map(configs.flat, fixed)):
+    old = configs.read_yaml(path, "repair it, or give this run another name=") or {}
+    trees = (old, configs.to_tree(config))
+    then, now = (configs.flat({k: v for k, v in t.items() if k not in MAY_CHANGE}) for t in trees)
+    if changed := configs.differences(then, now):
         remedy = "give this run another name=, or the settings it was begun with"
         head = f"name: {path.parent} was begun with other settings; {remedy}:"
         raise ConfigError("\n  ".join([head, *changed]))
