@@ -145,9 +145,13 @@ def test_two_processes_see_what_one_sees(folder):
 
 
 def test_batches_prepared_ahead_change_nothing(folder, metrics, monkeypatch):
-    """The same bits where no batch is begun while the device works; and what is begun is what is asked for."""
-    monkeypatch.setattr(images.ImageSet, "begin", lambda *_: None)
+    """The same bits where no batch is begun while the device works; and what is begun is what is asked for:
+    the second step, and the second half of the set in two evaluations.
+    """
+    begun = []
+    monkeypatch.setattr(images.ImageSet, "begin", lambda _, asked, index: begun.append(list(index)))
     alone = trained(folder, name="alone")
+    assert len(begun) == 3 and begun[0] == begun[2] == [*range(8, 16)], begun
     timing = ("seconds", "tokens_per_second")
     strip = lambda rows: [{k: v for k, v in row.items() if k not in timing} for row in rows]
     assert strip(alone) == strip(metrics)

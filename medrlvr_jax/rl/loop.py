@@ -60,6 +60,7 @@ class Job:
     step: Callable[[TrainState, int, log.Records], StepResult]
     policy: Callable[[TrainState], Params]  # what evaluation reads: the sampler's parameters
     programs: Sequence[Program]  # what steps and evaluations call: compiled before the first step
+    prepare: Callable[[int], None]  # begins to prepare a 0-based step, before the one ahead of it is taken
     # (folder, steps done, progress), before the first step of each start
     begin: Callable[[Path, int, Callable[[str, int, int], None]], None] | None = None
     notices: Sequence[str] = ()  # about the data, for the console
@@ -137,6 +138,8 @@ def take_steps(
     if done == 0 and job.sets:
         run.record(0, evaluate.evaluate_sets(job.parts, job.policy(state), job.sets, run, 0))
     for n in range(done + 1, job.steps + 1):
+        if n < job.steps:
+            job.prepare(n)
         result = take_step(job, session, state, n, history, first=n == done + 1)
         state, metrics = result.state, result.metrics
         history = [*history, metrics][-monitors.WINDOW :]

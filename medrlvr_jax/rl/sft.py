@@ -168,7 +168,6 @@ def make_job(parts: Parts, pairs: Pairs, sets: dict[str, Encoded]) -> Job:
         padded = pad_targets([targets[i] for i in index[own]], columns, parts.tokenizer.pad_id)
         placed = sharding.place_rows(padded, n, parts.mesh)
         batch = as_experience(place_prompts(None, parts, encoded, index), *placed)
-        begin_images(parts, encoded, step_batch(config, len(rows), step + 1))
         learner, means = learn(state.policy, base, batch, key, None)
         means = sharding.to_host(means)
         metrics = {k: float(m.value()) for k, m in means.items()} | {"tokens": int(means["nll"].count)}
@@ -189,5 +188,6 @@ def make_job(parts: Parts, pairs: Pairs, sets: dict[str, Encoded]) -> Job:
         state=TrainState(learner, None, jax.device_put(np.float32(0), sharding.replicated(parts.mesh))),
         step=step,
         policy=lambda state: sync_weights(lora.join(base, state.policy.params)),
+        prepare=lambda step: begin_images(parts, encoded, step_batch(config, len(rows), step)),
         programs=ahead + (sync_program(sync_weights) + evaluate.programs(parts, sets) if sets else []),
     )

@@ -192,6 +192,9 @@ def make_job(
         step=partial(logged_step, training, encoded),
         policy=lambda state: sync_weights(lora.join(training.frozen.base, state.policy.params)),
         programs=ahead,
+        prepare=lambda step: begin_images(
+            parts, encoded, step_batch(parts.config, len(encoded.questions), step)
+        ),
         begin=partial(take_baselines, parts, programs.policy_rewards, start_policy, encoded),
     )
 
@@ -287,7 +290,6 @@ def train_step(
         training = dataclasses.replace(training, programs=waiting)
     policy = lora.join(training.frozen.base, state.policy.params)
     prompts = place_prompts(policy, parts, encoded, index, asks_blank(config.reward))
-    begin_images(parts, encoded, step_batch(config, len(encoded.questions), step + 1))
     spread = config.advantage.spread
     mean = mean_spread(spread, history, step + 1)
     least = spread and jax.device_put(jnp.float32(spread.beta * mean), sharding.replicated(parts.mesh))
