@@ -52,12 +52,14 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model.scoring import Rows
 from medrlvr_jax.model.spec import VISION
+from medrlvr_jax.model_rewards import verifier_models
+from medrlvr_jax.model_rewards.ask import Answers, Ending, answer_scores, pass_over
+from medrlvr_jax.model_rewards.policy import make_policy_rewards
+from medrlvr_jax.model_rewards.probability import LEAD, ProbabilityRequest
 from medrlvr_jax.plan.flops import tower_flops
 from medrlvr_jax.rl import records, train
-from medrlvr_jax.rl.policy_rewards import LEAD, ProbabilityRequest, make_policy_rewards, pass_over
 from medrlvr_jax.rl.programs import make_programs
-from medrlvr_jax.rollout import decode, judge
-from medrlvr_jax.rollout.ask import Answers, Ending, answer_scores
+from medrlvr_jax.rollout import decode
 from medrlvr_jax.rollout.generate import DrawSettings, draw_settings, generate
 from medrlvr_jax.rollout.rollout import Encoded, place_prompts, width
 from medrlvr_jax.rollout.see import see
@@ -268,7 +270,7 @@ def verify_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     each = max(map(len, parts.tokenizer.spell([f" {option}" for option in OPTIONS])))
     words = " ".join(itertools.islice(itertools.cycle(OPTIONS), max(1, (args.prompt - 24) // each)))
     texts = [f"{i} {words}" for i in range(args.questions * args.samples)]
-    tokens = judge.encode(parts.tokenizer, texts, chat=False, soft=True)
+    tokens = verifier_models.encode(parts.tokenizer, texts, chat=False, soft=True)
     section = VerifierConfig(
         model=args.model,
         verdicts=("1", "0"),
@@ -276,7 +278,7 @@ def verify_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         dtype=parts.config.model.dtype,
         max_tokens=max(map(len, tokens)),
     )
-    asked = judge.read(section, parts.mesh, "bench").loaded()
+    asked = verifier_models.read(section, parts.mesh, "bench").loaded()
     prefill, columns = jax.jit(decode.prefill, static_argnames="cfg"), asked.widths[-1]
     batches = [tokens[i : i + asked.size] for i in range(0, len(tokens), asked.size)]
     placed = [asked.placed([tuple(row) for row in batch], columns) for batch in batches]

@@ -19,7 +19,7 @@ from medrlvr_jax.data import load as data
 from medrlvr_jax.data.question import LETTERS
 from medrlvr_jax.evaluation import probe
 from medrlvr_jax.host import tables
-from medrlvr_jax.rl import policy_rewards
+from medrlvr_jax.model_rewards import policy, probability
 from medrlvr_jax.rl.experience import place_scored
 from medrlvr_jax.rollout.rollout import encode, place_prompts, score_rollout
 from medrlvr_jax.sharding import place_rows
@@ -73,11 +73,11 @@ def main(model: str = "embedded", questions: str = "64") -> None:
         rollout = Rollout(*placed, placed[0], None)
         prompts = place_prompts(params, parts, encoded, index)
         scored = score_rollout(parts, encoded, index, rollout)
-        rewards, quiet = policy_rewards.make_policy_rewards(parts), lambda *_: None
+        rewards, quiet = policy.make_policy_rewards(parts), lambda *_: None
         columns = []
         for (_, reward), section in zip(rewards.items(), parts.config.reward.components, strict=True):
             if reward.baseline is not None:
-                start = policy_rewards.start_scores(parts, section, ({}, params), encoded, quiet)
+                start = probability.start_scores(parts, section, ({}, params), encoded, quiet)
                 reward.baseline.update(start)
             request = place_scored(reward.request(scored), scored, n, parts)
             columns.append(np.asarray(reward.program({}, params, prompts, rollout, request)).mean(0))

@@ -15,8 +15,7 @@ from test_text import make
 
 from medrlvr_jax.data.tokenizer import wrap
 from medrlvr_jax.model import decoder, scoring, spec
-from medrlvr_jax.rewards import joins
-from medrlvr_jax.rollout import ask
+from medrlvr_jax.model_rewards import ask, joins
 from medrlvr_jax.types import Prompts
 
 CFG = small()

@@ -10,8 +10,8 @@ import pytest
 
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rewards import endpoint
-from medrlvr_jax.rewards.endpoint import Endpoint, Reply, yes_share
+from medrlvr_jax.model_rewards import endpoint
+from medrlvr_jax.model_rewards.endpoint import Endpoint, Reply, yes_share
 from medrlvr_jax.rewards.user import RewardError
 from medrlvr_jax.rl import train
 from medrlvr_jax.tools import replay

@@ -18,6 +18,7 @@ CORE = (
     "rewards",
     "build",
     "rollout",
+    "model_rewards",
     "runs",
     "evaluation",
     "rl",

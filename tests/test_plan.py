@@ -20,11 +20,12 @@ from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import families, scoring, spec
+from medrlvr_jax.model_rewards import verifier_models
 from medrlvr_jax.plan import aot, flops, machines, plan
 from medrlvr_jax.rl import train
 from medrlvr_jax.rl.programs import compile_ahead, make_programs
 from medrlvr_jax.rl.train import step_programs
-from medrlvr_jax.rollout import generate, judge, loops, rollout
+from medrlvr_jax.rollout import generate, loops, rollout
 from medrlvr_jax.rollout.program import Program, array
 from medrlvr_jax.types import Prompts
 
@@ -108,7 +109,7 @@ def test_flops_of_programs_are_the_formulas():
 
 def test_the_passes_of_rewards_are_counted(monkeypatch):
     """Each reward that a model computes: what is traced is the formula's number."""
-    monkeypatch.setattr(judge, "verdict_tokens", lambda *_: (0, 1))
+    monkeypatch.setattr(verifier_models, "verdict_tokens", lambda *_: (0, 1))
     verifiers = [
         {"kind": "verifier", "model": "embedded", "name": score, "score": score, "max_tokens": 64}
         | {"batch": 4, "max_new_tokens": 8}
@@ -120,7 +121,7 @@ def test_the_passes_of_rewards_are_counted(monkeypatch):
     rewards = [*verifiers, *probabilities, {"kind": "consistency"}]
     learn = TREE["learn"] | {"microbatch": None}
     parts = build.build(configs.from_tree(TREE | {"reward": rewards, "mesh": {"fsdp": 8}, "learn": learn}))
-    verified = judge.prepare(parts)
+    verified = verifier_models.prepare(parts)
     made = step_programs(parts, make_programs(parts, 2), 96, verifiers=verified)
     asked = [p for p in made if p.name.startswith("verify") or p.name in ("letter", "text", "consistency")]
     assert len(asked) == 9

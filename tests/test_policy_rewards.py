@@ -18,8 +18,8 @@ from medrlvr_jax.data.question import LETTERS, Question, question_hash
 from medrlvr_jax.data.values import Reference
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder
+from medrlvr_jax.model_rewards import consistency, policy, probability
 from medrlvr_jax.rewards import judges
-from medrlvr_jax.rl import policy_rewards
 from medrlvr_jax.rl.experience import kept_responses, mean_spread, place_scored
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rl.train import start, train, train_step
@@ -99,11 +99,11 @@ def judges_of(parts, encoded):
 
 def answered(setting, name):
     parts, encoded, params, rollout, scored = setting
-    reward = policy_rewards.make_policy_rewards(parts)[name]
+    reward = policy.make_policy_rewards(parts)[name]
     if reward.baseline is not None:
         start = ({}, params)
         section = next(c for c in parts.config.reward.components if (c.name or c.kind) == name)
-        scores = policy_rewards.start_scores(parts, section, start, encoded, lambda done, n: None)
+        scores = probability.start_scores(parts, section, start, encoded, lambda done, n: None)
         reward.baseline.update(scores)
     request = place_scored(reward.request(scored), scored, 8, parts)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), request) == jax.tree.map(
@@ -144,7 +144,7 @@ def test_consistency_is_the_models(setting):
         expected.append(letters[int(np.argmax([s[0] for s in scores]))] != completion[-10])
     np.testing.assert_array_equal(values[:, 0], np.array(expected, np.float32))
     assert (values[:, 1] == 0).all() and 0 < sum(expected) < 8
-    request = policy_rewards.consistency_request(parts, ConsistencyConfig(of="right"), scored)
+    request = consistency.consistency_request(parts, ConsistencyConfig(of="right"), scored)
     right = scored.verdicts.correct
     assert right.any() and ((request.ending.size > 0) == right).all() and not right[::2].all()
 
@@ -186,7 +186,7 @@ def test_what_is_learned_from_is_what_is_logged(setting):
     first = ({}, state.policy.params)
     for section in parts.config.reward.components:
         if (reward := made.policy_rewards.get(section.name or section.kind)) and reward.baseline is not None:
-            scores = policy_rewards.start_scores(parts, section, first, encoded, lambda done, n: None)
+            scores = probability.start_scores(parts, section, first, encoded, lambda done, n: None)
             reward.baseline.update(scores)
     _, stats, scored, _ = train_step(training, encoded, state, 0)
     rewards = scored.verdicts.reward
@@ -226,9 +226,7 @@ def test_questions_that_lack_what_is_asked_for_are_refused(kind, complaint):
     value = Reference("number", "3", value=Fraction(3))
     config = RewardConfig(components=({"kind": kind} | ({"model": "m"} if kind == "verifier" else {}),))
     with pytest.raises(ConfigError, match=complaint):
-        policy_rewards.check_questions(
-            config, byte_tokenizer(), [Question("open-1", "How many?", value=value)]
-        )
+        policy.check_questions(config, byte_tokenizer(), [Question("open-1", "How many?", value=value)])
 
 
 SPREAD = SpreadConfig(beta=0.5, ema=0.9, start=7)

@@ -30,7 +30,7 @@ from medrlvr_jax.evaluation import look
 from medrlvr_jax.evaluation.evaluate import open_source
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder
-from medrlvr_jax.rl.policy_rewards import check_questions, make_policy_rewards
+from medrlvr_jax.model_rewards.policy import check_questions, make_policy_rewards
 from medrlvr_jax.rl.sft import sft
 from medrlvr_jax.rl.train import train
 from medrlvr_jax.rollout.assess import assess, assess_alone, assess_settings

@@ -7,7 +7,7 @@ from medrlvr_jax.config.reward import RewardConfig, VerifierConfig
 from medrlvr_jax.config.schema import AdvantageConfig
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.data.values import Reference
-from medrlvr_jax.rewards import verifier
+from medrlvr_jax.model_rewards import verifier
 from medrlvr_jax.rewards.base import read
 from medrlvr_jax.rewards.user import RewardError
 

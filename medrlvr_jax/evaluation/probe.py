@@ -39,7 +39,7 @@ from medrlvr_jax.evaluation.evaluate import evaluate, new_folder, open_source, r
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather_rows
-from medrlvr_jax.rewards.joins import sentences
+from medrlvr_jax.model_rewards.joins import sentences
 from medrlvr_jax.rollout.assess import assess_alone
 from medrlvr_jax.rollout.rollout import Encoded, encode, width
 from medrlvr_jax.rollout.sync import make_weight_sync

@@ -18,11 +18,11 @@ from medrlvr_jax.build import Parts, lay_out
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data.images import Grid, windows_of
 from medrlvr_jax.model import families, splash
+from medrlvr_jax.model_rewards import verifier_models
 from medrlvr_jax.plan import flops, hlo, machines
 from medrlvr_jax.plan.machines import Machine
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rl.train import step_programs
-from medrlvr_jax.rollout import judge
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import width
 
@@ -79,10 +79,10 @@ def prepare(config: Config, machine: Machine) -> Parts:
 def planned(parts: Parts, steps: int) -> list[Program]:
     """The programs of a training step whose longest prompt has all the tokens that it may have."""
     verifiers = {
-        name: judge.lay_out(
+        name: verifier_models.lay_out(
             asked, families.known(asked.model), Stops(), parts.mesh, f"reward.components.{name}"
         )
-        for name, asked in judge.sections(parts.config.reward).items()
+        for name, asked in verifier_models.sections(parts.config.reward).items()
         if asked.url is None
     }
     programs, columns = make_programs(parts, steps), width(parts.config.prompt.max_tokens)

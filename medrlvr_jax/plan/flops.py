@@ -16,9 +16,9 @@ from medrlvr_jax.build import Parts
 from medrlvr_jax.config.reward import ConsistencyConfig, ProbabilityConfig
 from medrlvr_jax.data.question import LETTERS
 from medrlvr_jax.model.architecture import DecoderConfig
+from medrlvr_jax.model_rewards.probability import answer_columns
+from medrlvr_jax.model_rewards.verifier_models import greedy_reply, yes_probability
 from medrlvr_jax.rewards.components import components
-from medrlvr_jax.rl.policy_rewards import answer_columns
-from medrlvr_jax.rollout.judge import greedy_reply, yes_probability
 from medrlvr_jax.rollout.loops import columns_of_loops, segment_ends
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.see import see

@@ -14,8 +14,8 @@ To add a component:
    - By something outside (a function in a worker, another model): a `Judge`, started in judges.py for the
      length of a training, and its section in `JUDGED`. A row on which it fails gets NaN and a reason: it
      is left out of learning. All processes call it together, each with its own rows, which may be none.
-   - By the policy itself: its section in `ON_DEVICE`, and an `experience.PolicyReward` in
-     policy_rewards.py: the host makes a request for each row while it grades; a program answers for all rows
+   - By the policy itself: its section in `ON_DEVICE`, and an `ask.PolicyReward` in a file of
+     model_rewards/: the host makes a request for each row while it grades; a program answers for all rows
      on the device.
 3. If a combination of settings makes it constant, a complaint in config/check.py.
 """

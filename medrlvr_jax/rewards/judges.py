@@ -27,7 +27,7 @@ def started(
 ) -> Iterator[Terms]:
     """The terms of the reward, `given` or those of `config`, with judges that live as long as the context.
 
-    `questions`: what is trained on. `verifiers`: the models among the terms, by name (rollout/judge.py).
+    `questions`: what is trained on. `verifiers`: the models among the terms, by name (model_rewards/).
     """
     if given is not None:
         refuse_both(config)

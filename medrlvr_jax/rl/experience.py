@@ -1,7 +1,7 @@
 """From rewards to experience: the terms of the reward on all rows, advantages, and the step's scalars."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,16 +43,6 @@ class Rewards(NamedTuple):
     graded: Leaf  # float32 [Q, G, K], the host's columns
     asked: tuple[Leaf, ...] = ()  # of each term that asks the policy, its values [Q, G]
     least_spread: Leaf | None = None  # float32 []: see `kept_responses`
-
-
-class PolicyReward(NamedTuple):
-    """A component that asks the policy itself: the host makes requests while it grades, a program answers."""
-
-    program: Any  # jitted: (base, policy, prompts, rollout, request) → float32 [Q, G], laid out by rows
-    request: Callable[[Scored], Any]  # a tree of arrays [N, …], one row for each that is scored
-    shapes: Any  # the request of a whole batch: a tree of ShapeDtypeStructs [Q, G, …]
-    # what the start policy says, by question: filled before the first step; None: it is not asked
-    baseline: dict[str, float] | None = None
 
 
 def split(config: AdvantageConfig) -> bool:

@@ -18,9 +18,10 @@ from medrlvr_jax import build
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.check import check_rl
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rl.experience import PolicyReward, make_experience
+from medrlvr_jax.model_rewards.ask import PolicyReward
+from medrlvr_jax.model_rewards.policy import make_policy_rewards
+from medrlvr_jax.rl.experience import make_experience
 from medrlvr_jax.rl.learn import compile_learn, critic_objective, make_optimizer, policy_objective
-from medrlvr_jax.rl.policy_rewards import make_policy_rewards
 from medrlvr_jax.rollout.assess import assess
 from medrlvr_jax.rollout.generate import generate
 from medrlvr_jax.rollout.program import Program

@@ -44,6 +44,9 @@ from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
 from medrlvr_jax.model.spec import VISION
+from medrlvr_jax.model_rewards import verifier_models
+from medrlvr_jax.model_rewards.policy import asks_blank, check_questions
+from medrlvr_jax.model_rewards.probability import take_baselines
 from medrlvr_jax.rewards import judges
 from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rewards.parse import beginning_trap
@@ -59,9 +62,7 @@ from medrlvr_jax.rl.experience import (
 )
 from medrlvr_jax.rl.learn import adapt_kl, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
-from medrlvr_jax.rl.policy_rewards import asks_blank, check_questions, take_baselines
 from medrlvr_jax.rl.programs import Programs, make_programs
-from medrlvr_jax.rollout import judge
 from medrlvr_jax.rollout.assess import assess_settings
 from medrlvr_jax.rollout.generate import draw_settings
 from medrlvr_jax.rollout.program import Program, Recorder, a_key, abstract_prompts, array, sync_program
@@ -136,9 +137,9 @@ def train(
         notices.append(f"{encoded.dropped} questions dropped: longer than prompt.max_tokens")
     if trap := beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
         notices.append("; ".join(trap))
-    asked = {} if given_terms else judge.prepare(parts)
+    asked = {} if given_terms else verifier_models.prepare(parts)
     with stage(f"loading {', '.join(asked)}") if asked else nullcontext():
-        verifiers = judge.start(parts, asked)
+        verifiers = verifier_models.start(parts, asked)
     with judges.started(config.reward, given_terms, questions, verifiers) as terms, jax.set_mesh(parts.mesh):
         with stage(f"loading {config.model.path}"):
             job = make_job(parts, encoded, sets, terms, asked)
@@ -166,7 +167,7 @@ def make_job(
     encoded: Encoded,
     sets: dict[str, Encoded],
     terms: judges.Terms,
-    verifiers: judge.Prepared | None = None,
+    verifiers: verifier_models.Prepared | None = None,
 ) -> Job:
     """The training as the loop runs it; `terms` are what is paid, by `verifiers` among others."""
     steps = total_steps(parts.config, len(encoded.questions))
@@ -418,7 +419,7 @@ def step_programs(
     width: int,
     terms: judges.Terms | None = None,
     windows: int = 0,
-    verifiers: judge.Prepared | None = None,
+    verifiers: verifier_models.Prepared | None = None,
 ) -> list[Program]:
     """All programs of a training step in their order, by taking one with shapes for arrays; prompts have
     `width` columns, and their images `windows` windows. `terms`: what is paid, by default what the settings
@@ -442,7 +443,7 @@ def step_programs(
         on_device += (tower,)
     elif windows:
         tower = lora.join(frozen.base, policy.params)[VISION]
-    asked = [each for each in (verifiers or {}).values() if isinstance(each, judge.Judge)]
+    asked = [each for each in (verifiers or {}).values() if isinstance(each, verifier_models.MeshVerifier)]
     on_device += tuple(each.model.params for each in asked if not each.settings.offload)
     recorder = Recorder(mesh, on_device)
     # What is offloaded comes to the device before a program is called: to the programs nothing is.

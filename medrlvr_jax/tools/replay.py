@@ -18,12 +18,13 @@ from medrlvr_jax.data.batches import step_batch
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
+from medrlvr_jax.model_rewards import verifier_models
+from medrlvr_jax.model_rewards.policy import asks_blank
+from medrlvr_jax.model_rewards.probability import take_baselines
 from medrlvr_jax.rewards import judges
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.experience import with_asked
-from medrlvr_jax.rl.policy_rewards import asks_blank, take_baselines
 from medrlvr_jax.rl.programs import make_programs
-from medrlvr_jax.rollout import judge
 from medrlvr_jax.rollout.rollout import encode, place_prompts
 from medrlvr_jax.runs import inputs
 from medrlvr_jax.runs.checkpoint import restore_before
@@ -48,7 +49,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     parts, console = build(c), Console()
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options, parts.cfg.vision)
     inputs.check_replay(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)})
-    verifiers = judge.start(parts, judge.prepare(parts))
+    verifiers = verifier_models.start(parts, verifier_models.prepare(parts))
     started = judges.started(c.reward, questions=encoded.questions, verifiers=verifiers)
     with started as terms, jax.set_mesh(parts.mesh):
         programs = make_programs(parts, total_steps(c, len(encoded.questions)))

@@ -4,9 +4,9 @@ Open questions are the cases of train, in_distribution and out_of_distribution w
 answers are texts (a drug, a class), numbers with a unit (the drug's usual dose) and sets of labels (what the
 history does). The base model has read no such prompt: fine-tune it first (`medrlvr sft`).
 
-A verifier's row is a prompt of rewards/verifier.py's wording and its verdict. The world tells which answers
-mean the same: labels are perfect. `naive` rows have a flaw that data from agreeable responses have: only
-right answers say that they are equivalent. A verifier that learns from them can be talked into Yes.
+A verifier's row is a prompt of model_rewards/verifier.py's wording and its verdict. The world tells which
+answers mean the same: labels are perfect. `naive` rows have a flaw that data from agreeable responses have:
+only right answers say that they are equivalent. A verifier that learns from them can be talked into Yes.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from random import Random
 
 from medrlvr_jax.data.question import Example, Question
 from medrlvr_jax.data.values import read_reference
-from medrlvr_jax.rewards.verifier import VERDICTS, Case, with_lead, wording
+from medrlvr_jax.model_rewards.verifier import VERDICTS, Case, with_lead, wording
 from medrlvr_jax.world import world
 from medrlvr_jax.world.chance import generator, pick, weighted
 from medrlvr_jax.world.knowledge import table

@@ -19,10 +19,10 @@ from medrlvr_jax.config.reward import VerifierConfig
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder, spec
+from medrlvr_jax.model_rewards import verifier_models
+from medrlvr_jax.model_rewards.verifier import LEAD
 from medrlvr_jax.plan import aot, machines
-from medrlvr_jax.rewards.verifier import LEAD
 from medrlvr_jax.rl import train
-from medrlvr_jax.rollout import judge
 from medrlvr_jax.types import Prompts
 from medrlvr_jax.world.open import verifier_tests
 
@@ -43,7 +43,9 @@ def asked(mesh=None, seed=0, tied=True, **settings):
     } | settings
     mesh = sharding.make_mesh(mesh or MeshConfig(data=1, fsdp=8))
     cfg = dataclasses.replace(CFG, tied=tied)
-    made = judge.lay_out(VerifierConfig(**settings), cfg, byte_tokenizer(), mesh, "reward.components.v")
+    made = verifier_models.lay_out(
+        VerifierConfig(**settings), cfg, byte_tokenizer(), mesh, "reward.components.v"
+    )
     params = jax.tree.map(lambda p: p * 3 if p.ndim > 2 else p, spec.init(cfg, jax.random.key(seed)))
     put = lambda p, s: jax.device_put(np.asarray(p.astype(s.dtype)), s.sharding)
     params = jax.tree.map(put, params, made.model.params)
@@ -61,7 +63,7 @@ def directly(made, texts):
         states, _ = decoder.forward(params, made.model.cfg, prompts)
         return jax.nn.softmax(decoder.logits(params, made.model.cfg, states[:, -1])[0])
 
-    rows = judge.encode(byte_tokenizer(), texts, chat=False, soft=True)
+    rows = verifier_models.encode(byte_tokenizer(), texts, chat=False, soft=True)
     found = [np.asarray(last(jnp.array([row], jnp.int32))) for row in rows]
     return [p[ord("1")] / (p[ord("1")] + p[ord("0")]) for p in found]
 
@@ -81,7 +83,7 @@ def test_the_probability_is_that_of_a_direct_pass(tied):
 def test_the_packages_verifier_knows_the_held_out_rows():
     """As docs/pages/numbers/rewards.md: 98, 98 and 83 %; without rows of persuasion, 4 % of the second sort."""
     settings = VerifierConfig(model="embedded_verifier", max_tokens=128, batch=64, dtype="float32")
-    made = judge.read(settings, sharding.make_mesh(MeshConfig()), "reward.components.v").loaded()
+    made = verifier_models.read(settings, sharding.make_mesh(MeshConfig()), "reward.components.v").loaded()
     tests = verifier_tests(64)
     rows = [row for rows in tests.values() for row in rows]
     says = np.array(made.ask([row.prompt.removesuffix(LEAD) for row, _ in rows])) > 0.5
@@ -94,7 +96,7 @@ import json
 import jax
 from medrlvr_jax.host import processes
 processes.initialize()
-from test_judge import TEXTS, MeshConfig, asked
+from test_verifier_models import TEXTS, MeshConfig, asked
 said = []
 for mesh in (MeshConfig(data=2, fsdp=2), MeshConfig(data=1, tensor=4)):
     _, made = asked(mesh)
@@ -121,9 +123,9 @@ def test_processes_ask_together():
 def test_equal_prompts_are_one_row_and_long_ones_none(monkeypatch):
     _, made = asked(batch=8, max_tokens=64)
     rows = []
-    program = judge.yes_probability
+    program = verifier_models.yes_probability
     monkeypatch.setattr(
-        judge, "yes_probability", lambda *args: rows.append(args[2].tokens.shape) or program(*args)
+        verifier_models, "yes_probability", lambda *args: rows.append(args[2].tokens.shape) or program(*args)
     )
     got = made.ask(["a"] * 6 + ["x" * 60, "y" * 30])
     assert got[6] is None and len(set(got[:6])) == 1 and rows == [(8, 32), (8, 64)]
@@ -149,8 +151,8 @@ def test_replies_are_read():
 def test_what_is_compiled_ahead_is_what_is_called(settings, monkeypatch):
     laid_out, made = asked(**settings)
     name = "greedy_reply" if settings else "yes_probability"
-    calls, program = [], getattr(judge, name)
-    monkeypatch.setattr(judge, name, lambda *args: calls.append(args) or program(*args))
+    calls, program = [], getattr(verifier_models, name)
+    monkeypatch.setattr(verifier_models, name, lambda *args: calls.append(args) or program(*args))
     made.ask(TEXTS)
     monkeypatch.undo()
     with jax.set_mesh(made.model.mesh):
@@ -169,7 +171,7 @@ def test_what_is_compiled_ahead_is_what_is_called(settings, monkeypatch):
 )
 def test_verdicts_that_are_no_tokens_are_refused(verdicts, problem):
     with pytest.raises(ConfigError, match=r"reward\.components\.v\.verdicts: .*" + problem):
-        judge.verdict_tokens(byte_tokenizer(), verdicts, "reward.components.v")
+        verifier_models.verdict_tokens(byte_tokenizer(), verdicts, "reward.components.v")
 
 
 def test_other_models_are_refused():
@@ -189,7 +191,7 @@ def test_other_models_are_refused():
     }
     for words, settings in refusals.items():
         with pytest.raises(ConfigError, match=words):
-            judge.read(VerifierConfig(**settings), mesh, "reward.components.v")
+            verifier_models.read(VerifierConfig(**settings), mesh, "reward.components.v")
     with pytest.raises(ConfigError, match=r"v\.model: mesh\.tensor: 8 does not divide"):
         asked(MeshConfig(data=1, tensor=8))
 

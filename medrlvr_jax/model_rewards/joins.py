@@ -10,12 +10,15 @@ new text's if any of its characters is of the new text.
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, count
 from typing import NamedTuple
 
+from medrlvr_jax.build import Parts
+from medrlvr_jax.data.prompts import begins
 from medrlvr_jax.data.tokenizer import Tokenizer
-from medrlvr_jax.rewards.parse import ANSWER, END_THINK, THINK, WHITE
+from medrlvr_jax.rewards.parse import ANSWER, END_THINK, THINK, WHITE, judged_beginning
+from medrlvr_jax.rollout.rollout import Scored
 
 
 class Places(NamedTuple):
@@ -56,6 +59,23 @@ def sentences(thought: str) -> list[str]:
         if re.search(r"\w", piece):
             out.append(so_far)
     return [*out[:-1], thought] if out else []
+
+
+def joined(
+    parts: Parts, scored: Scored, wanted: Mapping[int, tuple[int, tuple[str, str]]]
+) -> list[Join | None]:
+    """For each of N scored rows a join, if `wanted` names it: by the character of its completion up to which
+    it stays, and the ending; None for the others.
+    """
+    begun = len(judged_beginning(begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode))
+    sizes = scored.lengths - scored.stopped  # without the stop token
+    rows = [scored.tokens[i, : sizes[i]].tolist() for i in wanted]
+    texts = [scored.completions[i][begun:] for i in wanted]
+    ends, endings = [end - begun for end, _ in wanted.values()], [ending for _, ending in wanted.values()]
+    out: list[Join | None] = [None] * len(scored.completions)
+    for i, row in zip(wanted, join(parts.tokenizer, rows, texts, ends, endings), strict=True):
+        out[i] = row
+    return out
 
 
 def join(

@@ -1,7 +1,7 @@
 """A model as verifier: whether an answer means what the right one means, where spelling alone cannot tell.
 
 This module has what needs no device: the prompts, which rows are asked, how a reply is read, and what a row
-is worth. rollout/judge.py runs a verifier on the run's own mesh, endpoint.py asks one that a server runs.
+is worth. verifier_models.py runs one on the run's own mesh, endpoint.py asks one that a server runs.
 
 A verdict is one of two, `Yes` or `No`, after a lead that is the same in every reply (`Final Decision:`):
 

@@ -1,20 +1,24 @@
 """What the policy says of answers that it did not give, after its own thoughts: one pass over a step's rows.
 
-The host names for each row an `Ending` (rewards/joins.py); the device puts it behind the response's first
+The host names for each row an `Ending` (joins.py); the device puts it behind the response's first
 tokens and scores the new rows as it scores the rollout: all of a group behind one prompt.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
+from medrlvr_jax.build import Parts
 from medrlvr_jax.model import scoring
 from medrlvr_jax.model.architecture import DecoderConfig
-from medrlvr_jax.rewards.joins import Join
+from medrlvr_jax.model_rewards.joins import Join
+from medrlvr_jax.rollout.assess import assess_settings
+from medrlvr_jax.rollout.rollout import Scored
 from medrlvr_jax.sharding import map_rows
 from medrlvr_jax.types import Array, Leaf, Params, Prompts, pytree
 
@@ -47,6 +51,32 @@ class Pass(NamedTuple):
     slab: int
     shares: tuple[float, ...]  # see `scoring.row_sizes`
     micro: int  # questions at a time
+
+
+class PolicyReward(NamedTuple):
+    """A component that asks the policy itself: the host makes requests while it grades, a program answers."""
+
+    program: Any  # jitted: (base, policy, prompts, rollout, request) → float32 [Q, G], laid out by rows
+    request: Callable[[Scored], Any]  # a tree of arrays [N, …], one row for each that is scored
+    shapes: Any  # the request of a whole batch: a tree of ShapeDtypeStructs [Q, G, …]
+    # what the start policy says, by question: filled before the first step; None: it is not asked
+    baseline: dict[str, float] | None = None
+
+
+def pass_over(parts: Parts) -> Pass:
+    """Rows are scored as the rollout's are."""
+    settings, shares = assess_settings(parts), parts.config.learn.row_sizes
+    return Pass(settings.cfg, settings.temperature, settings.slab, shares, settings.micro)
+
+
+def shape(parts: Parts, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+    """Of an array [Q, G, …] about a step's rows."""
+    return jax.ShapeDtypeStruct((parts.config.sample.questions, parts.config.sample.samples, *more), dtype)
+
+
+def endings_as_shapes(parts: Parts, width: int) -> Ending:
+    single = shape(parts, jnp.int32)
+    return Ending(single, shape(parts, jnp.int32, width), single, single)
 
 
 def endings(joined: Sequence[Join | None], width: int, room: int) -> Ending:

@@ -1,4 +1,4 @@
-"""The verifiers of a run: on its own mesh (`Judge`), or on a server (`Remote`).
+"""The verifiers of a run: on its own mesh (`MeshVerifier`), or on a server (`RemoteVerifier`).
 
 All processes enter a sharded program together, with the same shapes and the same rows. So each sends the
 prompts of the rows that it scores to all, and every process lays out the same batches: equal prompts once,
@@ -28,12 +28,11 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.model import decoder
 from medrlvr_jax.model.architecture import DecoderConfig
-from medrlvr_jax.rewards import verifier
+from medrlvr_jax.model_rewards import frozen, verifier
+from medrlvr_jax.model_rewards.endpoint import Endpoint, Reply, api_key, yes_share
+from medrlvr_jax.model_rewards.frozen import FrozenModel
+from medrlvr_jax.model_rewards.verifier import LEAD, Verifier
 from medrlvr_jax.rewards.components import components
-from medrlvr_jax.rewards.endpoint import Endpoint, Reply, api_key, yes_share
-from medrlvr_jax.rewards.verifier import LEAD, Verifier
-from medrlvr_jax.rollout import frozen
-from medrlvr_jax.rollout.frozen import FrozenModel
 from medrlvr_jax.rollout.generate import DrawSettings, generate
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import width
@@ -63,7 +62,7 @@ def greedy_reply(params: Params, prompts: Prompts, settings: DrawSettings) -> tu
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class MeshVerifier:
     """A verifier and how it is asked. Laid out first, its parameters as shapes; `loaded` fills it."""
 
     settings: VerifierConfig
@@ -80,7 +79,7 @@ class Judge:
         """Prompts of a batch."""
         return sharding.rows_that_split(self.model.mesh, self.settings.batch)
 
-    def loaded(self) -> "Judge":
+    def loaded(self) -> "MeshVerifier":
         """With its weights, which wait in the host's memory if offloaded."""
         model = frozen.load(self.model, self.settings.model)
         return dataclasses.replace(
@@ -88,8 +87,8 @@ class Judge:
         )
 
     def programs(self, rows: int) -> list[Program]:
-        """What `ask` will call, as shapes: of a judge that is laid out. `rows`: the responses of a step; at
-        most, all are asked about at full width.
+        """What `ask` will call, as shapes: of a verifier that is laid out. `rows`: the responses of a
+        step; at most, all are asked about at full width.
         """
         shape = partial(jax.ShapeDtypeStruct, sharding=sharding.rows(self.model.mesh))
         ids, out = shape((self.size,), jnp.uint32), []
@@ -151,21 +150,21 @@ class Judge:
 
 def lay_out(
     settings: VerifierConfig, cfg: DecoderConfig, tokenizer: Any, mesh: jax.sharding.Mesh, field: str
-) -> Judge:
-    """A judge without weights. `field`: the setting of its component, for `ConfigError`s.
+) -> MeshVerifier:
+    """A verifier without weights. `field`: the setting of its component, for `ConfigError`s.
 
     The sampler reads all weights for each token, so of a hard verifier they are whole along `fsdp`.
     """
     table = sharding.TRAIN if settings.score == "soft" else sharding.DECODE
     model = frozen.lay_out(cfg, tokenizer, mesh, settings.dtype, table, f"{field}.model")
-    return Judge(settings, model)
+    return MeshVerifier(settings, model)
 
 
-def read(settings: VerifierConfig, mesh: jax.sharding.Mesh, field: str) -> Judge:
+def read(settings: VerifierConfig, mesh: jax.sharding.Mesh, field: str) -> MeshVerifier:
     """`lay_out` of the model that the settings name; all that can be refused before device work is."""
     cfg, tokenizer = read_model(settings.model, f"{field}.model")
-    judge = lay_out(settings, cfg, tokenizer, mesh, field)
-    needed = judge.widths[-1] + (settings.max_new_tokens if settings.score == "hard" else 0)
+    asked = lay_out(settings, cfg, tokenizer, mesh, field)
+    needed = asked.widths[-1] + (settings.max_new_tokens if settings.score == "hard" else 0)
     if cfg.max_positions is not None and needed > cfg.max_positions:
         raise ConfigError(
             f"{field}.max_tokens: {settings.max_tokens}: rows of {needed} tokens are beyond "
@@ -176,12 +175,12 @@ def read(settings: VerifierConfig, mesh: jax.sharding.Mesh, field: str) -> Judge
     except ConfigError as e:
         raise ConfigError(str(e).replace("prompt.chat", f"{field}.chat")) from None
     if settings.score == "soft":
-        return dataclasses.replace(judge, verdicts=verdict_tokens(tokenizer, settings.verdicts, field))
-    return judge
+        return dataclasses.replace(asked, verdicts=verdict_tokens(tokenizer, settings.verdicts, field))
+    return asked
 
 
 @dataclass(frozen=True, eq=False)
-class Remote:
+class RemoteVerifier:
     """A verifier that a server runs."""
 
     settings: VerifierConfig
@@ -200,10 +199,10 @@ class Remote:
         return verifier.hard_reply(reply.text, self.settings.verdicts)
 
 
-Prepared = Mapping[str, Judge | Remote]  # the verifiers of a run by their components' names
+Prepared = Mapping[str, MeshVerifier | RemoteVerifier]  # the verifiers of a run by their components' names
 
 
-def connect(settings: VerifierConfig, url: str, folder: Path, name: str) -> Remote:
+def connect(settings: VerifierConfig, url: str, folder: Path, name: str) -> RemoteVerifier:
     """A server's verifier, asked whether it is there; its replies are kept under `folder`."""
     field = f"reward.components.{name}"
     if settings.chat and settings.score == "soft":
@@ -216,7 +215,7 @@ def connect(settings: VerifierConfig, url: str, folder: Path, name: str) -> Remo
         url, settings.model, settings.chat, key, **limits, folder=folder / name, process=process
     )
     endpoint.check(field)
-    return Remote(settings, endpoint)
+    return RemoteVerifier(settings, endpoint)
 
 
 def sections(reward: RewardConfig) -> dict[str, VerifierConfig]:
@@ -245,7 +244,7 @@ def start(parts: Parts, prepared: Prepared) -> dict[str, Verifier]:
     """The judges of the components, those on the mesh with their weights."""
     out = {}
     for name, asked in prepared.items():
-        asked = asked.loaded() if isinstance(asked, Judge) else asked
+        asked = asked.loaded() if isinstance(asked, MeshVerifier) else asked
         s = asked.settings
         soft = s.score == "soft" and not verifier.divides_by_spread(parts.config.advantage)
         standardise = soft if s.standardise is None else s.standardise
