@@ -150,7 +150,8 @@ def scorer(folder: Path, dice: random.Random) -> str:
     line = json.dumps({k: rows[0][k] for k in ("completion", "answer", "options")}).encode()
     (folder / "in.jsonl").write_bytes(line + b"\n" + mutate(line, dice) + b"\n")
     try:
-        score_file(folder / "in.jsonl", folder / "out.jsonl", RewardConfig(), overwrite=True)
+        (folder / "out.jsonl").unlink(missing_ok=True)
+        score_file(folder / "in.jsonl", folder / "out.jsonl", RewardConfig())
     except DataError as e:
         assert "in.jsonl, line " in str(e), e
         return "refused"

@@ -391,9 +391,8 @@ def test_what_the_prompt_gave_of_a_completion_is_judged_with_it(tmp_path):
         json.dumps(GOOD | {"completion": "x</think><answer>C</answer>"}) + "\n"
     )
     for prefill, reason in (("", "no_think"), ("<think>\n", "correct")):
-        assert score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(), True, prefill) == {
-            reason: 1
-        }
+        out = tmp_path / f"{reason}.jsonl"
+        assert score_file(tmp_path / "in.jsonl", out, RewardConfig(), prefill) == {reason: 1}
 
 
 GOOD = {"completion": "<think>x</think><answer>C</answer>", "answer": "C", "options": FOUR}
@@ -449,25 +448,22 @@ def test_a_file_is_read_as_questions_are(tmp_path):
     # half a character, as a tokenizer may give it
     rows.append(GOOD | {"completion": "<think>\ud800</think><answer>C</answer>"})
     lines = [json.dumps(row) for row in rows]
-    for text in ("\ufeff" + "\n\n".join(lines) + "\n \n", f"[{','.join(lines)}]"):
+    for i, text in enumerate(("\ufeff" + "\n\n".join(lines) + "\n \n", f"[{','.join(lines)}]")):
         (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
-        assert score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", RewardConfig(), overwrite=True) == {
-            "correct": 4
-        }
+        assert score_file(tmp_path / "in.jsonl", tmp_path / f"{i}.jsonl", RewardConfig()) == {"correct": 4}
 
 
-def test_file_is_never_overwritten_unasked(tmp_path):
+def test_file_is_never_overwritten(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps(GOOD))  # the last line may do without its end
     target.write_text("precious")
     with pytest.raises(DataError, match="exists already"):
         score_file(source, target, RewardConfig())
     assert target.read_text() == "precious"
-    assert score_file(source, target, RewardConfig(), overwrite=True).total() == 1
+    target.unlink()
+    assert score_file(source, target, RewardConfig()).total() == 1
     assert target.read_text() == '{"reward": 1.0, "format_ok": true, "answer": "C", "reason": "correct"}\n'
-    with pytest.raises(DataError, match="exists already"):
-        score_file(source, source, RewardConfig(), overwrite=True)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match=r"No such file.*give a JSONL file of completions"):
         score_file(tmp_path / "none.jsonl", tmp_path / "new.jsonl", RewardConfig())
     with pytest.raises(DataError, match="its folder does not exist"):
         score_file(source, tmp_path / "none" / "new.jsonl", RewardConfig())

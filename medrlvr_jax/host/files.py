@@ -17,19 +17,20 @@ Records = list[dict[str, Any]]  # of a JSONL file
 PEEK = 256  # bytes read to recognise a file whose content is not what its name says
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: readers, and a run after a crash, see the old content or the new one."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Replace a file atomically: readers, and a run after a crash, see the old content or the new one. `text`
+    may come in parts; an error in making one leaves the old content.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with named_errors(path):
         try:
             with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
+                file.writelines([text] if isinstance(text, str) else text)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
 
 
 @contextmanager

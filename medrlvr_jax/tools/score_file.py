@@ -1,7 +1,6 @@
 """`medrlvr score`: completions in a JSONL file, judged by the rule; to try the reward on text."""
 
 import json
-import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from medrlvr_jax.data.formats import key_of
 from medrlvr_jax.data.question import DataError, Question, unlabelled
 from medrlvr_jax.data.readers import read_json
 from medrlvr_jax.data.record import facts_of, field_names
-from medrlvr_jax.host import tables
+from medrlvr_jax.host import files, tables
 from medrlvr_jax.rewards import grade
 from medrlvr_jax.rewards.components import pure
 from medrlvr_jax.rewards.facts import Facts
@@ -22,11 +21,7 @@ BLOCK = 4096  # rows scored at a time, so that a file of any size fits the memor
 
 
 def score_file(
-    in_path: str | Path,
-    out_path: str | Path,
-    config: RewardConfig,
-    overwrite: bool = False,
-    prefill: str = "",
+    in_path: str | Path, out_path: str | Path, config: RewardConfig, prefill: str = ""
 ) -> Counter[str]:
     """Score a JSONL file into another, in the same order; returns how many lines had each reason.
 
@@ -42,40 +37,37 @@ def score_file(
     once it is complete.
     """
     source, target = Path(in_path), Path(out_path)
-    if not source.exists():
-        raise DataError(f"{source}: no such file; give a JSONL file of completions, answers and options")
+    with files.reading(source, "give a JSONL file of completions, answers and options", DataError):
+        source.open("rb").close()
     if not target.parent.is_dir():
         raise DataError(f"{target}: its folder does not exist; make {target.parent} first")
-    if target.exists() and (not overwrite or target.samefile(source)):
+    if target.exists():
         raise DataError(f"{target}: exists already, and is not overwritten; give another name")
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     reasons: Counter[str] = Counter()
-    terms = pure(config, facts_in(source) if any(c.kind == "process" for c in config.components) else None)
-    try:
-        with part.open("x", encoding="utf-8", newline="\n") as file:
-            for block in _blocks(source):
-                completions, questions = zip(*block, strict=True)
-                verdicts = grade(
-                    [prefill + completion for completion in completions], questions, config, terms=terms
-                )
-                # float64, so that a file has 0.2 and not float32's 0.19999999
-                rewards = [round(reward, 9) for reward in (verdicts.paid - verdicts.penalty).tolist()]
-                for i, reward in enumerate(rewards):
-                    line = {
-                        "reward": reward,
-                        "format_ok": bool(verdicts.format_ok[i]),
-                        "answer": str(verdicts.answer[i]) or None,
-                        "reason": str(verdicts.reason[i]),
-                    }
-                    if verdicts.several:
-                        values = verdicts.several.items()
-                        line["components"] = {name: float(column[i]) for name, column in values}
-                    file.write(json.dumps(line) + "\n")
-                reasons.update(verdicts.reason.tolist())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    files.write_text(target, _scored(source, config, prefill, reasons))
     return reasons
+
+
+def _scored(source: Path, config: RewardConfig, prefill: str, reasons: Counter[str]) -> Iterator[str]:
+    """The output's lines; `reasons` counts them."""
+    terms = pure(config, facts_in(source) if any(c.kind == "process" for c in config.components) else None)
+    for block in _blocks(source):
+        completions, questions = zip(*block, strict=True)
+        verdicts = grade([prefill + text for text in completions], questions, config, terms=terms)
+        reasons.update(verdicts.reason.tolist())
+        # float64, so that a file has 0.2 and not float32's 0.19999999
+        rewards = [round(reward, 9) for reward in (verdicts.paid - verdicts.penalty).tolist()]
+        for i, reward in enumerate(rewards):
+            line = {
+                "reward": reward,
+                "format_ok": bool(verdicts.format_ok[i]),
+                "answer": str(verdicts.answer[i]) or None,
+                "reason": str(verdicts.reason[i]),
+            }
+            if verdicts.several:
+                values = verdicts.several.items()
+                line["components"] = {name: float(column[i]) for name, column in values}
+            yield json.dumps(line) + "\n"
 
 
 def show(reasons: Counter[str]) -> str:
