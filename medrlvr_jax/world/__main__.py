@@ -9,9 +9,8 @@ from medrlvr_jax.world import corpus, radiograph, words, world
 def main(arguments: list[str]) -> None:
     """`show [split] [n]`, `films FILE`, or `tokenizer`."""
     if arguments[:1] == ["tokenizer"]:
-        words.write()
-        words.write_verifier()
-        words.write_vision()
+        for folder in words.MODELS:
+            words.write(folder, folder)
     elif arguments[:1] == ["films"]:
         radiograph.show(arguments[1])
     elif arguments[:1] == ["show"]:

@@ -20,7 +20,7 @@ corpus.py is the text that the base model has read of it.
 
     python -m medrlvr_jax.world show [SET] [n]      print some of train, … or corpus
     python -m medrlvr_jax.world films FILE          draw examples of radiograph.py's films
-    python -m medrlvr_jax.world tokenizer           rewrite embedded/*.json and the like (words.py)
+    python -m medrlvr_jax.world tokenizer           rewrite the models' tokenizers (words.py)
 """
 
 import itertools
