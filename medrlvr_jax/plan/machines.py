@@ -74,7 +74,7 @@ QUICK = {"tpu": {"exec_time_optimization_effort": -1.0}, "cuda": {}}
 
 CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # either contains the compiler
 
-# Without these, libtpu looks for the metadata of a TPU VM, warns of what it misses, and allows one process only.
+# Without these, libtpu looks for a TPU VM's metadata, warns of what it misses, and allows one process only.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -77,8 +77,8 @@ def write(model: Path, folder: Path) -> None:
     """Write a model's tokenizer.json, and its config.json with the vocabulary's size, into a folder.
 
     All else in the model's settings is written by hand: PAD, EOS and the other special tokens have the same
-    numbers whatever the words are. `model_type` is qwen3 or qwen2_5_vl, not qwen2: there transformers 5 ignores
-    tokenizer_class and splits text by Qwen2's own rules.
+    numbers whatever the words are. `model_type` is qwen3 or qwen2_5_vl, and not qwen2: there transformers 5
+    ignores tokenizer_class and splits text by Qwen2's own rules.
     """
     texts, special = MODELS[model]
     tokenizer = build(texts(), special)
