@@ -100,7 +100,7 @@ def compare_sets(a: Answers, b: Answers) -> dict[str, Any]:
         "n": len(i),
         "a": stats.accuracy(x)._asdict(),
         "b": stats.accuracy(y)._asdict(),
-        "difference": {"value": difference.value, "low": difference.low, "high": difference.high},
+        "difference": difference.interval._asdict(),
         "only_a": only_a,
         "only_b": only_b,
         "p": p,
@@ -223,8 +223,7 @@ def _column(names: Sequence[str], asked: Sequence[Answers]) -> dict[str, dict[st
 
 def _gain(first: Answers, answered: Answers) -> dict[str, Any]:
     i, j, _ = pair(first, answered)
-    difference = stats.paired_difference(first.correct[i], answered.correct[j])
-    gain = {"value": difference.value, "low": difference.low, "high": difference.high}
+    gain = stats.paired_difference(first.correct[i], answered.correct[j]).interval._asdict()
     return {"n": len(answered.ids), "accuracy": stats.accuracy(answered.correct)._asdict(), "gain": gain}
 
 

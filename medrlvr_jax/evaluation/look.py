@@ -142,7 +142,7 @@ def _figures(questions: list[Question], shares: Mapping[str, Mapping[str, float]
     out["chance"] = float(np.mean([1 / q.offered if q.offered else 0.0 for q in questions]))
     if differences:
         _, looks = max(differences, key=lambda pair: pair[0])
-        out["looks"] = {"value": looks.value, "low": looks.low, "high": looks.high}
+        out["looks"] = looks.interval._asdict()
     return out
 
 

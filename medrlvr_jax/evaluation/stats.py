@@ -105,6 +105,10 @@ class Contrast(NamedTuple):
     error: float  # standard error
     freedom: float  # degrees of freedom
 
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.value, self.low, self.high)
+
     def within(self, margin: float) -> float:
         """The p of "they differ by `margin` or more": two one-sided tests (Schuirmann 1987)."""
         return float(scipy.stats.t.sf((margin - abs(self.centre)) / self.error, self.freedom))

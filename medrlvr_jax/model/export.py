@@ -1,9 +1,8 @@
 """Parameter trees to Hugging Face directories: safetensors, config.json, and PEFT adapters."""
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental.multihost_utils import process_allgather
 from safetensors.numpy import save_file
 
@@ -63,20 +63,25 @@ def save_params(
         raise ConfigError(f"{out}: the parameters are not this model's: {differ}")
     stored, tensors = jnp.dtype(dtype or leaves["embed",].dtype), sources(cfg)
     frozen = {} if all(s.path in leaves for s in tensors.values()) else open_tensors(source)
-    partial_dir, shards = _begin(out), _shards(tensors, stored.itemsize)
-    for file, tensors in shards.items():
-        gathered = ((published_name(n, cfg), x) for n, x in _gathered(leaves, frozen, tensors, stored))
+    partial_dir, size = _begin(out), lambda source: prod(source.shape) * stored.itemsize
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    gather = lambda name: _gather(leaves, frozen, name, tensors[name], stored)
+    for file, names in shards.filename_to_tensors.items():
+        gathered = ((published_name(name, cfg), gather(name)) for name in names)
         if jax.process_index() == 0:
             save_file(dict(gathered), partial_dir / file, {"format": "pt"})
         else:
             for _ in gathered:  # a process that writes nothing takes part all the same
                 pass
     if jax.process_index() == 0:
-        if len(shards) > 1:
-            total = sum(prod(s.shape) for tensors in shards.values() for s in tensors.values())
-            files_of = {published_name(n, cfg): file for file, tensors in shards.items() for n in tensors}
-            index = {"metadata": {"total_size": total * stored.itemsize}, "weight_map": files_of}
-            (partial_dir / INDEX).write_text(json.dumps(index, indent=1))
+        if shards.is_sharded:
+            files_of = {published_name(n, cfg): file for n, file in shards.tensor_to_filename.items()}
+            files.write_json(partial_dir / INDEX, {"metadata": shards.metadata, "weight_map": files_of})
         _copy_settings(source, partial_dir, stored.name, stop_ids)
         os.replace(partial_dir, out)
 
@@ -92,9 +97,8 @@ def _copy_settings(source: Path, out: Path, dtype: str, stop_ids: Sequence[int])
         file = out / "generation_config.json"
         settings = files.read_json(file) if file.is_file() else {k: config[k] for k in TOKENS if k in config}
         settings |= {"eos_token_id": config["eos_token_id"]}
-        file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    text = json.dumps(config, indent=1, ensure_ascii=False)
-    (out / "config.json").write_text(text, encoding="utf-8")
+        files.write_json(file, settings)
+    files.write_json(out / "config.json", config)
 
 
 def save_adapter(
@@ -144,29 +148,15 @@ def _begin(out: Path) -> Path:
     return partial_dir
 
 
-def _shards(tensors: dict[str, Source], itemsize: int) -> dict[str, dict[str, Source]]:
-    """File name -> its tensors, in each file at most `SHARD_BYTES` (one tensor at least)."""
-    shards: list[dict[str, Source]] = [{}]
-    for name, source in tensors.items():
-        size = sum(prod(s.shape) for s in [*shards[-1].values(), source]) * itemsize
-        if shards[-1] and size > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = source
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
-
-
-def _gathered(
-    leaves: dict, frozen: dict[str, Tensor], tensors: dict[str, Source], dtype: np.dtype
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors by name, each from all processes; those never trained, not in `leaves`, are from `frozen`."""
-    for name, source in tensors.items():
-        if source.path in leaves:
-            value = leaves[source.path] if source.layer is None else leaves[source.path][source.layer]
-            order = [source.axes.index(axis) for axis in source.tensor_axes]
-            value = np.asarray(process_allgather(value, tiled=True)).transpose(order)
-        else:
-            with frozen[name].opened() as data:
-                value = data[:]
-        yield name, np.ascontiguousarray(value, dtype).reshape(source.shape)
+def _gather(
+    leaves: dict, frozen: dict[str, Tensor], name: str, source: Source, dtype: np.dtype
+) -> np.ndarray:
+    """A tensor, from all processes; one that was never trained, and so is not in `leaves`, from `frozen`."""
+    if source.path in leaves:
+        value = leaves[source.path] if source.layer is None else leaves[source.path][source.layer]
+        order = [source.axes.index(axis) for axis in source.tensor_axes]
+        value = np.asarray(process_allgather(value, tiled=True)).transpose(order)
+    else:
+        with frozen[name].opened() as data:
+            value = data[:]
+    return np.ascontiguousarray(value, dtype).reshape(source.shape)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from medrlvr_jax.evaluation import answers, stats
+from medrlvr_jax.evaluation.answers import percent
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.report import pictures
@@ -141,13 +142,9 @@ def describe(o: Outcome) -> dict[str, Any]:
         "by_seed": o.correct.mean(0).tolist(),
         "format_rate": o.mean("format_ok"),
         "response_length": o.mean("length"),
-        "looks": o.looks and interval(o.looks),
+        "looks": o.looks and o.looks.interval._asdict(),
         "stages": {stage: o.in_stages(stage) for stage in STAGES} if o.has_stages else None,
     }
-
-
-def interval(c: stats.Contrast) -> dict[str, float]:
-    return {"value": c.value, "low": c.low, "high": c.high}
 
 
 # --- tests ---
@@ -173,7 +170,7 @@ def against_sft(outcomes: Outcomes, named: Claims) -> Tests:
             single = o.correct.shape[1] == sft.correct.shape[1] == 1 and not (o.fixed and sft.fixed)
             tests[arm, name] = {
                 "n": n,
-                "difference": interval(c),
+                "difference": c.interval._asdict(),
                 "p": c.p,
                 "p_margin": c.within(named.margin),
                 "over": "questions" if single else "questions and seeds",
@@ -199,13 +196,13 @@ def table(outcomes: Outcomes, tests: Tests) -> str:
         for name in sets:
             o, test = of_arm.get(name), tests.get((arm, name))
             by_seed = ", ".join(f"{100 * x:.1f}" for x in o.correct.mean(0)) if o else ""
-            row += [answers.percent(stats.mean_share(o.correct)._asdict()) if o else "", by_seed]
+            row += [percent(stats.mean_share(o.correct)._asdict()) if o else "", by_seed]
             ps = [f"{test[p]:.2g}" for p in ("p", "p_holm")] if test else ["", ""]
             row += [points(test["difference"]) if test else "", *ps]
-            row += [points(interval(o.looks)) if o and o.looks else ""] * (name in seen)
+            row += [points(o.looks.interval._asdict()) if o and o.looks else ""] * (name in seen)
         if o := of_arm.get(sets[0]):
-            hacks = share(o.in_stages(*HACKS)) if o.has_stages else "–"
-            row += [share(o.mean("format_ok")), hacks, f"{o.mean('length'):.1f}"]
+            hacks = percent(o.in_stages(*HACKS)) if o.has_stages else "–"
+            row += [percent(o.mean("format_ok")), hacks, f"{o.mean('length'):.1f}"]
         rows.append(row + [""] * (len(head) - len(row)))
     fewer = []
     for (arm, name), t in tests.items():
@@ -213,10 +210,6 @@ def table(outcomes: Outcomes, tests: Tests) -> str:
             shared = f"{t['n']:,} of its {n:,} questions that SFT was asked too"
             fewer.append(f"{arm} on {name}: compared on the {shared}.")
     return "\n".join([tables.markdown(head, rows), "", f"{NOTE} {sets[0]}.", *fewer])
-
-
-def share(x: float) -> str:
-    return f"{100 * x:.1f} %"
 
 
 def points(x: dict[str, float]) -> str:
@@ -266,8 +259,8 @@ def reasoning(named: Claims, outcomes: Outcomes, arm: str) -> str:
     for name, o in outcomes[arm].items():
         if o.has_stages:
             before = base[name].in_stages(REASONS) if name in base and base[name].has_stages else None
-            of_base = "" if before is None else f" ({share(before)} of {named.base}'s)"
-            shares.append(f"{share(o.in_stages(REASONS))} of answers on {name}{of_base}")
+            of_base = "" if before is None else f" ({percent(before)} of {named.base}'s)"
+            shares.append(f"{percent(o.in_stages(REASONS))} of answers on {name}{of_base}")
     text = f"thoughts show inference in {', '.join(shares)}" if shares else "no thought is asked for"
     for other in (named.no_think, named.base):
         sets = outcomes.get(other or "", {})
@@ -289,6 +282,6 @@ def stages_reached(cells: list[Cell]) -> str:
         if (peak := shares.max()) >= REACHED:
             reached.append(f"{stage} (at most {100 * peak:.0f} %, step {shares.argmax() + 1})")
         else:
-            rest.append(f"{stage} ({share(peak)})")
+            rest.append(f"{stage} ({percent(peak)})")
     text = f"{len(reached)} of {len(STAGES)} reached {100 * REACHED:.0f} % of a step's completions"
     return f"{text}: {', '.join(reached)}" + (f"; less than that: {', '.join(rest)}." if rest else ".")

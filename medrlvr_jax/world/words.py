@@ -23,11 +23,7 @@ from medrlvr_jax.world import open as open_questions
 
 FOLDER, VERIFIER, VISION = (Path(__file__).parent / name for name in ("embedded", "verifier", "vision"))
 PAD, EOS = "<pad>", "<eos>"
-IMAGE = (
-    "<|vision_start|>",
-    "<|image_pad|>",
-    "<|vision_end|>",
-)  # the special tokens of a prompt with an image
+IMAGE = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")  # special tokens of a prompt with an image
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 PIECES = (
     r"</?(?:think|answer)>| ?(?<!\p{L})[A-J]\.(?=[ <]|\z)"  # an option's letter and its point
