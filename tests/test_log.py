@@ -223,7 +223,7 @@ def test_skipped_steps_are_counted_over_a_restart(tmp_path):
         assert [run.resume(done) for done in (4, 3, 2, 1)] == [2, 1, 0, 1]
 
 
-def test_the_first_signal_ends_the_step_and_the_second_kills(tmp_path):
+def test_the_first_signal_ends_the_step_and_the_second_kills(tmp_path, capsys):
     # a shell's background job begins with it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.Run(config(tmp_path), 3) as run:
@@ -239,6 +239,9 @@ def test_the_first_signal_ends_the_step_and_the_second_kills(tmp_path):
         assert not (run.path / "summary.json").exists()
         run.record(3, {"reward": 0.0})
         assert run.finish()["steps"] == 3  # it was the last step: the run is complete
+    said = capsys.readouterr().err
+    assert "asks for the end (SIGTERM): the run finishes what it is doing, saves, and stops" in said
+    assert "run has stopped: step 1 of 3 is saved. The same command goes on from there." in said
 
 
 def test_console_prints_a_line_a_step_where_there_is_no_terminal():

@@ -11,8 +11,8 @@ from medrlvr_jax.cli.app import TRAIN, Config, Distributed, Flag, Settings, Whol
 
 
 def finish(summary: dict[str, Any], folder: Path) -> int:
-    """Print a run's end, and write its page if it came to its end; other processes than 0 have none. A run
-    that a signal stopped has its exit status.
+    """Print a run's end and write its page, if it came to its end; other processes than 0 have none. A run
+    that a signal stopped has its exit status, and its console has said so.
     """
     from rich.console import Console as Screen
 
@@ -21,7 +21,7 @@ def finish(summary: dict[str, Any], folder: Path) -> int:
 
     if summary and "exit_status" not in summary:
         write_page([folder], folder / "report.html")
-    if summary:  # in a terminal, lines break at words
+        # in a terminal, lines break at words
         Screen(soft_wrap=not sys.stdout.isatty()).print(
             ending(summary, folder), markup=False, highlight=False
         )

@@ -12,9 +12,7 @@ MEASURES = (("accuracy", "right answers"), ("format", "in the format"))
 
 
 def ending(summary: dict[str, Any], folder: Path) -> str:
-    """The end of a run in at most 80 columns. `summary`: what `runs.log.Run.finish` returns."""
-    if "exit_status" in summary:  # stopped before its end; the console has said so
-        return f"{folder}: step {summary['done']} of {summary['steps']} is saved"
+    """A run's end in at most 80 columns. `summary`: what `runs.log.Run.finish` returns at its last step."""
     took = f" in {clock(summary['seconds'])}" if "seconds" in summary else ""
     lines = ["", f"{folder}: {summary['steps']} steps{took}"]
     for name, when in summary["eval"].items():

@@ -91,8 +91,10 @@ class Run:
     def _on_signal(self, number: int, _: Any) -> None:
         self._signal = number
         self._restore_handlers()
-        name = signal.Signals(number).name
-        self.notify(f"{name}: stopping after this step; once more stops at once, without a checkpoint")
+        pressed = number == signal.SIGINT
+        cause = "Ctrl-C was pressed" if pressed else "The system asks for the end (SIGTERM)"
+        self.notify(f"{cause}: the run finishes what it is doing, saves, and stops.")
+        self.notify("Once more stops it at once; then what came after the last checkpoint is lost.")
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
@@ -162,7 +164,11 @@ class Run:
         """
         name = self._config.name
         if self.stopping and self._done < self._steps:
-            self.notify("stopped; the same command goes on from here")
+            if self._done:
+                saved = f"step {self._done} of {self._steps} is saved. The same command goes on from there."
+            else:
+                saved = "no step was done. The same command starts it again."
+            self.notify(f"{self.path} has stopped: {saved}")
             status = 0 if self._stop_called and not self._signal else 128 + (self._signal or signal.SIGTERM)
             return {"name": name, "steps": self._steps, "done": self._done, "exit_status": status}
         if not self._lock:
