@@ -4,7 +4,6 @@ All commands read one kind of file, so that one config serves `train`, `eval` an
 checks and lists in its help only what it reads.
 """
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from medrlvr_jax.config.reward import (
     RuleConfig,
 )
 from medrlvr_jax.config.schema import COMPARING, EVAL_SHARES, STEP_SHARES, Config
-from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host.errors import ConfigError, nearest
 
 MODEL = ("name", "runs", "seed", "model", "prompt", "reward", "mesh", "eval")
 ROWS = ("learn.minibatch", "learn.microbatch", "learn.row_sizes")  # how passes over responses are cut
@@ -210,9 +209,8 @@ def check_best(c: Config, of_steps: tuple[str, ...] = STEP_SHARES) -> None:
     best = c.checkpoint.best
     known = [*(f"eval.{name}.{share}" for name in c.eval.sets for share in EVAL_SHARES), *of_steps]
     if best is not None and best not in known:
-        near = difflib.get_close_matches(best, known, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}? " if near else ""
-        hint += f"there are {', '.join(known)}" if known else "name a set of eval.sets, or set it to null"
+        remedy = f"there are {', '.join(known)}" if known else "name a set of eval.sets, or set it to null"
+        hint = f"{nearest(best, known)} {remedy}".strip()
         raise ConfigError(f"checkpoint.best: {best}: no such metric here; {hint}")
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import difflib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -17,7 +16,7 @@ from medrlvr_jax.config.reward import PRESETS as REWARDS
 from medrlvr_jax.config.reward import RewardConfig
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.host import files
-from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.host.errors import ConfigError, nearest
 
 PRESETS = Path(__file__).parents[1] / "configs"
 LENGTHS = ("steps", "passes")  # the two ways to say how long a run is
@@ -134,8 +133,7 @@ def spell_out_reward(tree: dict[str, Any]) -> None:
         tree["reward"] = {"components": reward}
     elif isinstance(reward, str):
         if reward not in REWARDS:
-            near = difflib.get_close_matches(reward, REWARDS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(REWARDS)}"
+            hint = nearest(reward, REWARDS) or f"there are {', '.join(REWARDS)}"
             raise ConfigError(f"reward: {reward!r}: no such preset; {hint}")
         tree["reward"] = copy.deepcopy(REWARDS[reward])
 
@@ -235,8 +233,7 @@ def _complaint(error: Any) -> str:
     name, value, kind = ".".join(map(str, path)), error.get("input"), error["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [field.name for field in dataclasses.fields(_section_at(path[:-1]))]
-        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        hint = nearest(str(path[-1]), known) or f"there are {', '.join(known)}"
         return f"{name}: no such setting; {hint}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         kinds = section_kinds(get_type_hints(RewardConfig, include_extras=True)[path[1]])

@@ -11,7 +11,6 @@ in every record:
       constants: {kind: text}
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from reprlib import repr as short
@@ -21,6 +20,7 @@ from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data.formats import FORMATS
 from medrlvr_jax.data.question import DataError
 from medrlvr_jax.data.record import Row, field_names
+from medrlvr_jax.host.errors import nearest
 
 NEEDED = ("question", "answer", "options", "response")  # a record without these is refused, not read
 
@@ -31,8 +31,7 @@ def check(spec: SetConfig) -> None:
     for setting, names in (("fields", spec.fields), ("constants", spec.constants)):
         for name in names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                remedy = f"did you mean {near[0]}?" if near else "the reference of data/formats.py has them"
+                remedy = nearest(name, known) or "the reference of data/formats.py has them"
                 raise DataError(f"{setting}.{name}: no format reads a field of this name; {remedy}")
     for name, pattern in spec.patterns.items():
         try:
@@ -53,9 +52,8 @@ class Choice:
     def __init__(self, spec: SetConfig):
         check(spec)
         self.spec, self.left_out = spec, 0
-        self.read = {
-            name.split(".")[0] for name in (*spec.where, *spec.patterns)
-        }  # the file's fields that the settings name
+        named = (*spec.where, *spec.patterns)
+        self.read = {name.split(".")[0] for name in named}  # the file's fields that the settings name
         self.values: dict[str, dict[str, None]] = {name: {} for name in spec.where}  # up to 5 that occur
 
     def records(self, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:

@@ -33,7 +33,7 @@ them) and refused in `plain`, where they can be corrected. Letters that options 
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from reprlib import repr as short
 from typing import NamedTuple
 
@@ -263,8 +263,3 @@ def detect(row: Row, where: str) -> str:
     known = "; ".join(f"{name}: {' or '.join(form.required)}" for name, form in FORMATS.items())
     problem = f"{where}: fields {field_names(row)} {problem}set format"
     raise DataError(f"{problem}. The formats and their fields are {known}")
-
-
-def unread(fields: Iterable[str], name: str) -> list[str]:
-    """Those of a set's fields that format `name` does not read."""
-    return [field for field in fields if field not in FORMATS[name].fields]

@@ -8,6 +8,7 @@ line. What could be read in more than one way is reported: `read` returns a few 
 """
 
 import dataclasses
+import textwrap
 from collections import Counter
 from pathlib import Path
 from reprlib import repr as short
@@ -18,7 +19,7 @@ from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.data import batches, formats, published
 from medrlvr_jax.data.fields import Choice
 from medrlvr_jax.data.question import DataError, Example, Question, brings_letters, unlabelled
-from medrlvr_jax.data.readers import PYTHON, Records, given_records, open_records
+from medrlvr_jax.data.readers import PYTHON, Records, open_records
 from medrlvr_jax.data.values import KINDS
 from medrlvr_jax.host import files
 
@@ -46,7 +47,7 @@ def read(config: SetConfig, records: Records | None = None) -> tuple[list[Questi
 
     `records` replace what `config.path` names.
     """
-    questions, notes = _read(config, [name for name in formats.FORMATS if name != "text"], records)
+    questions, notes = _read(config, records, texts=False)
     if config.pass_count:
         questions = batches.select(questions, config.pass_count)
     return questions, _report(questions, notes)
@@ -54,112 +55,125 @@ def read(config: SetConfig, records: Records | None = None) -> tuple[list[Questi
 
 def read_text(config: SetConfig, records: Records | None = None) -> tuple[list[Example], str]:
     """The set's prompts and responses (format `text`), and the report; `records` as in `read`."""
-    examples, notes = _read(config, ["text"], records)
+    examples, notes = _read(config, records, texts=True)
     first = [f"prompt: {examples[0].prompt}", f"response: {examples[0].response}"]
     return examples, "\n  ".join([f"texts: {len(examples):,}", *notes, *map(_shorten, first)])
 
 
-def _read(config: SetConfig, allowed: list[str], records: Records | None) -> tuple[list[Any], list[str]]:
+def _read(config: SetConfig, records: Records | None, texts: bool) -> tuple[list[Any], list[str]]:
+    """The items of a set, at most `limit`, and how they were read."""
     source, colon, name = config.path.partition(":")
     if not colon or source not in SOURCES:
-        items, notes = _collect(config, allowed, records)
-        return items[: config.limit], notes
+        reading = Reading(config, records, texts)
+        reading.run()
+        return reading.used()[: config.limit], reading.notes
     if renamed := next((s for s in published.PARTS if getattr(config, s)), None):
         raise DataError(f"{renamed}: {config.path} has no records whose fields could be meant; take it out")
-    sets = SOURCES[source].texts if allowed == ["text"] else SOURCES[source].questions
+    sets = SOURCES[source].texts if texts else SOURCES[source].questions
     if name not in sets:
         names = " or ".join(f"{source}:{known}" for known in sets)
         raise DataError(f"path {config.path!r}: there is no such {source} set here; take {names}")
     return sets[name]()[: config.limit], []
 
 
-class Collected:
-    """The items of a set as they are read, the complaints about others, and how they were read."""
+class Reading:
+    """The items of a set as its records are read, the complaints about others, and how they were read."""
 
-    def __init__(self, config: SetConfig, unit: str, stem: str):
-        self.config, self.unit, self.stem, self.name = config, unit, stem, config.format
+    def __init__(self, config: SetConfig, records: Records | None, texts: bool):
+        self.texts, self.config = texts, published.resolved(config)
+        self.source, self.choice = open_records(self.config, records), Choice(self.config)
+        self.format = self.config.format
+        self.notes = [f"published set {config.format}, as data/published.py reads it"]
+        self.notes *= config.format in published.SETS
         self.items: list[Any] = []
         self.errors: list[str] = []
         self.lines: dict[str, int] = {}  # by id
         self.fields: dict[str, None] = {}
         self.tally = Counter[str]()
 
-    def add(self, number: int, row: Any, allowed: list[str]) -> None:
+    def run(self) -> None:
+        """Read and check every record; raise the first ten errors together."""
+        path, refuse = self.config.path, self.config.on_bad == "refuse"
+        for number, row in self.choice.records(self.source.rows):
+            self._add(number, row)
+            if len(self.errors) == MAX_ERRORS and refuse:
+                self.errors.append("(there may be more: reading stopped here)")
+                break
+        if not self.items and self.errors and (damage := files.diagnose(Path(path).expanduser())):
+            raise DataError(f"{path}: {damage}")
+        if self.errors and (refuse or not self.items):
+            raise DataError("\n".join(self.errors[: MAX_ERRORS + 1]))
+        if not self.items:
+            why = self.choice.nothing() if self.choice.left_out else "there is not one record in it"
+            raise DataError(f"{path}: {why}")
+
+    def _add(self, number: int, row: Any) -> None:
         """Check one row, by the format that the first row tells if the setting is `auto`."""
-        where = f"{self.config.path}, {self.unit} {number}"
-        self.name = _format(self.name, row, where, allowed)
+        where = f"{self.config.path}, {self.source.unit} {number}"
+        self.format = _format(self.format, row, where, self.texts)
         try:
-            item = _item(row, self.name, f"{self.stem}-{number}")
+            item = _item(row, self.format, f"{self.source.stem}-{number}")
             if isinstance(item, Question):
                 if self.lines.setdefault(item.id, number) != number:
-                    problem = f"id {item.id!r} is already that of {self.unit} {self.lines[item.id]}"
+                    problem = f"id {item.id!r} is already that of {self.source.unit} {self.lines[item.id]}"
                     raise DataError(f"{problem}; give each its own, or none")
                 item = _without_letters(item, self.tally)
-            item = _beside(item, self.config)
+            self.items.append(_beside(item, self.config))
         except DataError as e:
             auto = self.config.format == "auto" and isinstance(row, dict)
-            unlike = auto and not formats.fits(row, self.name)
-            note = f"; format {self.name} was told by the first record alone" * unlike
+            unlike = auto and not formats.fits(row, self.format)
+            note = f"; format {self.format} was told by the first record alone" * unlike
             self.errors.append(f"{where}: {e}{note}")
             return
-        self.items.append(item)
         if isinstance(row, dict):
             self.fields |= dict.fromkeys(row)
-            number_field = formats.FORMATS[self.name].number
-            self.tally["numbers"] += bool(number_field) and not str(row[number_field[0]]).strip().isalpha()
+            if number_field := formats.FORMATS[self.format].number:
+                self.tally["numbers"] += not str(row[number_field[0]]).strip().isalpha()
+
+    def used(self) -> list[Any]:
+        """The items that are used; adds to `notes` how all were read."""
+        form, tally = formats.FORMATS[self.format], self.tally
+        unread = [field for field in self.fields if field not in form.fields | self.choice.read]
+        notes = [f"revision {self.source.revision}"] if self.source.revision else []
+        notes += [f"format {self.format}" + (f"; not read: {', '.join(map(str, unread))}" if unread else "")]
+        if form.number and tally["numbers"]:
+            field, first = form.number
+            notes += [
+                f"keys that are numbers in {field}: {tally['numbers']:,}, taken as counted from {first}"
+            ]
+        if tally["removed"]:
+            notes += [f'questions whose options bring letters ("A. …"): {tally["removed"]:,}, removed']
+        if tally["kept"]:
+            notes += [f"questions with letters on some options: {tally['kept']:,}, kept, and never shuffled"]
+        if self.choice.left_out:
+            notes += [f"records that where leaves out: {self.choice.left_out:,}"]
+        if self.errors:
+            first = self.errors[0].removeprefix(f"{self.config.path}, ")
+            notes += [
+                f"skipped, since they cannot be read: {len(self.errors):,}",
+                f"the first skipped: {first}",
+            ]
+        self.notes += notes
+        # On the hub MMLU-Pro is one set of 14 categories, of which the paper uses Health.
+        categories = {q.subject for q in self.items} if self.format == "mmlu_pro" else set()
+        if len(categories) < 2 or "health" not in categories:
+            return self.items
+        self.notes.append(f"of {len(categories)} categories, only health is used")
+        return [q for q in self.items if q.subject == "health"]
 
 
-def _collect(config: SetConfig, allowed: list[str], records: Records | None) -> tuple[list[Any], list[str]]:
-    """Read and check every record; raise the first ten errors together. Also notes on how they were read."""
-    known_as, config = config.format, published.resolved(config)
-    if records is None:
-        unit, rows, revision = open_records(config)
-        stem = "-".join(filter(None, (Path(config.path).stem, config.subset, config.split)))
-    else:
-        unit, rows, revision, stem = "row", given_records(records), None, "row"
-    read, choice = Collected(config, unit, stem), Choice(config)
-    for number, row in choice.records(rows):
-        read.add(number, row, allowed)
-        if len(read.errors) == MAX_ERRORS and config.on_bad == "refuse":
-            read.errors.append("(there may be more: reading stopped here)")
-            break
-    if not read.items and read.errors and (damage := files.diagnose(Path(config.path).expanduser())):
-        raise DataError(f"{config.path}: {damage}")
-    if read.errors and (config.on_bad == "refuse" or not read.items):
-        raise DataError("\n".join(read.errors[: MAX_ERRORS + 1]))
-    if not read.items:
-        why = choice.nothing() if choice.left_out else "there is not one record in it"
-        raise DataError(f"{config.path}: {why}")
-    notes = [f"revision {revision}"] if revision else []
-    unread = [field for field in formats.unread(read.fields, read.name) if field not in choice.read]
-    notes += _notes(read.name, unread, read.tally)
-    if known_as in published.SETS:
-        notes.insert(0, f"published set {known_as}, as data/published.py reads it")
-    if choice.left_out:
-        notes.append(f"records that where leaves out: {choice.left_out:,}")
-    if read.errors:
-        first = read.errors[0].removeprefix(f"{config.path}, ")
-        notes += [f"skipped, since they cannot be read: {len(read.errors):,}", f"the first skipped: {first}"]
-    items = read.items
-    # On the hub MMLU-Pro is one set of 14 categories, of which the paper uses Health.
-    categories = {q.subject for q in items} if read.name == "mmlu_pro" else set()
-    if len(categories) > 1 and "health" in categories:
-        items = [q for q in items if q.subject == "health"]
-        notes.append(f"of {len(categories)} categories, only health is used")
-    return items, notes
-
-
-def _format(name: str, row: Any, where: str, allowed: list[str]) -> str:
-    """The set's format, which `auto` takes from the first row; checked against those that are allowed."""
+def _format(name: str, row: Any, where: str, texts: bool) -> str:
+    """The set's format, which `auto` takes from the first row; checked against what is needed."""
     if name == "auto" and isinstance(row, dict):
         name = formats.detect(row, where)
     elif name == "auto" and isinstance(row, Question | Example):
         name = "plain" if isinstance(row, Question) else "text"
-    if name not in (*allowed, "auto"):
-        remedy = "give prompt and response, or text"
-        if name == "text":
+    if name != "auto" and (name == "text") != texts:
+        needed, remedy = "text", "give prompt and response, or text"
+        if not texts:
+            needed = " or ".join(other for other in formats.FORMATS if other != "text")
             remedy = "it is for fine-tuning with sft.target text"
-        raise DataError(f"{where}: format {name}, where {' or '.join(allowed)} is needed: {remedy}")
+        raise DataError(f"{where}: format {name}, where {needed} is needed: {remedy}")
     return name
 
 
@@ -195,18 +209,6 @@ def _without_letters(question: Question, tally: Counter[str]) -> Question:
     return question if options == question.options else dataclasses.replace(question, options=options)
 
 
-def _notes(name: str, unread: list[str], tally: Counter[str]) -> list[str]:
-    notes = [f"format {name}" + (f"; not read: {', '.join(map(str, unread))}" if unread else "")]
-    if tally["numbers"]:
-        field, first = formats.FORMATS[name].number or ("", 0)
-        notes.append(f"keys that are numbers in {field}: {tally['numbers']:,}, taken as counted from {first}")
-    if tally["removed"]:
-        notes.append(f'questions whose options bring letters ("A. …"): {tally["removed"]:,}, removed')
-    if tally["kept"]:
-        notes.append(f"questions with letters on some options: {tally['kept']:,}, kept, and never shuffled")
-    return notes
-
-
 def _report(questions: list[Question], notes: list[str]) -> str:
     """How a set was read, in a few lines of at most `WIDTH` columns, however long its texts are."""
     n, sizes, first = len(questions), sorted({len(q.options) for q in questions}), questions[0]
@@ -239,14 +241,10 @@ def _report(questions: list[Question], notes: list[str]) -> str:
 
 
 def _rows(options: list[str]) -> list[str]:
-    """The options side by side, in as many lines as they need."""
-    rows: list[str] = []
-    for option in options:
-        if rows and len(rows[-1]) + len(option) + 2 <= WIDTH - 4:
-            rows[-1] += f"  {option}"
-        else:
-            rows.append(option)
-    return rows
+    """The options side by side, in as many lines as they need; a line breaks only between two."""
+    whole = "  ".join(option.replace(" ", "\xa0") for option in options)
+    lines = textwrap.wrap(whole, WIDTH - 4, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\xa0", " ") for line in lines]
 
 
 def _shorten(text: str) -> str:

@@ -27,31 +27,35 @@ BOM = b"\xef\xbb\xbf"  # the mark that Windows programs put before UTF-8
 
 class Source(NamedTuple):
     unit: str  # in which its records are counted
-    rows: Rows
+    rows: Iterator[tuple[int, Any]]
+    stem: str  # how the ids of records begin that have none
     revision: str | None = None  # the hub's commit
 
 
-def open_records(config: SetConfig) -> Source:
-    """The records of a local file or of a data set on the hub."""
+def open_records(config: SetConfig, records: Records | None = None) -> Source:
+    """The records of a local file or of a data set on the hub; or `records`, which were given in Python."""
+    if records is not None:
+        return Source("row", _given(records), "row")
     if config.path == PYTHON:
         remedy = "give them again, as train(config, data=rows), or set path to a file"
         raise DataError(f"path {PYTHON!r}: these rows were given in Python, and no file holds them; {remedy}")
     path = Path(config.path).expanduser()
+    stem = "-".join(filter(None, (path.stem, config.subset, config.split)))
     if path.suffix in READERS and path.is_file():
         unit, reader = READERS[path.suffix]
         with files.reading(path, "make it readable for this user", DataError):
             path.open("rb").close()
-        return Source(unit, reader(path))
+        return Source(unit, reader(path), stem)
     hub_name = config.path.count("/") < 2 and not config.path.startswith(("/", "./", "../", "~"))
     if hub_name and path.suffix not in READERS and not path.exists():
-        return _hub(config)
+        revision, rows = _hub(config)
+        return Source("row", rows, stem, revision)
     problem = "a folder" if path.is_dir() else "a file of another kind" if path.exists() else "no such file"
     remedy = f"give a {' '.join(READERS)} file, a hub name or embedded:train"
     raise DataError(f"path {config.path!r}: {problem}; {remedy}")
 
 
-def given_records(records: Records) -> Iterator[tuple[int, Row | Question | Example]]:
-    """Records that were given in Python."""
+def _given(records: Records) -> Iterator[tuple[int, Row | Question | Example]]:
     if hasattr(records, "features"):
         yield from _dataset(records)
         return
@@ -231,7 +235,8 @@ def _parquet(path: Path) -> Rows:
     yield from _dataset(table)
 
 
-def _hub(config: SetConfig) -> Source:
+def _hub(config: SetConfig) -> tuple[str | None, Rows]:
+    """The commit, and the records."""
     import datasets
 
     names = ("path", "subset", "split", "revision")
@@ -243,7 +248,7 @@ def _hub(config: SetConfig) -> Source:
         loaded = builder.as_dataset(config.split)
     if not isinstance(loaded, datasets.Dataset):
         raise DataError(f"{source}: set split to one of {', '.join(map(str, loaded))}")
-    return Source("row", _dataset(loaded), builder.hash)
+    return builder.hash, _dataset(loaded)
 
 
 def _dataset(rows: Any) -> Rows:

@@ -1,5 +1,8 @@
 """Errors that end a command with a message and no traceback."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class MedrlvrError(Exception):
     """Anything that a user can remedy. The message alone says what is wrong, and how."""
@@ -15,3 +18,9 @@ class Diverged(MedrlvrError, RuntimeError):
 
 class Unwritable(MedrlvrError, RuntimeError):
     """A run's folder cannot be written: the disk is full, read-only or gone."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """For messages about an unknown name: "did you mean …?", or "" where none is like it."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else ""
