@@ -132,6 +132,7 @@ def compile_program(
     text, others = hashlib.sha256(lowered.as_text().encode()).hexdigest(), bytes_of(program.others)
     if text in cache:
         return repeated(cache[text]._replace(others=others), program.calls)
+    executed = flops.traced_flops(traced.jaxpr, visited(program, parts))
     figures = Figures(
         name=program.name,
         compile_s=0.0,
@@ -140,8 +141,8 @@ def compile_program(
         temporaries=0.0,
         others=others,
         usable=machine.chip.usable,
-        flops=flops.traced_flops(traced.jaxpr, visited(program, parts)) / mesh.size,
-        useful=flops.useful(program, parts) / mesh.size,
+        flops=executed / mesh.size,
+        useful=flops.useful(program, parts, executed) / mesh.size,
     )
     if options is None:
         options = machines.COMPILE[platform] | (machines.QUICK[platform] if quick else {})

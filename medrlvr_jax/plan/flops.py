@@ -1,4 +1,4 @@
-"""Floating-point operations, counted two ways: from a program's jaxpr, and from a model's formula.
+"""Floating-point operations: those of a program from its jaxpr, and by formula those that learning needs.
 
 Matrix products alone are counted, 2·M·N·K each, as peaks are quoted. XLA's own count has the body of a loop
 once: for 36 layers under `scan` it is off by twenty times.
@@ -13,15 +13,8 @@ import jax
 from jax.extend import core
 
 from medrlvr_jax.build import Parts
-from medrlvr_jax.config.reward import ConsistencyConfig, ProbabilityConfig
-from medrlvr_jax.data.question import LETTERS
 from medrlvr_jax.model.architecture import DecoderConfig
-from medrlvr_jax.model_rewards.probability import answer_columns
-from medrlvr_jax.model_rewards.verifier_models import greedy_reply, yes_probability
-from medrlvr_jax.rewards.components import components
-from medrlvr_jax.rollout.loops import columns_of_loops, segment_ends
 from medrlvr_jax.rollout.program import Program
-from medrlvr_jax.rollout.see import see
 from medrlvr_jax.types import Images, Prompts
 
 
@@ -78,45 +71,22 @@ def weights(cfg: DecoderConfig) -> int:
     return cfg.embed * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads) + 3 * cfg.embed * cfg.ffn
 
 
-def useful(program: Program, parts: Parts) -> float:
-    """FLOPs of a step's program over all devices, without recomputation; 0 if it multiplies no matrices."""
-    sample, policy, critic = parts.config.sample, parts.cfg, parts.critic_cfg
-    prompts = prompts_of(program)
-    if program.function is see:
-        return tower_flops(parts.cfg, program.args[1])
-    images = prompts.vision and prompts.vision.images if prompts else None  # of a tower that is trained
-    tower = tower_flops(policy, images) if images else 0.0
-    if prompts is None:
-        return 0.0
-    questions, prompt = prompts.tokens.shape
-    sizes = questions, prompt, sample.samples, sample.max_new_tokens
-    if program.function is yes_probability:
-        return forward_flops(program.args[1], questions, prompt, samples=0, new=0)
-    if program.function is greedy_reply:
-        drawn = program.args[2]
-        return generate_flops(drawn.cfg, questions, prompt, 1, drawn.sample.max_new_tokens)
-    if asked := next((t for t in components(parts.config.reward) if t.name == program.name), None):
-        match asked.settings:
-            case ProbabilityConfig() as section:
-                return forward_flops(policy, *sizes[:3], answer_columns(section, sizes[3]))
-            case ConsistencyConfig():
-                return forward_flops(policy, *sizes, read=len(LETTERS))
-        return forward_flops(policy, *sizes)
-    if program.name == "generate":
-        return generate_flops(parts.sampler_cfg, *sizes)
-    if program.name == "assess":
-        frozen, _, values = program.args[:3]
-        passes = [policy] + [policy] * (frozen.reference is not None) + [critic] * (values is not None)
-        own = tower if frozen.reference is not None else 0.0
-        return sum(forward_flops(cfg, *sizes) for cfg in passes) + own
-    if program.name in ("learn_policy", "learn_critic"):
-        epochs = parts.config.learn.epochs
-        if program.name == "learn_critic":
-            return 3 * epochs * forward_flops(critic, *sizes)
-        merger = tower_flops(policy, images, merger=True) if images else 0.0
-        seen = 3 * tower if policy.execution.tower == "train" else tower + 2 * merger
-        return epochs * (3 * forward_flops(policy, *sizes) + seen)
-    return 0.0
+def useful(program: Program, parts: Parts, executed: float) -> float:
+    """Of the FLOPs that a step's program executes over all devices, those without recomputation: all, but in
+    learning, where they are those of a pass forward and two backward.
+    """
+    prompts, sample, epochs = prompts_of(program), parts.config.sample, parts.config.learn.epochs
+    if prompts is None or program.name not in ("learn_policy", "learn_critic"):
+        return executed
+    cfg = parts.cfg if program.name == "learn_policy" else parts.critic_cfg
+    questions, columns = prompts.tokens.shape
+    needed = 3 * forward_flops(cfg, questions, columns, sample.samples, sample.max_new_tokens)
+    trained, images = cfg.execution.tower, prompts.vision and prompts.vision.images
+    if images and trained == "train":
+        needed += 3 * tower_flops(cfg, images)
+    elif images and trained == "merger":
+        needed += tower_flops(cfg, images) + 2 * tower_flops(cfg, images, merger=True)
+    return epochs * needed
 
 
 def prompts_of(program: Program) -> Prompts | None:
@@ -125,15 +95,13 @@ def prompts_of(program: Program) -> Prompts | None:
     return next(filter(is_prompts, jax.tree.leaves(program.args, is_leaf=is_prompts)), None)
 
 
-def forward_flops(
-    cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int, read: int | None = None
-) -> float:
+def forward_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:
     """One scoring pass over `prompt | response 1 | … `: matrices, attention as it is computed (squares, not
-    triangles), and `read` logits of each response token (None: all; of a critic, one value).
+    triangles), and the logits of each response token (of a critic, one value).
     """
     tokens = questions * (prompt + samples * new)
     pairs = questions * (prompt * prompt + samples * new * (prompt + new))
-    read = read or (1 if cfg.execution.value_head else cfg.vocab)
+    read = 1 if cfg.execution.value_head else cfg.vocab
     words = cfg.embed * read * questions * samples * new
     return 2.0 * (cfg.layers * (weights(cfg) * tokens + 2 * cfg.heads * cfg.head_dim * pairs) + words)
 
@@ -151,13 +119,3 @@ def tower_flops(cfg: DecoderConfig, images: Images, merger: bool = False) -> flo
         pairs = slots * (windows * whole + vision.layers - whole)  # with each patch, over all layers
         total += patches * (depth * embed + vision.layers * matrices + 2 * embed * pairs)
     return 2.0 * total
-
-
-def generate_flops(cfg: DecoderConfig, questions: int, prompt: int, samples: int, new: int) -> float:
-    """Prefill, then each column's attention to the prompt and to all columns that the cache has then."""
-    rows, pair = questions * samples, 2 * cfg.heads * cfg.head_dim
-    prefill = questions * prompt * (weights(cfg) + pair * prompt)
-    loop_ends = zip(segment_ends(new), columns_of_loops(new), strict=True)
-    pairs = sum((until - begin) * (prompt + room) for room, (begin, until) in loop_ends)
-    steps = rows * ((new - 1) * weights(cfg) + pair * pairs)
-    return 2.0 * (cfg.layers * (prefill + steps) + cfg.embed * cfg.vocab * rows * new)
