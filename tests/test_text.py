@@ -220,10 +220,13 @@ def test_a_vocabulary_that_holds_special_tokens_as_words_is_refused_where_it_mat
         tok.encode_texts(["a", "a <eos> a"])
 
 
-def test_long_prompts_are_dropped_never_cut(bytes_):
+def test_long_prompts_are_dropped_never_cut(bytes_, monkeypatch):
     long = Question("l", "Which? " * 30, ("a", "b"), 0)
     config = PromptConfig(template="none", max_tokens=60)
-    rows, dropped = text.encode_prompts(bytes_, [SCURVY, long, SCURVY], config)
+    monkeypatch.setattr(text, "PART", 2)
+    parts, show = [], lambda *at: parts.append(at)
+    rows, dropped = text.encode_prompts(bytes_, [SCURVY, long, SCURVY], config, progress=show)
+    assert parts == [(0, 3), (2, 3)]
     assert dropped == [1] and rows == [encode_prompt(bytes_, SCURVY, config)] * 2
     # exactly max_tokens still fits
     assert len(rows[0]) == 60 and len(encode_prompt(bytes_, long, config)) > 60

@@ -5,7 +5,7 @@ truncated: those that are too long are dropped and counted.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -188,6 +188,8 @@ def to_teach(tok: Tokenizer, targets: list[str], config: PromptConfig) -> list[s
 
 # ---- tokens ----
 
+PART = 8192  # questions encoded between two reports of progress
+
 
 def encode_questions(
     tok: Tokenizer,
@@ -263,9 +265,14 @@ def encode_prompts(
     questions: list[Question],
     config: PromptConfig,
     images: Sequence[list[list[int]]] | None = None,
+    progress: Callable[[int, int], None] = lambda done, n: None,
 ) -> tuple[list[list[int]], list[int]]:
     """(tokens of the prompts that fit `max_tokens`, indices of the questions that do not)."""
-    rows = encode_questions(tok, questions, config, images=images)
+    rows: list[list[int]] = []
+    for first in range(0, len(questions), PART):
+        progress(first, len(questions))
+        part = slice(first, first + PART)
+        rows += encode_questions(tok, questions[part], config, images=images and images[part])
     dropped = [i for i, row in enumerate(rows) if len(row) > config.max_tokens]
     return [row for row in rows if len(row) <= config.max_tokens], dropped
 

@@ -127,10 +127,12 @@ def train(
     config = dataclasses.replace(config, data=spec)
     log.check(config, "train")
     parts = build.build(config)
-    with stage(f"reading {config.data.path} and the sets of eval.sets"):
+    with stage(f"reading {config.data.path}") as show:
         questions, how_read = read(config.data, given_rows)
-        encoded = encode(parts.tokenizer, questions, config, config.data.shuffle_options, parts.cfg.vision)
+        encoding, shuffle = partial(show, "encoding questions"), config.data.shuffle_options
+        encoded = encode(parts.tokenizer, questions, config, shuffle, parts.cfg.vision, encoding)
         check_lengths(parts, encoded)
+        show("reading the sets of eval.sets", 0, 0)
         sets = evaluate.load_sets(parts)
     notices = [f"data: {how_read}"]
     if encoded.dropped:

@@ -7,7 +7,7 @@ scored by one of them.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,7 @@ def encode(
     config: Config,
     shuffle: bool = False,
     vision: VisionConfig | None = None,
+    progress: Callable[[int, int], None] = lambda done, n: None,
 ) -> Encoded:
     """The prompts that fit; the others are dropped and counted. `vision`: how the model sees images."""
     if config.reward.mode == "paper" and (other := next((q for q in questions if q.value is not None), None)):
@@ -130,7 +131,7 @@ def encode(
         raise ConfigError(f"reward.mode: paper: {problem}; set reward.mode=strict or direct")
     images = measure(questions, vision) if vision else None
     pads = images.pads() if images else None
-    tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt, pads)
+    tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt, pads, progress)
     gone = set(dropped)
     fitting = [i for i in range(len(questions)) if i not in gone]
     left, columns = [questions[i] for i in fitting], width(max(map(len, tokens), default=0))

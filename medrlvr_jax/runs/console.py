@@ -161,12 +161,14 @@ def fitted(parts: Sequence[str], width: int | None) -> str:
 
 
 @contextmanager
-def stage(what: str) -> Iterator[None]:
-    """Show on a terminal what a command does before its first step, and for how long already."""
+def stage(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show on a terminal what a command does before its first step, and for how long already; what it yields
+    shows a part of that, and how far it is.
+    """
     console = Console()
     console.progress(what, 0, 0)
     try:
-        yield
+        yield console.progress
     finally:
         console.close()
 
