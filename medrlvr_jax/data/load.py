@@ -83,8 +83,8 @@ class Reading:
         self.texts, self.config = texts, published.resolved(config)
         self.source, self.choice = open_records(self.config, records), Choice(self.config)
         self.format = self.config.format
-        self.notes = [f"published set {config.format}, as data/published.py reads it"]
-        self.notes *= config.format in published.SETS
+        known = f"published set {config.format}, as data/published.py reads it"
+        self.notes = [known] if config.format in published.SETS else []
         self.items: list[Any] = []
         self.errors: list[str] = []
         self.lines: dict[str, int] = {}  # by id

@@ -32,6 +32,18 @@ TEMPLATES = {
 FIELD = re.compile(r"\{(?:question|answer|form)\}")  # of a wording; braces in a question are text
 IMAGE = "<image>"  # in a question's text: where its next image stands
 DATES = {None: "2024-03-31", "month_first": "MM/DD/YYYY", "day_first": "DD/MM/YYYY"}
+# By the kind of a question: what is asked for, and the word that stands for it.
+ANSWERS = {
+    "choice": ("the letter of the one best option", "letter"),
+    "choices": ("the letters of all options that apply, separated by commas,", "letters"),
+    "number": ("the number{unit}", "number"),
+    "integer": ("the whole number{unit}", "number"),
+    "date": ("the date, in the form {date},", "date"),
+    "duration": ("the time in weeks and days, in the form 3 weeks 2 days,", "time"),
+    "label": ("one of these labels: {labels},", "label"),
+    "labels": ("one or more of these labels, separated by commas: {labels},", "labels"),
+    "text": ("the answer in a few words", "answer"),
+}
 
 
 def render(question: Question, template: str) -> str:
@@ -44,23 +56,11 @@ def render(question: Question, template: str) -> str:
 
 def answer_form(question: Question) -> tuple[str, str]:
     """(what the prompt asks for, the word that stands for it) by the kind of the right answer."""
-    value, kind = question.value, question.kind
+    (asked, form), value = ANSWERS[question.kind], question.value
     if value is None:
-        return "the letter of the one best option", "letter"
-    if kind == "choices":
-        return "the letters of all options that apply, separated by commas,", "letters"
-    if kind in ("number", "integer"):
-        name = "number" if kind == "number" else "whole number"
-        return f"the {name}" + (f" in {value.unit}" if value.unit else ""), "number"
-    if kind == "date":
-        return f"the date, in the form {DATES[value.order]},", "date"
-    if kind == "duration":
-        return "the time in weeks and days, in the form 3 weeks 2 days,", "time"
-    if kind in ("label", "labels"):
-        several = "" if kind == "label" else " or more"
-        commas = "" if kind == "label" else ", separated by commas"
-        return f"one{several} of these labels{commas}: {', '.join(value.allowed)},", kind
-    return "the answer in a few words", "answer"
+        return asked, form
+    unit = f" in {value.unit}" if value.unit else ""
+    return asked.format(unit=unit, date=DATES[value.order], labels=", ".join(value.allowed)), form
 
 
 def sft_target(question: Question, target: str) -> str:

@@ -272,15 +272,13 @@ def _texts(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
 
 
 def _limits(row: Mapping[str, Any], value: Fraction) -> dict[str, Fraction]:
-    limits = {}
-    for name in ("lower", "upper"):
-        if row.get(name) not in (None, ""):
-            limits[name] = read_number(str(row[name]).strip()).value
-    if "tolerance" in row and row["tolerance"] is not None:
+    given = {name: row[name] for name in ("lower", "upper") if row.get(name) not in (None, "")}
+    limits = {name: read_number(str(limit).strip()).value for name, limit in given.items()}
+    if row.get("tolerance") is not None:
         if limits:
             raise Unreadable("field tolerance: given beside lower or upper; take one of the two out")
-        tolerance = read_number(str(row["tolerance"])).value
-        limits = {"lower": value - abs(value) * tolerance, "upper": value + abs(value) * tolerance}
+        margin = abs(value) * read_number(str(row["tolerance"])).value
+        limits = {"lower": value - margin, "upper": value + margin}
     limits = limits or {"lower": value, "upper": value}
     if not limits.get("lower", value) <= value <= limits.get("upper", value):
         bounds = ", ".join(f"{name} {float(limit):g}" for name, limit in limits.items())
