@@ -100,7 +100,7 @@ class Loop:
         )
         coef, kinds = jnp.float32(c.kl.coef), experience.experience_settings(self.parts)
         rewards = experience.Rewards(self.rewards[..., None])
-        made, stats = experience.make_experience(prompts, rollout, assessment, rewards, coef, **kinds)
+        made, stats = experience.make_experience(prompts, rollout, assessment, rewards, coef, config=kinds)
         return rollout, made, stats
 
     def run(self, steps):

@@ -23,7 +23,7 @@ from medrlvr_jax.data.question import LETTERS, fingerprint, question_hash
 from medrlvr_jax.evaluation import difficulty
 from medrlvr_jax.model import decoder, families, lora
 from medrlvr_jax.rewards.base import toss
-from medrlvr_jax.rl import loop, train
+from medrlvr_jax.rl import loop, programs, train
 from medrlvr_jax.rl.sft import encode_pairs
 from medrlvr_jax.runs import checkpoint, profile
 from medrlvr_jax.runs.metrics import find
@@ -659,15 +659,16 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(folder, capsys,
     """Advantages of NaN in steps 2 and on: nothing moves, each batch is kept, and the third in a row ends the
     run with a checkpoint.
     """
-    honest, factors = train.advantages, iter([1.0, np.nan, np.nan, np.nan])
+    honest, factors = programs.make_experience, iter([1.0, np.nan, np.nan, np.nan])
 
-    def spoiled(*args):
-        experience, stats = honest(*args)
-        if isinstance(experience.mask, jax.ShapeDtypeStruct):  # of the step that is taken with shapes
-            return experience, stats
-        return dataclasses.replace(experience, advantages=experience.advantages * next(factors)), stats
+    class Spoiled:
+        trace, lower = honest.trace, honest.lower
 
-    monkeypatch.setattr(train, "advantages", spoiled)
+        def __call__(self, *args, **kwargs):
+            experience, stats = honest(*args, **kwargs)
+            return dataclasses.replace(experience, advantages=experience.advantages * next(factors)), stats
+
+    monkeypatch.setattr(programs, "make_experience", Spoiled())
     assert (
         main(
             "train",

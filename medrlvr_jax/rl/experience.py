@@ -235,9 +235,9 @@ def assessed(mask: Array, assessment: Assessment, gap: Array) -> dict[str, Array
     return stats
 
 
-def experience_settings(parts: Parts, terms: Sequence[Component] | None = None) -> dict[str, Any]:
-    """The static arguments of `make_experience`."""
+def experience_settings(parts: Parts, terms: Sequence[Component] | None = None) -> ExperienceConfig:
+    """For a run's `terms`, by default those that its settings name."""
     c = parts.config
     terms = components(c.reward) if terms is None else terms
     stop_ids = tuple(parts.tokenizer.stop_ids) if c.loss.mask_truncated else ()
-    return {"config": ExperienceConfig(c.advantage, c.kl, c.loss, columns(terms, c.advantage), stop_ids)}
+    return ExperienceConfig(c.advantage, c.kl, c.loss, columns(terms, c.advantage), stop_ids)

@@ -82,7 +82,6 @@ from medrlvr_jax.runs import log
 from medrlvr_jax.runs.console import stage
 from medrlvr_jax.types import (
     Array,
-    Assessment,
     Experience,
     Frozen,
     Leaf,
@@ -319,12 +318,20 @@ def five_parts(
     Returns also what the host scored, with what the policy answered. `step_programs` calls it with shapes in
     place of arrays: so nothing here computes but by a program of `training`.
     """
+    parts, programs, frozen = training.parts, training.programs, training.frozen
+    policy, critic = state.policy.params, state.critic and state.critic.params
     rollout = draw(training, state, prompts, keys.sample)
-    assessment = assess(training, state, prompts, rollout)  # only dispatched: it runs while the host grades
-    graded = grade(rollout)
+    # a copy that was offloaded is on the device for this call alone
+    shown = sharding.to_memory(frozen, "device") if parts.config.learn.offload else frozen
+    assessment = programs.assess(shown, policy, critic, prompts, rollout, assess_settings(parts))
+    del shown
+    graded = grade(rollout)  # while the device assesses: programs are only dispatched
     asked = ask(training, state, prompts, rollout, graded.requests)
     rewards = Rewards(graded.rewards, tuple(asked.values()), graded.least_spread)
-    experience, stats = advantages(training, state, prompts, rollout, assessment, rewards)
+    kinds = experience_settings(parts, training.terms)
+    experience, stats = programs.make_experience(
+        prompts, rollout, assessment, rewards, state.kl_coef, config=kinds
+    )
     state, learned = learn(training, state, experience, keys.shuffle)
     return state, stats | learned, (graded.scored, asked), experience
 
@@ -377,29 +384,6 @@ def draw(training: Training, state: TrainState, prompts: Prompts, key: Array) ->
     params = programs.sync_weights(lora.join(training.frozen.base, state.policy.params))
     settings = draw_settings(parts, parts.sampler_cfg, parts.config.sample)
     return programs.generate(params, prompts, key, settings)
-
-
-def assess(training: Training, state: TrainState, prompts: Prompts, rollout: Rollout) -> Assessment:
-    """Log-probs by the policy and the reference, and the critic's values, before learning."""
-    parts, frozen = training.parts, training.frozen
-    if parts.config.learn.offload:
-        frozen = sharding.to_memory(frozen, "device")
-    critic = state.critic and state.critic.params
-    settings = assess_settings(parts)
-    return training.programs.assess(frozen, state.policy.params, critic, prompts, rollout, settings)
-
-
-def advantages(
-    training: Training,
-    state: TrainState,
-    prompts: Prompts,
-    rollout: Rollout,
-    assessment: Assessment,
-    rewards: Rewards,
-) -> tuple[Experience, dict[str, Array]]:
-    """Rewards, graded and asked, and the assessment as rows to learn from; and the step's scalars."""
-    settings, program = experience_settings(training.parts, training.terms), training.programs.make_experience
-    return program(prompts, rollout, assessment, rewards, state.kl_coef, **settings)
 
 
 def learn(
