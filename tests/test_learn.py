@@ -429,6 +429,16 @@ def test_optimisers_learn_and_shard(kind):
     )
 
 
+def test_muon_takes_q_k_and_v_of_a_tower_apart():
+    """A small gradient of q beside large ones of k and v gives as large a step."""
+    grads = np.random.default_rng(0).normal(size=(1, 16, 3, 2, 8)) * np.array([0.01, 1, 1])[:, None, None]
+    params = {"vision": {"layers": {"qkv": jnp.asarray(grads, jnp.float32)}}}
+    tx = learn.make_optimizer(schema.OptimConfig(kind="muon", lr=1.0, warmup=0.0), 2)
+    step = tx.update(params, tx.init(params), params)[0]["vision"]["layers"]["qkv"]
+    sizes = np.sqrt((np.asarray(step)[0] ** 2).sum((0, 2, 3)))
+    np.testing.assert_allclose(sizes, sizes[0], rtol=0.2)
+
+
 def test_weight_decay_leaves_norms_biases_and_the_value_head_alone():
     kinds = dataclasses.replace(CFG, tied=False), CFG.run_with(value_head=True)
     head, params = (spec.init(cfg, jax.random.key(0)) for cfg in kinds)

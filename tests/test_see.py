@@ -374,6 +374,7 @@ def test_broken_images_are_refused_together(folder):
 
 
 TOWER = {"name": "tower", "model.vision": "train", "kl.into": "loss", "kl.estimator": "k3", "eval.sets": {}}
+TOWER |= {"mesh": {"data": 2, "fsdp": 4}}
 
 
 def test_a_trained_tower_resumes_to_the_bit(folder):

@@ -114,17 +114,18 @@ def _row(path: Any) -> Parameter:
 
 
 def _matrix_axes(params: Params) -> Params:
-    """For Muon: which axes are input and output of a layer's matrix, or adapter's half; None: not one."""
+    """For Muon: which axes are input and output of a layer's matrix, or adapter's half; None: not one. A
+    tower's q, k and v are three matrices in one array.
+    """
 
-    def axes(path, p):
+    def axes(path, _):
         row = _row(path)
         if row.kind not in ("matrix", "adapter"):
             return None
-        inputs = int(row.stacked)  # after the axis of layers
-        outputs = inputs + len(row.inputs.split())
-        return optax.contrib.MuonDimensionNumbers(
-            tuple(range(inputs, outputs)), tuple(range(outputs, p.ndim))
-        )
+        names = ["layers"] * row.stacked + row.axes.split()
+        places = [i for i, name in enumerate(names) if name not in ("layers", "three")]
+        inputs = len(row.inputs.split())
+        return optax.contrib.MuonDimensionNumbers(tuple(places[:inputs]), tuple(places[inputs:]))
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
