@@ -17,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medrlvr_jax.config.load import from_tree, load
+from medrlvr_jax.data.question import Question
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError, Unwritable
 from medrlvr_jax.runs import log
@@ -132,16 +134,23 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
 
 
 def test_answers_are_spread_over_the_set_and_a_resumed_run_drops_the_later_ones(tmp_path):
-    rows = [{"id": i, "sample": k} for i in range(9) for k in (0, 1)]
+    """Images of questions are written once, in the first evaluation."""
+    film = io.BytesIO()
+    Image.new("L", (9, 9)).save(film, "PNG")
+    rows = [{"id": str(i), "sample": k} for i in range(9) for k in (0, 1)]
+    asked = [Question(str(i), "?", ("a", "b"), 0, images=(film.getvalue(),) * (i == 4)) for i in range(9)]
     for done, steps, left in ((0, (0, 2, 4), {"0", "2", "4"}), (2, (), {"0", "2"}), (0, (0,), {"0"})):
         with log.Run(config(tmp_path, log={"answers": 3}), 9) as run:
             run.resume(done)
             for step in steps:
-                run.write_answers(step, "dev", rows)
+                run.write_answers(step, "dev", rows, asked)
                 run.record(step, {})
         assert {folder.name for folder in (run.path / "answers").iterdir()} == left
-        answers = files.read_jsonl(run.path / "answers" / "0" / "dev.jsonl")
-        assert answers == [{"id": i, "sample": 0} for i in (0, 4, 8)]
+        for step in left:
+            answers = files.read_jsonl(run.path / "answers" / step / "dev.jsonl")
+            images = answers[1].pop("images", [])
+            assert [image[:15] for image in images] == ["data:image/jpeg"] * (step == "0")
+            assert answers == [{"id": i, "sample": 0} for i in ("0", "4", "8")]
 
 
 def test_other_settings_are_refused_and_named(tmp_path):

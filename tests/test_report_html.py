@@ -323,6 +323,7 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     pair.elements.a.value = "1";
     pair.elements.kind.dispatchEvent(new Event("change", { bubbles: true }));
     counts.push(document.querySelector("#pairs h3").textContent, document.querySelectorAll("#pairs .wrong").length);
+    counts.push(document.querySelectorAll("#pairs img").length);
     counts.push(document.querySelectorAll("#charts canvas").length);
     counts.push(document.querySelectorAll("#list article:first-child img").length);
     const shown = document.querySelector("#list article > pre").textContent, click = (e) => e.click();
@@ -361,8 +362,8 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     assert counts == [f"{n} of 36 samples" for n in (12, 2, 1, 1, 0)]
     assert shown.split() == EVIL.split()  # a title keeps no line ends
     assert pair[0] == "Of 4 questions: 1 gained, 1 lost, 1 right in both, 1 wrong in both."
-    assert pair[1:5] == ["q1: lost, key A", 1, 3, 1]  # of the images, only what the run itself made
-    assert same and pair[5:] == [10, 11, {"min": 3, "max": 7}]
+    assert pair[1:6] == ["q1: lost, key A", 1, 1, 3, 1]  # of the images, only what the run itself made
+    assert same and pair[6:] == [10, 11, {"min": 3, "max": 7}]
     assert new == ["NEW curves", "NEW answers", "NEW samples"]
 
 
@@ -400,6 +401,7 @@ def answers_of(run, step, right, name="dev"):
             "completion": f"{EVIL}{step}",
             "correct": x == "1",
             "sample": s,
+            **({} if step else {"images": [thumbnail(RED), "https://example.org/x.png"]}),
         }
         for i, x in enumerate(right)
         for s in (0, 1)
@@ -418,7 +420,8 @@ def test_two_evaluations_side_by_side(tmp_path, monkeypatch):
     assert [e["right"] for e in data["evaluations"]] == ["0011", "1011", "1111", "101-"]
     assert data["evaluations"][3]["texts"] == [f"{EVIL}12"] * 3 + [None]
     monkeypatch.setattr(answers, "EVALUATIONS", 3)
-    monkeypatch.setattr(answers, "SIZE", 3 * len(EVIL) + 20)
+    image = len(thumbnail(RED)) + len("https://example.org/x.png")  # images have room, too
+    monkeypatch.setattr(answers, "SIZE", 3 * len(EVIL) + image + 20)
     data = answers.answers({"ppo": run})["dev"]
     assert [e["step"] for e in data["evaluations"]] == [0, 9, 12]
     assert [q["id"] for q in data["questions"]] == ["q1"]

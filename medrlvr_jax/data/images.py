@@ -94,6 +94,14 @@ def thumbnail(source: Source) -> str:
     return f"data:image/jpeg;base64,{b64encode(out.getvalue()).decode()}"
 
 
+def with_thumbnails(rows: list[dict[str, Any]], questions: list[Question]) -> list[dict[str, Any]]:
+    """Rows about questions, which they name by `id`; those whose question has images have `images`."""
+    images = {question.id: question.images for question in questions}
+    with ThreadPoolExecutor() as pool:
+        small = pool.map(lambda row: list(map(thumbnail, images[row["id"]])), rows)
+        return [row | ({"images": x} if x else {}) for row, x in zip(rows, small, strict=True)]
+
+
 def _to_bytes(shares: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
     """0 … 1 as 0 … 255, rounded."""
     return np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8)

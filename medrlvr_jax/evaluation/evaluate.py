@@ -16,6 +16,7 @@ from medrlvr_jax.config.load import load
 from medrlvr_jax.config.schema import Config, SampleConfig, SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
+from medrlvr_jax.data.images import with_thumbnails
 from medrlvr_jax.data.question import Question, fingerprint, question_hash
 from medrlvr_jax.evaluation import answers, look, monitors, stats
 from medrlvr_jax.host import files
@@ -32,6 +33,7 @@ from medrlvr_jax.runs.checkpoint import Which, best_step, restore_params
 from medrlvr_jax.runs.console import Console
 from medrlvr_jax.types import Params
 
+PICTURES = 400  # of a set, rows of `medrlvr eval` that have their question's images, small, for the page
 NOISE = 2**31 + 1  # folded into the seed: evaluation's noise is not training's, and the same at every step
 
 
@@ -166,7 +168,7 @@ def evaluate_sets(
     for name, encoded in sets.items():
         with jax.profiler.TraceAnnotation("evaluate"):
             counts, rows = evaluate(parts, decode_params, encoded, partial(run.progress, f"eval {name}"))
-        run.write_answers(step, name, rows)
+        run.write_answers(step, name, rows, encoded.questions)
         metrics |= {f"eval.{name}.{k}": v for k, v in counts.items()}
         if counts["truncated"] > monitors.HIGH["truncated"][0] * counts["n"]:
             run.notify(answers.remarks(f"eval {name}", counts)[-1])
@@ -277,6 +279,8 @@ def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | 
             if encoded.images:
                 rows = look_at(parts, decode_params, encoded, rows)
                 looks[name] = look.describe(encoded.questions, rows)
+                every = parts.config.eval.samples * -(-len(encoded.questions) // PICTURES)
+                rows[::every] = with_thumbnails(rows[::every], encoded.questions)
             if leads:
                 files.write_text(folder / f"{name}.jsonl", files.jsonl(rows))
     console.close()

@@ -12,7 +12,7 @@ import numpy as np
 
 from medrlvr_jax.host.files import read_json, read_jsonl
 
-SIZE = 1_200_000  # characters, about, of all prompts and answers on a page
+SIZE = 1_200_000  # characters, about, of all prompts, answers and images on a page
 LENGTH = 2000  # characters of one
 EVALUATIONS = 16  # on a page, about; of each run the first and the last at least
 Rows = list[dict[str, Any]]
@@ -34,7 +34,7 @@ def folders(run: Path, most: int) -> dict[int, Path]:
 
 
 def answers(runs: Mapping[str, Path]) -> dict[str, Any]:
-    """`{set: {"questions": [{id, text, key}], "evaluations": [{run, step, right, texts}]}}`.
+    """`{set: {"questions": [{id, text, key, images}], "evaluations": [{run, step, right, texts}]}}`.
 
     `right` has a character a question: 1, 0, or - where it was not asked. `questions` are those whose answers
     have room, the changed ones first, and `texts` these answers; null where it was not asked. `runs`: folders
@@ -54,16 +54,18 @@ def answers(runs: Mapping[str, Path]) -> dict[str, Any]:
 def _of_set(evaluations: Mapping[tuple[str, int], Rows], room: int) -> dict[str, Any]:
     by_key = [{_key(row): row for row in rows} for rows in evaluations.values()]
     every = {key: row for rows in by_key for key, row in rows.items()}
+    images = {key: row["images"] for rows in by_key for key, row in rows.items() if "images" in row}
     right = {key: "".join(_right(rows.get(key)) for rows in by_key) for key in every}
     order = sorted(every, key=lambda key: not {"0", "1"} <= set(right[key]))  # those that changed come first
     texts = [every[key].get("question", "") for key in order]  # older answers have none
     sizes = [
-        len(text) + sum(len(r[k]["completion"]) for r in by_key if k in r)
+        len(text) + sum(len(r[k]["completion"]) for r in by_key if k in r) + sum(map(len, images.get(k, ())))
         for k, text in zip(order, texts, strict=True)
     ]
     shown = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
     about = [
-        {"id": every[k]["id"], "text": t, "key": every[k]["key"]} for k, t in zip(order, texts, strict=True)
+        {"id": every[k]["id"], "text": t, "key": every[k]["key"], "images": images.get(k, [])}
+        for k, t in zip(order, texts, strict=True)
     ]
     return {
         "questions": about[:shown],

@@ -35,6 +35,8 @@ import numpy as np
 import medrlvr_jax
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config
+from medrlvr_jax.data.images import with_thumbnails
+from medrlvr_jax.data.question import Question
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import Records
@@ -137,15 +139,19 @@ class Run:
         self._done = step
         self.check_signals()
 
-    def write_answers(self, step: int, name: str, rows: Records) -> None:
-        """Write the first answer to `log.answers` questions, spread evenly over an evaluated set."""
+    def write_answers(self, step: int, name: str, rows: Records, questions: list[Question]) -> None:
+        """Write the first answer to `log.answers` questions, spread evenly over an evaluated set; where a run
+        first does, with the questions' images.
+        """
         first = [row for row in rows if row["sample"] == 0]
         chosen = np.unique(np.linspace(0, len(first) - 1, min(self._config.log.answers, len(first))).round())
         if self._lock and len(chosen):
             file = self.path / "answers" / str(step) / f"{name}.jsonl"
             with files.named_errors(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
-            files.write_text(file, files.jsonl(first[int(i)] for i in chosen))
+            shown = [first[int(i)] for i in chosen]
+            begun = any(self.path.glob(f"answers/*/{name}.jsonl"))
+            files.write_text(file, files.jsonl(shown if begun else with_thumbnails(shown, questions)))
 
     def check_signals(self) -> None:
         """Set `stopping` in all processes if a signal or `stop` has reached any of them."""

@@ -15,6 +15,8 @@ const prompt = (text) => {
   box.append(make("summary", "prompt"), make("pre", text));
   return box;
 };
+const images = (of) => (of.images ?? []).filter((source) => source.startsWith("data:image/jpeg;base64,"))
+  .map((src) => Object.assign(make("img"), { src, alt: `image of question ${of.id}` }));
 const choose = (select, values, show = String) => {
   for (const value of values) {
     const option = make("option", show(value));
@@ -153,6 +155,7 @@ const answers = () => {
     const box = make("article", "", "sample"), sides = make("div", "", "grid"), all = make("details");
     box.append(make("h3", `${question.id}: ${KINDS.get(pair.map((e) => e.right[i]).join(""))}, key ${question.key}`));
     sides.append(...pair.map((evaluation) => given(evaluation, i)));
+    box.append(...images(question));
     if (question.text) box.append(make("pre", question.text));
     box.append(sides);
     if (set.evaluations.length > 2) {
@@ -220,11 +223,7 @@ const samples = () => {
     const cut = s.stopped ? "" : ", cut off";
     const scored = `answer ${answer}, key ${s.key}, ${spaced(s.reason)}, ${s.length} tokens${cut}`;
     box.append(make("div", `${scored}; question ${s.id}, row ${s.row}`, "soft"));
-    for (const source of (s.images ?? []).filter((x) => x.startsWith("data:image/jpeg;base64,"))) {
-      const image = make("img");
-      box.append(Object.assign(image, { src: source, alt: `image of question ${s.id}` }));
-    }
-    box.append(prompt(s.prompt), make("pre", s.completion));
+    box.append(...images(s), prompt(s.prompt), make("pre", s.completion));
     return box;
   };
   const show = pages(byId("list"), byId("more"), card);
