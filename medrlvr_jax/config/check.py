@@ -59,10 +59,11 @@ def problems(c: Config) -> Iterator[tuple[str, str]]:
     for name, value in (("system", c.prompt.system), ("template_args", c.prompt.template_args or None)):
         if value is not None and not c.prompt.chat:
             yield f"prompt.{name}", "it needs the chat template; set prompt.chat to true, or take it out"
-    yield from _reward(c.reward, c.sample.max_new_tokens)
+    yield from _reward(c.reward)
+    for i, part in enumerate(c.reward.components):
+        yield from ((f"reward.components.{i}{field}", text) for field, text in _component(c, part))
     if c.model.lora and not c.model.lora.targets:
         yield "model.lora.targets", "[] would train nothing; name some matrices, or set model.lora to null"
-    yield from _components(c)
     yield from _sampling(c)
     yield from _objective(c)
     if c.log.profile and c.log.profile[0] > c.log.profile[1]:
@@ -82,7 +83,7 @@ REPLACED = {
 }
 
 
-def _reward(reward: RewardConfig, limit: int) -> Iterator[tuple[str, str]]:
+def _reward(reward: RewardConfig) -> Iterator[tuple[str, str]]:
     pays_alone = [name for name in ("fn", "random") if getattr(reward, name) is not None]
     penalties = [name for name in ("leak_penalty", "before_penalty") if getattr(reward, name)]
     if pays_alone and len(pays_alone + penalties) > 1:
@@ -98,10 +99,6 @@ def _reward(reward: RewardConfig, limit: int) -> Iterator[tuple[str, str]]:
     if not paying:
         why = "weights of 0 and penalties alone pay nothing"
         yield "reward.components", f"{why}; add one that pays, such as {{kind: rule}}"
-    for i, part in enumerate(reward.components):
-        if constant := _constant(part, limit):
-            remedy = "it teaches nothing; let them differ, or take it out"
-            yield f"reward.components.{i}", f"{part.kind}: {constant}; {remedy}"
 
 
 def _constant(part: Any, limit: int) -> str | None:
@@ -122,18 +119,19 @@ def _constant(part: Any, limit: int) -> str | None:
     return None
 
 
-def _components(c: Config) -> Iterator[tuple[str, str]]:
-    for i, part in enumerate(c.reward.components):
-        name = f"reward.components.{i}"
-        if part.kind in ("probability", "consistency") and c.reward.mode == "direct":
-            yield name, f"{part.kind} needs a thought, and reward.mode direct pays for none; take it out"
-        if isinstance(part, ProbabilityConfig):
-            if part.score == "logmean" and not part.baseline:
-                why = "a mean of log-probabilities is never above 0, so without baseline it pays nothing"
-                yield f"{name}.score", f"{why}; set baseline to true"
-            if part.of == "letter" and part.baseline and c.data.shuffle_options:
-                why = "data.shuffle_options changes letters, and the baseline is taken once"
-                yield f"{name}.of", f"letter: {why}; set of to text, or baseline to false"
+def _component(c: Config, part: Any) -> Iterator[tuple[str, str]]:
+    """The fields of a component of the reward that cannot work, as `.score`; "" is the component itself."""
+    if constant := _constant(part, c.sample.max_new_tokens):
+        yield "", f"{part.kind}: {constant}; it teaches nothing; let them differ, or take it out"
+    if part.kind in ("probability", "consistency") and c.reward.mode == "direct":
+        yield "", f"{part.kind} needs a thought, and reward.mode direct pays for none; take it out"
+    if isinstance(part, ProbabilityConfig):
+        if part.score == "logmean" and not part.baseline:
+            why = "a mean of log-probabilities is never above 0, so without baseline it pays nothing"
+            yield ".score", f"{why}; set baseline to true"
+        if part.of == "letter" and part.baseline and c.data.shuffle_options:
+            why = "data.shuffle_options changes letters, and the baseline is taken once"
+            yield ".of", f"letter: {why}; set of to text, or baseline to false"
 
 
 def _sampling(c: Config) -> Iterator[tuple[str, str]]:

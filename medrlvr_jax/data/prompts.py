@@ -232,32 +232,27 @@ def _spell(
     before: str = "",
     after: str = "",
 ) -> list[list[int]]:
-    """The tokens of the user's text of each question, between `before` and `after`, with those of images."""
+    """The tokens of the user's text of each question, between `before` and `after`; an image's own stand in
+    place of its mark.
+    """
     if images is None:
         if pictured := next((q for q in questions if q.images), None):
             remedy = "train or evaluate a vision-language model, or set fields={image: null} beside path"
             raise DataError(f"question {pictured.id}: it has images, which are not seen here; {remedy}")
         return tok.spell([before + content + after for content in contents])
-    marked = map(_mark, questions, contents, images)
-    return [
-        _spell_around(tok, before + content + after, seen)
-        for content, seen in zip(marked, images, strict=True)
-    ]
+    marked = [before + _mark(*each) + after for each in zip(questions, contents, images, strict=True)]
+    pieces = [text.split(IMAGE) if seen else [text] for text, seen in zip(marked, images, strict=True)]
+    tokens = iter(tok.spell([piece for parts in pieces for piece in parts]))
+    return [[i for image in (*seen, []) for i in (*next(tokens), *image)] for seen in images]
 
 
 def _mark(question: Question, content: str, images: list[list[int]]) -> str:
-    """The user's text with a mark for each image of its question."""
+    """The user's text with a mark for each image of its question; without images a mark is text."""
     marks = content.count(IMAGE)
     if images and marks not in (0, len(images)):
         problem = f"{IMAGE} stands {marks} times in it, and it has {len(images)} images"
         raise DataError(f"question {question.id}: {problem}; give as many, or no mark at all")
     return content if marks else IMAGE * len(images) + content
-
-
-def _spell_around(tok: Tokenizer, content: str, images: list[list[int]]) -> list[int]:
-    """The tokens of a text with the images' own in place of its marks; without images a mark is text."""
-    pieces = tok.spell(content.split(IMAGE) if images else [content])
-    return [i for piece, image in zip(pieces, [*images, []], strict=True) for i in (*piece, *image)]
 
 
 def encode_prompts(
