@@ -16,7 +16,7 @@ from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.tokenizer import wrap
 from medrlvr_jax.evaluation import probe
 from medrlvr_jax.model import decoder
-from medrlvr_jax.rollout.rollout import encode
+from medrlvr_jax.rollout.rollout import before_response, encode
 
 EMBEDDED = {
     "name": "probed",
@@ -114,7 +114,7 @@ def test_what_begins_a_response_is_not_given_twice():
     questions = data.load(parts.config.data)
     bare = encode(parts.tokenizer, questions, configs.from_tree(EMBEDDED))
     given = encode(parts.tokenizer, questions, parts.config)
-    assert given.tokens != bare.tokens == probe.before_response(parts, given).tokens
+    assert given.tokens != bare.tokens == before_response(parts, given).tokens
 
 
 def test_what_a_probe_says_by_hand():

@@ -5,6 +5,7 @@ tokens.
 import base64
 import io
 import json
+import math
 import re
 import subprocess
 from dataclasses import replace
@@ -26,11 +27,12 @@ from medrlvr_jax.data import images, load
 from medrlvr_jax.data.images import thumbnail
 from medrlvr_jax.data.prompts import encode_questions
 from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash
-from medrlvr_jax.evaluation import look
+from medrlvr_jax.evaluation import look, probe
 from medrlvr_jax.evaluation.evaluate import open_source
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder
 from medrlvr_jax.model_rewards.policy import check_questions, make_policy_rewards
+from medrlvr_jax.model_rewards.probability import start_scores
 from medrlvr_jax.rl.sft import sft
 from medrlvr_jax.rl.train import train
 from medrlvr_jax.rollout.assess import assess, assess_alone, assess_settings
@@ -291,6 +293,41 @@ def test_looks_is_the_models(folder):
     assert (np.abs(values[kept]) < 0.4).any() and (np.abs(values) == 0.5).any(), gains
     with pytest.raises(ConfigError, match=r"looks: no question of data\.path has images"):
         check_questions(parts.config.reward, parts.tokenizer, [replace(questions[0], images=())])
+
+
+@pytest.mark.parametrize("tower", ["freeze", "train"])
+def test_what_is_asked_of_the_model_sees_the_images(tower, folder):
+    """Probe's forced letters and the baseline of `probability`, against a pass over texts that end in them."""
+    changes = {"reward": [{"kind": "probability"}], "model.vision": tower}
+    parts = build.build(configs.load(folder / "config.yaml", changes))
+    questions = load.load(parts.config.data)
+    encoded = encode(parts.tokenizer, questions, parts.config, vision=parts.cfg.vision)
+    which, thoughts = [3, 1, 2, 0, 2, 5, 7, 6], ["no", "", "red or blue", None, "no", "b", "", None]
+    cases = [(i, probe.forced(t, "")) for i, t in zip(which, thoughts, strict=True)]
+    with jax.set_mesh(parts.mesh):
+        params = build.load_params(parts, parts.cfg)
+        forced = probe.letter_logprobs(parts, params, encoded, cases, lambda done, n: None)
+        section = parts.config.reward.components[0]
+        scores = start_scores(parts, section, ({}, params), encoded, lambda done, n: None)
+
+        def logprobs(which, ends):
+            """Of the token after each end: [8, V]."""
+            rows = [encoded.tokens[i] + list(end.encode()) for i, end in zip(which, ends, strict=True)]
+            asked = replace(encoded, tokens=rows, ids=encoded.ids[which], width=max(map(len, rows)))
+            asked = replace(
+                asked, questions=[questions[i] for i in which], images=encoded.images.taking(which)
+            )
+            prompts = place_prompts(params, parts, asked, np.arange(8))
+            states = jax.jit(lambda p, x: decoder.forward(p, parts.cfg, x)[0])(params, prompts)
+            return np.asarray(jax.nn.log_softmax(decoder.logits(params, parts.cfg, states[:, -1])))
+
+        after = logprobs(which, [end for _, end in cases])
+        np.testing.assert_allclose([row for row, _ in forced], after[:, [65, 66]], atol=1e-4)
+        texts = [f" {q.right_text}" for q in questions[:8]]
+        before = [logprobs(range(8), [text[:n] for text in texts]) for n in range(1, 5)]
+    for i, text in enumerate(texts):  # of its letters, without the space
+        letters = [math.exp(rows[i, ord(letter)]) for rows, letter in zip(before, text[1:], strict=False)]
+        assert scores[question_hash(questions[i])] == pytest.approx(np.mean(letters), rel=1e-3), i
 
 
 def test_a_run_that_is_paid_for_looking_resumes(folder):

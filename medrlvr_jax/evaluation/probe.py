@@ -30,7 +30,6 @@ import jax
 import numpy as np
 
 from medrlvr_jax.build import Parts
-from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.question import LETTERS
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.evaluation import stats
@@ -41,7 +40,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather_rows
 from medrlvr_jax.model_rewards.joins import sentences
 from medrlvr_jax.rollout.assess import assess_alone
-from medrlvr_jax.rollout.rollout import Encoded, encode, width
+from medrlvr_jax.rollout.rollout import Encoded, before_response, encode, place_prompts, width
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.checkpoint import Which
@@ -89,12 +88,6 @@ def letter_tokens(
     return out
 
 
-def before_response(parts: Parts, encoded: Encoded) -> Encoded:
-    """Prompts without a prefill: the completions, and so the forced texts, begin with it."""
-    tokens = text.encode_questions(parts.tokenizer, encoded.questions, parts.config.prompt, begun=False)
-    return dataclasses.replace(encoded, tokens=tokens)
-
-
 def letter_logprobs(
     parts: Parts,
     params: Params,
@@ -106,9 +99,17 @@ def letter_logprobs(
     tok, size, mesh = parts.tokenizer, parts.config.eval.batch, parts.mesh
     options = [len(encoded.questions[i].options) for i, _ in cases]
     split = letter_tokens(tok, [before for _, before in cases], options)
-    prompts = [encoded.tokens[i] + common for (i, _), (common, _) in zip(cases, split, strict=True)]
-    columns, groups = width(max(map(len, prompts))), max(options)
-    length = max(len(ids) for _, letters in split for ids in letters)
+    which = [i for i, _ in cases]
+    prompts = [encoded.tokens[i] + common for i, (common, _) in zip(which, split, strict=True)]
+    asked = dataclasses.replace(
+        encoded,
+        questions=[encoded.questions[i] for i in which],
+        tokens=prompts,
+        ids=encoded.ids[which],
+        width=width(max(map(len, prompts))),
+        images=encoded.images and encoded.images.taking(which),
+    )
+    groups, length = max(options), max(len(ids) for _, letters in split for ids in letters)
     out: list[tuple[int, list[float]]] = []
     for start in range(0, len(cases), size):
         stop = min(start + size, len(cases))
@@ -120,9 +121,8 @@ def letter_logprobs(
         for row, case in enumerate(mine):
             for letter, ids in enumerate(split[case][1]):
                 tokens[row, letter, : len(ids)], mask[row, letter, : len(ids)] = ids, True
-        ids = encoded.ids[[cases[i][0] for i in mine]]
-        padded = text.pad_prompts([prompts[i] for i in mine], ids, columns, tok.pad_id)
-        placed, tokens_, mask_ = place_rows((padded, tokens, mask), size, mesh)
+        tokens_, mask_ = place_rows((tokens, mask), size, mesh)
+        placed = place_prompts(params, parts, asked, batch)
         scored = assess_alone(params, parts, placed, Rollout(tokens_, mask_, tokens_, None))
         sums = np.where(mask, fetch_rows(scored.logprobs, mesh), 0).sum(2, dtype=np.float64)
         new = {int(case): row for case, row in zip(mine[counted], sums[counted].tolist(), strict=True)}
@@ -142,7 +142,8 @@ class Scorer(NamedTuple):
 
 def open_scorer(name: str, source: Path, settings: list[str]) -> Scorer:
     """Its settings, apart from the model, are the probed model's."""
-    model = [f"model.path={json.dumps(name)}", "model.init=pretrained", "model.lora=null"]
+    whole = ["model.init=pretrained", "model.lora=null", "model.vision=freeze"]
+    model = [f"model.path={json.dumps(name)}", *whole]
     config = source / "config.yaml" if source.is_dir() else source
     parts, params, _ = open_source(config, [*settings, *model], None, "probe")
     return Scorer(name, parts, params)
@@ -170,6 +171,7 @@ def probe(
     if open_one := next((q for q in encoded.questions if q.value is not None), None):
         problem = "probe forces one letter, which does not answer this question"
         raise ConfigError(f"question {open_one.id}: {problem}; take its set out of eval.sets")
+    of_scorer = scorer_questions(scorer, encoded) if scorer else encoded
     _, answered = evaluate(parts, decode_params, encoded, partial(progress, "answers"))
     encoded = before_response(parts, encoded)
     thoughts, seams = zip(*(thought(row["completion"]) for row in answered), strict=True)
@@ -180,7 +182,7 @@ def probe(
     cases, of_steps = [*chain(*conditions.values())], [*chain(*steps)]
     report = partial(progress, "forced")
     scores = score_cases(parts, params, encoded, cases + ([] if scorer else of_steps), report)
-    step_scores = score_by(scorer, encoded, of_steps, progress) if scorer else scores
+    step_scores = score_by(scorer, of_scorer, of_steps, progress) if scorer else scores
     rows = []
     for i, row in enumerate(answered):
         key, after = LETTERS.index(row["key"]), [step_scores[step] for step in steps[i]]
@@ -199,17 +201,24 @@ def score_cases(
     return dict(zip(cases, letter_logprobs(parts, params, encoded, cases, progress), strict=True))
 
 
+def scorer_questions(scorer: Scorer, encoded: Encoded) -> Encoded:
+    """The questions as another model reads them. Refuses images where it sees none."""
+    parts = scorer.parts
+    prompt = dataclasses.replace(
+        parts.config.prompt, max_tokens=sys.maxsize
+    )  # so that no question is dropped
+    config = dataclasses.replace(parts.config, prompt=prompt)
+    asked = encode(parts.tokenizer, encoded.questions, config, vision=parts.cfg.vision)
+    return before_response(parts, asked)
+
+
 def score_by(
     scorer: Scorer, encoded: Encoded, cases: list[Case], progress: Callable[[str, int, int], None]
 ) -> dict[Case, tuple[list[float], list[int]]]:
-    """`score_cases` by another model, with its tokenizer."""
-    config = scorer.parts.config
-    prompt = dataclasses.replace(config.prompt, max_tokens=sys.maxsize)  # so that no question is dropped
-    config = dataclasses.replace(config, prompt=prompt)
-    asked = before_response(scorer.parts, encode(scorer.parts.tokenizer, encoded.questions, config))
+    """`score_cases` by another model, of its own prompts."""
     with jax.set_mesh(scorer.parts.mesh):
         report = partial(progress, f"scored by {scorer.name}")
-        return score_cases(scorer.parts, scorer.params, asked, cases, report)
+        return score_cases(scorer.parts, scorer.params, encoded, cases, report)
 
 
 def summarise(rows: list[dict[str, Any]], scorer: str | None = None) -> dict[str, Any]:

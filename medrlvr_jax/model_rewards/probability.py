@@ -13,7 +13,6 @@ tokens of the right answer, here the first `max_tokens` are. VeriFree also learn
 answer, weighted by the reward: that term is not here.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
@@ -26,7 +25,6 @@ from jaxtyping import Bool, Float32
 
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.reward import ProbabilityConfig
-from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.question import Question, question_hash
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
@@ -37,7 +35,7 @@ from medrlvr_jax.model_rewards.ask import Ending, Pass, PolicyReward
 from medrlvr_jax.model_rewards.joins import join, joined, places
 from medrlvr_jax.rewards.components import components
 from medrlvr_jax.rewards.parse import WHITE
-from medrlvr_jax.rollout.rollout import Encoded, Scored, place_prompts
+from medrlvr_jax.rollout.rollout import Encoded, Scored, before_response, place_prompts
 from medrlvr_jax.sharding import by_rows, fetch_rows, own_rows, place_rows
 from medrlvr_jax.types import Array, Leaf, Params, Prompts, Rollout, pytree
 
@@ -164,8 +162,7 @@ def start_scores(
     """The score of each question's right answer right behind its prompt, by `question_hash`."""
     tokenizer, mesh, questions, how = parts.tokenizer, parts.mesh, encoded.questions, ask.pass_over(parts)
     size, n, width = parts.config.sample.questions, len(questions), section.max_tokens + LEAD
-    bare = text.encode_questions(tokenizer, questions, parts.config.prompt, begun=False)
-    encoded = dataclasses.replace(encoded, tokens=bare)
+    encoded = before_response(parts, encoded)
     endings = [right_answer(q, section) for q in questions]
     rows = [j._replace(ids=j.ids[:width]) for j in join(tokenizer, [[]] * n, [""] * n, [0] * n, endings)]
 

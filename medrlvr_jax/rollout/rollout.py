@@ -168,6 +168,14 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
     return dataclasses.replace(encoded, questions=questions, tokens=tokens)
 
 
+def before_response(parts: Parts, encoded: Encoded) -> Encoded:
+    """The prompts without what is already given of the response, by the template or by `prefill`."""
+    pads = encoded.images.pads() if encoded.images else None
+    how = {"begun": False, "images": pads}
+    tokens = text.encode_questions(parts.tokenizer, encoded.questions, parts.config.prompt, **how)
+    return dataclasses.replace(encoded, tokens=tokens)
+
+
 def score_rollout(
     parts: Parts,
     encoded: Encoded,
