@@ -6,6 +6,7 @@ strict. Nothing is evaluated, so `140/3.5` is not a number, and what can be read
 refused unread, and every pattern is linear in the length of a text.
 """
 
+import contextlib
 import datetime
 import math
 import re
@@ -164,34 +165,35 @@ def read_number(text: str) -> Number:
 
 _MONTHS = "january february march april may june july august september october november december".split()
 _MONTH = {name: i for i, full in enumerate(_MONTHS, 1) for name in (full, full[:3])} | {"sept": 9}
-_ISO = re.compile(r"(\d{4})-(\d{2})-(\d{2})")
-_DAY_FIRST = re.compile(r"(\d{1,2})(?:st|nd|rd|th)? ([a-z]{3,9})\.?,? (\d{4})")
-_MONTH_FIRST = re.compile(r"([a-z]{3,9})\.? (\d{1,2})(?:st|nd|rd|th)?,? (\d{4})")
-_SLASHES = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
+_DAY, _NAME, _YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?P<month>[a-z]{3,9})", r"(?P<year>\d{4})"
+_DATES = {  # by the order that they need the question to ask for; None: all can be told apart
+    r"(?P<year>\d{4})-(?P<month>\d{2})-(?P<day>\d{2})": None,
+    rf"{_DAY} {_NAME}\.?,? {_YEAR}": None,
+    rf"{_NAME}\.? {_DAY},? {_YEAR}": None,
+    r"(?P<day>\d{1,2})/(?P<month>\d{1,2})/(?P<year>\d{4})": "day_first",
+    r"(?P<month>\d{1,2})/(?P<day>\d{1,2})/(?P<year>\d{4})": "month_first",
+}
 _DURATION = re.compile(r"(?:(\d{1,4}) ?(?:weeks?|wks?|w))?(?:,? ?(?:and )?(\d{1,5}) ?(?:days?|d))?")
 
 
 def read_date(text: str, order: DateOrder | None = None) -> datetime.date:
-    """2024-03-04, 4 March 2024, March 4, 2024; and 03/04/2024 if `order` or a number above 12 tells which."""
+    """2024-03-04, 4 March 2024, March 4, 2024; and 03/04/2024 if `order` says, or one order alone gives a
+    date.
+    """
     text = " ".join(text.lower().split())
-    if match := _ISO.fullmatch(text):
-        year, month, day = map(int, match.groups())
-    elif match := _DAY_FIRST.fullmatch(text):
-        day, month, year = int(match[1]), _MONTH.get(match[2], 0), int(match[3])
-    elif match := _MONTH_FIRST.fullmatch(text):
-        month, day, year = _MONTH.get(match[1], 0), int(match[2]), int(match[3])
-    elif match := _SLASHES.fullmatch(text):
-        first, second, year = map(int, match.groups())
-        if order is None and first <= 12 and second <= 12 and first != second:
-            raise Unreadable("ambiguous_date")
-        day_first = order == "day_first" or (order is None and first > 12)
-        day, month = (first, second) if day_first else (second, first)
-    else:
+    patterns = [pattern for pattern, of in _DATES.items() if order is None or of in (None, order)]
+    matches = [match for pattern in patterns if (match := re.fullmatch(pattern, text))]
+    dates = {date for match in matches if (date := _date(**match.groupdict()))}
+    if len(dates) > 1:
+        raise Unreadable("ambiguous_date")
+    if not dates:
         raise Unreadable("not_a_date")
-    try:
-        return datetime.date(year, month, day)
-    except ValueError:
-        raise Unreadable("not_a_date") from None
+    return dates.pop()
+
+
+def _date(year: str, month: str, day: str) -> datetime.date | None:
+    with contextlib.suppress(ValueError):
+        return datetime.date(int(year), _MONTH.get(month) or int(month), int(day))
 
 
 def read_duration(text: str) -> int:
