@@ -14,7 +14,7 @@ import numpy as np
 import pydantic
 
 from medrlvr_jax import sharding
-from medrlvr_jax.build import Parts, build, check_positions, load_base, load_params
+from medrlvr_jax.build import Parts, build, check_positions, load_policy
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config, EvalConfig, SampleConfig, SetConfig
 from medrlvr_jax.data import load as data
@@ -25,7 +25,6 @@ from medrlvr_jax.data.readers import PYTHON, Records
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.evaluation import evaluate as evaluation
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.model import lora
 from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.rollout.generate import draw_settings
 from medrlvr_jax.rollout.generate import generate as draw
@@ -123,20 +122,11 @@ def load_model(
         why = f"{source} is no run's folder, so there are no checkpoints"
         raise ConfigError(f"step: {step}: {why}; leave it out")
     n = len(jax.devices())  # sizes that any mesh can split; nothing is trained
-    tree: dict[str, Any] = {
-        "name": "loaded",
-        "steps": 1,
-        "model": {"path": str(source)},
-        "data": {"path": PYTHON},
-    }
-    tree |= {
-        "sample": {"questions": n},
-        "learn": {"minibatch": n, "policy": {"lr": 0.0}},
-        "eval": {"batch": n},
-    }
-    parts = build(configs.load(tree, changes))
+    usual = {"name": "loaded", "model.path": str(source), "data.path": PYTHON, "learn.policy.lr": 0.0}
+    sizes = dict.fromkeys(("sample.questions", "learn.minibatch", "eval.batch"), n)
+    parts = build(configs.load({"steps": 1}, usual | sizes | changes))
     with jax.set_mesh(parts.mesh):
-        return LoadedModel(str(source), 0, lora.join(load_base(parts), load_params(parts, parts.cfg)), parts)
+        return LoadedModel(str(source), 0, load_policy(parts), parts)
 
 
 class Sampling(TypedDict, total=False):

@@ -216,28 +216,30 @@ def _values(parts: Parts, cfg: DecoderConfig, abstract: Params) -> Params:
     return lora.join(values, unflatten_dict(made))
 
 
-def load_frozen(parts: Parts) -> Frozen:
-    """Base and reference. The reference has the base, too, and a copy of the start of all else that is
-    trained but adapters, in host memory if offloaded.
-    """
-    reference = _abstract_reference(parts)
-    if reference:
-        reference = _values(parts, parts.cfg, reference)
-    if reference and parts.config.learn.offload:
-        reference = sharding.to_memory(reference, "pinned_host")
-    return Frozen(load_base(parts), reference)
+def load_policy(parts: Parts) -> Params:
+    """All parameters of the policy that a run starts with."""
+    return lora.join(load_base(parts), load_params(parts, parts.cfg))
 
 
 def abstract_frozen(parts: Parts) -> Frozen:
-    """What `load_frozen` returns, as shapes."""
-    return Frozen(abstract_base(parts), _abstract_reference(parts))
-
-
-def _abstract_reference(parts: Parts) -> Params | None:
+    """Base and reference, as shapes. The reference has the base, too, and a copy of the start of all else
+    that is trained but adapters; without a KL penalty there is none.
+    """
     if parts.config.kl.coef == 0:
-        return None
+        return Frozen(abstract_base(parts), None)
     trained = lora.flat(lora.trained(abstract_params(parts, parts.cfg), parts.cfg))
-    return unflatten_dict({path: p for path, p in trained.items() if not spec.row_of(path).trained_with_lora})
+    copied = {path: p for path, p in trained.items() if not spec.row_of(path).trained_with_lora}
+    return Frozen(abstract_base(parts), unflatten_dict(copied))
+
+
+def load_frozen(parts: Parts) -> Frozen:
+    """The same with values; the reference in host memory if offloaded."""
+    reference = abstract_frozen(parts).reference
+    if reference:
+        reference = _values(parts, parts.cfg, reference)
+        if parts.config.learn.offload:
+            reference = sharding.to_memory(reference, "pinned_host")
+    return Frozen(load_base(parts), reference)
 
 
 def init_learner(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from medrlvr_jax.build import Parts, abstract_params, build, check_positions, load_base, load_params
+from medrlvr_jax.build import Parts, abstract_params, build, check_positions, load_base, load_policy
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.load import load
 from medrlvr_jax.config.schema import Config, SampleConfig, SetConfig
@@ -187,9 +187,8 @@ def open_source(
     remedy = "give a run's folder, such as runs/quickstart, or a config file"
     if is_run and not (source / "config.yaml").is_file():
         raise ConfigError(f"{source}: no config.yaml in it; {remedy}")
-    if (
-        not source.exists() and len(source.parts) > 1 and not source.suffix
-    ):  # else a config's or preset's name
+    # without a folder or a suffix it is a preset's name
+    if not source.exists() and len(source.parts) > 1 and not source.suffix:
         raise ConfigError(f"{source}: there is no such run; {remedy}")
     if step is not None and not is_run:
         why = f"{source} is no run's folder, so there are no checkpoints"
@@ -199,7 +198,7 @@ def open_source(
         inputs.check_model(source, parts)
     with jax.set_mesh(parts.mesh):
         if not is_run:
-            return parts, lora.join(load_base(parts), load_params(parts, parts.cfg)), 0
+            return parts, load_policy(parts), 0
         abstract = lora.trained(abstract_params(parts, parts.cfg), parts.cfg)
         params, step = restore_params(source / "checkpoints", abstract, step)
         return parts, lora.join(load_base(parts), params), step

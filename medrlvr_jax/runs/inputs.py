@@ -31,9 +31,14 @@ Sets = dict[str, tuple[SetConfig, list[Any], list[Any]]]  # by name: source of t
 
 
 def check(
-    folder: Path, parts: Parts, sets: Sets, resumed: bool, rewards: Sequence[dict[str, Any]] = ()
+    folder: Path,
+    parts: Parts,
+    sets: Sets,
+    resumed: bool = True,
+    rewards: Sequence[dict[str, Any]] = (),
+    write: bool = True,
 ) -> list[str]:
-    """Compare with the folder's record if the run resumes from a checkpoint, then write the record.
+    """Compare with the folder's record if the run resumes from a checkpoint, then `write` the record.
 
     `sets` holds the training set as `data` and evaluation sets as `eval.sets.<name>`; `rewards` are the
     reward functions, as `judges.record` lists them. Returns the differences that were accepted. Raises
@@ -44,7 +49,7 @@ def check(
     def compare() -> list[str]:
         old, new = _read(folder) if resumed else {}, describe(parts, sets, rewards)
         changed = differences(old, new)
-        if accept or not changed:
+        if write and (accept or not changed):
             files.write_json(folder / NAME, new | {"sets": old.get("sets", {}) | new["sets"]})
         return changed
 
@@ -65,12 +70,6 @@ def check_model(folder: Path, parts: Parts) -> None:
         return differences(old, new | ({"weights": _weights(parts)} if frozen else {}))
 
     _refuse(folder, from_leader(compare), parts.config.checkpoint.accept_changed_inputs)
-
-
-def check_replay(folder: Path, parts: Parts, sets: Sets) -> None:
-    """Compare as `check` does for a run that resumes, but write nothing."""
-    changed = differences(_read(folder), describe(parts, sets))
-    _refuse(folder, changed, parts.config.checkpoint.accept_changed_inputs)
 
 
 def describe(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:

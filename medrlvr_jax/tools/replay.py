@@ -48,7 +48,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         raise ConfigError(f"--row {row}: a step of {run} has rows 0 to {n - 1}, {each}")
     parts, console = build(c), Console()
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options, parts.cfg.vision)
-    inputs.check_replay(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)})
+    inputs.check(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)}, write=False)
     verifiers = verifier_models.start(parts, verifier_models.prepare(parts))
     started = judges.started(c.reward, questions=encoded.questions, verifiers=verifiers)
     with started as terms, jax.set_mesh(parts.mesh):
