@@ -100,7 +100,7 @@ def test_traffic_leaves_out_what_stays_on_the_chip():
     ],
 )
 def test_groups_in_each_form(text, first, number):
-    groups = list(hlo.groups_of(text, 8))
+    groups = hlo.groups_of(text, 8).tolist()
     assert groups[0] == first and len(groups) == number
 
 

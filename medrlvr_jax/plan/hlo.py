@@ -14,6 +14,8 @@ import numpy as np
 
 BITS = {"pred": 8, "token": 0}  # of types whose name has no number
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?")
+# `%name = type operation(operands), attributes`; a type has no word before a bracket
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:, (.*))?$")
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Operations that move no bytes, and control flow, whose bodies are counted instead.
 FREE = set(
@@ -113,28 +115,9 @@ def parse(text: str) -> tuple[Computations, str]:
             if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
                 current = computations.setdefault(head[2], {})
                 entry = head[2] if head[1] else entry
-        elif match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line):
-            instruction = _instruction(match[1], re.sub(r"/\*.*?\*/", "", match[2]))
-            current[instruction.name] = instruction
+        elif match := INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line)):
+            current[match[1]] = Instruction(*match.groups(""))
     return computations, entry
-
-
-def _instruction(name: str, text: str) -> Instruction:
-    end = _closing(text) if text.startswith("(") else text.index(" ")
-    kind, text = text[:end], text[end:].strip()
-    op, _, _ = text.partition("(")
-    close = len(op) + _closing(text[len(op) :])
-    return Instruction(name, kind, op, text[len(op) + 1 : close - 1], text[close:])
-
-
-def _closing(text: str) -> int:
-    """The index after the bracket that closes the first one."""
-    depth = 0
-    for place, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return place + 1
-    raise ValueError(f"unbalanced brackets in HLO: {text[:200]}")
 
 
 def size(kind: str, memory_only: bool = False) -> float:
@@ -258,35 +241,35 @@ def _collective(
     operands = i.operands[:1] if kind == "collective-permute" else i.operands
     sent = sum(size(computation[o].type) for o in operands)
     groups = groups_of(i.rest, prod(mesh.values()))
-    n = max(map(len, groups))
+    n = groups.shape[1]
     if kind == "all-reduce" and "all-reduce-scatter" in where:  # XLA:TPU's form of a reduce-scatter
         kind = "reduce-scatter"
     factors = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
     return Collective(kind, axes_of(groups, mesh), n, times * sent * factors.get(kind, (n - 1) / n))
 
 
-def axes_of(groups: list[list[int]], mesh: dict[str, int]) -> str:
+def axes_of(groups: np.ndarray, mesh: dict[str, int]) -> str:
     """The mesh axes along which the members of a group differ."""
-    places = [np.array(np.unravel_index(group, tuple(mesh.values()))) for group in groups]
-    crossed = np.any([(p != p[:, :1]).any(1) for p in places], axis=0)
+    places = np.stack(np.unravel_index(groups, tuple(mesh.values())))  # axes, groups, members
+    crossed = (places != places[:, :, :1]).any((1, 2))
     return "+".join(name for name, yes in zip(mesh, crossed, strict=True) if yes) or "none"
 
 
-def groups_of(attributes: str, devices: int) -> list[list[int]]:
-    """Device groups in each of the forms XLA writes; for a permutation, its pairs."""
+def groups_of(attributes: str, devices: int) -> np.ndarray:
+    """Device groups, a row each, from each of the forms XLA writes; for a permutation, its pairs."""
     pairs = r"(?:source_target_pairs|replica_groups)=\{((?:\{[\d,]*\},?)*)\}"
     iotas = r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)"
     names = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}"
     if listed := re.search(pairs, attributes):
-        return [_numbers(g) for g in re.findall(r"\{([\d,]+)\}", listed[1])] or [list(range(devices))]
+        return np.array([_numbers(g) for g in re.findall(r"\{([\d,]+)\}", listed[1])] or [range(devices)])
     if iota := re.search(iotas, attributes):
-        return _iota(iota[2]).reshape(_numbers(iota[1])).tolist()
+        return _iota(iota[2]).reshape(_numbers(iota[1]))
     if named := re.search(names, attributes):
         sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
         over = re.findall(r"'(\w+)'", named[3])
         grid = _iota(named[2] or f"[{prod(sizes.values())}]").reshape(tuple(sizes.values()))
         last = sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in over)  # its axes come last
-        return grid.transpose(last).reshape(-1, prod(sizes[name] for name in over)).tolist()
+        return grid.transpose(last).reshape(-1, prod(sizes[name] for name in over))
     raise ValueError(f"device groups in a form that is not known: {attributes[:200]}")
 
 
