@@ -78,7 +78,7 @@ from medrlvr_jax.rollout.rollout import Encoded, width  # noqa: E402
 from medrlvr_jax.runs.profile import Compiles  # noqa: E402
 from medrlvr_jax.sharding import to_host  # noqa: E402
 
-SHAPES = {size: families.KNOWN[f"Qwen/Qwen2.5-{size}"] for size in ("0.5B", "1.5B", "3B")}
+SHAPES = {size: families.known(f"Qwen/Qwen2.5-{size}") for size in ("0.5B", "1.5B", "3B")}
 SHAPES["0.1B"] = DecoderConfig(151_936, 512, 12, 8, 2, 64, 2816, 1e6, 1e-6, True, qkv_bias=True)
 SHAPES["tiny"] = DecoderConfig(2048, 64, 2, 4, 2, 16, 128, 1e6, 1e-6, True, qkv_bias=True)
 FLAGS = {  # by what the determinism sections call them
