@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import jax
 import numpy as np
-import pydantic
 
 from medrlvr_jax import sharding
 from medrlvr_jax.build import Parts, build, check_positions, load_policy
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config, EvalConfig, SampleConfig, SetConfig
+from medrlvr_jax.config.section import checked
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.images import measure
@@ -32,7 +32,6 @@ from medrlvr_jax.rollout.rollout import Encoded, encode, place_prompts, width
 from medrlvr_jax.rollout.sync import WeightSync, make_weight_sync
 from medrlvr_jax.types import Params, Rollout
 
-T = TypeVar("T")
 BATCH = 32  # prompts, or questions of an evaluation, at a time unless the caller says otherwise
 
 
@@ -168,8 +167,8 @@ def generate(
     encoded = _encode(parts, given)
     n = len(encoded.tokens)
     size = sharding.rows_that_split(parts.mesh, max(1, min(batch, n)))
-    values: dict[str, Any] = {"samples": 1, "max_new_tokens": 256, **sampling}
-    sample = _settings(SampleConfig, questions=size, **values)
+    usual = {"questions": size, "samples": 1, "max_new_tokens": 256}
+    sample = checked(SampleConfig, usual | dict(sampling))
     check_positions(parts, encoded.longest, sample.max_new_tokens, "max_new_tokens")
     key, completions = jax.random.key(seed), []
     with jax.set_mesh(parts.mesh):
@@ -220,7 +219,7 @@ def evaluate(
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     spec, records = data.given(SetConfig(path=PYTHON), questions)
     asked = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
-    settings = _settings(EvalConfig, batch=sharding.rows_that_split(loaded.mesh, batch), **asked)
+    settings = checked(EvalConfig, {"batch": sharding.rows_that_split(loaded.mesh, batch)} | asked)
     parts = dataclasses.replace(loaded.parts, config=dataclasses.replace(loaded.config, eval=settings))
     questions = data.read(spec, records)[0]
     encoded = encode(parts.tokenizer, questions, parts.config, vision=parts.cfg.vision)
@@ -256,12 +255,3 @@ def _encode(parts: Parts, prompts: list[Any]) -> Encoded:
 def _question(prompt: Any) -> Question:
     """By itself, for the same question may be asked more than once."""
     return data.read(SetConfig(path=PYTHON), [prompt])[0][0]
-
-
-def _settings(section: type[T], **values: Any) -> T:
-    try:
-        return section(**values)
-    except pydantic.ValidationError as e:
-        raise ConfigError(
-            "\n".join(f"{error['loc'][0]}: {error['input']!r}: {error['msg']}" for error in e.errors())
-        ) from None

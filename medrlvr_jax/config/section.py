@@ -1,9 +1,11 @@
 """What a section of the settings is: a frozen dataclass whose fields pydantic checks; and their types."""
 
-from typing import Annotated, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from medrlvr_jax.host.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -13,6 +15,15 @@ def section(cls: type[T]) -> type[T]:
     """A frozen dataclass whose fields are checked, and which refuses others."""
     config = ConfigDict(extra="forbid", allow_inf_nan=False)
     return dataclass(frozen=True, kw_only=True, config=config)(cls)  # pyright: ignore[reportReturnType]
+
+
+def checked(cls: type[T], values: dict[str, Any], source: str = "") -> T:
+    """A section of these values. Raises `ConfigError`, a line after `source` for each value that it refuses."""
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as e:
+        lines = [f"{'.'.join(map(str, x['loc']))}: {x['input']!r:.80}: {x['msg']}" for x in e.errors()]
+        raise ConfigError("\n".join(source + line for line in lines)) from None
 
 
 Count = Annotated[int, Field(ge=1)]
