@@ -18,7 +18,7 @@ def section(cls: type[T]) -> type[T]:
 
 
 def checked(cls: type[T], values: dict[str, Any], source: str = "") -> T:
-    """A section of these values. Raises `ConfigError`, a line after `source` for each value that it refuses."""
+    """A section of these values. Raises `ConfigError`, a line after `source` for each that it refuses."""
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as e:
