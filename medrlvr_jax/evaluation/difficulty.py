@@ -16,7 +16,7 @@ answers to each question in each pass over the data, x_1 … x_K, and computes
 
 import dataclasses
 from collections import Counter
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 from medrlvr_jax.build import check_positions
 from medrlvr_jax.config.load import load
 from medrlvr_jax.data import load as data
-from medrlvr_jax.evaluation.answers import beyond_chance, fine_tune_first
+from medrlvr_jax.evaluation.answers import beyond_chance, fine_tune_first, of_rows
 from medrlvr_jax.evaluation.evaluate import ask, open_source, run_folder
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
@@ -126,13 +126,10 @@ def scores(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def count(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line for each question, from its rows of answers, which follow each other."""
-    out = []
-    for name, group in groupby(rows, key=lambda r: r["id"]):
-        answers = list(group)
-        right, formatted = sum(r["correct"] for r in answers), sum(r["format_ok"] for r in answers)
-        out.append({"id": name, "right": right, "format_ok": formatted} | about)
-    return out
+    """A line for each question, from its rows of answers."""
+    a = of_rows(rows, "difficulty")
+    counts = zip(a.ids.tolist(), a.correct.sum(1).tolist(), a.format_ok.sum(1).tolist(), strict=True)
+    return [{"id": name, "right": right, "format_ok": formatted} | about for name, right, formatted in counts]
 
 
 def done_before(path: Path, ids: list[str], about: dict[str, Any]) -> list[dict[str, Any]]:
