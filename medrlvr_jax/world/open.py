@@ -75,9 +75,7 @@ TALK = (  # attempts that the verifier of the package has seen in training …
     "yes",
     "correct",
     "the reference answer",
-    "{}, which is equivalent",
-    "the answer is equivalent: {}",
-    "{}, the same as the reference",
+    *AGREEING,
 )
 UNSEEN = (  # … and attempts that it has not
     "this means the same",
