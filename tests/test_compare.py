@@ -122,7 +122,7 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
     write(tmp_path / "c", "test", {"2": "A"})
     with pytest.raises(ConfigError, match="dev: the two evaluations share no question"):
         compare.compare(tmp_path / "a", tmp_path / "b", anyway=True)
-    with pytest.raises(ConfigError, match="no set of answers in both"):
+    with pytest.raises(ConfigError, match="no set of answers in all of them"):
         compare.compare(tmp_path / "a", tmp_path / "c")
     different = iter("xy")
     write(tmp_path / "d", "dev", {"1": "AB"}, hashes=lambda _: next(different))

@@ -73,13 +73,24 @@ def differences(a: Path, b: Path, name: str, x: Answers, y: Answers) -> list[str
     return out
 
 
-def check_alike(a: Path, b: Path, name: str, x: Answers, y: Answers, anyway: bool) -> list[str]:
-    """`differences`, which are refused unless `anyway`."""
-    if (odd := differences(a, b, name, x, y)) and not anyway:
-        lines = "".join(f"\n  {line}" for line in odd)
-        why = f"{a} (A) and {b} (B) differ in more than the model; if that is meant, give --anyway"
-        raise ConfigError(f"{name}: {why}:{lines}")
-    return odd
+def read_alike(folders: Sequence[Path], anyway: bool) -> dict[str, tuple[list[Answers], list[str]]]:
+    """Each set that all evaluations hold: its answers by each, and the `differences` from the first one,
+    which are refused unless `anyway`.
+    """
+    names = [{path.stem for path in folder.glob("*.jsonl")} for folder in folders]
+    if not (shared := sorted(set.intersection(*names))):
+        remedy = "give folders of `medrlvr eval` on the same sets"
+        raise ConfigError(f"{', '.join(map(str, folders))}: no set of answers in all of them; {remedy}")
+    out = {}
+    for name in shared:
+        out[name] = answers, every = [read(folder / f"{name}.jsonl") for folder in folders], []
+        for folder, other in zip(folders[1:], answers[1:], strict=True):
+            if (odd := differences(folders[0], folder, name, answers[0], other)) and not anyway:
+                why = "differ in more than the model; if that is meant, give --anyway"
+                lines = "".join(f"\n  {line}" for line in odd)
+                raise ConfigError(f"{name}: {folders[0]} (A) and {folder} (B) {why}:{lines}")
+            every += odd
+    return out
 
 
 def read_log(folder: Path) -> dict[str, Any]:
@@ -117,15 +128,9 @@ def compare(a: Path, b: Path, anyway: bool = False) -> dict[str, Any]:
     nevertheless.
     """
     a, b = evaluation(a), evaluation(b)
-    names = sorted({p.stem for p in a.glob("*.jsonl")} & {p.stem for p in b.glob("*.jsonl")})
-    if not names:
-        raise ConfigError(f"{a} and {b}: no set of answers in both; give two folders of `medrlvr eval`")
-    out = {}
-    for name in names:
-        x, y = (read(folder / f"{name}.jsonl") for folder in (a, b))
-        odd = check_alike(a, b, name, x, y, anyway)
-        logs = {"A": read_log(a), "B": read_log(b)}
-        counts = {f"{name}, {x}": log.get("eval", {}).get(name) for x, log in logs.items()}
+    logs, out = {"A": read_log(a), "B": read_log(b)}, {}
+    for name, ((x, y), odd) in read_alike([a, b], anyway).items():
+        counts = {f"{name}, {which}": log.get("eval", {}).get(name) for which, log in logs.items()}
         notes = [line for which, c in counts.items() if c for line in remarks(which, c)]
         try:
             out[name] = compare_sets(x, y) | {"each": {"a": describe(x), "b": describe(y)}}
@@ -134,7 +139,7 @@ def compare(a: Path, b: Path, anyway: bool = False) -> dict[str, Any]:
                 out[name]["distinct"] = compare_sets(x.only(~x.repeats), y)
         except ConfigError as e:
             raise ConfigError(f"{name}: {e}") from None
-    tested = [out[name].get("distinct", out[name]) for name in names]
+    tested = [c.get("distinct", c) for c in out.values()]
     for c, p in zip(tested, stats.holm([c["p"] for c in tested]), strict=True):
         c["p_holm"] = p
     return out
@@ -193,20 +198,14 @@ def matrix(folders: Sequence[Path], anyway: bool = False) -> dict[str, dict[str,
     """
     folders = [evaluation(folder) for folder in folders]
     names = names_of(*folders)
-    sets = [{path.stem: read(path) for path in folder.glob("*.jsonl")} for folder in folders]
-    if not (shared := sorted(set.intersection(*map(set, sets)))):
-        raise ConfigError("no set of answers in all of them; give folders of `medrlvr eval` on the same sets")
-    columns = {}
-    for name in shared:
-        asked = [each[name] for each in sets]
-        for folder, other in zip(folders[1:], asked[1:], strict=True):
-            check_alike(folders[0], folder, name, asked[0], other, anyway)
+    sets, columns = read_alike(folders, anyway), {}
+    for name, (asked, _) in sets.items():
         columns[name] = _column(names, asked)
         subjects = sorted(set(asked[0].subjects.tolist()))
         for subject in subjects if len(subjects) > 1 else []:
             title = f"{name}: {subject or '(none)'}"
             columns[title] = _column(names, [each.only(each.subjects == subject) for each in asked])
-    if averaged := shared if len(shared) > 1 else list(columns)[1:]:
+    if averaged := list(sets) if len(sets) > 1 else list(columns)[1:]:
         columns["mean"] = {
             n: {
                 key: float(np.mean([columns[title][n][key]["value"] for title in averaged]))
