@@ -8,6 +8,3 @@ cd "$(dirname "$0")/.."
 source launch/venv.sh
 ensure_venv .
 medrlvr train configs/quickstart.yaml "$@"
-folder='import sys; from medrlvr_jax.config.load import load; c = load(sys.argv[1], sys.argv[2:]); print(f"{c.runs}/{c.name}")'
-folder=$(python -c "$folder" configs/quickstart.yaml "$@")  # as the config and the settings have it
-medrlvr report "$folder" --out "$folder/report.html"

@@ -355,23 +355,13 @@ def test_tpu_training_that_is_alive_is_followed_and_a_stopped_one_tells_its_stat
     assert (home / "ran").read_text() == "train c.yaml\n"  # started once
 
 
-@pytest.mark.parametrize(
-    ("settings", "folder"),
-    [
-        ((), "runs/quickstart"),
-        (("runs=/some where", "name=mine"), "/some where/mine"),
-        (("runs=a", "runs=b"), "b/quickstart"),
-    ],
-)
-def test_quickstart_reports_the_run_that_it_made(tmp_path, settings, folder):
+def test_quickstart_trains_with_what_it_is_given(tmp_path):
     bin, called = tmp_path / "bin", tmp_path / "called"
-    command(bin, "python", f'[[ $1 == -m ]] || exec {sys.executable} "$@"\n')  # -m pip: nothing is installed
-    command(bin, "medrlvr", f'printf "%s|" "$@" >>{called}; echo >>{called}\n')
-    done = launch("quickstart.sh", *settings, bin=bin, VIRTUAL_ENV="here", PYTHONPATH=str(ROOT))
+    command(bin, "python", "")  # -m pip: nothing is installed
+    command(bin, "medrlvr", f'printf "%s|" "$@" >>{called}\n')
+    done = launch("quickstart.sh", "runs=/some where", bin=bin, VIRTUAL_ENV="here")
     assert done.returncode == 0, done.stderr
-    train, report = called.read_text().splitlines()
-    assert train == "|".join(["train", "configs/quickstart.yaml", *settings, ""])
-    assert report == f"report|{folder}|--out|{folder}/report.html|"
+    assert called.read_text() == "train|configs/quickstart.yaml|runs=/some where|"
 
 
 def test_nfs_is_mounted_where_the_runs_go(tmp_path):

@@ -323,6 +323,8 @@ def facts_of(run: Run) -> Iterator[tuple[str, str]]:
         if seconds := run.metrics.get("seconds"):
             total, median = clock(float(seconds.values.mean()) * last), np.median(seconds.values)
             yield "time", f"{total} in steps, {median:.2f} s a step (median)"
+    elif not run.summary:
+        yield "steps", "none so far: it reads, compiles, or is evaluated before training"
     if v := run.summary.get("versions"):
         git = v.get("git")
         commit = git and f"{git['revision']}{' with changes' if git['dirty'] else ''}"
