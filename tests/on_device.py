@@ -73,7 +73,7 @@ from medrlvr_jax.plan import aot, machines  # noqa: E402
 from medrlvr_jax.plan.machines import GIB, Chip, Machine  # noqa: E402
 from medrlvr_jax.rl import train  # noqa: E402
 from medrlvr_jax.rl.programs import make_programs  # noqa: E402
-from medrlvr_jax.rl.train import step_programs  # noqa: E402
+from medrlvr_jax.rl.step import Training, step_programs  # noqa: E402
 from medrlvr_jax.rollout.rollout import Encoded, width  # noqa: E402
 from medrlvr_jax.runs.profile import Compiles  # noqa: E402
 from medrlvr_jax.sharding import to_host  # noqa: E402
@@ -304,7 +304,7 @@ class Clock:
         return call
 
 
-def timed(clock: Clock, training: train.Training) -> train.Training:
+def timed(clock: Clock, training: Training) -> Training:
     """The training with the clock around each of its programs."""
     return dataclasses.replace(training, programs=training.programs.wrapped(clock))
 

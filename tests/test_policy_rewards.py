@@ -22,7 +22,8 @@ from medrlvr_jax.model_rewards import consistency, policy, probability
 from medrlvr_jax.rewards import judges
 from medrlvr_jax.rl.experience import kept_responses, mean_spread, place_scored
 from medrlvr_jax.rl.programs import make_programs
-from medrlvr_jax.rl.train import start, train, train_step
+from medrlvr_jax.rl.step import train_step
+from medrlvr_jax.rl.train import start, train
 from medrlvr_jax.rollout.rollout import encode, place_prompts, score_rollout
 from medrlvr_jax.sharding import place_rows
 from medrlvr_jax.types import Rollout

@@ -1,6 +1,6 @@
 """The compiled programs of a training: what they are, and their compilation before the first step.
 
-Which arguments they get is recorded by taking a step with shapes for arrays (`train.step_programs`): a
+Which arguments they get is recorded by taking a step with shapes for arrays (`step.step_programs`): a
 training compiles from that what it is about to run, and `medrlvr plan` what a machine that is not here would
 run.
 """

@@ -25,6 +25,7 @@ from medrlvr_jax.rewards import judges
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.experience import with_asked
 from medrlvr_jax.rl.programs import make_programs
+from medrlvr_jax.rl.step import ask, draw, grade, step_keys, train_step
 from medrlvr_jax.rollout.rollout import encode, place_prompts
 from medrlvr_jax.runs import inputs
 from medrlvr_jax.runs.checkpoint import restore_before
@@ -63,15 +64,15 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
             console.notify(f"checkpoint {step - 1} is not kept: {steps}")
         for k in range(done, step - 1):
             before = [m for m in metrics if 0 < m["step"] <= k]
-            state, *_ = train.train_step(training, train.at_epoch(parts, encoded, k), state, k, before)
+            state, *_ = train_step(training, train.at_epoch(parts, encoded, k), state, k, before)
             console.progress("training steps again", k + 1, step - 1)
         index = step_batch(c, len(encoded.questions), step - 1)
         encoded = train.at_epoch(parts, encoded, step - 1)
-        key, policy = train.step_keys(c.seed, step - 1).sample, lora.join(start[0], state.policy.params)
+        key, policy = step_keys(c.seed, step - 1).sample, lora.join(start[0], state.policy.params)
         prompts = place_prompts(policy, parts, encoded, index, asks_blank(c.reward))
-        rollout = train.draw(training, state, prompts, key)
-        graded = train.grade(training, encoded, index, rollout, key, None)
-        asked = train.ask(training, state, prompts, rollout, graded.requests)
+        rollout = draw(training, state, prompts, key)
+        graded = grade(training, encoded, index, rollout, key, None)
+        asked = ask(training, state, prompts, rollout, graded.requests)
         scored = with_asked(graded.scored, asked, terms, parts)
     record = records.sample_record(parts, encoded, index, scored, row)
     drawn = json.loads(json.dumps(record))  # as a log is read
