@@ -64,11 +64,15 @@ def _place_of_text(answer: str, options: tuple[str, ...]) -> int | None:
     words = answer.strip()
     if len(words) == 1 or integer(words) is not None:
         return None
-    own = unlabelled(options)
+    texts = unlabelled(options)
     label = LABEL.match(words)
-    if label and (i := LETTERS.find(label[1].upper())) in range(len(own)) and words[label.end() :] == own[i]:
+    if (
+        label
+        and (i := LETTERS.find(label[1].upper())) in range(len(texts))
+        and words[label.end() :] == texts[i]
+    ):
         return i
-    return own.index(words) if own.count(words) == 1 else None
+    return texts.index(words) if texts.count(words) == 1 else None
 
 
 def _lettered(row: Row) -> Row:

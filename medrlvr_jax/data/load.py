@@ -242,8 +242,8 @@ def _report(questions: list[Question], notes: list[str]) -> str:
 
 def _rows(options: list[str]) -> list[str]:
     """The options side by side, in as many lines as they need; a line breaks only between two."""
-    whole = "  ".join(option.replace(" ", "\xa0") for option in options)
-    lines = textwrap.wrap(whole, WIDTH - 4, break_long_words=False, break_on_hyphens=False)
+    line = "  ".join(option.replace(" ", "\xa0") for option in options)
+    lines = textwrap.wrap(line, WIDTH - 4, break_long_words=False, break_on_hyphens=False)
     return [line.replace("\xa0", " ") for line in lines]
 
 

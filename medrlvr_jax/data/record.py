@@ -93,9 +93,9 @@ def place_of(value: Any, field: str, options: tuple[str, ...], how: str = "lette
             raise wrong(field, value, f"is not the letter of one of its {len(options)} options")
         return LETTERS.index(letter)
     if how == "text":
-        if (own := as_text(value, field)) not in options:
-            raise wrong(field, own, f"is not the text of one of its {len(options)} options")
-        return options.index(own)
+        if (option := as_text(value, field)) not in options:
+            raise wrong(field, option, f"is not the text of one of its {len(options)} options")
+        return options.index(option)
     first, number = int(how[-1]), integer(value)
     if number is None or not first <= number < len(options) + first:
         problem = f"is not the number of one of its {len(options)} options, counted from {first}"
