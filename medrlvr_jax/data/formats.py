@@ -65,13 +65,10 @@ def _place_of_text(answer: str, options: tuple[str, ...]) -> int | None:
     if len(words) == 1 or integer(words) is not None:
         return None
     texts = unlabelled(options)
-    label = LABEL.match(words)
-    if (
-        label
-        and (i := LETTERS.find(label[1].upper())) in range(len(texts))
-        and words[label.end() :] == texts[i]
-    ):
-        return i
+    if label := LABEL.match(words):
+        place = LETTERS.find(label[1].upper())
+        if 0 <= place < len(texts) and words[label.end() :] == texts[place]:
+            return place
     return texts.index(words) if texts.count(words) == 1 else None
 
 
