@@ -20,6 +20,7 @@ from jax.profiler import ProfileData
 # what profile.py names; nanoseconds within a program that are no pause of it
 HOST, GAP = ("score", "log", "evaluate"), 1e8
 COLOURS = {
+    "see": "#56B4E9",
     "generate": "#0072B2",
     "assess": "#E69F00",
     "make_experience": "#999999",
