@@ -333,15 +333,19 @@ def test_wandb_gets_the_settings_and_the_numbers(tmp_path, monkeypatch):
         def log(self, numbers, step):
             calls.append((step, numbers))
 
-        def finish(self):
-            calls.append("finish")
+        def finish(self, exit_code):
+            calls.append(f"exit {exit_code}")
 
     monkeypatch.setitem(sys.modules, "wandb", Fake())
     with log.Run(config(tmp_path, log={"wandb": "medicine"}), 3) as run:
         run.resume(0)
         run.record(1, {"reward": 0.5})
     assert calls[0]["project"] == "medicine" and calls[0]["config"]["seed"] == 0
-    assert calls[1:] == [(1, {"train/reward": 0.5}), "finish"]
+    assert calls[1:] == [(1, {"train/reward": 0.5}), "exit 0"]
+    with pytest.raises(Unwritable), log.Run(config(tmp_path, log={"wandb": "medicine"}), 3) as run:
+        run.resume(0)
+        raise Unwritable("the disk is full")
+    assert calls.pop() == "exit 1" and calls.pop()
     # going on is the same run there, one of its name in another folder is not
     for place in (tmp_path, tmp_path, tmp_path / "elsewhere"):
         with log.Run(config(place, log={"wandb": "medicine"}), 3) as run:

@@ -78,10 +78,10 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) or signal.SIG_DFL for s in signals}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         self._restore_handlers()
         if self._tracker:
-            self._tracker.close()
+            self._tracker.close(error is not None)
         self._console.close()
         if self._lock:
             self._lock.close()  # releases the lock

@@ -9,7 +9,7 @@ import importlib.util
 import netrc
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -65,11 +65,13 @@ class Tracker:
 
     def __init__(self, folder: Path, config: Config, done: int):
         self._board, self._others = None, []
+        self._ends: list[Callable[[bool], Any]] = []  # each is told whether the run has failed
         if config.log.tensorboard:
             from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
             from tensorboardX.summary import hparams  # pyright: ignore[reportMissingImports]
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            self._board = board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            self._ends.append(lambda _: board.close())
             flat = configs.flat(configs.to_tree(config))
             self._board.add_text("settings", _as_code("\n".join(f"{k}: {v}" for k, v in flat.items())))
             settings = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in flat.items()}
@@ -89,12 +91,16 @@ class Tracker:
             import wandb  # pyright: ignore[reportMissingImports]
 
             place = {"id": run_id, "resume": "allow", "dir": str(folder)}
-            self._others.append(wandb.init(project=project, name=config.name, config=tree, **place))
+            on_wandb = wandb.init(project=project, name=config.name, config=tree, **place)
+            self._others.append(on_wandb)
+            self._ends.append(lambda failed: on_wandb.finish(exit_code=int(failed)))
         if project := config.log.trackio:
             import trackio  # pyright: ignore[reportMissingImports]
 
             name = f"{config.name}-{run_id[:6]}"  # a run's name is its id there
-            self._others.append(trackio.init(project=project, name=name, config=tree, resume="allow"))
+            on_trackio = trackio.init(project=project, name=name, config=tree, resume="allow")
+            self._others.append(on_trackio)
+            self._ends.append(lambda _: on_trackio.finish())
 
     def log(self, step: int, metrics: Mapping[str, Any], samples: Rows = ()) -> None:
         """Send the step's metrics that have a value, and to TensorBoard its samples as text."""
@@ -108,11 +114,10 @@ class Tracker:
         for tracker in self._others:
             tracker.log(numbers, step=step)
 
-    def close(self) -> None:
-        if self._board:
-            self._board.close()
-        for tracker in self._others:
-            tracker.finish()
+    def close(self, failed: bool) -> None:
+        """`failed`: W&B shows the run as such."""
+        for end in self._ends:
+            end(failed)
 
 
 def _run_id(folder: Path) -> str:
