@@ -309,6 +309,8 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     later = text.replace("Point at a curve", "NEW curves").replace("Two evaluations", "NEW answers")
     later = json.dumps(later.replace("Real completions", "NEW samples")).replace("<", "\\u003c")
     probe = """<script>(async () => {
+    await null; // uPlot draws then
+    const { min, max } = charts.get("accuracy").chart.scales.x;
     const set = (name, value) => {
       const form = document.getElementById("filter");
       form.elements[name].value = value;
@@ -336,7 +338,7 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     zoomTo({ min: 3, max: 7 });
     await null; // uPlot draws then
     const before = state();
-    counts.push(before.shown[1], before.open.length, before.zoom);
+    counts.push(min, max, before.shown[1], before.open.length, before.zoom);
     takeIn(LATER);
     await null;
     const same = JSON.stringify(state()) === JSON.stringify(before);
@@ -364,7 +366,7 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
     assert shown.split() == EVIL.split()  # a title keeps no line ends
     assert pair[0] == "Of 4 questions: 1 gained, 1 lost, 1 right in both, 1 wrong in both."
     assert pair[1:6] == ["q1: lost, key A", 1, 1, 3, 1]  # of the images, only what the run itself made
-    assert same and pair[6:] == [10, 11, {"min": 3, "max": 7}]
+    assert same and pair[6:] == [1, 12, 10, 11, {"min": 3, "max": 7}]
     assert new == ["NEW curves", "NEW answers", "NEW samples"]
 
 

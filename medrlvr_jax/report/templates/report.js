@@ -42,7 +42,8 @@ const charts = new Map(); // by the metric's name
 const zoom = () => {
   for (const { chart } of charts.values()) {
     const { min, max } = chart.scales.x, steps = chart.data[0];
-    if (min > steps[0] || max < steps.at(-1)) return { min, max };
+    // null until it is drawn
+    if (min !== null && (min > steps[0] || max < steps.at(-1))) return { min, max };
   }
   return null;
 };
@@ -308,7 +309,8 @@ const follow = (version) => setInterval(async () => {
 
 begin(sectionsOf(document));
 const KEY = "medrlvr page";
-try { restore(JSON.parse(sessionStorage.getItem(KEY)) ?? state()); } catch { /* a file without storage */ }
+const stored = () => { try { return JSON.parse(sessionStorage.getItem(KEY)); } catch { return null; } };
+if (stored()) restore(stored());
 addEventListener("pagehide", () => {
   try { sessionStorage.setItem(KEY, JSON.stringify(state())); } catch { /* a file without storage */ }
 });
