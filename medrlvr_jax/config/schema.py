@@ -1,4 +1,4 @@
-"""The settings of a run: small frozen dataclasses. Each field is checked by its type, the rest in load.py.
+"""The settings of a run: small frozen dataclasses. Each field is checked by its type, the rest in check.py.
 
 The comment beside or above a field is its documentation: `--help` and the reference show it.
 """
