@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from medrlvr_jax.rl import advantages, losses
     from medrlvr_jax.rl.sft import sft
     from medrlvr_jax.rl.train import train
-    from medrlvr_jax.runs.checkpoint import CheckpointError
+    from medrlvr_jax.runs.seal import CheckpointError
 
 __version__ = "0.1.0"
 
@@ -61,30 +61,19 @@ __all__ = [
     "train",
 ]
 
-_NAMES = {  # where each name is, as the imports above tell type checkers and editors
-    "CheckpointError": "runs.checkpoint:CheckpointError",
-    "Completion": "api:Completion",
-    "Config": "config.schema:Config",
-    "ConfigError": "host.errors:ConfigError",
-    "DataError": "data.question:DataError",
-    "Diverged": "host.errors:Diverged",
-    "Evaluation": "api:Evaluation",
-    "Example": "data.question:Example",
-    "LoadedModel": "api:LoadedModel",
-    "Question": "data.question:Question",
-    "RewardConfig": "config.schema:RewardConfig",
-    "RewardError": "rewards.user:RewardError",
-    "Unwritable": "host.errors:Unwritable",
-    "advantages": "rl.advantages",
-    "evaluate": "api:evaluate",
-    "generate": "api:generate",
-    "load_config": "config.load:load",
-    "load_model": "api:load_model",
-    "losses": "rl.losses",
-    "score": "rewards.base:score",
-    "sft": "rl.sft:sft",
-    "train": "rl.train:train",
+_PLACES = {  # by module: the names that it brings, as the imports above tell type checkers and editors
+    "api": ("Completion", "Evaluation", "LoadedModel", "evaluate", "generate", "load_model"),
+    "config.schema": ("Config", "RewardConfig"),
+    "data.question": ("DataError", "Example", "Question"),
+    "host.errors": ("ConfigError", "Diverged", "Unwritable"),
+    "rewards.base": ("score",),
+    "rewards.user": ("RewardError",),
+    "rl.sft": ("sft",),
+    "rl.train": ("train",),
+    "runs.seal": ("CheckpointError",),
 }
+_NAMES = {name: f"{module}:{name}" for module, names in _PLACES.items() for name in names}
+_NAMES |= {"load_config": "config.load:load", "advantages": "rl.advantages", "losses": "rl.losses"}
 
 
 def __getattr__(name: str) -> Any:
