@@ -62,10 +62,3 @@ def load(config: Any, settings: Sequence[str] = (), command: str | None = None) 
     from medrlvr_jax.config import load as configs
 
     return configs.load(config, settings, command)
-
-
-def check_source(source: Path, settings: Sequence[str], command: str) -> None:
-    """Refuse unusable settings before the command itself imports JAX."""
-    config = source / "config.yaml" if source.is_dir() else source
-    if config.is_file() or not source.is_dir():  # the command itself says what a folder lacks
-        load(config, settings, command)

@@ -11,8 +11,8 @@ from medrlvr_jax.cli.app import (
     Source,
     Step,
     Whole,
-    check_source,
     command,
+    load,
 )
 from medrlvr_jax.host.files import write_json
 
@@ -42,7 +42,7 @@ def eval_(
     Args:
         out: The folder to write. Default: RUN/eval-STEP.
     """
-    check_source(source, settings, "eval")
+    load(source, settings, "eval")
     from medrlvr_jax.evaluation.evaluate import evaluate_source
 
     return evaluate_source(source, list(settings), step, out)
@@ -71,7 +71,7 @@ def probe(
         out: The folder to write: one JSONL for each set, and probe.json. Default: RUN/probe-STEP.
         scorer: The model that computes InfoGain: a directory or hub name. Compare models by the same one.
     """
-    check_source(source, settings, "probe")
+    load(source, settings, "probe")
     from medrlvr_jax.evaluation.probe import probe_source
 
     return probe_source(source, list(settings), step, out, scorer)
@@ -137,7 +137,7 @@ def difficulty(
             run's questions.jsonl, for data.pass_count={file: FILE, order: variance, top: 16}.
         out: The JSONL to write. Default: RUN/difficulty-STEP.jsonl, with --history RUN/history.jsonl.
     """
-    check_source(source, settings, "difficulty")
+    load(source, settings, "difficulty")
     from medrlvr_jax.evaluation.difficulty import difficulty_source, from_history
 
     if history:

@@ -31,7 +31,7 @@ def load(
 ) -> Config:
     """Read settings, replace some of them, and check everything that needs no device.
 
-    `source`: a YAML file, the name of a preset, or a mapping of the same form.
+    `source`: a YAML file, a run's folder, the name of a preset, or a mapping of the same form.
     `overrides`: Python values by nested or dotted names, {"sample": {"temperature": 0.7}} or
     {"sample.temperature": 0.7}, where a section replaces the fields that it names and None removes an
     optional section; or, as on the command line, ["sample.temperature=0.7"], whose values are YAML.
@@ -60,7 +60,14 @@ def load(
 
 
 def find_config(path: str | Path) -> Path:
-    """The file at `path`; or, if there is none, the preset of that bare name, such as `quickstart`."""
+    """The file at `path`, or a run's, by its folder; without either, the preset of that bare name, such as
+    `quickstart`.
+    """
+    if Path(path).is_dir():
+        if (file := Path(path) / "config.yaml").is_file():
+            return file
+        remedy = "give a run's folder, such as runs/quickstart, or a config file"
+        raise ConfigError(f"{path}: no config.yaml in it; {remedy}")
     preset = PRESETS / (path if str(path).endswith(".yaml") else f"{path}.yaml")
     bare = Path(path).name == str(path) and not Path(path).exists()
     return preset if bare and preset.exists() else Path(path)

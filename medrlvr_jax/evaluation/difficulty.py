@@ -91,7 +91,7 @@ def from_history(run: Path, out: Path | None) -> int:
         why = "a history needs two passes over the data or more"
         raise ConfigError(f"{run}: no question came twice in its {last} steps: {why}")
     path, model, used = out or run / "history.jsonl", f"{run}, steps 1 to {last}", {row["id"] for row in rows}
-    questions = data.load(load(run / "config.yaml").data)
+    questions = data.load(load(run).data)
     rest = [{"id": q.id, "right": None} for q in questions if q.id not in used]
     files.write_text(path, files.jsonl(row | {"model": model} for row in rows + rest))
     ranked = sorted(rows, key=lambda row: -row["variance"])[:10]

@@ -184,16 +184,14 @@ def open_source(
     see `config.load.load`.
     """
     is_run = source.is_dir()
-    remedy = "give a run's folder, such as runs/quickstart, or a config file"
-    if is_run and not (source / "config.yaml").is_file():
-        raise ConfigError(f"{source}: no config.yaml in it; {remedy}")
     # without a folder or a suffix it is a preset's name
     if not source.exists() and len(source.parts) > 1 and not source.suffix:
+        remedy = "give a run's folder, such as runs/quickstart, or a config file"
         raise ConfigError(f"{source}: there is no such run; {remedy}")
     if step is not None and not is_run:
         why = f"{source} is no run's folder, so there are no checkpoints"
         raise ConfigError(f"--step {step}: {why}; leave it out")
-    parts = build(load(source / "config.yaml" if is_run else source, settings, command))
+    parts = build(load(source, settings, command))
     if is_run:
         inputs.check_model(source, parts)
     with jax.set_mesh(parts.mesh):
@@ -230,7 +228,7 @@ def chosen_on(source: Path, step: int, sets: dict[str, SetConfig]) -> list[str]:
     """The evaluated sets by which this checkpoint was chosen as best: on them its accuracy is too high."""
     if not source.is_dir():
         return []
-    trained = load(source / "config.yaml")
+    trained = load(source)
     name = (trained.checkpoint.best or "").removeprefix("eval.").rpartition(".")[0]
     if name not in trained.eval.sets or best_step(source / "checkpoints") != step:
         return []

@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from medrlvr_jax.build import Parts
+from medrlvr_jax.config.load import find_config
 from medrlvr_jax.data.question import LETTERS
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.evaluation import stats
@@ -144,8 +145,7 @@ def open_scorer(name: str, source: Path, settings: list[str]) -> Scorer:
     """Its settings, apart from the model, are the probed model's."""
     whole = ["model.init=pretrained", "model.lora=null", "model.vision=freeze"]
     model = [f"model.path={json.dumps(name)}", *whole]
-    config = source / "config.yaml" if source.is_dir() else source
-    parts, params, _ = open_source(config, [*settings, *model], None, "probe")
+    parts, params, _ = open_source(find_config(source), [*settings, *model], None, "probe")
     return Scorer(name, parts, params)
 
 

@@ -56,7 +56,7 @@ def export(
                 "--dtype float32 keeps them"
                 + ", as does --adapter, the adapters alone" * bool(m.lora and m.vision == "freeze")
             )
-        config = load(run / "config.yaml")
+        config = load(run)
         text = card(run, config, at, base, push or str(out), adapter)
         write_text(out / "README.md", text)
         print(f"{out}: weights, tokenizer, and a model card to complete in README.md")

@@ -34,9 +34,7 @@ from medrlvr_jax.runs.console import Console, clock
 
 def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any]:
     """`{"drawn": the record, "logged": that of samples.jsonl or None, "differ": names of fields}`."""
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}: no config.yaml in it; give a run's folder, such as runs/quickstart")
-    c = configs.load(run / "config.yaml", settings)
+    c = configs.load(run, settings)
     metrics, samples = (_records(run / f"{name}.jsonl") for name in ("metrics", "samples"))
     if not any("completions" in m for m in metrics):
         remedy = "give a run of `medrlvr train` that has made a step"
