@@ -301,6 +301,9 @@ def test_a_terminal_always_shows_step_share_and_time_left(monkeypatch, columns):
     assert max(map(len, lines)) <= columns
     assert any(line.startswith("step 100/400  25 %") for line in lines)  # it begins where it goes on
     assert any(line.startswith("step 140/400  35 %  0:13:00 left  0:00:00  eval dev") for line in lines)
+    assert not any(
+        re.search(r"(correct|format|KL|length) [\d.]*…", line) for line in lines
+    )  # whole numbers only
     # what is not written over: every 20th step of 400
     assert re.findall(r"step (\d+)/400[^\r\n]*reward[^\r\n]*\n", terminal.getvalue()) == ["120", "140"]
 

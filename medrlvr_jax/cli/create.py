@@ -1,6 +1,5 @@
 """The commands that make a model: init, train, sft, reproduce."""
 
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,17 +13,13 @@ def finish(summary: dict[str, Any], folder: Path) -> int:
     """Print a run's end and write its page, if it came to its end; other processes than 0 have none. A run
     that a signal stopped has its exit status, and its console has said so.
     """
-    from rich.console import Console as Screen
-
+    from medrlvr_jax.host.tables import say
     from medrlvr_jax.report.ending import ending
     from medrlvr_jax.report.page import write_page
 
     if summary and "exit_status" not in summary:
         write_page([folder], folder / "report.html")
-        # in a terminal, lines break at words
-        Screen(soft_wrap=not sys.stdout.isatty()).print(
-            ending(summary, folder), markup=False, highlight=False
-        )
+        say(ending(summary, folder))
     return int(summary.get("exit_status", 0))
 
 

@@ -100,15 +100,16 @@ def compare(a: Path, b: Path, /, *more: Path, anyway: Flag = False, json: Flag =
     from json import dumps
 
     from medrlvr_jax.evaluation import compare as paired
+    from medrlvr_jax.host.tables import say
 
     if more:
         columns = paired.matrix([a, b, *more], anyway)
-        print(dumps(columns) if json else paired.show_matrix(columns))
+        print(dumps(columns)) if json else say(paired.show_matrix(columns))
         return 0
     first, second = paired.evaluation(a), paired.evaluation(b)
     result = paired.compare(first, second, anyway)
     names = paired.names_of(first, second)
-    print(dumps(result) if json else f"{first} against {second}\n\n{paired.show(result, names)}")
+    print(dumps(result)) if json else say(f"{first} against {second}\n\n{paired.show(result, names)}")
     return 0
 
 

@@ -234,8 +234,8 @@ def _letters(sets: dict[str, dict[str, Any]]) -> str:
     for name, b in bias.items():
         shares = [b["letters"].get(letter) for letter in letters]
         cells = ["" if s is None else f"{100 * s['answered']:.0f}/{100 * s['key']:.0f}" for s in shares]
-        rows.append([name, *cells, f"{b['p']:.2g}"])
-    return tables.plain(("letters, % answered/key", *letters, "p (χ²)"), rows) if rows else ""
+        rows.append([name, *cells, f"{b['p']:.1g}"])
+    return tables.plain(("% answered/key", *letters, "p (χ²)"), rows) if rows else ""
 
 
 def remarks(name: str, counts: dict[str, Any]) -> list[str]:

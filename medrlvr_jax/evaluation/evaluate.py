@@ -22,6 +22,7 @@ from medrlvr_jax.evaluation import answers, look, monitors, stats
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather_rows
+from medrlvr_jax.host.tables import say
 from medrlvr_jax.model import lora
 from medrlvr_jax.rewards.parse import beginning_trap
 from medrlvr_jax.rollout.program import Program, draw_program
@@ -291,9 +292,9 @@ def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | 
     about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings}
     about |= how_made(parts, sets) | {"eval": results, "statistics": statistics}
     files.write_json(folder / "eval.json", about | ({"looks": looks} if looks else {}))
-    print(answers.show(statistics))
+    say(answers.show(statistics))
     if looks:
-        print(look.show(looks))
+        say(look.show(looks))
     remarks = chain.from_iterable(answers.remarks(name, counts) for name, counts in results.items())
-    print("\n".join([*remarks, *(f"warning: {w}" for w in warnings), f"answers: {folder}"]))
+    say("\n".join([*remarks, *(f"warning: {w}" for w in warnings), f"answers: {folder}"]))
     return 0

@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 from collections.abc import Sequence
 
 import rich.box
@@ -13,7 +14,14 @@ Rows = Sequence[Sequence[str]]
 
 def plain(head: Sequence[str], rows: Rows, title: str | None = None) -> str:
     """For a terminal: the first column and columns of words to the left, columns of numbers to the right."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    table = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD,
+        show_edge=False,  # this and the padding: narrow, for 80 columns
+        padding=(0, 1, 0, 0),
+        title=title,
+        title_justify="left",
+        title_style="bold",
+    )
     for i, name in enumerate(head):
         numbers = any(re.match(r"[-+−]?\d", row[i]) for row in rows)
         table.add_column(name, justify="right" if i and numbers else "left", no_wrap=True)
@@ -23,6 +31,12 @@ def plain(head: Sequence[str], rows: Rows, title: str | None = None) -> str:
     console = rich.console.Console(file=text, width=10_000, markup=False)  # wider than any table
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().split("\n")).strip("\n")
+
+
+def say(text: str) -> None:
+    """Print; on a terminal, lines break at words."""
+    screen = rich.console.Console(soft_wrap=not sys.stdout.isatty())
+    screen.print(text, markup=False, highlight=False)
 
 
 def markdown(head: Sequence[str], rows: Rows) -> str:

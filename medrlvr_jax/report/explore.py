@@ -81,7 +81,8 @@ def curves(groups: Sequence[Sequence[Columns]]) -> list[dict[str, Any]]:
     points = int(np.clip(SIZE / 8 / max(1, len(names) * number), LEAST, MOST))
     shown = []
     for name in names:
-        about = {"name": name, "unit": known[name].unit, "meaning": known[name].meaning}
+        meaning = known[name].meaning.replace("`", "")
+        about = {"name": name, "unit": known[name].unit, "meaning": meaning}
         shown.append(about | {"curves": [_curve(runs, name, points) for runs in groups]})
     return shown
 

@@ -1,5 +1,6 @@
 """What a command shows in progress: on a terminal a last line that is always up to date, elsewhere lines."""
 
+import itertools
 import statistics
 import sys
 import time
@@ -140,8 +141,10 @@ class Console:
 
     def _status(self) -> str:
         """The last line of a terminal."""
+        if not self._work:
+            return fitted([*self._place(), *self._metrics], self._rich.width)
         waited = f"{clock(time.monotonic() - self._work_began)}  {self._work_shown}"
-        return fitted([*self._place(), *([waited] if self._work else self._metrics)], self._rich.width)
+        return fitted(["  ".join([*self._place(), waited])], self._rich.width)
 
     def _place(self) -> list[str]:
         """Step, share and time left."""
@@ -155,9 +158,11 @@ class Console:
 
 
 def fitted(parts: Sequence[str], width: int | None) -> str:
-    """As many of the parts as fit into `width` columns, and as much of the first that does not."""
-    text = "  ".join(parts)
-    return text if width is None or len(text) < width else f"{text[: width - 2]}…"
+    """As many of the parts as fit into `width` columns; if not even the first does, its beginning."""
+    fitting = list(itertools.accumulate(parts, "{}  {}".format))
+    if width is None or not fitting:
+        return "  ".join(parts)
+    return next((text for text in reversed(fitting) if len(text) < width), f"{parts[0][: width - 2]}…")
 
 
 @contextmanager
