@@ -212,8 +212,8 @@ def _values(parts: Parts, cfg: DecoderConfig, abstract: Params) -> Params:
     key = jax.random.key(c.seed)
     if cfg.execution.lora:
         key = jax.random.fold_in(key, cfg.execution.value_head)
-    made = jax.jit(start, out_shardings=places(fresh))(key)
-    return lora.join(values, unflatten_dict(made))
+    initial = jax.jit(start, out_shardings=places(fresh))(key)
+    return lora.join(values, unflatten_dict(initial))
 
 
 def load_policy(parts: Parts) -> Params:

@@ -160,15 +160,15 @@ def _block(
     x: Float32[Array, "Q W S E"],
     rope: tuple[Array, Array],
     owners: Int[Array, "Q W S"],
-    whole: bool,
+    full: bool,
     dtype: Any,
 ) -> Float32[Array, "Q W S E"]:
-    """One layer; `whole`: it attends within the image, not within the window."""
+    """One layer; `full`: it attends within the image, not within the window."""
     y = _linear(_norm_of(x, layer, "attn_norm", cfg, dtype), layer, "qkv", dtype)
     q, k, v = jnp.moveaxis(y.reshape(*y.shape[:-1], 3, cfg.heads, cfg.head_dim), -3, 0)
     q, k, v = (y.astype(dtype) for y in (rotate(q, rope) * cfg.head_dim**-0.5, rotate(k, rope), v))
     flat = lambda y: y.reshape(y.shape[0], -1, *y.shape[3:])
-    y = attend(*map(flat, (q, k, v, owners))) if whole else attend(q, k, v, owners)
+    y = attend(*map(flat, (q, k, v, owners))) if full else attend(q, k, v, owners)
     x = x + _linear(y.reshape(x.shape), layer, "o", dtype)
     y = _norm_of(x, layer, "mlp_norm", cfg, dtype)
     if cfg.kind == "qwen2_5_vl":
@@ -210,9 +210,9 @@ def _cut(tree: Any, index: Any) -> Any:
 
 
 def _through(
-    block: Callable[[Array, Params, bool], Array], x: Array, layers: Params, whole: Bool[np.ndarray, " L"]
+    block: Callable[[Array, Params, bool], Array], x: Array, layers: Params, full: Bool[np.ndarray, " L"]
 ) -> Array:
-    """`block` over stacked layers; `whole`: which attend within the image.
+    """`block` over stacked layers; `full`: which attend within the image.
 
     What the layers repeat is scanned, and in it each run of equal ones: of 7 in windows and 1 in the image, 4
     times, two layers are compiled.
@@ -222,15 +222,15 @@ def _through(
         step = lambda x, layer: (block(x, layer, flag), None)
         return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), x, layers)[0]
 
-    n = len(whole)
-    period = next(p for p in range(1, n + 1) if n % p == 0 and (whole.reshape(-1, p) == whole[:p]).all())
+    n = len(full)
+    period = next(p for p in range(1, n + 1) if n % p == 0 and (full.reshape(-1, p) == full[:p]).all())
     if period == 1:
-        return scan(x, layers, bool(whole[0]))
-    ends = [0, *(np.flatnonzero(np.diff(whole[:period])) + 1).tolist(), period]
+        return scan(x, layers, bool(full[0]))
+    ends = [0, *(np.flatnonzero(np.diff(full[:period])) + 1).tolist(), period]
 
     def repeat(x: Array, layers: Params) -> tuple[Array, None]:
         for begin, end in pairwise(ends):
-            x = scan(x, _cut(layers, slice(begin, end)), bool(whole[begin]))
+            x = scan(x, _cut(layers, slice(begin, end)), bool(full[begin]))
         return x, None
 
     return jax.lax.scan(repeat, x, jax.tree.map(lambda p: p.reshape(-1, period, *p.shape[1:]), layers))[0]
@@ -244,8 +244,8 @@ def see(params: Params, cfg: DecoderConfig, images: Images) -> Float[Array, "Q T
     rows = n // ways
     fit = max(1, SCORES // (vision.heads * (windows * vision.window**2) ** 2))
     at_once = ways * max(size for size in range(1, rows + 1) if rows % size == 0 and size <= fit)
-    one = partial(tower, params[VISION], vision, dtype=cfg.execution.dtype)
-    return map_rows(one, images, at_once)
+    see_rows = partial(tower, params[VISION], vision, dtype=cfg.execution.dtype)
+    return map_rows(see_rows, images, at_once)
 
 
 def tower(params: Params, cfg: VisionConfig, images: Images, dtype: Any) -> Float[Array, "Q T F"]:
@@ -265,15 +265,15 @@ def tower(params: Params, cfg: VisionConfig, images: Images, dtype: Any) -> Floa
     freqs = 10000.0 ** (-jnp.arange(0, half, 2, dtype=jnp.float32) / half)
     angles = (places[..., None].astype(jnp.float32) * freqs).reshape(*owners.shape, half)
     rope = jnp.cos(angles), jnp.sin(angles)
-    whole = np.isin(np.arange(cfg.layers), cfg.full_layers)
+    full = np.isin(np.arange(cfg.layers), cfg.full_layers)
 
-    def block(x: Array, layer: Params, whole: bool) -> Array:
-        return _block(layer, cfg, x, rope, owners, whole, dtype)
+    def block(x: Array, layer: Params, full: bool) -> Array:
+        return _block(layer, cfg, x, rope, owners, full, dtype)
 
     x, features = constrain(x, "batch", None, None, None), []
     ends = [0, *(layer + 1 for layer in cfg.deepstack), cfg.layers]
     for number, (begin, end) in enumerate(pairwise(ends)):
-        x = _through(block, x, _cut(params["layers"], slice(begin, end)), whole[begin:end])
+        x = _through(block, x, _cut(params["layers"], slice(begin, end)), full[begin:end])
         if number < len(cfg.deepstack):
             features.append(_merge(x, _cut(params["deepstack"], number), "deep", cfg, dtype))
     return jnp.concatenate([_merge(x, params, "merge", cfg, dtype), *features], axis=-1)

@@ -115,7 +115,7 @@ def tower_flops(cfg: DecoderConfig, images: Images, merger: bool = False) -> flo
     total = tokens * merged * (merged + vision.out) * (1 + len(vision.deepstack))
     if not merger:
         matrices = 4 * embed**2 + (3 if vision.kind == "qwen2_5_vl" else 2) * embed * vision.ffn
-        whole = len(vision.full_layers)
-        pairs = slots * (windows * whole + vision.layers - whole)  # with each patch, over all layers
+        full = len(vision.full_layers)
+        pairs = slots * (windows * full + vision.layers - full)  # with each patch, over all layers
         total += patches * (depth * embed + vision.layers * matrices + 2 * embed * pairs)
     return 2.0 * total

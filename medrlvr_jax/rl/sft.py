@@ -89,20 +89,20 @@ def encode_pairs(parts: Parts, records: Records | None = None) -> Pairs:
         prompts = text.encode_questions(tok, questions, c.prompt, images=pads)
     rows = list(zip(prompts, tok.encode_targets(targets), strict=True))
     fits = lambda row: len(row[0]) <= c.prompt.max_tokens and len(row[1]) <= c.sft.max_new_tokens
-    kept = [i for i, row in enumerate(rows) if fits(row)]
-    if not kept:
+    fitting = [i for i, row in enumerate(rows) if fits(row)]
+    if not fitting:
         raise ConfigError("data: no row fits prompt.max_tokens and sft.max_new_tokens; raise them")
-    prompts, targets = map(list, zip(*(rows[i] for i in kept), strict=True))
+    prompts, targets = map(list, zip(*(rows[i] for i in fitting), strict=True))
     longest = max(zip(prompts, targets, strict=True), key=lambda row: len(row[0]) + len(row[1]))
     check_positions(parts, len(longest[0]), len(longest[1]), "sft.max_new_tokens")
     encoded = Encoded(
-        [questions[i] for i in kept],
+        [questions[i] for i in fitting],
         prompts,
-        np.arange(len(kept), dtype=np.uint32),
-        len(rows) - len(kept),
+        np.arange(len(fitting), dtype=np.uint32),
+        len(rows) - len(fitting),
         width(max(map(len, prompts))),
         how_read=how_read,
-        images=images and images.taking(kept),
+        images=images and images.taking(fitting),
     )
     pairs = Pairs(encoded, targets)
     require_equal(lambda: {"rows": fingerprint(pairs.rows)})
@@ -164,8 +164,8 @@ def make_job(parts: Parts, pairs: Pairs, sets: dict[str, Encoded]) -> Job:
     def step(state: TrainState, step: int, history: log.Records) -> StepResult:
         index = step_batch(config, len(rows), step)
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        own, _ = sharding.own_rows(n, parts.mesh)
-        padded = pad_targets([targets[i] for i in index[own]], columns, parts.tokenizer.pad_id)
+        mine, _ = sharding.own_rows(n, parts.mesh)
+        padded = pad_targets([targets[i] for i in index[mine]], columns, parts.tokenizer.pad_id)
         placed = sharding.place_rows(padded, n, parts.mesh)
         batch = as_experience(place_prompts(None, parts, encoded, index), *placed)
         learner, means = learn(state.policy, base, batch, key, None)

@@ -79,8 +79,8 @@ def assess(
             logprobs, entropy = logprobs_at(rows, policy, cfg, size)
         with jax.named_scope("assess_reference"):
             if frozen.reference is not None:
-                own = rows._replace(prompts=rows.prompts.unseen)
-                ref_logprobs, _ = logprobs_at(own, frozen.reference, lora.off(cfg), size)
+                unseen = rows._replace(prompts=rows.prompts.unseen)
+                ref_logprobs, _ = logprobs_at(unseen, frozen.reference, lora.off(cfg), size)
         with jax.named_scope("assess_critic"):
             if critic is not None:
                 values = values_at(rows, critic, size)
