@@ -177,14 +177,14 @@ def show(described: dict[str, dict[str, Any]]) -> str:
     sets = {}
     for name, d in described.items():
         sets |= {name: d} | ({f"{name}, distinct": d["distinct"]} if "distinct" in d else {})
-    header = ("set", "questions", "accuracy", "format", "entropy")
+    header = ("set", "asked", "accuracy", "format", "entropy")
     rows = []
     for name, d in sets.items():
         entropy = f"{d['token_entropy']:.3f}" if "token_entropy" in d else "–"
         rows.append([name, f"{d['n']:,}", percent(d["accuracy"]), percent(d["format_ok"]), entropy])
     groups = [_group_table(name, group, d) for name, d in sets.items() for group in GROUPS if group in d]
     tables_shown = [tables.plain(header, rows), _samples(sets), _orders(sets), *groups, _letters(sets)]
-    return "\n".join(filter(None, tables_shown))
+    return "\n\n".join(filter(None, tables_shown))
 
 
 def _samples(sets: dict[str, dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ def plain(head: Sequence[str], rows: Rows, title: str | None = None) -> str:
         box=rich.box.SIMPLE_HEAD,
         show_edge=False,  # this and the padding: narrow, for 80 columns
         padding=(0, 1, 0, 0),
+        pad_edge=False,
         title=title,
         title_justify="left",
         title_style="bold",
