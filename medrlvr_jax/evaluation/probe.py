@@ -203,10 +203,8 @@ def score_cases(
 
 def scorer_questions(scorer: Scorer, encoded: Encoded) -> Encoded:
     """The questions as another model reads them. Refuses images where it sees none."""
-    parts = scorer.parts
-    prompt = dataclasses.replace(
-        parts.config.prompt, max_tokens=sys.maxsize
-    )  # so that no question is dropped
+    parts, every_length = scorer.parts, sys.maxsize  # so that no question is dropped
+    prompt = dataclasses.replace(parts.config.prompt, max_tokens=every_length)
     config = dataclasses.replace(parts.config, prompt=prompt)
     asked = encode(parts.tokenizer, encoded.questions, config, vision=parts.cfg.vision)
     return before_response(parts, asked)
