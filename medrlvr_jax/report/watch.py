@@ -54,12 +54,14 @@ def files_of(folder: Path) -> str:
 def server(folders: Sequence[Path], host: str, port: int) -> ThreadingHTTPServer:
     """The server, not started yet. `port` 0 takes a free one.
 
-    A folder that does not exist is awaited. Raises `ConfigError` for one that exists and is no run.
+    A folder that does not exist is awaited. Raises `ConfigError` for one that exists and is no run, or that
+    cannot be read.
     """
     for folder in folders:
-        if folder.exists():
-            read_run(folder)
+        if folder.exists() and files_of(folder) == "-":
+            read_run(folder)  # refuses it
     pages = Pages(folders)
+    pages.page()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
