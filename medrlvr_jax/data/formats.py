@@ -29,7 +29,6 @@
 Two options with the same text are accepted in the published sets (21 of MedMCQA's 4,183 dev questions have
 them) and refused in `plain`, where they can be corrected. Letters that options bring ("A. aspirin",
 "B. heparin", …) are removed, because prompts write the letters.
-
 """
 
 import re

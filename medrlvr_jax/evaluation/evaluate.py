@@ -255,7 +255,9 @@ def look_at(
     answered = {}
     for name, questions in look.conditions(encoded.questions).items():
         other = encode(parts.tokenizer, questions, parts.config, encoded.shuffle, parts.cfg.vision)
-        other = dataclasses.replace(other, width=max(other.width, encoded.width))  # fewer shapes to compile
+        # the shapes of the set itself, which are compiled
+        images = other.images and dataclasses.replace(other.images, windows=encoded.windows)
+        other = dataclasses.replace(other, width=max(other.width, encoded.width), images=images)
         answered[name] = evaluate(parts, decode_params, other)[1] if other.questions else []
     return look.beside(rows, answered)
 
