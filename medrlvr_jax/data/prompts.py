@@ -5,7 +5,7 @@ truncated: those that are too long are dropped and counted.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import UInt32
 
 from medrlvr_jax.config.schema import PromptConfig
 from medrlvr_jax.data.question import EMPTY_THOUGHT, TAGS, DataError, Question
-from medrlvr_jax.data.tokenizer import MESSAGE, Tokenizer
+from medrlvr_jax.data.tokenizer import MESSAGE, Progress, Tokenizer, quiet
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.types import Prompts
@@ -188,8 +188,6 @@ def to_teach(tok: Tokenizer, targets: list[str], config: PromptConfig) -> list[s
 
 # ---- tokens ----
 
-PART = 8192  # questions encoded between two reports of progress
-
 
 def encode_questions(
     tok: Tokenizer,
@@ -197,6 +195,7 @@ def encode_questions(
     config: PromptConfig,
     begun: bool = True,
     images: Sequence[list[list[int]]] | None = None,
+    progress: Progress = quiet,
 ) -> list[list[int]]:
     """The prompts' tokens. Without a chat template a prompt ends with a line break.
 
@@ -213,15 +212,19 @@ def encode_questions(
             problem = f"it spells {end!r}, which ends the user's turn in this chat template"
             raise DataError(f"question {bad.id}: {problem}; take it out")
     tail = f.tail + (tok.spell([config.prefill])[0] if begun else [])
-    texts = _spell(tok, questions, rendered, images, f.before, f.after)
+    texts = _spell(tok, questions, rendered, images, (f.before, f.after), progress)
     return [f.head + ids + tail for ids in texts]
 
 
 def encode_texts(
-    tok: Tokenizer, questions: list[Question], images: Sequence[list[list[int]]] | None = None
+    tok: Tokenizer,
+    questions: list[Question],
+    images: Sequence[list[list[int]]] | None = None,
+    progress: Progress = quiet,
 ) -> list[list[int]]:
     """The tokens of the questions' texts alone, without wording; `images`: as in `encode_questions`."""
-    return [tok.prefix + ids for ids in _spell(tok, questions, [q.question for q in questions], images)]
+    rows = _spell(tok, questions, [q.question for q in questions], images, ("", ""), progress)
+    return [tok.prefix + ids for ids in rows]
 
 
 def _spell(
@@ -229,20 +232,21 @@ def _spell(
     questions: list[Question],
     contents: list[str],
     images: Sequence[list[list[int]]] | None,
-    before: str = "",
-    after: str = "",
+    around: tuple[str, str],
+    progress: Progress,
 ) -> list[list[int]]:
-    """The tokens of the user's text of each question, between `before` and `after`; an image's own stand in
-    place of its mark.
+    """The tokens of the user's text of each question, between the two texts `around` it; an image's own stand
+    in place of its mark.
     """
+    before, after = around
     if images is None:
         if pictured := next((q for q in questions if q.images), None):
             remedy = "train or evaluate a vision-language model, or set fields={image: null} beside path"
             raise DataError(f"question {pictured.id}: it has images, which are not seen here; {remedy}")
-        return tok.spell([before + content + after for content in contents])
+        return tok.spell([before + content + after for content in contents], progress)
     marked = [before + _mark(*each) + after for each in zip(questions, contents, images, strict=True)]
     pieces = [text.split(IMAGE) if seen else [text] for text, seen in zip(marked, images, strict=True)]
-    tokens = iter(tok.spell([piece for parts in pieces for piece in parts]))
+    tokens = iter(tok.spell([piece for parts in pieces for piece in parts], progress))
     return [[i for image in (*seen, []) for i in (*next(tokens), *image)] for seen in images]
 
 
@@ -260,14 +264,10 @@ def encode_prompts(
     questions: list[Question],
     config: PromptConfig,
     images: Sequence[list[list[int]]] | None = None,
-    progress: Callable[[int, int], None] = lambda done, n: None,
+    progress: Progress = quiet,
 ) -> tuple[list[list[int]], list[int]]:
     """(tokens of the prompts that fit `max_tokens`, indices of the questions that do not)."""
-    rows: list[list[int]] = []
-    for first in range(0, len(questions), PART):
-        progress(first, len(questions))
-        part = slice(first, first + PART)
-        rows += encode_questions(tok, questions[part], config, images=images and images[part])
+    rows = encode_questions(tok, questions, config, images=images, progress=progress)
     dropped = [i for i, row in enumerate(rows) if len(row) > config.max_tokens]
     return [row for row in rows if len(row) <= config.max_tokens], dropped
 

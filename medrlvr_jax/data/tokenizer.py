@@ -5,7 +5,7 @@ Text from data never becomes a special token: `<|im_end|>` in a question is spel
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,11 @@ MESSAGE = (
 )
 
 PART = 1024  # texts that are encoded at a time, by all cores; an encoding is far larger than its ids
+Progress = Callable[[int, int], None]  # called with how many texts are encoded, and of how many
+
+
+def quiet(done: int, n: int) -> None:
+    """Shows no progress."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +57,14 @@ class Tokenizer:
         names = sorted(_special_tokens(self.trusted).values(), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")  # (?!) never matches
 
-    def spell(self, texts: list[str]) -> list[list[int]]:
+    def spell(self, texts: list[str], progress: Progress = quiet) -> list[list[int]]:
         """Untrusted texts as tokens, none of them special; `DataError` where that cannot be."""
-        parts = (self.spell_with_offsets(texts[i : i + PART]) for i in range(0, len(texts), PART))
-        return [[self._ids[i] for i in encoding.ids] for encodings in parts for encoding in encodings]
+        rows: list[list[int]] = []
+        for first in range(0, len(texts), PART):
+            progress(first, len(texts))
+            part = self.spell_with_offsets(texts[first : first + PART])
+            rows += [[self._ids[i] for i in encoding.ids] for encoding in part]
+        return rows
 
     @functools.cached_property
     def _ids(self) -> list[int]:
@@ -77,9 +86,9 @@ class Tokenizer:
         """Untrusted texts as prompts, each after BOS if the tokenizer has one."""
         return [self.prefix + ids for ids in self.spell(texts)]
 
-    def encode_targets(self, texts: list[str]) -> list[list[int]]:
+    def encode_targets(self, texts: list[str], progress: Progress = quiet) -> list[list[int]]:
         """Untrusted texts as responses to learn, each with the stop token that ends it."""
-        return [[*ids, self.stop_ids[0]] for ids in self.spell(texts)]
+        return [[*ids, self.stop_ids[0]] for ids in self.spell(texts, progress)]
 
     def encode_trusted(self, text: str) -> list[int]:
         """A text whose special tokens are meant, without what the tokenizer itself puts around it."""

@@ -31,20 +31,22 @@ from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import inputs, log
 from medrlvr_jax.runs.checkpoint import Which, best_step, restore_params
-from medrlvr_jax.runs.console import Console
+from medrlvr_jax.runs.console import Console, Show, silent, stage
 from medrlvr_jax.types import Params
 
 PICTURES = 400  # of a set, rows of `medrlvr eval` that have their question's images, small, for the page
 NOISE = 2**31 + 1  # folded into the seed: evaluation's noise is not training's, and the same at every step
 
 
-def load_sets(parts: Parts) -> dict[str, Encoded]:
+def load_sets(parts: Parts, show: Show = silent) -> dict[str, Encoded]:
     """Read and encode every evaluation set of the config."""
     sets, c = {}, parts.config
     field = "sample.max_new_tokens" if c.eval.max_new_tokens is None else "eval.max_new_tokens"
     for name, spec in c.eval.sets.items():
+        show(f"reading eval.sets.{name}", 0, 0)
         questions, how_read = data.read(spec)
-        encoded = encode(parts.tokenizer, questions, c, spec.shuffle_options, parts.cfg.vision)
+        encoding, shuffle = partial(show, f"encoding eval.sets.{name}"), spec.shuffle_options
+        encoded = encode(parts.tokenizer, questions, c, shuffle, parts.cfg.vision, encoding)
         if not encoded.questions:
             limit = f"prompt.max_tokens = {c.prompt.max_tokens}"
             raise ConfigError(f"eval.sets.{name}: no question of {spec.path} fits {limit}; raise it")
@@ -207,7 +209,8 @@ def required_sets(parts: Parts) -> dict[str, Encoded]:
     """`load_sets`; raises ConfigError where there is none."""
     if not parts.config.eval.sets:
         raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")
-    return load_sets(parts)
+    with stage("reading eval.sets") as show:
+        return load_sets(parts, show)
 
 
 def run_folder(source: Path, parts: Parts) -> Path:

@@ -7,6 +7,7 @@ learned in minibatches.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ from medrlvr_jax.rollout.rollout import Encoded, begin_images, check_seen, place
 from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
-from medrlvr_jax.runs.console import stage
+from medrlvr_jax.runs.console import Show, silent, stage
 from medrlvr_jax.types import Experience, Leaf, Prompts, TrainState
 
 
@@ -65,8 +66,9 @@ class Pairs(NamedTuple):
         return [(*row, [*map(image_digest, q.images)]) for row, q in zip(rows, questions, strict=True)]
 
 
-def encode_pairs(parts: Parts, records: Records | None = None) -> Pairs:
+def encode_pairs(parts: Parts, records: Records | None = None, show: Show = silent) -> Pairs:
     """The rows that are not too long. `records` stand in place of what `data.path` names."""
+    of_prompts, of_targets = partial(show, "encoding prompts"), partial(show, "encoding targets")
     c, tok = parts.config, parts.tokenizer
     if c.data.shuffle_options:
         raise ConfigError(
@@ -84,10 +86,10 @@ def encode_pairs(parts: Parts, records: Records | None = None) -> Pairs:
     check_seen(parts, images)
     pads = images and images.pads()
     if c.sft.target == "text":
-        prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, questions, pads)]
+        prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, questions, pads, of_prompts)]
     else:
-        prompts = text.encode_questions(tok, questions, c.prompt, images=pads)
-    rows = list(zip(prompts, tok.encode_targets(targets), strict=True))
+        prompts = text.encode_questions(tok, questions, c.prompt, images=pads, progress=of_prompts)
+    rows = list(zip(prompts, tok.encode_targets(targets, of_targets), strict=True))
     fits = lambda row: len(row[0]) <= c.prompt.max_tokens and len(row[1]) <= c.sft.max_new_tokens
     fitting = [i for i, row in enumerate(rows) if fits(row)]
     if not fitting:
@@ -138,9 +140,9 @@ def sft(
     spec, records = given(config.data, data)
     config = dataclasses.replace(config, data=spec)
     parts = build(config)
-    with stage(f"reading {config.data.path} and the sets of eval.sets"):
-        pairs = encode_pairs(parts, records)
-        sets = evaluate.load_sets(parts)
+    with stage(f"reading {config.data.path}") as show:
+        pairs = encode_pairs(parts, records, show)
+        sets = evaluate.load_sets(parts, show)
     notices = [f"data: {pairs.prompts.how_read}"]
     if dropped := pairs.prompts.dropped:
         notices.append(f"{dropped} rows dropped: longer than prompt.max_tokens or sft.max_new_tokens")

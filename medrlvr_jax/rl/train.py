@@ -81,8 +81,7 @@ def train(
         encoding, shuffle = partial(show, "encoding questions"), config.data.shuffle_options
         encoded = encode(parts.tokenizer, questions, config, shuffle, parts.cfg.vision, encoding)
         check_lengths(parts, encoded)
-        show("reading the sets of eval.sets", 0, 0)
-        sets = evaluate.load_sets(parts)
+        sets = evaluate.load_sets(parts, show)
     notices = [f"data: {how_read}"]
     if encoded.dropped:
         notices.append(f"{encoded.dropped} questions dropped: longer than prompt.max_tokens")

@@ -7,7 +7,7 @@ scored by one of them.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.images import ImageSet, measure, place
 from medrlvr_jax.data.options import shuffled
 from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
-from medrlvr_jax.data.tokenizer import Tokenizer
+from medrlvr_jax.data.tokenizer import Progress, Tokenizer, quiet
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model.architecture import VisionConfig
@@ -123,7 +123,7 @@ def encode(
     config: Config,
     shuffle: bool = False,
     vision: VisionConfig | None = None,
-    progress: Callable[[int, int], None] = lambda done, n: None,
+    progress: Progress = quiet,
 ) -> Encoded:
     """The prompts that fit; the others are dropped and counted. `vision`: how the model sees images."""
     if config.reward.mode == "paper" and (other := next((q for q in questions if q.value is not None), None)):

@@ -165,8 +165,15 @@ def fitted(parts: Sequence[str], width: int | None) -> str:
     return next((text for text in reversed(fitting) if len(text) < width), f"{parts[0][: width - 2]}…")
 
 
+Show = Callable[[str, int, int], None]  # called with what is done, how much of it is, and of how much
+
+
+def silent(what: str, done: int, n: int) -> None:
+    """Shows nothing."""
+
+
 @contextmanager
-def stage(what: str) -> Iterator[Callable[[str, int, int], None]]:
+def stage(what: str) -> Iterator[Show]:
     """Show on a terminal what a command does before its first step, and for how long already; what it yields
     shows a part of that, and how far it is.
     """
