@@ -94,7 +94,7 @@ def test_accuracy_by_kind_and_label_and_when_to_fine_tune_first():
     assert "balanced accuracy" in answers.show({"set": found})
     few = [row(i, "number", "4", i == 0) for i in range(100) for _ in range(4)]
     described = answers.describe(answers.of_rows(few, "here"))
-    assert "pass@4 beyond chance is 1.0 %" in answers.show({"set": described})
+    assert "pass@4 is 1.0 %" in answers.show({"set": described})
     assert "set: pass@4" in answers.show({"set": described}) and "fine-tune first" in answers.show(
         {"set": described}
     )
@@ -102,6 +102,11 @@ def test_accuracy_by_kind_and_label_and_when_to_fine_tune_first():
         answers.of_rows([row(i, "number", "4", True) for i in range(9) for _ in "12"], "here")
     )
     assert "fine-tune first" not in answers.show({"set": many})
+    # a right guess is paid as well: of choices among three, 60 of 100 have one among four samples
+    guessed = [row(i, "choice", "A", i < 60 and j == 0, 3) for i in range(100) for j in range(4)]
+    described = answers.describe(answers.of_rows(guessed, "here"))
+    assert described["pass_at_k_beyond_chance"][4]["high"] < 0
+    assert "fine-tune first" not in answers.show({"set": described})
 
 
 def test_they_are_read_asked_and_paid(path):

@@ -22,7 +22,7 @@ pass@k: unbiased; beyond chance: so that guessing is 0 and certainty 100 (–: c
 maj@k: the most frequent of a question's k answers; ties are drawn with equal chances, and answers that were
 not found do not vote. Entropies are in nats. Intervals (95 %) are over questions."""
 GROUPS = ("kinds", "subjects", "tasks", "labels")  # by which accuracy is given
-GATE = 0.2  # of pass@k beyond chance: below, most groups of samples have equal rewards, which teach nothing
+GATE = 0.2  # of pass@k: below, most groups of samples have equal rewards, which teach nothing
 
 
 class Answers(NamedTuple):
@@ -135,7 +135,8 @@ def describe(a: Answers) -> dict[str, Any]:
     if k > 1:
         passed = {j: stats.pass_at_k(a.correct, j) for j in range(1, k + 1)}
         out["pass_at_k"] = {j: stats.mean_share(p)._asdict() for j, p in passed.items()}
-        out["pass_at_k_beyond_chance"] = beyond_chance(a.correct, a.options)
+        beyond = {j: stats.beyond_chance(p, a.options, j) for j, p in passed.items()}
+        out["pass_at_k_beyond_chance"] = {j: share and share._asdict() for j, share in beyond.items()}
         out["majority"] = stats.mean_share(stats.majority(a.answers, a.correct))._asdict()
         out["answer_entropy"] = float(stats.answer_entropy(a.answers).mean())
         if a.shuffled.any():
@@ -154,21 +155,15 @@ def by_group(correct: np.ndarray, names: np.ndarray) -> dict[str, dict[str, Any]
     return {name: {"n": len(c), "accuracy": stats.accuracy(c)._asdict()} for name, c in groups.items()}
 
 
-def beyond_chance(correct: np.ndarray, options: np.ndarray) -> dict[int, dict[str, float] | None]:
-    """`stats.beyond_chance` of right answers [n, samples], by k from 1 to the samples."""
-    shares = {
-        k: stats.beyond_chance(stats.pass_at_k(correct, k), options, k)
-        for k in range(1, correct.shape[1] + 1)
-    }
-    return {k: share and share._asdict() for k, share in shares.items()}
+def fine_tune_first(k: int, passed: dict[str, float]) -> str | None:
+    """Advice where `GATE` is above the interval of pass@k over all k samples.
 
-
-def fine_tune_first(beyond_chance: dict[int, dict[str, float] | None]) -> str | None:
-    """Advice where `GATE` is above the interval of pass@k at the largest k that tells more than chance."""
-    k = max((k for k, share in beyond_chance.items() if share), default=0)
-    if not (passed := beyond_chance.get(k)) or passed["high"] >= GATE:
+    What guessing would reach is not taken off: a right guess is paid as well, and a base that was below
+    chance by it has learned (numbers/vision.md).
+    """
+    if passed["high"] >= GATE:
         return None
-    few = f"pass@{k} beyond chance is {percent(passed)}, below {100 * GATE:.0f} %"
+    few = f"pass@{k} is {percent(passed)}, below {100 * GATE:.0f} %"
     return f"{few}: reinforcement learning has too little to pay for; fine-tune first (`medrlvr sft`)"
 
 
@@ -199,8 +194,8 @@ def _samples(sets: dict[str, dict[str, Any]]) -> str:
             shares = [percent(d["pass_at_k"][k]), percent(beyond) if beyond else "–"]
             rows.append([name, str(k), *shares, *votes])
     columns = ("samples of", "k", "pass@k", "beyond chance", "maj@k", "answer entropy")
-    advice = ((name, fine_tune_first(d["pass_at_k_beyond_chance"])) for name, d in sampled.items())
-    lines = [f"{name}: {text}" for name, text in advice if text]
+    every = {name: (d["samples"], d["pass_at_k"][d["samples"]]) for name, d in sampled.items()}
+    lines = [f"{name}: {text}" for name, passed in every.items() if (text := fine_tune_first(*passed))]
     return "\n".join([tables.plain(columns, rows), SAMPLED, *lines]) if rows else ""
 
 

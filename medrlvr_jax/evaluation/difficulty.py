@@ -26,7 +26,8 @@ import numpy as np
 from medrlvr_jax.build import check_positions
 from medrlvr_jax.config.load import load
 from medrlvr_jax.data import load as data
-from medrlvr_jax.evaluation.answers import beyond_chance, fine_tune_first, of_rows
+from medrlvr_jax.evaluation import stats
+from medrlvr_jax.evaluation.answers import fine_tune_first, of_rows
 from medrlvr_jax.evaluation.evaluate import ask, open_source, run_folder
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
@@ -71,9 +72,8 @@ def difficulty_source(source: Path, settings: list[str], step: Which, samples: i
         files.append(part, [{"id": q.id, "right": None} | about for q in questions if q.id not in asked])
         part.replace(path)
         print(show(counts, samples, len(questions) - len(ids)))
-        right = np.arange(samples) < np.array([[line["right"]] for line in counts])
-        options = np.array([q.offered for q in encoded.questions])
-        if advice := fine_tune_first(beyond_chance(right, options)):
+        passed = stats.mean_share(np.array([line["right"] > 0 for line in counts], float))
+        if advice := fine_tune_first(samples, passed._asdict()):
             print(advice)
         choice = f"{{file: {path}, keep: [1, {samples - 1}]}}"
         print(f"counts: {path}; train on some with data.pass_count='{choice}'")
