@@ -45,7 +45,10 @@ def curves(run_dirs: Sequence[Path | str], out_png: Path | str) -> None:
     Evaluations are markers, with 95 % intervals, on the panel of correct answers.
     """
     runs = {str(folder): _metrics(Path(folder)) for folder in run_dirs}
-    groups = [(i, columns(records)) for i, records in enumerate(runs.values())]
+    groups, legend = [(i, columns(records)) for i, records in enumerate(runs.values())], []
+    if len(runs) > 1:
+        names = short_names([Path(folder) for folder in runs])
+        legend = [Line2D([], [], label=name, **line_style(i)) for i, name in enumerate(names)]
     with matplotlib.rc_context(fname=STYLE):  # a Figure made directly needs no pyplot, whose state is global
         figure = Figure(figsize=(10, 5.2), layout="constrained")
         for axis, panel in zip(figure.subplots(2, 3, sharex=True).flat, PANELS, strict=True):
@@ -53,13 +56,11 @@ def curves(run_dirs: Sequence[Path | str], out_png: Path | str) -> None:
                 center = {"transform": axis.transAxes, "ha": "center", "va": "center"}
                 axis.text(0.5, 0.5, "not recorded", color="#888888", **center)
             if panel.key == "accuracy":
-                _evaluations(axis, list(runs.values()))
+                legend += _evaluations(axis, list(runs.values()))
         for axis in figure.axes[3:]:
             axis.set_xlabel("step")
-        if len(runs) > 1:
-            lines = [Line2D([], [], **line_style(i)) for i, _ in groups]
-            names = short_names([Path(folder) for folder in runs])
-            figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(runs)))
+        if legend:
+            figure.legend(handles=legend, loc="outside lower center", ncols=min(4, len(legend)))
         figure.savefig(out_png, dpi=160)
 
 
@@ -102,8 +103,11 @@ def _metrics(run: Path) -> Records:
     return read_jsonl(run / "metrics.jsonl")
 
 
-def _evaluations(axis: Axes, runs: list[Records]) -> None:
-    """A marker a set, in the run's colour; with a single run in the set's, as the curve has the run's."""
+def _evaluations(axis: Axes, runs: list[Records]) -> list[Line2D]:
+    """A marker a set, in the run's colour; with a single run in the set's, as the curve has the run's.
+
+    Returns what the legend says of them.
+    """
     keys = {key for records in runs for r in records for key in r if key.startswith("eval.")}
     sets = sorted({key.removeprefix("eval.").rsplit(".", 1)[0] for key in keys})
     last, single = max((r["step"] for records in runs for r in records), default=0), len(runs) == 1
@@ -125,5 +129,4 @@ def _evaluations(axis: Axes, runs: list[Records]) -> None:
             )
         color, label = set_color if single else GREY, name.replace("_", " ")
         legend.append(Line2D([], [], lw=0, marker=marker, ms=5, color=color, label=label))
-    if sets:
-        axis.legend(handles=legend, fontsize=8, loc="best")
+    return legend if sets else []
