@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from cyclopts import App
 
-from medrlvr_jax.cli import create, evaluate, examine  # noqa: F401  (each registers its commands, in this order)
+from medrlvr_jax.cli import create, evaluate, examine  # noqa: F401  (each registers its commands)
 from medrlvr_jax.cli.app import app
 from medrlvr_jax.host import environment
 from medrlvr_jax.host.errors import ConfigError, MedrlvrError
