@@ -21,7 +21,7 @@ from PIL import Image
 
 from medrlvr_jax.config.load import from_tree, load
 from medrlvr_jax.data.question import Question
-from medrlvr_jax.host import files
+from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError, Unwritable
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.console import Console
@@ -382,3 +382,13 @@ def test_long_work_says_how_far_it_is(monkeypatch):
         now[0] += 10
         console.progress("eval dev", done, 10)
     assert file.getvalue().splitlines() == ["eval dev  4/10", "eval dev  8/10"]
+
+
+def test_texts_are_shown_as_they_are(capsys):
+    """Names in colons and brackets are no emoji and no markup, wherever rich prints them."""
+    text, file = "of :pill: [b]", io.StringIO()
+    tables.say(text)
+    assert capsys.readouterr().out == f"{text}\n"
+    assert text in tables.plain(("subject", "n"), [(text, "1")])
+    Console(0, file).notify(text)
+    assert file.getvalue() == f"{text}\n"

@@ -4,6 +4,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import rich.box
 import rich.console
@@ -29,15 +30,16 @@ def plain(head: Sequence[str], rows: Rows, title: str | None = None) -> str:
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
-    console = rich.console.Console(file=text, width=10_000, markup=False)  # wider than any table
+    # wider than any table; a text is shown as it is
+    console = rich.console.Console(file=text, width=10_000, markup=False, emoji=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().split("\n")).strip("\n")
 
 
 def say(text: str) -> None:
     """Print; on a terminal, lines break at words."""
-    screen = rich.console.Console(soft_wrap=not sys.stdout.isatty())
-    screen.print(text, markup=False, highlight=False)
+    how: Any = {"markup": False, "emoji": False, "highlight": False}
+    rich.console.Console(soft_wrap=not sys.stdout.isatty(), **how).print(text)
 
 
 def markdown(head: Sequence[str], rows: Rows) -> str:

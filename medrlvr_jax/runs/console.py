@@ -64,6 +64,8 @@ class Console:
             file=file or (sys.stdout if notebook else sys.stderr),
             quiet=not _is_leader(),
             highlight=False,
+            markup=False,
+            emoji=False,
             soft_wrap=True,
             force_jupyter=False,
         )
@@ -122,7 +124,7 @@ class Console:
         self._last_message = time.monotonic()
         if self._live:
             self._live.refresh()  # rich prints the last line again as it was drawn last
-        self._rich.print(text, markup=False, soft_wrap=not self._live)  # a terminal breaks lines at words
+        self._rich.print(text, soft_wrap=not self._live)  # a terminal breaks lines at words
 
     def close(self) -> None:
         if self._live:
