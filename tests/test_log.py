@@ -385,10 +385,13 @@ def test_long_work_says_how_far_it_is(monkeypatch):
 
 
 def test_texts_are_shown_as_they_are(capsys):
-    """Names in colons and brackets are no emoji and no markup, wherever rich prints them."""
-    text, file = "of :pill: [b]", io.StringIO()
+    """Names in colons and brackets are no emoji and no markup, and control characters command no terminal,
+    wherever rich prints them.
+    """
+    text, file = "of :pill: [b]\x1b[2J\r\x9b", io.StringIO()
+    shown = r"of :pill: [b]\x1b[2J\x0d\x9b"
     tables.say(text)
-    assert capsys.readouterr().out == f"{text}\n"
-    assert text in tables.plain(("subject", "n"), [(text, "1")])
+    assert capsys.readouterr().out == f"{shown}\n"
+    assert shown in tables.plain(("subject", "n"), [(text, "1")])
     Console(0, file).notify(text)
-    assert file.getvalue() == f"{text}\n"
+    assert file.getvalue() == f"{shown}\n"

@@ -161,9 +161,10 @@ def contamination(*sets: Paths, eval: Path | None = None, out: Path | None = Non
         out: The JSON file to write: every matching question, and the training question that it is like.
     """
     from medrlvr_jax.evaluation import contamination as overlap
+    from medrlvr_jax.host.tables import say
 
     result = overlap.contamination([str(path) for path in sets], eval)
-    print(overlap.show(result))
+    say(overlap.show(result))
     if out:
         write_json(out, result)
         print(f"questions: {out}")

@@ -56,9 +56,10 @@ def data(config: Config, /, *settings: Settings, prompts: Whole = 2) -> int:
         prompts: Number of prompts to print for each set.
     """
     checked = load(config, settings, "data")
+    from medrlvr_jax.host.tables import say
     from medrlvr_jax.tools.show_data import show_data
 
-    print(show_data(checked, prompts))
+    say(show_data(checked, prompts))
     return 0
 
 
@@ -169,10 +170,11 @@ def replay(run: Run, /, *settings: Settings, step: Whole, row: Whole) -> int:
         step: The step, as in samples.jsonl: 1, 2, …
         row: The row, as in samples.jsonl. Rows that were not logged can be drawn too.
     """
+    from medrlvr_jax.host.tables import say
     from medrlvr_jax.tools import replay as again
 
     result = again.replay(run, step, row, list(settings))
-    print(again.show(result))
+    say(again.show(result))
     return 1 if result["differ"] else 0
 
 

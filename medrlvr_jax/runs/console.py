@@ -15,6 +15,8 @@ from rich.live import Live
 from rich.segment import ControlType
 from rich.text import Text
 
+from medrlvr_jax.host.tables import visible
+
 QUIET = 30  # seconds without a line, after which long work prints its progress
 LINES = 20  # of a run's steps, about so many leave a line on a terminal
 FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (  # the first ones stay where a terminal is narrow
@@ -124,7 +126,7 @@ class Console:
         self._last_message = time.monotonic()
         if self._live:
             self._live.refresh()  # rich prints the last line again as it was drawn last
-        self._rich.print(text, soft_wrap=not self._live)  # a terminal breaks lines at words
+        self._rich.print(visible(text), soft_wrap=not self._live)  # a terminal breaks lines at words
 
     def close(self) -> None:
         if self._live:
