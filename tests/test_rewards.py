@@ -302,17 +302,17 @@ def test_time_is_linear(mode, head):
     """Baits that make backtracking quadratic or worse: four times the text takes at most ten times as long, 1
     MB less than a second.
 
-    The process's own time, so that whatever else runs on the machine does not count.
+    The thread's own time, so that whatever else runs on the machine, or on XLA's threads, does not count.
     """
 
     def seconds(text):
-        start = time.process_time()
+        start = time.thread_time()
         score([text], ["C"], [FOUR], RewardConfig(mode=mode))
-        return time.process_time() - start
+        return time.thread_time() - start
 
     for name, bait in BAITS.items():
         small, large = ((head + bait * (size // len(bait)) + "</answer>") for size in (250_000, 1_000_000))
-        times = min(seconds(small) for _ in range(2)), min(seconds(large) for _ in range(2))
+        times = min(seconds(small) for _ in range(3)), min(seconds(large) for _ in range(3))
         assert times[1] < max(10 * times[0], 0.05) and times[1] < 1, (name, times)
 
 
@@ -328,9 +328,9 @@ def test_large_and_dense(mode):
         "<think>a</think>" * 5000 + "<answer>C</answer>",
         "<think>" + "</think>" * 5000 + "<answer>C</answer>",
     ]
-    start = time.process_time()
+    start = time.thread_time()
     got = score(rows, ["C"] * 4, [FOUR] * 4, RewardConfig(mode=mode))
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5
     assert got.format_ok.tolist() == [mode != "direct", mode != "direct", mode == "paper", mode == "paper"]
 
 

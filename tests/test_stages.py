@@ -71,7 +71,7 @@ def test_long_and_hostile_texts_take_linear_time():
         seconds = []
         for n in (20_000, 80_000):
             text = "<think>" + piece * (n // len(piece)) + "</think><answer>A</answer>"
-            start = time.process_time()
+            start = time.thread_time()
             stages.stage(text, True, ["aspirin"] * 4)
-            seconds.append(time.process_time() - start)
+            seconds.append(time.thread_time() - start)
         assert seconds[1] < 12 * seconds[0] + 0.2, piece

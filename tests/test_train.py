@@ -21,6 +21,7 @@ from medrlvr_jax.config.schema import RewardConfig, SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data.question import LETTERS, fingerprint, question_hash
 from medrlvr_jax.evaluation import difficulty
+from medrlvr_jax.host import tables
 from medrlvr_jax.model import decoder, families, lora
 from medrlvr_jax.rewards.base import toss
 from medrlvr_jax.rl import loop, programs, train
@@ -153,7 +154,7 @@ def test_replay(run, folder, capsys):
     assert main("replay", run, "--step", 2, "--row", row) == 0
     said = capsys.readouterr()
     assert (
-        sample["completion"] in said.out
+        tables.visible(sample["completion"]) in said.out
         and "exactly what was logged" in said.out
         and "trained again" not in said.err
     )
