@@ -9,6 +9,7 @@ are left out.
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Outcome:
         """Share of the answers that are in one of these stages."""
         return float(np.mean([row["stage"] in stages for row in self.rows]))
 
-    @property
+    @cached_property
     def looks(self) -> stats.Contrast | None:
         """Accuracy less the larger of those with blank and with other questions' images (look.py); None of a
         set without images.
