@@ -23,7 +23,7 @@ MESSAGE = (
 )
 
 PART = 1024  # texts that are encoded at a time, by all cores; an encoding is far larger than its ids
-Progress = Callable[[int, int], None]  # called with how many texts are encoded, and of how many
+Progress = Callable[[int, int], None]  # called with how much is done, and of how much
 
 
 def quiet(done: int, n: int) -> None:

@@ -1,7 +1,7 @@
 """Evaluation: sample and score, as in a training step, over entire sets of questions."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.images import with_thumbnails
 from medrlvr_jax.data.question import Question, fingerprint, question_hash
+from medrlvr_jax.data.tokenizer import Progress, quiet
 from medrlvr_jax.evaluation import answers, look, monitors, stats
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
@@ -61,7 +62,7 @@ def evaluate(
     parts: Parts,
     decode_params: Params,
     encoded: Encoded,
-    progress: Callable[[int, int], None] = lambda done, n: None,
+    progress: Progress = quiet,
     entropies: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answer every question of a set: (counts for summary.json, rows for a JSONL file). `entropies`: each row

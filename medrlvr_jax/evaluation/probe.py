@@ -20,7 +20,6 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -32,7 +31,7 @@ import numpy as np
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.load import find_config
 from medrlvr_jax.data.question import LETTERS
-from medrlvr_jax.data.tokenizer import Tokenizer
+from medrlvr_jax.data.tokenizer import Progress, Tokenizer
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.evaluation.answers import percent
 from medrlvr_jax.evaluation.evaluate import evaluate, new_folder, open_source, required_sets
@@ -45,7 +44,7 @@ from medrlvr_jax.rollout.rollout import Encoded, before_response, encode, place_
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.checkpoint import Which
-from medrlvr_jax.runs.console import Console
+from medrlvr_jax.runs.console import Console, Show
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
 from medrlvr_jax.types import Params, Rollout
 
@@ -94,7 +93,7 @@ def letter_logprobs(
     params: Params,
     encoded: Encoded,
     cases: list[Case],
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> list[tuple[list[float], list[int]]]:
     """For each case: each letter's log-prob and number of tokens."""
     tok, size, mesh = parts.tokenizer, parts.config.eval.batch, parts.mesh
@@ -164,7 +163,7 @@ def probe(
     params: Params,
     decode_params: Params,
     encoded: Encoded,
-    progress: Callable[[str, int, int], None],
+    progress: Show,
     scorer: Scorer | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One set: what `summarise` returns, and a row a question."""
@@ -194,7 +193,7 @@ def probe(
 
 
 def score_cases(
-    parts: Parts, params: Params, encoded: Encoded, cases: list[Case], progress: Callable[[int, int], None]
+    parts: Parts, params: Params, encoded: Encoded, cases: list[Case], progress: Progress
 ) -> dict[Case, tuple[list[float], list[int]]]:
     """`letter_logprobs` by case. Many cases are equal, such as all at 0 %."""
     cases = list(dict.fromkeys(cases))
@@ -211,7 +210,7 @@ def scorer_questions(scorer: Scorer, encoded: Encoded) -> Encoded:
 
 
 def score_by(
-    scorer: Scorer, encoded: Encoded, cases: list[Case], progress: Callable[[str, int, int], None]
+    scorer: Scorer, encoded: Encoded, cases: list[Case], progress: Show
 ) -> dict[Case, tuple[list[float], list[int]]]:
     """`score_cases` by another model, of its own prompts."""
     with jax.set_mesh(scorer.parts.mesh):
