@@ -6,9 +6,9 @@ cannot be negative. rewards/components.py computes the values.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from medrlvr_jax.config.section import Count, FunctionName, Name, Positive, Share, Size, Weight, section
+from medrlvr_jax.config.section import Fraction, FunctionName, Name, section
 
 
 @section
@@ -23,7 +23,7 @@ class PayingConfig:
 class PenaltyConfig:
     """A component whose value, 0 or more, times its weight, is subtracted from the reward."""
 
-    weight: Weight = 1.0  # The penalty is this times the component's value. 0: only a metric.
+    weight: NonNegativeFloat = 1.0  # The penalty is this times the component's value. 0: only a metric.
     name: Name | None = None  # Name of its metric, reward/NAME. null: the kind.
 
 
@@ -72,8 +72,8 @@ class FunctionConfig(PayingConfig):
 
     kind: Literal["function"] = "function"
     fn: FunctionName  # The function, as package.module:function. It may be a coroutine function.
-    deadline: Positive = 60.0  # Seconds that it may take for a batch.
-    concurrency: Count = 16  # Calls of a coroutine function that wait at a time.
+    deadline: PositiveFloat = 60.0  # Seconds that it may take for a batch.
+    concurrency: PositiveInt = 16  # Calls of a coroutine function that wait at a time.
 
 
 @section
@@ -102,16 +102,16 @@ class VerifierConfig(PayingConfig):
     # Subtract the batch's mean and divide by its spread. null: where the score is soft, and
     # advantage.estimator does not itself divide by a spread.
     standardise: bool | None = None
-    max_tokens: Count = 1024  # Longer prompts are not asked about: the answer stays wrong.
-    max_new_tokens: Count = 256  # Tokens of a hard verifier's reply at most.
-    batch: Count = 32  # Prompts at a time, rounded up to what the mesh can split.
+    max_tokens: PositiveInt = 1024  # Longer prompts are not asked about: the answer stays wrong.
+    max_new_tokens: PositiveInt = 256  # Tokens of a hard verifier's reply at most.
+    batch: PositiveInt = 32  # Prompts at a time, rounded up to what the mesh can split.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # Dtype of the weights and of products.
     offload: bool = False  # Keep the weights in the host's pinned memory while they are not used.
     # A server with OpenAI's interface, such as http://localhost:8000/v1. null: the model is on the mesh.
     url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
     key: str | None = None  # With url: the environment variable that holds the API key. null: no key.
-    deadline: Positive = 300.0  # With url: seconds for a batch, after which its other rows fail.
-    retries: Size = 3  # With url: requests after a first one that fails.
+    deadline: PositiveFloat = 300.0  # With url: seconds for a batch, after which its other rows fail.
+    retries: NonNegativeInt = 3  # With url: requests after a first one that fails.
     concurrency: Annotated[int, Field(ge=1, le=256)] = 16  # With url: requests at a time.
 
 
@@ -120,7 +120,7 @@ class LeakConfig(PenaltyConfig):
     """1 where the thought states the answer (arXiv 2509.15557)."""
 
     kind: Literal["leak"] = "leak"
-    weight: Weight = 0.5  # Subtracted where it applies.
+    weight: NonNegativeFloat = 0.5  # Subtracted where it applies.
 
 
 @section
@@ -128,7 +128,7 @@ class BeforeConfig(PenaltyConfig):
     """1 where over 15 words stand before <think> (arXiv 2509.15557)."""
 
     kind: Literal["before"] = "before"
-    weight: Weight = 0.3  # Subtracted where it applies.
+    weight: NonNegativeFloat = 0.3  # Subtracted where it applies.
 
 
 @section
@@ -155,8 +155,8 @@ class ProbabilityConfig(PayingConfig):
     score: Literal["mean", "product", "geometric", "logmean"] = "mean"
     # Subtract the start policy's score of the answer without a thought; less than that pays 0.
     baseline: bool = True
-    format: Share = 0.1  # Share of the value that the format of reward.mode earns alone.
-    max_tokens: Count = 32  # Of longer answers, only the first tokens are scored.
+    format: Fraction = 0.1  # Share of the value that the format of reward.mode earns alone.
+    max_tokens: PositiveInt = 32  # Of longer answers, only the first tokens are scored.
 
 
 @section
@@ -176,7 +176,7 @@ class LooksConfig(PayingConfig):
 
     kind: Literal["looks"] = "looks"
     weight: float = 0.5  # The value is multiplied by this. 0: only a metric.
-    clip: Positive = 1.0  # The value is clipped to ± this.
+    clip: PositiveFloat = 1.0  # The value is clipped to ± this.
 
 
 @section
@@ -184,7 +184,8 @@ class OverlongConfig(PenaltyConfig):
     """0 up to `buffer` tokens before the limit, then linear to 1 at the limit (DAPO, arXiv 2503.14476)."""
 
     kind: Literal["overlong"] = "overlong"
-    buffer: Count  # Tokens before sample.max_new_tokens at which the penalty begins. 4,096 of 20,480 in DAPO.
+    # Tokens before sample.max_new_tokens at which the penalty begins. 4,096 of 20,480 in DAPO.
+    buffer: PositiveInt
 
 
 @section
@@ -192,8 +193,8 @@ class LengthConfig(PenaltyConfig):
     """Tokens by which a response misses a budget, times `per_token` (L1-Exact, arXiv 2503.04697)."""
 
     kind: Literal["length"] = "length"
-    budget: Count  # Tokens that a response should have.
-    per_token: Positive = 0.0003  # Value of each token of the difference. 0.0003 in L1.
+    budget: PositiveInt  # Tokens that a response should have.
+    per_token: PositiveFloat = 0.0003  # Value of each token of the difference. 0.0003 in L1.
     shorter: bool = True  # Shorter responses are penalised too, as in L1-Exact. false: only longer ones.
 
 
@@ -202,7 +203,7 @@ class RepetitionConfig(PenaltyConfig):
     """1 where some run of words occurs again and again (RLPR, arXiv 2506.18254)."""
 
     kind: Literal["repetition"] = "repetition"
-    words: Count = 10  # Words in a run.
+    words: PositiveInt = 10  # Words in a run.
     times: Annotated[int, Field(ge=2)] = 10  # Occurrences from which it is penalised; they may overlap.
 
 
@@ -238,12 +239,14 @@ class RewardConfig:
     wrong: float = 0.0  # Reward of a wrong answer in the right format. As `correct`: pays for format alone.
     correct: float = 1.0  # Reward of the right answer in the right format.
     # A control: pay `correct` with this probability and `wrong` otherwise, for any completion. null: off.
-    random: Share | None = None
-    leak_penalty: Weight = 0.0  # Subtracted if the thought states the answer. 0.5 in arXiv 2509.15557.
-    before_penalty: Weight = 0.0  # Subtracted if over 15 words stand before <think>. 0.3 in arXiv 2509.15557.
+    random: Fraction | None = None
+    # Subtracted if the thought states the answer. 0.5 in arXiv 2509.15557.
+    leak_penalty: NonNegativeFloat = 0.0
+    # Subtracted if over 15 words stand before <think>. 0.3 in arXiv 2509.15557.
+    before_penalty: NonNegativeFloat = 0.0
     # Your own reward function for training, as package.module:function. A config runs the code that it names.
     fn: FunctionName | None = None
-    deadline: Positive = 60.0  # Seconds that fn may take for a batch.
+    deadline: PositiveFloat = 60.0  # Seconds that fn may take for a batch.
 
 
 # Rewards of published systems, as `reward: NAME` takes them; docs/pages/explanation/reward.md says how well
