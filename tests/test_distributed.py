@@ -372,7 +372,7 @@ def test_what_the_mesh_cannot_split_is_refused(folder, capsys):  # noqa: F811
 
 def test_few_key_value_heads_are_replicated(folder):  # noqa: F811
     parts = build.build(configs.load(folder / "config.yaml", ["mesh={data: 1, fsdp: 2, tensor: 4}"]))
-    placed = build.places(build.abstract_params(parts, parts.cfg))
+    placed = build.shardings_of(build.abstract_params(parts, parts.cfg))
     assert parts.cfg.kv_heads == 2 and parts.cfg.heads == 4
     assert "tensor" in str(placed["layers"]["q"].spec) and "tensor" not in str(placed["layers"]["k"].spec)
 

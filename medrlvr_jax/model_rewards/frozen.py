@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from medrlvr_jax import sharding
-from medrlvr_jax.build import check_widths, places
+from medrlvr_jax.build import check_widths, shardings_of
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import spec, weights
@@ -56,5 +56,5 @@ def lay_out(
 def load(model: FrozenModel, path: str) -> FrozenModel:
     """A laid out model with the weights of the directory or hub name `path`."""
     dtype = jax.tree.leaves(model.params)[0].dtype
-    params = weights.load_params(path, model.cfg, places(model.params), dtype)
+    params = weights.load_params(path, model.cfg, shardings_of(model.params), dtype)
     return dataclasses.replace(model, params=params)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from medrlvr_jax.build import Parts, updates_in
+from medrlvr_jax.build import Parts, count_updates
 from medrlvr_jax.data.question import fingerprint
 from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host import files
@@ -197,8 +197,8 @@ def learning_rates(job: Job, n: int) -> dict[str, float]:
     out = {}
     for name, (optimizer, waits) in learners.items():
         if optimizer and n > waits:
-            rate = learning_rate(optimizer, updates_in(config, job.steps - waits))
-            out[f"{name}/learning_rate"] = float(np.asarray(rate(updates_in(config, n - waits) - 1)))
+            rate = learning_rate(optimizer, count_updates(config, job.steps - waits))
+            out[f"{name}/learning_rate"] = float(np.asarray(rate(count_updates(config, n - waits) - 1)))
     return out
 
 

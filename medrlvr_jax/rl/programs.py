@@ -57,14 +57,14 @@ def make_programs(parts: Parts, steps: int) -> Programs:
     """Nothing is compiled yet. Schedules end with the run; while the critic warms up, the policy's waits."""
     config = parts.config
     check_rl(config)
-    updates = build.updates_in(config, steps - config.learn.critic_warmup)
+    updates = build.count_updates(config, steps - config.learn.critic_warmup)
     policy_tx = make_optimizer(config.learn.policy, updates)
-    placed = build.places(build.abstract_learner(parts, parts.cfg, policy_tx))
+    placed = build.shardings_of(build.abstract_learner(parts, parts.cfg, policy_tx))
     learn_policy = compile_learn(config, policy_objective(config, parts.cfg), policy_tx, placed)
     critic_tx, learn_critic = None, None
     if config.learn.critic is not None:
-        critic_tx = make_optimizer(config.learn.critic, build.updates_in(config, steps))
-        placed = build.places(build.abstract_learner(parts, parts.critic_cfg, critic_tx))
+        critic_tx = make_optimizer(config.learn.critic, build.count_updates(config, steps))
+        placed = build.shardings_of(build.abstract_learner(parts, parts.critic_cfg, critic_tx))
         learn_critic = compile_learn(config, critic_objective(config, parts.critic_cfg), critic_tx, placed)
     return Programs(
         sync_weights=make_weight_sync(parts, parts.sampler_cfg),

@@ -22,10 +22,10 @@ from medrlvr_jax.build import (
     abstract_learner,
     build,
     check_positions,
+    count_updates,
     init_learner,
     load_base,
     total_steps,
-    updates_in,
 )
 from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
@@ -157,7 +157,7 @@ def make_job(parts: Parts, pairs: Pairs, sets: dict[str, Encoded]) -> Job:
     config, rows, (encoded, targets) = parts.config, pairs.rows, pairs
     steps, n = total_steps(config, len(rows)), config.sample.questions
     columns = width(max(map(len, targets)))
-    tx = make_optimizer(config.learn.policy, updates_in(config, steps))
+    tx = make_optimizer(config.learn.policy, count_updates(config, steps))
     learner, placed = init_learner(parts, parts.cfg, tx)
     program = compile_learn(config, nll_objective(config, parts.cfg), tx, placed)
     learner, learn = offload(config, learner, program)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from medrlvr_jax.build import vision_of
+from medrlvr_jax.build import limit_pixels
 from medrlvr_jax.config.schema import Config, SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
@@ -49,7 +49,7 @@ def image_tokens(questions: list[Question], config: Config) -> list[list[list[in
     """The tokens of each image of each question; None where the model or the set has no images."""
     if not any(question.images for question in questions):
         return None
-    vision = vision_of(read_config(config.model.path), config)
+    vision = limit_pixels(read_config(config.model.path), config)
     images = measure(questions, vision) if vision else None
     return images.pads() if images else None
 
