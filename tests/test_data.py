@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medrlvr_jax.config.schema import PassCountConfig, SetConfig
+from medrlvr_jax.config.data import PassCountConfig, SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import readers
 from medrlvr_jax.data.batches import batch_at

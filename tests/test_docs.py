@@ -81,9 +81,9 @@ def test_commands_and_settings_in_the_pages_are_real():
 def test_a_setting_is_shown_with_type_default_and_comment():
     page = reference.settings()
     assert "| `kl.coef` | number ≥ 0 | `0.01` | Coefficient β. 0: no reference model is loaded. |" in page
-    note = "Tokens of an answer at most. null: sample.max_new_tokens."
+    note = "Maximum tokens of an answer. null: sample.max_new_tokens."
     assert f"| `eval.max_new_tokens` | whole number > 0 \\| `null` | `null` | {note} |" in page
-    note = "clip: PPO's; cispo: arXiv 2506.13585."
+    note = "clip: PPO's clipped surrogate; cispo: clipped importance weights (arXiv 2506.13585)."
     assert rf"| `loss.surrogate` | `clip` \| `cispo` | `clip` | {note} |" in page
     assert "before &lt;think>" in page  # a tag in a comment is text
 

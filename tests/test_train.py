@@ -140,7 +140,7 @@ def test_it_resumes_to_the_same_run(run, folder):
 
 def test_what_checkpoint_best_may_name_is_recorded(run):
     _, last = lines(run / "metrics.jsonl")[-2:]
-    wanted = [f"eval.in_distribution.{share}" for share in schema.EVAL_SHARES] + list(schema.STEP_SHARES)
+    wanted = [f"eval.in_distribution.{share}" for share in schema.EVAL_METRICS] + list(schema.STEP_METRICS)
     assert [name for name in wanted if name not in last] == []
 
 

@@ -17,7 +17,7 @@ from medrlvr_jax.config.reward import (
     RewardConfig,
     RuleConfig,
 )
-from medrlvr_jax.config.schema import COMPARING, EVAL_SHARES, STEP_SHARES, Config
+from medrlvr_jax.config.schema import EVAL_METRICS, GROUP_ESTIMATORS, STEP_METRICS, Config
 from medrlvr_jax.host.errors import ConfigError, nearest
 
 MODEL = ("name", "runs", "seed", "model", "prompt", "reward", "mesh", "eval")
@@ -189,7 +189,7 @@ def check_rl(c: Config) -> None:
     if estimator != "gae" and c.learn.critic is not None:
         remedy = "set learn.critic to null, or take estimator gae"
         out.append(f"learn.critic: {estimator} has no use for a critic; {remedy}")
-    if estimator in COMPARING and c.sample.samples < 2:
+    if estimator in GROUP_ESTIMATORS and c.sample.samples < 2:
         why = f"{estimator} compares samples of one question, so at least 2 are needed"
         out.append(f"sample.samples: {c.sample.samples}: {why}")
     if c.learn.critic_warmup and c.learn.critic is None:
@@ -199,13 +199,13 @@ def check_rl(c: Config) -> None:
         raise ConfigError("\n".join(out))
 
 
-def check_best(c: Config, of_steps: tuple[str, ...] = STEP_SHARES) -> None:
+def check_best(c: Config, of_steps: tuple[str, ...] = STEP_METRICS) -> None:
     """Refuse a checkpoint.best that the run does not record, so that no checkpoint would be kept for it.
 
     `of_steps`: metrics that the training steps record. Not for other commands: they may replace a run's sets.
     """
     best = c.checkpoint.best
-    known = [*(f"eval.{name}.{share}" for name in c.eval.sets for share in EVAL_SHARES), *of_steps]
+    known = [*(f"eval.{name}.{share}" for name in c.eval.sets for share in EVAL_METRICS), *of_steps]
     if best is not None and best not in known:
         remedy = f"there are {', '.join(known)}" if known else "name a set of eval.sets, or set it to null"
         hint = f"{nearest(best, known)} {remedy}".strip()

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from medrlvr_jax.config.schema import Config, PassCountConfig
+from medrlvr_jax.config.data import PassCountConfig
+from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data.question import DataError, Question
 from medrlvr_jax.data.readers import read_json
 

@@ -26,7 +26,7 @@ What fails on a completion costs its row, not the run:
   part of n of N rows has n / N of the deadline, at least 1/16; after three deadlines, unscored rows fail.
 
 A failed row is not learned from. A reward of 0 instead would be a target: completions that break the function
-would pay more than unformatted ones. If samples of a question are compared (config.schema.COMPARING), the
+would pay more than unformatted ones. If samples of a question are compared (schema.GROUP_ESTIMATORS), the
 whole question is left out: a mean over the samples that did not fail is a biased baseline.
 
 What is wrong with the function itself ends the run:

@@ -28,7 +28,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from medrlvr_jax.config.schema import COMPARING, AdvantageConfig, KLConfig
+from medrlvr_jax.config.schema import GROUP_ESTIMATORS, AdvantageConfig, KLConfig
 from medrlvr_jax.types import Array, Assessment
 
 WHITENED = ("gae", "gdpo", "reinforce_pp", "reinforce_pp_baseline")  # estimators that `whiten` is about
@@ -192,7 +192,7 @@ def compute(
     mean = advantages.sum() / n
     learned = mask.any(axis=-1)
     groups = learned.any(axis=-1)
-    differ, equal = contrast(clipped, learned, config.estimator in COMPARING)
+    differ, equal = contrast(clipped, learned, config.estimator in GROUP_ESTIMATORS)
     if config.estimator == "gdpo":  # components may differ where their sum does not
         each = [contrast(values, learned, True) for _, values in components]
         differ = jnp.stack([d for d, _ in each]).any()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medrlvr_jax.build import Parts
-from medrlvr_jax.config.schema import COMPARING, AdvantageConfig, KLConfig, LossConfig, SpreadConfig
+from medrlvr_jax.config.schema import GROUP_ESTIMATORS, AdvantageConfig, KLConfig, LossConfig, SpreadConfig
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.rewards.base import Verdicts, add_terms
 from medrlvr_jax.rewards.components import Component, components
@@ -180,7 +180,7 @@ def kept_responses(
     `spread` drops. total, unshaped [Q, G]: the rewards, and what they are without penalties.
     """
     usable, dropped, stats = finite, jnp.zeros(len(finite), bool), {}
-    if config.estimator in COMPARING:
+    if config.estimator in GROUP_ESTIMATORS:
         usable = jnp.broadcast_to(finite.all(-1, keepdims=True), finite.shape)
     if config.drop_equal_groups:
         _, dropped = advantages.contrast(unshaped, usable, within=True)
