@@ -217,7 +217,7 @@ def evaluate(
     Raises `ConfigError` for questions that cannot be used: see formats.py.
     """
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
-    spec, records = data.given(SetConfig(path=PYTHON), questions)
+    spec, records = data.resolve_data(SetConfig(path=PYTHON), questions)
     asked = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
     settings = checked(EvalConfig, {"batch": sharding.rows_that_split(loaded.mesh, batch)} | asked)
     parts = dataclasses.replace(loaded.parts, config=dataclasses.replace(loaded.config, eval=settings))

@@ -57,7 +57,7 @@ def main(model: str = "embedded", questions: str = "64") -> None:
     thoughts = {
         "its own reasoning": [q.rationale or "" for q in asked],
         "another's reasoning": [asked[(i + n // 2) % n].rationale or "" for i in range(n)],
-        "its options copied": [" ".join(q.lettered) for q in asked],
+        "its options copied": [" ".join(q.lettered_options) for q in asked],
         "none": ["guess."] * n,
     }
     length = parts.config.sample.max_new_tokens

@@ -201,9 +201,7 @@ def test_closures_pay_callbacks_stop_and_the_same_call_goes_on(folder, capsys): 
     ):
         mr.train(c, rewards=[(length, 2.0), keyed], data=ROWS[1:])
     assert main("train", run / "config.yaml") == 2
-    assert (
-        "these rows were given in Python, and no file holds them; give them again" in capsys.readouterr().err
-    )
+    assert "these records came from Python, and no file has them; pass them again" in capsys.readouterr().err
     # the same questions, as objects
     summary = mr.train(c, rewards=[(length, 2.0), keyed], data=QUESTIONS, callbacks=[watch])
     assert (
@@ -295,7 +293,7 @@ def test_rows_given_in_python_are_read_as_those_of_a_file(folder, tmp_path):  # 
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     asked = []
     for rows in (ROWS, QUESTIONS, datasets.Dataset.from_list(ROWS), file, str(file)):
-        spec, records = load.given(SetConfig(path="other.csv"), rows)
+        spec, records = load.resolve_data(SetConfig(path="other.csv"), rows)
         asked.append(fingerprint(load.read(spec, records)[0]))
     assert asked == asked[:1] * 5
     mr.sft(settings(folder, "sft", steps=1), data=QUESTIONS)
@@ -307,15 +305,15 @@ def test_rows_given_in_python_are_read_as_those_of_a_file(folder, tmp_path):  # 
     c = settings(folder, "refused")
     for data, message in (
         ([ROWS[0], ROWS[0]], "python:data, row 2: id 'q0' is already that of row 1"),
-        ([3], "python:data, row 1: 3: a Question or a dict is needed"),
+        ([3], "python:data, row 1: 3: the row is neither a Question nor a dict"),
         (
             [mr.Question("a", "b", ("c", "d"), 2)],
-            "row 1: field answer: 2: give the index of the right one of its 2 options",
+            "row 1: field answer: 2 is not the index of one of its 2 options",
         ),
-        ([], "python:data: there is not one record in it"),
+        ([], "python:data: it has no record"),
         (
             [*QUESTIONS[:1], mr.Example("a", "b")],
-            r"row 2: Example.*: the rows before it are of the kind Question",
+            r"row 2: Example.*: the rows before it are of the type Question",
         ),
         ([mr.Example("a", "b")], "row 1: format text, where plain or .* is needed"),
     ):

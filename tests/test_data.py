@@ -172,7 +172,7 @@ def test_medmcqa_counts_from_one_in_files_and_by_label_on_the_hub(file, tmp_path
         assert f"field cop: {bad} is not the number of one of its 4 options, counted from 1" in complaint(
             file("d.jsonl", [MCQA | {"cop": bad}])
         )
-    assert "take the train or validation split" in complaint(file("d.jsonl", [MCQA | {"cop": -1}]))
+    assert "use the train or validation split" in complaint(file("d.jsonl", [MCQA | {"cop": -1}]))
     assert "True" in complaint(file("d.jsonl", [MCQA | {"cop": True}]))  # in Python True == 1
     import datasets
 
@@ -219,13 +219,13 @@ def test_text(file):
 def test_limit_and_explicit_format(file):
     path = file("m.jsonl", [MEDQA] * 5)
     assert [q.id for q in read(path, limit=2)] == ["m-1", "m-2"]
-    assert "line 1: field opa: needed" in complaint(path, format="medmcqa")
+    assert "line 1: field opa: it is required" in complaint(path, format="medmcqa")
 
 
 def test_unknown_and_ambiguous_fields_list_the_formats(file):
     told = complaint(file("x.jsonl", [{"stem": "Which?", "key": "A"}]))
     assert all(form in told for form in FORMATS) and "['stem', 'key'] fit no format" in told
-    assert "fit medqa and medmcqa alike; set format" in complaint(file("x.jsonl", [MEDQA | MCQA]))
+    assert "fit the formats medqa and medmcqa; set format" in complaint(file("x.jsonl", [MEDQA | MCQA]))
 
 
 # ---- what can be read in more than one way ----
@@ -289,7 +289,11 @@ def test_options_are_read_without_letters_of_their_own(file):
         ["A - x", "B - y", "C – z"],
     ):
         path = file("own.jsonl", [PLAIN | {"options": options}])
-        assert read(path)[0].options == ("x", "y", "z") and 'bring letters ("A. …"): 1, removed' in told(path)
+        assert read(path)[0].options == (
+            "x",
+            "y",
+            "z",
+        ) and 'have their own letters ("A. …"): 1, removed' in told(path)
     given = MEDQA | {"options": {"A": "A. Ulnar", "B": "B. Radial"}}
     for answer in ("Radial", "B. Radial"):
         assert read(file("m.jsonl", [given | {"answer": answer}]))[0].options == ("Ulnar", "Radial")
@@ -348,7 +352,7 @@ def test_csv_by_commas_semicolons_or_tabs(file, mark):
     assert read(path) == [Question("7", "Which?", ("x", "y", "z"), 2, "health")] and "not read" not in told(
         path
     )
-    assert "column 'A' is there twice" in complaint(
+    assert "the header has the column 'A' twice" in complaint(
         file("own.csv", mark.join("question A A answer".split()) + "\n")
     )
 
@@ -390,7 +394,7 @@ def test_excel(tmp_path, monkeypatch):
     book.save(path)
     assert "row 5: 6 cells under a header of 5" in complaint(str(path))
     path.write_bytes(b"PK")
-    assert "no .xlsx file, or a broken one" in complaint(str(path))
+    assert "it is not an .xlsx file, or it is damaged" in complaint(str(path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'medrlvr-jax[excel]'" in complaint(str(path))
 
@@ -454,9 +458,9 @@ def test_fields_under_other_names_and_records_chosen_by_theirs(file):
     assert read(path, **open_one)[2].value.value == 2
     refused = [
         ({"fields": {"qestion": "q"}}, "fields.qestion: no format reads a field of this name; did you mean question?"),
-        ({"fields": {"id": "a"}, "constants": {"id": 1}}, "constants.id: given in fields, too"),
-        ({"fields": {"question": "case.txt"}}, "line 1: field case.txt, read as question: needed, and not there"),
-        ({"where": {"tags": "bone"}}, "where {'tags': 'bone'} leaves no record; in them, tags is ['heart'], ["),
+        ({"fields": {"id": "a"}, "constants": {"id": 1}}, "constants.id: fields names it, too"),
+        ({"fields": {"question": "case.txt"}}, "line 1: field case.txt, read as question: it is required and missing"),
+        ({"where": {"tags": "bone"}}, "where {'tags': 'bone'} selects no record; in them, tags is ['heart'], ["),
         ({"where": {"tag": "bone"}}, "in them, tag is absent"),
     ]  # fmt: skip
     for spec, message in refused:
@@ -496,39 +500,39 @@ def test_bad_records_are_skipped_and_counted_where_that_is_allowed(file):
         (PLAIN | {"answer": "Ｂ"}, "is not the letter"),  # a full-width look-alike
         (PLAIN | {"answer": 1}, "field answer: 1 is a number where a letter is needed; give the letter"),
         (PLAIN | {"answer": "2"}, "field answer: '2' is a number where a letter is needed"),
-        (PLAIN | {"options": ["A. x", "A. x"]}, "field options: ('A. x', 'A. x') has one text twice"),
-        (PLAIN | {"options": ["A. x", "B) x"]}, "has one text twice"),
+        (PLAIN | {"options": ["A. x", "A. x"]}, "field options: ('A. x', 'A. x') has the same text twice"),
+        (PLAIN | {"options": ["A. x", "B) x"]}, "has the same text twice"),
         (
             PLAIN | {"options": ["B. x", "C. y", "A. z"]},
-            "their own letters are B, C, A: which does the key mean?",
+            "their own letters are B, C, A, so the key is ambiguous; put them in order",
         ),
         (
             {"question": "q", "choices": ["x", "y"], "answer": 0},
-            "needed, and not there; the record has ['question', 'choices', 'answer']",
+            "it is required and missing; the record has ['question', 'choices', 'answer']",
         ),
         (
             {"question": "q", "choices": ["x", "y"], "answer": 0},
-            "format plain was told by the first record alone",
+            "the format plain was detected from the first record only",
         ),
         (PLAIN | {"question": " "}, "field question: ' ' is blank"),
         (
             PLAIN | {"question": None},
-            "field question: needed, and not there; the record has ['question', 'options', 'answer']",
+            "field question: it is required and missing; the record has ['question', 'options', 'answer']",
         ),
         (PLAIN | {"question": "\ud800"}, "half a surrogate pair"),
-        (PLAIN | {"options": ["x"], "answer": "A"}, "field options: 1 of them; a question has 2 to 10"),
-        (PLAIN | {"options": list("abcdefghijk")}, "field options: 11 of them"),
+        (PLAIN | {"options": ["x"], "answer": "A"}, "field options: there are 1; a question has 2 to 10"),
+        (PLAIN | {"options": list("abcdefghijk")}, "field options: there are 11"),
         (PLAIN | {"options": {"A": "x", "C": "y"}}, "letters ['A', 'C'] are not A, B, C … without a gap"),
-        (PLAIN | {"options": "A or B"}, "field options: 'A or B': a list of options is needed"),
+        (PLAIN | {"options": "A or B"}, "field options: 'A or B' is neither a list nor an object"),
         (PLAIN | {"options": ["x", 2]}, "field options 2: 2 is not a string"),
-        (PLAIN | {"options": ["x", "x "]}, "field options: ('x', 'x') has one text twice"),
+        (PLAIN | {"options": ["x", "x "]}, "field options: ('x', 'x') has the same text twice"),
         (PLAIN | {"id": [1]}, "field id: [1] is neither a string nor an integer"),
         (PLAIN | {"rationale": 3}, "field rationale: 3 is not a string"),
         (PLAIN | {"facts": "x"}, "field facts: 'x' is not a list"),
         (PLAIN | {"facts": ["x", ["y", 1]]}, "field facts 2: 1 is not a string"),
         ('{"question": "a", "question": "b"}', "field 'question' is given twice"),
         ('{"question": ', "not JSON: Expecting value"),
-        ('["question"]', "a record is an object with fields"),
+        ('["question"]', "is not an object with fields"),
         ("9" * 5000, "not JSON: "),
         ("[" * 100_000, "nested too deep"),
     ],
@@ -554,21 +558,21 @@ def test_ten_complaints_at_once(file):
 
 
 def test_ids_must_differ(file):
-    assert "line 2: id '7' is already that of line 1; give each its own, or none" in complaint(
+    assert "line 2: id '7' is already that of line 1; give each record its own, or none" in complaint(
         file("own.jsonl", [PLAIN | {"id": 7}] * 2)
     )
 
 
 def test_an_absurd_line_is_refused_without_reading_it_whole(file, monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE", 2**20)
-    assert "line 2: longer than 1 MiB" in complaint(file("own.jsonl", [PLAIN, "x" * 2**21]))
+    assert "line 2: the line is longer than 1 MiB" in complaint(file("own.jsonl", [PLAIN, "x" * 2**21]))
 
 
 def test_csv_complaints(file):
     assert "line 3: 3 cells under a header of 4" in complaint(
         file("x.csv", "question,A,B,answer\nq,1,2,A\nq,1,A\n")
     )
-    assert "line 2: 5 cells; without a header there are six" in complaint(
+    assert "line 2: 5 cells; without a header six are needed" in complaint(
         file("x_test.csv", "q,1,2,3,4,A\nq,1,2,3,A\n")
     )
     assert "line 2: not CSV in UTF-8" in complaint(file("x.csv", 'question,A,B,answer\nq,1,2,"A\nq,1,2,B\n'))
@@ -580,15 +584,15 @@ def test_paths(file, tmp_path):
         ("nowhere.jsonl", "no such file"),
         (str(tmp_path / "gone"), "no such file"),
         (str(tmp_path), "a folder"),
-        (file("x.txt", ""), "a file of another kind"),
-        (file("x.parquet", "no"), "it may be no parquet file, or a broken one: write it again"),
+        (file("x.txt", ""), "a file of unknown type"),
+        (file("x.parquet", "no"), "it is not a parquet file, or it is damaged; write it again"),
         (file("y.parquet", "version https://git-lfs.github.com/spec/v1\noid 1"), "git-LFS pointer"),
         (file("y.jsonl", "version https://git-lfs.github.com/spec/v1\noid 1"), "git-LFS pointer"),
-        (file("empty.jsonl", ""), "not one record"),
+        (file("empty.jsonl", ""), "it has no record"),
         (file("ids.json", '{"1": "yes"}'), "fit no format"),
         (
             "embedded:corpus",
-            "take embedded:train or embedded:in_distribution or embedded:out_of_distribution",
+            "use embedded:train or embedded:in_distribution or embedded:out_of_distribution",
         ),
     ):
         assert told in complaint(path)

@@ -13,7 +13,7 @@ from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import prompts
 from medrlvr_jax.data.load import load, read
 from medrlvr_jax.data.options import shuffled
-from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash, several
+from medrlvr_jax.data.question import DataError, Question, choices_reference, fingerprint, question_hash
 from medrlvr_jax.data.values import read_reference
 from medrlvr_jax.evaluation import answers
 
@@ -48,7 +48,7 @@ def path(tmp_path):
 def test_all_that_apply(path):
     question = load(SetConfig(path=str(path), format="plain", where={"question": "Which are statins?"}))[0]
     assert (question.kind, question.reference, question.right_text) == ("choices", "A, C", "w; y")
-    assert (question.right, question.letters, question.offered) == ((0, 2), "", 0)
+    assert (question.right_indices, question.letters, question.choice_count) == ((0, 2), "", 0)
     given = ["C,A", "a; c", "A, B, C", "A", "A, A", "A, D", "AC"]
     verdicts = rewards.grade([f"<think>x</think><answer>{g}</answer>" for g in given], [question] * 7)
     assert verdicts.reason.tolist() == ["correct"] * 2 + ["wrong"] * 2 + [
@@ -60,9 +60,9 @@ def test_all_that_apply(path):
     orders = [shuffled(question, 0, draw) for draw in range(20)]
     assert {q.order for q in orders} == {"ABC", "ACB", "BAC", "BCA", "CAB", "CBA"}
     for q in orders:
-        assert {q.options[i] for i in q.right} == {"w", "y"} and q.reference == q.value.text
+        assert {q.options[i] for i in q.right_indices} == {"w", "y"} and q.reference == q.value.text
         assert question_hash(q) == question_hash(question)
-    assert question_hash(question) != question_hash(replace(question, value=several([0], 3)))
+    assert question_hash(question) != question_hash(replace(question, value=choices_reference([0], 3)))
     rows = [
         {
             "id": "1",

@@ -86,5 +86,5 @@ def test_patterns_are_refused_by_name(tmp_path):
         read(tmp_path, "med_r1", [row])
     with pytest.raises(DataError, match=r"patterns\.a: '\.\*' names no part"):
         read(tmp_path, "plain", [row], patterns={"a": ".*"})
-    with pytest.raises(DataError, match=r"patterns.a: '\(' is no regular expression"):
+    with pytest.raises(DataError, match=r"patterns.a: '\(' is not a regular expression"):
         read(tmp_path, "plain", [row], patterns={"a": "("})

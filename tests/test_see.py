@@ -246,9 +246,9 @@ def test_images_of_records(folder, tmp_path):
     assert all(np.array_equal(one, pixels[0]) for one in pixels)
     assert len({question_hash(question) for question in given[:2]}) == 1
     assert fingerprint(given[:1]) != fingerprint([replace(given[0], images=())])
-    with pytest.raises(DataError, match="field images: given beside image"):
+    with pytest.raises(DataError, match="field images: the record also has image"):
         load.read(SetConfig(path="python:data"), [row | {"image": data, "images": [data]}])
-    with pytest.raises(DataError, match="field image: 3 is no image"):
+    with pytest.raises(DataError, match="field image: 3 is not an image"):
         load.read(SetConfig(path="python:data"), [row | {"image": 3}])
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from medrlvr_jax.data.question import LETTERS, Question, brings_letters, several
+from medrlvr_jax.data.question import LETTERS, Question, choices_reference, have_letters
 
 SOME = r"(?:all|none|any|both|neither|either|each|some|one|two|more than one)"
 ABOVE = re.compile(  # "all of the above", "Both", "none of the others", "All above"; not "above the knee"
@@ -78,7 +78,7 @@ def _places(names: Iterable[str], n: int) -> set[int]:
 def anchored(options: tuple[str, ...]) -> tuple[set[int], set[int]]:
     """(places of the options that must stay, those among them that say "above": none may cross these)."""
     n, texts = len(options), [option.strip() for option in options]
-    if any(map(PLACES.search, texts)) or brings_letters(options):
+    if any(map(PLACES.search, texts)) or have_letters(options):
         return set(range(n)), set()
     stay, walls = set(), set()
     names = [named(text, n) for text in texts]
@@ -114,8 +114,8 @@ def shuffled(question: Question, seed: int, draw: int) -> Question:
         return question
     places = order(question, seed, draw)
     options, letters = tuple(question.options[i] for i in places), "".join(LETTERS[i] for i in places)
-    right = [places.index(i) for i in question.right]
+    right = [places.index(i) for i in question.right_indices]
     key: dict[str, Any] = {"answer": right[0]}
     if question.value is not None:
-        key = {"value": several(right, len(options))}
+        key = {"value": choices_reference(right, len(options))}
     return dataclasses.replace(question, options=options, order=letters, **key)

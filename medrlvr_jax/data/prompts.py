@@ -48,7 +48,7 @@ ANSWERS = {
 
 def render(question: Question, template: str) -> str:
     """The user's text: a question in the wording that `PromptConfig.template` names, or is."""
-    asked = "\n".join([f"Question: {question.question}", *question.lettered])
+    asked = "\n".join([f"Question: {question.question}", *question.lettered_options])
     answer, form = answer_form(question)
     parts = {"{question}": asked, "{answer}": answer, "{form}": form}
     return FIELD.sub(lambda field: parts[field[0]], TEMPLATES.get(template, template))

@@ -1,4 +1,4 @@
-"""The Question type, options that bring their own letters, and hashes of questions."""
+"""The types `Question` and `Example`, labels inside options, and hashes of questions."""
 
 import dataclasses
 import hashlib
@@ -18,53 +18,52 @@ from medrlvr_jax.host.errors import ConfigError
 LETTERS = "ABCDEFGHIJ"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")  # how Qwen3's template switches thinking off
-LABEL = re.compile(  # the label in "A. aspirin", "(b) x", "C:x", "d - x", "4) x"; "10 - 20 mg" has none
+LABEL = re.compile(  # the label in "A. aspirin", "(B) x", "C:x", "d - x", "4) x"; "10 - 20 mg" has none
     r"\(?([A-Ja-j]|\d{1,2})(?:\)|[.:](?=\s)|(?<=[A-Ja-j]):|(?<=[A-Ja-j])\s+[-–](?=\s))\s*(?=\S)"
 )
 
-
-Key = tuple[tuple[str, ...], int | Reference]  # the options, and the index of the right one, or a value
+Key = tuple[tuple[str, ...], int | Reference]  # the options; the index of the right option, or a value
 
 
 class DataError(ConfigError):
-    """Data that cannot be used. The message names the file, the line, the field, the value and the remedy."""
+    """Unusable data. The message names the file, the line, the field, the value and the remedy."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with 2 to 10 options of which one is right, or one whose right answer is a value.
+    """A question and its right answer, which is one of 2 to 10 options (`answer`) or a value (`value`).
 
-    A value may be anything that data/values.py reads, or, beside options, the letters of all that are right.
+    A value is anything that data/values.py reads. Beside options, it is the letters of all right options.
     """
 
     id: str
     question: str
-    options: tuple[str, ...] = ()  # none: the question is open
-    answer: int = -1  # the index of the one right option; -1: `value` is the right answer
+    options: tuple[str, ...] = ()  # empty: the question is open
+    answer: int = -1  # the index of the right option; -1: the right answer is `value`
     subject: str = ""
     rationale: str | None = None
     order: str = ""  # after shuffling: the letter that each option has in the file
-    value: Reference | None = None  # the right answer that is not one option
-    # What a good thought states, each fact as the texts that state it: for a process reward.
+    value: Reference | None = None
+    # Facts that a good thought states, each as its accepted wordings: for a process reward.
     facts: tuple[tuple[str, ...], ...] = ()
-    task: str = ""  # what is asked, beside the subject: anatomy, diagnosis, grading, …
-    images: tuple[str | bytes, ...] = ()  # each the path of a file, or what such a file holds
+    task: str = ""  # the type of question, beside its subject: anatomy, diagnosis, grading, …
+    images: tuple[str | bytes, ...] = ()  # each is the path of an image file, or the content of one
 
     @property
     def kind(self) -> str:
-        """`choice` of one option, `choices` of all that are right, or the kind of an open question."""
+        """`choice` (one right option), `choices` (all that apply), or the kind of an open question."""
         if self.value is None:
             return "choice"
         return "choices" if self.options else self.value.kind
 
     @property
     def letters(self) -> str:
-        """The letters of which one is the right answer; "" where the right answer is no single letter."""
+        """The options' letters; "" if the right answer is not a single letter."""
         return LETTERS[: len(self.options)] if self.value is None else ""
 
     @property
-    def offered(self) -> int:
-        """From how many answers one is to be chosen: letters or labels; 0 where it is no such choice."""
+    def choice_count(self) -> int:
+        """The number of options, or of labels, of which exactly one is right; 0 for other questions."""
         if self.value is None:
             return len(self.options)
         return len(self.value.allowed) if self.value.kind == "label" else 0
@@ -79,64 +78,64 @@ class Question:
         """The right answer in words: the text of the right option or options, or the value."""
         if self.value is None:
             return self.options[self.answer]
-        return "; ".join(self.options[i] for i in self.right) or self.value.text
+        return "; ".join(self.options[i] for i in self.right_indices) or self.value.text
 
     @property
-    def right(self) -> tuple[int, ...]:
-        """The indices of the right options; none of an open question."""
+    def right_indices(self) -> tuple[int, ...]:
+        """The indices of the right options; empty for an open question."""
         if self.value is None:
             return (self.answer,)
         letters = self.value.value if self.options else ()
         return tuple(map(LETTERS.index, letters)) if isinstance(letters, tuple) else ()
 
     @property
-    def lettered(self) -> list[str]:
+    def lettered_options(self) -> list[str]:
         """The options as a prompt lists them: "A. aspirin"."""
         return [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, which may be empty, and the text that should follow it."""
+    """A prompt, which may be empty, and the response to learn."""
 
     prompt: str
     response: str
-    images: tuple[str | bytes, ...] = ()  # as a question's
+    images: tuple[str | bytes, ...] = ()  # as in `Question`
 
 
-def several(right: Iterable[int], options: int) -> Reference:
-    """The right answer where all options with the indices `right` are right: exactly their letters."""
+def choices_reference(right: Iterable[int], n_options: int) -> Reference:
+    """The right answer if all options with the indices `right` are right: exactly their letters."""
     letters = tuple(LETTERS[i] for i in sorted(right))
-    return Reference("labels", ", ".join(letters), value=letters, allowed=tuple(LETTERS[:options]))
+    return Reference("labels", ", ".join(letters), value=letters, allowed=tuple(LETTERS[:n_options]))
 
 
-# ---- options that bring their own labels ----
+# ---- labels inside options: "A. aspirin" ----
 
 
-def _labels(options: tuple[str, ...]) -> tuple[list[str], list[bool]]:
-    """The label that each option begins with ("" for none), and whether it is that of the option's place."""
+def _find_labels(options: tuple[str, ...]) -> tuple[list[str], list[bool]]:
+    """The label at the start of each option ("" if there is none), and whether it fits the option's place."""
     labels = [match[1].upper() if (match := LABEL.match(option)) else "" for option in options]
-    places = zip(LETTERS, map(str, range(1, len(LETTERS) + 1)), strict=True)
-    return labels, [label in place for label, place in zip(labels, places, strict=False)]
+    expected = zip(LETTERS, map(str, range(1, len(LETTERS) + 1)), strict=True)
+    return labels, [label in pair for label, pair in zip(labels, expected, strict=False)]
 
 
-def brings_letters(options: tuple[str, ...]) -> bool:
-    """Whether two or more options begin with the letter of their own place, as "B. heparin" in place B."""
-    labels, in_place = _labels(options)
+def have_letters(options: tuple[str, ...]) -> bool:
+    """Whether two or more options begin with the letter of their place, as "B. heparin" in place B."""
+    labels, in_place = _find_labels(options)
     return sum(ok and label.isalpha() for ok, label in zip(in_place, labels, strict=False)) > 1
 
 
-def unlabelled(options: tuple[str, ...]) -> tuple[str, ...]:
-    """The options without labels where every option brings the label of its place: prompts write the letters.
+def strip_labels(options: tuple[str, ...]) -> tuple[str, ...]:
+    """Remove the options' labels if every option begins with that of its place: prompts write the letters.
 
-    `DataError` where the options bring all the letters in another order: the key could then mean either.
+    Raises `DataError` if the options begin with all the letters in another order. The key is then ambiguous.
     """
-    labels, in_place = _labels(options)
-    if all(in_place):  # of at most 10: formats.py has checked that
+    labels, in_place = _find_labels(options)
+    if all(in_place):  # record.py has checked that there are at most 10
         return tuple(LABEL.sub("", option, count=1) for option in options)
     if sorted(labels) == list(LETTERS[: len(options)]):
-        problem = f"their own letters are {', '.join(labels)}: which does the key mean?"
-        raise DataError(f"field options: {problem} Put them in order")
+        problem = f"their own letters are {', '.join(labels)}, so the key is ambiguous"
+        raise DataError(f"field options: {problem}; put them in order")
     return options
 
 
@@ -145,18 +144,17 @@ def unlabelled(options: tuple[str, ...]) -> tuple[str, ...]:
 
 @lru_cache(maxsize=2**20)
 def image_digest(image: str | bytes) -> str:
-    """16 hexadecimal digits of the file that an image is in."""
+    """Return 16 hexadecimal digits of the SHA-256 of an image file's content."""
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def question_hash(question: Question) -> str:
-    """16 hexadecimal digits of stem, options in the file's order, key and images; not of the id."""
-    options, images = list(question.options), [[image_digest(image) for image in question.images]]
-    images = images if question.images else []
+    """Hash stem, options in the file's order, key and images, but not the id, to 16 hexadecimal digits."""
+    options, right = list(question.options), list(question.right_indices)
+    images = [[*map(image_digest, question.images)]] if question.images else []
     if not options:
         return fingerprint([[question.question, question.value, *images]])["sha256"][:16]
-    right = list(question.right)
     if question.order:
         options = [options[question.order.index(letter)] for letter in LETTERS[: len(options)]]
         right = sorted(LETTERS.index(question.order[i]) for i in right)
@@ -165,18 +163,18 @@ def question_hash(question: Question) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-LATER = ("value", "facts", "task", "images")  # fields that questions of older versions lack
+NEWER_FIELDS = ("value", "facts", "task", "images")  # fields that runs of older versions did not hash
 
 
 def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
-    """`{"n", "sha256"}` of rows in their order, which may be questions or anything that JSON can hold."""
+    """Return `{"n", "sha256"}` of rows in their order: questions, or anything that JSON can represent."""
     digest, n = hashlib.sha256(), 0
     for row in rows:
         if isinstance(row, Question) and row.images:
             row = dataclasses.replace(row, images=tuple(map(image_digest, row.images)))
         tree = to_jsonable_python(row, fallback=str)
-        if isinstance(row, Question):  # fields of later versions count only where they are given
-            tree = {name: x for name, x in tree.items() if x or name not in LATER}
+        if isinstance(row, Question):  # newer fields count only if they are set, so that old hashes hold
+            tree = {name: x for name, x in tree.items() if x or name not in NEWER_FIELDS}
         text = json.dumps(tree, ensure_ascii=False, sort_keys=True)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
         n += 1
@@ -184,7 +182,7 @@ def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
 
 
 def repeats(questions: list[Question]) -> dict[str, str]:
-    """{id of a question that exactly repeats an earlier one: its id}. MMLU-Pro Health has 95."""
+    """Map each exact repeat's id to the id of the first such question. MMLU-Pro Health has 95 repeats."""
     first: dict[tuple, str] = {}
     keys = [(q.question, q.options, q.answer, q.value, q.images) for q in questions]
     firsts = [first.setdefault(key, q.id) for key, q in zip(keys, questions, strict=True)]

@@ -1,6 +1,6 @@
-"""From files, the hub and Python to records: each reader yields (line or row number, fields or an error).
+"""Read records from files, the hub and Python: each reader yields (line or row number, record or error).
 
-Errors (`DataError`) are yielded, not raised, so that one pass over a file reports all its bad lines.
+Readers yield a `DataError` in place of a bad record, so that one pass over a file reports all bad lines.
 """
 
 import csv
@@ -17,28 +17,31 @@ from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data.question import LETTERS, DataError, Example, Question
 from medrlvr_jax.host import files
 
-Records = Iterable[Question | Example | Mapping[str, Any]]  # given in Python; a datasets.Dataset is one
+Records = Iterable[Question | Example | Mapping[str, Any]]  # from Python; also a datasets.Dataset
 Row = dict[str, Any] | DataError
 Rows = Iterator[tuple[int, Row]]
-PYTHON = "python:data"  # SetConfig.path of records that were given in Python
-MAX_LINE = 16 * 2**20  # bytes: longer than any question, so the file is of another kind
-BOM = b"\xef\xbb\xbf"  # the mark that Windows programs put before UTF-8
+PYTHON = "python:data"  # `SetConfig.path` of records from Python
+MAX_LINE = 16 * 2**20  # bytes; a longer line is no question, so the file is not JSONL
+BOM = b"\xef\xbb\xbf"  # the byte order mark that Windows programs write before UTF-8
 
 
 class Source(NamedTuple):
-    unit: str  # in which its records are counted
+    """The records of one set, and how messages and ids refer to them."""
+
+    unit: str  # line, row or record: what the numbers count
     rows: Iterator[tuple[int, Any]]
-    stem: str  # how the ids of records begin that have none
+    stem: str  # the start of the ids of records without an id
     revision: str | None = None  # the hub's commit
 
 
 def open_records(config: SetConfig, records: Records | None = None) -> Source:
-    """The records of a local file or of a data set on the hub; or `records`, which were given in Python."""
+    """Open `records`, which come from Python, or else a local file or a data set on the hub."""
     if records is not None:
-        return Source("row", _given(records), "row")
+        return Source("row", _from_python(records), "row")
     if config.path == PYTHON:
-        remedy = "give them again, as train(config, data=rows), or set path to a file"
-        raise DataError(f"path {PYTHON!r}: these rows were given in Python, and no file holds them; {remedy}")
+        problem = "these records came from Python, and no file has them"
+        remedy = "pass them again, as train(config, data=rows), or set path to a file"
+        raise DataError(f"path {PYTHON!r}: {problem}; {remedy}")
     path = Path(config.path).expanduser()
     stem = "-".join(filter(None, (path.stem, config.subset, config.split)))
     if path.suffix in READERS and path.is_file():
@@ -50,12 +53,12 @@ def open_records(config: SetConfig, records: Records | None = None) -> Source:
     if hub_name and path.suffix not in READERS and not path.exists():
         revision, rows = _hub(config)
         return Source("row", rows, stem, revision)
-    problem = "a folder" if path.is_dir() else "a file of another kind" if path.exists() else "no such file"
+    problem = "a folder" if path.is_dir() else "a file of unknown type" if path.exists() else "no such file"
     remedy = f"give a {' '.join(READERS)} file, a hub name or embedded:train"
     raise DataError(f"path {config.path!r}: {problem}; {remedy}")
 
 
-def _given(records: Records) -> Iterator[tuple[int, Row | Question | Example]]:
+def _from_python(records: Records) -> Iterator[tuple[int, Row | Question | Example]]:
     if hasattr(records, "features"):
         yield from _dataset(records)
         return
@@ -63,7 +66,7 @@ def _given(records: Records) -> Iterator[tuple[int, Row | Question | Example]]:
         if isinstance(row, Mapping):
             row = dict(row)
         elif not isinstance(row, Question | Example):
-            row = DataError(f"{short(row)}: a Question or a dict is needed")
+            row = DataError(f"{short(row)}: the row is neither a Question nor a dict; give one of these")
         yield number, row
 
 
@@ -71,9 +74,13 @@ def _given(records: Records) -> Iterator[tuple[int, Row | Question | Example]]:
 
 
 def read_json(path: Path) -> Rows:
-    """A list of records, records by id (PubMedQA), or one record a line: by the content, not the suffix."""
+    """Read a list of records, records by id (PubMedQA), or one record a line.
+
+    The content decides which of these it is, not the suffix.
+    """
     with open(path, "rb") as file:
         first = _decode(next((line for line in _lines(file) if line), b""))
+    # JSONL if the first line is a record; a record's values are not all objects
     if not isinstance(first, dict) or all(isinstance(value, dict) for value in first.values()):
         tree = _decode(path.read_bytes())
         if path.suffix == ".json" or not isinstance(tree, DataError):
@@ -84,23 +91,23 @@ def read_json(path: Path) -> Rows:
     with open(path, "rb") as file:
         for number, line in enumerate(_lines(file), 1):
             if len(line) > MAX_LINE:
-                remedy = "this is not a question; is the file JSONL, one record a line?"
-                yield number, DataError(f"longer than {MAX_LINE >> 20} MiB: {remedy}")
+                remedy = "check that the file is JSONL, with one record a line"
+                yield number, DataError(f"the line is longer than {MAX_LINE >> 20} MiB; {remedy}")
                 return
             if line:
                 yield number, _record(_decode(line))
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines without white space around them; a line longer than `MAX_LINE` comes in pieces."""
+    """Yield the lines, stripped; a line longer than `MAX_LINE` comes in pieces."""
     for line in iter(lambda: file.readline(MAX_LINE + 1), b""):
         yield line.removeprefix(BOM).strip()
 
 
 def _decode(text: bytes) -> Any:
-    """The JSON value, or a `DataError` (returned, so that the reader goes on to the next line)."""
+    """Return the JSON value, or a `DataError`, after which the reader goes on to the next line."""
     try:
-        return json.loads(text.removeprefix(BOM).decode("utf-8"), object_pairs_hook=_unique)
+        return json.loads(text.removeprefix(BOM).decode("utf-8"), object_pairs_hook=_object)
     except DataError as e:
         return e
     except UnicodeDecodeError as e:
@@ -108,31 +115,31 @@ def _decode(text: bytes) -> Any:
     except ValueError as e:  # json.JSONDecodeError, and integers of more digits than Python reads
         return DataError(f"not JSON: {e}")
     except RecursionError:
-        return DataError("not JSON of a question: brackets nested too deep")
+        return DataError("not JSON of a question: its brackets are nested too deep")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. A field given twice is refused: Python would silently use the last."""
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. A repeated field is an error: Python would silently use its last value."""
     if len(row := dict(pairs)) < len(pairs):
         twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise DataError(f"field {short(twice)} is given twice; take one out")
+        raise DataError(f"field {short(twice)} is given twice; remove one")
     return row
 
 
 def _record(value: Any) -> Row:
     if isinstance(value, dict | DataError):
         return value
-    return DataError(f"{short(value)}: a record is an object with fields")
+    return DataError(f"{short(value)} is not an object with fields, as a record must be")
 
 
 # ---- tables ----
 
-Cells = Iterable[tuple[int, list[str]]]  # each line's or row's number and its cells
+Cells = Iterable[tuple[int, list[str]]]  # the number and the cells of each line or row
 
 
 def _csv(path: Path) -> Rows:
-    """Cells are separated by commas, semicolons or tabs, whichever fits the first record."""
-    start = 1
+    """Read CSV with commas, semicolons or tabs, whichever fits the first record."""
+    start = 1  # the first line of the current record: a quoted cell may span lines
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
             delimiter = _delimiter(file)
@@ -141,7 +148,7 @@ def _csv(path: Path) -> Rows:
             def lines() -> Cells:
                 nonlocal start
                 for cells in reader:
-                    number, start = start, reader.line_num + 1  # its first line: a quoted cell may span lines
+                    number, start = start, reader.line_num + 1
                     yield number, cells
 
             yield from _table(lines(), path, f"quote cells that hold {delimiter!r}")
@@ -150,24 +157,24 @@ def _csv(path: Path) -> Rows:
 
 
 def _excel(path: Path) -> Rows:
-    """The first sheet of a workbook; formulas by the values that were saved with them."""
+    """Read the first sheet of a workbook. A formula counts as the value that was saved with it."""
     if not importlib.util.find_spec("openpyxl"):
         remedy = "pip install 'medrlvr-jax[excel]', or save the sheet as CSV in UTF-8"
-        raise DataError(f"{path}: an Excel file needs openpyxl, which is not installed; {remedy}")
+        raise DataError(f"{path}: reading Excel files needs openpyxl; {remedy}")
     import openpyxl  # pyright: ignore[reportMissingModuleSource]
 
-    with files.reading(path, "it may be no .xlsx file, or a broken one: save it again", DataError):
+    with files.reading(path, "it is not an .xlsx file, or it is damaged; save it again", DataError):
         sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
         values = [[_cell(value) for value in row] for row in sheet.iter_rows(values_only=True)]
     filled = [max((i for i, cell in enumerate(row, 1) if cell), default=0) for row in values]
-    width = next(iter(filled), 0)  # of the header: empty cells at the end may be left out, or be too many
+    width = next(iter(filled), 0)  # of the header; rows may lack empty cells at the end, or have more
     sizes = [max(width, size) if size else 0 for size in filled]
     rows = ((row + [""] * width)[:size] for row, size in zip(values, sizes, strict=True))
-    yield from _table(enumerate(rows, 1), path, "take out what stands beside the table")
+    yield from _table(enumerate(rows, 1), path, "remove the cells beside the table")
 
 
 def _cell(value: Any) -> str:
-    """What a cell shows: 3.0 is 3, and a date has no time."""
+    """Return the text that a cell shows: 3 for 3.0, and a date without a time."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, datetime.datetime) and value.time() == datetime.time():
@@ -176,16 +183,16 @@ def _cell(value: Any) -> str:
 
 
 def _table(lines: Cells, path: Path, remedy: str) -> Rows:
-    """With a header (columns A, B, … are the options) or, as in MMLU, without: question, A, B, C, D, letter.
+    """Read a table with a header, in which columns A, B, … are the options, or without one, as in MMLU.
 
-    `remedy`: for a line of more or fewer cells than the header has.
+    `remedy` is for a line whose number of cells differs from the header's.
     """
     header = None
     for number, cells in lines:
         if number == 1 and _is_header(cells):
             header = [cell.strip() for cell in cells]
             if twice := [name for name, times in Counter(header).items() if name and times > 1]:
-                yield number, DataError(f"column {twice[0]!r} is there twice; take one out")
+                yield number, DataError(f"the header has the column {twice[0]!r} twice; remove one")
                 return
         elif header and cells and len(cells) != len(header):
             yield number, DataError(f"{len(cells)} cells under a header of {len(header)}; {remedy}")
@@ -199,7 +206,7 @@ def _is_header(cells: list[str]) -> bool:
 
 
 def _delimiter(file: TextIO) -> str:
-    """The delimiter that splits the first record into a header or six cells, else a comma."""
+    """Return the delimiter that splits the first record into a header or six cells, else a comma."""
     for delimiter in ",;\t":
         cells = next(csv.reader(file, strict=True, delimiter=delimiter), [])
         file.seek(0)
@@ -209,7 +216,7 @@ def _delimiter(file: TextIO) -> str:
 
 
 def _under_header(header: list[str], cells: list[str]) -> Row:
-    """A record without its empty cells, and without a nameless column, where pandas writes row numbers."""
+    """Drop empty cells, and the nameless column in which pandas writes row numbers."""
     row: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if name and cell}
     options = {letter: row.pop(letter) for letter in LETTERS if letter in row}
     return {"options": options} | row if options else row
@@ -217,7 +224,7 @@ def _under_header(header: list[str], cells: list[str]) -> Row:
 
 def _without_header(cells: list[str], stem: str) -> Row:
     if len(cells) != 6:
-        return DataError(f"{len(cells)} cells; without a header there are six: question, A, B, C, D, letter")
+        return DataError(f"{len(cells)} cells; without a header six are needed: question, A, B, C, D, letter")
     subject = stem.removesuffix("_test").removesuffix("_dev").removesuffix("_val").replace("_", " ")
     return {"question": cells[0], "choices": cells[1:5], "answer": cells[5], "subject": subject}
 
@@ -226,22 +233,22 @@ def _without_header(cells: list[str], stem: str) -> Row:
 
 
 def _parquet(path: Path) -> Rows:
-    import datasets  # imports take seconds: only where needed
+    import datasets  # takes seconds to import
     import pyarrow.parquet
     from datasets.table import InMemoryTable
 
-    with files.reading(path, "it may be no parquet file, or a broken one: write it again", DataError):
+    with files.reading(path, "it is not a parquet file, or it is damaged; write it again", DataError):
         table = datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
     yield from _dataset(table)
 
 
 def _hub(config: SetConfig) -> tuple[str | None, Rows]:
-    """The commit, and the records."""
+    """Return the commit and the records of a data set on the hub."""
     import datasets
 
     names = ("path", "subset", "split", "revision")
     source = ", ".join(f"{name} {getattr(config, name)!r}" for name in names)
-    remedy = "neither a file here nor a data set that the hub gave: correct the name, or give a file"
+    remedy = "it is no local file, and the hub gave no such data set; correct the name, or give a file"
     with files.reading(source, remedy, DataError):
         builder = datasets.load_dataset_builder(config.path, config.subset, revision=config.revision)
         builder.download_and_prepare()
@@ -252,24 +259,24 @@ def _hub(config: SetConfig) -> tuple[str | None, Rows]:
 
 
 def _dataset(rows: Any) -> Rows:
-    """A datasets.Dataset, class labels as their names: no parser must know where a set starts to count.
+    """Yield the rows of a `datasets.Dataset`, with the names of class labels in place of their numbers.
 
-    MedMCQA's cop is then `a`, not 0 (on the hub) or 1 (in the authors' files). A label of -1 means: no label.
+    MedMCQA's cop is then `a`, not 0 (on the hub) or 1 (in the authors' files). Label -1 becomes None.
     """
     import datasets
 
-    closed = datasets.Image(decode=False)  # a file's bytes or path: images.py opens it, and names its faults
+    undecoded = datasets.Image(decode=False)  # images.py decodes, with errors that name the image
     for field, kind in rows.features.items():
         if isinstance(kind, datasets.Image):
-            rows = rows.cast_column(field, closed)
+            rows = rows.cast_column(field, undecoded)
         elif isinstance(getattr(kind, "feature", None), datasets.Image):
-            rows = rows.cast_column(field, datasets.List(closed))
+            rows = rows.cast_column(field, datasets.List(undecoded))
     labels = {field: kind for field, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
     for number, row in enumerate(rows, 1):
         names = {field: dict(enumerate(kind.names)).get(row[field]) for field, kind in labels.items()}
         yield number, row | names
 
 
-# By suffix: the unit that records are counted in, and the reader.
+# For each suffix: what record numbers count, and the reader.
 READERS = {".csv": ("line", _csv), ".tsv": ("line", _csv), ".xlsx": ("row", _excel)}
 READERS |= {".jsonl": ("line", read_json), ".json": ("record", read_json), ".parquet": ("row", _parquet)}

@@ -139,7 +139,7 @@ def _figures(questions: list[Question], shares: Mapping[str, Mapping[str, float]
         if name in ("blank", "shuffled"):
             usual = np.array([shares["image"][question.id] for question in asked])
             differences.append((values.mean(), stats.paired_difference(values, usual)))
-    out["chance"] = float(np.mean([1 / q.offered if q.offered else 0.0 for q in questions]))
+    out["chance"] = float(np.mean([1 / q.choice_count if q.choice_count else 0.0 for q in questions]))
     if differences:
         _, looks = max(differences, key=lambda pair: pair[0])
         out["looks"] = looks.interval._asdict()

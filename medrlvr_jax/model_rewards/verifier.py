@@ -71,8 +71,8 @@ class Case(NamedTuple):
 
 def case(question: Question, answer: str, thought: str, response: str) -> Case:
     """The answer's line breaks become blanks, so that it cannot imitate the prompt's other parts."""
-    asked = "\n".join([question.question, *question.lettered])
-    right = question.right_text if question.value is not None else question.lettered[question.answer]
+    asked = "\n".join([question.question, *question.lettered_options])
+    right = question.right_text if question.value is not None else question.lettered_options[question.answer]
     return Case(asked, right, " ".join(answer.split()), thought, response)
 
 

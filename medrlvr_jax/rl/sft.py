@@ -32,7 +32,7 @@ from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.batches import step_batch
 from medrlvr_jax.data.images import measure
-from medrlvr_jax.data.load import given, read, read_text
+from medrlvr_jax.data.load import read, read_text, resolve_data
 from medrlvr_jax.data.question import Question, fingerprint, image_digest
 from medrlvr_jax.data.readers import Records
 from medrlvr_jax.evaluation import evaluate
@@ -137,7 +137,7 @@ def sft(
     """
     check.check_best(config, of_steps=())  # they draw no responses
     log.check(config, "sft")
-    spec, records = given(config.data, data)
+    spec, records = resolve_data(config.data, data)
     config = dataclasses.replace(config, data=spec)
     parts = build(config)
     with stage(f"reading {config.data.path}") as show:

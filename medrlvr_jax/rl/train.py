@@ -18,7 +18,7 @@ from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.batches import step_batch
-from medrlvr_jax.data.load import given, read
+from medrlvr_jax.data.load import read, resolve_data
 from medrlvr_jax.data.readers import Records
 from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host.errors import ConfigError
@@ -72,7 +72,7 @@ def train(
     """
     check.check_best(config)
     given_terms = None if rewards is None else judges.from_callables(rewards)
-    spec, given_rows = given(config.data, data)
+    spec, given_rows = resolve_data(config.data, data)
     config = dataclasses.replace(config, data=spec)
     log.check(config, "train")
     parts = build.build(config)

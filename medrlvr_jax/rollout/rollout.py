@@ -102,7 +102,7 @@ class Scored:
             "completion": self.completions[row],
             "key": question.reference,
             "kind": question.kind,
-            "options": question.offered,
+            "options": question.choice_count,
             "answer": str(v.answer[row]) or None,
             "reward": None if failed else float(v.reward[row]),
             **({"components": values} if values else {}),

@@ -9,7 +9,7 @@ from typing import Any
 
 from medrlvr_jax.config.schema import RewardConfig
 from medrlvr_jax.data.formats import key_of
-from medrlvr_jax.data.question import DataError, Question, unlabelled
+from medrlvr_jax.data.question import DataError, Question, strip_labels
 from medrlvr_jax.data.readers import read_json
 from medrlvr_jax.data.record import facts_of, field_names
 from medrlvr_jax.host import files, tables
@@ -111,4 +111,4 @@ def _record(row: dict[str, Any] | DataError) -> tuple[str, Question]:
         raise DataError(f"field completion: {problem}; the line has {field_names(row)}")
     options, answer = key_of(row)
     key: dict[str, Any] = {"answer" if isinstance(answer, int) else "value": answer}
-    return completion, Question("", "", unlabelled(options), facts=facts_of(row), **key)
+    return completion, Question("", "", strip_labels(options), facts=facts_of(row), **key)

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
                 print(f"{e.prompt}→ {e.response}\n")
         else:
             for q in world.questions(name)[: int(n)]:
-                text = "\n".join([q.question, *q.lettered])
+                text = "\n".join([q.question, *q.lettered_options])
                 print(f"[{q.id} {q.subject}] {text}\n→ {q.rationale} ({LETTERS[q.answer]})\n")
     else:
         raise SystemExit(world.__doc__)
