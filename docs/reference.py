@@ -17,7 +17,7 @@ from rich.console import Console
 
 import medrlvr_jax
 from medrlvr_jax.cli import app
-from medrlvr_jax.config.describe import explanations, sections
+from medrlvr_jax.config.describe import field_comments, sections
 from medrlvr_jax.runs.metrics import METRICS
 
 PREFIX = re.compile(r"\b[a-z_]+(?:\.[a-z_]+)*\.(?=[A-Z]|ndarray)")
@@ -125,7 +125,7 @@ def api() -> str:
         else:
             out.append(f"```python\n{signature(name, thing)}\n```\n\n{text}")
         if dataclasses.is_dataclass(thing) and thing not in known:
-            notes = explanations(thing)
+            notes = field_comments(thing)
             fields = [f"| `{name}` | {cell(note)} |" for name, note in notes.items() if note]
             out.append("\n".join(["| field | meaning |", "|---|---|", *fields] if fields else []))
     return "\n\n".join(out) + "\n"

@@ -16,7 +16,7 @@ from medrlvr_jax import sharding
 from medrlvr_jax.build import Parts, build, check_positions, load_policy
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config, EvalConfig, SampleConfig, SetConfig
-from medrlvr_jax.config.section import checked
+from medrlvr_jax.config.section import validate
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.images import measure
@@ -168,7 +168,7 @@ def generate(
     n = len(encoded.tokens)
     size = sharding.rows_that_split(parts.mesh, max(1, min(batch, n)))
     usual = {"questions": size, "samples": 1, "max_new_tokens": 256}
-    sample = checked(SampleConfig, usual | dict(sampling))
+    sample = validate(SampleConfig, usual | dict(sampling))
     check_positions(parts, encoded.longest, sample.max_new_tokens, "max_new_tokens")
     key, completions = jax.random.key(seed), []
     with jax.set_mesh(parts.mesh):
@@ -219,7 +219,7 @@ def evaluate(
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     spec, records = data.resolve_data(SetConfig(path=PYTHON), questions)
     asked = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
-    settings = checked(EvalConfig, {"batch": sharding.rows_that_split(loaded.mesh, batch)} | asked)
+    settings = validate(EvalConfig, {"batch": sharding.rows_that_split(loaded.mesh, batch)} | asked)
     parts = dataclasses.replace(loaded.parts, config=dataclasses.replace(loaded.config, eval=settings))
     questions = data.read(spec, records)[0]
     encoded = encode(parts.tokenizer, questions, parts.config, vision=parts.cfg.vision)

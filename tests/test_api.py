@@ -129,7 +129,7 @@ def test_settings_in_python(folder, tmp_path):  # noqa: F811
     )
     with pytest.raises(mr.ConfigError, match=r"sample.temprature: no such setting; did you mean temperature"):
         mr.load_config(folder / "config.yaml", {"sample": {"temprature": 1.0}})
-    with pytest.raises(mr.ConfigError, match=r"override 'steps.x': steps is a value, it has no fields"):
+    with pytest.raises(mr.ConfigError, match=r"override 'steps.x': steps is a value without fields"):
         mr.load_config(folder / "config.yaml", {"steps.x": 1})
 
 
@@ -144,7 +144,7 @@ def test_presets_are_in_the_package_and_found_by_name(tmp_path, monkeypatch):
     mine = (presets / "quickstart.yaml").read_text().replace("name: quickstart", "name: mine")
     (tmp_path / "quickstart_grpo").write_text(mine)  # a file that is there comes first
     assert mr.load_config("quickstart_grpo").name == "mine"
-    with pytest.raises(mr.ConfigError, match=r"presets that come with the package: .*quickstart,"):
+    with pytest.raises(mr.ConfigError, match=r"the presets of the package are .*quickstart,"):
         mr.load_config("quickstrat")
 
 

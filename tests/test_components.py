@@ -69,16 +69,16 @@ def test_short_forms_and_the_settings_of_before_are_the_same_reward():
     [
         ("composit", "reward: 'composit': no such preset; did you mean composite"),
         ([{"kind": "rul"}], r"reward.components.0.kind: 'rul': no such kind; there are rule, format"),
-        ([{"weight": 1}], "reward.components.0.kind: needed, and not given"),
+        ([{"weight": 1}], "reward.components.0.kind: required, but not given"),
         ([{"kind": "rule", "weigth": 1}], "rule.weigth: no such setting; did you mean weight"),
         ([{"kind": "leak", "weight": -1}], "reward.components.0.leak.weight: -1: input should be greater"),
-        ([{"kind": "rule", "weight": 0}, {"kind": "leak"}], "penalties alone pay nothing; add one"),
+        ([{"kind": "rule", "weight": 0}, {"kind": "leak"}], "only penalties and weights of 0, .*; add a"),
         ([{"kind": "format", "kept": 0}], "reward.components.0: format: broken and kept are both 0"),
         (
             {"components": [{"kind": "rule"}], "correct": 1.1},
-            r"reward.correct: 1.1: reward.components say what is paid; write {kind: rule, correct: 1.1}",
+            r"reward.correct: 1.1 has no effect beside reward.components; add {kind: rule, correct: 1.1}",
         ),
-        ({"components": [{"kind": "rule"}], "random": 0.5}, "reward.random: 0.5: .* take one of the two out"),
+        ({"components": [{"kind": "rule"}], "random": 0.5}, "reward.random: 0.5 .* remove one of the two"),
     ],
 )
 def test_what_cannot_be_paid_is_refused(reward, complaint):

@@ -24,9 +24,9 @@ def test_steps_given_on_the_command_line_replace_the_passes_of_the_file(given):
 def test_an_evaluation_needs_a_model_and_sets_alone():
     for command in ("eval", "probe"):
         assert load(MODEL | SETS, ["eval.samples=2", "eval.temperature=1"], command).eval.samples == 2
-    with pytest.raises(ConfigError, match=r"data: needed, and not given\n.*learn: needed, and not given"):
+    with pytest.raises(ConfigError, match=r"data: required, but not given\n.*learn: required, but not given"):
         load(MODEL | SETS)
-    with pytest.raises(ConfigError, match=r"data: needed, and not given"):
+    with pytest.raises(ConfigError, match=r"data: required, but not given"):
         load(MODEL | SETS, command="difficulty")
 
 
@@ -70,20 +70,26 @@ def test_what_a_command_reads_is_in_the_schema():
 
 BAD = [
     ({"passes": 1}, "steps: 2 and passes: 1.0: give exactly one of the two"),
-    ({"prompt": {"template": "thnik"}}, "prompt.template: 'thnik': take think, direct, none, or a wording"),
-    ({"reward": {"mode": "direct"}}, "reward.mode: direct pays for an answer .* set prompt.template=direct"),
-    ({"prompt": {"system": "Be brief."}}, "prompt.system: it needs the chat template; set prompt.chat to"),
-    ({"reward": {"random": 0.5, "leak_penalty": 1}}, "reward.random: it alone says what is paid; take the"),
+    ({"prompt": {"template": "thnik"}}, "prompt.template: 'thnik': use think, direct, none, or your own"),
+    ({"reward": {"mode": "direct"}}, "reward.mode: direct rewards an answer .* set prompt.template=direct"),
+    ({"prompt": {"system": "Be brief."}}, "prompt.system: needs the chat template; set prompt.chat="),
+    (
+        {"reward": {"random": 0.5, "leak_penalty": 1}},
+        "reward.random: .* cannot be combined; remove reward.leak_penalty",
+    ),
     ({"model": {"path": "x", "lora": {"targets": []}}}, r"model.lora.targets: \[\] would train nothing"),
-    ({"sample": {"questions": 20}}, "learn.minibatch: 16 does not divide .* = 20; the nearest .*: 10, 20"),
+    (
+        {"sample": {"questions": 20}},
+        "learn.minibatch: 16 does not divide .* = 20; the nearest divisors are 10, 20",
+    ),
     ({"sample": {"min_new_tokens": 512}}, "sample.min_new_tokens: 512 must be below .* = 512"),
     ({"kl": {"target": 0.1, "into": "loss", "estimator": "k3"}}, "kl.target: 0.1: the adaptive coeff"),
-    ({"loss": {"surrogate": "cispo", "dual_clip": 3}}, "loss.surrogate: cispo has no use .* set them to"),
-    ({"log": {"profile": [5, 4]}}, r"log.profile: \[5, 4\]: the first step comes first"),
-    ({"data": {"path": "x", "pass_count": {"file": "f"}}}, "data.pass_count: neither keep nor order"),
-    ({"eval": {"samples": 4}}, "eval.samples: 4 greedy samples are all the same; set eval.temperature"),
+    ({"loss": {"surrogate": "cispo", "dual_clip": 3}}, "loss.surrogate: cispo does not use .* set them to"),
+    ({"log": {"profile": [5, 4]}}, r"log.profile: \[5, 4\]: the first step is after the last"),
+    ({"data": {"path": "x", "pass_count": {"file": "f"}}}, "data.pass_count: has no effect without keep"),
+    ({"eval": {"samples": 4}}, "eval.samples: 4 greedy samples are all equal; set eval.temperature"),
     ({"sample": {"temprature": 1}}, "sample.temprature: no such setting; did you mean temperature"),
-    ({"kl": 3}, "kl: 3 is a value where a section with coef, into, .* is needed"),
+    ({"kl": 3}, "kl: 3 must be a section with coef, into, "),
     ({"seed": -1}, "seed: -1: input should be greater than or equal to 0"),
 ]
 
@@ -99,7 +105,10 @@ def test_what_cannot_work_is_refused_by_name_value_and_remedy(change, message):
     [
         ({}, r"advantage.estimator: gae needs learn.critic, such as"),
         ({"advantage": {"estimator": "group"}, "sample": {"samples": 1}}, "sample.samples: 1: group"),
-        ({"learn": {"policy": {"lr": 1}, "critic_warmup": 2}}, "learn.critic_warmup: 2 steps would teach"),
+        (
+            {"learn": {"policy": {"lr": 1}, "critic_warmup": 2}},
+            "learn.critic_warmup: 2 steps would train nothing",
+        ),
     ],
 )
 def test_reinforcement_learning_asks_for_its_critic_and_group(change, message):
@@ -109,7 +118,11 @@ def test_reinforcement_learning_asks_for_its_critic_and_group(change, message):
 
 def test_checkpoint_best_names_a_metric_of_the_run():
     check.check_best(load(SFT | SETS, ["checkpoint.best=eval.dev.accuracy"]))
-    with pytest.raises(ConfigError, match=r"acuracy: no such metric here; did you mean eval.dev.accuracy\?"):
+    with pytest.raises(
+        ConfigError, match=r"acuracy: this run has no such metric; did you mean eval.dev.accuracy\?"
+    ):
         check.check_best(load(SFT | SETS, ["checkpoint.best=eval.dev.acuracy"]))
-    with pytest.raises(ConfigError, match=r"best: reward: no such metric here; name a set of eval.sets, or"):
-        check.check_best(load(SFT, ["checkpoint.best=reward"]), of_steps=())
+    with pytest.raises(
+        ConfigError, match=r"best: reward: this run has no such metric; name a set of eval.sets, or"
+    ):
+        check.check_best(load(SFT, ["checkpoint.best=reward"]), step_metrics=())

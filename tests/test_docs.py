@@ -82,7 +82,7 @@ def test_a_setting_is_shown_with_type_default_and_comment():
     page = reference.settings()
     assert "| `kl.coef` | number ≥ 0 | `0.01` | Coefficient β. 0: no reference model is loaded. |" in page
     note = "Maximum tokens of an answer. null: sample.max_new_tokens."
-    assert f"| `eval.max_new_tokens` | whole number > 0 \\| `null` | `null` | {note} |" in page
+    assert f"| `eval.max_new_tokens` | integer > 0 \\| `null` | `null` | {note} |" in page
     note = "clip: PPO's clipped surrogate; cispo: clipped importance weights (arXiv 2506.13585)."
     assert rf"| `loss.surrogate` | `clip` \| `cispo` | `clip` | {note} |" in page
     assert "before &lt;think>" in page  # a tag in a comment is text

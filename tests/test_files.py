@@ -94,7 +94,7 @@ def test_a_key_given_twice_is_refused_at_any_depth(tmp_path):
     (tmp_path / "twice.yaml").write_text(TWICE)
     with pytest.raises(ConfigError) as e:
         configs.load(tmp_path / "twice.yaml")
-    only = "only the last would count, so keep one"
+    only = "keep only one"
     assert sorted(str(e.value).splitlines()) == [
         f"{tmp_path}/twice.yaml: arms.1.seed: given 2 times, on lines 6 and 7; {only}",
         f"{tmp_path}/twice.yaml: learn.policy.lr: given 2 times, on lines 3 and 3; {only}",
@@ -147,6 +147,6 @@ def test_a_text_that_yaml_reads_as_a_number_is_still_a_text(tmp_path):
     assert (c.name, c.data.split, c.runs, c.data.subset, c.data.limit) == ("007", "no", "2024-01-01", None, 3)
     assert c.eval.sets["mine"].path == "1e400"
     with pytest.raises(
-        ConfigError, match=r"name: 2024 \(int, as YAML reads it\) where a text is needed; put it in quotes"
+        ConfigError, match=r"name: 2024 \(YAML reads int\) must be a string; put it in quotes"
     ):
         configs.from_tree(tree | {"name": 2024})

@@ -61,7 +61,7 @@ def test_names_cannot_leave_their_folder(name):
     quickstart = ROOT / "configs" / "quickstart.yaml"
     tree = configs.to_tree(configs.load(quickstart))
     for changed in (tree | {"name": name}, tree | {"eval": {"sets": {name: {"path": "embedded:train"}}}}):
-        with pytest.raises(ConfigError, match="must be letters, digits"):
+        with pytest.raises(ConfigError, match="may have only letters, digits"):
             configs.from_tree(changed)
 
 

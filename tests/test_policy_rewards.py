@@ -199,8 +199,8 @@ def test_what_is_learned_from_is_what_is_logged(setting):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"reward.mode": "direct"}, "reward.components.1: probability needs a thought"),
-        ({"reward.components": [{"kind": "probability", "score": "logmean", "baseline": False}]}, "pays nothing"),
+        ({"reward.mode": "direct"}, "reward.components.1: probability needs reasoning"),
+        ({"reward.components": [{"kind": "probability", "score": "logmean", "baseline": False}]}, "is always 0"),
         (
             {"reward.components": [{"kind": "probability", "of": "letter"}], "data.shuffle_options": True},
             r"reward.components.0.of: letter: data.shuffle_options changes letters",

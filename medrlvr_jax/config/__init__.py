@@ -1,1 +1,1 @@
-"""What a run is: its settings (schema.py), read from YAML and overrides and checked as a whole (load.py)."""
+"""The settings of a run: their fields (schema.py), reading them (load.py) and checking them (check.py)."""

@@ -1,6 +1,6 @@
-"""Every setting with its type, default and explanation, for `--help` and for the documentation's reference.
+"""Describe every setting by type, default and comment, for `--help` and the reference page.
 
-The explanation of a setting is the comment beside its field in schema.py, or the comment lines above it.
+The comment of a setting stands beside its field in the code or on the lines above it.
 """
 
 import ast
@@ -23,8 +23,8 @@ from medrlvr_jax.config.load import section_class, section_kinds
 from medrlvr_jax.config.schema import Config
 
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-KINDS = {int: "whole number", float: "number", str: "text", bool: "`true` | `false`", type(None): "`null`"}
-# Sections of one class are described once, under the name on the right.
+KINDS = {int: "integer", float: "number", str: "string", bool: "`true` | `false`", type(None): "`null`"}
+# Sections with the same class are described once, under the name on the right.
 SAME = {"eval.sets.NAME": "data", "learn.critic": "learn.policy"}
 TITLES = {
     "": "The run",
@@ -35,22 +35,22 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One field of a section, in words. Literal values stand in backquotes."""
+    """The description of one field of a section. Literal values are in backquotes."""
 
     name: str  # the dotted name
-    kind: str
-    default: str  # empty for a section that has a default
-    text: str
+    kind: str  # the type
+    default: str  # `required` if there is none; empty for a section that has a default
+    text: str  # the comment
     inner: str | None  # for a section: the name under which it is described
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A dataclass of schema.py, with its docstring."""
+    """The description of one section of the settings."""
 
-    name: str  # the dotted name; empty for the run's own fields
+    name: str  # the dotted name; empty for the fields of `Config` itself
     cls: type
-    text: str
+    text: str  # the docstring
     settings: list[Setting]
 
     @property
@@ -59,35 +59,35 @@ class Section:
 
 
 def sections(cls: type = Config, name: str = "") -> list[Section]:
-    """The section `cls` and those inside it, each class once."""
-    notes, kinds = explanations(cls), get_type_hints(cls, include_extras=True)
+    """Return the descriptions of the section `cls` and of all sections inside it, each class once."""
+    comments, kinds = field_comments(cls), get_type_hints(cls, include_extras=True)
     settings, inner = [], []
     for field in dataclasses.fields(cls):
         if field.name == "kind" and name.endswith(default_text(field).strip("`")):
-            continue  # the section's name says it
+            continue  # the kind of a reward component is the end of its section's name
         path, kind = f"{name}.{field.name}" if name else field.name, kinds[field.name]
-        holds, text, at = section_class(kind), notes[field.name], None
-        if holds:
-            at = f"{path}.NAME" if get_origin(kind) is dict else path
-            at = SAME.get(at, at)
-            text = text or inspect.cleandoc(holds.__doc__ or "").split("\n")[0]
-            inner += sections(holds, at)
-        for tag, item in section_kinds(kinds[field.name]).items():
+        inner_class, text, inner_name = section_class(kind), comments[field.name], None
+        if inner_class:
+            inner_name = f"{path}.NAME" if get_origin(kind) is dict else path
+            inner_name = SAME.get(inner_name, inner_name)
+            text = text or inspect.cleandoc(inner_class.__doc__ or "").split("\n")[0]
+            inner += sections(inner_class, inner_name)
+        for tag, item in section_kinds(kind).items():
             inner += sections(item, f"{path}.{tag}")
-        settings.append(Setting(path, kind_text(kind), default_text(field), text, at))
-    once: dict[type, Section] = {}
+        settings.append(Setting(path, kind_text(kind), default_text(field), text, inner_name))
+    by_class: dict[type, Section] = {}
     for section in [Section(name, cls, inspect.cleandoc(cls.__doc__ or ""), settings), *inner]:
-        once.setdefault(section.cls, section)
-    return list(once.values())
+        by_class.setdefault(section.cls, section)
+    return list(by_class.values())
 
 
 def kind_text(kind: Any) -> str:
-    """A type in words: numbers with their bounds, the values of a Literal, lists by their items."""
+    """Describe a type: numbers with their bounds, the values of a Literal, lists by their items."""
     origin, args = get_origin(kind), get_args(kind)
     if kinds := section_kinds(kind):
         return f"list of sections, each with a kind: {' | '.join(f'`{tag}`' for tag in kinds)}"
     if origin is Annotated:
-        return " ".join([kind_text(args[0]), *_bounds(args[1:])])
+        return f"{kind_text(args[0])} {', '.join(_bounds(args[1:]))}".strip()
     if origin is Literal:
         return " | ".join(f"`{value}`" for value in args)
     if origin is tuple:
@@ -109,28 +109,28 @@ def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
 
 
 def default_text(field: Any) -> str:
-    """A field's default as YAML has it; `needed` where there is none."""
+    """Return a field's default as YAML; `required` if there is none, and "" for a section."""
     default = field.default
-    # pydantic keeps its factory inside the default
+    # pydantic stores the factory inside the default
     factory = getattr(default, "default_factory", None) or field.default_factory
     if factory is not dataclasses.MISSING:
         return f"`{factory()}`"
     if default is dataclasses.MISSING:
-        return "needed"
+        return "required"
     if dataclasses.is_dataclass(default):
         return ""
     text = json.dumps(default)
     return f"`{text if default == '' else text.replace(chr(34), '')}`"
 
 
-def explanations(cls: type) -> dict[str, str]:
-    """The comment of each field of a dataclass and of its bases."""
-    return {name: note for base in reversed(cls.__mro__[:-1]) for name, note in _comments(base).items()}
+def field_comments(cls: type) -> dict[str, str]:
+    """Return the comment of each field of a dataclass and of its base classes, by the field's name."""
+    return {name: text for base in reversed(cls.__mro__[:-1]) for name, text in _own_comments(base).items()}
 
 
-def _comments(cls: type) -> dict[str, str]:
+def _own_comments(cls: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(cls))
-    comments: dict[int, tuple[str, bool]] = {}  # line: the comment, and whether it has the line to itself
+    comments: dict[int, tuple[str, bool]] = {}  # by line: the comment, and whether the line is only a comment
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip("# "), token.line.lstrip().startswith("#")
@@ -147,15 +147,16 @@ def _comments(cls: type) -> dict[str, str]:
 
 
 def show(console: Console, command: str) -> None:
-    """Print every setting that a command reads, one panel a section, as wide as the terminal."""
-    console.print("Settings stand in the config or, as a.b=value, on the command line.", highlight=False)
+    """Print every setting that a command reads, one panel per section, as wide as the terminal."""
+    head = "Settings that this command reads from the config or from the command line (a.b=value):"
+    console.print(head, highlight=False)
     for section in sections():
         names = Column(style="cyan", no_wrap=True)
         table = Table.grid(names, Column(), padding=(0, 2, 0, 0))
         for setting in section.settings:
-            if setting.kind != "section" and reads(command, setting.name):  # such a section has its own panel
-                default = setting.default.replace("needed", "") and f", default {setting.default}"
-                note = f"[{setting.kind}{default or ', needed'}]".replace("`", "")
+            if setting.kind != "section" and reads(command, setting.name):  # a section has its own panel
+                default = f"{'' if setting.default == 'required' else 'default '}{setting.default}"
+                note = f"[{setting.kind}, {default}]".replace("`", "")
                 table.add_row(setting.name, Text.assemble(setting.text.replace("`", ""), " ", (note, "dim")))
         if table.row_count:
             console.print(Panel(table, title=Text(section.title), title_align="left"))

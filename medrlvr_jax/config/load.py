@@ -1,4 +1,4 @@
-"""Settings in and out: YAML and `a.b=value` become a checked `Config`, or complaints with their remedies."""
+"""Read and write settings: YAML and overrides `a.b=value` become a checked `Config`, or a `ConfigError`."""
 
 import copy
 import dataclasses
@@ -19,8 +19,8 @@ from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError, nearest
 
 PRESETS = Path(__file__).parents[1] / "configs"
-LENGTHS = ("steps", "passes")  # the two ways to say how long a run is
-# Values of settings that have no default, for commands that do not read them.
+LENGTHS = ("steps", "passes")  # the two settings for the length of a run
+# Values of required settings, for commands that do not read them.
 UNREAD: dict[str, Any] = {"data.path": "", "learn.policy.lr": 0.0}
 
 
@@ -29,52 +29,55 @@ def load(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     command: str | None = None,
 ) -> Config:
-    """Read settings, replace some of them, and check everything that needs no device.
+    """Read settings, apply overrides, and check everything that can be checked without a device.
 
-    `source`: a YAML file, a run's folder, the name of a preset, or a mapping of the same form.
-    `overrides`: Python values by nested or dotted names, {"sample": {"temperature": 0.7}} or
-    {"sample.temperature": 0.7}, where a section replaces the fields that it names and None removes an
-    optional section; or, as on the command line, ["sample.temperature=0.7"], whose values are YAML.
-    `command`: what the settings are for, such as "sft" (`check.READS`). What that command does not read need
-    not be given and is not checked. None: everything is checked.
+    `source`: a YAML file, a run's folder, the name of a preset, or a mapping with the same content.
+    `overrides`: Python values by nested or dotted names: {"sample": {"temperature": 0.7}} or
+    {"sample.temperature": 0.7}. A section replaces only the fields that it names; None removes an optional
+    section. Or a list as on the command line, with YAML values: ["sample.temperature=0.7"].
+    `command`: the command that will use the settings, such as "sft" (`check.READS`). Settings that it does
+    not read are neither required nor checked. None: all settings are required and checked.
 
-    Raises `ConfigError`, with every complaint.
+    Raises `ConfigError` with one line for each problem.
     """
     tree, name = copy.deepcopy(source), "config"
     if isinstance(source, str | Path):
         presets = ", ".join(sorted(path.name.removesuffix(".yaml") for path in PRESETS.glob("*.yaml")))
-        tree, name = read_yaml(source, f"presets that come with the package: {presets}") or {}, str(source)
+        tree, name = read_yaml(source, f"the presets of the package are {presets}") or {}, str(source)
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{name}: a mapping of settings is needed, got {type(tree).__name__}")
+        raise ConfigError(f"{name}: must be a mapping of settings, not {type(tree).__name__}")
     tree = dict(tree)
-    spell_out_reward(tree)
+    expand_reward(tree)
     if isinstance(overrides, Mapping):
         merge(tree, overrides)
     else:
         for item in overrides:
             override(tree, item)
-    given = {str(item).partition("=")[0] for item in overrides}.intersection(LENGTHS)
-    if any(tree[name] is not None for name in given):  # it replaces the file's, of either kind
-        tree = {name: value for name, value in tree.items() if name not in LENGTHS or name in given}
+    lengths = {str(item).partition("=")[0] for item in overrides}.intersection(LENGTHS)
+    if any(
+        tree[name] is not None for name in lengths
+    ):  # steps also replaces the file's passes, and vice versa
+        tree = {name: value for name, value in tree.items() if name not in LENGTHS or name in lengths}
     return from_tree(tree, name, command)
 
 
 def find_config(path: str | Path) -> Path:
-    """The file at `path`, or a run's, by its folder; without either, the preset of that bare name, such as
-    `quickstart`.
+    """Return the config file at `path`, which may also be a run's folder or the name of a preset.
+
+    Raises `ConfigError` for a folder without config.yaml. A file that does not exist is returned unchanged.
     """
     if Path(path).is_dir():
         if (file := Path(path) / "config.yaml").is_file():
             return file
         remedy = "give a run's folder, such as runs/quickstart, or a config file"
-        raise ConfigError(f"{path}: no config.yaml in it; {remedy}")
+        raise ConfigError(f"{path}: contains no config.yaml; {remedy}")
     preset = PRESETS / (path if str(path).endswith(".yaml") else f"{path}.yaml")
-    bare = Path(path).name == str(path) and not Path(path).exists()
-    return preset if bare and preset.exists() else Path(path)
+    is_name = Path(path).name == str(path) and not Path(path).exists()
+    return preset if is_name and preset.exists() else Path(path)
 
 
 def read_yaml(path: str | Path, remedy: str) -> Any:
-    """The contents of a YAML file or a preset. `remedy` ends the message if it is missing or not YAML."""
+    """Return the content of a YAML file or a preset. `remedy` ends the error message."""
     path = find_config(path)
     with files.reading(path, remedy):
         text = Path(path).read_text(encoding="utf-8")
@@ -82,23 +85,23 @@ def read_yaml(path: str | Path, remedy: str) -> Any:
 
 
 def parse_yaml(text: str, source: str, remedy: str) -> Any:
-    """Parse YAML, and refuse a key that a mapping holds twice: PyYAML would silently keep only the last."""
+    """Parse YAML. Raise `ConfigError` for repeated keys: PyYAML would silently keep only the last value."""
     with files.reading(source, remedy):
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
-    if complaints := list(_repeated_keys(root)):
-        raise ConfigError("\n".join(f"{source}: {complaint}" for complaint in complaints))
+    if problems := list(_repeated_keys(root)):
+        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
     with files.reading(source, remedy):
         return None if root is None else loader.construct_document(root)
 
 
 def _repeated_keys(root: yaml.Node | None) -> Iterator[str]:
-    """A complaint for each key that a mapping at any depth holds more than once."""
+    """Yield a message for each key that a mapping at any depth contains more than once."""
     seen: set[int] = set()
     todo: list[tuple[tuple[str, ...], yaml.Node | None]] = [((), root)]
     while todo:
         path, node = todo.pop()
-        if id(node) in seen:  # an alias may lead back to a node that holds it
+        if id(node) in seen:  # an alias may point to a node that contains it
             continue
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
@@ -109,32 +112,32 @@ def _repeated_keys(root: yaml.Node | None) -> Iterator[str]:
                 if isinstance(key, yaml.ScalarNode):
                     lines[key.tag, key.value].append(key.start_mark.line + 1)
                 todo.append(((*path, str(key.value)), value))
-            for (_, name), at in lines.items():
-                if len(at) > 1:
-                    where = f"{len(at)} times, on lines {', '.join(map(str, at[:-1]))} and {at[-1]}"
-                    yield f"{'.'.join([*path, name])}: given {where}; only the last would count, so keep one"
+            for (_, name), numbers in lines.items():
+                if len(numbers) > 1:
+                    where = f"on lines {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+                    yield f"{'.'.join([*path, name])}: given {len(numbers)} times, {where}; keep only one"
 
 
 def from_tree(tree: dict[str, Any], source: str = "config", command: str | None = None) -> Config:
-    """Build and check a `Config` from nested dicts. `command`: as in `load`."""
+    """Build and check a `Config` from nested dicts. `command` is as in `load`."""
     tree = copy.deepcopy(tree)
-    spell_out_reward(tree)
+    expand_reward(tree)
     for name, value in UNREAD.items():
         section = tree.get(name.partition(".")[0]) or {}
         if not check.reads(command, name) and isinstance(section, dict) and name not in flat(tree):
-            _put(tree, tuple(name.split(".")), value, name)
+            _set(tree, tuple(name.split(".")), value, name)
     try:
         config = pydantic.TypeAdapter(Config).validate_python(tree)
     except pydantic.ValidationError as e:
-        raise ConfigError("\n".join(f"{source}: {_complaint(error)}" for error in e.errors())) from None
-    problems = [f"{name}: {text}" for name, text in check.problems(config) if check.reads(command, name)]
+        raise ConfigError("\n".join(f"{source}: {_describe_error(error)}" for error in e.errors())) from None
+    problems = [(name, text) for name, text in check.find_problems(config) if check.reads(command, name)]
     if problems:
-        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+        raise ConfigError("\n".join(f"{source}: {name}: {text}" for name, text in problems))
     return config
 
 
-def spell_out_reward(tree: dict[str, Any]) -> None:
-    """Replace the short forms of `reward`, a list of components or a preset's name, by a section."""
+def expand_reward(tree: dict[str, Any]) -> None:
+    """Replace a short form of `reward`, a list of components or the name of a preset, by a section."""
     reward = tree.get("reward")
     if isinstance(reward, list):
         tree["reward"] = {"components": reward}
@@ -146,17 +149,17 @@ def spell_out_reward(tree: dict[str, Any]) -> None:
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    """Nested dicts and lists, as YAML reads them back."""
+    """Return settings as nested dicts and lists of YAML's types."""
     return to_jsonable_python(config)
 
 
 def dump(config: Config) -> str:
-    """All settings as YAML; `load` reads it back to an equal `Config`."""
+    """Return all settings as YAML. `load` reads this text back as an equal `Config`."""
     return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a tree of settings by their dotted names."""
+    """Return the values of nested settings by dotted name."""
     out = {}
     for key, value in tree.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -164,59 +167,57 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], where: Sequence[str] = ("there", "now")) -> list[str]:
-    """A line for each setting by dotted name that has different values in a and in b. It is null where it is
-    not given.
-    """
+    """Return a line for each dotted name whose values differ between a and b. A missing value is None."""
     names = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
     return [f"{name}: {a.get(name)!r} {where[0]}, {b.get(name)!r} {where[1]}" for name in names]
 
 
 def override(tree: dict[str, Any], item: str) -> None:
-    """Put one `a.b=value` into a tree of settings."""
+    """Set one `a.b=value` in nested settings."""
     name, sep, text = item.partition("=")
     if not sep or not name:
         raise ConfigError(f"override {item!r}: write it as a.b=value, such as sample.temperature=0.8")
-    remedy = "the value must be YAML; quote a text that holds : or { or ["
+    remedy = "the value must be YAML; put quotes around a string with : or { or ["
     value, path = parse_yaml(text, f"override {item!r}", remedy), tuple(name.split("."))
     kind = get_type_hints(_section_at(path[:-1])).get(path[-1], object)
     kinds = set(get_args(kind) or (kind,))
     if kinds <= {str, type(None)} and not isinstance(value, str | list | dict | None):
-        value = text.strip()  # name=2024 names a run, though YAML reads a number
-    _put(tree, path, value, item)
+        value = text.strip()  # YAML reads a number in name=2024, but a name is a string
+    _set(tree, path, value, item)
 
 
 def merge(tree: dict[str, Any], overrides: Mapping[str, Any], above: tuple[str, ...] = ()) -> None:
-    """Put Python values into a tree of settings, under nested or dotted names."""
+    """Set Python values, by nested or dotted names, in nested settings."""
     for name, value in overrides.items():
         path = (*above, *str(name).split("."))
         kind = get_type_hints(_section_at(path[:-1])).get(path[-1])
         if isinstance(value, Mapping) and section_class(kind) and get_origin(kind) is not dict:
             merge(tree, value, path)
         else:
-            _put(tree, path, str(value) if isinstance(value, PurePath) else value, ".".join(path))
+            _set(tree, path, str(value) if isinstance(value, PurePath) else value, ".".join(path))
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any, item: str) -> None:
+def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any, item: str) -> None:
     *parents, leaf = path
     node = tree
     for i, key in enumerate(parents):
         if node.get(key) is None:
             node[key] = {}
         if not isinstance(node[key], dict):
-            raise ConfigError(f"override {item!r}: {'.'.join(parents[: i + 1])} is a value, it has no fields")
+            raise ConfigError(f"override {item!r}: {'.'.join(parents[: i + 1])} is a value without fields")
         node = node[key]
     node[leaf] = value
-    spell_out_reward(tree)
+    expand_reward(tree)
 
 
 def section_class(kind: Any) -> type | None:
-    """The section that a field of this type holds: as it is, optional, or as the values of a mapping."""
+    """Return the section class in a field's type: `Section`, `Section | None` or `dict[str, Section]`."""
     kinds = (kind, *get_args(kind))
     return next((k for k in kinds if dataclasses.is_dataclass(k) and isinstance(k, type)), None)
 
 
 def section_kinds(kind: Any) -> dict[str, type]:
-    """Of a list whose items are sections told apart by their `kind`: the section of each kind."""
+    """Return the section classes by `kind` if the type is a list of sections of several kinds, else {}."""
     item = next(iter(get_args(kind)), None)
     if get_origin(kind) is not tuple or not (classes := get_args(next(iter(get_args(item)), None))):
         return {}
@@ -224,7 +225,7 @@ def section_kinds(kind: Any) -> dict[str, type]:
 
 
 def _section_at(path: Sequence[Any]) -> Any:
-    """The section that the dotted name `path` leads to, or lies in."""
+    """Return the section class at a path of names, or the innermost one on the way to it."""
     cls: Any = Config
     kinds: dict[str, type] = {}
     for key in path:
@@ -234,8 +235,8 @@ def _section_at(path: Sequence[Any]) -> Any:
     return cls
 
 
-def _complaint(error: Any) -> str:
-    """One of pydantic's errors in our words."""
+def _describe_error(error: Any) -> str:
+    """Return one of pydantic's errors as a message with field, value and remedy."""
     path = tuple(error["loc"])
     name, value, kind = ".".join(map(str, path)), error.get("input"), error["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -244,19 +245,21 @@ def _complaint(error: Any) -> str:
         return f"{name}: no such setting; {hint}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         kinds = section_kinds(get_type_hints(RewardConfig, include_extras=True)[path[1]])
-        wrong = f"{error['ctx']['tag']!r}: no such kind" if "tag" in error["ctx"] else "needed, and not given"
+        wrong = (
+            f"{error['ctx']['tag']!r}: no such kind" if "tag" in error["ctx"] else "required, but not given"
+        )
         return f"{name}.kind: {wrong}; there are {', '.join(kinds)}"
     if kind == "model_attributes_type":
-        return f"{name}: {value!r} is a value where a section with kind is needed, such as {{kind: rule}}"
+        return f"{name}: {value!r} must be a section with a kind, such as {{kind: rule}}"
     if kind in ("missing", "missing_argument"):
-        return f"{name}: needed, and not given"
+        return f"{name}: required, but not given"
     if kind in ("dataclass_type", "dataclass_exact_type"):
         known = ", ".join(field.name for field in dataclasses.fields(_section_at(path)))
-        return f"{name}: {value!r} is a value where a section with {known} is needed"
+        return f"{name}: {value!r} must be a section with {known}"
     if kind == "string_type":
-        as_read = f"{value!r} ({type(value).__name__}, as YAML reads it)"
-        return f"{name}: {as_read} where a text is needed; put it in quotes"
-    letters = "must be letters, digits, '.', '_' and '-' only, since it names a"
+        as_read = f"{value!r} (YAML reads {type(value).__name__})"
+        return f"{name}: {as_read} must be a string; put it in quotes"
+    letters = "may have only letters, digits, '.', '_' and '-', because it names a"
     if name == "name":
         return f"name: {value!r} {letters} folder inside runs"
     if path[-1] == "[key]":

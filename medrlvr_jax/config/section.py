@@ -1,4 +1,4 @@
-"""What a section of the settings is: a frozen dataclass whose fields pydantic checks; and their types."""
+"""Sections of the settings: frozen dataclasses whose fields pydantic checks, and types for their fields."""
 
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 def section(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose fields are checked, and which refuses others."""
+    """Make a class a frozen dataclass that checks its fields and refuses unknown ones."""
     config = ConfigDict(extra="forbid", allow_inf_nan=False)
     return dataclass(frozen=True, kw_only=True, config=config)(cls)  # pyright: ignore[reportReturnType]
 
 
-def checked(cls: type[T], values: dict[str, Any], source: str = "") -> T:
-    """A section of these values. Raises `ConfigError`, a line after `source` for each that it refuses."""
+def validate(cls: type[T], values: dict[str, Any], source: str = "") -> T:
+    """Build a section from values. Raise `ConfigError` with a line for each invalid one, after `source`."""
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as e:

@@ -1,7 +1,7 @@
-"""What the package brings under a name in place of a path: the set `embedded:train`, the model `embedded`.
+"""Models and question sets inside the package, which settings name in place of a path.
 
-A source registers itself in SOURCES when its package is imported. Readers of paths look here; they import no
-source.
+Examples are the model `embedded` and the set `embedded:train`. A source adds itself to SOURCES when its
+module is imported, so that the readers of paths need not import it.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,11 +12,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Source:
-    """One name: its model's directory, and its sets by what follows the colon, made when they are called."""
+    """The model and the sets of one name. The functions make the sets."""
 
-    model: Path
-    questions: Mapping[str, Callable[[], list[Any]]]
-    texts: Mapping[str, Callable[[], list[Any]]]
+    model: Path  # the model's directory
+    questions: Mapping[str, Callable[[], list[Any]]]  # sets of questions by the name after the colon
+    texts: Mapping[str, Callable[[], list[Any]]]  # sets of texts for fine-tuning, by the name after the colon
 
 
 SOURCES: dict[str, Source] = {}

@@ -135,7 +135,7 @@ def sft(
 
     With `sft.target: text`, rows of `data` are dicts with the fields `prompt` and `response`.
     """
-    check.check_best(config, of_steps=())  # they draw no responses
+    check.check_best(config, step_metrics=())  # they draw no responses
     log.check(config, "sft")
     spec, records = resolve_data(config.data, data)
     config = dataclasses.replace(config, data=spec)

@@ -22,13 +22,13 @@ from pydantic import Field
 from medrlvr_jax.config import check
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import Config
-from medrlvr_jax.config.section import Name, checked, section
+from medrlvr_jax.config.section import Name, section, validate
 from medrlvr_jax.host.errors import ConfigError
 
 Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
 PATH = {"path": ""}
 NO_DEFAULT = {"name": "x", "model": PATH, "data": PATH, "learn": {"policy": {"lr": 0}}}
-DEFAULTS = configs.flat(configs.to_tree(checked(Config, NO_DEFAULT)))
+DEFAULTS = configs.flat(configs.to_tree(validate(Config, NO_DEFAULT)))
 
 
 @section
@@ -136,7 +136,7 @@ def read(path: str | Path, settings: list[str]) -> tuple[Experiment, list[Cell]]
     for item in settings:
         if item not in of_cells:
             configs.override(tree, item)
-    experiment = checked(Experiment, tree, f"{path}: ")
+    experiment = validate(Experiment, tree, f"{path}: ")
     c = experiment.claims
     for field, names in {"sft": [c.sft], "rl": c.rl, "base": [c.base], "no_think": [c.no_think]}.items():
         if lost := [name for name in names if name is not None and name not in experiment.arms]:
