@@ -203,7 +203,7 @@ def test_what_is_learned_from_is_what_is_logged(setting):
         ({"reward.components": [{"kind": "probability", "score": "logmean", "baseline": False}]}, "is always 0"),
         (
             {"reward.components": [{"kind": "probability", "of": "letter"}], "data.shuffle_options": True},
-            r"reward.components.0.of: letter: data.shuffle_options changes letters",
+            r"reward.components.0.of: letter: data.shuffle_options changes the letters",
         ),
     ],
 )  # fmt: skip
