@@ -115,7 +115,7 @@ def load_model(
     """
     folder, changes = Path(source), dict(settings or {})
     if (folder / "config.yaml").is_file():
-        parts, params, step = evaluation.open_source(folder, changes, step)
+        parts, params, step = evaluation.open_policy(folder, changes, step)
         return LoadedModel(str(source), step, params, parts)
     if step is not None:
         why = f"{source} is no run's folder, so there are no checkpoints"

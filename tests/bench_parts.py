@@ -251,7 +251,7 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     sample = replace(parts.config.sample, temperature=temperature)
 
     def evaluation():
-        return answers.describe(answers.of_rows(evaluate(parts, params, encoded)[1], "set"))
+        return answers.describe(answers.from_rows(evaluate(parts, params, encoded)[1], "set"))
 
     def generation():
         batches = [

@@ -70,18 +70,16 @@ def test_pairs_by_id_and_counts_by_hand(tmp_path, capsys):
         and dev["p_holm"] == pytest.approx(2 * dev["p"])
         and found["same"]["p_holm"] == 1
     )
-    assert (
-        dev["a"]["value"] == 0.8
-        and dev["b"]["value"] == 0.2
-        and dev["difference"]["value"] == pytest.approx(-0.6)
-    )
+    assert dev["a"].value == 0.8 and dev["b"].value == 0.2 and dev["difference"].value == pytest.approx(-0.6)
     assert [dev["boundary"][k] for k in ("preserved", "gained", "lost", "never")] == [1, 1, 7, 1]
     # equal answers to 10 questions
-    assert found["same"]["difference"]["low"] < -0.19 and found["same"]["difference"]["high"] > 0.19
+    assert found["same"]["difference"].low < -0.19 and found["same"]["difference"].high > 0.19
     assert (
         cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
         and "B alone" in capsys.readouterr().err
     )
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--anyway", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dev"]["difference"]["value"] == pytest.approx(-0.6)
     assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--anyway"]) == 0
     shown = capsys.readouterr().out
     assert (
@@ -106,12 +104,11 @@ def test_samples_count_by_question(tmp_path):
     assert (
         each["samples"] == 4
         and each["pass_at_k"][1] == pytest.approx(dev["b"])
-        and each["pass_at_k"][4]["value"] > 0.9
+        and each["pass_at_k"][4].value > 0.9
     )
-    for end in ("value", "low", "high"):
-        assert each["pass_at_k_beyond_chance"][1][end] == pytest.approx(
-            (each["pass_at_k"][1][end] - 0.25) / 0.75
-        )
+    assert each["pass_at_k_beyond_chance"][1] == pytest.approx(
+        [(p - 0.25) / 0.75 for p in each["pass_at_k"][1]]
+    )
     write(tmp_path / "c", "dev", a)
     assert compare.compare(tmp_path / "a", tmp_path / "c")["dev"]["p"] == 1
 
@@ -173,21 +170,19 @@ def test_one_evaluation_by_hand(tmp_path):
         ],
     ]
     rows += [row | {"id": "3", "repeats": "1"} for row in rows[:2]]
-    found = answers.describe(answers.of_rows(rows, "set"))
-    assert (found["n"], found["samples"], found["accuracy"]["value"]) == (3, 2, pytest.approx(1 / 3))
-    assert found["format_ok"]["value"] == pytest.approx(4 / 6) and found["token_entropy"] == 1.0
-    assert {k: p["value"] for k, p in found["pass_at_k"].items()} == {
+    found = answers.describe(answers.from_rows(rows, "set"))
+    assert (found["n"], found["samples"], found["accuracy"].value) == (3, 2, pytest.approx(1 / 3))
+    assert found["format_ok"].value == pytest.approx(4 / 6) and found["token_entropy"] == 1.0
+    assert {k: p.value for k, p in found["pass_at_k"].items()} == {
         1: pytest.approx(1 / 3),
         2: pytest.approx(2 / 3),
     }
     beyond, (_, low, high) = found["pass_at_k_beyond_chance"][2], stats.mean_share(np.array([1, 0, 1]))
-    assert [beyond[x] for x in ("value", "low", "high")] == pytest.approx(
-        [(p - 0.75) / 0.25 for p in (2 / 3, low, high)]
-    )
-    assert found["majority"] == stats.mean_share(np.array([1, 0, 1]))._asdict() and found[
+    assert beyond == pytest.approx([(p - 0.75) / 0.25 for p in (2 / 3, low, high)])
+    assert found["majority"] == stats.mean_share(np.array([1, 0, 1])) and found[
         "answer_entropy"
     ] == pytest.approx(np.log(2) * 2 / 3)
-    assert {name: (s["n"], s["accuracy"]["value"]) for name, s in found["subjects"].items()} == {
+    assert {name: (s["n"], s["accuracy"].value) for name, s in found["subjects"].items()} == {
         "heart": (2, 0.5),
         "lung": (1, 0.0),
     }
@@ -197,7 +192,7 @@ def test_one_evaluation_by_hand(tmp_path):
     }
     assert (
         found["distinct"]["n"] == 2
-        and found["distinct"]["accuracy"]["value"] == 0.25
+        and found["distinct"]["accuracy"].value == 0.25
         and "distinct" not in found["distinct"]
     )
     shown = answers.show({"set": found})
@@ -291,10 +286,15 @@ def test_two_runs_are_called_by_their_names(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").touch()
     ppo, grpo = tmp_path / "ppo" / "eval-32", tmp_path / "grpo" / "eval-32"
-    pair = compare.names_of(ppo, grpo)
-    assert pair == ("ppo", "grpo") and compare.names_of(tmp_path / "a", tmp_path / "b") == ("a", "b")
-    assert compare.names_of(ppo, ppo.with_name("eval-8")) == ("ppo/eval-32", "ppo/eval-8")
-    better = {"difference": {"value": -0.123}, "p_holm": 0.01}
+    pair = compare.names_of([ppo, grpo])
+    assert pair == ["ppo", "grpo"] and compare.names_of([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    assert compare.names_of([ppo, ppo.with_name("eval-8")]) == ["ppo/eval-32", "ppo/eval-8"]
+    others = [tmp_path / folder / "ppo" / "eval-32" for folder in ("one", "two", "three")]
+    for other in others:
+        other.mkdir(parents=True)
+        (other.parent / "config.yaml").touch()
+    assert compare.names_of(others) == ["one/ppo", "two/ppo", "three/ppo"]
+    better = {"difference": stats.Interval(-0.123, -0.2, -0.1), "p_holm": 0.01}
     said = "dev: ppo answers more questions right than grpo, by 12.3 points."
     assert compare.verdict("dev", better, pair) == said
 
@@ -341,6 +341,14 @@ def test_what_is_not_in_an_accuracy_is_told_beside_it():
     assert text.getvalue() == "step 2/2  eval mine: correct 1/40, format 1/40, cut off 10/40\n"
 
 
+def test_the_json_of_ratios_without_denominator_is_valid(tmp_path, capsys):
+    for folder in ("a", "b"):
+        write(tmp_path / folder, "dev", {"q": "B"})
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
+    out = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert out["dev"]["boundary"]["srr"] is None and out["dev"]["n"] == 1
+
+
 def test_several_evaluations_in_one_table(tmp_path, capsys):
     """Three models on four questions of two subjects; the second gains one of each, the third loses one."""
     right = {"base": "q0 q1", "ct": "q0 q1 q2 q3", "mri": "q1"}
@@ -351,7 +359,7 @@ def test_several_evaluations_in_one_table(tmp_path, capsys):
         rows = [row | {"subject": "CT" if i % 2 else "MRI"} for i, row in enumerate(rows)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = compare.matrix([tmp_path / name for name in right])
-    values = {t: {n: (c["n"], c["accuracy"]["value"], c["gain"]["value"]) for n, c in x.items()}
+    values = {t: {n: (c["n"], c["accuracy"].value, c["gain"].value) for n, c in x.items()}
               for t, x in columns.items() if t != "mean"}  # fmt: skip
     assert values["dev"] == {"base": (4, 0.5, 0), "ct": (4, 1, 0.5), "mri": (4, 0.25, -0.25)}
     assert values["dev: CT"]["mri"] == (2, 0.5, 0) and values["dev: MRI"]["mri"] == (2, 0, -0.5)

@@ -75,7 +75,7 @@ def test_all_that_apply(path):
         | {"subject": "", "correct": True, "format_ok": True}
         for q in orders
     ]
-    found = answers.of_rows(rows, "here")
+    found = answers.from_rows(rows, "here")
     assert set(found.answers.ravel()) == {"A, C"} and "letters" not in answers.describe(found)
 
 
@@ -86,26 +86,26 @@ def test_accuracy_by_kind_and_label_and_when_to_fine_tune_first():
 
     rows = [row(i, "label", "eligible" if i < 6 else "excluded", i < 6, 2) for i in range(8)]
     found = answers.describe(
-        answers.of_rows([*rows, *(row(i, "number", "4", False) for i in (8, 9))], "here")
+        answers.from_rows([*rows, *(row(i, "number", "4", False) for i in (8, 9))], "here")
     )
     assert {name: group["n"] for name, group in found["kinds"].items()} == {"label": 8, "number": 2}
-    assert found["labels"]["excluded"]["accuracy"]["value"] == 0 and found["subjects"].keys() == {"l", "n"}
-    assert found["accuracy"]["value"] == 0.6 and found["balanced_accuracy"]["value"] == 0.5
+    assert found["labels"]["excluded"]["accuracy"].value == 0 and found["subjects"].keys() == {"l", "n"}
+    assert found["accuracy"].value == 0.6 and found["balanced_accuracy"].value == 0.5
     assert "balanced accuracy" in answers.show({"set": found})
     few = [row(i, "number", "4", i == 0) for i in range(100) for _ in range(4)]
-    described = answers.describe(answers.of_rows(few, "here"))
+    described = answers.describe(answers.from_rows(few, "here"))
     assert "pass@4 is 1.0 %" in answers.show({"set": described})
     assert "set: pass@4" in answers.show({"set": described}) and "fine-tune first" in answers.show(
         {"set": described}
     )
     many = answers.describe(
-        answers.of_rows([row(i, "number", "4", True) for i in range(9) for _ in "12"], "here")
+        answers.from_rows([row(i, "number", "4", True) for i in range(9) for _ in "12"], "here")
     )
     assert "fine-tune first" not in answers.show({"set": many})
     # a right guess is paid as well: of choices among three, 60 of 100 have one among four samples
     guessed = [row(i, "choice", "A", i < 60 and j == 0, 3) for i in range(100) for j in range(4)]
-    described = answers.describe(answers.of_rows(guessed, "here"))
-    assert described["pass_at_k_beyond_chance"][4]["high"] < 0
+    described = answers.describe(answers.from_rows(guessed, "here"))
+    assert described["pass_at_k_beyond_chance"][4].high < 0
     assert "fine-tune first" not in answers.show({"set": described})
 
 

@@ -132,19 +132,16 @@ def test_what_a_probe_says_by_hand():
 
     found = probe.summarise([row(i, "A", "B") for i in range(6)] + [row(7, "B", "B"), row(8, "A", "A")])
     c = found["conditions"]
+    assert c["100 %"]["accuracy"].value == 7 / 8 == found["generated"].value and c["100 %"]["p_holm"] is None
     assert (
-        c["100 %"]["accuracy"]["value"] == 7 / 8 == found["generated"]["value"]
-        and c["100 %"]["p_holm"] is None
-    )
-    assert (
-        c["0 %"]["accuracy"]["value"] == 1 / 8
-        and c["0 %"]["difference"]["value"] == -6 / 8
+        c["0 %"]["accuracy"].value == 1 / 8
+        and c["0 %"]["difference"].value == -6 / 8
         and c["0 %"]["same_answer"] == 2 / 8
     )
     assert c["another's"]["p_holm"] == pytest.approx(6 * 2 / 2**6)
     gain = found["info_gain"]
     assert (gain["questions"], gain["sentences"], gain["positive"], gain["scorer"]) == (7, 14, 1.0, None)
-    assert gain["nats"]["value"] == gain["median_nats"] == pytest.approx(math.log(2)) and gain[
+    assert gain["nats"].value == gain["median_nats"] == pytest.approx(math.log(2)) and gain[
         "median_perplexity"
     ] == pytest.approx(1.5)
     shown = probe.show({"set": found})
@@ -165,5 +162,5 @@ def test_few_improbable_keys_do_not_decide_the_gain():
         row | {"key_logprob": [-math.log(1e4), -math.log(2e4)]}
     ]
     gain = probe.summarise(rows, "models/other")["info_gain"]
-    assert gain["nats"]["value"] == pytest.approx((19 - math.log(2)) / 20) and gain["nats"]["low"] > 0.6
+    assert gain["nats"].value == pytest.approx((19 - math.log(2)) / 20) and gain["nats"].low > 0.6
     assert gain["median_perplexity"] == pytest.approx(math.e**2 - math.e) and gain["scorer"] == "models/other"

@@ -90,5 +90,5 @@ def test_curves_say_which_folder_is_no_run(tmp_path):
 
 def test_folders_of_one_name_are_told_apart(tmp_path):
     folders = [tmp_path / x for x in ("a/ppo", "b/ppo", "b/grpo", "b/deep/ppo")]
-    assert explore.short_names(folders) == ["a/ppo", "b/ppo", "grpo", "deep/ppo"]
-    assert explore.short_names([folders[0], folders[0]]) == ["ppo", "ppo"]
+    assert files.short_names(folders) == ["a/ppo", "b/ppo", "grpo", "deep/ppo"]
+    assert files.short_names([folders[0], folders[0]]) == ["ppo", "ppo"]

@@ -444,7 +444,7 @@ def test_arms_may_have_other_sets_and_other_questions(file):
 )
 def test_a_sentence_says_what_interval_and_p_say(value, p, p_holm, p_margin, said):
     test = {
-        "difference": {"value": value},
+        "difference": stats.Interval(value, value, value),
         "p": p,
         "p_holm": p_holm,
         "p_margin": p_margin,

@@ -28,7 +28,7 @@ from medrlvr_jax.data.images import thumbnail
 from medrlvr_jax.data.prompts import encode_questions
 from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash
 from medrlvr_jax.evaluation import look, probe
-from medrlvr_jax.evaluation.evaluate import open_source
+from medrlvr_jax.evaluation.evaluate import open_policy
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder
 from medrlvr_jax.model_rewards.policy import check_questions, make_policy_rewards
@@ -382,18 +382,18 @@ def test_looks_by_hand():
     asked = [Question(str(i), "?", ("a", "b"), 0, images=(b"x",)) for i in range(4)]
     rows = lambda *right: [{"id": str(i), "correct": bool(r)} for i, r in enumerate(right)]
     found = {"blank": rows(1, 0, 0, 0), "shuffled": rows(1, 1, 0, 0), "none": rows(1, 1, 1, 1)}
-    answers = look.beside(rows(1, 1, 1, 0), found)
+    answers = look.add_unseen(rows(1, 1, 1, 0), found)
     assert answers[1]["correct"] and answers[1]["unseen"] == {"blank": 0, "shuffled": 1, "none": 1}
     result = look.describe(asked, answers)
-    assert result["image"]["value"] == 0.75 and result["none"]["value"] == 1
-    assert result["looks"]["value"] == 0.25 and result["looks"]["low"] < 0.25 < result["looks"]["high"]
+    assert result["image"].value == 0.75 and result["none"].value == 1
+    assert result["looks"].value == 0.25 and result["looks"].low < 0.25 < result["looks"].high
     assert result["chance"] == 0.5 and "subjects" not in result
     asked = [replace(q, subject="ct" if q.id == "0" else "mr") for q in asked]
     result = look.describe(asked, answers)
     mr = result["subjects"]["mr"]
-    assert mr["n"] == 3 and mr["image"]["value"] == pytest.approx(2 / 3) and mr["blank"]["value"] == 0
-    assert mr["looks"]["value"] == pytest.approx(1 / 3)  # less another's image
-    assert result["mean_over_subjects"]["image"]["value"] == pytest.approx((1 + 2 / 3) / 2)
+    assert mr["n"] == 3 and mr["image"].value == pytest.approx(2 / 3) and mr["blank"].value == 0
+    assert mr["looks"].value == pytest.approx(1 / 3)  # less another's image
+    assert result["mean_over_subjects"]["image"].value == pytest.approx((1 + 2 / 3) / 2)
     lines = look.show({"films": result}).splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["films", "ct", "mr", "mean"] and "50.0 %" in lines[2]
 
@@ -418,7 +418,7 @@ def test_a_trained_tower_resumes_to_the_bit(folder):
     """The trainer sees what the sampler saw, and the reference by the start's tower; the tower is saved."""
     tower_run = trained(folder, **TOWER)
     assert tower_run[0]["sampler_gap"] < 1e-5 and abs(tower_run[0]["kl"]) < 1e-6, tower_run[0]
-    parts, params, _ = open_source(folder / "runs" / "tower", {}, None)
+    parts, params, _ = open_policy(folder / "runs" / "tower", {}, None)
     with jax.set_mesh(parts.mesh):
         start = build.load_params(parts, parts.cfg)["vision"]["layers"]
     assert np.abs(np.asarray(params["vision"]["layers"]["qkv"]) - np.asarray(start["qkv"])).max() > 1e-4

@@ -306,7 +306,8 @@ def test_difficulty(folder, capsys):
     assert main(*args) == 0 and (folder / "counts.jsonl").read_text() == text
     assert (
         main(*args[:3], "3", *args[4:]) == 2
-        and "counts of other questions, samples or of another model" in capsys.readouterr().err
+        and "counts of other questions, of another number of samples or of another model"
+        in capsys.readouterr().err
     )
     chosen = SetConfig(
         path="embedded:train", limit=32, pass_count={"file": str(folder / "counts.jsonl"), "keep": [0, 2]}
@@ -354,7 +355,10 @@ def test_a_history_ranks_the_questions(run, folder, capsys):
     (twice / "questions.jsonl").write_text(
         "".join(json.dumps(step | {"step": i}) + "\n" for i, step in enumerate([*steps, steps[0]], 1))
     )
-    assert main("difficulty", twice, "--history") == 0 and "16 that never came" in capsys.readouterr().out
+    assert (
+        main("difficulty", twice, "--history") == 0
+        and "16 that the run did not use" in capsys.readouterr().out
+    )
     chosen = SetConfig(
         path="embedded:train",
         limit=32,
@@ -363,7 +367,7 @@ def test_a_history_ranks_the_questions(run, folder, capsys):
     assert len(data.load(chosen)) == 3
     assert (
         main("difficulty", run, "--history") == 2
-        and "no question came twice in its 2 steps" in capsys.readouterr().err
+        and "no question was used twice in its 2 steps" in capsys.readouterr().err
     )
     assert (
         main("difficulty", folder / "config.yaml", "--history") == 2

@@ -97,19 +97,19 @@ def compare(a: Path, b: Path, /, *more: Path, anyway: Flag = False, json: Flag =
         anyway: Compare the questions that are in both, although more than the model differs.
         json: Print everything as one JSON object, with pass@k, majority and letters.
     """
-    from json import dumps
-
     from medrlvr_jax.evaluation import compare as paired
+    from medrlvr_jax.host.files import jsonl
     from medrlvr_jax.host.tables import say
 
-    if more:
-        columns = paired.matrix([a, b, *more], anyway)
-        print(dumps(columns)) if json else say(paired.show_matrix(columns))
-        return 0
-    first, second = paired.evaluation(a), paired.evaluation(b)
-    result = paired.compare(first, second, anyway)
-    names = paired.names_of(first, second)
-    print(dumps(result)) if json else say(f"{first} against {second}\n\n{paired.show(result, names)}")
+    first, second, *others = folders = [paired.evaluation(folder) for folder in (a, b, *more)]
+    if others:
+        result = paired.matrix(folders, anyway)
+        text = paired.show_matrix(result)
+    else:
+        result = paired.compare(first, second, anyway)
+        names = paired.names_of(folders)
+        text = f"{first} against {second}\n\n{paired.show(result, names)}"
+    print(jsonl([result]), end="") if json else say(text)
     return 0
 
 

@@ -1,17 +1,16 @@
-"""Which test questions are in the training set, exactly or nearly: `medrlvr contamination TRAIN TEST …`.
+"""Find test questions that the training set holds, exactly or nearly: `medrlvr contamination TRAIN TEST …`.
 
-A config in place of the paths stands for its sets. Two signs, both of the stem (the question without its
-options), in lower-case words without punctuation or accents:
+The stem is the question without its options, in lower-case words without punctuation or accents. A test
+question is contaminated by a training question if one of two conditions holds:
 
-    containment   the share of the shorter stem's 8-grams that the longer stem has too; above `THRESHOLD` the
-                  question counts as contaminated
-    same stem     all words of the stem are those of a training question's, also if they are fewer than 8
+    containment   more than `THRESHOLD` of the 8-grams of the shorter stem are in the longer stem
+    same stem     both stems have the same words in the same order; this covers stems of fewer than 8 words
 
-8-grams that more than 1 % of all stems have ("which of the following is the most likely …") do not count. A
-stem with fewer than `DISTINCT` other 8-grams counts only if the two questions also have an option in common.
+8-grams in more than 1 % of all stems ("which of the following is the most likely …") are ignored. If the
+shorter stem has fewer than `DISTINCT` other 8-grams, the questions must also have an option in common.
 
-Within train, a question is compared with those before it. An inverted index of 8-grams: time is linear in the
-text.
+Each training question is compared with the training questions before it. The index of 8-grams makes the time
+linear in the length of the text.
 """
 
 import re
@@ -28,18 +27,20 @@ from medrlvr_jax.config.load import load
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data.question import Question
-from medrlvr_jax.evaluation import answers, stats
+from medrlvr_jax.evaluation import stats
+from medrlvr_jax.evaluation.answers import percent, read
+from medrlvr_jax.evaluation.stats import Interval
 from medrlvr_jax.host import tables
 from medrlvr_jax.host.errors import ConfigError
 
 GRAM = 8  # words
 THRESHOLD = 0.5
-FREQUENT, AT_LEAST = 0.01, 10  # the share, and the number, of stems above which an 8-gram is boilerplate
-DISTINCT = 5  # 8-grams, so 12 words in a row
+FREQUENT, AT_LEAST = 0.01, 10  # an 8-gram in more than this share and number of stems is ignored
+DISTINCT = 5  # 8-grams, which are 12 words in a row
 
 
 class Overlap(NamedTuple):
-    """A question and the training question that it overlaps with most."""
+    """A contaminated question, and the training question that it overlaps with most."""
 
     id: str
     train_id: str
@@ -49,7 +50,7 @@ class Overlap(NamedTuple):
 
 
 def words(stem: str) -> list[str]:
-    """Lower-case words; "Crohn's" and "Crohn’s" are the same, and "naïve" and "naive"."""
+    """Return the lower-case words of a text. "Crohn's" equals "Crohn’s", and "naïve" equals "naive"."""
     letters = [c for c in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(c)]
     return re.findall(r"[^\W_]+", re.sub("['’]", "", "".join(letters).lower()))
 
@@ -63,20 +64,20 @@ def option_words(question: Question) -> set[tuple[str, ...]]:
 
 
 def boilerplate(questions: Iterable[Question]) -> set[tuple[str, ...]]:
-    """The 8-grams that too many of the distinct stems have to tell one question from another."""
+    """Return the 8-grams that are in too many of the distinct stems to identify a question."""
     stems = {tuple(words(q.question)) for q in questions}
     counts = Counter(gram for stem in stems for gram in grams(list(stem)))
     return {gram for gram, count in counts.items() if count > max(AT_LEAST, FREQUENT * len(stems))}
 
 
 class Index:
-    """The stems of a training set; `ignored` are 8-grams that do not count."""
+    """An inverted index of the stems of a training set, without the 8-grams in `ignored`."""
 
     def __init__(self, ignored: set[tuple[str, ...]]) -> None:
         self._ignored = ignored
         self._ids: list[str] = []
         self._options: list[set[tuple[str, ...]]] = []
-        self._sizes: list[int] = []  # 8-grams of each that count
+        self._sizes: list[int] = []  # number of 8-grams of each question, without those ignored
         self._grams: dict[tuple[str, ...], list[int]] = {}
         self._stems: dict[tuple[str, ...], list[int]] = {}
 
@@ -91,7 +92,10 @@ class Index:
             self._grams.setdefault(gram, []).append(number)
 
     def look_up(self, question: Question) -> Overlap | None:
-        """The training question that this one overlaps with most, the same stem first; or None."""
+        """Return the training question that contaminates this one, or None if there is none.
+
+        Of several, one with the same stem comes first, then the one with the largest containment.
+        """
         stem, options = words(question.question), option_words(question)
         counted, same = grams(stem) - self._ignored, self._stems.get(tuple(stem), [])
         shared = Counter(number for gram in counted for number in self._grams.get(gram, ()))
@@ -108,7 +112,7 @@ class Index:
 
 
 def overlaps(train: list[Question], tests: dict[str, list[Question]]) -> dict[str, list[Overlap]]:
-    """By test set, the contaminated questions in their order; under `(train)`, those of train itself."""
+    """Return the contaminated questions of each test set, and under `(train)` those of the training set."""
     index, within = Index(boilerplate(chain(train, *tests.values()))), []
     for question in train:
         within.append(index.look_up(question))
@@ -120,10 +124,12 @@ def overlaps(train: list[Question], tests: dict[str, list[Question]]) -> dict[st
 def clean_scores(
     folder: Path, overlapping: dict[str, list[Overlap]], tests: dict[str, list[Question]]
 ) -> dict[str, Any]:
-    """For each of an evaluation's sets that is in `tests`: accuracy on all, and without the overlapping."""
+    """Return, for each set of an evaluation that is in `tests`, the accuracy with and without contaminated
+    questions. Raises `ConfigError` if the folder holds answers to none of them.
+    """
     out, ids = {}, {name: {q.id for q in questions} for name, questions in tests.items()}
     for path in sorted(folder.glob("*.jsonl")):
-        a, names = answers.read(path), sorted(tests, key=lambda name: name != path.stem)
+        a, names = read(path), sorted(tests, key=lambda name: name != path.stem)
         name = next((name for name in names if set(a.ids.tolist()) <= ids[name]), None)
         if name is None:
             continue
@@ -138,7 +144,7 @@ def clean_scores(
 
 
 def read_sets(paths: list[str]) -> tuple[list[Question], dict[str, list[Question]]]:
-    """The training set and the test sets at `paths`; of a config, its `data` and its `eval.sets`."""
+    """Return the training set and the test sets at `paths`, or the `data` and `eval.sets` of one config."""
     if len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml"):
         config = load(paths[0])
         return data.load(config.data), {name: data.load(spec) for name, spec in config.eval.sets.items()}
@@ -150,28 +156,30 @@ def read_sets(paths: list[str]) -> tuple[list[Question], dict[str, list[Question
 
 
 def contamination(paths: list[str], folder: Path | None) -> dict[str, Any]:
-    """For JSON: each set's size and contaminated questions, and an evaluation's accuracies without them."""
+    """Return each set's size and contaminated questions, and an evaluation's `clean_scores`, for JSON."""
     train, tests = read_sets(paths)
     overlapping, questions = overlaps(train, tests), {"(train)": train, **tests}
-    listed = {name: [o._asdict() for o in some] for name, some in overlapping.items()}
-    sets = {name: {"n": len(questions[name]), "found": rows} for name, rows in listed.items()}
+    sets = {
+        name: {"n": len(questions[name]), "found": [overlap._asdict() for overlap in found]}
+        for name, found in overlapping.items()
+    }
     return {"sets": sets} | ({"scores": clean_scores(folder, overlapping, tests)} if folder else {})
 
 
 def show(result: dict[str, Any]) -> str:
-    """What `contamination` returns, as tables."""
+    """Return the result of `contamination` as tables."""
     rows = []
     for name, s in result["sets"].items():
         n, same = len(s["found"]), sum(o["same_stem"] for o in s["found"])
-        other = sum(not o["options_in_common"] for o in s["found"])  # perhaps another question about the case
-        together = f"{n:,} ({100 * n / s['n']:.1f} %)"
-        rows.append([name, f"{s['n']:,}", f"{same:,}", f"{n - same:,}", together, f"{other:,}"])
+        other = sum(not o["options_in_common"] for o in s["found"])  # perhaps another question on one case
+        share = f"{n:,} ({100 * n / s['n']:.1f} %)"
+        rows.append([name, f"{s['n']:,}", f"{same:,}", f"{n - same:,}", share, f"{other:,}"])
     signs = ("same stem", f"8-grams > {THRESHOLD:.0%}", "together", "of these no option in common")
     out = [tables.plain(("set", "questions", *signs), rows)]
     if "scores" in result:
         rows = []
         for name, s in result["scores"].items():
-            clean = answers.percent(s["clean"]) if s["clean"] else "–"
-            rows.append([name, f"{s['n']:,}", answers.percent(s["all"]), f"{s['n_clean']:,}", clean])
+            shares = [percent(Interval(**s[key])) if s[key] else "–" for key in ("all", "clean")]
+            rows.append([name, f"{s['n']:,}", shares[0], f"{s['n_clean']:,}", shares[1]])
         out.append(tables.plain(("answers", "questions", "accuracy", "clean", "accuracy"), rows))
     return "\n".join(out)

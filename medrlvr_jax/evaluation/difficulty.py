@@ -1,17 +1,18 @@
-"""How hard each training question is for a model: `medrlvr difficulty RUN|CONFIG` right samples of k.
+"""How hard each training question is for a model: `medrlvr difficulty RUN|CONFIG` counts right samples of k.
 
-One line a question, `{"id", "right", "format_ok", "samples", "model"}`, in the order of the set.
-`data.pass_count` reads it (MedVLThinker, arXiv 2508.02669: 16 samples at temperature 1 from the model that
-training starts from). Sampling uses `sample.temperature` and `sample.max_new_tokens`, with evaluation's
-noise. Counts stand in FILE.part until all are there. After an interruption, the same command continues.
+It writes a line for each question in the order of the set, `{"id", "right", "format_ok", "samples",
+"model"}`, which `data.pass_count` reads (MedVLThinker, arXiv 2508.02669: 16 samples at temperature 1 from the
+model that training starts from). Sampling uses `sample.temperature` and `sample.max_new_tokens`, with
+evaluation's noise. The lines are in FILE.part until all questions are counted. After an interruption, the
+same command continues.
 
-`medrlvr difficulty RUN --history` samples nothing: from the run's questions.jsonl it reads the share of right
-answers to each question in each pass over the data, x_1 … x_K, and computes
+`medrlvr difficulty RUN --history` samples nothing. It reads from the run's questions.jsonl each question's
+shares of right answers x_1 … x_K in K passes over the data, and computes
 
-    variance    of x (1-shot RLVR, arXiv 2504.20571, ranks its one example by it)
+    variance    the variance of x, by which 1-shot RLVR (arXiv 2504.20571) ranks examples
     impact      1 − Σ_k (x_k − m_k)² / Σ_k (1 − m_k)², where m_k is the mean over all questions in their k-th
-                pass: how closely its curve follows the run's (LIMR, arXiv 2502.11886, with rewards; here
-                accuracies)
+                pass: how closely x follows the mean curve of the run (LIMR, arXiv 2502.11886, which has
+                rewards where this has accuracies)
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ from medrlvr_jax.build import check_positions
 from medrlvr_jax.config.load import load
 from medrlvr_jax.data import load as data
 from medrlvr_jax.evaluation import stats
-from medrlvr_jax.evaluation.answers import fine_tune_first, of_rows
-from medrlvr_jax.evaluation.evaluate import ask, open_source, run_folder
+from medrlvr_jax.evaluation.answers import fine_tune_first, from_rows
+from medrlvr_jax.evaluation.evaluate import answer_batch, open_policy, run_folder
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import from_leader, gather_rows
@@ -39,12 +40,12 @@ from medrlvr_jax.runs.console import Console
 
 
 def difficulty_source(source: Path, settings: list[str], step: Which, samples: int, out: Path | None) -> int:
-    """Count for every question of the config's `data`, whatever its `pass_count`; print a table."""
-    parts, params, step = open_source(source, settings, step, "difficulty")
+    """Run `medrlvr difficulty`: count for every question of `data`, whatever its `pass_count`."""
+    parts, params, step = open_policy(source, settings, step, "difficulty")
     c, new = parts.config, parts.config.sample.max_new_tokens
-    sampled = {"samples": samples, "temperature": c.sample.temperature, "max_new_tokens": new}
-    evaluation = dataclasses.replace(c.eval, **sampled)
-    parts = dataclasses.replace(parts, config=dataclasses.replace(c, eval=evaluation))
+    sampling = {"samples": samples, "temperature": c.sample.temperature, "max_new_tokens": new}
+    eval_config = dataclasses.replace(c.eval, **sampling)
+    parts = dataclasses.replace(parts, config=dataclasses.replace(c, eval=eval_config))
     questions = data.load(dataclasses.replace(c.data, pass_count=None))
     encoded = encode(parts.tokenizer, questions, c, vision=parts.cfg.vision)
     check_positions(parts, encoded.longest, new, "sample.max_new_tokens")
@@ -52,28 +53,28 @@ def difficulty_source(source: Path, settings: list[str], step: Which, samples: i
     part = path.with_name(f"{path.name}.part")
     about = {"samples": samples, "model": f"{c.model.path}, {source}, step {step}"}
     ids, size = [q.id for q in encoded.questions], c.eval.batch
-    counts = from_leader(lambda: done_before(path if path.exists() else part, ids, about))
+    counts = from_leader(lambda: earlier_counts(path if path.exists() else part, ids, about))
     leads, console = jax.process_index() == 0, Console()
     if leads:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(part, files.jsonl(counts))  # without a last line that a crash cut
+        files.write_text(part, files.jsonl(counts))  # drops a last line that a crash cut
     with jax.set_mesh(parts.mesh):
         decode_params = make_weight_sync(parts, parts.cfg)(params)
         for start in range(len(counts), len(ids), size):
             index = np.arange(start, min(start + size, len(ids)))
-            batch = count(gather_rows(ask(parts, decode_params, encoded, index)), about)
+            batch = count(gather_rows(answer_batch(parts, decode_params, encoded, index)), about)
             if leads:
                 files.append(part, batch)
             counts += batch
             console.progress("difficulty", len(counts), len(ids))
     console.close()
     if leads:
-        asked = set(ids)
-        files.append(part, [{"id": q.id, "right": None} | about for q in questions if q.id not in asked])
+        counted = set(ids)
+        files.append(part, [{"id": q.id, "right": None} | about for q in questions if q.id not in counted])
         part.replace(path)
         print(show(counts, samples, len(questions) - len(ids)))
         passed = stats.mean_share(np.array([line["right"] > 0 for line in counts], float))
-        if advice := fine_tune_first(samples, passed._asdict()):
+        if advice := fine_tune_first(samples, passed):
             print(advice)
         choice = f"{{file: {path}, keep: [1, {samples - 1}]}}"
         print(f"counts: {path}; train on some with data.pass_count='{choice}'")
@@ -81,31 +82,33 @@ def difficulty_source(source: Path, settings: list[str], step: Which, samples: i
 
 
 def from_history(run: Path, out: Path | None) -> int:
-    """`medrlvr difficulty RUN --history`."""
+    """Run `medrlvr difficulty RUN --history`."""
     if not (run / "questions.jsonl").is_file():
         remedy = "--history is for the folder of a run of `medrlvr train`"
         raise ConfigError(f"{run}: no questions.jsonl in it; {remedy}")
     steps = files.read_jsonl(run / "questions.jsonl")
     rows, last = scores(steps), steps[-1]["step"] if steps else 0
     if not any(row["passes"] > 1 for row in rows):
-        why = "a history needs two passes over the data or more"
-        raise ConfigError(f"{run}: no question came twice in its {last} steps: {why}")
+        why = "a history needs at least two passes over the data"
+        raise ConfigError(f"{run}: no question was used twice in its {last} steps: {why}")
     path, model, used = out or run / "history.jsonl", f"{run}, steps 1 to {last}", {row["id"] for row in rows}
-    questions = data.load(load(run).data)
-    rest = [{"id": q.id, "right": None} for q in questions if q.id not in used]
+    rest = [{"id": q.id, "right": None} for q in data.load(load(run).data) if q.id not in used]
     files.write_text(path, files.jsonl(row | {"model": model} for row in rows + rest))
     ranked = sorted(rows, key=lambda row: -row["variance"])[:10]
     figures = ("accuracy", "variance", "impact")
     table = [[r["id"], str(r["passes"]), *(f"{r[name]:.4f}" for name in figures)] for r in ranked]
     print(tables.plain(("highest variance", "passes", *figures), table))
     choice = f"{{file: {path}, order: variance, top: {min(16, len(rows))}}}"
-    never = f", and {len(rest):,} that never came" if rest else ""
-    print(f"{len(rows):,} questions{never}: {path}; train on the first ones with data.pass_count='{choice}'")
+    unused = f", and {len(rest):,} that the run did not use" if rest else ""
+    print(f"{len(rows):,} questions{unused}: {path}; train on the first ones with data.pass_count='{choice}'")
     return 0
 
 
 def scores(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each question of a questions.jsonl, in order of first use; `right` is of its last pass."""
+    """Return a line for each question of questions.jsonl, in order of first use.
+
+    `right` and `samples` are those of the question's last pass.
+    """
     shares: dict[str, list[float]] = {}
     last: dict[str, tuple[int, int]] = {}
     for step in steps:
@@ -117,8 +120,8 @@ def scores(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for name, curve in shares.items():
         x, m = np.array(curve), means[: len(curve)]
-        room = float(((1 - m) ** 2).sum())
-        impact = 1 - float(((x - m) ** 2).sum()) / room if room else 1.0
+        scale = float(((1 - m) ** 2).sum())
+        impact = 1 - float(((x - m) ** 2).sum()) / scale if scale else 1.0
         right, samples = last[name]
         moments = {"accuracy": float(x.mean()), "variance": float(x.var()), "impact": impact}
         out.append({"id": name, "right": right, "samples": samples, "passes": len(x)} | moments)
@@ -126,29 +129,31 @@ def scores(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def count(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line for each question, from its rows of answers."""
-    a = of_rows(rows, "difficulty")
+    """Return a line for each question from the rows of its answers."""
+    a = from_rows(rows, "difficulty")
     counts = zip(a.ids.tolist(), a.correct.sum(1).tolist(), a.format_ok.sum(1).tolist(), strict=True)
     return [{"id": name, "right": right, "format_ok": formatted} | about for name, right, formatted in counts]
 
 
-def done_before(path: Path, ids: list[str], about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of an interrupted count. Refused if it is of other questions, samples or another model."""
+def earlier_counts(path: Path, ids: list[str], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines that an interrupted or finished count has written; [] if there is no file.
+
+    Raises `ConfigError` if they are of other questions, of another number of samples or of another model.
+    """
     if not path.exists():
         return []
     lines = [line for line in files.read_jsonl(path) if line["right"] is not None]
     same = [line["id"] for line in lines] == ids[: len(lines)]
     if not same or any(line | about != line for line in lines):
-        why = "it holds counts of other questions, samples or of another model"
+        why = "it holds counts of other questions, of another number of samples or of another model"
         raise ConfigError(f"{path}: {why}; give another --out, or remove it")
     return lines
 
 
 def show(counts: list[dict[str, Any]], samples: int, dropped: int) -> str:
-    """How many questions have each count."""
+    """Return a table of how many questions have each number of right samples."""
     questions = Counter(line["right"] for line in counts)
     share = lambda right: f"{100 * questions[right] / len(counts):.1f} %"
     rows = [[f"{i} of {samples}", f"{questions[i]:,}", share(i)] for i in range(samples + 1)]
-    text = tables.plain(("right samples", "questions", "share"), rows)
-    long = f"\n{dropped:,} questions were not asked: longer than prompt.max_tokens"
-    return text + (long if dropped else "")
+    note = f"\n{dropped:,} questions were not asked: longer than prompt.max_tokens" if dropped else ""
+    return tables.plain(("right samples", "questions", "share"), rows) + note

@@ -1,4 +1,4 @@
-"""Evaluation: sample and score, as in a training step, over entire sets of questions."""
+"""Evaluation: sample and score answers to whole sets of questions, with training's own sampler and rule."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.images import with_thumbnails
 from medrlvr_jax.data.question import Question, fingerprint, question_hash
 from medrlvr_jax.data.tokenizer import Progress, quiet
-from medrlvr_jax.evaluation import answers, look, monitors, stats
+from medrlvr_jax.evaluation import answers, look, monitors
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather_rows
@@ -35,12 +35,16 @@ from medrlvr_jax.runs.checkpoint import Which, best_step, restore_params
 from medrlvr_jax.runs.console import Console, Show, silent, stage
 from medrlvr_jax.types import Params
 
-PICTURES = 400  # of a set, rows of `medrlvr eval` that have their question's images, small, for the page
-NOISE = 2**31 + 1  # folded into the seed: evaluation's noise is not training's, and the same at every step
+MAX_THUMBNAILS = 400  # answers of a set that hold small copies of their images, for the page
+NOISE = 2**31 + 1  # folded into the seed: other noise than in training, and the same at every step
 
 
 def load_sets(parts: Parts, show: Show = silent) -> dict[str, Encoded]:
-    """Read and encode every evaluation set of the config."""
+    """Read and encode every evaluation set of the config.
+
+    Raises `ConfigError` if no question of a set fits `prompt.max_tokens`, or if a prompt and its response
+    exceed the model's positions.
+    """
     sets, c = {}, parts.config
     field = "sample.max_new_tokens" if c.eval.max_new_tokens is None else "eval.max_new_tokens"
     for name, spec in c.eval.sets.items():
@@ -65,23 +69,25 @@ def evaluate(
     progress: Progress = quiet,
     entropies: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Answer every question of a set: (counts for summary.json, rows for a JSONL file). `entropies`: each row
-    has the mean entropy of its response.
+    """Answer all questions of a set.
+
+    Returns the counts (`answers.summarise`) and a row for each answer, in the order of questions and on all
+    processes. With `entropies`, each row has the mean entropy of its response.
     """
     n, c = len(encoded.questions), parts.config.eval
     draws, rows = c.samples if encoded.shuffle else 1, []
     for draw in range(draws):
         for start in range(0, n, c.batch):
-            index, after = (np.arange(a, min(a + c.batch, n)) for a in (start, start + c.batch))
-            if len(after):
-                begin_images(parts, encoded, np.resize(after, c.batch))
-            rows += ask(parts, decode_params, encoded, index, draw, entropies)
+            index, following = (np.arange(a, min(a + c.batch, n)) for a in (start, start + c.batch))
+            if len(following):
+                begin_images(parts, encoded, np.resize(following, c.batch))
+            rows += answer_batch(parts, decode_params, encoded, index, draw, entropies)
             progress((draw * n + int(index[-1]) + 1) // draws, n)
     rows = gather_rows(rows)
-    return summarise(rows, encoded.dropped), rows
+    return answers.summarise(rows, encoded.dropped), rows
 
 
-def ask(
+def answer_batch(
     parts: Parts,
     decode_params: Params,
     encoded: Encoded,
@@ -89,15 +95,15 @@ def ask(
     draw: int = 0,
     entropies: bool = False,
 ) -> list[tuple[int, dict[str, Any]]]:
-    """`eval.samples` answers to each question at `index`, at most `eval.batch` of them: this process's, each
-    after its place among the set's answers.
+    """Answer the questions at `index`, at most `eval.batch` of them, `eval.samples` times each.
 
-    Where options are shuffled, one answer to each, in the order of `draw`.
+    If the options are shuffled, each question is answered once, with its options in order number `draw`.
+    Returns the rows that this process scored, each with its position among all answers to the set.
     """
     c, n = parts.config, len(index)
     sample = rollout_settings(c, encoded)
     key = jax.random.fold_in(jax.random.key(c.seed), np.uint32(NOISE))
-    # the last batch is filled up with its first questions; they are not counted again
+    # A short last batch repeats its questions, so that it has the compiled shape; repeats are not counted.
     index = np.resize(index, c.eval.batch)
     if encoded.shuffle:
         encoded, key = reorder(parts, encoded, index, draw), jax.random.fold_in(key, draw)
@@ -116,7 +122,7 @@ def ask(
 
 
 def rollout_settings(c: Config, encoded: Encoded) -> SampleConfig:
-    """One batch of an evaluation as a rollout."""
+    """Return the settings with which a rollout answers one batch of an evaluation."""
     return SampleConfig(
         questions=c.eval.batch,
         samples=1 if encoded.shuffle else c.eval.samples,
@@ -126,48 +132,24 @@ def rollout_settings(c: Config, encoded: Encoded) -> SampleConfig:
 
 
 def programs(parts: Parts, sets: dict[str, Encoded]) -> list[Program]:
-    """The programs that `evaluate_sets` calls; sets of the same shape share one."""
-    of_set = lambda encoded: (rollout_settings(parts.config, encoded), encoded.width, encoded.windows)
-    shapes = {of_set(encoded): name for name, encoded in sets.items()}
-    seen = {windows: name for (_, _, windows), name in shapes.items() if windows}
+    """Return the programs that `evaluate_sets` calls. Sets of the same shape share one."""
+    shape_of = lambda encoded: (rollout_settings(parts.config, encoded), encoded.width, encoded.windows)
+    shapes = {shape_of(encoded): name for name, encoded in sets.items()}
+    names = {windows: name for (_, _, windows), name in shapes.items() if windows}
     batch = parts.config.eval.batch
     return [
-        *(see_program(parts, batch, windows, f"see {name}") for windows, name in seen.items()),
+        *(see_program(parts, batch, windows, f"see {name}") for windows, name in names.items()),
         *(draw_program(parts, *shape[:2], f"eval {name}", shape[2]) for shape, name in shapes.items()),
     ]
-
-
-def summarise(rows: list[dict[str, Any]], dropped: int) -> dict[str, Any]:
-    """Counts over completions (n, correct, format_ok), and their shares with 95 % intervals over questions
-    (`stats.accuracy`).
-
-    `rows` are in the order of questions, with equally many samples of each.
-    """
-    n, questions = len(rows), len({r["id"] for r in rows})
-    column = lambda name: np.array([r[name] for r in rows]).reshape(questions, -1)
-    right, formatted = column("correct"), column("format_ok")
-    accuracy, form = stats.accuracy(right), stats.accuracy(formatted)
-    return {
-        "n": n,
-        "questions": questions,
-        "correct": int(right.sum()),
-        "format_ok": int(formatted.sum()),
-        "accuracy": accuracy.value,
-        "accuracy_low": accuracy.low,
-        "accuracy_high": accuracy.high,
-        "format_rate": form.value,
-        "format_low": form.low,
-        "format_high": form.high,
-        "response_length": sum(r["length"] for r in rows) / n,
-        "truncated": sum(not r["stopped"] for r in rows),
-        "dropped_prompts": dropped,
-    }
 
 
 def evaluate_sets(
     parts: Parts, decode_params: Params, sets: dict[str, Encoded], run: log.Run, step: int
 ) -> dict[str, Any]:
-    """Every set of a run after `step` steps; flat `eval.<set>.<count>` metrics."""
+    """Evaluate every set of a run after `step` steps. Returns flat metrics, `eval.<set>.<count>`.
+
+    Writes the answers into the run's folder, and a notice if many of them were cut off.
+    """
     metrics = {}
     for name, encoded in sets.items():
         with jax.profiler.TraceAnnotation("evaluate"):
@@ -179,16 +161,17 @@ def evaluate_sets(
     return metrics
 
 
-def open_source(
+def open_policy(
     source: Path, settings: Mapping[str, Any] | Sequence[str], step: Which, command: str | None = None
 ) -> tuple[Parts, Params, int]:
-    """A run's policy (by default its newest) and its step, or the model that a config names and 0.
+    """Return a run's policy and its step, or the model that a config names and step 0.
 
-    Adapters are in the parameters, beside their matrices. `command`: which settings are needed and checked,
-    see `config.load.load`.
+    `step` None is the newest checkpoint. The parameters contain a run's adapters. `command` decides which
+    settings are required and checked (`config.load.load`). Raises `ConfigError` if there is no such run, or
+    if a step is given without a run.
     """
     is_run = source.is_dir()
-    # without a folder or a suffix it is a preset's name
+    # A name without a folder or a suffix is that of a preset.
     if not source.exists() and len(source.parts) > 1 and not source.suffix:
         remedy = "give a run's folder, such as runs/quickstart, or a config file"
         raise ConfigError(f"{source}: there is no such run; {remedy}")
@@ -207,7 +190,7 @@ def open_source(
 
 
 def required_sets(parts: Parts) -> dict[str, Encoded]:
-    """`load_sets`; raises ConfigError where there is none."""
+    """Return `load_sets`. Raises `ConfigError` if the config names no set."""
     if not parts.config.eval.sets:
         raise ConfigError("eval.sets: none; name one, such as eval.sets.mine.path=questions.jsonl")
     with stage("reading eval.sets") as show:
@@ -215,14 +198,17 @@ def required_sets(parts: Parts) -> dict[str, Encoded]:
 
 
 def run_folder(source: Path, parts: Parts) -> Path:
-    """The folder of a run, or that which a run of this config would have."""
+    """Return the folder of a run, or the folder that a run of this config would get."""
     return source if source.is_dir() else Path(parts.config.runs) / parts.config.name
 
 
 def new_folder(source: Path, parts: Parts, name: str, out: Path | None, result: str) -> Path:
-    """The folder of results: `out`, or `name` in the run's folder. Refused if it holds `result` already."""
+    """Make and return the folder for results: `out`, or else `name` in the run's folder.
+
+    Raises `ConfigError` if the file `result` exists there already.
+    """
     folder = out or run_folder(source, parts) / name
-    if jax.process_index() == 0:  # it decides for all: others may look after it has written
+    if jax.process_index() == 0:  # Process 0 decides, since others might look after it has written.
         if (folder / result).exists():
             raise ConfigError(f"{folder}: it holds {result} already; give another --out")
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +216,7 @@ def new_folder(source: Path, parts: Parts, name: str, out: Path | None, result: 
 
 
 def chosen_on(source: Path, step: int, sets: dict[str, SetConfig]) -> list[str]:
-    """The evaluated sets by which this checkpoint was chosen as best: on them its accuracy is too high."""
+    """Return the evaluated sets on which this checkpoint was chosen as the best, so its score is biased."""
     if not source.is_dir():
         return []
     trained = load(source)
@@ -241,34 +227,35 @@ def chosen_on(source: Path, step: int, sets: dict[str, SetConfig]) -> list[str]:
     return [n for n, spec in sets.items() if dataclasses.replace(spec, limit=None) == same]
 
 
-def how_made(parts: Parts, sets: dict[str, Encoded]) -> dict[str, Any]:
-    """For eval.json, all that is needed to ask the same again: the resolved settings, the prompt's wording,
-    and hashes of each set's questions and prompt tokens (of shuffled options: in the file's order).
+def provenance(parts: Parts, sets: dict[str, Encoded]) -> dict[str, Any]:
+    """Return what eval.json needs for a repetition: the settings, the prompt's wording, and hashes.
+
+    The hashes are of each set's questions and prompt tokens, with the options in the file's order.
     """
     hashes = lambda e: {"data": fingerprint(e.questions), "prompts": fingerprint(e.tokens)}
     blank = Question("", "{question}", ("{option A}", "{option B}"), 0)
     template = text.render(blank, parts.config.prompt.template)
-    asked = {name: hashes(encoded) for name, encoded in sets.items()}
-    return {"config": configs.to_tree(parts.config), "template": template, "sets": asked}
+    digests = {name: hashes(encoded) for name, encoded in sets.items()}
+    return {"config": configs.to_tree(parts.config), "template": template, "sets": digests}
 
 
-def look_at(
+def evaluate_without_images(
     parts: Parts, decode_params: Params, encoded: Encoded, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """`look.beside` of a set with images: its questions are asked again under each condition."""
+    """Ask the questions with images again under each of `look.conditions`, and add the results to `rows`."""
     answered = {}
     for name, questions in look.conditions(encoded.questions).items():
         other = encode(parts.tokenizer, questions, parts.config, encoded.shuffle, parts.cfg.vision)
-        # the shapes of the set itself, which are compiled
+        # With the shapes of the set itself, no other program is compiled.
         images = other.images and dataclasses.replace(other.images, windows=encoded.windows)
         other = dataclasses.replace(other, width=max(other.width, encoded.width), images=images)
         answered[name] = evaluate(parts, decode_params, other)[1] if other.questions else []
-    return look.beside(rows, answered)
+    return look.add_unseen(rows, answered)
 
 
 def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | None) -> int:
-    """`medrlvr eval`: a JSONL of answers for each set, eval.json (settings, counts, statistics), tables."""
-    parts, params, step = open_source(source, settings, step, "eval")
+    """Run `medrlvr eval`: write a JSONL of answers for each set and eval.json, and print tables."""
+    parts, params, step = open_policy(source, settings, step, "eval")
     sets = required_sets(parts)
     folder = new_folder(source, parts, f"eval-{step}", out, "eval.json")
     leads, console, results, statistics = jax.process_index() == 0, Console(), {}, {}
@@ -279,25 +266,25 @@ def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | 
             console.notify(f"eval.sets.{name}: {encoded.how_read}")
             progress = partial(console.progress, f"eval {name}")
             results[name], rows = evaluate(parts, decode_params, encoded, progress, entropies=True)
-            statistics[name] = answers.describe(answers.of_rows(rows, name))
+            statistics[name] = answers.describe(answers.from_rows(rows, name))
             if encoded.images:
-                rows = look_at(parts, decode_params, encoded, rows)
+                rows = evaluate_without_images(parts, decode_params, encoded, rows)
                 looks[name] = look.describe(encoded.questions, rows)
-                every = parts.config.eval.samples * -(-len(encoded.questions) // PICTURES)
+                every = parts.config.eval.samples * -(-len(encoded.questions) // MAX_THUMBNAILS)
                 rows[::every] = with_thumbnails(rows[::every], encoded.questions)
             if leads:
                 files.write_text(folder / f"{name}.jsonl", files.jsonl(rows))
     console.close()
     if not leads:
         return 0
-    chosen = f"checkpoint {step} was chosen as the best on these questions: its accuracy here is too high"
-    warnings = [f"{name}: {chosen}" for name in chosen_on(source, step, parts.config.eval.sets)]
+    bias = f"checkpoint {step} was chosen as the best on these questions: its accuracy here is too high"
+    warnings = [f"{name}: {bias}" for name in chosen_on(source, step, parts.config.eval.sets)]
     warnings += look.warnings(looks)
     if trap := beginning_trap(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode):
         warnings.append("; ".join(trap))
-    about = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings}
-    about |= how_made(parts, sets) | {"eval": results, "statistics": statistics}
-    files.write_json(folder / "eval.json", about | ({"looks": looks} if looks else {}))
+    tree = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings}
+    tree |= provenance(parts, sets) | {"eval": results, "statistics": statistics}
+    files.write_json(folder / "eval.json", tree | ({"looks": looks} if looks else {}))
     say(answers.show(statistics))
     if looks:
         say(look.show(looks))

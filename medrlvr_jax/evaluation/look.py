@@ -1,14 +1,13 @@
-"""Does a model look at its images? The same questions with a blank image, with another question's and with
-none, and what the options' texts give away by themselves.
+"""Does a model use the images? Accuracy with the right image, without it, and from the options' texts alone.
 
-A model that answers from the text scores as high without the image. On OmniMedVQA, the options' texts alone,
-counted on one half of Med-R1's test questions, reach 94 to 100 % of each modality's other half: an accuracy
-there says nothing of looking. `looks` is the accuracy with the right image less the larger of those with a
-blank image and with another question's.
+A model that answers from the text is as accurate without the image. On OmniMedVQA the options' texts alone,
+counted on one half of Med-R1's test questions, answer 94 to 100 % of each modality's other half: an accuracy
+there does not show that a model looks. `looks` is the accuracy with the right image minus the larger of the
+accuracies with a blank image and with another question's image.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -16,6 +15,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from medrlvr_jax.data.images import GREY, read_image
@@ -25,12 +25,17 @@ from medrlvr_jax.evaluation import stats
 from medrlvr_jax.evaluation.answers import percent
 from medrlvr_jax.host import tables
 
+GROUPS = {"subjects": "subject", "tasks": "task"}  # the figures are also given for each value of these fields
+
 
 def conditions(questions: list[Question]) -> dict[str, list[Question]]:
-    """The questions that have images, under each condition."""
+    """Return the questions that have images under three conditions.
+
+    `blank`: with grey images; `shuffled`: with another question's images (`_shuffled`); `none`: without.
+    """
     seeing = [question for question in questions if question.images]
     with ThreadPoolExecutor() as pool:
-        blank = list(pool.map(lambda question: tuple(map(_blank, question.images)), seeing))
+        blank = list(pool.map(lambda q: tuple(_grey(read_image(x).size) for x in q.images), seeing))
     return {
         "blank": [replace(q, images=images) for q, images in zip(seeing, blank, strict=True)],
         "shuffled": _shuffled(seeing),
@@ -38,41 +43,37 @@ def conditions(questions: list[Question]) -> dict[str, list[Question]]:
     }
 
 
-def _blank(image: str | bytes) -> bytes:
-    """A grey image of the same size."""
-    return _grey(read_image(image).size)
-
-
 @lru_cache(maxsize=4096)
 def _grey(size: tuple[int, int]) -> bytes:
+    """Return a grey PNG of this width and height."""
     out = BytesIO()
     Image.new("RGB", size, GREY).save(out, "PNG")
     return out.getvalue()
 
 
 def _shuffled(questions: list[Question]) -> list[Question]:
-    """Each question with the images of another one of its subject and task that has as many. Left out where
-    all questions of the kind have the same images.
+    """Return each question with the images of another one of the same subject, task and number of images.
+
+    Questions are left out if all questions of their subject, task and number have the same images.
     """
-    kinds: dict[tuple, dict[tuple[str, ...], tuple]] = defaultdict(dict)
-    kind_of = lambda q: (q.subject, q.task, len(q.images))
-    digests = [tuple(map(image_digest, question.images)) for question in questions]
-    for question, digest in sorted(zip(questions, digests, strict=True), key=lambda x: x[1]):
-        kinds[kind_of(question)][digest] = question.images
-    after = {}
-    for kind, sets in kinds.items():
-        first, *others = sets
-        after[kind] = dict(zip(sets, [*others, first], strict=True))
-    return [
-        replace(q, images=kinds[kind_of(q)][after[kind_of(q)][digest]])
-        for q, digest in zip(questions, digests, strict=True)
-        if len(kinds[kind_of(q)]) > 1
-    ]
+    keys = [((q.subject, q.task, len(q.images)), tuple(map(image_digest, q.images))) for q in questions]
+    by_kind: dict[tuple, dict[tuple[str, ...], tuple]] = defaultdict(dict)
+    for (kind, digests), question in sorted(zip(keys, questions, strict=True), key=lambda pair: pair[0][1]):
+        by_kind[kind][digests] = question.images
+    others = {}
+    for kind, images in by_kind.items():
+        if len(images) > 1:
+            first, *rest = images.values()
+            others |= {(kind, digests): x for digests, x in zip(images, [*rest, first], strict=True)}
+    pairs = zip(questions, keys, strict=True)
+    return [replace(question, images=others[key]) for question, key in pairs if key in others]
 
 
 def prior(questions: list[Question]) -> dict[str, float]:
-    """By id of each question with one right option, the chance to name it by how often its options' texts are
-    right in the other half of the set; halves are by the questions' hashes, ties are drawn.
+    """Return by question id the probability to be right when one knows only the options' texts.
+
+    The guess is the option whose text is most often right in the other half of the set; ties are drawn. The
+    halves are by the questions' hashes. Questions without exactly one right option are left out.
     """
     chosen = [q for q in questions if q.options and q.value is None]
     halves = [int(question_hash(q), 16) % 2 for q in chosen]
@@ -82,112 +83,113 @@ def prior(questions: list[Question]) -> dict[str, float]:
         right[half][question.options[question.answer]] += 1
     out = {}
     for question, half in zip(chosen, halves, strict=True):
-        seen, rate = offered[1 - half], 1 / len(question.options)
-        rates = [right[1 - half][text] / seen[text] if seen[text] else rate for text in question.options]
+        times, chance = offered[1 - half], 1 / len(question.options)
+        rates = [right[1 - half][text] / times[text] if times[text] else chance for text in question.options]
         best = np.isclose(rates, max(rates))
         out[question.id] = float(best[question.answer] / best.sum())
     return out
 
 
-def beside(rows: list[dict[str, Any]], answered: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The answers with the right images, each with the share of right ones to its question under each of the
-    `conditions`, as `unseen`. `answered` are the answers under these.
+def add_unseen(rows: list[dict[str, Any]], answered: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the rows of answers with a field `unseen`: the share of right answers to the same question under
+    each of `conditions`.
+
+    `answered` are the rows of the answers under each condition.
     """
-    shares = {name: _by_question(answers) for name, answers in answered.items()}
+    shares = {condition: _by_question(answers) for condition, answers in answered.items()}
     unseen = lambda name: {condition: of[name] for condition, of in shares.items() if name in of}
     return [row | {"unseen": unseen(row["id"])} for row in rows]
 
 
-GROUPS = {"subjects": "subject", "tasks": "task"}  # by which the figures are given beside all questions'
-
-
-def describe(questions: list[Question], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracies under each condition and `looks`, with 95 % intervals, of the questions with images; the
-    same by subject and by task, and their means over these groups. `rows` are as `beside` gives them.
-    """
-    seeing = [question for question in questions if question.images]
-    shares = {"image": _by_question(rows)}
-    for row in rows:
-        for condition, share in row["unseen"].items():
-            shares.setdefault(condition, {})[row["id"]] = share
-    shares["option_texts"] = prior(seeing)
-    out = _figures(seeing, shares)
-    for name, field in GROUPS.items():
-        groups: dict[str, list[Question]] = defaultdict(list)
-        for question in seeing:
-            groups[getattr(question, field)].append(question)
-        if len(groups) > 1:
-            out[name] = {group: _figures(groups[group], shares) for group in sorted(groups)}
-            out[f"mean_over_{name}"] = _means(seeing, shares, field)
-    return out
-
-
-def _asked(questions: list[Question], answered: Mapping[str, float]) -> list[Question]:
-    return [question for question in questions if question.id in answered]
-
-
-def _figures(questions: list[Question], shares: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Of some questions: n, what each condition reaches, chance, `looks`. `shares`: right answers by id."""
-    out: dict[str, Any] = {"n": len(questions)}
-    differences = []
-    for name, answered in shares.items():
-        if not (asked := _asked(questions, answered)):
-            continue
-        values = np.array([answered[question.id] for question in asked])
-        guessed = name == "option_texts"
-        out[name] = (stats.mean_share if guessed else stats.accuracy)(values)._asdict()
-        if name in ("blank", "shuffled"):
-            usual = np.array([shares["image"][question.id] for question in asked])
-            differences.append((values.mean(), stats.paired_difference(values, usual)))
-    out["chance"] = float(np.mean([1 / q.choice_count if q.choice_count else 0.0 for q in questions]))
-    if differences:
-        _, looks = max(differences, key=lambda pair: pair[0])
-        out["looks"] = looks.interval._asdict()
-    return out
-
-
-def _means(
-    questions: list[Question], shares: Mapping[str, Mapping[str, float]], field: str
-) -> dict[str, dict[str, float]]:
-    """What each condition reaches as the mean over groups, which count alike however large they are."""
-    out = {}
-    for name, answered in shares.items():
-        if asked := _asked(questions, answered):
-            values = np.array([answered[question.id] for question in asked])
-            groups = np.array([getattr(question, field) for question in asked])
-            out[name] = stats.balanced(values, groups)._asdict()
-    return out
-
-
 def _by_question(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Share of right answers by the question's id."""
+    """Return the share of right answers by question id."""
     answers = defaultdict(list)
     for row in rows:
         answers[row["id"]].append(row["correct"])
     return {name: float(np.mean(correct)) for name, correct in answers.items()}
 
 
-def warnings(found: dict[str, dict[str, Any]]) -> list[str]:
-    """What to say of each set whose answers are not better with the right images than without them."""
+def describe(questions: list[Question], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the accuracy under each condition and `looks`, with intervals, of the questions with images.
+
+    With several subjects or tasks, also the figures of each, and the means over them. `rows` are those of
+    `add_unseen`.
+    """
+    seeing = [question for question in questions if question.images]
+    by_id = {"image": _by_question(rows), "blank": {}, "shuffled": {}, "none": {}}
+    for row in rows:
+        for condition, share in row["unseen"].items():
+            by_id[condition][row["id"]] = share
+    by_id["option_texts"] = prior(seeing)
+    # [n] each; NaN for a question that was not asked under the condition
+    shares = {name: np.array([of.get(q.id, np.nan) for q in seeing]) for name, of in by_id.items()}
+    chance = np.array([1 / q.choice_count if q.choice_count else 0.0 for q in seeing])
+    out = _figures(shares, chance)
+    for name, field in GROUPS.items():
+        groups = np.array([getattr(question, field) for question in seeing])
+        members = {group: groups == group for group in np.unique(groups).tolist()}
+        if len(members) > 1:
+            out[name] = {
+                group: _figures({c: values[use] for c, values in shares.items()}, chance[use])
+                for group, use in members.items()
+            }
+            out[f"mean_over_{name}"] = {
+                c: stats.balanced(values[asked], groups[asked])
+                for c, values in shares.items()
+                if (asked := ~np.isnan(values)).any()
+            }
+    return out
+
+
+def _figures(shares: dict[str, Float[np.ndarray, " n"]], chance: Float[np.ndarray, " n"]) -> dict[str, Any]:
+    """Return n, the accuracy under each condition, chance and `looks` of n questions."""
+    out: dict[str, Any] = {"n": len(chance)}
+    for condition, values in shares.items():
+        if len(asked := values[~np.isnan(values)]):
+            out[condition] = stats.mean_share(asked)
+    out["chance"] = float(chance.mean())
+    unseen = [shares[condition][:, None] for condition in ("blank", "shuffled")]
+    if gain := looks(shares["image"][:, None], unseen):
+        out["looks"] = gain.interval
+    return out
+
+
+def looks(
+    correct: Float[np.ndarray, "n k"], unseen: Iterable[Float[np.ndarray, "n k"]], fixed: bool = True
+) -> stats.Contrast | None:
+    """Return by how much k runs are more accurate with the right images than without, or None.
+
+    `unseen` are the shares of right answers under several conditions, NaN for a question that was not asked.
+    The smallest difference counts. `fixed`: see `stats.contrast`. The result is None without such answers.
+    """
+    gains = [correct - shares for shares in unseen]
+    gains = [gain[~np.isnan(gain).any(1)] for gain in gains]
+    contrasts = [stats.contrast(gain, np.zeros(len(gain)), (fixed, True)) for gain in gains if len(gain)]
+    return min(contrasts, key=lambda contrast: contrast.value, default=None)
+
+
+def warnings(described: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a warning for each set whose accuracy is not significantly higher with the right images."""
     out = []
-    for name, figures in found.items():
-        looks = figures.get("looks")
-        if looks and looks["low"] <= 0:
-            blind = f"{name}: the answers do not depend on the images: looks is {percent(looks)}"
+    for name, figures in described.items():
+        gain = figures.get("looks")
+        if gain and gain.low <= 0:
+            blind = f"{name}: the answers do not depend on the images: looks is {percent(gain)}"
             remedy = (
-                "a reward that rose rose by the texts alone. Train on questions whose texts do not give the "
-                "answers away (option texts alone against chance; data.shuffle_options=true against an order)"
+                "a reward that rose did so from the texts alone. Train on questions whose texts do not give "
+                "the answers away (compare `option texts alone` with chance; against an order of the "
+                "options, set data.shuffle_options=true)"
             )
             out.append(f"{blind}; {remedy}")
     return out
 
 
-def show(found: dict[str, dict[str, Any]]) -> str:
-    """What `describe` found of each set, as a table: all questions, then each subject and each task."""
+def show(described: dict[str, dict[str, Any]]) -> str:
+    """Return the figures of `describe` as a table: for each set all questions, each subject and each task."""
     columns = ("image", "blank", "shuffled", "none", "option_texts", "chance", "looks")
     titles = ("right image", "blank", "another's", "none", "option texts alone", "chance", "looks")
     rows = []
-    for name, d in found.items():
+    for name, d in described.items():
         lines = {name: d}
         for group in GROUPS:
             lines |= {f"  {kind or '(none)'}": figures for kind, figures in d.get(group, {}).items()}

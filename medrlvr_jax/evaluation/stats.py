@@ -1,8 +1,8 @@
-"""What an accuracy can and cannot show: intervals, paired tests, pass@k, the boundary between two models.
+"""Statistics of accuracies: intervals, paired tests, pass@k, and which questions training made solvable.
 
-Everything is per question. `correct` is [n], one answer a question (or the share of its samples that are
-right), or [n, k], k samples of each question. Samples of one question are not independent, so intervals and
-tests are over questions. All intervals are of 95 %.
+`correct` is [n], one answer to each question (or the share of its samples that are right), or [n, k], k
+samples of each question. Samples of one question are not independent, so the question is the unit of all
+intervals and tests. All intervals are 95 % intervals.
 """
 
 import math
@@ -12,8 +12,9 @@ import numpy as np
 import scipy  # loads scipy.stats when it is first used, which takes half a second
 from jaxtyping import Bool, Float64, Int, Num, Shaped
 
-ROOM = 0.1  # pass@k beyond chance is given only where chance leaves at least this much
+ROOM = 0.1  # pass@k beyond chance is computed only if guessing fails at least this often
 Z95 = 1.959964
+PADDING = [0.0, 0.0, 1.0, 1.0]  # values added to n questions: two right, two wrong (Agresti & Coull 1998)
 
 Values = Num[np.ndarray, " n"] | Num[np.ndarray, "n k"] | Bool[np.ndarray, " n"] | Bool[np.ndarray, "n k"]
 
@@ -25,11 +26,11 @@ class Interval(NamedTuple):
 
 
 def wilson(correct: float, n: float, z: float = Z95) -> tuple[float, float]:
-    """The Wilson score interval of a share; (0, 1) for n = 0. Counts may be fractions, unlike scipy's.
+    """Return both ends of the Wilson score interval of a share; (0, 1) if n = 0.
 
-    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), with p = correct / n. Unlike p ± z √(p(1−p)/n) it never
-    leaves [0, 1] and does not shrink to a point at 0 of n. E. B. Wilson, J. Am. Stat. Assoc. 22 (1927)
-    209–212.
+    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), with p = correct / n. Unlike p ± z √(p(1−p)/n), it
+    stays within [0, 1] and has a width at 0 of n. Unlike scipy's function, this one takes fractional counts.
+    E. B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209–212.
     """
     if n == 0:
         return 0.0, 1.0
@@ -39,55 +40,58 @@ def wilson(correct: float, n: float, z: float = Z95) -> tuple[float, float]:
 
 
 def mean_share(values: Values) -> Interval:
-    """The mean of values in [0, 1] and its interval: over questions, or of k runs over both (`contrast`).
+    """Return the mean of values in [0, 1] with its interval.
 
-    It is Wilson's, for as many questions as would give the mean's variance σ² if the value of each were 0 or
-    1: p(1−p) / σ². With one answer a question that is n. For σ² / p(1−p), two questions of value 1 and two of
-    0 are added, as Agresti & Coull (Am. Stat. 52, 1998) do: few right answers do not determine it, and equal
-    values would make it 0.
+    Values [n] give an interval over n questions. Values [n, k] of k runs give one over questions and runs,
+    both random (`contrast`).
+
+    It is Wilson's interval for the effective number of questions p(1−p) / σ², where σ² is the variance of
+    the mean. With one answer to each question that number is n. The ratio σ² / p(1−p) is estimated with
+    `PADDING` (Agresti & Coull, Am. Stat. 52, 1998): few right answers do not determine it, and equal values
+    would make it 0.
     """
-    x = np.asarray(values, np.float64).reshape(len(values), -1)
-    (n, k), share, padded = x.shape, float(x.mean()), np.concatenate([x.mean(1), [0.0, 0.0, 1.0, 1.0]])
+    x = _columns(values)
+    (n, k), share, padded = x.shape, float(x.mean()), np.concatenate([x.mean(1), PADDING])
     scale = float(padded.mean() * (1 - padded.mean()))
     questions, seeds = float(padded.var()) / n, 0.0
     if k > 1:
-        between, residual = _over_runs(x)
+        between, residual = _run_variances(x)
         questions, seeds = questions - residual / (n * k), between / k
     size = scale / (questions + seeds)
-    freedom = _freedom([(questions, math.inf), (seeds, k - 1)]) if seeds else math.inf
+    freedom = _degrees_of_freedom([(questions, math.inf), (seeds, k - 1)]) if seeds else math.inf
     z = float(scipy.stats.t.ppf(0.975, freedom)) if seeds else Z95
     return Interval(share, *wilson(share * size, size, z))
 
 
 def mean(values: Num[np.ndarray, " n"]) -> Interval:
-    """The mean of per-question values of any size, and Student's t interval; infinite for a single value."""
+    """Return the mean of values of any size with Student's t interval, which is infinite for one value."""
     x, n = np.asarray(values, np.float64), len(values)
     half = float(scipy.stats.t.ppf(0.975, n - 1) * x.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
     return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
 
 
 def accuracy(correct: Values) -> Interval:
-    """Share of right answers with its interval over questions: k samples of one are one observation."""
-    return mean_share(np.asarray(correct, np.float64).reshape(len(correct), -1).mean(1))
+    """Return the share of right answers with its interval over questions, whatever the number of samples."""
+    return mean_share(_columns(correct).mean(1))
 
 
 def balanced(correct: Values, classes: Shaped[np.ndarray, " n"]) -> Interval:
-    """Balanced accuracy, the mean of the classes' shares of right answers, and its interval.
+    """Return the balanced accuracy, which is the mean of the classes' accuracies, with its interval.
 
-    Variances of the classes add up; each class is padded as in `mean_share`, so that none is 0.
+    The variances of the classes add up. Each class gets `PADDING`, so that no variance is 0.
     """
-    shares = np.asarray(correct, np.float64).reshape(len(correct), -1).mean(1)
-    rows = [shares[classes == name] for name in np.unique(classes)]
-    variance = sum(np.concatenate([x, [0.0, 0.0, 1.0, 1.0]]).var() / len(x) for x in rows) / len(rows) ** 2
-    mean, half = float(np.mean([x.mean() for x in rows])), Z95 * math.sqrt(variance)
-    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+    shares = _columns(correct).mean(1)
+    members = [shares[classes == name] for name in np.unique(classes)]
+    variance = sum(np.concatenate([x, PADDING]).var() / len(x) for x in members) / len(members) ** 2
+    value, half = float(np.mean([x.mean() for x in members])), Z95 * math.sqrt(variance)
+    return Interval(value, max(0.0, value - half), min(1.0, value + half))
 
 
 def mcnemar(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " n"]) -> tuple[int, int, float]:
-    """Questions only a has right, questions only b has right, and the exact two-sided p.
+    """Return how many questions only a answers right, how many only b, and the exact two-sided p value.
 
-    Under the null hypothesis each discordant question falls to either side with probability ½ (McNemar 1947,
-    binomial form).
+    Under the null hypothesis each of these questions belongs to either side with probability ½ (McNemar
+    1947, binomial form).
     """
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     n = only_a + only_b
@@ -95,54 +99,57 @@ def mcnemar(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " n"]) -> tuple[int, 
 
 
 class Contrast(NamedTuple):
-    """A difference of two means over the same questions, its interval and two-sided p: one t statistic."""
+    """A difference of two means over the same questions; interval and p come from one t statistic."""
 
     value: float
     low: float
     high: float
-    p: float
-    centre: float  # of the interval
-    error: float  # standard error
-    freedom: float  # degrees of freedom
+    p: float  # two-sided
+    centre: float  # the middle of the interval before it is clipped to [−1, 1]
+    error: float  # the standard error
+    freedom: float  # the degrees of freedom
 
     @property
     def interval(self) -> Interval:
         return Interval(self.value, self.low, self.high)
 
     def within(self, margin: float) -> float:
-        """The p of "they differ by `margin` or more": two one-sided tests (Schuirmann 1987)."""
+        """Return the p value of the hypothesis "the means differ by `margin` or more".
+
+        These are two one-sided tests (Schuirmann 1987).
+        """
         return float(scipy.stats.t.sf((margin - abs(self.centre)) / self.error, self.freedom))
 
     @property
     def minimum_detectable(self) -> float:
-        """The least true difference that is significant (two-sided, 5 %) with 80 % power."""
+        """The smallest true difference that the test finds (two-sided, 5 %) with 80 % power."""
         return float(scipy.stats.t.ppf([0.975, 0.8], self.freedom).sum() * self.error)
 
 
 def contrast(a: Values, b: Values, fixed: tuple[bool, bool] = (False, False)) -> Contrast:
-    """The mean of a [n, k] less that of b [n, l]: the same n questions, answered by k and by l runs.
+    """Return mean(a) − mean(b), where k runs (a [n, k]) and l runs (b [n, l]) answer the same n questions.
 
     Questions and seeds are both random: two-way random effects, Var = σ²_question / n + σ²_run (1/k + 1/l).
-    The runs' scatter on each question is part of the variance of the questions' differences and of that of
-    the runs' means; it is subtracted from the former. The runs of both arms are assumed to scatter alike, as
-    those of equal methods do. An arm that is `fixed` is a model that is not trained, and has no seeds. If no
-    arm has several runs, the result is about these two runs only. Half a question of each kind (both right,
-    neither, only a, only b) is added, as Agresti & Min (Stat. Med. 24, 2005) do, so that the interval of
-    equal answers is no point.
+    The variance of the questions' differences contains the residual variance of the runs, which the variance
+    of the runs' means contains, too; so it is subtracted once. Both arms are assumed to have the same σ²_run,
+    as equal methods have. A `fixed` arm is a model that is not trained, so it has no seeds. If neither arm
+    has several runs, the result holds for these two runs only. Half a question of each kind (both right,
+    neither, only a, only b) is added (Agresti & Min, Stat. Med. 24, 2005), so that the interval of equal
+    answers has a width.
     """
-    x, y = (np.asarray(m, np.float64).reshape(len(m), -1) for m in (a, b))
+    x, y = _columns(a), _columns(b)
     n, d = len(x), x.mean(1) - y.mean(1)
     centre = float(d.sum()) / (n + 2)
     questions = ((float((d * d).sum()) + 1) / (n + 2) - centre**2) / (n + 1)
     scatter, runs = 0.0, 0
     for m in (m for m in (x, y) if m.shape[1] > 1):
-        between, residual = _over_runs(m)
+        between, residual = _run_variances(m)
         questions -= residual / m.size
         scatter, runs = scatter + between * (m.shape[1] - 1), runs + m.shape[1] - 1
     questions = max(questions, 1 / ((n + 1) * (n + 2)))
     with_seeds = [m for m, is_fixed in zip((x, y), fixed, strict=True) if not is_fixed]
     seeds = scatter / max(runs, 1) * sum(1 / m.shape[1] for m in with_seeds)
-    error, freedom = math.sqrt(questions + seeds), _freedom([(questions, n + 1), (seeds, runs)])
+    error, freedom = math.sqrt(questions + seeds), _degrees_of_freedom([(questions, n + 1), (seeds, runs)])
     half = error * float(scipy.stats.t.ppf(0.975, freedom))
     low, high = max(centre - half, -1.0), min(centre + half, 1.0)
     p = float(2 * scipy.stats.t.sf(abs(centre) / error, freedom))
@@ -150,32 +157,36 @@ def contrast(a: Values, b: Values, fixed: tuple[bool, bool] = (False, False)) ->
 
 
 def paired_difference(a: Values, b: Values) -> Contrast:
-    """Mean of b − a over the same questions; samples are of one model each, so the question is the unit."""
-    a, b = (np.asarray(x, np.float64).reshape(len(x), -1).mean(1) for x in (a, b))
-    return contrast(b, a, (True, True))
+    """Return mean(b) − mean(a) for two models that answered the same questions, once or several times."""
+    return contrast(_columns(b).mean(1), _columns(a).mean(1), (True, True))
 
 
-def _over_runs(x: Float64[np.ndarray, "n k"]) -> tuple[float, float]:
-    """The variance of the k runs' means, and the residual variance beside questions and runs."""
+def _columns(values: Values) -> Float64[np.ndarray, "n k"]:
+    return np.asarray(values, np.float64).reshape(len(values), -1)
+
+
+def _run_variances(x: Float64[np.ndarray, "n k"]) -> tuple[float, float]:
+    """Return the variance of the k runs' means, and the residual variance of a two-way layout."""
     n, k = x.shape
     residual = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
     return float(x.mean(0).var(ddof=1)), float((residual**2).sum()) / max((n - 1) * (k - 1), 1)
 
 
-def _freedom(parts: list[tuple[float, float]]) -> float:
-    """Degrees of freedom of a sum of variances, each with its degrees: 1 / Σ share^1.25 / degrees.
+def _degrees_of_freedom(parts: list[tuple[float, float]]) -> float:
+    """Return the degrees of freedom of a sum of variances: 1 / Σ share^1.25 / degrees.
 
-    Satterthwaite (Biometrics 2, 1946) squares the shares, which he takes as known. Estimated from three seeds
-    they are not. False positives of a 5 % test, by tests/size.py: the square gives 7 to 8 % for a base
-    against three runs that scatter much, an exponent of 1 less than 4 % where they scatter little; 1.25 gives
-    4 to 6 % for three seeds or more, and 8 % where one arm's runs scatter many times as much as the other's.
+    `parts` are pairs of a variance and its degrees of freedom. Satterthwaite (Biometrics 2, 1946) squares the
+    shares, because he takes them as known. Three seeds only estimate them. tests/size.py measures the false
+    positives of a 5 % test. The square gives 7 to 8 % for a base against three runs of high variance. An
+    exponent of 1 gives less than 4 % for runs of low variance. 1.25 gives 4 to 6 % for three seeds or more,
+    and 8 % if the runs of one arm have many times the variance of the other's.
     """
     total = sum(variance for variance, _ in parts)
     return 1 / max(sum((variance / total) ** 1.25 / free for variance, free in parts if variance > 0), 1e-9)
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Adjusted p-values of several tests, in their order (Holm 1979): running maximum of (m − rank) · p."""
+    """Return Holm's adjusted p values (1979) in the order given: the running maximum of (m − rank) · p."""
     order = np.argsort(p_values, kind="stable")
     steps = np.asarray(p_values, float)[order] * np.arange(len(order), 0, -1)
     adjusted = np.empty(len(order))
@@ -187,7 +198,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def pass_at_k(correct: Bool[np.ndarray, "n samples"], k: int) -> Float64[np.ndarray, " n"]:
-    """Per question, the unbiased chance that one of k samples is right: 1 − C(s−c, k) / C(s, k) for c of s.
+    """Return each question's unbiased pass@k: 1 − C(s−c, k) / C(s, k), if c of its s samples are right.
 
     Chen et al. 2021 (arXiv 2107.03374); used as in arXiv 2504.13837.
     """
@@ -198,12 +209,12 @@ def pass_at_k(correct: Bool[np.ndarray, "n samples"], k: int) -> Float64[np.ndar
 
 
 def beyond_chance(passed: Num[np.ndarray, " n"], options: Int[np.ndarray, " n"], k: int) -> Interval | None:
-    """Mean pass@k on a scale where guessing is 0 and certainty 1: (p − g) / (1 − g).
+    """Return mean pass@k rescaled to (p − g) / (1 − g), so that guessing gives 0 and certainty 1.
 
-    g is the mean of 1 − (1 − 1/m)^k for m options. Guessing among 4 has a pass@16 of 0.99: without this, all
-    models look alike at large k. The means are taken first, since a single question's 1 − g is near 0 where
-    it has few options; an open question, of 0 options, cannot be guessed. None where 1 − g is below `ROOM`:
-    the scale is then all noise.
+    g is the mean of 1 − (1 − 1/m)^k for m options. Guessing among 4 options has a pass@16 of 0.99, so without
+    this correction all models look alike at large k. The means are taken before the division, because 1 − g
+    of a single question with few options is near 0. An open question (0 options) cannot be guessed. The
+    result is None if 1 − g is below `ROOM`, because noise would then dominate.
     """
     options = np.where(np.asarray(options) > 0, options, np.inf)
     guess = float((1 - (1 - 1 / options) ** k).mean())
@@ -215,9 +226,9 @@ def beyond_chance(passed: Num[np.ndarray, " n"], options: Int[np.ndarray, " n"],
 def majority(
     answers: Shaped[np.ndarray, "n k"], correct: Bool[np.ndarray, "n k"]
 ) -> Float64[np.ndarray, " n"]:
-    """Per question, the chance that its most frequent answer is right; a tie is drawn with equal chances.
+    """Return for each question the probability that its most frequent answer is right.
 
-    Empty answers do not vote; where nobody votes, it is 0.
+    Ties are drawn with equal chances. Empty answers do not vote. Without votes, the probability is 0.
     """
     out = np.zeros(len(answers))
     for i, (row, right) in enumerate(zip(answers, correct, strict=True)):
@@ -228,16 +239,16 @@ def majority(
 
 
 def answer_entropy(answers: Shaped[np.ndarray, "n k"]) -> Float64[np.ndarray, " n"]:
-    """Per question, −Σ p log p over its distinct answers, in nats; to give no answer is one of them."""
+    """Return each question's entropy over its distinct answers, in nats. No answer counts as an answer."""
     return np.array([scipy.stats.entropy(np.unique(row, return_counts=True)[1]) for row in answers])
 
 
 def consistency(
     answers: Shaped[np.ndarray, "n k"],
 ) -> tuple[Bool[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
-    """Of a question's answers to k orders of its options: are all the same option, and what share of pairs?
+    """Return for each question whether its answers to k orders of options all agree, and the share of pairs.
 
-    Where no answer was given, it equals no other.
+    A missing answer agrees with no other.
     """
     k = answers.shape[1]
     given = answers != ""
@@ -246,12 +257,12 @@ def consistency(
 
 
 def boundary(base: Bool[np.ndarray, "n k"], trained: Bool[np.ndarray, "n k"]) -> dict[str, float]:
-    """How training changed which questions are solved by at least one of k samples.
+    """Return how training changed which questions at least one of k samples solves.
 
-    Invisible Leash (arXiv 2507.14843): P both, E only trained, S only base; support retention SRR = P/(P+S),
-    net discovery NDR = E/(P+E), SDS their harmonic mean, net change NSCR = (E−S)/(P+E+S). The
-    sampling-efficiency gap (arXiv 2504.13837) is base pass@k − trained pass@1. A ratio without denominator is
-    NaN.
+    Invisible Leash (arXiv 2507.14843): P questions are solved by both, E only by the trained model, S only by
+    the base. Support retention SRR = P/(P+S), net discovery NDR = E/(P+E), SDS is their harmonic mean, net
+    change NSCR = (E−S)/(P+E+S). The sampling-efficiency gap (arXiv 2504.13837) is base pass@k − trained
+    pass@1. A ratio with denominator 0 is NaN.
     """
     a, b = base.any(1), trained.any(1)
     p, e, s, o = (int(x.sum()) for x in (a & b, b & ~a, a & ~b, ~a & ~b))
@@ -274,9 +285,9 @@ def _ratio(part: float, total: float) -> float:
 
 
 def letter_bias(answers: Shaped[np.ndarray, "..."], key: Shaped[np.ndarray, "..."]) -> dict[str, Any]:
-    """How often each letter is answered and how often it is the key, and the χ² test of one on the other.
+    """Return how often each letter is the answer and the key, and the p value of a χ² test that they agree.
 
-    Both are [n] or [n, k]: each of k samples counts 1/k, since samples of one question are no new evidence.
+    Both arguments are [n] or [n, k]. Each of k samples counts 1/k, so that a question counts once.
     """
     answers, key = (x if x.ndim == 2 else x[:, None] for x in map(np.asarray, (answers, key)))
     letters = sorted((set(key.ravel().tolist()) | set(answers.ravel().tolist())) - {""})

@@ -109,7 +109,9 @@ def write_json(path: Path, tree: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """For JSON: arrays as lists; NaN and ±inf, which JSON lacks, as null."""
+    """For JSON: arrays as lists, named tuples as objects; NaN and ±inf, which JSON lacks, as null."""
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -150,6 +152,17 @@ def read_jsonl(path: Path, most: int | None = None, always: Sequence[bytes] = ()
         with reading(f"{path}:{number + 1}", "a crash cannot do this, so repair or remove the file"):
             records.append(json.loads(lines[number].decode("utf-8", "replace")))
     return records
+
+
+def short_names(folders: Sequence[Path], least: int = 1) -> list[str]:
+    """Return the last `least` parts of each path, or as many as distinguish it from the others."""
+    paths, out = [folder.resolve().parts for folder in folders], []
+    for parts in paths:
+        depth, others = least, [other for other in paths if other != parts]
+        while depth < len(parts) and any(other[-depth:] == parts[-depth:] for other in others):
+            depth += 1
+        out.append("/".join(parts[-depth:]))
+    return out
 
 
 def rewind(path: Path, step: int) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medrlvr_jax.evaluation.answers import percent, remarks
-from medrlvr_jax.evaluation.stats import Interval, wilson
+from medrlvr_jax.evaluation.answers import interval, percent, remarks
+from medrlvr_jax.evaluation.stats import Interval
 from medrlvr_jax.runs.console import clock
 
 MEASURES = (("accuracy", "right answers"), ("format", "in the format"))
@@ -54,16 +54,4 @@ def next_commands(folder: Path, evaluated: bool) -> Iterator[str]:
 
 
 def _share(counts: dict[str, Any] | None, key: str) -> str:
-    return percent(interval(counts, key)._asdict()) if counts and counts["n"] else "–"
-
-
-def interval(counts: dict[str, Any], key: str = "accuracy") -> Interval:
-    """The share of right answers, or of those in the `format`, with its 95 % interval over questions.
-
-    `counts` are an evaluation's (`evaluate.summarise`). Logs of older versions have no interval. Theirs is
-    Wilson's over the answers, which is right for one answer a question.
-    """
-    count, share = {"accuracy": ("correct", "accuracy"), "format": ("format_ok", "format_rate")}[key]
-    if f"{key}_low" in counts:
-        return Interval(counts[share], counts[f"{key}_low"], counts[f"{key}_high"])
-    return Interval(counts[count] / counts["n"], *wilson(counts[count], counts["n"]))
+    return percent(interval(counts, key)) if counts and counts["n"] else "–"

@@ -3,7 +3,6 @@ every metric of every group.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,14 +92,3 @@ def _curve(runs: Sequence[Columns], name: str, points: int) -> list[list[float |
         return []
     rows = [[None if np.isnan(x) else float(f"{x:.4g}") for x in row] for row in values.tolist()]
     return [steps.tolist(), *rows]
-
-
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """Each folder's name; where several have one name, as much of their paths as makes them differ."""
-    paths, out = [folder.resolve().parts for folder in folders], []
-    for parts in paths:
-        depth, others = 1, [other for other in paths if other != parts]
-        while depth < len(parts) and any(other[-depth:] == parts[-depth:] for other in others):
-            depth += 1
-        out.append("/".join(parts[-depth:]))
-    return out

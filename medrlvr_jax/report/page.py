@@ -19,12 +19,11 @@ import jinja2
 import numpy as np
 
 from medrlvr_jax.config import load as configs
-from medrlvr_jax.evaluation.answers import percent
+from medrlvr_jax.evaluation.answers import interval, percent
 from medrlvr_jax.evaluation.stats import Interval
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.host.files import Records, read_json, read_jsonl, write_text
+from medrlvr_jax.host.files import Records, read_json, read_jsonl, short_names, write_text
 from medrlvr_jax.report import answers, explore
-from medrlvr_jax.report.ending import interval
 from medrlvr_jax.runs.console import before_after, clock
 from medrlvr_jax.runs.metrics import is_due
 
@@ -165,7 +164,7 @@ def with_unique_names(runs: Sequence[Run]) -> list[Run]:
     for name in {run.name for run in runs}:
         places = [i for i, run in enumerate(runs) if run.name == name]
         if len(places) > 1:
-            longer = explore.short_names([runs[i].folder for i in places])
+            longer = short_names([runs[i].folder for i in places])
             for i, new in zip(places, longer, strict=True):
                 out[i] = replace(runs[i], name=new)
     return out
@@ -246,7 +245,7 @@ def in_words(counts: dict[str, Any]) -> str:
     """An evaluation's accuracy with its interval over questions: "30 of 50: 60.0 % (46.2–72.4)"."""
     n, questions = counts["n"], counts.get("questions", counts["n"])
     asked = f"{n:,}" if n == questions else f"{n:,} answers to {questions:,} questions"
-    return f"{counts['correct']:,} of {asked}: {percent(interval(counts)._asdict())}"
+    return f"{counts['correct']:,} of {asked}: {percent(interval(counts))}"
 
 
 def stages(groups: Sequence[Group]) -> list[tuple[str, int, int, list[tuple[str, str]]]]:

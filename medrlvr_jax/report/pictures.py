@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from medrlvr_jax.evaluation.answers import interval
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.host.files import Records, read_jsonl
-from medrlvr_jax.report.ending import interval
-from medrlvr_jax.report.explore import COLORS, GREY, Columns, columns, over_steps, short_names
+from medrlvr_jax.host.files import Records, read_jsonl, short_names
+from medrlvr_jax.report.explore import COLORS, GREY, Columns, columns, over_steps
 
 POINTS = 150  # of a curve, at most
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))

@@ -122,7 +122,7 @@ def outcome(cells: list[Cell], name: str) -> Outcome:
         if not (np.array_equal(a.ids, seeds[0].ids) and np.array_equal(a.hashes, seeds[0].hashes)):
             remedy = "delete that cell's eval folder and run it again"
             raise ConfigError(f"{path}: other questions than in {paths[0]}; {remedy}")
-    seeds = [a.only(~a.repeats) for a in seeds]
+    seeds = [a.select(~a.repeats) for a in seeds]
     by_sample = [field for field, column in seeds[0]._asdict().items() if column.ndim == 2]
     joined = {field: np.concatenate([getattr(a, field) for a in seeds], axis=1) for field in by_sample}
     return Outcome(
@@ -139,11 +139,11 @@ def describe(o: Outcome) -> dict[str, Any]:
     return {
         "seeds": o.seeds,
         "n": len(o.correct),
-        "accuracy": stats.mean_share(o.correct)._asdict(),
+        "accuracy": stats.mean_share(o.correct),
         "by_seed": o.correct.mean(0).tolist(),
         "format_rate": o.mean("format_ok"),
         "response_length": o.mean("length"),
-        "looks": o.looks and o.looks.interval._asdict(),
+        "looks": o.looks and o.looks.interval,
         "stages": {stage: o.in_stages(stage) for stage in STAGES} if o.has_stages else None,
     }
 
@@ -171,7 +171,7 @@ def against_sft(outcomes: Outcomes, named: Claims) -> Tests:
             single = o.correct.shape[1] == sft.correct.shape[1] == 1 and not (o.fixed and sft.fixed)
             tests[arm, name] = {
                 "n": n,
-                "difference": c.interval._asdict(),
+                "difference": c.interval,
                 "p": c.p,
                 "p_margin": c.within(named.margin),
                 "over": "questions" if single else "questions and seeds",
@@ -197,10 +197,10 @@ def table(outcomes: Outcomes, tests: Tests) -> str:
         for name in sets:
             o, test = of_arm.get(name), tests.get((arm, name))
             by_seed = ", ".join(f"{100 * x:.1f}" for x in o.correct.mean(0)) if o else ""
-            row += [percent(stats.mean_share(o.correct)._asdict()) if o else "", by_seed]
+            row += [percent(stats.mean_share(o.correct)) if o else "", by_seed]
             ps = [f"{test[p]:.2g}" for p in ("p", "p_holm")] if test else ["", ""]
             row += [points(test["difference"]) if test else "", *ps]
-            row += [points(o.looks.interval._asdict()) if o and o.looks else ""] * (name in seen)
+            row += [points(o.looks.interval) if o and o.looks else ""] * (name in seen)
         if o := of_arm.get(sets[0]):
             hacks = percent(o.in_stages(*HACKS)) if o.has_stages else "–"
             row += [percent(o.mean("format_ok")), hacks, f"{o.mean('length'):.1f}"]
@@ -213,10 +213,9 @@ def table(outcomes: Outcomes, tests: Tests) -> str:
     return "\n".join([tables.markdown(head, rows), "", f"{NOTE} {sets[0]}.", *fewer])
 
 
-def points(x: dict[str, float]) -> str:
-    """A difference with its interval, in percentage points."""
-    value, low, high = (100 * x[k] for k in ("value", "low", "high"))
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+def points(x: stats.Interval | stats.Contrast) -> str:
+    """Return a difference with its interval, in percentage points."""
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * end for end in x[:3]))
 
 
 # --- the four claims ---
@@ -238,7 +237,7 @@ def claims(named: Claims, arms: dict[str, list[Cell]], outcomes: Outcomes, tests
 
 def verdict(arm: str, test: dict[str, Any], tests: int, margin: float) -> str:
     """What a test shows: a difference, that there is none as large as the margin, both, or neither."""
-    higher = "higher" if test["difference"]["value"] > 0 else "lower"
+    higher = "higher" if test["difference"].value > 0 else "lower"
     limit, p_margin = f"a difference of {100 * margin:g} points", f"p {test['p_margin']:.2g}"
     text = "no significant difference"
     if test["p_holm"] < 0.05:
@@ -266,7 +265,7 @@ def reasoning(named: Claims, outcomes: Outcomes, arm: str) -> str:
     for other in (named.no_think, named.base):
         sets = outcomes.get(other or "", {})
         both = {name: difference(o, sets[name]) for name, o in outcomes[arm].items() if name in sets}
-        if above := [f"{points(pair[1]._asdict())} on {name}" for name, pair in both.items() if pair]:
+        if above := [f"{points(pair[1])} on {name}" for name, pair in both.items() if pair]:
             text += f". Points above {other}: {', '.join(above)}"
     return text + "."
 

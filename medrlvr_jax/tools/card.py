@@ -13,9 +13,8 @@ from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import contamination
-from medrlvr_jax.evaluation.answers import percent
+from medrlvr_jax.evaluation.answers import interval, percent
 from medrlvr_jax.host import files
-from medrlvr_jax.report.ending import interval
 from medrlvr_jax.runs.console import before_after
 from medrlvr_jax.runs.log import begun_by
 
@@ -106,13 +105,13 @@ def evaluation(evaluated: Path, records: list[dict[str, Any]]) -> Iterator[str]:
     yield "|---|---|---|---|"
     sets = before_after(records)
     for name, when in sets.items():
-        shares = [percent(interval(c)._asdict()) if (c := when.get(k)) else "–" for k in ("before", "after")]
+        shares = [percent(interval(c)) if (c := when.get(k)) else "–" for k in ("before", "after")]
         last = when.get("after") or when["before"]
         yield f"| {name} | {last.get('questions', last['n']):,} | {shares[0]} | {shares[1]} |"
     file = evaluated / "eval.json"
     later = json.loads(file.read_text(encoding="utf-8"))["eval"] if file.exists() else {}
     for name, c in later.items():
-        yield f"| {name}, by `medrlvr eval` | {c['questions']:,} | – | {percent(interval(c)._asdict())} |"
+        yield f"| {name}, by `medrlvr eval` | {c['questions']:,} | – | {percent(interval(c))} |"
     if not sets and not later:
         yield "| none was evaluated | – | – | – |"
 

@@ -6,7 +6,7 @@ import huggingface_hub
 import jax
 
 from medrlvr_jax.config.load import load
-from medrlvr_jax.evaluation.evaluate import open_source
+from medrlvr_jax.evaluation.evaluate import open_policy
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import read_json, reading, write_text
 from medrlvr_jax.model import lora
@@ -32,7 +32,7 @@ def export(
     n = len(jax.devices())
     sizes = ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")  # n divides them all
     settings = [f"mesh={{data: 1, fsdp: {n}}}", *(f"{size}={n}" for size in sizes)]
-    parts, params, at = open_source(run, settings, step)
+    parts, params, at = open_policy(run, settings, step)
     m = parts.config.model
     base = resolve(m.path)
     dtype = dtype or (None if adapter else stored_dtype(base))
