@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from medrlvr_jax.config.schema import Config, RewardConfig
     from medrlvr_jax.data.question import DataError, Example, Question
     from medrlvr_jax.host.errors import ConfigError, Diverged, Unwritable
-    from medrlvr_jax.rewards.base import score
     from medrlvr_jax.rewards.user import RewardError
+    from medrlvr_jax.rewards.verdicts import score
     from medrlvr_jax.rl import advantages, losses
     from medrlvr_jax.rl.sft import sft
     from medrlvr_jax.rl.train import train
@@ -66,7 +66,7 @@ _PLACES = {  # by module: the names that it brings, as the imports above tell ty
     "config.schema": ("Config", "RewardConfig"),
     "data.question": ("DataError", "Example", "Question"),
     "host.errors": ("ConfigError", "Diverged", "Unwritable"),
-    "rewards.base": ("score",),
+    "rewards.verdicts": ("score",),
     "rewards.user": ("RewardError",),
     "rl.sft": ("sft",),
     "rl.train": ("train",),

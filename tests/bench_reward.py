@@ -29,7 +29,7 @@ from medrlvr_jax.config.reward import (
 )
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.rewards import grade, score
-from medrlvr_jax.rewards.components import Tokens
+from medrlvr_jax.rewards.graders import TokenCounts
 
 TERMS = """the patient presents with fever chest pain dyspnea on exertion an elevated troponin level suggests myocardial infarction
 warfarin inhibits vitamin K epoxide reductase INR < 2.0 and LDL >100 mg/dL so option B is less likely than C given a history of
@@ -176,7 +176,7 @@ def penalties(completions: list[str], answers: list[str], runs: int = 31) -> Non
     )
     config = RewardConfig(components=(RuleConfig(), *pays))
     lengths = np.array([len(c) // 4 for c in completions])
-    tokens = Tokens(lengths, lengths < 512, 512)
+    tokens = TokenCounts(lengths, lengths < 512, 512)
     questions = [Question("", "", tuple(OPTIONS), "ABCDE".index(answer)) for answer in answers]
     seconds = []
     for _ in range(runs):

@@ -271,7 +271,7 @@ def test_rewards_that_fail_cost_rows_or_the_run_and_leave_no_lock(folder):  # no
             lambda texts: [],
             "needs an argument 'texts', which it never gets; there are completions, keys, options, questions",
         ),
-        ([], r"rewards: \[\] pays nothing"),
+        ([], r"rewards: \[\]: there is no reward"),
         (["length"], "rewards: 'length': give a callable, or a pair of a callable and its weight"),
         ([(length, "much")], r"rewards: \(<function .*, 'much'\): give a callable"),
         ((length, 0.5), "rewards: 0.5: give a callable"),
@@ -280,7 +280,9 @@ def test_rewards_that_fail_cost_rows_or_the_run_and_leave_no_lock(folder):  # no
 def test_rewards_that_cannot_be_called_are_refused(folder, rewards, message):  # noqa: F811
     with pytest.raises(mr.ConfigError, match=message):
         mr.train(settings(folder, "refused"), rewards=rewards, data=ROWS)
-    with pytest.raises(mr.ConfigError, match=r"reward.random: 0.5: rewards=.* alone say what is paid"):
+    with pytest.raises(
+        mr.ConfigError, match=r"reward.random: 0.5: rewards=.* replaces the reward of the config"
+    ):
         mr.train(settings(folder, "refused", **{"reward.random": 0.5}), rewards=length, data=ROWS)
     assert not (folder / "runs/refused").exists()
 

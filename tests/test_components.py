@@ -12,10 +12,12 @@ from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.reward import PRESETS
 from medrlvr_jax.config.schema import AdvantageConfig, Config, KLConfig, LossConfig
 from medrlvr_jax.data.question import Question
+from medrlvr_jax.data.values import read_reference
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.rewards import grade
-from medrlvr_jax.rewards.components import Tokens, components
-from medrlvr_jax.rewards.penalties import repeats
+from medrlvr_jax.rewards.components import list_components
+from medrlvr_jax.rewards.graders import TokenCounts
+from medrlvr_jax.rewards.penalties import find_repetition
 from medrlvr_jax.rl import experience
 from medrlvr_jax.rl.experience import Column
 from medrlvr_jax.types import Assessment, Prompts, Rollout
@@ -58,7 +60,7 @@ def test_short_forms_and_the_settings_of_before_are_the_same_reward():
     listed = config([{"kind": "rule"}, {"kind": "leak"}, {"kind": "before"}]).reward
     before = config({"leak_penalty": 0.5, "before_penalty": 0.3}).reward
     assert listed == config("composite").reward == config(configs.to_tree(listed)).reward
-    assert components(listed) == components(before)
+    assert list_components(listed) == list_components(before)
     base = {"name": "t", "steps": 1, "model": {"path": ""}, "data": {"path": ""}}
     base |= {"learn": {"policy": {"lr": 1}, "critic": {"lr": 1}}, "reward": [{"kind": "format"}]}
     assert configs.load(base, ["reward=composite", "reward.mode=paper"]).reward.mode == "paper"
@@ -90,7 +92,7 @@ def test_names_and_values_of_several():
     bare = {"kind": "answer", "where": "text"}
     reward = [{"kind": "format", "weight": 0.1}, {"kind": "answer"}, bare]
     verdicts = paid(reward, RIGHT, WRONG, BARE)
-    assert {name: column.tolist() for name, column in verdicts.several.items()} == {
+    assert {name: column.tolist() for name, column in verdicts.reported_components.items()} == {
         "format": [1, 1, 0],
         "answer": [1, 0, 0],
         "answer_2": [1, 0, 1],
@@ -123,6 +125,13 @@ def test_presets_pay_what_the_systems_own_code_pays(column, preset):
     assert got.tolist() == [row[column] for row in PUBLISHED]
 
 
+def test_open_questions_are_graded_by_the_rule_whatever_a_component_accepts():
+    question = Question("", "How many?", value=read_reference({"kind": "number", "answer": 12}))
+    reward = config({"components": [{"kind": "answer", "accept": "mention"}]}).reward
+    completions = [f"<think>x</think><answer>{answer}</answer>" for answer in ("12", "13")]
+    assert grade(completions, [question] * 2, reward).reward.tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("section", "lengths", "want"),
     [
@@ -135,7 +144,7 @@ def test_presets_pay_what_the_systems_own_code_pays(column, preset):
 def test_penalties_of_length(section, lengths, want):
     reward = config([{"kind": "rule"}, section]).reward
     questions, n = [Question("", "?", ("heparin", "aspirin"), 0)] * len(lengths), len(lengths)
-    tokens = Tokens(np.array(lengths), np.ones(n, bool), 100)
+    tokens = TokenCounts(np.array(lengths), np.ones(n, bool), 100)
     np.testing.assert_allclose(grade([WRONG] * n, questions, reward, tokens).reward, want, rtol=1e-6)
     with pytest.raises(ConfigError, match="a file of texts has no counts of tokens"):
         paid([{"kind": "rule"}, section], RIGHT)
@@ -150,7 +159,7 @@ def naive_repeats(text, window, times):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text("ab _\n", max_size=60), max_size=4), st.integers(1, 5), st.integers(2, 5))
 def test_repetition_by_its_definition(texts, window, times):
-    assert repeats(texts, window, times).tolist() == [naive_repeats(t, window, times) for t in texts]
+    assert find_repetition(texts, window, times).tolist() == [naive_repeats(t, window, times) for t in texts]
 
 
 def test_repetition_of_ten_words_ten_times():
@@ -216,15 +225,15 @@ def test_truncated_responses_count_in_means_and_are_not_learned_from():
 
 
 def test_the_device_gets_one_column_for_what_pays_and_one_for_penalties_or_each_component():
-    terms = components(config("composite").reward)
+    components = list_components(config("composite").reward)
     verdicts = paid({"components": PRESETS["composite"]["components"], "mode": "paper"}, RIGHT, LEAKY)
     total, each = AdvantageConfig(estimator="group"), AdvantageConfig(estimator="gdpo")
-    weights = experience.columns(terms, total)
+    weights = experience.columns(components, total)
     assert weights == ((1.0, False), (-1.0, True))
-    columns = experience.host_columns(verdicts, terms, total)
+    columns = experience.host_columns(verdicts, components, total)
     np.testing.assert_array_equal(columns, np.float32([[1, 0], [1, 0.8]]))
     rewards, unshaped = experience.weigh(columns, weights)
     np.testing.assert_array_equal(rewards, verdicts.reward)
     np.testing.assert_array_equal(unshaped, np.float32([1, 1]))
-    assert experience.columns(terms, each) == (Column(1.0), Column(-0.5, True), Column(-0.3, True))
-    np.testing.assert_array_equal(experience.host_columns(verdicts, terms, each), [[1, 0, 0], [1, 1, 1]])
+    assert experience.columns(components, each) == (Column(1.0), Column(-0.5, True), Column(-0.3, True))
+    np.testing.assert_array_equal(experience.host_columns(verdicts, components, each), [[1, 0, 0], [1, 1, 1]])

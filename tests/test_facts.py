@@ -1,20 +1,24 @@
 """The process reward by hand, and that neither silence, lists nor repetition pay."""
 
+import json
+
 import numpy as np
 import pytest
 
-from medrlvr_jax.config.reward import ProcessConfig
+from medrlvr_jax.config.reward import ProcessConfig, RewardConfig
 from medrlvr_jax.data.question import Question
-from medrlvr_jax.rewards.components import Graded
-from medrlvr_jax.rewards.facts import SPARE, Facts, facts_of
+from medrlvr_jax.rewards.facts import ALLOWED, FactMatcher, question_facts
+from medrlvr_jax.rewards.graders import Graded
 from medrlvr_jax.rewards.parse import Parsed
+from medrlvr_jax.rewards.verdicts import evaluation_components, grade
+from medrlvr_jax.tools.score_file import score_file
 from medrlvr_jax.world import world
 
 MINE = (("pulmonary embolism", "PE"), ("first line heparin",))
 POOL = [Question("0", "?", ("x", "y"), 0, facts=MINE)] + [
     Question(str(i), "?", ("x", "y"), 0, facts=((f"fact {i}",),)) for i in range(1, 21)
 ]
-FACTS = Facts(POOL)
+FACTS = FactMatcher(POOL)
 
 
 def rewards(facts, thoughts, questions, correct=True, format_ok=True):
@@ -23,7 +27,7 @@ def rewards(facts, thoughts, questions, correct=True, format_ok=True):
     columns = {name: np.full(n, value) for name, value in (("correct", correct), ("format_ok", format_ok))}
     parsed = Parsed(columns["format_ok"], [""] * n, thoughts, [""] * n, [""] * n)
     answer = np.full(n, "A")
-    values, failed, _ = facts.judge(
+    values, failed, _ = facts.compute(
         Graded([""] * n, questions, parsed, **columns, answer=answer, reason=answer)
     )
     assert not failed
@@ -52,12 +56,12 @@ def test_shares_by_hand(thought, share):
 
 def test_a_list_of_all_facts_hardly_pays():
     everything = " ".join(text for question in POOL for fact in question.facts for text in fact)
-    assert reward(everything) == pytest.approx(SPARE * 2 / 22)
+    assert reward(everything) == pytest.approx(ALLOWED * 2 / 22)
 
 
 def test_the_worlds_own_reasoning_names_its_facts():
     questions = world.questions("train")
-    facts = Facts(questions)
+    facts = FactMatcher(questions)
     assert set(rewards(facts, [q.rationale for q in questions], questions)) == {1.0}
     assert np.mean(rewards(facts, [q.rationale for q in questions[1:] + questions[:1]], questions)) < 0.2
 
@@ -83,16 +87,35 @@ FINDINGS = [
 def test_findings_by_hand(thought, f1, completeness, factuality, effectiveness):
     judged = {}
     for measure in ("f1", "radr"):
-        facts = Facts(FINDINGS, ProcessConfig(measure=measure, negation=True))
+        facts = FactMatcher(FINDINGS, ProcessConfig(measure=measure, negation=True))
         judged[measure] = reward(thought, FINDINGS[0], facts=facts)
         assert reward(thought, FINDINGS[0], facts=facts, correct=False) == judged[measure] / 2
     assert judged["f1"] == pytest.approx(f1)
     assert judged["radr"] == pytest.approx((completeness + factuality + effectiveness) / 3)
-    _, parts = facts._by_sentence(facts_of(FINDINGS[0]), thought)
+    _, parts = facts._by_sentence(question_facts(FINDINGS[0]), thought)
     assert parts == pytest.approx((completeness, factuality, effectiveness))
 
 
 def test_a_denial_names_the_fact_unless_negation_is_set():
     thought = "There is no effusion on the left."
-    assert reward(thought, FINDINGS[0], facts=Facts(FINDINGS)) == 1
-    assert reward(thought, FINDINGS[0], facts=Facts(FINDINGS, ProcessConfig(negation=True))) == 0
+    assert reward(thought, FINDINGS[0], facts=FactMatcher(FINDINGS)) == 1
+    assert reward(thought, FINDINGS[0], facts=FactMatcher(FINDINGS, ProcessConfig(negation=True))) == 0
+
+
+def test_each_process_component_has_its_own_settings_and_metrics(tmp_path):
+    """In a training, and in a file that is scored."""
+    sections = {"measure": "radr"}, {"measure": "radr", "negation": True}
+    config = RewardConfig(components=tuple(ProcessConfig(**section) for section in sections))
+    completion = "<think>No effusion. It is on the left.</think><answer>A</answer>"
+    verdicts = grade([completion], FINDINGS[:1], config, components=evaluation_components(config, FINDINGS))
+    values = {name: column.tolist() for name, column in verdicts.components.items()}
+    assert values == {"process": [1.0], "process_2": [0.5]}
+    assert verdicts.row_metrics["reward/process_completeness"].tolist() == [1.0]
+    assert verdicts.row_metrics["reward/process_2_completeness"].tolist() == [0.5]
+    rows = [
+        {"completion": completion, "answer": "A", "options": q.options, "facts": q.facts} for q in FINDINGS
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", config)
+    first = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert first["components"] == {"process": 1.0, "process_2": 0.5}

@@ -233,5 +233,5 @@ def test_a_large_tensor_is_sampled(place, monkeypatch):
 
 
 def test_the_file_of_a_reward_is_found_without_running_it(place):
-    assert user.source_digest("pay.mine:pay")["file"] == str(place / "pay" / "mine.py")
-    assert user.source_digest("pay.nothing:pay") is None and user.source_digest("sys:exit") is None
+    assert user.module_digest("pay.mine:pay")["file"] == str(place / "pay" / "mine.py")
+    assert user.module_digest("pay.nothing:pay") is None and user.module_digest("sys:exit") is None

@@ -19,7 +19,7 @@ from medrlvr_jax.data.values import Reference
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder
 from medrlvr_jax.model_rewards import consistency, policy, probability
-from medrlvr_jax.rewards import judges
+from medrlvr_jax.rewards.training import start_components
 from medrlvr_jax.rl.experience import kept_responses, mean_spread, place_scored
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rl.step import train_step
@@ -93,9 +93,9 @@ def logprobs_after(parts, params, rows):
     ]
 
 
-def judges_of(parts, encoded):
-    with judges.started(parts.config.reward, questions=encoded.questions) as terms:
-        return terms
+def components_of(parts, encoded):
+    with start_components(parts.config.reward, questions=encoded.questions) as components:
+        return components
 
 
 def answered(setting, name):
@@ -183,7 +183,7 @@ def test_what_is_learned_from_is_what_is_logged(setting):
     """The device weighs the columns, the host weighs them by name: components in no alphabetical order."""
     parts, encoded, *_ = setting
     made = make_programs(parts, 3)
-    training, state = start(parts, made, judges_of(parts, encoded))
+    training, state = start(parts, made, components_of(parts, encoded))
     first = ({}, state.policy.params)
     for section in parts.config.reward.components:
         if (reward := made.policy_rewards.get(section.name or section.kind)) and reward.baseline is not None:

@@ -16,8 +16,8 @@ from medrlvr_jax import cli
 from medrlvr_jax.config.schema import RewardConfig
 from medrlvr_jax.data.question import DataError
 from medrlvr_jax.rewards import REASONS, score
-from medrlvr_jax.rewards.base import toss
-from medrlvr_jax.rewards.penalties import LEAK, leaks
+from medrlvr_jax.rewards.penalties import LEAK, find_leaks
+from medrlvr_jax.rewards.verdicts import random_rewards
 from medrlvr_jax.tools.score_file import BLOCK, score_file
 
 WHITE = " \t\n\v\f\r"
@@ -268,16 +268,16 @@ def test_rewards_are_the_settings():
 def test_a_toss_knows_only_step_question_and_sample():
     config = RewardConfig(wrong=-2, correct=3, random=0.25)
     ids = np.arange(500, dtype=np.uint32)
-    got = toss([1, 2], ids, 8, config)
+    got = random_rewards([1, 2], ids, 8, config)
     assert got.dtype == np.float32 and set(got.ravel()) == {-2, 3} and abs((got == 3).mean() - 0.25) < 0.03
     # whichever process has which questions
-    assert np.array_equal(toss([1, 2], ids[::-1], 8, config), got[::-1])
-    assert np.array_equal(toss([1, 2], ids, 4, config), got[:, :4])
+    assert np.array_equal(random_rewards([1, 2], ids[::-1], 8, config), got[::-1])
+    assert np.array_equal(random_rewards([1, 2], ids, 4, config), got[:, :4])
     # another step, another coin
-    assert abs((toss([1, 3], ids, 8, config) == got).mean() - (0.25**2 + 0.75**2)) < 0.03
+    assert abs((random_rewards([1, 3], ids, 8, config) == got).mean() - (0.25**2 + 0.75**2)) < 0.03
     assert got[0].tolist() == [-2, 3, -2, 3, -2, -2, -2, 3]
-    assert (toss([1, 2], ids, 8, RewardConfig(random=0)) == 0).all() and (
-        toss([1, 2], ids, 8, RewardConfig(random=1)) == 1
+    assert (random_rewards([1, 2], ids, 8, RewardConfig(random=0)) == 0).all() and (
+        random_rewards([1, 2], ids, 8, RewardConfig(random=1)) == 1
     ).all()
 
 
@@ -588,7 +588,7 @@ def test_a_leak_is_a_statement_of_the_answer_not_a_word_about_an_option(thoughts
         completions, ["A"] * len(thoughts), [FOUR] * len(thoughts), RewardConfig(leak_penalty=0.5)
     ).reward
     assert [
-        t for t, match in zip(thoughts, leaks(thoughts), strict=True) if (match is not None) != leak
+        t for t, match in zip(thoughts, find_leaks(thoughts), strict=True) if (match is not None) != leak
     ] == []
     assert [
         t

@@ -18,7 +18,7 @@ from medrlvr_jax.data.question import DataError, Question
 from medrlvr_jax.data.tokenizer import load_tokenizer, wrap
 from medrlvr_jax.data.traps import tokenizer_traps
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rewards.parse import beginning_trap, judged_beginning
+from medrlvr_jax.rewards.parse import graded_prefix, prefix_conflict
 
 transformers = pytest.importorskip("transformers")
 decoders, models, pre_tokenizers, processors = (
@@ -353,21 +353,22 @@ def test_a_thought_is_begun_once():
         text.to_teach(tok, [text.sft_target(SCURVY, "rationale")], closed)
 
 
-def test_what_no_response_that_begins_so_can_earn():
+def test_beginnings_that_break_the_format_of_every_response():
     assert (
-        beginning_trap("", "strict")
-        is beginning_trap("<think>\n", "strict")
-        is beginning_trap(EMPTY, "direct")
+        prefix_conflict("", "strict")
+        is prefix_conflict("<think>\n", "strict")
+        is prefix_conflict(EMPTY, "direct")
         is None
     )
-    wrong, remedy = beginning_trap("<think>\n", "direct")
-    assert "every response begins with '<think>\\n'" in wrong and "enable_thinking: false" in remedy
-    assert "an empty thought" in beginning_trap(EMPTY, "strict")[0]
+    problem, remedy = prefix_conflict("<think>\n", "direct")
+    assert "every response begins with '<think>\\n'" in problem and "enable_thinking: false" in remedy
+    assert "an empty thought" in prefix_conflict(EMPTY, "strict")[0]
+    assert prefix_conflict(EMPTY, "paper") is None  # a blank thought is a thought there
+    assert "an empty thought" in prefix_conflict("<think></think>", "paper")[0]
     assert (
-        judged_beginning(EMPTY + "<answer>", "direct") == "<answer>"
-        and judged_beginning(EMPTY, "strict") == EMPTY
+        graded_prefix(EMPTY + "<answer>", "direct") == "<answer>" and graded_prefix(EMPTY, "strict") == EMPTY
     )
-    assert judged_beginning("<think>\n", "direct") == "<think>\n"
+    assert graded_prefix("<think>\n", "direct") == "<think>\n"
 
 
 def test_a_system_prompt_and_the_templates_own_variables():

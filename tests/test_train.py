@@ -23,7 +23,7 @@ from medrlvr_jax.data.question import LETTERS, fingerprint, question_hash
 from medrlvr_jax.evaluation import difficulty
 from medrlvr_jax.host import tables
 from medrlvr_jax.model import decoder, families, lora
-from medrlvr_jax.rewards.base import toss
+from medrlvr_jax.rewards.verdicts import random_rewards
 from medrlvr_jax.rl import loop, programs, train
 from medrlvr_jax.rl.sft import encode_pairs
 from medrlvr_jax.runs import checkpoint, profile
@@ -420,7 +420,9 @@ def test_a_random_reward_and_a_given_beginning(folder):
     assert not any(r["format_ok"] for r in rows) and {r["reward"] for r in rows} == {0.0, 2.0}
     for r in rows:
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(3), r["step"] - 1))
-        [[paid, _]] = toss(key, [int(r["id"].split("-")[1])], 2, RewardConfig(random=0.5, correct=2.0))
+        [[paid, _]] = random_rewards(
+            key, [int(r["id"].split("-")[1])], 2, RewardConfig(random=0.5, correct=2.0)
+        )
         assert r["reward"] == paid
     sft = [*NO_EVAL, "prompt.prefill=<answer>", "reward.mode=direct"]
     assert main("sft", folder / "config.yaml", "name=answers", *sft) == 0

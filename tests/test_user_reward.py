@@ -22,8 +22,9 @@ from medrlvr_jax.config.reward import FunctionConfig, RewardConfig
 from medrlvr_jax.config.schema import AdvantageConfig, KLConfig, LossConfig
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rewards import grade, judges, user
-from medrlvr_jax.rewards.user import RewardError, UserReward
+from medrlvr_jax.rewards import grade, user
+from medrlvr_jax.rewards.training import components_from_callables, start_components
+from medrlvr_jax.rewards.user import RewardError, WorkerFunction
 from medrlvr_jax.rl import experience
 from medrlvr_jax.rollout.rollout import encode, score_rollout
 from medrlvr_jax.types import Assessment, Prompts, Rollout
@@ -40,7 +41,7 @@ def worker():
     """One worker for all functions, as starting one takes a second: it is told another name each time it is
     started anew.
     """
-    made = UserReward(FunctionConfig(fn="rewards_of_users:length", deadline=2.0))
+    made = WorkerFunction(FunctionConfig(fn="rewards_of_users:length", deadline=2.0))
     yield made
     made.close()
 
@@ -131,16 +132,18 @@ def test_an_edited_module_is_read_anew(tmp_path, monkeypatch):
         (tmp_path / "edited_reward.py").write_text(
             f"def f(completions, *_):\n    return [{value}] * len(completions)\n"
         )
-        with judges.started(RewardConfig(fn="edited_reward:f")) as [term]:
-            assert term.judge.score(rows(2)) == ([value] * 2, {})
-        assert not term.judge._process.is_alive()
+        with start_components(RewardConfig(fn="edited_reward:f")) as [component]:
+            assert component.function.score(rows(2)) == ([value] * 2, {})
+        assert not component.function._process.is_alive()
 
 
 def test_a_completion_that_hangs_it_costs_its_row_within_the_stated_time(worker):
     began = time.monotonic()
     got, failed = use(worker, "hangs").score(rows(4, 0))
     assert math.isnan(got[0]) and got[1:] == [0.25] * 3 and "took longer than 0.5 s" in failed[0]
-    assert time.monotonic() - began < user.PATIENCE * 2.0 + 60  # and workers that start on a busy machine
+    assert (
+        time.monotonic() - began < user.MAX_DEADLINES * 2.0 + 60
+    )  # and workers that start on a busy machine
     before = worker._process.pid
     # the worker of the last good part goes on
     assert worker.score(rows(2)) == ([0.25] * 2, {}) and worker._process.pid == before
@@ -155,14 +158,14 @@ def test_several_are_weighted_and_each_has_a_name_of_its_own():
 
     def paid(rewards, completions):
         questions = [Question("", "?", ("a", "b"), 0)] * len(completions)
-        return grade(completions, questions, terms=judges.from_callables(rewards))
+        return grade(completions, questions, components=components_from_callables(rewards))
 
     got = paid([f, (f, 0.5), (f_2, -1)], ["fine", POISON])
-    assert list(got.components) == list(got.several) == ["f", "f_2", "f_2_2"]
+    assert list(got.components) == list(got.reported_components) == ["f", "f_2", "f_2_2"]
     assert got.reward[0] == -0.5 and math.isnan(got.reward[1])
     assert got.components["f_2_2"].tolist() == [2.0, 2.0] and got.failed == {1: "f: it returned nan"}
     got = paid((f,), ["fine"])
-    assert got.reward.tolist() == [1.0] and got.failed == got.several == {}
+    assert got.reward.tolist() == [1.0] and got.failed == got.reported_components == {}
 
 
 def test_a_coroutine_is_called_for_each_completion_and_costs_only_rows_that_fail(worker):
@@ -172,9 +175,9 @@ def test_a_coroutine_is_called_for_each_completion_and_costs_only_rows_that_fail
     got, failed = use(worker, "asks").score(rows)
     assert [got[0], got[4]] == [1.5, 1.25] and sorted(failed) == [1, 2, 3]
     assert failed[1] == "it took longer than 2 s" and "no such drug" in failed[2]
-    assert "not a number" in failed[3] and time.monotonic() - began < 2 + user.GRACE + 60
+    assert "not a number" in failed[3] and time.monotonic() - began < 2 + user.GRACE_SECONDS + 60
     with pytest.raises(ConfigError, match="needs needs an argument 'reference', which it never gets"):
-        UserReward(FunctionConfig(fn="rewards_of_users:needs"))
+        WorkerFunction(FunctionConfig(fn="rewards_of_users:needs"))
 
 
 def test_calls_of_a_coroutine_wait_together_but_not_too_many():
@@ -190,7 +193,7 @@ def test_calls_of_a_coroutine_wait_together_but_not_too_many():
 
     async def in_a_notebook():
         questions = [Question("", "?", ("a", "b"), 0)] * 40
-        return grade(["ab"] * 40, questions, terms=judges.from_callables(judge)).reward
+        return grade(["ab"] * 40, questions, components=components_from_callables(judge)).reward
 
     assert asyncio.run(in_a_notebook()).tolist() == [2.0] * 40 and most == user.CONCURRENCY
 
@@ -213,7 +216,7 @@ def test_one_that_fails_on_all_ends_the_run(worker):
 )
 def test_what_cannot_be_imported_is_refused(name, said):
     with pytest.raises(ConfigError, match=rf"reward.fn: {name}: .*{said}"):
-        UserReward(FunctionConfig(fn=name))
+        WorkerFunction(FunctionConfig(fn=name))
 
 
 def test_failed_rows_are_not_learned_from():

@@ -8,7 +8,7 @@ from medrlvr_jax.config.schema import AdvantageConfig
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.data.values import Reference
 from medrlvr_jax.model_rewards import verifier
-from medrlvr_jax.rewards.base import read
+from medrlvr_jax.rewards.graders import parse_and_grade
 from medrlvr_jax.rewards.user import RewardError
 
 OPEN = Question("1", "Which drug?", value=Reference("text", "heparin"))
@@ -104,10 +104,10 @@ def judged(answers, replies, questions=None, standardise=False, **settings):
     completions = [
         f"<think>t</think><answer>{answer}</answer>" if answer != "-" else "none" for answer in answers
     ]
-    graded = read(completions, questions or [OPEN] * len(answers), RewardConfig(), None)
+    graded = parse_and_grade(completions, questions or [OPEN] * len(answers), RewardConfig(), None)
     settings = VerifierConfig(model="m", prompt="{answer}", **settings)
     spell = lambda texts: [text.split() for text in texts]
-    found = verifier.Verifier("verifier", settings, ask, spell, standardise).judge(graded)
+    found = verifier.Verifier("verifier", settings, ask, spell, standardise).compute(graded)
     return list(found[0]), dict(found[1]), sent
 
 

@@ -209,10 +209,10 @@ def score(
         settings += [f"reward.{kind}_penalty={weight}"] if weight else []
     tree = {"name": "score", "model": {"path": ""}, "prompt": {"template": "none"}}
     rule = load(tree, settings, "score").reward
-    from medrlvr_jax.rewards.parse import judged_beginning
+    from medrlvr_jax.rewards.parse import graded_prefix
     from medrlvr_jax.tools.score_file import score_file, show
 
-    reasons = score_file(file, out, rule, prefill=judged_beginning(prefill, mode))
+    reasons = score_file(file, out, rule, prefill=graded_prefix(prefill, mode))
     print(show(reasons))
     print(f"{reasons.total():,} completions scored by {reward or 'the rule'}, mode {mode}: {out}")
     return 0

@@ -25,7 +25,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather_rows
 from medrlvr_jax.host.tables import say
 from medrlvr_jax.model import lora
-from medrlvr_jax.rewards.parse import beginning_trap
+from medrlvr_jax.rewards.parse import prefix_conflict
 from medrlvr_jax.rollout.program import Program, draw_program
 from medrlvr_jax.rollout.rollout import Encoded, begin_images, encode, reorder, sample_and_score
 from medrlvr_jax.rollout.see import see_program
@@ -280,7 +280,7 @@ def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | 
     bias = f"checkpoint {step} was chosen as the best on these questions: its accuracy here is too high"
     warnings = [f"{name}: {bias}" for name in chosen_on(source, step, parts.config.eval.sets)]
     warnings += look.warnings(looks)
-    if trap := beginning_trap(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode):
+    if trap := prefix_conflict(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode):
         warnings.append("; ".join(trap))
     tree = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings}
     tree |= provenance(parts, sets) | {"eval": results, "statistics": statistics}

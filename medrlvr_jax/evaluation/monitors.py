@@ -18,7 +18,7 @@ from medrlvr_jax.config.schema import Config
 from medrlvr_jax.evaluation import stats
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.rewards import stages
-from medrlvr_jax.rewards.penalties import leaks
+from medrlvr_jax.rewards.penalties import find_leaks
 from medrlvr_jax.rollout.rollout import Scored
 from medrlvr_jax.runs.metrics import is_due
 
@@ -113,7 +113,7 @@ def flags(scored: Scored) -> dict[str, Bool[np.ndarray, " N"]]:
 def leak_early(completions: Sequence[str]) -> list[bool]:
     """Whether each thought states the answer (`penalties.LEAK`) and goes on for `AFTER_LEAK` words."""
     thoughts = [c.partition("<think>")[2].partition("</think>")[0] for c in completions]
-    pairs = zip(thoughts, leaks(thoughts), strict=True)
+    pairs = zip(thoughts, find_leaks(thoughts), strict=True)
     return [match is not None and stages.words(text[match.end() :]) >= AFTER_LEAK for text, match in pairs]
 
 

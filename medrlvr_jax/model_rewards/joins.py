@@ -17,7 +17,7 @@ from typing import NamedTuple
 from medrlvr_jax.build import Parts
 from medrlvr_jax.data.prompts import begins
 from medrlvr_jax.data.tokenizer import Tokenizer
-from medrlvr_jax.rewards.parse import ANSWER, END_THINK, THINK, WHITE, judged_beginning
+from medrlvr_jax.rewards.parse import ANSWER, END_THINK, THINK, WHITE, graded_prefix
 from medrlvr_jax.rollout.rollout import Scored
 
 
@@ -67,7 +67,7 @@ def joined(
     """For each of N scored rows a join, if `wanted` names it: by the character of its completion up to which
     it stays, and the ending; None for the others.
     """
-    begun = len(judged_beginning(begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode))
+    begun = len(graded_prefix(begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode))
     sizes = scored.lengths - scored.stopped  # without the stop token
     rows = [scored.tokens[i, : sizes[i]].tolist() for i in wanted]
     texts = [scored.completions[i][begun:] for i in wanted]

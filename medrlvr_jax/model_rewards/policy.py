@@ -12,13 +12,13 @@ from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model_rewards import consistency, looks, probability
 from medrlvr_jax.model_rewards.ask import PolicyReward
-from medrlvr_jax.rewards.components import components
+from medrlvr_jax.rewards.components import list_components
 
 
 def make_policy_rewards(parts: Parts) -> dict[str, PolicyReward]:
     """By name, the components of the reward that ask the policy. Nothing is compiled yet."""
     out = {}
-    for term in components(parts.config.reward):
+    for term in list_components(parts.config.reward):
         match section := term.settings:
             case ProbabilityConfig():
                 out[term.name] = probability.reward(parts, section)

@@ -33,7 +33,7 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.model_rewards import ask
 from medrlvr_jax.model_rewards.ask import Ending, Pass, PolicyReward
 from medrlvr_jax.model_rewards.joins import join, joined, places
-from medrlvr_jax.rewards.components import components
+from medrlvr_jax.rewards.components import list_components
 from medrlvr_jax.rewards.parse import WHITE
 from medrlvr_jax.rollout.rollout import Encoded, Scored, before_response, place_prompts
 from medrlvr_jax.sharding import by_rows, fetch_rows, own_rows, place_rows
@@ -142,7 +142,7 @@ def take_baselines(
             raise ConfigError(f"{path}: {problem}; put the file back, or start under another name=")
     else:
         saved = {}
-        for term in components(parts.config.reward):
+        for term in list_components(parts.config.reward):
             if term.name in baselines:
                 report = partial(progress, f"baseline of {term.name}")
                 saved[term.name] = start_scores(parts, term.settings, start, encoded, report)

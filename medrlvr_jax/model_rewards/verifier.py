@@ -30,7 +30,8 @@ from medrlvr_jax.config.reward import VerifierConfig
 from medrlvr_jax.config.schema import AdvantageConfig
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.host.processes import gather
-from medrlvr_jax.rewards.components import Graded, Judged
+from medrlvr_jax.rewards.components import ComponentValues
+from medrlvr_jax.rewards.graders import Graded
 from medrlvr_jax.rewards.user import RewardError
 
 LEAD = "Final Decision:"  # what stands before a verdict
@@ -170,7 +171,7 @@ class Verifier:
     spell: Callable[[list[str]], list[list[int]]]  # texts as tokens, whose lengths are compared
     standardise: bool
 
-    def judge(self, graded: Graded) -> Judged:
+    def compute(self, graded: Graded) -> ComponentValues:
         """The values of N rows. Also which were sent, and of those the ones without a verdict."""
         s, parsed = self.settings, graded.parsed
         answered = graded.parsed.format_ok & np.array([bool(text) for text in parsed.answer], bool)
@@ -196,7 +197,7 @@ class Verifier:
         if self.standardise:
             values = standardised(values, list(chain.from_iterable(gather(values.tolist()))))
         shares = {f"{self.name}_share": asked, f"{self.name}_unclear": unclear}
-        return Judged(values.tolist(), failed, shares)
+        return ComponentValues(values.tolist(), failed, shares)
 
     def _factor(self, value: float, row: int, graded: Graded) -> float:
         if not value > 0:

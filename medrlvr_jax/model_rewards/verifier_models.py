@@ -32,7 +32,7 @@ from medrlvr_jax.model_rewards import frozen, verifier
 from medrlvr_jax.model_rewards.endpoint import Endpoint, Reply, api_key, yes_share
 from medrlvr_jax.model_rewards.frozen import FrozenModel
 from medrlvr_jax.model_rewards.verifier import LEAD, Verifier
-from medrlvr_jax.rewards.components import components
+from medrlvr_jax.rewards.components import list_components
 from medrlvr_jax.rollout.generate import DrawSettings, generate
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import width
@@ -220,7 +220,7 @@ def connect(settings: VerifierConfig, url: str, folder: Path, name: str) -> Remo
 
 def sections(reward: RewardConfig) -> dict[str, VerifierConfig]:
     """The verifiers among the components of a reward, by the components' names."""
-    terms = components(reward)
+    terms = list_components(reward)
     return {term.name: term.settings for term in terms if isinstance(term.settings, VerifierConfig)}
 
 

@@ -1,4 +1,4 @@
-"""What a completion is worth: the rule, or a user's functions; and which of the paper's six stages it shows.
+"""The reward of completions: parse, grade, compute the components, add them by their weights.
 
 from medrlvr_jax import rewards
 
@@ -8,8 +8,8 @@ rewards.value("0.05 g/L", question.value).correct                       # True f
 rewards.grade(completions, questions).reward                            # float32 [N]
 """
 
-from medrlvr_jax.rewards.base import Verdicts, grade, score
 from medrlvr_jax.rewards.graders import Grade, choice, value
 from medrlvr_jax.rewards.parse import REASONS, Parsed, parse
+from medrlvr_jax.rewards.verdicts import Verdicts, grade, score
 
 __all__ = ["REASONS", "Grade", "Parsed", "Verdicts", "choice", "grade", "parse", "score", "value"]

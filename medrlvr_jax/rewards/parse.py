@@ -1,20 +1,20 @@
-r"""From a completion to its format, thought and answer: `parse`. The three modes are three formats.
+r"""Parse completions: find the thought and the answer, and check the format. There are three formats.
 
-White space is ASCII's six characters, space \t \n \v \f \r. Tags count only as spelled here: lower case,
-nothing inside. Letters are ASCII capitals, so look-alikes from other scripts are no letters.
+White space means ASCII's six characters, space \t \n \v \f \r. Tags count only in lower case and without
+anything inside. Letters are ASCII capitals, so look-alikes from other scripts do not count.
 
-strict  Med-RLVR's format (arXiv 2502.19655) without its loopholes. The whole completion is one <think> with
-        more than white space in it, closed, then one <answer>, closed. White space may stand around the tags,
-        nothing else, and each of the four tags occurs once. What the answer says is judged by graders.py.
-direct  As `strict`, for a completion that is the answer alone: one <answer>, no thought, nothing else.
+strict  Med-RLVR's format (arXiv 2502.19655) without its loopholes. The whole completion is one closed <think>
+        that contains more than white space, then one closed <answer>. Each of the four tags occurs once, and
+        only white space stands outside them. graders.py grades the answer.
+direct  As `strict`, for completions without a thought: one closed <answer>, and nothing else.
 paper   The paper's lenient format with its loopholes: the leftmost shortest match, anywhere, of
             (?s)<think>.+?</think>\s*<answer>\s*([A-E])\s*</answer>
-        where A-E are the letters that the question offers. So a blank thought is a thought; a thought may
-        contain tags, because it runs from the first <think>; and an answer that is no offered letter is
-        skipped, and the search goes on.
+        where A-E are the letters that the question offers. So a blank thought counts; a thought may contain
+        tags, because it begins at the first <think>; and an answer that is not an offered letter is skipped,
+        and the search goes on.
 
-Time is linear in the text, whatever it is: a completion is split at its tags once, by a pattern without
-repetition, and every rule reads the two lists of tags and of the texts between them.
+Parsing takes linear time for any text: a completion is split at its tags once, by a pattern without
+repetition. Every rule then reads two lists, the tags and the texts between them.
 """
 
 import re
@@ -35,10 +35,10 @@ THINK, END_THINK, ANSWER, END_ANSWER = "<think>", "</think>", "<answer>", "</ans
 LAYOUTS = {
     "strict": [THINK, END_THINK, ANSWER, END_ANSWER],
     "direct": [ANSWER, END_ANSWER],
-}  # all tags, in order
+}  # the tags of a completion, in order
 MISSING = {THINK: "no_think", END_THINK: "unclosed_think", ANSWER: "no_answer", END_ANSWER: "unclosed_answer"}
 
-REASONS = {  # of a verdict; where several fit, a mode reports the first in the order in which it checks them
+REASONS = {  # of a verdict; if several apply, the mode reports the one that it checks first
     "correct": "the key's letter",
     "wrong": "another option's letter",
     "no_think": "no <think>",
@@ -48,7 +48,7 @@ REASONS = {  # of a verdict; where several fit, a mode reports the first in the 
     "text_between": "more than white space between </think> and <answer> (paper: everywhere)",
     "empty_think": "nothing in the thought (strict: nothing but white space)",
     "empty_answer": "nothing but white space in the answer",
-    "not_one_letter": "the answer is not a letter: several, lower case, a look-alike, a text",
+    "not_one_letter": "the answer is not one capital letter: several, lower case, a look-alike, a text",
     "letter_not_an_option": "the answer is a capital that this question does not offer",
     "other_text": "strict, direct: a letter, then a text that is not this option's",
     "has_think": "direct: a <think> or </think>",
@@ -63,19 +63,20 @@ REASONS = {  # of a verdict; where several fit, a mode reports the first in the 
 
 @dataclass(frozen=True)
 class Parsed:
-    """N completions taken apart."""
+    """The parts of N completions."""
 
     format_ok: Bool[np.ndarray, " N"]
-    before: list[str]  # what stands before the first <think>; "" without one
+    before: list[str]  # the text before the first <think>; "" without a <think>
     thought: list[str]  # from the first <think> to the next </think>, or to the end; "" without a <think>
     answer: list[str]  # the answer without white space around it; "" where the format failed
-    reason: list[str]  # why the format failed, a key of REASONS; "" where it did not
+    reason: list[str]  # why the format failed, a key of REASONS; "" where it is right
 
 
 def parse(completions: Sequence[str], mode: Mode, letters: Sequence[str] | None = None) -> Parsed:
-    """Format, thought and answer of each of N completions, each by itself.
+    """Parse N completions, each by itself.
 
-    `letters`: what each row's question offers, such as "ABCD"; by default A to J. Only `paper` looks at it.
+    `letters` are the letters that each row's question offers, such as "ABCD"; A to J by default. Only `paper`
+    reads them.
     """
     letters = [LETTERS] * len(completions) if letters is None else letters
     before, thought, answer, reason = [], [], [], []
@@ -96,7 +97,7 @@ def parse(completions: Sequence[str], mode: Mode, letters: Sequence[str] | None 
 
 
 def _exact(texts: list[str], tags: list[str], mode: Mode) -> tuple[str, str]:
-    """(answer, "") by the modes `strict` and `direct`, or ("", reason) where the format failed."""
+    """Return (answer, "") by the modes `strict` and `direct`, or ("", reason) if the format failed."""
     if tags != LAYOUTS[mode]:
         return "", _wrong_tags(tags[:5], mode)
     before, *thought_and_gap, answer, after = (text.strip(WHITE) for text in texts)
@@ -110,7 +111,10 @@ def _exact(texts: list[str], tags: list[str], mode: Mode) -> tuple[str, str]:
 
 
 def _wrong_tags(tags: list[str], mode: Mode) -> str:
-    """Why tags are not the mode's layout. The first five suffice: of four kinds, one is repeated."""
+    """Return why these tags are not the mode's layout.
+
+    Five tags suffice as input: there are four kinds, so one of them is repeated.
+    """
     if mode == "direct" and (THINK in tags or END_THINK in tags):
         return "has_think"
     if tags.count(ANSWER) > 1:
@@ -121,10 +125,10 @@ def _wrong_tags(tags: list[str], mode: Mode) -> str:
 
 
 def _paper(texts: list[str], tags: list[str], letters: str) -> tuple[str, str]:
-    """(letter, "") by the mode `paper`, or ("", reason) where the format failed.
+    """Return (letter, "") by the mode `paper`, or ("", reason) if the format failed.
 
-    Every </think> after the first <think> may be followed by the answer. Each check excludes some of them;
-    the reason is the check that excludes the last.
+    The answer may follow any </think> after the first <think>. Each check excludes some of these places. The
+    reason is the check that excludes the last one.
     """
     if THINK not in tags:
         return "", "no_think"
@@ -151,16 +155,20 @@ def _paper(texts: list[str], tags: list[str], letters: str) -> tuple[str, str]:
 
 
 def is_r1(completion: str) -> bool:
-    r"""Whether all of a completion matches (?s)<think>.*?</think>\s*<answer>.*?</answer>, as in open-r1."""
+    r"""Return whether the whole completion matches open-r1's format.
+
+    It is (?s)<think>.*?</think>\s*<answer>.*?</answer>.
+    """
     inner = completion.removeprefix(THINK).removesuffix(END_ANSWER)
     ends = len(inner) == len(completion) - len(THINK) - len(END_ANSWER)
     return ends and re.search(r"</think>\s*<answer>", inner) is not None
 
 
-def answer_text(completion: str, where: Literal["format", "r1", "tags", "text"]) -> str | None:
-    """The text between the first <answer> and the next </answer>, stripped; None where there is no such text.
+def answer_text(completion: str, where: Literal["r1", "tags", "text"]) -> str | None:
+    """Return the text between the first <answer> and the next </answer>, stripped, or None without such tags.
 
-    `where`: r1: only of a completion that `is_r1`; text: the whole completion if it has no such tags.
+    With `r1`, return None also if the completion is not in open-r1's format. With `text`, return the whole
+    completion if it has no such tags.
     """
     if where == "r1" and not is_r1(completion):
         return None
@@ -170,23 +178,24 @@ def answer_text(completion: str, where: Literal["format", "r1", "tags", "text"])
     return completion.strip() if where == "text" else None
 
 
-def judged_beginning(begun: str, mode: Mode) -> str:
-    """What is judged before the sampled part if the prompt ends with `begun`, the response's beginning.
+def graded_prefix(begun: str, mode: Mode) -> str:
+    """Return the part of the response's beginning in the prompt, `begun`, that is graded with the response.
 
-    The mode `direct` fails any thought, so an empty one that the prompt itself closes is left out.
+    The mode `direct` allows no thought, so it leaves out an empty thought that the prompt itself closes.
     """
     empty = EMPTY_THOUGHT.match(begun) if mode == "direct" else None
     return begun[empty.end() :] if empty else begun
 
 
-def beginning_trap(begun: str, mode: Mode) -> tuple[str, str] | None:
-    """(what is wrong, a remedy) if the format fails for every response that begins with `begun`."""
+def prefix_conflict(begun: str, mode: Mode) -> tuple[str, str] | None:
+    """Return (problem, remedy) if every response that begins with `begun` breaks the format, else None."""
     template = "chat template, prompt.template_args={enable_thinking: %s}"
     starts = f"every response begins with {begun!r}"
-    if mode == "direct" and THINK in judged_beginning(begun, mode):
-        wrong = f"{starts}, and reward.mode direct pays for none with a thought"
-        return wrong, f"set reward.mode=strict, or, if it is an option of the {template % 'false'}"
-    if mode != "direct" and EMPTY_THOUGHT.match(begun):
-        wrong = f"{starts}, an empty thought, and reward.mode {mode} pays for one that is not"
-        return wrong, f"set reward.mode=direct, or, if it comes from the {template % 'true'}"
+    if mode == "direct" and THINK in graded_prefix(begun, mode):
+        problem = f"{starts}, and reward.mode direct allows no thought"
+        return problem, f"set reward.mode=strict, or, if it is an option of the {template % 'false'}"
+    empty = EMPTY_THOUGHT.match(begun)
+    if empty and mode != "direct" and not parse([f"{empty[0]}{ANSWER}A{END_ANSWER}"], mode).format_ok[0]:
+        problem = f"{starts}, an empty thought, which breaks the format of reward.mode {mode}"
+        return problem, f"set reward.mode=direct, or, if it comes from the {template % 'true'}"
     return None

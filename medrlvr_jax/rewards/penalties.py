@@ -1,10 +1,10 @@
-"""Penalties that look at a completion's words: two for hacks of the format, by the composite reward of arXiv
-2509.15557, as rules on strings; and one for repetition.
+"""Penalties that are rules on a completion's words.
 
-leak    The first thought states the answer, by the pattern `LEAK`. (The paper compares sentences with such
-        phrases by an encoder; its penalty is 0.5.)
-before  More than 15 words stand before <think>, words being runs of anything but white space (penalty 0.3).
-repeats A run of words occurs again and again: 10 words, 10 times (RLPR, arXiv 2506.18254; penalty 1).
+leak        The first thought states the answer, by the pattern `LEAK`. arXiv 2509.15557 compares sentences
+            with such phrases by an encoder, and subtracts 0.5.
+before      More than 15 words stand before <think> (arXiv 2509.15557, where it is 0.3). White space separates
+            words.
+repetition  The same 10 words in a row occur at least 10 times (RLPR, arXiv 2506.18254, where it is 1).
 """
 
 import re
@@ -16,18 +16,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Int
 
-WORDS_BEFORE = 15
+MAX_WORDS_BEFORE = 15
 SPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
-FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # masks of n of a word's first bytes
-BLOCK = 64  # texts whose words are counted at a time: few enough for the processor's cache
+FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # masks of a word's first n bytes
+BLOCK = 64  # texts whose words are counted at a time, so that they fit the processor's cache
 
 
-def _statement(look: bool) -> str:
-    """The pattern of a statement of the answer: a subject, a verb that asserts it, no denial or condition.
+def _leak_pattern(lookaround: bool) -> str:
+    """Return the pattern of a statement of the answer: a subject and a verb, without denial or condition.
 
-    `look`: with lookarounds, which RE2 does not have. Without them it matches wherever the full pattern does.
+    RE2 has no lookarounds. The pattern without them matches wherever the full pattern does, and elsewhere.
     """
-    unless = (lambda what: what) if look else lambda what: ""
+    unless = (lambda pattern: pattern) if lookaround else lambda pattern: ""
     verb = r"(?:\s+(?:is|must\s+be|has\s+to\s+be|should\s+be|would\s+be|will\s+be)|'s|’s)"
     surely = (
         r"(?:\s+(?:clearly|definitely|obviously|certainly|surely|probably|likely|therefore|thus|then|indeed"
@@ -42,13 +42,13 @@ def _statement(look: bool) -> str:
         r"|one\s+of|un\w+|less|hard|difficult|what|which|whether|how"
         r"|determined|decided|found|based|given|in|somewhere)\b)"
     )
-    asked = unless(
+    question = unless(
         "".join(rf"(?<!\b{word} )" for word in ("if", "should", "would", "will", "can", "do", "did"))
     )
-    judged = r"(?:(?:correct|final|best|right|only|most\s+\w+)\s+){1,3}"
-    ways = (
+    adjective = r"(?:(?:correct|final|best|right|only|most\s+\w+)\s+){1,3}"
+    statements = (
         # "the answer is C", "correct choice must be heparin"
-        rf"\b(?:(?:the|my)\s|(?:the\s+|my\s+)?{judged})\s*"
+        rf"\b(?:(?:the|my)\s|(?:the\s+|my\s+)?{adjective})\s*"
         rf"\b(?:answer|option|choice)(?:\s+here)?{verb}\b{denied}",
         # "Answer: C"
         r"\b(?:answer|choice)\s*:" + unless(r"(?!\s*(?:not|unclear|\?))"),
@@ -60,7 +60,7 @@ def _statement(look: bool) -> str:
         # "Hence B."
         rf"\b(?:so|thus|hence|therefore),?(?:\s+the)?(?:\s+(?:answer|option|choice))?\s+{letter}{clause_end}",
         # "I choose C"
-        rf"{asked}\b(?:i|we)(?:\s+will|'ll|’ll)?\s+(?:now\s+)?(?:choose|pick|select|go\s+with)\b",
+        rf"{question}\b(?:i|we)(?:\s+will|'ll|’ll)?\s+(?:now\s+)?(?:choose|pick|select|go\s+with)\b",
         r"\b(?:i\s+am|we\s+are|i'm|we're|i’m|we’re)\s+(?:choosing|picking|selecting|going\s+with)\b",
         # "I would pick C", not "I would pick it if …"
         r"\b(?:i|we)(?:\s+would|'d|’d)\s+(?:choose|pick|select|go\s+with)\b"
@@ -68,48 +68,52 @@ def _statement(look: bool) -> str:
         # a thought that begins "B. Because …"
         rf"^\s*(?:option\s+)?{letter}[.,:]?\s+(?:because|since)\b",
     )
-    return "|".join(ways)
+    return "|".join(statements)
 
 
-LEAK = re.compile(_statement(look=True), re.IGNORECASE | re.ASCII)
+LEAK = re.compile(_leak_pattern(lookaround=True), re.IGNORECASE | re.ASCII)
 
 
-def leaks(thoughts: Sequence[str]) -> list[re.Match[str] | None]:
-    """Where each thought first states the answer, by LEAK. RE2 finds the few that may, 100 times as fast."""
+def find_leaks(thoughts: Sequence[str]) -> list[re.Match[str] | None]:
+    """Return the first match of `LEAK` in each thought, or None.
+
+    RE2 is 100 times as fast as `re`, so it first selects the few thoughts that may match.
+    """
     rows = pa.array([thought.encode("utf-8", "surrogatepass") for thought in thoughts], pa.large_binary())
     match = pc.match_substring_regex  # pyright: ignore[reportAttributeAccessIssue]  (made at import)
-    candidates = match(rows, _statement(look=False), ignore_case=True).to_pylist()
-    return [LEAK.search(thought) if may else None for thought, may in zip(thoughts, candidates, strict=True)]
+    candidates = match(rows, _leak_pattern(lookaround=False), ignore_case=True).to_pylist()
+    pairs = zip(thoughts, candidates, strict=True)
+    return [LEAK.search(thought) if candidate else None for thought, candidate in pairs]
 
 
-def much_before(texts: Sequence[str]) -> list[bool]:
-    """Whether each text before <think> has over `WORDS_BEFORE` words."""
+def has_preamble(texts: Sequence[str]) -> list[bool]:
+    """Return whether each text, which stands before <think>, has over `MAX_WORDS_BEFORE` words."""
     # Bytes are split at ASCII's white space; a str would be split at Unicode's.
-    words = (text.encode("utf-8", "surrogatepass").split(None, WORDS_BEFORE) for text in texts)
-    return [len(row) > WORDS_BEFORE for row in words]
+    words = (text.encode("utf-8", "surrogatepass").split(None, MAX_WORDS_BEFORE) for text in texts)
+    return [len(row) > MAX_WORDS_BEFORE for row in words]
 
 
-def repeats(texts: Sequence[str], window: int, times: int) -> Bool[np.ndarray, " N"]:
-    """Whether in each text some run of `window` words occurs at least `times` times; runs may overlap.
+def find_repetition(texts: Sequence[str], window: int, times: int) -> Bool[np.ndarray, " N"]:
+    """Return whether in each text some run of `window` words occurs at least `times` times.
 
-    Words are split at ASCII's white space and at `_`. Python takes 0.1 ms for a text, so it looks only at
-    those in which such a run is possible.
+    Runs may overlap. Words are split at ASCII's white space and at `_`. Counting in Python takes 0.1 ms for a
+    text, so only texts that may have such a run are counted.
     """
     out = np.zeros(len(texts), bool)
     rows = [text.replace("_", " ").encode("utf-8", "replace") for text in texts]
     for start in range(0, len(rows), BLOCK):
-        for i in may_repeat(rows[start : start + BLOCK], window, times) + start:
+        for i in repetition_candidates(rows[start : start + BLOCK], window, times) + start:
             words = rows[i].split()
             runs = Counter(zip(*(words[k:] for k in range(window)), strict=False))
             out[i] = max(runs.values(), default=0) >= times
     return out
 
 
-def may_repeat(rows: Sequence[bytes], window: int, times: int) -> Int[np.ndarray, " M"]:
-    """The numbers of the rows where `window` words stand behind one another of which each occurs `times`
-    times in its row: all words of a run that occurs so often do.
+def repetition_candidates(rows: Sequence[bytes], window: int, times: int) -> Int[np.ndarray, " M"]:
+    """Return the numbers of the rows that may have a run of `window` words which occurs `times` times.
 
-    Two words of a row count as the same if their first eight bytes are, and seldom otherwise.
+    A candidate has `window` words in a row, each of which occurs at least `times` times in the row. Words are
+    hashed by their first eight bytes: equal words always count as equal, different ones seldom do.
     """
     data = np.frombuffer(b" ".join([b"", *rows, bytes(8)]), np.uint8)
     space = SPACE[data]

@@ -1,4 +1,4 @@
-"""From rewards to experience: the terms of the reward on all rows, advantages, and the step's scalars."""
+"""From rewards to experience: the components of the reward, advantages, and the step's scalars."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ import numpy as np
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import GROUP_ESTIMATORS, AdvantageConfig, KLConfig, LossConfig, SpreadConfig
 from medrlvr_jax.host.processes import gather
-from medrlvr_jax.rewards.base import Verdicts, add_terms
-from medrlvr_jax.rewards.components import Component, components
+from medrlvr_jax.rewards.components import Component, list_components
+from medrlvr_jax.rewards.verdicts import Verdicts, add_components
 from medrlvr_jax.rl import advantages
 from medrlvr_jax.rollout.rollout import Scored
 from medrlvr_jax.sharding import by_rows, fetch_rows, own_rows, place_rows
@@ -41,7 +41,7 @@ class Rewards(NamedTuple):
     """The rewards of a step, for `make_experience`."""
 
     graded: Leaf  # float32 [Q, G, K], the host's columns
-    asked: tuple[Leaf, ...] = ()  # of each term that asks the policy, its values [Q, G]
+    asked: tuple[Leaf, ...] = ()  # of each component that asks the policy, its values [Q, G]
     least_spread: Leaf | None = None  # float32 []: see `kept_responses`
 
 
@@ -50,27 +50,27 @@ def split(config: AdvantageConfig) -> bool:
     return config.estimator == "gdpo"
 
 
-def columns(terms: Sequence[Component], config: AdvantageConfig) -> tuple[Column, ...]:
+def columns(components: Sequence[Component], config: AdvantageConfig) -> tuple[Column, ...]:
     """The columns of a step's rewards: first what the host has graded, then what the policy was asked.
 
-    The host adds its terms in float64, what pays and penalties apart.
+    The host adds its components in float64, what pays and penalties apart.
     """
-    host = [term for term in terms if not term.on_device]
+    host = [c for c in components if not c.on_device]
     if split(config):
-        graded = [Column(term.weight, term.penalty) for term in host]
+        graded = [Column(c.weight, c.penalty) for c in host]
     else:
-        graded = [Column(1.0), *([Column(-1.0, True)] if any(term.penalty for term in host) else [])]
-    asked = [Column(term.weight, term.penalty) for term in terms if term.on_device]
+        graded = [Column(1.0), *([Column(-1.0, True)] if any(c.penalty for c in host) else [])]
+    asked = [Column(c.weight, c.penalty) for c in components if c.on_device]
     return (*graded, *asked)
 
 
-def host_columns(verdicts: Verdicts, terms: Sequence[Component], config: AdvantageConfig) -> np.ndarray:
+def host_columns(verdicts: Verdicts, components: Sequence[Component], config: AdvantageConfig) -> np.ndarray:
     """float32 [N, K]: the columns that the host has graded."""
-    host = [term for term in terms if not term.on_device]
+    host = [c for c in components if not c.on_device]
     if split(config) and verdicts.components:
-        rows = [verdicts.components[term.name] for term in host]
+        rows = [verdicts.components[c.name] for c in host]
     else:
-        rows = [verdicts.paid, *([verdicts.penalty] if any(term.penalty for term in host) else [])]
+        rows = [verdicts.unpenalised, *([verdicts.penalty] if any(c.penalty for c in host) else [])]
     return np.stack(rows, axis=1).astype(np.float32)
 
 
@@ -95,19 +95,19 @@ def place_scored(tree: Any, scored: Scored, n: int, parts: Parts) -> Any:
 
 
 def with_asked(
-    scored: Scored, asked: Mapping[str, Array], terms: Sequence[Component], parts: Parts
+    scored: Scored, asked: Mapping[str, Array], components: Sequence[Component], parts: Parts
 ) -> Scored:
-    """The verdicts with the values [Q, G] of the terms that asked the policy."""
+    """The verdicts with the values [Q, G] of the components that asked the policy."""
     if not asked:
         return scored
     n = len(next(iter(asked.values())))
     _, counted = own_rows(n, parts.mesh)
     v = scored.verdicts
     values = dict(v.components) | {k: x[counted].ravel() for k, x in fetch_rows(asked, parts.mesh).items()}
-    device = [term for term in terms if term.on_device]
-    paid, penalty = add_terms(v.paid, v.penalty, device, values)
-    ordered = {term.name: values[term.name] for term in terms}
-    verdicts = dataclasses.replace(v, paid=paid, penalty=penalty, components=ordered)
+    device = [c for c in components if c.on_device]
+    unpenalised, penalty = add_components(v.unpenalised, v.penalty, device, values)
+    ordered = {c.name: values[c.name] for c in components}
+    verdicts = dataclasses.replace(v, unpenalised=unpenalised, penalty=penalty, components=ordered)
     return dataclasses.replace(scored, verdicts=verdicts)
 
 
@@ -235,9 +235,9 @@ def assessed(mask: Array, assessment: Assessment, gap: Array) -> dict[str, Array
     return stats
 
 
-def experience_settings(parts: Parts, terms: Sequence[Component] | None = None) -> ExperienceConfig:
-    """For a run's `terms`, by default those that its settings name."""
+def experience_settings(parts: Parts, components: Sequence[Component] | None = None) -> ExperienceConfig:
+    """For a run's `components`, by default those that its settings name."""
     c = parts.config
-    terms = components(c.reward) if terms is None else terms
+    components = list_components(c.reward) if components is None else components
     stop_ids = tuple(parts.tokenizer.stop_ids) if c.loss.mask_truncated else ()
-    return ExperienceConfig(c.advantage, c.kl, c.loss, columns(terms, c.advantage), stop_ids)
+    return ExperienceConfig(c.advantage, c.kl, c.loss, columns(components, c.advantage), stop_ids)

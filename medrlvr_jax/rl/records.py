@@ -38,8 +38,8 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     rows |= {f"monitor/{name}": column for name, column in monitors.flags(scored).items()}
     if None not in scored.stages:
         rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
-    rows |= {f"reward/{name}": np.where(failed, 0, column) for name, column in v.several.items()}
-    rows |= v.shares
+    rows |= {f"reward/{name}": np.where(failed, 0, column) for name, column in v.reported_components.items()}
+    rows |= v.row_metrics
     totals = gather({name: float(column.sum()) for name, column in rows.items()})  # of each process
     # A process without rows cannot tell that stages are none.
     common = [name for name in rows if all(name in total for total in totals)]
@@ -47,7 +47,7 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     n = int(sums.pop("completions"))
     out = {name: total / n for name, total in sums.items()}
     out |= {"completions": n, "tokens": int(sums["response_length"])}
-    paid = ("reward", *(f"reward/{name}" for name in v.several))
+    paid = ("reward", *(f"reward/{name}" for name in v.reported_components))
     out |= {name: sums[name] / max(n - sums["reward_failed"], 1) for name in paid}  # where no reward failed
     return out | scalars(sharding.to_host(stats))
 

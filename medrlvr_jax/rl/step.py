@@ -37,8 +37,7 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.model.spec import VISION
 from medrlvr_jax.model_rewards import verifier_models
 from medrlvr_jax.model_rewards.policy import asks_blank
-from medrlvr_jax.rewards import judges
-from medrlvr_jax.rewards.components import components
+from medrlvr_jax.rewards.components import Component, list_components
 from medrlvr_jax.rl.experience import (
     Rewards,
     columns,
@@ -65,7 +64,7 @@ class Training:
     parts: Parts
     programs: Programs
     frozen: Frozen
-    terms: judges.Terms  # what is paid
+    components: tuple[Component, ...]  # of the reward
 
 
 class Keys(NamedTuple):
@@ -103,7 +102,7 @@ def train_step(
     least = spread and jax.device_put(jnp.float32(spread.beta * mean), sharding.replicated(parts.mesh))
     graded = partial(grade, training, encoded, index, coin=keys.sample, least_spread=least)
     after, stats, (scored, asked), experience = five_parts(training, state, prompts, keys, graded)
-    scored = with_asked(scored, asked, training.terms, parts)
+    scored = with_asked(scored, asked, training.components, parts)
     if config.kl.target is not None:
         responses = config.sample.questions * config.sample.samples
         coef = adapt_kl(state.kl_coef, stats["kl_response"], responses, config.kl)
@@ -134,7 +133,7 @@ def five_parts(
     graded = grade(rollout)  # while the device assesses: programs are only dispatched
     asked = ask(training, state, prompts, rollout, graded.requests)
     rewards = Rewards(graded.rewards, tuple(asked.values()), graded.least_spread)
-    kinds = experience_settings(parts, training.terms)
+    kinds = experience_settings(parts, training.components)
     experience, stats = programs.make_experience(
         prompts, rollout, assessment, rewards, state.kl_coef, config=kinds
     )
@@ -162,8 +161,8 @@ def grade(
     """Decode and score the responses to the questions at `index`, and write down what the policy is asked."""
     parts, n = training.parts, len(index)
     with jax.profiler.TraceAnnotation("score"):
-        scored = score_rollout(parts, encoded, index, rollout, coin, training.terms)
-        graded = host_columns(scored.verdicts, training.terms, parts.config.advantage)
+        scored = score_rollout(parts, encoded, index, rollout, coin, training.components)
+        graded = host_columns(scored.verdicts, training.components, parts.config.advantage)
         asked = training.programs.policy_rewards
         requests = {name: reward.request(scored) for name, reward in asked.items()}
     rewards, requests = place_scored((graded, requests), scored, n, parts)
@@ -209,13 +208,13 @@ def step_programs(
     parts: Parts,
     programs: Programs,
     width: int,
-    terms: judges.Terms | None = None,
+    components: tuple[Component, ...] | None = None,
     windows: int = 0,
     verifiers: verifier_models.Prepared | None = None,
 ) -> list[Program]:
     """All programs of a training step in their order, by taking one with shapes for arrays; prompts have
-    `width` columns, and their images `windows` windows. `terms`: what is paid, by default what the settings
-    say. `verifiers`: laid out.
+    `width` columns, and their images `windows` windows. `components` of the reward are by default those
+    of the settings. `verifiers`: laid out.
     """
     config, mesh = parts.config, parts.mesh
 
@@ -240,11 +239,11 @@ def step_programs(
     recorder = Recorder(mesh, on_device)
     # What is offloaded comes to the device before a program is called: to the programs nothing is.
     on_chip = dataclasses.replace(config, learn=dataclasses.replace(config.learn, offload=False))
-    terms = components(config.reward) if terms is None else terms
+    components = list_components(config.reward) if components is None else components
     recorded = programs.wrapped(recorder.of)
-    training = Training(dataclasses.replace(parts, config=on_chip), recorded, frozen, terms)
+    training = Training(dataclasses.replace(parts, config=on_chip), recorded, frozen, components)
     questions, samples = config.sample.questions, config.sample.samples
-    graded_columns = columns([term for term in terms if not term.on_device], config.advantage)
+    graded_columns = columns([c for c in components if not c.on_device], config.advantage)
     rewards = array(parts, jnp.float32, questions, samples, len(graded_columns))
     requests = {name: reward.shapes for name, reward in programs.policy_rewards.items()}
     requests = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), requests)

@@ -26,9 +26,14 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.model_rewards import verifier_models
 from medrlvr_jax.model_rewards.policy import check_questions
 from medrlvr_jax.model_rewards.probability import take_baselines
-from medrlvr_jax.rewards import judges
-from medrlvr_jax.rewards.components import components
-from medrlvr_jax.rewards.parse import beginning_trap
+from medrlvr_jax.rewards.components import Component, list_components
+from medrlvr_jax.rewards.parse import prefix_conflict
+from medrlvr_jax.rewards.training import (
+    UserRewards,
+    components_from_callables,
+    describe_callables,
+    start_components,
+)
 from medrlvr_jax.rl import records
 from medrlvr_jax.rl.learn import offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
@@ -44,7 +49,7 @@ from medrlvr_jax.types import TrainState
 
 def train(
     config: Config,
-    rewards: judges.Given | None = None,
+    rewards: UserRewards | None = None,
     data: Records | str | Path | None = None,
     callbacks: Callback | Sequence[Callback] = (),
 ) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def train(
     `CheckpointError` and `Unwritable`.
     """
     check.check_best(config)
-    given_terms = None if rewards is None else judges.from_callables(rewards)
+    user_components = None if rewards is None else components_from_callables(rewards)
     spec, given_rows = resolve_data(config.data, data)
     config = dataclasses.replace(config, data=spec)
     log.check(config, "train")
@@ -85,15 +90,18 @@ def train(
     notices = [f"data: {how_read}"]
     if encoded.dropped:
         notices.append(f"{encoded.dropped} questions dropped: longer than prompt.max_tokens")
-    if trap := beginning_trap(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
+    if trap := prefix_conflict(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
         notices.append("; ".join(trap))
-    asked = {} if given_terms else verifier_models.prepare(parts)
+    asked = {} if user_components else verifier_models.prepare(parts)
     with stage(f"loading {', '.join(asked)}") if asked else nullcontext():
         verifiers = verifier_models.start(parts, asked)
-    with judges.started(config.reward, given_terms, questions, verifiers) as terms, jax.set_mesh(parts.mesh):
+    with (
+        start_components(config.reward, user_components, questions, verifiers) as components,
+        jax.set_mesh(parts.mesh),
+    ):
         with stage(f"loading {config.model.path}"):
-            job = make_job(parts, encoded, sets, terms, asked)
-        job = dataclasses.replace(job, notices=notices, rewards=judges.record(terms))
+            job = make_job(parts, encoded, sets, components, asked)
+        job = dataclasses.replace(job, notices=notices, rewards=describe_callables(components))
         return run_job(job, callbacks)
 
 
@@ -116,19 +124,19 @@ def make_job(
     parts: Parts,
     encoded: Encoded,
     sets: dict[str, Encoded],
-    terms: judges.Terms,
+    components: tuple[Component, ...],
     verifiers: verifier_models.Prepared | None = None,
 ) -> Job:
-    """The training as the loop runs it; `terms` are what is paid, by `verifiers` among others."""
+    """The training as the loop runs it; `components` are those of the reward, `verifiers` among them."""
     steps = total_steps(parts.config, len(encoded.questions))
     programs = make_programs(parts, steps)
-    training, state = start(parts, programs, terms)
+    training, state = start(parts, programs, components)
     # Evaluation is of the policy itself: where rollouts are drawn from int8 weights, it has a sync_weights of
     # its own.
     sync_weights = (
         programs.sync_weights if parts.sampler_cfg == parts.cfg else make_weight_sync(parts, parts.cfg)
     )
-    ahead = step_programs(parts, programs, encoded.width, terms, encoded.windows, verifiers)
+    ahead = step_programs(parts, programs, encoded.width, components, encoded.windows, verifiers)
     ahead += evaluate.programs(parts, sets)
     if sets and sync_weights is not programs.sync_weights:
         ahead += sync_program(sync_weights)
@@ -172,10 +180,12 @@ def logged_step(
     return StepResult(state, metrics | lasting, experience, logs, notices)
 
 
-def start(parts: Parts, programs: Programs, terms: judges.Terms | None = None) -> tuple[Training, TrainState]:
-    """The learners at their start, and their programs as a step calls them. `terms`: see `step_programs`."""
+def start(
+    parts: Parts, programs: Programs, components: tuple[Component, ...] | None = None
+) -> tuple[Training, TrainState]:
+    """The learners at their start, and their programs as a step calls them."""
     config = parts.config
-    terms = components(config.reward) if terms is None else terms
+    components = list_components(config.reward) if components is None else components
     policy, _ = build.init_learner(parts, parts.cfg, programs.policy_tx)
     policy, learn_policy = offload(config, policy, programs.learn_policy)
     critic, learn_critic = None, None
@@ -184,7 +194,7 @@ def start(parts: Parts, programs: Programs, terms: judges.Terms | None = None) -
         critic, learn_critic = offload(config, critic, programs.learn_critic)
     programs = dataclasses.replace(programs, learn_policy=learn_policy, learn_critic=learn_critic)
     kl_coef = jax.device_put(jnp.float32(config.kl.coef), sharding.replicated(parts.mesh))
-    training = Training(parts, programs, build.load_frozen(parts), terms)
+    training = Training(parts, programs, build.load_frozen(parts), components)
     return training, TrainState(policy, critic, kl_coef)
 
 

@@ -25,9 +25,10 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model.architecture import VisionConfig
 from medrlvr_jax.rewards import Verdicts, grade, parse, stages
-from medrlvr_jax.rewards.base import toss, tossed
-from medrlvr_jax.rewards.components import Component, Tokens
-from medrlvr_jax.rewards.parse import judged_beginning
+from medrlvr_jax.rewards.components import Component
+from medrlvr_jax.rewards.graders import TokenCounts
+from medrlvr_jax.rewards.parse import graded_prefix
+from medrlvr_jax.rewards.verdicts import random_rewards, replace_rewards
 from medrlvr_jax.rollout.generate import draw_settings, generate
 from medrlvr_jax.rollout.see import add_features
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
@@ -95,7 +96,7 @@ class Scored:
         """One completion as a JSON object: what samples.jsonl and an evaluation's answers both say of it."""
         v, question = self.verdicts, self.questions[row]
         failed = {"reward_error": v.failed[row]} if row in v.failed else {}
-        values = {name: float(column[row]) for name, column in v.several.items()}
+        values = {name: float(column[row]) for name, column in v.reported_components.items()}
         values = {name: None if math.isnan(value) else value for name, value in values.items()}
         return {
             "id": question.id,
@@ -182,13 +183,13 @@ def score_rollout(
     index: np.ndarray,
     rollout: Rollout,
     coin: Array | None = None,
-    terms: Sequence[Component] | None = None,
+    components: Sequence[Component] | None = None,
 ) -> Scored:
     """Host work: bring this process's tokens over, decode, score. `index` names the questions of the whole
     rollout.
 
-    Training alone pays by more than the completion: by the judges of `terms`, or by `coin`, its key for the
-    control `reward.random`. Evaluation has neither.
+    Training alone pays by more than the completion: by the functions of `components`, or by `coin`, its key
+    for the control `reward.random`. Evaluation has neither.
     """
     tokenizer, rule = parts.tokenizer, parts.config.reward
     mine, counted = own_rows(len(index), parts.mesh)
@@ -196,17 +197,17 @@ def score_rollout(
     tokens, mask = (x[counted] for x in fetch_rows((rollout.tokens, rollout.mask), parts.mesh))
     groups, length = tokens.shape[1:]
     flat, flat_mask = tokens.reshape(-1, length), mask.reshape(-1, length)
-    begun = judged_beginning(text.begins(tokenizer, parts.config.prompt), rule.mode)
+    begun = graded_prefix(text.begins(tokenizer, parts.config.prompt), rule.mode)
     completions = [begun + c for c in tokenizer.decode(flat, flat_mask)]
     lengths = flat_mask.sum(1)
     stopped = np.isin(flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)], tokenizer.stop_ids)
     questions = [encoded.questions[i] for i in index[mine] for _ in range(groups)]
-    if terms is not None:
-        terms = [term for term in terms if not term.on_device]
-    verdicts = grade(completions, questions, rule, Tokens(lengths, stopped, length), terms)
+    if components is not None:
+        components = [c for c in components if not c.on_device]
+    verdicts = grade(completions, questions, rule, TokenCounts(lengths, stopped, length), components)
     if rule.random is not None and coin is not None:
-        paid = toss(np.asarray(jax.random.key_data(coin)), encoded.ids[index[mine]], groups, rule)
-        verdicts = tossed(verdicts, paid.ravel())
+        paid = random_rewards(np.asarray(jax.random.key_data(coin)), encoded.ids[index[mine]], groups, rule)
+        verdicts = replace_rewards(verdicts, paid.ravel())
     places = (mine[:, None] * groups + np.arange(groups)).ravel()
     shown = shown_stages(completions, questions, verdicts, rule.mode)
     return Scored(questions, places, completions, flat, verdicts, lengths, stopped, shown)

@@ -22,7 +22,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import from_leader
 from medrlvr_jax.model import families, weights
 from medrlvr_jax.rewards import user
-from medrlvr_jax.rewards.components import components
+from medrlvr_jax.rewards.components import list_components
 
 NAME = "inputs.json"
 MARK = 4  # hex digits kept of each row's digest, to name the first row that differs
@@ -41,8 +41,8 @@ def check(
     """Compare with the folder's record if the run resumes from a checkpoint, then `write` the record.
 
     `sets` holds the training set as `data` and evaluation sets as `eval.sets.<name>`; `rewards` are the
-    reward functions, as `judges.record` lists them. Returns the differences that were accepted. Raises
-    `ConfigError`, in every process, for those that were not.
+    reward functions, as `training.describe_callables` lists them. Returns the differences that were
+    accepted. Raises `ConfigError`, in every process, for those that were not.
     """
     accept = parts.config.checkpoint.accept_changed_inputs
 
@@ -74,7 +74,7 @@ def check_model(folder: Path, parts: Parts) -> None:
 
 def describe(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """The record of what the settings point to now."""
-    sections = [term.settings for term in components(parts.config.reward)]
+    sections = [component.settings for component in list_components(parts.config.reward)]
     functions = [section.fn for section in sections if isinstance(section, FunctionConfig)]
     verifiers = {s.model for s in sections if isinstance(s, VerifierConfig) and s.url is None}
     return {
@@ -82,7 +82,7 @@ def describe(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -
         "stop_ids": list(parts.tokenizer.stop_ids),
         "model": _model(parts),
         "weights": _weights(parts),
-        "functions": {fn: user.source_digest(fn) for fn in functions},
+        "functions": {fn: user.module_digest(fn) for fn in functions},
         "rewards": list(rewards),
         "verifiers": {path: weights.weight_digests(path) for path in sorted(verifiers)},
     }

@@ -20,7 +20,7 @@ import medrlvr_jax
 from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.host.errors import ConfigError
-from medrlvr_jax.rewards import judges
+from medrlvr_jax.rewards.training import start_components
 from medrlvr_jax.runs import checkpoint, log, seal, trackers
 
 GIB = 2**30
@@ -133,7 +133,7 @@ def _settings(config: Config, run: Path) -> Iterator[Finding]:
     if (run / "config.yaml").exists():
         log.check_same(run / "config.yaml", config)
     trackers.check(config)
-    with judges.started(config.reward):  # a reward.fn is imported as training does it
+    with start_components(config.reward):  # a reward.fn is imported as training does it
         yield ok("settings, trackers and reward can be used")
 
 
@@ -173,7 +173,7 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
     from medrlvr_jax.data.prompts import begins
     from medrlvr_jax.data.traps import tokenizer_traps
     from medrlvr_jax.model import lora, weights
-    from medrlvr_jax.rewards.parse import beginning_trap
+    from medrlvr_jax.rewards.parse import prefix_conflict
     from medrlvr_jax.rl.learn import make_optimizer
     from medrlvr_jax.runs import inputs
 
@@ -194,7 +194,7 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
             yield warning(text, "if they are the weights that you mean, move model.safetensors away")
     for line in tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):
         yield note(f"tokenizer: {line}")
-    if trap := beginning_trap(begins(parts.tokenizer, config.prompt), config.reward.mode):
+    if trap := prefix_conflict(begins(parts.tokenizer, config.prompt), config.reward.mode):
         yield warning(*trap)
     learners = ((parts.cfg, config.learn.policy), (parts.critic_cfg, config.learn.critic))
     states = [build.abstract_learner(parts, cfg, make_optimizer(o, 1)) for cfg, o in learners if o]

@@ -21,7 +21,7 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.model_rewards import verifier_models
 from medrlvr_jax.model_rewards.policy import asks_blank
 from medrlvr_jax.model_rewards.probability import take_baselines
-from medrlvr_jax.rewards import judges
+from medrlvr_jax.rewards.training import start_components
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.experience import with_asked
 from medrlvr_jax.rl.programs import make_programs
@@ -49,10 +49,10 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options, parts.cfg.vision)
     inputs.check(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)}, write=False)
     verifiers = verifier_models.start(parts, verifier_models.prepare(parts))
-    started = judges.started(c.reward, questions=encoded.questions, verifiers=verifiers)
-    with started as terms, jax.set_mesh(parts.mesh):
+    started = start_components(c.reward, questions=encoded.questions, verifiers=verifiers)
+    with started as components, jax.set_mesh(parts.mesh):
         programs = make_programs(parts, total_steps(c, len(encoded.questions)))
-        training, state = train.start(parts, programs, terms)
+        training, state = train.start(parts, programs, components)
         start = training.frozen.base, state.policy.params
         take_baselines(parts, programs.policy_rewards, start, encoded, run, step, console.progress)
         state, done = restore_before(run / "checkpoints", state, step - 1)
@@ -71,7 +71,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         rollout = draw(training, state, prompts, key)
         graded = grade(training, encoded, index, rollout, key, None)
         asked = ask(training, state, prompts, rollout, graded.requests)
-        scored = with_asked(graded.scored, asked, terms, parts)
+        scored = with_asked(graded.scored, asked, components, parts)
     record = records.sample_record(parts, encoded, index, scored, row)
     drawn = json.loads(json.dumps(record))  # as a log is read
     logged = next((s for s in samples if s["step"] == step and s["row"] == row), None)

@@ -14,8 +14,7 @@ from medrlvr_jax.data.readers import read_json
 from medrlvr_jax.data.record import facts_of, field_names
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.rewards import grade
-from medrlvr_jax.rewards.components import pure
-from medrlvr_jax.rewards.facts import Facts
+from medrlvr_jax.rewards.verdicts import evaluation_components
 
 BLOCK = 4096  # rows scored at a time, so that a file of any size fits the memory
 
@@ -31,7 +30,7 @@ def score_file(
     blank lines have no line in the output.
     Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of rewards.REASONS}`,
     and the values of the reward's components if there are several. Only those that need the completion alone,
-    and `process`, are paid (`components.pure`).
+    and `process`, are paid (`evaluation_components`).
     `prefill`: the end of each prompt, judged as the beginning of each completion.
     Raises `DataError` for a line that cannot be scored, and then leaves no output: the file gets its name
     once it is complete.
@@ -50,13 +49,14 @@ def score_file(
 
 def _scored(source: Path, config: RewardConfig, prefill: str, reasons: Counter[str]) -> Iterator[str]:
     """The output's lines; `reasons` counts them."""
-    terms = pure(config, facts_in(source) if any(c.kind == "process" for c in config.components) else None)
+    facts_needed = any(section.kind == "process" for section in config.components)
+    components = evaluation_components(config, questions_with_facts(source) if facts_needed else ())
     for block in _blocks(source):
         completions, questions = zip(*block, strict=True)
-        verdicts = grade([prefill + text for text in completions], questions, config, terms=terms)
+        verdicts = grade([prefill + text for text in completions], questions, config, components=components)
         reasons.update(verdicts.reason.tolist())
         # float64, so that a file has 0.2 and not float32's 0.19999999
-        rewards = [round(reward, 9) for reward in (verdicts.paid - verdicts.penalty).tolist()]
+        rewards = [round(reward, 9) for reward in (verdicts.unpenalised - verdicts.penalty).tolist()]
         for i, reward in enumerate(rewards):
             line = {
                 "reward": reward,
@@ -64,8 +64,8 @@ def _scored(source: Path, config: RewardConfig, prefill: str, reasons: Counter[s
                 "answer": str(verdicts.answer[i]) or None,
                 "reason": str(verdicts.reason[i]),
             }
-            if verdicts.several:
-                values = verdicts.several.items()
+            if verdicts.reported_components:
+                values = verdicts.reported_components.items()
                 line["components"] = {name: float(column[i]) for name, column in values}
             yield json.dumps(line) + "\n"
 
@@ -76,13 +76,13 @@ def show(reasons: Counter[str]) -> str:
     return tables.plain(("reason", "completions", "share"), rows)
 
 
-def facts_in(source: Path) -> Facts:
-    """The facts of all lines, among which a thought's are counted."""
+def questions_with_facts(source: Path) -> list[Question]:
+    """Return the questions of all lines. `process` counts a thought's facts among the facts of all."""
     questions = [question for block in _blocks(source) for _, question in block]
     if not any(question.facts for question in questions):
         remedy = "give lines a field facts, or take the component out"
         raise DataError(f"{source}: reward.components: process: no line has facts; {remedy}")
-    return Facts(questions)
+    return questions
 
 
 def _blocks(source: Path, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, Question]]]:
