@@ -59,7 +59,7 @@ def scored(completions, keys, samples):
 
 
 def test_flags_of_each_completion():
-    told = monitors.flags(
+    told = monitors.flag_completions(
         scored([WELL, LEAK, HACK, HEDGE, LOOP, "The answer is A, and so on and on and on"], "AAAAAA", 1)
     )
     assert {name: np.flatnonzero(column).tolist() for name, column in told.items()} == {
@@ -79,17 +79,22 @@ def test_letters_are_held_against_the_keys_by_one_answer_a_question():
     a, b = (f"<think>clot</think><answer>{letter}</answer>" for letter in "AB")
     # The first samples are A in all 40 questions, of which half have the key A; the second samples are not
     # looked at.
-    metrics = monitors.watch(scored([a, b] * 40, "AB" * 20, 2), 2)
+    metrics = monitors.letter_metrics(scored([a, b] * 40, "AB" * 20, 2), 2)
     assert metrics["monitor/letter_shift"] == pytest.approx(0.5)
     # χ² = (20² + 20²) / 20 = 40, 1 degree
     assert metrics["monitor/letter_p"] == pytest.approx(math.erfc(math.sqrt(40 / 2)), rel=1e-6)
-    [alarm] = monitors.alarms(metrics, [], settings())
+    [alarm] = monitors.find_alarms(metrics, [], settings())
     assert alarm.name == "monitor/letter_shift" and "50 %" in alarm.text
-    rows = monitors.examples(alarm, scored([a, b] * 40, "AB" * 20, 2), metrics, 2)
+    rows = monitors.example_rows(alarm, scored([a, b] * 40, "AB" * 20, 2), metrics, 2)
     assert rows == [2, 6]  # wrong answers of the letter that is wrong most often; of two, the first
     # four questions show nothing
-    assert monitors.alarms(monitors.watch(scored([a, b] * 4, "AB" * 2, 2), 2), [], settings()) == []
-    rare = monitors.watch(scored([a] * 40 + [b] * 4, "A" * 42 + "BB", 1), 1)  # two keys are no expectation
+    assert (
+        monitors.find_alarms(monitors.letter_metrics(scored([a, b] * 4, "AB" * 2, 2), 2), [], settings())
+        == []
+    )
+    rare = monitors.letter_metrics(
+        scored([a] * 40 + [b] * 4, "A" * 42 + "BB", 1), 1
+    )  # two keys are no expectation
     assert rare["monitor/letter_p"] == 1.0 and rare["monitor/letter_shift"] == pytest.approx(2 / 44)
 
 
@@ -101,20 +106,20 @@ def test_shares_over_their_limits():
         "sampler_ratio_far": 0.2,
         "kl": math.nan,
     }
-    assert [a.name for a in monitors.alarms(metrics, [], settings())] == [
+    assert [a.name for a in monitors.find_alarms(metrics, [], settings())] == [
         "monitor/hacks",
         "equal_groups",
         "sampler_ratio_far",
     ]
     rounded = settings(model={"path": "unused", "dtype": "bfloat16"}, loss={"sampler_cap": 2.0})
     limits = {
-        share: [a.name for a in monitors.alarms({"sampler_ratio_far": share}, [], rounded)]
+        share: [a.name for a in monitors.find_alarms({"sampler_ratio_far": share}, [], rounded)]
         for share in (0.04, 0.2)
     }
     # bfloat16 rounds; a cap corrects for that, and hides no fault
     assert limits == {0.04: [], 0.2: ["sampler_ratio_far"]}
     corrected = settings(sample={"weights": "int8"}, loss={"sampler_cap": 2.0})
-    assert [a.name for a in monitors.alarms(metrics, [], corrected)] == ["monitor/hacks", "equal_groups"]
+    assert [a.name for a in monitors.find_alarms(metrics, [], corrected)] == ["monitor/hacks", "equal_groups"]
 
 
 @pytest.mark.parametrize(
@@ -132,20 +137,22 @@ def test_shares_over_their_limits():
 )
 def test_excursions_from_the_runs_own_recent_past(name, usual, value, high):
     past = [{name: usual}] * 4 + [{name: None}, {}]
-    assert monitors.alarms({name: value}, past, settings()) == []  # four values are not enough
-    found = monitors.alarms({name: value}, [{name: 1e6}] * 30 + [{name: usual}] * monitors.WINDOW, settings())
+    assert monitors.find_alarms({name: value}, past, settings()) == []  # four values are not enough
+    found = monitors.find_alarms(
+        {name: value}, [{name: 1e6}] * 30 + [{name: usual}] * monitors.WINDOW, settings()
+    )
     assert [(a.name, a.high) for a in found] == ([] if high is None else [(name, high)])
 
 
 def test_the_rows_named_are_the_worst_and_of_this_process():
     # row 1 is another's
     rows = dataclasses.replace(scored([WELL, HACK, WELL], "ABB", 1), places=np.array([0, 2, 3]))
-    assert monitors.examples(monitors.Alarm("response_length", "", high=True), rows, {}, 1) == [0, 2]
-    assert monitors.examples(monitors.Alarm("response_length", "", high=False), rows, {}, 1)[0] == 1
-    assert monitors.examples(monitors.Alarm("kl", ""), rows, {"row/kl_high": 3}, 1) == [2]
-    assert monitors.examples(monitors.Alarm("kl", ""), rows, {"row/kl_high": 1}, 1) == []
-    assert monitors.examples(monitors.Alarm("monitor/hacks", ""), rows, {}, 1) == [1]
-    assert monitors.examples(
+    assert monitors.example_rows(monitors.Alarm("response_length", "", high=True), rows, {}, 1) == [0, 2]
+    assert monitors.example_rows(monitors.Alarm("response_length", "", high=False), rows, {}, 1)[0] == 1
+    assert monitors.example_rows(monitors.Alarm("kl", ""), rows, {"row/kl_high": 3}, 1) == [2]
+    assert monitors.example_rows(monitors.Alarm("kl", ""), rows, {"row/kl_high": 1}, 1) == []
+    assert monitors.example_rows(monitors.Alarm("monitor/hacks", ""), rows, {}, 1) == [1]
+    assert monitors.example_rows(
         monitors.Alarm("equal_groups", ""), scored([WELL, HACK, WELL, WELL], "AA", 2), {}, 2
     ) == [2]
 
@@ -153,7 +160,7 @@ def test_the_rows_named_are_the_worst_and_of_this_process():
 def test_an_alarm_is_reported_when_it_has_lasted_and_now_and_then():
     found, history, said = [monitors.Alarm("monitor/hacks", "")], [], []
     for step in range(25):
-        lasted, news = monitors.mark([] if step == 3 else found, history)
+        lasted, news = monitors.count_durations([] if step == 3 else found, history)
         history.append(lasted)
         said += [step] * len(news)
     assert [n for n in range(1, 14) if is_due("reward_clipped", n)] == [1, 11]
@@ -198,13 +205,13 @@ def test_rewards_that_clipping_makes_equal_are_an_alarm_in_the_first_step_and_a_
         and metrics["equal_groups"] == metrics["no_contrast"] == metrics["reward_clipped"] == 1
     )
     first = metrics | monitors.count_idle(metrics, [])
-    [alarm] = monitors.alarms(first, [], config)
-    assert alarm.name == "monitor/constant_reward" and not monitors.stalled(first, config)
+    [alarm] = monitors.find_alarms(first, [], config)
+    assert alarm.name == "monitor/constant_reward" and not monitors.has_stalled(first, config)
     assert "100 % of the rewards, 142.5 on average, were cut to ±10 (advantage.reward_clip)" in alarm.text
-    assert monitors.stalled(metrics | monitors.count_idle(metrics, [first]), config)
+    assert monitors.has_stalled(metrics | monitors.count_idle(metrics, [first]), config)
     some = metrics | {"equal_groups": 0.5, "no_contrast": 0.0, "reward_clipped": 0.5}
     some |= monitors.count_idle(some, [first])
-    assert [a.name for a in monitors.alarms(some, [], config)] == ["reward_clipped"] and some[
+    assert [a.name for a in monitors.find_alarms(some, [], config)] == ["reward_clipped"] and some[
         "monitor/constant_reward"
     ] == 0
 
@@ -216,7 +223,7 @@ def test_rewards_that_clipping_makes_equal_are_an_alarm_in_the_first_step_and_a_
         # the metrics of a skipped update are 0, and it has its own alarm
         ({"policy/skipped": 1.0, "policy/grad_norm": 0.0}, 0, None),
         ({"policy/grad_norm": 0.0}, 4, "the policy's gradient was exactly 0"),
-        ({"no_contrast": 1.0}, 4, "never between samples of one"),
+        ({"no_contrast": 1.0}, 4, "not between samples of one"),
         ({"no_contrast": 1.0, "reward_std": 0.0}, 4, "all rewards were 0.5"),
         ({"no_contrast": 1.0, "unlearned": 1.0}, 4, "the user's reward failed on samples of each"),
     ],
@@ -231,7 +238,7 @@ def test_steps_from_which_nothing_is_learned_are_counted(changes, steps, reason)
     } | changes
     metrics |= monitors.count_idle(metrics, [{"monitor/constant_reward": 3}])
     assert metrics["monitor/constant_reward"] == steps
-    assert reason is None or reason in monitors.alarms(metrics, [], settings())[-1].text
+    assert reason is None or reason in monitors.find_alarms(metrics, [], settings())[-1].text
 
 
 def test_a_control_run_of_constant_rewards_goes_on():
@@ -241,11 +248,11 @@ def test_a_control_run_of_constant_rewards_goes_on():
         ({"log": {"stop_constant": 0}}, False),
         ({"log": {"stop_constant": 21}}, False),
     ):
-        assert monitors.stalled(metrics, settings(**changes)) == stops and monitors.alarms(
+        assert monitors.has_stalled(metrics, settings(**changes)) == stops and monitors.find_alarms(
             metrics, [], settings(**changes)
         )
     control = settings(reward={"unformatted": 0.0, "correct": 0.0})
-    assert not monitors.stalled(metrics, control) and not monitors.alarms(metrics, [], control)
+    assert not monitors.has_stalled(metrics, control) and not monitors.find_alarms(metrics, [], control)
 
 
 def test_where_no_thought_is_asked_for_there_are_no_stages():

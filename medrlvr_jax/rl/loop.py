@@ -224,13 +224,13 @@ def why_diverged(job: Job, n: int, metrics: dict[str, Any], skips: int) -> str |
             "lower the rates or learn.*.clip_norm, look into the rows, and start again under another name="
         )
         return f"{MAX_SKIPS} steps in a row had updates that were not finite; {remedy}"
-    if n < job.steps and monitors.stalled(metrics, job.parts.config):
+    if n < job.steps and monitors.has_stalled(metrics, job.parts.config):
         remedy = (
             "look at samples.jsonl, and mend prompt, format, rewards or rates; "
             "log.stop_constant=0 goes on regardless"
         )
         idle = f"nothing was learned from the rewards in {metrics['monitor/constant_reward']} steps in a row"
-        return f"{idle}; {monitors.why_idle(metrics, job.parts.config)}: {remedy}"
+        return f"{idle}; {monitors.explain_idle(metrics, job.parts.config)}: {remedy}"
     return None
 
 

@@ -35,7 +35,7 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
         "response_length": scored.lengths,
     }
     rows |= {"truncated": ~scored.stopped, "completions": np.ones(len(scored.places))}
-    rows |= {f"monitor/{name}": column for name, column in monitors.flags(scored).items()}
+    rows |= {f"monitor/{name}": column for name, column in monitors.flag_completions(scored).items()}
     if None not in scored.stages:
         rows |= {f"stage/{name}": np.array([s == name for s in scored.stages], bool) for name in STAGES}
     rows |= {f"reward/{name}": np.where(failed, 0, column) for name, column in v.reported_components.items()}
@@ -72,7 +72,7 @@ def tell(
     """Each alarm in words, with the rows that show it best, from whichever processes have them."""
 
     def examples(alarm: monitors.Alarm) -> list[list[Any]]:
-        rows = monitors.examples(alarm, scored, metrics, config.sample.samples)
+        rows = monitors.example_rows(alarm, scored, metrics, config.sample.samples)
         return [[int(scored.places[i]), scored.completions[i]] for i in rows]
 
     gathered = gather([examples(alarm) for alarm in alarms]) if alarms else []

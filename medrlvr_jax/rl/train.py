@@ -169,9 +169,9 @@ def logged_step(
     parts = training.parts
     config, batch = parts.config, at_epoch(parts, encoded, step)
     state, stats, scored, experience = train_step(training, batch, state, step, history)
-    metrics = records.summarise(stats, scored) | monitors.watch(scored, config.sample.samples)
+    metrics = records.summarise(stats, scored) | monitors.letter_metrics(scored, config.sample.samples)
     metrics |= monitors.count_idle(metrics, history)
-    lasting, alarms = monitors.mark(monitors.alarms(metrics, history, config), history)
+    lasting, alarms = monitors.count_durations(monitors.find_alarms(metrics, history, config), history)
     notices = records.tell(alarms, scored, metrics, config)
     logs = {
         "samples": records.samples(parts, batch, scored, step),
