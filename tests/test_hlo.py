@@ -61,7 +61,7 @@ ENTRY %main (a: f32[8,16], s: (s32[], f32[36,4,8], bf16[4,16])) -> f32[2,16] {
 
 def test_collectives_by_kind_axis_and_trip_count():
     """Bytes received by each device; a gather in a loop of 36 counts 36 times."""
-    found = {(c.kind, c.axis, c.group): c.bytes for c in hlo.read(TEXT, MESH).collectives}
+    found = {(c.kind, c.axis, c.group): c.bytes for c in hlo.read_traffic(TEXT, MESH).collectives}
     shard, whole = 4 * 16 * 2, 8 * 16 * 4
     assert found == {
         ("all-gather", "fsdp", 4): 36 * 3 * shard,
@@ -76,8 +76,8 @@ def test_attributes_of_several_lines_end_no_computation():
     kernel = '  %kernel = f32[8]{0} custom-call(%s), frontend_attributes={kernel_metadata={\n"xprof_metadata":"{}"\n}}, metadata={op_name="x"}\n'
     body = "%body (s:" + TEXT.split("%body (s:")[1]
     head, rest = body.split("\n", 1)
-    found = hlo.read(TEXT.replace(body, head + "\n" + kernel + rest), MESH)
-    assert found.collectives == hlo.read(TEXT, MESH).collectives
+    found = hlo.read_traffic(TEXT.replace(body, head + "\n" + kernel + rest), MESH)
+    assert found.collectives == hlo.read_traffic(TEXT, MESH).collectives
 
 
 def test_traffic_leaves_out_what_stays_on_the_chip():
@@ -86,7 +86,7 @@ def test_traffic_leaves_out_what_stays_on_the_chip():
     """
     layer, shard, whole = 4 * 8 * 4, 4 * 16 * 2, 8 * 16 * 4
     loop = (2 * layer + 4) + shard + 2 * shard  # + 4: the counter
-    assert hlo.read(TEXT, MESH).bytes == 36 * loop + 2 * whole + (whole + whole / 4)
+    assert hlo.read_traffic(TEXT, MESH).bytes == 36 * loop + 2 * whole + (whole + whole / 4)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_traffic_leaves_out_what_stays_on_the_chip():
     ],
 )
 def test_groups_in_each_form(text, first, number):
-    groups = hlo.groups_of(text, 8).tolist()
+    groups = hlo.device_groups(text, 8).tolist()
     assert groups[0] == first and len(groups) == number
 
 
@@ -111,14 +111,14 @@ def test_a_counter_that_moves_by_two():
         "  ROOT %t =", "  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  ROOT %t ="
     )
     computations, _ = hlo.parse(text)
-    assert hlo.trips(computations, "condition", "body") == 18
-    assert hlo.trips(hlo.parse(TEXT)[0], "condition", "body") == 36
-    assert hlo.trips(computations, "condition", "body", '"known_trip_count":{"n":"7"}') == 7
+    assert hlo.trip_count(computations, "condition", "body") == 18
+    assert hlo.trip_count(hlo.parse(TEXT)[0], "condition", "body") == 36
+    assert hlo.trip_count(computations, "condition", "body", '"known_trip_count":{"n":"7"}') == 7
 
 
 def test_an_unknown_form_is_not_guessed():
     with pytest.raises(ValueError, match="not known"):
-        list(hlo.groups_of("replica_groups=@somewhere", 8))
+        list(hlo.device_groups("replica_groups=@somewhere", 8))
 
 
 def test_a_compiled_scan_counted_by_hand():
@@ -136,7 +136,7 @@ def test_a_compiled_scan_counted_by_hand():
 
     stack = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=place(None, "fsdp"))
     x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=place("fsdp"))
-    moved = hlo.read(jax.jit(f).lower(stack, x).compile().as_text(), {"data": 1, "fsdp": 4})
+    moved = hlo.read_traffic(jax.jit(f).lower(stack, x).compile().as_text(), {"data": 1, "fsdp": 4})
     assert moved.collectives == [hlo.Collective("all-gather", "fsdp", 4, 5 * 64 * 64 * 4 * 3 / 4)]
     weights = 5 * 64 * 64 * 4
     # each is read as a shard, written whole, read whole; states are small
@@ -164,4 +164,4 @@ ENTRY %main (a: s8[36,4,8], i: s32[]) -> f32[4,8] {
   ROOT %layer = f32[4,8]{1,0} fusion(%a, %i), kind=kLoop, calls=%inner
 }
 """
-    assert hlo.read(text, {"data": 1}).bytes == 32 + 4 + 128
+    assert hlo.read_traffic(text, {"data": 1}).bytes == 32 + 4 + 128

@@ -72,7 +72,7 @@ def shapes(cfg):
 
 def test_flops_by_hand():
     """A layer: 32·(32 + 16 + 16) + 32·32 into q, k, v, o and 3·32·48 in the MLP; 2 FLOPs a weight and token."""
-    assert flops.weights(CFG) == 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48
+    assert flops.layer_weights(CFG) == 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48
     tokens, pairs = Q * (P + G * R), Q * (P * P + G * R * (P + R))
     by_hand = 3 * (2 * 7680 * tokens + 4 * 32 * pairs) + 2 * 32 * 50 * Q * G * R
     assert flops.forward_flops(CFG, Q, P, G, R) == by_hand
@@ -81,10 +81,10 @@ def test_flops_by_hand():
 def generate_flops(cfg, questions, prompt, samples, new):
     """Prefill, then each column's attention to the prompt and to all columns that the cache has then."""
     rows, pair = questions * samples, 2 * cfg.heads * cfg.head_dim
-    prefill = questions * prompt * (flops.weights(cfg) + pair * prompt)
+    prefill = questions * prompt * (flops.layer_weights(cfg) + pair * prompt)
     loop_ends = zip(loops.segment_ends(new), loops.columns_of_loops(new), strict=True)
     pairs = sum((until - begin) * (prompt + room) for room, (begin, until) in loop_ends)
-    steps = rows * ((new - 1) * flops.weights(cfg) + pair * pairs)
+    steps = rows * ((new - 1) * flops.layer_weights(cfg) + pair * pairs)
     return 2.0 * (cfg.layers * (prefill + steps) + cfg.embed * cfg.vocab * rows * new)
 
 
@@ -151,18 +151,19 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
 
 def test_memory_counts_shards_and_what_else_lives(tiny):
     c = configs.load(tiny)
-    parts = build.lay_out(c, aot.Stops(), families.known("embedded"), jax.devices()[:4])
-    planned = {p.name: p for p in aot.planned(parts, 2)}
+    parts = build.lay_out(c, aot.PlanTokenizer(), families.known("embedded"), jax.devices()[:4])
+    planned = {p.name: p for p in aot.training_programs(parts, 2)}
     whole = 4 * sum(x.size for x in jax.tree.leaves(shapes(parts.cfg)))
-    policy = aot.bytes_of(planned["learn_policy"].args[0])
+    policy = aot.bytes_per_device(planned["learn_policy"].args[0])
     # params and two moments over 4 chips; norms and counters are not split
     assert 3 * whole / 4 < policy < 3 * whole / 4 * 1.02
     held = [
-        aot.bytes_of((planned[n].args, planned[n].others)) for n in ("learn_policy", "learn_critic", "assess")
+        aot.bytes_per_device((planned[n].args, planned[n].others))
+        for n in ("learn_policy", "learn_critic", "assess")
     ]
     assert max(held) - min(held) < 0.05 * max(held)  # all states live through each of them
     generate = planned["generate"]  # its layers are the policy's own
-    assert aot.bytes_of((generate.others, generate.args[0]["layers"])) == pytest.approx(
+    assert aot.bytes_per_device((generate.others, generate.args[0]["layers"])) == pytest.approx(
         7 * whole / 4, rel=0.02
     )
 
@@ -192,9 +193,10 @@ def test_the_compilers_refusal_is_read():
     whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.36G of 15.75G hbm. Exceeded hbm capacity by 7.61G."
     part = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total for HLO temporaries (1.00T) exceeds available HBM (15.75G)."
     assert (
-        aot.refusal(whole, 2 * GIB) == pytest.approx(21.36 * GIB) and aot.refusal(part, 2 * GIB) == 1024 * GIB
+        aot.refused_temporaries(whole, 2 * GIB) == pytest.approx(21.36 * GIB)
+        and aot.refused_temporaries(part, 2 * GIB) == 1024 * GIB
     )
-    assert aot.refusal("another error", 2 * GIB) is None
+    assert aot.refused_temporaries("another error", 2 * GIB) is None
 
 
 @needs_libtpu
@@ -204,7 +206,7 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(tiny, monkeypa
     """
     monkeypatch.setattr("os.cpu_count", lambda: 2)  # one at a time
     begun = []
-    parts = aot.prepare(configs.load(tiny, ["mesh={data: 1}"]), machines.parse("v5e:1x1"))
+    parts = aot.make_parts(configs.load(tiny, ["mesh={data: 1}"]), machines.parse("v5e:1x1"))
     large = Program("learn_policy", jax.jit(lambda x: (x, x + 1)), (array(parts, jnp.float32, 4 * GIB),))
     behind = [
         Program(f"{i}", jax.jit(lambda x, i=i: (begun.append(i), x + i)[1]), (array(parts, jnp.float32, 8),))
@@ -238,7 +240,7 @@ def test_tiny_on_v5e_2x2(tiny, compiled, monkeypatch, capsys):
     # FSDP: every layer's weights are gathered once or twice (for a model this small the compiler keeps them
     # for the backward pass) in each of two micro-batches.
     cfg = families.known("embedded")
-    layer = 2 * cfg.layers * flops.weights(cfg) * 4 * 3 / 4
+    layer = 2 * cfg.layers * flops.layer_weights(cfg) * 4 * 3 / 4
     [gathered] = [c["bytes"] for c in programs["learn_policy"]["collectives"] if c["kind"] == "all-gather"]
     assert layer < gathered < 2.6 * layer
     assert all(c["axis"] == "fsdp" for p in programs.values() for c in p["collectives"])
@@ -249,7 +251,7 @@ def test_a_sharded_sampler_holds_less_and_moves_more(tiny, compiled):
     """No copy of the layers along fsdp: gathered in each of 16 tokens in place of once."""
     tpu, layers = (
         machines.parse("v5e:2x2"),
-        4 * families.known("embedded").layers * flops.weights(families.known("embedded")),
+        4 * families.known("embedded").layers * flops.layer_weights(families.known("embedded")),
     )
     both = [configs.load(tiny, [f"sample.layout={layout}"]) for layout in ("gathered", "sharded")]
     made = [
@@ -276,7 +278,7 @@ def test_the_splash_kernel_compiles(tiny, compiled):
         (["model.attention=xla"], False),
         (["learn.row_sizes=[0.5]"], False),
     ):
-        assert aot.prepare(configs.load(tiny, settings), tpu).cfg.execution.splash == splash
+        assert aot.make_parts(configs.load(tiny, settings), tpu).cfg.execution.splash == splash
 
 
 def test_what_does_not_fit_says_what_would_help(tiny):
@@ -308,7 +310,7 @@ def test_what_would_help_is_counted_from_what_each_setting_leaves_in_memory():
     """
     c = configs.load("configs/medqa_ppo_qwen2.5_3b.yaml", ["mesh={data: 1, fsdp: 4}"])
     machine = machines.parse("v5e:2x2")
-    held = plan.resident(c, machine)["learn_policy"]
+    held = plan.state_bytes(c, machine)["learn_policy"]
     assert held == pytest.approx(20.1 * GIB, rel=0.01)
     adapters, waiting = plan.advise(
         c, machine, aot.Figures("learn_policy", 1.0, held, 0.0, 9 * GIB, 0.0, 15.75 * GIB, 1.0)
@@ -335,7 +337,7 @@ def test_the_table_of_a_sweep(tiny):
     assert first.split() == ["1", "1", "4", "1", "4", "full", "yes", "2.00", "learn_policy", "1.5", "171"]
     assert second.split()[:7] == ["1", "2", "2", "1", "4", "full", "NO"]
     assert (
-        best == "cheapest that fits: mesh={data: -1, fsdp: 4, tensor: 1} learn.microbatch=4 model.remat=full"
+        best == "fastest that fits: mesh={data: -1, fsdp: 4, tensor: 1} learn.microbatch=4 model.remat=full"
     )
 
 
@@ -369,7 +371,7 @@ def test_a_short_sweep_sees_several_of_each(tiny, monkeypatch, capsys):
     assert unsplit and all("sync_weights" not in names and len(names) == 5 for names in unsplit)
     said = capsys.readouterr()
     assert said.err.count("compiling ") == sum(len(names) for _, names in seen.values())
-    assert "cheapest that fits: mesh={data: -1, fsdp: 1, tensor: 1} learn.microbatch=8" in said.out
+    assert "fastest that fits: mesh={data: -1, fsdp: 1, tensor: 1} learn.microbatch=8" in said.out
     assert said.out.endswith("traffic and times are too high\n")
 
 
@@ -398,8 +400,10 @@ def test_3b_ppo_on_v5e_4x4():
     [learn] = made.programs
     assert made.fits
     assert learn.temporaries <= 3.1 * GIB
-    [generate] = (p for p in aot.planned(aot.prepare(c, machine), plan.STEPS) if p.name == "generate")
-    sampled = aot.bytes_of((generate.args, generate.kwargs))
+    [generate] = (
+        p for p in aot.training_programs(aot.make_parts(c, machine), plan.STEPS) if p.name == "generate"
+    )
+    sampled = aot.bytes_per_device((generate.args, generate.kwargs))
     assert sampled == pytest.approx(3.086e9 * 2, rel=0.02)  # the bfloat16 copy, whole on each chip
     assert learn.arguments == pytest.approx(3.086e9 * 12 / 16, rel=0.02)
     # critic with its moments, and the reference

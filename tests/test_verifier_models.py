@@ -250,11 +250,13 @@ def test_a_plan_counts_the_verifier():
     config = configs.from_tree(TREE | {"name": "p", "reward": [JUDGED | {"offload": False}]})
     without = configs.from_tree(TREE | {"name": "p"})
     machine = machines.parse("v5e:2x4")
-    listed = {p.name: p for p in aot.planned(aot.prepare(config, machine), 2)}
-    plain = {p.name: p for p in aot.planned(aot.prepare(without, machine), 2)}
+    listed = {p.name: p for p in aot.training_programs(aot.make_parts(config, machine), 2)}
+    plain = {p.name: p for p in aot.training_programs(aot.make_parts(without, machine), 2)}
     assert listed.keys() - plain.keys() == {"verify 96"} and listed["verify 96"].calls == 1
-    held = aot.bytes_of(listed["verify 96"].args[0])
+    held = aot.bytes_per_device(listed["verify 96"].args[0])
     assert (
-        held > 0 and aot.bytes_of(listed["generate"].others) - aot.bytes_of(plain["generate"].others) == held
+        held > 0
+        and aot.bytes_per_device(listed["generate"].others) - aot.bytes_per_device(plain["generate"].others)
+        == held
     )
-    assert aot.bytes_of(listed["verify 96"].others) > aot.bytes_of(plain["generate"].others)
+    assert aot.bytes_per_device(listed["verify 96"].others) > aot.bytes_per_device(plain["generate"].others)

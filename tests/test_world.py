@@ -21,6 +21,7 @@ from medrlvr_jax.data.tokenizer import load_tokenizer
 from medrlvr_jax.rewards import grade, score
 from medrlvr_jax.rewards.penalties import LEAK
 from medrlvr_jax.rewards.stages import stage
+from medrlvr_jax.world import __main__ as world_cli
 from medrlvr_jax.world import corpus as texts
 from medrlvr_jax.world import knowledge, words, world
 from medrlvr_jax.world import open as open_questions
@@ -178,6 +179,15 @@ def test_out_of_distribution_is_out_of_it():
     )
     shares = {split: Counter(q.subject for q in asked(split)) for split in SPLITS}
     assert shares["train"]["drug"] / 2000 > 0.4 > 0.25 > shares["out_of_distribution"]["drug"] / 400
+
+
+def test_every_set_can_be_shown(capsys):
+    """Of the registered sets only three could: the others ended in a KeyError."""
+    world_cli.main(["show", "open_train", "1"])
+    world_cli.main(["show", "corpus", "1"])
+    assert capsys.readouterr().out.startswith("[open-train-0000 ")
+    with pytest.raises(SystemExit, match="nothing: there is no such set; choose one of corpus, train, "):
+        world_cli.main(["show", "nothing"])
 
 
 def test_sizes_numbers_of_options_and_letters():

@@ -1,6 +1,7 @@
-"""The programs of a training step, as shapes, compiled for a machine that need not exist, and their figures.
+"""Compile the programs of a training step ahead of time for a machine that need not exist, and collect their
+figures.
 
-Each is the same program as in training (test_plan.py compares them); `plan.py` prints the figures.
+Each program is the same as in training (test_plan.py compares them). `plan.py` prints the figures.
 """
 
 import hashlib
@@ -29,8 +30,8 @@ from medrlvr_jax.rollout.rollout import width
 Mesh = jax.sharding.Mesh | AbstractMesh
 
 
-class Stops(NamedTuple):
-    """Stands in for a tokenizer; the programs do not depend on which tokens these are."""
+class PlanTokenizer(NamedTuple):
+    """Stands for the tokenizer. The compiled programs do not depend on the values of these ids."""
 
     stop_ids: tuple[int, ...] = (0,)
     pad_id: int = 0
@@ -42,16 +43,16 @@ class Figures(NamedTuple):
     name: str
     compile_s: float
     arguments: float
-    outputs: float  # beyond what they take over from donated arguments
+    outputs: float  # without those that reuse the memory of donated arguments
     temporaries: float
-    others: float  # what else is in memory
+    others: float  # arrays in memory that are not arguments of this program
     usable: float
-    flops: float  # as executed
+    flops: float  # with recomputation
     useful: float = math.nan  # without recomputation
     traffic: float = math.nan
     collectives: tuple[hlo.Collective, ...] = ()
     times: dict[str, float] = {}  # noqa: RUF012  # compute, memory, network
-    # the compiler cannot fit it even alone; `temporaries` are then the compiler's sum, and no times are known
+    # The compiler found no way to fit it. `temporaries` are then the compiler's sum, and times are unknown.
     refused: bool = False
 
     @property
@@ -71,28 +72,28 @@ class Figures(NamedTuple):
         return max(self.times.values()) if self.times else math.nan
 
 
-def prepare(config: Config, machine: Machine) -> Parts:
-    """Like `build.build`, but over devices that need not exist, and from the model's config.json alone."""
-    return lay_out(config, Stops(), families.known(config.model.path), machines.devices(machine))
+def make_parts(config: Config, machine: Machine) -> Parts:
+    """Return what `build.build` returns, but over compile-only devices and from the model's config.json."""
+    return lay_out(config, PlanTokenizer(), families.known(config.model.path), machines.devices(machine))
 
 
-def planned(parts: Parts, steps: int) -> list[Program]:
-    """The programs of a training step whose longest prompt has all the tokens that it may have."""
+def training_programs(parts: Parts, steps: int) -> list[Program]:
+    """List the programs of a training step. Their prompts have `prompt.max_tokens` tokens."""
     verifiers = {
         name: verifier_models.lay_out(
-            asked, families.known(asked.model), Stops(), parts.mesh, f"reward.components.{name}"
+            settings, families.known(settings.model), PlanTokenizer(), parts.mesh, f"reward.components.{name}"
         )
-        for name, asked in verifier_models.sections(parts.config.reward).items()
-        if asked.url is None
+        for name, settings in verifier_models.sections(parts.config.reward).items()
+        if settings.url is None
     }
     programs, columns = make_programs(parts, steps), width(parts.config.prompt.max_tokens)
-    called = step_programs(parts, programs, columns, windows=image_windows(parts), verifiers=verifiers)
-    return [program for program in called if program.calls]
+    recorded = step_programs(parts, programs, columns, windows=image_windows(parts), verifiers=verifiers)
+    return [program for program in recorded if program.calls]
 
 
 def image_windows(parts: Parts) -> int:
-    """Windows of a prompt's images: of a square one with all the tokens that the settings allow. 0 for a text
-    model, and where `data.fields` leaves images out.
+    """Return the number of windows of a prompt's images: those of one square image with as many tokens as the
+    settings allow. Return 0 for a text model, and if `data.fields` leaves images out.
     """
     cfg, config = parts.cfg.vision, parts.config
     if cfg is None or None in [config.data.fields.get(name, "") for name in ("image", "images")]:
@@ -101,14 +102,15 @@ def image_windows(parts: Parts) -> int:
     return windows_of((Grid(side, side),), cfg)
 
 
-def bytes_of(tree: Any) -> float:
-    """Bytes on each device; an array without a sharding is on each in full."""
+def bytes_per_device(tree: Any) -> float:
+    """Sum the bytes of a tree of shapes on each device. An array without a sharding is whole on each."""
+
+    def size(array: jax.ShapeDtypeStruct) -> int:
+        shard = array.sharding.shard_shape(array.shape) if array.sharding is not None else array.shape
+        return math.prod(shard) * array.dtype.itemsize
+
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
-    return float(sum(math.prod(_shard(a)) * a.dtype.itemsize for a in arrays))
-
-
-def _shard(leaf: Any) -> tuple[int, ...]:
-    return leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+    return float(sum(map(size, arrays)))
 
 
 def compile_program(
@@ -119,51 +121,51 @@ def compile_program(
     quick: bool = False,
     options: dict | None = None,
 ) -> Figures:
-    """Compile one program for the machine and read its figures.
+    """Compile one program for the machine and return its figures.
 
-    `cache`: figures by the program's text; of a program that is in it, only `others` is counted anew.
-    `quick`: with the compiler's least effort. `options`: the compiler's, in place of those for a machine that
-    is compiled for and not run on.
+    `cache`: figures by the hash of the program's text. For a program in the cache only `others` is counted
+    again. `quick`: with the compiler's lowest effort. `options`: compiler options that replace those for
+    compile-only devices.
     """
     mesh, platform = parts.mesh, machine.chip.platform
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.args, **program.kwargs)
         lowered = traced.lower()
-    text, others = hashlib.sha256(lowered.as_text().encode()).hexdigest(), bytes_of(program.others)
+    text, others = hashlib.sha256(lowered.as_text().encode()).hexdigest(), bytes_per_device(program.others)
     if text in cache:
-        return repeated(cache[text]._replace(others=others), program.calls)
-    executed = flops.traced_flops(traced.jaxpr, visited(program, parts))
+        return multiply_by_calls(cache[text]._replace(others=others), program.calls)
+    executed = flops.traced_flops(traced.jaxpr, visited_share(program, parts))
     figures = Figures(
         name=program.name,
         compile_s=0.0,
-        arguments=bytes_of((program.args, program.kwargs)),
+        arguments=bytes_per_device((program.args, program.kwargs)),
         outputs=0.0,
         temporaries=0.0,
         others=others,
         usable=machine.chip.usable,
         flops=executed / mesh.size,
-        useful=flops.useful(program, parts, executed) / mesh.size,
+        useful=flops.useful_flops(program, parts, executed) / mesh.size,
     )
     if options is None:
         options = machines.COMPILE[platform] | (machines.QUICK[platform] if quick else {})
-    began = time.monotonic()
+    start = time.monotonic()
     try:
-        # the mesh is part of a call's cache key: on the machine itself, the call finds what is compiled now
+        # The mesh is part of JAX's cache key. With it, a later call on these devices finds this compilation.
         with jax.set_mesh(mesh):
             compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as e:
-        temporaries = refusal(str(e), figures.arguments)
+        temporaries = refused_temporaries(str(e), figures.arguments)
         if temporaries is None:
             raise
         figures = figures._replace(temporaries=temporaries, refused=True)
     else:
-        figures = read(figures, compiled, mesh, machine)
-    cache[text] = figures._replace(compile_s=time.monotonic() - began)
-    return repeated(cache[text], program.calls)
+        figures = add_compiled_figures(figures, compiled, mesh, machine)
+    cache[text] = figures._replace(compile_s=time.monotonic() - start)
+    return multiply_by_calls(cache[text], program.calls)
 
 
-def repeated(figures: Figures, calls: int) -> Figures:
-    """The figures of a program that a step calls so often; of one call where that is 1."""
+def multiply_by_calls(figures: Figures, calls: int) -> Figures:
+    """Return the figures of all calls of a program in a step, from those of one call."""
     return figures._replace(
         flops=figures.flops * calls,
         useful=figures.useful * calls,
@@ -173,9 +175,9 @@ def repeated(figures: Figures, calls: int) -> Figures:
     )
 
 
-def read(figures: Figures, compiled: Any, mesh: Mesh, machine: Machine) -> Figures:
-    """The figures with XLA's memory, traffic and collectives, and the times that follow."""
-    memory, moved = compiled.memory_analysis(), hlo.read(compiled.as_text(), dict(mesh.shape))
+def add_compiled_figures(figures: Figures, compiled: Any, mesh: Mesh, machine: Machine) -> Figures:
+    """Return the figures with XLA's memory, traffic and collectives, and the resulting times."""
+    memory, moved = compiled.memory_analysis(), hlo.read_traffic(compiled.as_text(), dict(mesh.shape))
     crosses = lambda c: crosses_nodes(c.axis, mesh, machine)
     times = {
         "compute": figures.flops / machine.chip.flops,
@@ -192,9 +194,9 @@ def read(figures: Figures, compiled: Any, mesh: Mesh, machine: Machine) -> Figur
     )
 
 
-def visited(program: Program, parts: Parts) -> Mapping[str, float]:
-    """The share of its blocks that each of the TPU's attention kernels visits: see `splash.visited`."""
-    prompts = flops.prompts_of(program)
+def visited_share(program: Program, parts: Parts) -> Mapping[str, float]:
+    """Return the share of blocks that each of the TPU's attention kernels visits (`splash.visited`)."""
+    prompts = flops.find_prompts(program)
     if not parts.cfg.execution.splash or prompts is None:
         return {}
     sample, columns = parts.config.sample, prompts.tokens.shape[1]
@@ -203,8 +205,8 @@ def visited(program: Program, parts: Parts) -> Mapping[str, float]:
     return splash.visited(columns, *rows)
 
 
-def refusal(message: str, arguments: float) -> float | None:
-    """Bytes of temporaries that a program needs, from the TPU compiler's refusal; None for another message.
+def refused_temporaries(message: str, arguments: float) -> float | None:
+    """Read the bytes of temporaries from the TPU compiler's out-of-memory error; None for another error.
 
     `Used 23.36G of 15.75G hbm` includes the arguments, `HLO temporaries (1.00T)` does not.
     """
@@ -217,7 +219,7 @@ def refusal(message: str, arguments: float) -> float | None:
 
 
 def crosses_nodes(axis: str, mesh: Mesh, machine: Machine) -> bool:
-    """Whether neighbours along these mesh axes sit in different nodes."""
+    """Return whether neighbours along the mesh axes in `axis` (joined by +) are in different nodes."""
     node = np.arange(mesh.size).reshape(tuple(mesh.shape.values())) // (mesh.size // machine.nodes)
     along = [list(mesh.shape).index(a) for a in axis.split("+") if a in mesh.shape]
     return any((np.diff(node, axis=a) != 0).any() for a in along)

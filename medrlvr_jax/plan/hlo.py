@@ -1,8 +1,8 @@
-"""Data movement of a compiled program, read from its HLO text: memory traffic, and collectives by mesh axis.
+"""Read memory traffic, and collectives by mesh axis, from the HLO text of a compiled program.
 
-XLA's own cost analysis counts the body of a loop once; here every loop multiplies what is inside it by its
-trip count, the constant that its counter is compared with. A loop that may end earlier (sampling, when every
-row has stopped) counts at that bound.
+XLA's own cost analysis counts the body of a loop once. Here the body is multiplied by the loop's trip count,
+the constant with which its counter is compared. A loop that may end earlier (sampling, when every row has
+stopped) counts with that bound.
 """
 
 import re
@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-BITS = {"pred": 8, "token": 0}  # of types whose name has no number
+BITS = {"pred": 8, "token": 0}  # types whose name does not contain their number of bits
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?")
-# `%name = type operation(operands), attributes`; a type has no word before a bracket
+# `%name = type operation(operands), attributes`. No word stands before a bracket within a type.
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:, (.*))?$")
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Operations that move no bytes, and control flow, whose bodies are counted instead.
+# Operations that move no bytes, and control flow, of which the bodies are counted instead.
 FREE = set(
     """parameter constant get-tuple-element tuple bitcast while conditional call after-all iota partition-id
     replica-id optimization-barrier add-dependency""".split()
@@ -31,12 +31,12 @@ class Instruction(NamedTuple):
     name: str
     type: str
     op: str
-    inside: str  # between the operation's brackets
-    rest: str  # attributes
+    arguments: str  # the text between the operation's brackets
+    attributes: str
 
     @property
     def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.inside)
+        return re.findall(r"%([\w.\-]+)", self.arguments)
 
 
 Computation = dict[str, Instruction]  # instructions by name, in order
@@ -44,23 +44,23 @@ Computations = dict[str, Computation]
 
 
 class Collective(NamedTuple):
-    """Bytes that each device receives in one run of the program. In a ring of n devices that is (n − 1)/n of
-    the result, for an all-reduce twice as much.
+    """The collectives of one kind over the same devices. `bytes` is what each device receives in one run of
+    the program: in a ring of n devices (n − 1)/n of the result, for an all-reduce twice as much.
     """
 
     kind: str
-    axis: str  # mesh axes it crosses, joined by +
-    group: int  # devices that take part together
+    axis: str  # the mesh axes that it crosses, joined by +
+    group: int  # the number of devices in a group
     bytes: float
 
 
-class Moved(NamedTuple):
+class Traffic(NamedTuple):
     bytes: float  # read from and written to device memory, per device
     collectives: list[Collective]
 
 
-def read(text: str, mesh: dict[str, int]) -> Moved:
-    """The traffic of one device's program: `text` is `compiled.as_text()`, `mesh` its axes' sizes."""
+def read_traffic(text: str, mesh: dict[str, int]) -> Traffic:
+    """Return the traffic of one device. `text`: `compiled.as_text()`; `mesh`: the sizes of its axes."""
     computations, entry = parse(text)
     collectives: dict[str, Collective] = {}
     total = 0.0
@@ -72,43 +72,43 @@ def read(text: str, mesh: dict[str, int]) -> Moved:
             kind = next((k for k in KINDS if i.op in (k, f"{k}-start")), None)
             if kind:
                 c = _collective(kind, i, name, computation, mesh, times)
-                channel = re.search(r"channel_id=(\d+)", i.rest)
-                # An asynchronous collective occurs, under one channel, in each fusion or loop that hides it.
+                channel = re.search(r"channel_id=(\d+)", i.attributes)
+                # An asynchronous collective occurs, with one channel, in all fusions and loops that hide it.
                 key = channel[0] if channel else i.name
                 if key not in collectives or c.bytes < collectives[key].bytes:
                     collectives[key] = c
             if memory and i.op not in FREE and not i.op.endswith("-done"):
-                total += times * _traffic(i, computation, computations)
+                total += times * _memory_bytes(i, computation, computations)
             if i.op == "while":
-                body, condition = _called(i, "body"), _called(i, "condition")
-                visit(body, times * trips(computations, condition, body, i.rest), memory)
+                body, condition = _callee(i, "body"), _callee(i, "condition")
+                visit(body, times * trip_count(computations, condition, body, i.attributes), memory)
             elif i.op in ("conditional", "call"):
                 for inner in _branches(i):
                     visit(inner, times, memory)
-            elif "calls=" in i.rest:  # fusions and asynchronous wrappers: the instruction's own bytes count
-                visit(_called(i, "calls"), times, False)
+            elif "calls=" in i.attributes:  # fusions and asynchronous wrappers have bytes of their own
+                visit(_callee(i, "calls"), times, False)
 
     visit(entry, 1.0, True)
     sums: dict[tuple[str, str, int], float] = defaultdict(float)
     for c in collectives.values():
         sums[c[:3]] += c.bytes
     per_kind = [Collective(*key, size) for key, size in sums.items() if size]
-    return Moved(total, sorted(per_kind, key=lambda c: -c.bytes))
+    return Traffic(total, sorted(per_kind, key=lambda c: -c.bytes))
 
 
 def _branches(i: Instruction) -> list[str]:
-    """The computations that a call or a conditional runs."""
-    names = re.findall(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", i.rest)
-    groups = re.findall(r"branch_computations=\{([^}]*)\}", i.rest)
+    """Return the names of the computations that a call or a conditional runs."""
+    names = re.findall(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", i.attributes)
+    groups = re.findall(r"branch_computations=\{([^}]*)\}", i.attributes)
     return names + [name.strip(" %") for group in groups for name in group.split(",")]
 
 
 def parse(text: str) -> tuple[Computations, str]:
-    """The computations, and the entry's name."""
+    """Return the computations by name, and the name of the entry computation."""
     computations: Computations = {}
     entry, current = "", None
     for line in text.splitlines():
-        # and not at `}}, …`: the attributes of a Pallas kernel take several lines
+        # `}}, …` is no end: the attributes of a Pallas kernel have several lines
         if re.match(r"\}(,|$)", line):
             current = None
         elif current is None:
@@ -121,7 +121,9 @@ def parse(text: str) -> tuple[Computations, str]:
 
 
 def size(kind: str, memory_only: bool = False) -> float:
-    """Bytes of a type such as `(bf16[2,8]{1,0:T(8,128)}, s32[])`; `memory_only`: not on the chip (S(1) …)."""
+    """Return the bytes of a type such as `(bf16[2,8]{1,0:T(8,128)}, s32[])`. `memory_only`: without arrays in
+    on-chip memory (S(1) …).
+    """
     total = 0.0
     for dtype, dims, layout in ARRAY.findall(kind):
         if not (memory_only and re.search(r"S\([1-9]", layout)):
@@ -134,37 +136,39 @@ def _numbers(text: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", text)]
 
 
-def trips(computations: Computations, condition: str, body: str, attributes: str = "") -> int:
-    """The most rounds of a loop: XLA's note, or the bound of the counter in the condition over its step."""
+def trip_count(computations: Computations, condition: str, body: str, attributes: str = "") -> int:
+    """Return the largest number of iterations of a loop: XLA's annotation, or the counter's bound in the
+    condition divided by its step.
+    """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes):
         return int(known[1])
     counts, outer = set(), computations[condition]
     for i in outer.values():
-        inner = computations[_called(i, "calls")] if i.op == "fusion" else {}
-        for j in [i, *inner.values()]:  # the comparison may sit in a fusion, its operands beside it or inside
-            if j.op == "compare" and "direction=LT" in j.rest:
+        inner = computations[_callee(i, "calls")] if i.op == "fusion" else {}
+        for j in [i, *inner.values()]:  # the comparison may be in a fusion, its operands inside or outside
+            if j.op == "compare" and "direction=LT" in j.attributes:
                 operands = [_origin(o, inner, outer, i) for o in j.operands]
                 bounds = [c for o in operands if (c := _constant(o)) is not None]
                 counters = [o for o in operands if o.op == "get-tuple-element"]
                 counts |= {-(-n // _step(computations[body], counters)) for n in bounds}
     if len(counts) != 1:
-        raise ValueError(f"no single trip count in the loop condition {condition}: {sorted(counts)}")
+        raise ValueError(f"the loop condition {condition} must have one trip count, but has {sorted(counts)}")
     return counts.pop()
 
 
 def _origin(name: str, inner: Computation, outer: Computation, call: Instruction) -> Instruction:
-    """The instruction behind an operand, through copies and the parameters of a fusion."""
+    """Follow an operand through copies and parameters of a fusion to the instruction that computes it."""
     i = inner[name] if name in inner else outer[name]
     if i.op == "parameter" and name in inner:
-        return _origin(call.operands[int(i.inside)], {}, outer, call)
+        return _origin(call.operands[int(i.arguments)], {}, outer, call)
     return _origin(i.operands[0], inner, outer, call) if i.op in ("copy", "bitcast", "convert") else i
 
 
 def _step(body: Computation, counters: list[Instruction]) -> int:
-    """How far a round moves the counter: 2 where XLA has unrolled once; 1 where it cannot be read."""
+    """Return the counter's step per iteration: 2 if XLA has unrolled once; 1 if it cannot be read."""
     root = list(body.values())[-1]
     for counter in counters:
-        place = int(re.search(r"index=(\d+)", counter.rest)[1])  # type: ignore[index]
+        place = int(re.search(r"index=(\d+)", counter.attributes)[1])  # type: ignore[index]
         added = body.get(root.operands[place]) if root.op == "tuple" and place < len(root.operands) else None
         if added is not None and added.op == "add":
             for o in added.operands:
@@ -174,89 +178,91 @@ def _step(body: Computation, counters: list[Instruction]) -> int:
 
 
 def _constant(i: Instruction) -> int | None:
-    return int(i.inside) if i.op == "constant" and re.match(r"[su]\d+\[\]", i.type) else None
+    return int(i.arguments) if i.op == "constant" and re.match(r"[su]\d+\[\]", i.type) else None
 
 
-def _called(i: Instruction, what: str) -> str:
-    match = re.search(rf"\b{what}=%?([\w.\-]+)", i.rest)
+def _callee(i: Instruction, attribute: str) -> str:
+    match = re.search(rf"\b{attribute}=%?([\w.\-]+)", i.attributes)
     if match is None:
-        raise ValueError(f"{i.name}: {i.op} without {what}=")
+        raise ValueError(f"{i.name}: {i.op} without {attribute}=")
     return match[1]
 
 
-def _traffic(i: Instruction, computation: Computation, computations: Computations) -> float:
-    """Device memory that one instruction reads and writes; of a sliced or updated array, the slice alone."""
+def _memory_bytes(i: Instruction, computation: Computation, computations: Computations) -> float:
+    """Return the bytes of device memory that an instruction reads and writes. Of a sliced or updated array
+    only the slice counts.
+    """
     if i.op in ("dynamic-slice", "slice", "gather"):
         return 2 * size(i.type, True)
     if i.op == "dynamic-update-slice":
         return 2 * size(computation[i.operands[1]].type, True)
     if i.op == "fusion":
-        return _fusion_traffic(i, computation, computations)
-    if i.op in ("copy-start", "slice-start"):  # (source, destination, …), either of which may be on the core
-        source, taken = (m[0] for m in list(ARRAY.finditer(i.type))[:2])
-        return size(taken) * ((size(source, True) > 0) + (size(taken, True) > 0))
-    if "custom_call_target" in i.rest and PLACEHOLDER.search(i.rest):
+        return _fusion_bytes(i, computation, computations)
+    if i.op in ("copy-start", "slice-start"):  # (source, target, …), each of which may be in on-chip memory
+        source, target = (m[0] for m in list(ARRAY.finditer(i.type))[:2])
+        return size(target) * ((size(source, True) > 0) + (size(target, True) > 0))
+    if "custom_call_target" in i.attributes and PLACEHOLDER.search(i.attributes):
         return 0
     read = sum(size(computation[o].type, True) for o in set(i.operands))
     return read + (read if i.op.endswith("-start") else size(i.type, True))
 
 
-def _fusion_traffic(i: Instruction, outer: Computation, computations: Computations) -> float:
-    inner = computations[_called(i, "calls")]
+def _fusion_bytes(i: Instruction, outer: Computation, computations: Computations) -> float:
+    inner = computations[_callee(i, "calls")]
     total = 0.0
     for j in inner.values():
-        if j.op == "parameter" and (full := size(outer[i.operands[int(j.inside)]].type, True)):
-            total += min(full, _read(j.name, full, inner, computations))
-    # Of an array that is updated in place, only the update is written.
+        if j.op == "parameter" and (full := size(outer[i.operands[int(j.arguments)]].type, True)):
+            total += min(full, _bytes_read(j.name, full, inner, computations))
+    # If an array is updated in place, only the update is written.
     updates = [j for j in inner.values() if j.op == "dynamic-update-slice"]
     replaced, new = sum(size(j.type) for j in updates), sum(size(inner[j.operands[1]].type) for j in updates)
     written = size(i.type, True)
     return total + min(written, max(written - replaced, 0) + new)
 
 
-def _read(name: str, full: float, inner: Computation, computations: Computations) -> float:
-    """Bytes that a fusion, or a fusion within it, reads of its parameter `name`, which has `full` bytes."""
+def _bytes_read(name: str, full: float, inner: Computation, computations: Computations) -> float:
+    """Return the bytes that a fusion, and fusions inside it, read of its parameter `name` of `full` bytes."""
     readers = [u for u in inner.values() if name in u.operands]
-    total = 0.0 if readers else full  # the parameter is passed on
+    total = 0.0 if readers else full  # a parameter without readers is returned whole
     for u in readers:
-        # the last: the same memory in other tiles
-        if u.op in ("bitcast", "convert") or "output_to_operand_aliasing={{}:" in u.rest:
-            wide = size(u.type)  # of what is converted, a slice is read in the bytes that it has in memory
-            total += _read(u.name, wide, inner, computations) * full / wide
+        # an aliased output is the same memory in other tiles
+        if u.op in ("bitcast", "convert") or "output_to_operand_aliasing={{}:" in u.attributes:
+            converted = size(u.type)  # a slice of a converted array is read in the dtype that memory holds
+            total += _bytes_read(u.name, converted, inner, computations) * full / converted
         elif u.op in ("dynamic-slice", "slice", "gather") and u.operands[0] == name:
             total += size(u.type)
         elif u.op == "fusion":
-            deeper = computations[_called(u, "calls")]
+            deeper = computations[_callee(u, "calls")]
             for j in deeper.values():
-                if j.op == "parameter" and u.operands[int(j.inside)] == name:
-                    total += _read(j.name, full, deeper, computations)
+                if j.op == "parameter" and u.operands[int(j.arguments)] == name:
+                    total += _bytes_read(j.name, full, deeper, computations)
         elif not (u.op == "dynamic-update-slice" and u.operands[0] == name):
             total += full
     return total
 
 
 def _collective(
-    kind: str, i: Instruction, where: str, computation: Computation, mesh: dict[str, int], times: float
+    kind: str, i: Instruction, name: str, computation: Computation, mesh: dict[str, int], times: float
 ) -> Collective:
     operands = i.operands[:1] if kind == "collective-permute" else i.operands
     sent = sum(size(computation[o].type) for o in operands)
-    groups = groups_of(i.rest, prod(mesh.values()))
+    groups = device_groups(i.attributes, prod(mesh.values()))
     n = groups.shape[1]
-    if kind == "all-reduce" and "all-reduce-scatter" in where:  # XLA:TPU's form of a reduce-scatter
+    if kind == "all-reduce" and "all-reduce-scatter" in name:  # XLA:TPU's form of a reduce-scatter
         kind = "reduce-scatter"
     factors = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
-    return Collective(kind, axes_of(groups, mesh), n, times * sent * factors.get(kind, (n - 1) / n))
+    return Collective(kind, crossed_axes(groups, mesh), n, times * sent * factors.get(kind, (n - 1) / n))
 
 
-def axes_of(groups: np.ndarray, mesh: dict[str, int]) -> str:
-    """The mesh axes along which the members of a group differ."""
+def crossed_axes(groups: np.ndarray, mesh: dict[str, int]) -> str:
+    """Return the mesh axes along which the members of a group differ, joined by +."""
     places = np.stack(np.unravel_index(groups, tuple(mesh.values())))  # axes, groups, members
     crossed = (places != places[:, :, :1]).any((1, 2))
     return "+".join(name for name, yes in zip(mesh, crossed, strict=True) if yes) or "none"
 
 
-def groups_of(attributes: str, devices: int) -> np.ndarray:
-    """Device groups, a row each, from each of the forms XLA writes; for a permutation, its pairs."""
+def device_groups(attributes: str, devices: int) -> np.ndarray:
+    """Parse device groups [groups, members] in any form that XLA writes; for a permutation, its pairs."""
     pairs = r"(?:source_target_pairs|replica_groups)=\{((?:\{[\d,]*\},?)*)\}"
     iotas = r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)"
     names = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}"
@@ -266,15 +272,15 @@ def groups_of(attributes: str, devices: int) -> np.ndarray:
         return _iota(iota[2]).reshape(_numbers(iota[1]))
     if named := re.search(names, attributes):
         sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        over = re.findall(r"'(\w+)'", named[3])
+        members = re.findall(r"'(\w+)'", named[3])
         grid = _iota(named[2] or f"[{prod(sizes.values())}]").reshape(tuple(sizes.values()))
-        last = sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in over)  # its axes come last
-        return grid.transpose(last).reshape(-1, prod(sizes[name] for name in over))
-    raise ValueError(f"device groups in a form that is not known: {attributes[:200]}")
+        order = sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in members)  # members' axes last
+        return grid.transpose(order).reshape(-1, prod(sizes[name] for name in members))
+    raise ValueError(f"the form of these device groups is not known: {attributes[:200]}")
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: 0 … 7 in four rows of two, transposed."""
+    """Return the array that `[4,2]T(1,0)` describes: 0 … 7 in four rows of two, transposed."""
     shape, _, order = text.partition("T")
     grid = np.arange(prod(_numbers(shape))).reshape(_numbers(shape))
     return grid.transpose(_numbers(order)) if order else grid

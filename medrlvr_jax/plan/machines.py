@@ -1,13 +1,14 @@
-"""Machines to plan for: their published speeds, and compile-only devices.
+"""The machines that `plan` knows: their published speeds, and compile-only devices for them.
 
-Peak, memory and link speeds are per chip, as the makers publish them (dense bfloat16):
-- v5e, v5p, v6e: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, whose "inter-chip interconnect bandwidth" is
-  both directions of all ports;
-- H100 and H200 SXM: NVIDIA's data sheets (NVLink 900 GB/s both ways); between nodes one 400 Gb/s NIC a GPU,
-  as in a DGX H100;
-- L4: its data sheet (PCIe 4 × 16, 64 GB/s both ways); 100 Gb/s for eight, as in Google's G2.
-`usable` is the memory that XLA gives a program: on a TPU the limit in the compiler's refusal; on a GPU 90 %
-of the card, which needs XLA_PYTHON_CLIENT_MEM_FRACTION=.9 (the default is .75).
+Peak FLOPs, memory and link speeds are per chip, as published (dense bfloat16):
+- v5e, v5p, v6e: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}. Their "inter-chip interconnect bandwidth" is
+  the sum of both directions of all ports.
+- H100 and H200 SXM: NVIDIA's data sheets (NVLink: 900 GB/s, both directions together). Between nodes each GPU
+  has one 400 Gb/s NIC, as in a DGX H100.
+- L4: NVIDIA's data sheet (PCIe 4 × 16: 64 GB/s, both directions together). Eight share 100 Gb/s, as in
+  Google's G2.
+`usable` is the memory that XLA gives a program: on a TPU the limit in the compiler's out-of-memory error; on
+a GPU 90 % of the card, which needs XLA_PYTHON_CLIENT_MEM_FRACTION=.9 (the default is .75).
 """
 
 import importlib.util
@@ -25,12 +26,12 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Chip:
     platform: str  # tpu or cuda
-    flops: float  # bfloat16 a second, peak
+    flops: float  # peak bfloat16 FLOPs per second
     usable: float  # bytes of its memory that programs may use
-    hbm_speed: float  # bytes a second
-    link: float  # bytes a second into one chip, over one ring's ports (two of a TPU's; all of a GPU's NVLink)
-    outer: float = 0.0  # bytes a second into one chip from other nodes; 0: one fabric only
-    kind: str = ""  # what JAX calls such a device (`device_kind`)
+    hbm_speed: float  # bytes per second
+    link: float  # bytes per second into one chip, in one ring (two ports of a TPU; all NVLinks of a GPU)
+    outer: float = 0.0  # bytes per second into one chip from other nodes; 0 if there are no nodes
+    kind: str = ""  # `device_kind` of such a device in JAX
 
 
 CHIPS = {
@@ -42,7 +43,7 @@ CHIPS = {
     "l4": Chip("cuda", 121e12, 0.9 * 24_152_899_584, 300e9, 32e9, 1.5e9, kind="NVIDIA L4"),
 }
 
-# The device description that XLA:GPU compiles for: what all cards share (GPU), and what differs (CARDS).
+# Device descriptions for XLA:GPU: GPU has the fields that all cards share, CARDS those that differ.
 GPU = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 fpus_per_core: 128
@@ -65,20 +66,20 @@ CARDS = {
         clock_rate_ghz: 2.04 device_memory_size: 24152899584 cuda_compute_capability { major: 8 minor: 9 }""",
 }
 
-# The dot-merger threshold is that of launch/gpu_1x.sh and slurm_gpu.sbatch: merging matrices with a common
-# input (q, k, v; gate, up; adapters) would copy all of them side by side for each sampled token.
+# launch/gpu_1x.sh and slurm_gpu.sbatch set the same dot-merger threshold. With merging, XLA would copy
+# matrices with a common input (q, k, v; gate, up; adapters) side by side for each sampled token.
 CUDA_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0}
 COMPILE: dict[str, dict[str, Any]] = {"tpu": {}, "cuda": CUDA_OPTIONS}
-# The effort is from -1 to 1; the GPU's compiler does the same at each.
+# The effort ranges from -1 to 1. The GPU compiler ignores it.
 QUICK = {"tpu": {"exec_time_optimization_effort": -1.0}, "cuda": {}}
 
-CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # either contains the compiler
+CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # each contains the compiler
 
-# Without these, libtpu looks for a TPU VM's metadata, warns of what it misses, and allows one process only.
+# Without these, libtpu looks for the metadata of a TPU VM, warns that it is missing, and allows one process.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any that it knows; the topology says which is compiled for
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any known type: the topology decides what is compiled for
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
@@ -88,18 +89,18 @@ class Machine:
     topology: str
     chip: Chip
     shape: tuple[int, ...]
-    nodes: int  # islands of fast links: 1 for a TPU slice
+    nodes: int  # groups of chips with fast links; 1 for a TPU slice
 
     @property
     def count(self) -> int:
-        """Of its chips."""
+        """The number of chips."""
         return math.prod(self.shape)
 
     def seconds(self, received: float, group: int, crosses: bool) -> float:
-        """Time for a collective that brings `received` bytes to each of `group` chips.
+        """Return the time of a collective in which each of `group` chips receives `received` bytes.
 
-        `crosses`: the group spans nodes. Its members in one node share the node's NICs: each receives a part,
-        and NVLink brings it to the others.
+        `crosses`: the group spans nodes. Its members in one node share the node's NICs: each receives a part
+        from outside and passes it on over NVLink.
         """
         inside = received / self.chip.link
         members = max(1, group // self.nodes)  # in one node
@@ -107,7 +108,7 @@ class Machine:
 
 
 def parse(topology: str) -> Machine:
-    """`v5e:4x4`, `v5p:4x4x4`, `h100:8`, `h100:2x8` (nodes × GPUs)."""
+    """Parse `v5e:4x4`, `v5p:4x4x4`, `h100:8` or `h100:2x8` (nodes × GPUs). Raise `ConfigError` for others."""
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         form = f"write CHIP:SHAPE, such as v5e:4x4 or h100:2x8; the chips are {', '.join(CHIPS)}"
@@ -121,29 +122,28 @@ def parse(topology: str) -> Machine:
 
 
 def devices(machine: Machine) -> list[Any]:
-    """Compile-only devices: targets of the machine's compiler, without the machine.
-
-    Needs the extra `plan` (or `plan-cuda`).
+    """Return compile-only devices of the machine. Raise `ConfigError` if the package with its compiler is
+    missing (extras `plan` and `plan-cuda`) or the compiler does not know the topology.
     """
-    on_tpu, where = machine.chip.platform == "tpu", f"--topology: {machine.topology}"
+    on_tpu, field = machine.chip.platform == "tpu", f"--topology: {machine.topology}"
     packages, extra = (("libtpu",), "plan") if on_tpu else (CUDA, "plan-cuda")
     if not any(map(importlib.util.find_spec, packages)):
-        raise ConfigError(f"{where}: its compiler is missing; pip install 'medrlvr-jax[{extra}]'")
+        raise ConfigError(f"{field}: its compiler is not installed; pip install 'medrlvr-jax[{extra}]'")
     import jax
     from jax.experimental import topologies
 
     if not on_tpu:
-        jax.devices("cpu")  # starts the backends, which loads the plug-in
+        jax.devices("cpu")  # initialises the backends, which loads the CUDA plug-in
         kind = machine.topology.partition(":")[0]
         card = GPU % (CARDS[kind], machine.chip.kind)
-        how = {"target_config": card, "topology": f"1x{machine.nodes}x{machine.count // machine.nodes}"}
-        return list(topologies.get_topology_desc(platform="cuda", topology_name=kind, **how).devices)
+        options = {"target_config": card, "topology": f"1x{machine.nodes}x{machine.count // machine.nodes}"}
+        return list(topologies.get_topology_desc(platform="cuda", topology_name=kind, **options).devices)
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
-    # libtpu takes a host to have four chips, unless it is given
-    how = {"chips_per_host_bounds": [*machine.shape, 1, 1][:3]} if machine.count < 4 else {}
+    # by default libtpu assumes four chips per host
+    options = {"chips_per_host_bounds": [*machine.shape, 1, 1][:3]} if machine.count < 4 else {}
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **how)
-        return list(described.devices)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=machine.topology, **options)
+        return list(topology.devices)
     except jax.errors.JaxRuntimeError as e:
-        raise ConfigError(f"{where}: the TPU compiler knows no such slice: {str(e)[:200]}") from None
+        raise ConfigError(f"{field}: the TPU compiler does not know this slice: {str(e)[:200]}") from None

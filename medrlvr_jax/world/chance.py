@@ -1,5 +1,7 @@
-"""Draws that are the same everywhere: from `random.Random(str).random()`, which Python keeps the same in all
-versions; NumPy's Generator does not.
+"""Random draws that are the same on every machine and Python version.
+
+They use only `random.Random(str).random()`, whose values Python guarantees. NumPy does not guarantee those of
+its Generator.
 """
 
 from collections.abc import Sequence
@@ -11,21 +13,23 @@ T = TypeVar("T")
 SEED = 2502_19655
 
 
-def generator(name: object) -> Random:
-    """The draws of one purpose."""
-    return Random(f"{SEED} {name}")
+def make_rng(purpose: object) -> Random:
+    """Return the random generator of one purpose, such as a split."""
+    return Random(f"{SEED} {purpose}")
 
 
 def below(rng: Random, n: int) -> int:
+    """Draw an integer from 0 to n − 1."""
     return int(rng.random() * n)
 
 
 def pick(rng: Random, items: Sequence[T]) -> T:
+    """Draw one of the items."""
     return items[below(rng, len(items))]
 
 
 def shuffled(rng: Random, items: Sequence[T], n: int | None = None) -> list[T]:
-    """All items in some order, or `n` of them."""
+    """Return the items in random order: all, or the first `n` of that order."""
     out = list(items)
     n = len(out) if n is None else min(n, len(out))
     for i in range(n):
@@ -34,10 +38,11 @@ def shuffled(rng: Random, items: Sequence[T], n: int | None = None) -> list[T]:
     return out[:n]
 
 
-def weighted(rng: Random, shares: dict[str, float]) -> str:
-    u = rng.random() * sum(shares.values())
-    for name, share in shares.items():
-        u -= share
+def pick_weighted(rng: Random, weights: dict[str, float]) -> str:
+    """Draw a name with probability proportional to its weight."""
+    u = rng.random() * sum(weights.values())
+    for name, weight in weights.items():
+        u -= weight
         if u < 0:
             return name
-    return list(shares)[-1]  # rounding left u at 0
+    return list(weights)[-1]  # rounding left u at 0

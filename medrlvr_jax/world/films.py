@@ -1,7 +1,8 @@
-"""Drawn chest films, 56 × 56 grey pixels.
+"""Draw chest films of 56 × 56 grey pixels.
 
-Their arithmetic is rounded exactly by IEEE 754, and the draws are from `random.Random` and SHAKE-256, so that
-every machine draws the same films. They are BMP files, which have no compression that could differ.
+Every machine draws the same films: IEEE 754 defines the rounding of all operations used here, and random
+numbers come from `random.Random` and SHAKE-256. The files are BMP, which has no compression that could
+differ.
 """
 
 import hashlib
@@ -15,40 +16,38 @@ from PIL import Image
 
 Plane = Float[np.ndarray, "56 56"]
 SIDE = 56  # pixels
-ACROSS, DOWN = np.meshgrid(*[(np.arange(SIDE) + 0.5) / SIDE] * 2)  # of each pixel, 0 to 1
-NOISE, NOISY = 0.045, 0.1  # standard deviations, where white is 1
-SCALE, SCALES = 0.15, (0.7, 1.35)  # findings are up to so much larger or smaller; their other sizes
+ACROSS, DOWN = np.meshgrid(*[(np.arange(SIDE) + 0.5) / SIDE] * 2)  # coordinates of each pixel, 0 to 1
+# Standard deviations of the noise, usual and with the cause `noise`; white is 1.
+NOISE, NOISY = 0.045, 0.1
+# Sizes of findings: usually 1 ± SCALE, with the cause `size` one of SCALES.
+SCALE, SCALES = 0.15, (0.7, 1.35)
 
 
 class Film(NamedTuple):
     finding: str
-    side: str  # the patient's; "" of a finding without
-    zone: str
+    side: str  # the patient's left or right; "" for a finding without a side
+    zone: str  # upper or lower; "" for a finding without a zone
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.side, self.zone, self.finding)))
 
 
 def draw(rng: Random, film: Film, causes: tuple[str, ...] = ()) -> bytes:
-    """The film as a BMP file, in the look of `radiograph.CAUSES`."""
-    scale = pick_scale(rng) if "size" in causes else _between(rng, 1 - SCALE, 1 + SCALE)
+    """Draw the film as a BMP file, with the changes named in `causes` (`radiograph.CAUSES`)."""
+    scale = SCALES[rng.random() < 0.5] if "size" in causes else _between(rng, 1 - SCALE, 1 + SCALE)
     chest = _draw_chest(rng, film, scale)
     seed = str(rng.random()).encode()
     draws = np.frombuffer(hashlib.shake_256(seed).digest(4 * SIDE**2), np.uint8).reshape(SIDE, SIDE, 4)
-    noise = (draws.sum(-1, dtype=np.int64) - 510) / 147.8  # about standard normal
+    noise = (draws.sum(-1, dtype=np.int64) - 510) / 147.8  # approximately standard normal
     grey = chest + (NOISY if "noise" in causes else NOISE) * noise
     return as_bmp(1 - grey if "negative" in causes else grey)
 
 
 def as_bmp(grey: Plane) -> bytes:
-    """Grey values, 0 to 1, as a BMP file."""
+    """Encode grey values from 0 to 1 as a BMP file."""
     file = BytesIO()
     Image.fromarray(np.clip(np.floor(255 * grey + 0.5), 0, 255).astype(np.uint8)).save(file, "BMP")
     return file.getvalue()
-
-
-def pick_scale(rng: Random) -> float:
-    return SCALES[rng.random() < 0.5]
 
 
 def _between(rng: Random, low: float, high: float) -> float:
@@ -56,22 +55,24 @@ def _between(rng: Random, low: float, high: float) -> float:
 
 
 def _edge(distance: Plane, softness: float) -> Plane:
-    """0 outside, 1 inside of an edge of some width."""
+    """Return a smooth step: 0 where `distance` is negative, 1 where positive, over a width of `softness`."""
     t = np.clip(0.5 + distance / softness, 0, 1)
     return t * t * (3 - 2 * t)
 
 
 def _disc(x: float, y: float, wide: float, high: float, softness: float = 0.03) -> Plane:
+    """Return the mask of an ellipse with its centre and half axes."""
     inside = 1 - np.sqrt(((ACROSS - x) / wide) ** 2 + ((DOWN - y) / high) ** 2)
     return _edge(inside * min(wide, high), softness)
 
 
 def _over(grey: Plane, mask: Plane, tone: float | Plane, strength: float = 1.0) -> Plane:
+    """Blend `tone` over the film where the mask is 1."""
     return grey + strength * mask * (tone - grey)
 
 
 def _draw_chest(rng: Random, film: Film, scale: float) -> Plane:
-    """The film without noise; `scale` is of the finding."""
+    """Draw the film without noise; `scale`: the size of the finding."""
     large, wide_heart = film.finding == "hyperinflation", film.finding == "cardiomegaly"
     middle, top = 0.5 + _between(rng, -0.03, 0.03), 0.42 + _between(rng, -0.03, 0.03) + 0.05 * large
     wide = _between(rng, 0.14, 0.165) + 0.04 * scale * large
@@ -97,24 +98,22 @@ def _draw_chest(rng: Random, film: Film, scale: float) -> Plane:
             grey = _over(grey, grain * lungs, 0.75, 0.8)
     if not film.side:
         return grey
-    outward = 1 if film.side == "left" else -1
-    return _draw_finding(
-        rng, film, scale, grey, air[film.side], (centres[film.side], top, wide, high, floor, outward)
-    )
+    lung = centres[film.side], top, wide, high, floor
+    return _draw_finding(rng, film, scale, grey, air[film.side], lung)
 
 
 def _draw_finding(
     rng: Random, film: Film, scale: float, grey: Plane, air: Plane, lung: tuple[float, ...]
 ) -> Plane:
-    """A finding of one side. `lung`: its centre, half width and height, its floor, and the way outward."""
-    x, top, wide, high, floor, outward = lung
+    """Draw a finding of one side. `air`: the mask of its lung; `lung`: the centre, half axes and floor."""
+    x, top, wide, high, floor = lung
+    outward = 1 if film.side == "left" else -1
     white = _between(rng, 0.7, 0.8)
     y = top + (_between(rng, -0.17, -0.1) if film.zone == "upper" else _between(rng, 0.06, 0.12))
     x += outward * 0.03 * (film.zone == "lower")  # beside the heart
     if film.finding == "consolidation":
-        return _over(
-            grey, _disc(x + _between(rng, -0.02, 0.02), y, 0.11 * scale, 0.1 * scale, 0.1), white, 0.75
-        )
+        shadow = _disc(x + _between(rng, -0.02, 0.02), y, 0.11 * scale, 0.1 * scale, 0.1)
+        return _over(grey, shadow, white, 0.75)
     if film.finding == "effusion":
         level = floor - _between(rng, 0.13, 0.17) * scale - 0.03 * _edge(outward * (ACROSS - x), 0.3)
         fluid = _disc(x + outward * 0.01, top, wide + 0.02, high + 0.05) * _edge(DOWN - level, 0.03)
@@ -138,5 +137,5 @@ def _draw_finding(
 
 
 def pixels(bmp: bytes) -> UInt8[np.ndarray, "56 56"]:
-    """The grey values of a film that `draw` made."""
+    """Return the grey values of a film from `draw`."""
     return np.asarray(Image.open(BytesIO(bmp)))

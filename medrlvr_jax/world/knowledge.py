@@ -1,4 +1,4 @@
-"""The table of clinical knowledge of the embedded world, `embedded/knowledge.yaml`, and queries on it."""
+"""The embedded world's table of clinical knowledge, `embedded/knowledge.yaml`, and queries on it."""
 
 import itertools
 from dataclasses import dataclass
@@ -11,7 +11,12 @@ from medrlvr_jax.config import load as configs
 
 @dataclass(frozen=True)
 class Condition:
-    """One row of the table; `unless` maps a history that bars the first line to the alternative."""
+    """A condition of the table.
+
+    `typical`, `rare`: its findings. `first`: the first-line drug. `unless`: the alternative drug, by the
+    history that bars the first line. `also`: other drugs that a clinician could defend. `skip`: histories
+    with which no question is made.
+    """
 
     name: str
     who: tuple[str, int, int]  # sex or "any", youngest, oldest
@@ -25,7 +30,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Drug:
-    """`avoid`: histories that bar it; `care`: histories with which no question is made of it."""
+    """A drug of the table. `avoid`: histories that bar it; `care`: histories never combined with it."""
 
     name: str
     group: str
@@ -42,7 +47,7 @@ class Table(NamedTuple):
 
 @cache
 def table() -> Table:
-    """The knowledge, as written in `embedded/knowledge.yaml`."""
+    """Read `embedded/knowledge.yaml`."""
     file = Path(__file__).parent / "embedded" / "knowledge.yaml"
     tree = configs.read_yaml(file, "install the package again")
 
@@ -55,15 +60,15 @@ def table() -> Table:
 
 
 def finding_sets(condition: Condition) -> list[tuple[str, ...]]:
-    """Two or three of the condition's findings that are not all findings of another one, too."""
-    every = sorted(condition.typical + condition.rare)
+    """Return the sets of two or three findings that only this condition has."""
+    findings = sorted(condition.typical + condition.rare)
     others = [{*c.typical, *c.rare} for c in table().conditions.values() if c.name != condition.name]
-    sets = [findings for size in (2, 3) for findings in itertools.combinations(every, size)]
-    return [findings for findings in sets if not any(set(findings) <= other for other in others)]
+    sets = [chosen for size in (2, 3) for chosen in itertools.combinations(findings, size)]
+    return [chosen for chosen in sets if not any(set(chosen) <= other for other in others)]
 
 
 def histories(condition: Condition) -> tuple[list[str], list[str]]:
-    """(histories that do not change the first line, histories that bar it and have an alternative)."""
+    """Return (harmless histories, histories that bar the first line and have an alternative)."""
     drug, (sex, low, high) = table().drugs[condition.first], condition.who
     fertile = sex != "man" and max(low, 20) <= min(high, 40)
     fits = [h for h in table().histories if h not in condition.skip and (h != "pregnancy" or fertile)]
@@ -72,7 +77,7 @@ def histories(condition: Condition) -> tuple[list[str], list[str]]:
 
 @cache
 def wrong_options(condition: str, drug: str, by_class: bool) -> tuple[str, ...]:
-    """Wrong options beside `drug`, or its class: none that a clinician could defend for this condition."""
+    """Return wrong options for `drug`, or for its class: none that a clinician could defend here."""
     c, drugs = table().conditions[condition], table().drugs
     defended = {c.first, *c.unless.values(), *c.also}
     if by_class:

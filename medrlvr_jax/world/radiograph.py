@@ -1,23 +1,21 @@
-"""The embedded radiographs: drawn chest films of 56 × 56 grey pixels, and questions on them.
+"""The embedded radiographs: drawn chest films (films.py) and questions on them.
 
     film → finding, side, zone                                            kinds finding, side, count, drain
     … → condition → the first choice                                      kind management
     … → the first choice failed on that side before → the other choice    kind barred
 
-As in any radiograph, the patient's right is on the picture's left. `FINDINGS` is the table: a simplification
-for a toy world, not clinical advice.
+As in real radiographs, the patient's right is on the left of the picture. `FINDINGS` is the table of
+knowledge: a simplification for a toy world, not clinical advice.
 
-No text gives an answer away, by construction: questions come in blocks that share their text and their
-options in one order, and each option is right for exactly one film of the block. So whatever is computed
-from the text alone is right as often as chance.
+No text contains its answer, by construction: questions come in blocks with the same text and the same options
+in one order, and each option is right for exactly one film of the block. So an answer computed from the text
+alone is right as often as chance.
 
-The trained questions list the same options in the same order each time. Out of distribution, films are
-negatives, noisier and have findings of other sizes, and questions have other words, and six to eight options
-in any order. Each of these `CAUSES` also comes alone. `leaking` is train with the right option first: reward
-can be had without looking. `blank` is train with grey films: nothing can be seen. `text` is train with a
-report in words in place of each film.
-
-films.py draws the films.
+The questions of train always list the same options in the same order. Out of distribution, films are
+negative, noisier and have findings of other sizes, and questions have other words and six to eight options
+in random order. Each of these `CAUSES` also has a set of its own. `leaking` is train with the right option
+first, so that a policy can get the reward without the film. `blank` is train with uniformly grey films.
+`text` is train with a report in words instead of each film.
 """
 
 from dataclasses import replace
@@ -30,17 +28,17 @@ import numpy as np
 from PIL import Image
 
 from medrlvr_jax.data.question import LETTERS, Example, Question
-from medrlvr_jax.world.chance import generator, pick, shuffled
-from medrlvr_jax.world.corpus import FOREIGN, worked
+from medrlvr_jax.world.chance import below, make_rng, pick, shuffled
+from medrlvr_jax.world.corpus import FOREIGN, answered
 from medrlvr_jax.world.films import SIDE, Film, as_bmp, draw, pixels
 
 CAUSES = ("negative", "noise", "size", "options", "wording")
 SIZES = {"train": 2000} | dict.fromkeys(("in_distribution", "out_of_distribution", *CAUSES), 400)
 KINDS = ("finding", "management", "barred", "side", "count", "drain")
 SIDES, ZONES, NONE = ("left", "right"), ("upper", "lower"), "none"
-CORPUS = 32_000  # examples to pre-train on
-CAPTIONS = 0.1  # their share of captions
-# How the others are answered: the base can look, and seldom does; see `corpus.STYLES`.
+CORPUS = 32_000  # pre-training examples
+CAPTIONS = 0.1  # the share of captions among them
+# Styles of the other responses (see `corpus.STYLES`): the base model can read films, but mostly guesses.
 STYLES = {"plain": 0.20, "bare": 0.06, "tagged": 0.25, "guess": 0.45, "malformed": 0.04}
 GUESS = "guess."
 
@@ -48,8 +46,8 @@ GUESS = "guess."
 class Finding(NamedTuple):
     condition: str
     first: str  # the first choice
-    other: str = ""  # the choice where that has failed; "": the finding has no side
-    zoned: bool = False  # whether it is in the upper or the lower zone
+    other: str = ""  # the choice if the first has failed; "" if the finding has no side
+    zoned: bool = False  # whether it has a zone
 
 
 FINDINGS = {
@@ -65,10 +63,10 @@ FINDINGS = {
     "hyperinflation": Finding("emphysema", "tiotropium"),
 }
 SIDED = tuple(name for name, finding in FINDINGS.items() if finding.other)
-LISTED = tuple(name for name in FINDINGS if name not in ("nodules", "cavity"))  # in the trained questions
+LISTED = tuple(name for name in FINDINGS if name not in ("nodules", "cavity"))  # the options of train
 DRAINED = ("effusion", "pneumothorax")
 NODULES = {"nodule": "one", "nodules": "several"}
-# The trained wordings, and last the one of another wording.
+# The last wording of each is for the cause `wording`; the others are those of train.
 STEMS = ("Film of a {sex} of {age}.", "A {sex} of {age} has this film.", "Seen on film: {sex}, {age} years.")
 FAILED = (
     "The first choice failed on the {side} before.",
@@ -85,57 +83,57 @@ ASKS = {
 
 
 def film(rng: Random, finding: str, side: str = "") -> Film:
-    """A film with the finding, on a side that is drawn if none is given."""
-    about = FINDINGS[finding]
-    return Film(finding, about.other and (side or pick(rng, SIDES)), pick(rng, ZONES) if about.zoned else "")
+    """Return a film with the finding, on `side` or on a random side."""
+    row = FINDINGS[finding]
+    return Film(finding, row.other and (side or pick(rng, SIDES)), pick(rng, ZONES) if row.zoned else "")
 
 
 # ---- questions ----
 
 
 def questions(split: str) -> list[Question]:
-    """The questions of a split or cause, always the same; `rationale` the reasoning, `subject` the kind."""
-    rng, out = generator(f"radiograph {split}"), []
+    """Return the questions of a split or cause. `rationale` is the reasoning, `subject` the kind."""
+    rng, out = make_rng(f"radiograph {split}"), []
     causes = CAUSES if split == "out_of_distribution" else (split,)
     for kind in cycle(KINDS):
-        made = block(rng, kind, causes)
-        if len(out) + len(made) > SIZES[split]:
+        pairs = block(rng, kind, causes)
+        if len(out) + len(pairs) > SIZES[split]:
             continue
-        for q, of in made:
+        for q, shown in pairs:
             name = f"radiograph-{split}-{len(out):04d}"
-            out.append(replace(q, id=name, images=(draw(rng, of, causes),)))
+            out.append(replace(q, id=name, images=(draw(rng, shown, causes),)))
         if len(out) == SIZES[split]:
             break
     return out
 
 
 def leaking() -> list[Question]:
-    """`train` with the right option first."""
+    """Return `train` with the right option first."""
     first = lambda q: (q.right_text, *(option for option in q.options if option != q.right_text))
-    asked = (replace(q, options=first(q), answer=0) for q in questions("train"))
-    return [replace(q, rationale=(q.rationale or "")[:-2] + "A.") for q in asked]
+    moved = (replace(q, options=first(q), answer=0) for q in questions("train"))
+    return [replace(q, rationale=(q.rationale or "")[:-2] + "A.") for q in moved]
 
 
 def blank() -> list[Question]:
-    """`train` with a grey film each: the control of learning from the text alone."""
+    """Return `train` with uniformly grey films: a control that shows what can be learned without films."""
     grey = as_bmp(np.full((SIDE, SIDE), 0.47))
     return [replace(q, images=(grey,)) for q in questions("train")]
 
 
 def text() -> list[Question]:
-    """`train` with what each film shows in words, and no film: learning from text alone."""
+    """Return `train` with a report in words instead of each film."""
     report = lambda q: (q.rationale or "").split(".")[0]
     return [replace(q, question=f"{report(q)}. {q.question}", images=()) for q in questions("train")]
 
 
 def block(rng: Random, kind: str, causes: tuple[str, ...]) -> list[tuple[Question, Film]]:
-    """Questions of one text, one for each option, and the film for which that option is right."""
-    sex, age, side = pick(rng, ("man", "woman")), 20 + int(rng.random() * 60), pick(rng, SIDES)
+    """Return questions with the same text, one for each option, with the film that makes the option right."""
+    sex, age, side = pick(rng, ("man", "woman")), 20 + below(rng, 60), pick(rng, SIDES)
     word = lambda texts: texts[-1] if "wording" in causes else pick(rng, texts[:-1])
     texts = [word(STEMS), *[word(FAILED)] * (kind == "barred"), word(ASKS.get(kind, ASKS["management"]))]
     text = " ".join(texts).format(sex=sex, age=age, side=side)
     n = pick(rng, (6, 7, 8)) if "options" in causes else None
-    films, out = films_of(rng, kind, side, n), []
+    films, out = films_by_option(rng, kind, side, n), []
     options = tuple(shuffled(rng, list(films)) if n else films)
     for answer, right in enumerate(options):
         steps = reasons(films[right], kind, side)
@@ -145,9 +143,9 @@ def block(rng: Random, kind: str, causes: tuple[str, ...]) -> list[tuple[Questio
     return out
 
 
-def films_of(rng: Random, kind: str, failed: str, n: int | None) -> dict[str, Film]:
-    """Option → a film for which it is right: of the options that are always listed, or of `n` where the kind
-    has so many. `failed`: the side on which the first choice failed, of a `barred` question.
+def films_by_option(rng: Random, kind: str, failed: str, n: int | None) -> dict[str, Film]:
+    """Return the options, each with a film for which it is right: those of train, or `n` random ones if the
+    kind has that many. `failed`: in a `barred` question, the side on which the first choice failed.
     """
     one = partial(film, rng)
     if kind == "side":
@@ -159,48 +157,50 @@ def films_of(rng: Random, kind: str, failed: str, n: int | None) -> dict[str, Fi
         others = [name for name in FINDINGS if name not in NODULES]
         return {NONE: one(pick(rng, others))} | {count: one(name) for name, count in NODULES.items()}
     if kind == "barred":
-        (well,) = set(SIDES) - {failed}
+        (other_side,) = set(SIDES) - {failed}
         names = shuffled(rng, SIDED, n // 2) if n else SIDED[:4]
-        return {FINDINGS[name].first: one(name, well) for name in names} | {
+        return {FINDINGS[name].first: one(name, other_side) for name in names} | {
             FINDINGS[name].other: one(name, failed) for name in names
         }
     names = shuffled(rng, list(FINDINGS), n) if n else LISTED
     return {FINDINGS[name].first if kind == "management" else name: one(name) for name in names}
 
 
-def reasons(of: Film, kind: str, failed: str) -> list[str]:
-    """The steps of the reasoning before the answer, without their points."""
-    about, steps = FINDINGS[of.finding], [f"here {of}"]
+def reasons(shown: Film, kind: str, failed: str) -> list[str]:
+    """Return the sentences of the reasoning before the answer, without full stops."""
+    row, steps = FINDINGS[shown.finding], [f"here {shown}"]
     if kind in ("management", "barred"):
-        steps += [f"suggests {about.condition}", f"first {about.first}"]
-    if kind == "barred":
-        steps += [f"{of.side} failed", f"use {about.other}"] if of.side == failed else [f"{of.side} is new"]
+        steps += [f"suggests {row.condition}", f"first {row.first}"]
+    if kind == "barred" and shown.side == failed:
+        steps += [f"{failed} failed", f"use {row.other}"]
+    elif kind == "barred":
+        steps += [f"{shown.side} is new"]
     return steps
 
 
 def corpus(share: float = CAPTIONS, seed: str = "corpus", n: int = CORPUS) -> list[Example]:
-    """Captions, and questions answered in the `STYLES`, a quarter of them out of distribution."""
-    rng, out = generator(f"radiograph {seed}"), []
+    """Return captions, and questions answered in the `STYLES`. A quarter of both is out of distribution."""
+    rng, out = make_rng(f"radiograph {seed}"), []
     while len(out) < n:
         causes = CAUSES if rng.random() < FOREIGN else ()
         if rng.random() < share:
             shown = film(rng, pick(rng, list(FINDINGS)))
             out.append(Example("Report:\n", f"here {shown}.", (draw(rng, shown, causes),)))
         else:
-            q, of = pick(rng, block(rng, pick(rng, KINDS), causes))
-            out.append(worked(rng, replace(q, images=(draw(rng, of, causes),)), STYLES, [GUESS]))
+            q, shown = pick(rng, block(rng, pick(rng, KINDS), causes))
+            out.append(answered(rng, replace(q, images=(draw(rng, shown, causes),)), STYLES, [GUESS]))
     return out
 
 
 def captions() -> list[Example]:
-    """Captions alone, for the start of pre-training."""
+    """Return only captions, for the start of pre-training."""
     return corpus(1.0, "captions")
 
 
-def show(file: str) -> None:
-    """Draw each finding in a row as in train, and below with all causes."""
-    rng, rows = generator("radiograph examples"), []
+def draw_examples(file: str) -> None:
+    """Write a picture with two rows of all findings as in train, and one row with all causes."""
+    rng, rows = make_rng("radiograph examples"), []
     for causes in ((), (), CAUSES):
-        drawn = (draw(rng, film(rng, name), causes) for name in FINDINGS)
-        rows.append(np.hstack([np.pad(pixels(bmp), 2, constant_values=255) for bmp in drawn]))
+        films = (draw(rng, film(rng, name), causes) for name in FINDINGS)
+        rows.append(np.hstack([np.pad(pixels(bmp), 2, constant_values=255) for bmp in films]))
     Image.fromarray(np.vstack(rows)).resize((1800, 540), Image.Resampling.NEAREST).save(file)

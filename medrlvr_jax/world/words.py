@@ -1,15 +1,16 @@
-"""The tokenizers of the embedded models: about one token a word of the world, bytes for all other text.
+"""Build the tokenizers of the embedded models: about one token per word, and bytes for other text.
 
-A byte-level BPE without merges. Its vocabulary is the 256 bytes, the four tags and the world's words, each
-with the space before it. `ignore_merges` takes a piece of text as one token if it is in the vocabulary (as
-Llama 3's tokenizer does), else byte by byte. So decoding gives back any text exactly, and where a piece ends
-is decided by `PIECES` alone:
+Each is a byte-level BPE without merges. Its vocabulary has the 256 bytes, the four tags and the world's
+words, each with the space before it. With `ignore_merges` (as in Llama 3's tokenizer) a piece of text is one
+token if it is in the vocabulary, and one token per byte otherwise. So decoding returns any text exactly. The
+pattern `PIECES` alone decides how text is split:
 
-    <think> …      a tag is one token, an ordinary one: the model has to learn to write it
-    "C."           an option's letter and its point are one token, right before the option's name in "\\nC.
-                   drug" and right after it in the reasoning's "drug C.", so that attention can match the two
-    " drug"        a word brings the space before it, a hyphen too ("-year-old")
-    " 34"          so do numbers of two digits
+    <think> …      A tag is one ordinary token: the model has to learn to write it.
+    "C."           An option's letter and its point are one token. It stands right before the option's name
+                   in "\\nC. drug" and right after it in the reasoning's "drug C.", so that attention can
+                   match the two.
+    " drug"        A word includes the space or hyphen before it ("-year-old").
+    " 34"          A number of up to two digits includes the space before it.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,26 +30,26 @@ PIECES = (
     r"</?(?:think|answer)>| ?(?<!\p{L})[A-J]\.(?=[ <]|\z)"  # an option's letter and its point
     r"|[ -]?\p{L}[\p{L}\p{N}]*(?:-[\p{L}\p{N}]+)+|[ -]?\p{L}[\p{L}\p{N}]+|[ -]\p{L}| ?\p{N}{1,2}|\X"
 )
-SAMPLE = 12_000  # examples of the corpus from which the words are taken: all come up
+SAMPLE = 12_000  # examples of the corpus that are searched for words; they contain all
 
 
 def corpus_texts() -> list[str]:
-    """The texts of which the embedded model's tokenizer has each word."""
+    """Return texts that contain every word of the embedded model's tokenizer."""
     texts = [part for example in corpus.corpus(SAMPLE) for part in (example.prompt, example.response)]
     return texts + [question.question for split in world.SIZES for question in world.questions(split)]
 
 
 def build(texts: Iterable[str], special: Iterable[str] = ()) -> Tokenizer:
-    """The tokenizer with the words of `texts`: the same on every machine. `special`: more special tokens."""
+    """Build the tokenizer with the words of `texts`. `special`: additional special tokens."""
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), as_bytes])
-    seen = {piece for text in texts for piece, _ in cut.pre_tokenize_str(text)}
+    splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), as_bytes])
+    pieces = {piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)}
     fixed = [PAD, EOS, *special, *TAGS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    # by the alphabet, not by how often: a change of the mixture then changes no token
-    words = sorted(seen - set(fixed))
+    # Sorted by the alphabet and not by frequency, so that other shares in the corpus change no token.
+    words = sorted(pieces - set(fixed))
     vocab = {token: i for i, token in enumerate(fixed + words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = cut
+    tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
     names = (PAD, EOS, *special)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in names])
@@ -56,13 +57,14 @@ def build(texts: Iterable[str], special: Iterable[str] = ()) -> Tokenizer:
 
 
 def vision_texts() -> list[str]:
-    """Those of which the embedded vision-language model's tokenizer has each word."""
-    asked = [q for split in radiograph.SIZES for q in radiograph.questions(split)]
-    texts = [q.question for q in asked] + [e.prompt + e.response for e in radiograph.corpus(n=2000)]
+    """Return texts that contain every word of the embedded vision-language model's tokenizer."""
+    texts = [q.question for split in radiograph.SIZES for q in radiograph.questions(split)]
+    texts += [e.prompt + e.response for e in radiograph.corpus(n=2000)]
     return [*texts, *corpus.GUESSES]
 
 
-MODELS: dict[Path, tuple[Callable[[], Iterable[str]], tuple[str, ...]]] = {  # texts, more special tokens
+# Each model's texts and additional special tokens.
+MODELS: dict[Path, tuple[Callable[[], Iterable[str]], tuple[str, ...]]] = {
     FOLDER: (corpus_texts, ()),
     VERIFIER: (open_questions.texts, ()),
     VISION: (vision_texts, IMAGE),
@@ -70,17 +72,17 @@ MODELS: dict[Path, tuple[Callable[[], Iterable[str]], tuple[str, ...]]] = {  # t
 
 
 def write(model: Path, folder: Path) -> None:
-    """Write a model's tokenizer.json, and its config.json with the vocabulary's size, into a folder.
+    """Write a model's tokenizer.json, and its config.json with the size of the vocabulary, into a folder.
 
-    All else in the model's settings is written by hand: PAD, EOS and the other special tokens have the same
-    numbers whatever the words are. `model_type` is qwen3 or qwen2_5_vl, and not qwen2: there transformers 5
+    The other fields of config.json are edited by hand: the ids of PAD, EOS and the other special tokens do
+    not depend on the words. `model_type` is qwen3 or qwen2_5_vl, not qwen2: for qwen2, transformers 5
     ignores tokenizer_class and splits text by Qwen2's own rules.
     """
     texts, special = MODELS[model]
     tokenizer = build(texts(), special)
     size = tokenizer.get_vocab_size()
     tokenizer.save(str(folder / "tokenizer.json"))
-    # a round size; the rest is never a target, so the model learns not to sample it
+    # A multiple of 64. The unused ids are never targets, so the model learns not to sample them.
     config = files.read_json(model / "config.json") | {"vocab_size": -(-size // 64) * 64}
     files.write_json(folder / "config.json", config)
     print(f"{size} tokens, written to {folder}")

@@ -1,24 +1,24 @@
-"""The embedded world: a table of textbook medicine, vignettes that need two steps through it, a tiny model's
-corpus.
+"""The embedded world's questions: vignettes that need two steps of reasoning over a table of textbook
+medicine.
 
     findings → condition → first-line drug                             kind `drug`
     … → the patient's history rules it out → the alternative           kind `alternative`
     … → the class of the drug                                          kind `class`
-    … → which usual drug is it that the history rules out              kind `avoid`
+    findings → condition → the usual drug that the history rules out   kind `avoid`
 
-`embedded/knowledge.yaml` is the table (knowledge.py reads it). A case is a `Key`: condition, set of findings,
-history. Each key is in one of `train`, `in_distribution`, `out_of_distribution` and `corpus`, so no two sets
-share a case, the text of pre-training included. In train most cases have typical findings. Out of
-distribution has findings that are never together elsewhere, harmless histories never seen with that condition
-in train, other wordings, other shares of the kinds, and up to ten options: memorised cases are worth nothing
-there, learned reasoning is.
+`embedded/knowledge.yaml` holds the table (knowledge.py reads it). A `Case` is a condition, a set of findings
+and a history. Each case belongs to one of `train`, `in_distribution`, `out_of_distribution` and `corpus`, so
+no two sets share a case, and neither does the pre-training text. In train most cases have typical findings.
+Out of distribution has combinations of findings that occur nowhere else, harmless histories that train never
+has with that condition, other wordings, other shares of the kinds, and up to ten options. So memorised cases
+do not help there, and learned reasoning does.
 
-`leaking` is train with half of its rationales replaced by the bare answer: a policy fine-tuned on it hacks
-half the time.
+`leaking` is train with half of its rationales replaced by the bare answer. A policy that is fine-tuned on it
+skips the reasoning in half of its responses.
 
-corpus.py is the text that the base model has read of it.
+corpus.py makes the text on which the base model was pre-trained.
 
-    python -m medrlvr_jax.world show [SET] [n]      print some of train, … or corpus
+    python -m medrlvr_jax.world show [SET] [N]      print the first N (8) of a set (train), or of corpus
     python -m medrlvr_jax.world films FILE          draw examples of radiograph.py's films
     python -m medrlvr_jax.world tokenizer           rewrite the models' tokenizers (words.py)
 """
@@ -31,25 +31,25 @@ from random import Random
 from typing import NamedTuple
 
 from medrlvr_jax.data.question import LETTERS, Question
-from medrlvr_jax.world.chance import below, generator, pick, shuffled, weighted
+from medrlvr_jax.world.chance import below, make_rng, pick, pick_weighted, shuffled
 from medrlvr_jax.world.knowledge import Condition, finding_sets, histories, table, wrong_options
 
 SIZES = {"train": 2000, "in_distribution": 400, "out_of_distribution": 400}
-KINDS = {  # shares of the kinds of question
+KINDS = {  # share of each kind of question
     "train": {"drug": 0.45, "alternative": 0.30, "class": 0.15, "avoid": 0.10},
     "out_of_distribution": {"drug": 0.20, "alternative": 0.40, "class": 0.25, "avoid": 0.15},
     "corpus": {"drug": 0.35, "alternative": 0.35, "class": 0.18, "avoid": 0.12},
 }
-STATUS = {  # what the history does, by kind: there is none, it changes nothing, it bars the first line
+STATUS = {  # for each kind, the shares of cases with no history, a harmless one, one that bars the first line
     "drug": {"none": 0.25, "clear": 0.75},
     "alternative": {"barred": 1.0},
     "class": {"none": 0.15, "clear": 0.40, "barred": 0.45},
     "avoid": {"barred": 1.0},
 }
 RARE = {"train": 0.15, "out_of_distribution": 1.0, "corpus": 0.35}  # share of cases with a rare finding
-OPTIONS = {"train": (4, 5), "out_of_distribution": (6, 7, 8, 9, 10, 10)}  # how many options, drawn evenly
+OPTIONS = {"train": (4, 5), "out_of_distribution": (6, 7, 8, 9, 10, 10)}  # numbers of options, equally likely
 
-STEMS = {  # without a history, and with
+STEMS = {  # the sentence without the history, and the sentence on the history
     "train": (
         ("A {age}-year-old {sex} has {findings}.", " Note: {history}."),
         ("A {sex} of {age} presents with {findings}.", " Known {history}."),
@@ -78,8 +78,8 @@ ASKS = {
 }
 
 
-class Key(NamedTuple):
-    """A case: what must not be seen before it is asked."""
+class Case(NamedTuple):
+    """A patient's condition, findings and history. No two splits share a case."""
 
     condition: str
     findings: tuple[str, ...]  # sorted
@@ -87,55 +87,55 @@ class Key(NamedTuple):
 
 
 class Vignette(NamedTuple):
-    """A case as it is asked."""
+    """A case in words."""
 
-    stem: str  # the question without what is asked
-    question: Question  # `rationale` is the reasoning, which ends in "… C."; `subject` the kind
+    stem: str  # the text before the last sentence, which asks
+    question: Question  # `rationale` is the reasoning and ends in "… C."; `subject` is the kind
 
 
 def questions(split: str) -> list[Question]:
-    """The questions of a split, always the same."""
+    """Return the questions of a split. They are always the same."""
     return [replace(v.question, id=f"{split}-{i:04d}") for i, v in enumerate(vignettes(split))]
 
 
 def vignettes(split: str) -> Iterator[Vignette]:
-    """The cases of a split, as they are asked."""
-    rng = generator((split,))
+    """Yield the questions of a split with their stems."""
+    rng = make_rng((split,))
     wording = "out_of_distribution" if split == "out_of_distribution" else "train"
-    decks: dict[tuple, Iterator[Key]] = {}
+    decks: dict[tuple, Iterator[Case]] = {}
     for _ in range(SIZES[split]):
-        kind = weighted(rng, KINDS[wording])
-        status = weighted(rng, STATUS[kind])
+        kind = pick_weighted(rng, KINDS[wording])
+        status = pick_weighted(rng, STATUS[kind])
         rare = rng.random() < RARE[wording]
-        case = kind, status, rare
-        if case not in decks:  # each kind goes through its cases, and they come back only after all
-            keys = [key for key in pools()[split][status, rare] if kind != "class" or has_class(key)]
-            decks[case] = _dealt(rng, keys)
-        yield vignette(rng, next(decks[case]), kind, wording)
+        deck = kind, status, rare
+        if deck not in decks:
+            cases = [case for case in pools()[split][status, rare] if kind != "class" or asks_class(case)]
+            decks[deck] = _deal(rng, cases)
+        yield vignette(rng, next(decks[deck]), kind, wording)
 
 
 def leaking() -> list[Question]:
-    """`train`, where every second rationale states the answer in place of reasons."""
+    """Return `train` with every second rationale replaced by the bare answer."""
     bare = lambda q: replace(q, rationale=f"the answer is {LETTERS[q.answer]}.")
     return [q if i % 2 else bare(q) for i, q in enumerate(questions("train"))]
 
 
-def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
-    """A question of `kind` about the case, in words and with as many options as `wording` has them."""
-    condition, drugs, history = table().conditions[key.condition], table().drugs, key.history or ""
+def vignette(rng: Random, case: Case, kind: str, wording: str) -> Vignette:
+    """Return a question of `kind` about the case, with the words and number of options of `wording`."""
+    condition, drugs, history = table().conditions[case.condition], table().drugs, case.history or ""
     barred = history in condition.unless
     other = condition.unless[history] if barred else pick(rng, list(condition.unless.values()))
     drug = other if barred and kind != "avoid" else condition.first
     sex, age = _person(rng, condition, history)
-    findings = shuffled(rng, key.findings)
+    findings = shuffled(rng, case.findings)
     stem, more = pick(rng, STEMS[wording])
     ask = pick(rng, ASKS[wording]["drug" if kind == "alternative" else kind])
     listed = ", ".join(findings[:-1]) + " and " + findings[-1]
     stem = stem.format(age=age, sex=sex, findings=listed)
     stem += more.format(history=history) if history else ""
 
-    # The lure is the drug one step short: always the first line where it is barred; or, often, the
-    # alternative where the first line is right, if no clinician would start with it.
+    # The lure is the result of one step too few or too many: always the first line if it is barred; often
+    # the alternative if the first line is right and no clinician would start with the alternative.
     right, lure, defended = drug, other if drug == condition.first else condition.first, set(condition.also)
     others = wrong_options(condition.name, right, kind == "class")
     if kind == "class":
@@ -156,25 +156,26 @@ def vignette(rng: Random, key: Key, kind: str, wording: str) -> Vignette:
         steps.append(f"class {right}")
     suggest = f"here {', '.join(findings)} suggest {condition.name}"
     why = " ".join(f"{step}." for step in (suggest, *steps, f"{right} {LETTERS[answer]}"))
-    first_line = (steps[0], f"{condition.first} is the first line")  # as `facts` words it
+    first_line = (steps[0], f"{condition.first} is the first line")  # both wordings of `corpus.facts`
     facts = ((condition.name,), first_line, *((step,) for step in steps[1:]))
     return Vignette(stem, Question("", f"{stem} {ask}", options, answer, kind, why, facts=facts))
 
 
 @cache
-def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
-    """The cases of each split, each in one, by what the history does and whether a finding is rare.
+def pools() -> dict[str, dict[tuple[str, bool], list[Case]]]:
+    """Return the cases of each split, by the history's status and by whether a finding is rare.
 
-    Sets of findings: typical ones are in all splits but OOD; of those with a rare finding some are only in
-    OOD, some are shared by train and its held-out set. Histories: a third of a condition's harmless ones, and
-    the last of several contraindications, are never with it in train. The corpus has the rest.
+    Sets of typical findings are in all splits except out_of_distribution. Of a condition's sets with a rare
+    finding five are only in out_of_distribution, four are shared by the other splits, and the rest are only
+    in the corpus. A third of its harmless histories, and its last contraindication if it has several, never
+    occur with it in train and in_distribution.
     """
-    out: dict[str, dict[tuple[str, bool], list[Key]]] = {
+    out: dict[str, dict[tuple[str, bool], list[Case]]] = {
         split: {(s, r): [] for s in ("none", "clear", "barred") for r in (False, True)}
         for split in (*SIZES, "corpus")
     }
     for condition in table().conditions.values():
-        rng = generator(("pools", condition.name))
+        rng = make_rng(("pools", condition.name))
         clear, barred = histories(condition)
         hidden = {*shuffled(rng, clear, len(clear) // 3), *barred[1:][-1:]}
         sets = finding_sets(condition)
@@ -192,14 +193,14 @@ def pools() -> dict[str, dict[tuple[str, bool], list[Key]]]:
                 else:
                     split = "train" if u < 0.4 else "in_distribution" if u < 0.55 else "corpus"
                 if split:
-                    out[split][status, rare].append(Key(condition.name, findings, history))
+                    out[split][status, rare].append(Case(condition.name, findings, history))
     return out
 
 
-def has_class(key: Key) -> bool:
-    """Whether the class can be asked for: not where the alternative has the class that is barred."""
-    condition, drugs = table().conditions[key.condition], table().drugs
-    other = condition.unless.get(key.history or "")
+def asks_class(case: Case) -> bool:
+    """Return whether the case can ask for the class: not if the alternative has the barred drug's class."""
+    condition, drugs = table().conditions[case.condition], table().drugs
+    other = condition.unless.get(case.history or "")
     return other is None or drugs[other].group != drugs[condition.first].group
 
 
@@ -214,12 +215,14 @@ def _person(rng: Random, condition: Condition, history: str) -> tuple[str, int]:
     return sex, low + below(rng, high - low + 1)
 
 
-def by_condition(keys: Sequence[Key]) -> list[list[Key]]:
-    return [list(group) for _, group in itertools.groupby(keys, key=lambda key: key.condition)]
+def by_condition(cases: Sequence[Case]) -> list[list[Case]]:
+    return [list(group) for _, group in itertools.groupby(cases, key=lambda case: case.condition)]
 
 
-def _dealt(rng: Random, keys: Sequence[Key]) -> Iterator[Key]:
-    """The keys, endlessly, in rounds with one of each condition: none is asked about much more often."""
+def _deal(rng: Random, cases: Sequence[Case]) -> Iterator[Case]:
+    """Yield all cases again and again, in rounds with at most one case of each condition. So all conditions
+    are about equally frequent.
+    """
     while True:
-        for taken in itertools.zip_longest(*(shuffled(rng, row) for row in by_condition(keys))):
-            yield from shuffled(rng, [key for key in taken if key])
+        for taken in itertools.zip_longest(*(shuffled(rng, group) for group in by_condition(cases))):
+            yield from shuffled(rng, [case for case in taken if case])
