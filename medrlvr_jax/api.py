@@ -19,7 +19,7 @@ from medrlvr_jax.config.schema import Config, EvalConfig, SampleConfig, SetConfi
 from medrlvr_jax.config.section import validate
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.images import measure
+from medrlvr_jax.data.patches import measure_images
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.data.readers import PYTHON, Records
 from medrlvr_jax.data.tokenizer import Tokenizer
@@ -243,8 +243,8 @@ def _encode(parts: Parts, prompts: list[Any]) -> Encoded:
         raise ConfigError("prompts: texts and questions together; give either, in two calls")
     else:
         questions = [_question(prompt) for prompt in prompts]
-        images = measure(questions, parts.cfg.vision) if parts.cfg.vision else None
-        pads = images and images.pads()
+        images = measure_images(questions, parts.cfg.vision) if parts.cfg.vision else None
+        pads = images and images.prompt_tokens()
         rows = text.encode_questions(parts.tokenizer, questions, parts.config.prompt, images=pads)
     if empty := [i for i, row in enumerate(rows) if not row]:
         raise ConfigError(f"prompts: number {empty[0] + 1} has no tokens; give a text that is not empty")

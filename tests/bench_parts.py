@@ -43,7 +43,7 @@ from medrlvr_jax.build import Parts, build, load_base, load_params
 from medrlvr_jax.config.load import from_tree, override
 from medrlvr_jax.config.reward import ProbabilityConfig, RewardConfig, VerifierConfig
 from medrlvr_jax.config.schema import Config
-from medrlvr_jax.data.images import arrange, patches, windows_of
+from medrlvr_jax.data.patches import arrange_windows, cut_patches, window_count
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import answers
 from medrlvr_jax.evaluation.evaluate import evaluate
@@ -191,8 +191,8 @@ def see_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         raise ConfigError(f"{args.model}: it has no vision tower; give a vision-language model")
     side = math.isqrt(cfg.max_pixels) // cfg.factor * cfg.factor
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
-    cut = patches(Image.fromarray(pixels), cfg)
-    images = arrange([[cut]] * args.questions, windows_of((cut[1],), cfg), cfg)
+    cut = cut_patches(Image.fromarray(pixels), cfg)
+    images = arrange_windows([[cut]] * args.questions, window_count((cut[1],), cfg), cfg)
     images = place_rows(images, args.questions, parts.mesh)
     tower = load_params(parts, parts.cfg).get(VISION) or parts.tower.params
     [times] = by_turns([lambda: see(tower, images, cfg=parts.cfg)], args.runs)

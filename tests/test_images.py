@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from medrlvr_jax.data import images
-from medrlvr_jax.data.images import Grid
+from medrlvr_jax.data import images, patches
+from medrlvr_jax.data.patches import Grid
 from medrlvr_jax.data.question import DataError
 from medrlvr_jax.model.architecture import VisionConfig
 from medrlvr_jax.model.vision import normalize
@@ -33,7 +33,7 @@ def saved(image, kind="PNG", **more):
 
 def pixels_equal(image):
     """Our patches with each frame twice, against the processor's."""
-    cut, grid = images.patches(images.read_image(saved(image)), CFG)
+    cut, grid = patches.cut_patches(images.read_image(saved(image)), CFG)
     want = theirs(images=[image], return_tensors="np")
     assert want["image_grid_thw"].tolist() == [[1, grid.rows * 2, grid.columns * 2]]
     ours = normalize(cut.reshape(-1, 588), CFG, np)
@@ -103,25 +103,25 @@ def test_refused_by_name(problem, tmp_path):
     file = tmp_path / "scan.png"
     file.write_bytes(REFUSED[problem])
     with pytest.raises(DataError, match=problem) as refused:
-        images.grid_of(str(file), CFG)
+        patches.grid_of(str(file), CFG)
     assert str(refused.value).startswith(f"{file}: ")
     with pytest.raises(DataError, match="no such image"):
-        images.grid_of(str(tmp_path / "gone.png"), CFG)
+        patches.grid_of(str(tmp_path / "gone.png"), CFG)
 
 
 def test_windows_by_hand():
     """5 × 6 image tokens are four windows of 4 × 4: 16, 8, 4 and 2 tokens."""
-    held = images.layout(Grid(5, 6), 4)
+    held = patches.window_layout(Grid(5, 6), 4)
     assert (held >= 0).sum(1).tolist() == [16, 8, 4, 2]
     assert held[0, :6].tolist() == [0, 1, 2, 3, 6, 7] and held[3].tolist() == [28, 29] + [-1] * 14
-    slots = images.token_slots((Grid(5, 6), Grid(1, 1)), CFG)
+    slots = patches.token_slots((Grid(5, 6), Grid(1, 1)), CFG)
     assert slots[[0, 4, 6, 24, 28, 29, 30]].tolist() == [0, 16, 4, 32, 48, 49, 64]
 
 
 def test_arrange_places_each_patch():
     first, second = noise(140, 168), noise(28, 56)
-    cut = lambda *row: [images.patches(image, CFG) for image in row]
-    out = images.arrange([cut(first, second), cut(second)], 6, CFG)
+    cut = lambda *row: [patches.cut_patches(image, CFG) for image in row]
+    out = patches.arrange_windows([cut(first, second), cut(second)], 6, CFG)
     assert out.pixels.shape == (2, 6, 64, 588)
     slots = out.slots[0].reshape(-1, 5)
     assert (slots[:, 0] == 0).sum() == 120 and (slots[:, 0] == 1).sum() == 24  # enlarged to 56 × 84

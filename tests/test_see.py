@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from medrlvr_jax import build, cli, evaluate, generate, load_model, sharding
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config.schema import SetConfig
-from medrlvr_jax.data import images, load
+from medrlvr_jax.data import images, load, patches
 from medrlvr_jax.data.images import thumbnail
 from medrlvr_jax.data.prompts import encode_questions
 from medrlvr_jax.data.question import DataError, Question, fingerprint, question_hash
@@ -147,23 +147,23 @@ def test_two_processes_see_what_one_sees(folder):
 
 
 def test_batches_prepared_ahead_change_nothing(folder, metrics, monkeypatch):
-    """The same bits where no batch is begun while the device works; and what is begun is what is asked for:
-    the second step, and the second half of the set in two evaluations.
+    """A run without prefetching has the same bits; and what is prefetched is what is needed next: the second
+    step, and the second half of the set in two evaluations.
     """
-    begun = []
-    monkeypatch.setattr(images.ImageSet, "begin", lambda _, asked, index: begun.append(list(index)))
+    ahead = []
+    monkeypatch.setattr(patches.ImageSet, "prefetch", lambda _, asked, index: ahead.append(list(index)))
     alone = trained(folder, name="alone")
-    assert len(begun) == 3 and begun[0] == begun[2] == [*range(8, 16)], begun
+    assert len(ahead) == 3 and ahead[0] == ahead[2] == [*range(8, 16)], ahead
     timing = ("seconds", "tokens_per_second")
     strip = lambda rows: [{k: v for k, v in row.items() if k not in timing} for row in rows]
     assert strip(alone) == strip(metrics)
     monkeypatch.undo()
     asked = load.load(SetConfig(path=str(folder / "data.jsonl")))
-    seen = images.measure(asked, build.build(configs.load(folder / "config.yaml")).cfg.vision)
+    seen = patches.measure_images(asked, build.build(configs.load(folder / "config.yaml")).cfg.vision)
     want = seen.prepare(asked, [3, 1])
-    seen.begin(asked, [3, 1])
-    seen.ahead[3, 1].result()
-    monkeypatch.setattr(images, "arrange", None)  # it is not computed again
+    seen.prefetch(asked, [3, 1])
+    seen.prefetched[3, 1].result()
+    monkeypatch.setattr(patches, "arrange_windows", None)  # it is not computed again
     got = seen.prepare(asked, [3, 1])
     assert np.array_equal(got.pixels, want.pixels) and np.array_equal(got.slots, want.slots)
 
@@ -207,7 +207,7 @@ def test_images_of_several_sizes_share_a_program(folder):
         assert see._cache_size() == before + 1
         exact = replace(nine, images=replace(nine.images, windows=9))
         tight = np.asarray(look(exact, np.arange(8)).vision.features)
-    slots = images.token_slots(nine.images.grids[-1], parts.cfg.vision)
+    slots = patches.token_slots(nine.images.grids[-1], parts.cfg.vision)
     want, got = tight[-1, slots], np.asarray(roomy)[-1, slots]
     assert len(want) == 36 and np.abs(got - want).max() < 1e-6 * np.abs(want).max()
 
@@ -315,7 +315,7 @@ def test_what_is_asked_of_the_model_sees_the_images(tower, folder):
             rows = [encoded.tokens[i] + list(end.encode()) for i, end in zip(which, ends, strict=True)]
             asked = replace(encoded, tokens=rows, ids=encoded.ids[which], width=max(map(len, rows)))
             asked = replace(
-                asked, questions=[questions[i] for i in which], images=encoded.images.taking(which)
+                asked, questions=[questions[i] for i in which], images=encoded.images.subset(which)
             )
             prompts = place_prompts(params, parts, asked, np.arange(8))
             states = jax.jit(lambda p, x: decoder.forward(p, parts.cfg, x)[0])(params, prompts)
@@ -404,10 +404,10 @@ def test_broken_images_are_refused_together(folder):
         Question(f"q{i}", "?", ("a", "b"), 0, images=(image,)) for i, image in enumerate([b"x", "gone.png"])
     ]
     with pytest.raises(DataError) as refused:
-        images.measure(asked, cfg)
+        patches.measure_images(asked, cfg)
     first, second = str(refused.value).splitlines()
     assert first.startswith("question q0: image of 1 bytes: ") and "gone.png: no such image" in second
-    assert images.measure([Question("q", "?", ("a", "b"), 0)], cfg) is None
+    assert patches.measure_images([Question("q", "?", ("a", "b"), 0)], cfg) is None
 
 
 TOWER = {"name": "tower", "model.vision": "train", "kl.into": "loss", "kl.estimator": "k3", "eval.sets": {}}
@@ -458,7 +458,7 @@ def test_texts_with_images_teach_a_random_model(folder):
     nll = [row["nll"] for row in lines(folder / "runs" / "random" / "metrics.jsonl")]
     assert nll[-1] < nll[0]
     frozen = configs.load(folder / "config.yaml", changes | {"name": "r2", "model.vision": "freeze"}, "sft")
-    with pytest.raises(ConfigError, match=r"model\.init: random: a random vision tower"):
+    with pytest.raises(ConfigError, match=r"model\.init: random: the vision tower would be random"):
         sft(frozen, data=rows)
     with pytest.raises(ConfigError, match=r"model\.vision: train: no question of data has an image"):
         config = configs.load(folder / "config.yaml", changes | {"name": "r3"}, "sft")

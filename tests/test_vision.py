@@ -32,7 +32,7 @@ from safetensors.numpy import load_file, save_file
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
-from medrlvr_jax.data import images
+from medrlvr_jax.data import patches
 from medrlvr_jax.model import decoder, export, families, lora, scoring, spec, vision
 from medrlvr_jax.model import weights as hf
 from medrlvr_jax.plan import flops
@@ -58,21 +58,23 @@ def load(path):
 
 
 def arrange(of_questions, windows, cfg):
-    return images.arrange([[images.patches(i, cfg) for i in row] for row in of_questions], windows, cfg)
+    return patches.arrange_windows(
+        [[patches.cut_patches(i, cfg) for i in row] for row in of_questions], windows, cfg
+    )
 
 
 def grids(cfg):
-    return [tuple(images.patches(image, cfg.vision)[1] for image in row) for row in pictures()]
+    return [tuple(patches.cut_patches(image, cfg.vision)[1] for image in row) for row in pictures()]
 
 
 def features(cfg, tower):
     """Of each image, one after another, as `reference` has them; and of each question, by its slots."""
     of_questions = grids(cfg)
-    windows = max(images.windows_of(row, cfg.vision) for row in of_questions)
+    windows = max(patches.window_count(row, cfg.vision) for row in of_questions)
     arranged = arrange(pictures(), windows, cfg.vision)
     seen = jax.jit(lambda p, x: vision.tower(p, cfg.vision, x, jnp.float32))(tower, arranged)
     assert np.isfinite(seen).all()
-    slots = (images.token_slots(row, cfg.vision) for row in of_questions)
+    slots = (patches.token_slots(row, cfg.vision) for row in of_questions)
     return np.concatenate([np.asarray(row)[place] for row, place in zip(seen, slots, strict=True)]), seen
 
 
@@ -84,7 +86,7 @@ def prompts_of(cfg, seen):
     of_questions = grids(cfg)
     tokens = rows([[grid.tokens for grid in row] for row in of_questions])
     ids, mask = pad(tokens)
-    placed = images.place(tokens, of_questions, seen, ids.shape[1], cfg.vision)
+    placed = patches.vision_inputs(tokens, of_questions, seen, ids.shape[1], cfg.vision)
     return Prompts(ids.astype(np.int32), mask.astype(bool), np.arange(len(ids), dtype=np.uint32), placed)
 
 
@@ -148,7 +150,7 @@ def test_gradients_of_the_tower_are_those_of_transformers(directory):
     """Through the decoder, by the tower that a trainer's pass asks where the prompts have no features."""
     pytest.importorskip("torch")
     cfg, tower, params = load(directory("qwen2_5_vl"))
-    windows = max(images.windows_of(row, cfg.vision) for row in grids(cfg))
+    windows = max(patches.window_count(row, cfg.vision) for row in grids(cfg))
     prompts = prompts_of(cfg, None).with_vision(images=arrange(pictures(), windows, cfg.vision))
     weights = loss_weights((*prompts.mask.shape, cfg.vocab), prompts.mask)
 
@@ -361,7 +363,7 @@ def test_another_image_changes_nothing(directory):
     [both, *_] = pictures()
     together = np.asarray(see(arrange([both], 8, cfg.vision)))[0]
     alone = np.asarray(see(arrange([both[1:]], 8, cfg.vision)))[0]
-    slots = images.token_slots(grids(cfg)[0], cfg.vision)
-    n = images.patches(both[1], cfg.vision)[1].tokens
+    slots = patches.token_slots(grids(cfg)[0], cfg.vision)
+    n = patches.cut_patches(both[1], cfg.vision)[1].tokens
     close(alone[:n], together[slots[-n:]])
     assert len(SIZES[0]) == 2

@@ -27,7 +27,7 @@ from medrlvr_jax.host.tables import say
 from medrlvr_jax.model import lora
 from medrlvr_jax.rewards.parse import prefix_conflict
 from medrlvr_jax.rollout.program import Program, draw_program
-from medrlvr_jax.rollout.rollout import Encoded, begin_images, encode, reorder, sample_and_score
+from medrlvr_jax.rollout.rollout import Encoded, encode, prefetch_images, reorder, sample_and_score
 from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import inputs, log
@@ -80,7 +80,7 @@ def evaluate(
         for start in range(0, n, c.batch):
             index, following = (np.arange(a, min(a + c.batch, n)) for a in (start, start + c.batch))
             if len(following):
-                begin_images(parts, encoded, np.resize(following, c.batch))
+                prefetch_images(parts, encoded, np.resize(following, c.batch))
             rows += answer_batch(parts, decode_params, encoded, index, draw, entropies)
             progress((draw * n + int(index[-1]) + 1) // draws, n)
     rows = gather_rows(rows)

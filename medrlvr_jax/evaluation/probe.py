@@ -110,7 +110,7 @@ def letter_logprobs(
         tokens=prompts,
         ids=encoded.ids[index],
         width=width(max(map(len, prompts))),
-        images=encoded.images and encoded.images.taking(index),
+        images=encoded.images and encoded.images.subset(index),
     )
     groups, length = max(options), max(len(ids) for _, letters in split for ids in letters)
     out: list[tuple[int, list[float]]] = []

@@ -7,7 +7,7 @@ windows, S = 64 slots of a window, of which those at an image's edge may be empt
 window in most layers and within the image in a few, the others within the image in all. No patch ever sees
 another image.
 
-data/images.py makes `Images` on the host; the decoder reads the features in place of its embedding.
+data/patches.py makes `Images` on the host; the decoder reads the features in place of its embedding.
 """
 
 import json

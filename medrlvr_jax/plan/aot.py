@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 
 from medrlvr_jax.build import Parts, lay_out
 from medrlvr_jax.config.schema import Config
-from medrlvr_jax.data.images import Grid, windows_of
+from medrlvr_jax.data.patches import Grid, window_count
 from medrlvr_jax.model import families, splash
 from medrlvr_jax.model_rewards import verifier_models
 from medrlvr_jax.plan import flops, hlo, machines
@@ -99,7 +99,7 @@ def image_windows(parts: Parts) -> int:
     if cfg is None or None in [config.data.fields.get(name, "") for name in ("image", "images")]:
         return 0
     side = math.isqrt(min(cfg.max_pixels // cfg.factor**2, config.prompt.max_tokens))
-    return windows_of((Grid(side, side),), cfg)
+    return window_count((Grid(side, side),), cfg)
 
 
 def bytes_per_device(tree: Any) -> float:

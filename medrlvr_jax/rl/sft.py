@@ -31,8 +31,8 @@ from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.batches import step_batch
-from medrlvr_jax.data.images import measure
 from medrlvr_jax.data.load import read, read_text, resolve_data
+from medrlvr_jax.data.patches import measure_images
 from medrlvr_jax.data.question import Question, fingerprint, image_digest
 from medrlvr_jax.data.readers import Records
 from medrlvr_jax.evaluation import evaluate
@@ -42,7 +42,7 @@ from medrlvr_jax.model import lora
 from medrlvr_jax.rl.learn import compile_learn, make_optimizer, nll_objective, offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
 from medrlvr_jax.rollout.program import Program, a_key, abstract_prompts, array, sync_program
-from medrlvr_jax.rollout.rollout import Encoded, begin_images, check_seen, place_prompts, width
+from medrlvr_jax.rollout.rollout import Encoded, check_seen, place_prompts, prefetch_images, width
 from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
@@ -82,9 +82,9 @@ def encode_pairs(parts: Parts, records: Records | None = None, show: Show = sile
     else:
         questions, how_read = read(c.data, records)
         targets = text.to_teach(tok, [text.sft_target(q, c.sft.target) for q in questions], c.prompt)
-    images = measure(questions, parts.cfg.vision) if parts.cfg.vision else None
+    images = measure_images(questions, parts.cfg.vision) if parts.cfg.vision else None
     check_seen(parts, images)
-    pads = images and images.pads()
+    pads = images and images.prompt_tokens()
     if c.sft.target == "text":
         prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, questions, pads, of_prompts)]
     else:
@@ -104,7 +104,7 @@ def encode_pairs(parts: Parts, records: Records | None = None, show: Show = sile
         len(rows) - len(fitting),
         width(max(map(len, prompts))),
         how_read=how_read,
-        images=images and images.taking(fitting),
+        images=images and images.subset(fitting),
     )
     pairs = Pairs(encoded, targets)
     require_equal(lambda: {"rows": fingerprint(pairs.rows)})
@@ -190,6 +190,6 @@ def make_job(parts: Parts, pairs: Pairs, sets: dict[str, Encoded]) -> Job:
         state=TrainState(learner, None, jax.device_put(np.float32(0), sharding.replicated(parts.mesh))),
         step=step,
         policy=lambda state: sync_weights(lora.join(base, state.policy.params)),
-        prepare=lambda step: begin_images(parts, encoded, step_batch(config, len(rows), step)),
+        prepare=lambda step: prefetch_images(parts, encoded, step_batch(config, len(rows), step)),
         programs=ahead + (sync_program(sync_weights) + evaluate.programs(parts, sets) if sets else []),
     )

@@ -40,7 +40,7 @@ from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
 from medrlvr_jax.rl.programs import Programs, make_programs
 from medrlvr_jax.rl.step import Training, step_programs, train_step
 from medrlvr_jax.rollout.program import sync_program
-from medrlvr_jax.rollout.rollout import Encoded, begin_images, check_seen, encode, reorder
+from medrlvr_jax.rollout.rollout import Encoded, check_seen, encode, prefetch_images, reorder
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.console import stage
@@ -151,7 +151,7 @@ def make_job(
         step=partial(logged_step, training, encoded),
         policy=lambda state: sync_weights(lora.join(training.frozen.base, state.policy.params)),
         programs=ahead,
-        prepare=lambda step: begin_images(
+        prepare=lambda step: prefetch_images(
             parts, encoded, step_batch(parts.config, len(encoded.questions), step)
         ),
         begin=partial(take_baselines, parts, programs.policy_rewards, start_policy, encoded),

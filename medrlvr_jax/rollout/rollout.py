@@ -17,8 +17,8 @@ import numpy as np
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import Config, SampleConfig
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.images import ImageSet, measure, place
 from medrlvr_jax.data.options import shuffled
+from medrlvr_jax.data.patches import ImageSet, measure_images, vision_inputs
 from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
 from medrlvr_jax.data.tokenizer import Progress, Tokenizer, quiet
 from medrlvr_jax.host.errors import ConfigError
@@ -72,8 +72,8 @@ class Encoded:
         prompts = text.pad_prompts(rows, self.ids[np.asarray(index)], self.width, pad_id)
         if self.images is None:
             return prompts
-        grids = self.images.taking(index).grids
-        return dataclasses.replace(prompts, vision=place(rows, grids, None, self.width, self.images.cfg))
+        grids, cfg = self.images.subset(index).grids, self.images.cfg
+        return dataclasses.replace(prompts, vision=vision_inputs(rows, grids, None, self.width, cfg))
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,14 @@ def encode(
     if config.reward.mode == "paper" and (other := next((q for q in questions if q.value is not None), None)):
         problem = f"it pays for one letter alone, and question {other.id} is not answered by one"
         raise ConfigError(f"reward.mode: paper: {problem}; set reward.mode=strict or direct")
-    images = measure(questions, vision) if vision else None
-    pads = images.pads() if images else None
+    images = measure_images(questions, vision) if vision else None
+    pads = images.prompt_tokens() if images else None
     tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt, pads, progress)
     gone = set(dropped)
     fitting = [i for i in range(len(questions)) if i not in gone]
     left, columns = [questions[i] for i in fitting], width(max(map(len, tokens), default=0))
     require_equal(lambda: {"questions": fingerprint(left), "tokens of their prompts": fingerprint(tokens)})
-    ids, seen = np.array(fitting, np.uint32), images.taking(fitting) if images else None
+    ids, seen = np.array(fitting, np.uint32), images.subset(fitting) if images else None
     again = repeats(left)
     return Encoded(left, tokens, ids, len(dropped), columns, shuffle, again, images=seen)
 
@@ -157,7 +157,7 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
     """
     mine = index[own_rows(len(index), parts.mesh)[0]].tolist()
     wanted = [shuffled(encoded.questions[i], parts.config.seed, draw) for i in mine]
-    pads = encoded.images.taking(mine).pads() if encoded.images else None
+    pads = encoded.images.subset(mine).prompt_tokens() if encoded.images else None
     rows = text.encode_questions(parts.tokenizer, wanted, parts.config.prompt, images=pads)
     limit = min(encoded.width, parts.config.prompt.max_tokens)
     questions, tokens = list(encoded.questions), list(encoded.tokens)
@@ -171,7 +171,7 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
 
 def before_response(parts: Parts, encoded: Encoded) -> Encoded:
     """The prompts without what is already given of the response, by the template or by `prefill`."""
-    pads = encoded.images.pads() if encoded.images else None
+    pads = encoded.images.prompt_tokens() if encoded.images else None
     how = {"begun": False, "images": pads}
     tokens = text.encode_questions(parts.tokenizer, encoded.questions, parts.config.prompt, **how)
     return dataclasses.replace(encoded, tokens=tokens)
@@ -240,10 +240,10 @@ def place_prompts(
     return add_features(parts, params, placed, placed_images, blank)
 
 
-def begin_images(parts: Parts, encoded: Encoded, index: np.ndarray) -> None:
-    """Have a thread prepare the images of the questions at `index`, the next batch of `place_prompts`."""
+def prefetch_images(parts: Parts, encoded: Encoded, index: np.ndarray) -> None:
+    """Prefetch the images of the questions at `index`, the next batch of `place_prompts`, in a thread."""
     if encoded.images:
-        encoded.images.begin(encoded.questions, index[own_rows(len(index), parts.mesh)[0]].tolist())
+        encoded.images.prefetch(encoded.questions, index[own_rows(len(index), parts.mesh)[0]].tolist())
 
 
 def sample_and_score(

@@ -10,7 +10,7 @@ from medrlvr_jax.build import limit_pixels
 from medrlvr_jax.config.schema import Config, SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.images import measure
+from medrlvr_jax.data.patches import measure_images
 from medrlvr_jax.data.question import Question
 from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medrlvr_jax.model.families import read_config
@@ -50,8 +50,8 @@ def image_tokens(questions: list[Question], config: Config) -> list[list[list[in
     if not any(question.images for question in questions):
         return None
     vision = limit_pixels(read_config(config.model.path), config)
-    images = measure(questions, vision) if vision else None
-    return images.pads() if images else None
+    images = measure_images(questions, vision) if vision else None
+    return images.prompt_tokens() if images else None
 
 
 def sets_of(config: Config) -> dict[str, SetConfig]:
