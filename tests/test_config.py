@@ -55,7 +55,9 @@ def test_fine_tuning_is_not_held_to_what_training_asks_of_a_rollout():
 )
 def test_a_setting_on_the_command_line_that_the_command_does_not_read_is_said(command, item, read, capsys):
     assert cli.main([command, "no.yaml", item]) == 2
-    assert (f"medrlvr {command}: {item}: this command does not read it" in capsys.readouterr().err) != read
+    assert (
+        f"medrlvr {command}: {item}: this command does not read this setting" in capsys.readouterr().err
+    ) != read
 
 
 def test_a_file_may_serve_several_commands():

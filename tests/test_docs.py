@@ -13,7 +13,7 @@ import pytest
 
 import medrlvr_jax
 from medrlvr_jax.cli import app, main
-from medrlvr_jax.cli.app import apart
+from medrlvr_jax.cli.app import split_settings
 from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 
@@ -165,7 +165,7 @@ def test_help_needs_no_jax():
         (["train"], "requires an argument"),
         (["plan", "c.yaml"], "--topology requires"),
         (["score", "a.jsonl", "--out", "b.jsonl", "--leak-penalty", "-1"], "Must be >= 0"),
-        (["plan", "quickstart", "--topology", "v5e:1x1", "--sweep", "x"], "--sweep: x must be one whole"),
+        (["plan", "quickstart", "--topology", "v5e:1x1", "--sweep", "x"], "--sweep: x must be one integer"),
         (["eval", "no.yaml", "--step", "bst"], "--step"),
     ],
 )
@@ -182,7 +182,10 @@ def test_settings_stand_before_and_after_options():
     for words in (f"c.yaml a=1 {d} b=-2", f"{d} c.yaml a=1 b=-2", f"c.yaml a=1 b=-2 {d}"):
         _, bound, _ = app.parse_args(["train", *words.split()])
         assert bound.arguments == {"config": "c.yaml", "settings": ("a=1", "b=-2"), "distributed": True}
-    assert apart(["ppo", "seeds=[0]", "grpo"], ["name=x"]) == (["ppo", "grpo"], ["name=x", "seeds=[0]"])
+    assert split_settings(["ppo", "seeds=[0]", "grpo"], ["name=x"]) == (
+        ["ppo", "grpo"],
+        ["name=x", "seeds=[0]"],
+    )
 
 
 def test_settings_are_checked_before_jax_is_imported(tmp_path):

@@ -32,7 +32,7 @@ def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
         "requires",
         lambda _: ["jax>=99", "no-such-package", "wandb; extra == 'wandb'"],
     )
-    problems = [str(f) for f in doctor._packages() if f.mark == "problem"]
+    problems = [str(f) for f in doctor._check_packages() if f.mark == "problem"]
     assert (
         "pip install 'jax>=99'" in problems[0]
         and "no-such-package is not installed" in problems[1]
@@ -41,8 +41,8 @@ def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
 
 
 def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "_model", lambda config, run: iter(()))
-    monkeypatch.setattr(doctor, "_data", lambda config: iter(()))
+    monkeypatch.setattr(doctor, "_check_model", lambda config, run: iter(()))
+    monkeypatch.setattr(doctor, "_check_data", lambda config: iter(()))
     c = config(tmp_path)
     with log.Run(c, 3) as run:
         checkpoints = checkpoint.Checkpoints(run.path / "checkpoints", CheckpointConfig(), META)
@@ -54,7 +54,7 @@ def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypat
     flip(run.path / "checkpoints" / "2" / "meta" / "metadata")
     before = sorted(tmp_path.rglob("*"))
     lines, ok = doctor.report(c)
-    assert ok and "ok       checkpoint 1 is there" in lines
+    assert ok and "ok       checkpoint 1 is complete" in lines
     assert any(
         line.startswith("warning") and "checkpoint 2 is damaged: meta/metadata does not hold" in line
         for line in lines
@@ -71,7 +71,7 @@ def test_the_weights_are_looked_at(tmp_path):
     (model / "model-00001-of-00002.safetensors").write_text("older")
     lines, ok = doctor.report(c)
     assert ok and any(
-        line.startswith("warning") and "model-00001-of-00002.safetensors: passed over" in line
+        line.startswith("warning") and "model-00001-of-00002.safetensors will not be read" in line
         for line in lines
     )
     (model / "model.safetensors").unlink()
@@ -88,7 +88,7 @@ def test_what_training_refuses_is_a_problem(tmp_path, monkeypatch):
         yield doctor.Finding("ok", "mesh")
         raise ConfigError("sample.questions: 3 must divide by 8")
 
-    monkeypatch.setattr(doctor, "_model", refuse)
+    monkeypatch.setattr(doctor, "_check_model", refuse)
     lines, ok = doctor.report(config(tmp_path))
     assert not ok and "problem  sample.questions: 3 must divide by 8" in lines
 
@@ -101,7 +101,8 @@ def test_data_reward_and_trackers_are_looked_at(tmp_path):
         assert not ok and message in problem
     lines, ok = doctor.report(load(QUICKSTART, ["prompt.max_tokens=45", changes[-1]]))
     assert ok and any(
-        re.match(r"warning  data: \d+ dropped as too long; raise prompt.max", line) for line in lines
+        re.match(r"warning  data: \d+ prompts are too long and dropped; raise prompt.max", line)
+        for line in lines
     )
     assert any(line.startswith("warning  eval.sets.out_of_distribution: ") for line in lines)
 
@@ -128,5 +129,5 @@ def test_data_shows_what_the_model_is_given(tmp_path):
 def test_room_for_the_checkpoints(tmp_path, monkeypatch, size, enough):
     # two are kept, one is written
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("usage", (), {"free": 3 * 20_000}))
-    finding = doctor._room(config(tmp_path), size)
+    finding = doctor._check_space(config(tmp_path), size)
     assert (finding.mark == "ok") == enough

@@ -45,7 +45,7 @@ def test_what_it_writes_passes_the_doctor(tmp_path, capsys, monkeypatch):
     assert cli.main(["init", str(file), "--data", "embedded:train"]) == 0
     assert "problem" not in capsys.readouterr().out
     assert cli.main(["init", str(tmp_path / "b.yaml")]) == 2
-    assert "--data: needed" in capsys.readouterr().err
+    assert "--data: required" in capsys.readouterr().err
 
 
 def test_it_asks_on_a_terminal(monkeypatch):
@@ -53,8 +53,8 @@ def test_it_asks_on_a_terminal(monkeypatch):
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
     monkeypatch.setattr("builtins.input", lambda text: next(replies))
     given = dict.fromkeys(("model", "data", "test", "algorithm", "lora", "devices"))
-    with pytest.raises(ConfigError, match="--devices: x: a whole number is needed"):
-        init.answers(**given)
+    with pytest.raises(ConfigError, match="--devices: x: must be an integer"):
+        init.get_answers(**given)
     replies = iter(["", "train.jsonl", "", "ppo", "yes"])
-    a = init.answers(**given | {"devices": 4})
+    a = init.get_answers(**given | {"devices": 4})
     assert a == init.Answers("embedded", "train.jsonl", None, "ppo", True, 4)

@@ -406,7 +406,7 @@ GOOD = {"completion": "<think>x</think><answer>C</answer>", "answer": "C", "opti
         (b"[" * 100_000, "nested too deep"),
         (b"[]", r"\[\] is not an object with fields"),
         (json.dumps(GOOD)[:-1].encode() + b', "answer": "D"}', "field 'answer' is given twice"),
-        (json.dumps(GOOD | {"completion": None}).encode(), "field completion: None is not a text"),
+        (json.dumps(GOOD | {"completion": None}).encode(), "field completion: None is not a string"),
         (
             json.dumps({"answer": "C", "options": FOUR}).encode(),
             r"field completion: None .* the line has \['answer', 'options'\]",
@@ -468,7 +468,7 @@ def test_file_is_never_overwritten(tmp_path):
     assert target.read_text() == '{"reward": 1.0, "format_ok": true, "answer": "C", "reason": "correct"}\n'
     with pytest.raises(DataError, match=r"No such file.*give a JSONL file of completions"):
         score_file(tmp_path / "none.jsonl", tmp_path / "new.jsonl", RewardConfig())
-    with pytest.raises(DataError, match="its folder does not exist"):
+    with pytest.raises(DataError, match="the folder does not exist"):
         score_file(source, tmp_path / "none" / "new.jsonl", RewardConfig())
 
 

@@ -155,7 +155,7 @@ def test_replay(run, folder, capsys):
     said = capsys.readouterr()
     assert (
         tables.visible(sample["completion"]) in said.out
-        and "exactly what was logged" in said.out
+        and "---- equal to the log" in said.out
         and "trained again" not in said.err
     )
     assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
@@ -170,7 +170,7 @@ def test_replay(run, folder, capsys):
     said = capsys.readouterr()
     assert (
         "training steps 1 to 1 again" in said.err
-        and 'NOT what was logged:\n    completion: "another" there\n        reward: 0.5 there' in said.out
+        and 'NOT equal to the log, which has:\n    completion: "another"\n        reward: 0.5' in said.out
     )
     assert (
         main("replay", copy, "--step", 1, "--row", 1) == 0 and "nothing to compare" in capsys.readouterr().out

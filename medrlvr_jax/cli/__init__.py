@@ -1,8 +1,8 @@
 """The command line: `medrlvr COMMAND …`, the same as `python -m medrlvr_jax COMMAND …`.
 
-Each command is a typed function: cyclopts makes its parser and its help from the signature and the docstring.
-A command imports what it needs, the settings and JAX, when it runs: so `--help` and a refusal come at once.
-`main` runs one command, and is the one place where errors become exit statuses.
+Each command is a typed function. cyclopts makes its parser and its help from signature and docstring. A
+command imports settings and JAX only when it runs, so that `--help` and error messages appear at once. `main`
+runs one command and turns errors into exit statuses.
 """
 
 import inspect
@@ -11,23 +11,23 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from cyclopts import App
 
-from medrlvr_jax.cli import create, evaluate, examine  # noqa: F401  (each registers its commands)
+from medrlvr_jax.cli import create, evaluate, examine  # noqa: F401  (they register their commands)
 from medrlvr_jax.cli.app import app
 from medrlvr_jax.host import environment
 from medrlvr_jax.host.errors import ConfigError, MedrlvrError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0 done, 1 failed, 2 unusable input; its help has others."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal whose encoding lacks … or β shows \\u2026 instead
+    """Run one command. Return its exit status: 0 done, 1 failed, 2 invalid input, or as its help says."""
+    for stream in (sys.stdout, sys.stderr):  # print \\u2026 if the terminal's encoding has no …
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
-    function, arguments, _ = app.parse_args(argv)  # unusable arguments end the process here, with status 2
+    function, arguments, _ = app.parse_args(argv)  # invalid arguments end the process here with status 2
     if not function.__module__.startswith(__name__):  # --help, --version
         function(*arguments.args, **arguments.kwargs)
         names, _, _ = app.parse_commands(argv)
@@ -39,37 +39,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     from medrlvr_jax.config import check
 
     name, distributed = function.__name__.strip("_"), bool(arguments.arguments.get("distributed"))
-    environment.prepare(cache=not distributed)  # JAX would fill one process's cache, and the others wait
+    # Without a cache if distributed: JAX would let one process compile first, and the others would wait.
+    environment.prepare(cache=not distributed)
     for setting in arguments.arguments.get("settings", ()):
         if not check.reads(name, setting.partition("=")[0]):
-            print(f"medrlvr {name}: {setting}: this command does not read it", file=sys.stderr)
+            print(f"medrlvr {name}: {setting}: this command does not read this setting", file=sys.stderr)
     try:
-        with together() if distributed else stopped_without_traceback():
+        with _process_context(distributed):
             return function(*arguments.args, **arguments.kwargs)
     except MedrlvrError as e:
         print(f"medrlvr {name}: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
 
 
-@contextmanager
-def together() -> Iterator[None]:
-    """Run as one of several processes."""
+def _process_context(distributed: bool) -> AbstractContextManager[None]:
+    if not distributed:
+        return exit_on_interrupt()
     from medrlvr_jax.host.processes import distributed_run
 
-    with distributed_run():
-        yield
+    return distributed_run()
 
 
 @contextmanager
-def stopped_without_traceback() -> Iterator[None]:
-    """While no other handler takes it (see `runs.log.Run`), Ctrl-C ends the process at once.
+def exit_on_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, unless a run handles it (`runs.log.Run`).
 
-    Python's own handler would raise KeyboardInterrupt and wait until XLA's threads have compiled.
+    Python's own handler would raise KeyboardInterrupt and wait until XLA's threads have finished compiling.
     """
 
     def stop(number: int, _: object) -> None:
         sys.stdout.flush()
-        # in place of the progress line, which hides the cursor and would be drawn again below a print
+        # Erase the progress line and show the cursor again. A print would draw the progress line once more.
         clear = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else "\n"
         os.write(2, f"{clear}stopped at once\n".encode())
         os._exit(128 + number)

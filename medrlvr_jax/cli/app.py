@@ -1,4 +1,4 @@
-"""The app that commands register in, the types of their arguments, and what several commands do."""
+"""The app in which commands are registered, the types of their arguments, and shared helpers."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,11 +27,11 @@ app = App(
     group_parameters=Group("Options"),
 )
 
-CONFIG = "The config: a YAML file of settings, or the name of a preset, such as quickstart."
-SOURCE = "A run's folder; or a config, which stands for the model that it names."
-SETTINGS = "Replace settings of the file: a.b=value, such as sample.temperature=0.8. Values are YAML."
-DISTRIBUTED = "Run as one of several processes that run this same command together."
-STEP = "The run's checkpoint to take. Default: the newest."
+CONFIG = "A YAML file of settings, or the name of a preset, such as quickstart."
+SOURCE = "A run's folder, or a config whose model.path names the model."
+SETTINGS = "Override settings: a.b=value, such as sample.temperature=0.8. Values are YAML."
+DISTRIBUTED = "Run as one of several processes. Each of them runs this same command."
+STEP = "The step of the run's checkpoint to use. Default: the newest."
 Config = Annotated[str, Parameter(help=CONFIG)]
 Source = Annotated[Path, Parameter(help=SOURCE)]
 Run = Annotated[Path, Parameter(help="A run's folder, such as runs/quickstart.")]
@@ -39,26 +39,26 @@ Settings = Annotated[str, Parameter(help=SETTINGS)]
 Step = Annotated[int | Literal["best"] | None, Parameter(metavar="N|best", show_choices=False, help=STEP)]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 Distributed = Annotated[Flag, Parameter(help=DISTRIBUTED)]
-Whole = Annotated[int, Parameter(metavar="N")]
+Integer = Annotated[int, Parameter(metavar="N")]
 Penalty = Annotated[float, Parameter(metavar="X", validator=Number(gte=0, lt=math.inf))]
 Paths = Annotated[Path, Parameter(required=True)]  # one or more
-# The words up to the next option, among which settings may stand: see `apart`.
+# All words up to the next option. Settings may be among them: see `split_settings`.
 Words = Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)]
 
 
 def command(group: Group) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Register a function as a command. `--help` lists a group's in the order of their file."""
+    """Register a function as a command. `--help` lists a group's commands in the order of their code."""
     return lambda function: app.command(function, group=group, sort_key=function.__code__.co_firstlineno)
 
 
-def apart(words: list[str] | None, settings: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The values of an option that takes several words, and all settings, also those among the words."""
+def split_settings(words: list[str] | None, settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split an option's words into its values and settings `a.b=value`, which are added to `settings`."""
     words = words or []
     return [word for word in words if "=" not in word], [*settings, *(word for word in words if "=" in word)]
 
 
 def load(config: Any, settings: Sequence[str] = (), command: str | None = None) -> "schema.Config":
-    """The checked settings, before JAX is imported, which takes seconds: see `config.load.load`."""
+    """Load and check settings by `config.load.load`, before the slow import of JAX."""
     from medrlvr_jax.config import load as configs
 
     return configs.load(config, settings, command)

@@ -1,17 +1,31 @@
-"""The commands that make a model: init, train, sft, reproduce."""
+"""The commands that train models: init, train, sft, reproduce."""
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from medrlvr_jax.cli.app import TRAIN, Config, Distributed, Flag, Settings, Whole, Words, apart, command, load
+from medrlvr_jax.cli.app import (
+    TRAIN,
+    Config,
+    Distributed,
+    Flag,
+    Integer,
+    Settings,
+    Words,
+    command,
+    load,
+    split_settings,
+)
+from medrlvr_jax.runs.console import stage
+
+REPRODUCE_SETTINGS = "Override settings of every cell or fields of the file: a.b=value, such as seeds=[0]."
 
 
 def finish(summary: dict[str, Any], folder: Path) -> int:
-    """Print a run's end and write its page, if it came to its end; other processes than 0 have none. A run
-    that a signal stopped has its exit status, and its console has said so.
+    """Print a finished run's results and write its report. Return the exit status.
+
+    Only process 0 has a summary. The summary of an interrupted run holds only an exit status.
     """
     from medrlvr_jax.host.tables import say
     from medrlvr_jax.report.ending import ending
@@ -21,13 +35,6 @@ def finish(summary: dict[str, Any], folder: Path) -> int:
         write_page([folder], folder / "report.html")
         say(ending(summary, folder))
     return int(summary.get("exit_status", 0))
-
-
-def starting_jax() -> AbstractContextManager[Any]:
-    """Says what takes seconds before a run's first line."""
-    from medrlvr_jax.runs.console import stage
-
-    return stage("starting JAX")
 
 
 @command(TRAIN)
@@ -40,35 +47,36 @@ def init(
     test: str | None = None,
     algorithm: Literal["grpo", "ppo"] | None = None,
     lora: bool | None = None,
-    devices: Whole | None = None,
+    devices: Integer | None = None,
 ) -> int:
     """Write a config for your own model, data and machine.
 
-    Asks for what is not given, if it runs in a terminal. The config has
-    comments, and is checked as `medrlvr doctor` does.
+    In a terminal it asks for each option that is not given. The config
+    contains comments. It is checked as by `medrlvr doctor`.
 
         medrlvr init mine.yaml --model Qwen/Qwen2.5-3B --data train.jsonl
 
     Args:
-        file: The config to write. The run is named after it.
+        file: The config to write. The run gets the name of this file.
         model: A Hugging Face directory, a hub name, or embedded (the default).
         data: The training questions: a file, a hub name, or embedded:train.
         test: The questions to evaluate on. Default: none.
-        algorithm: Default: grpo.
-        lora: Train adapters beside frozen weights, which needs far less memory. Default: all weights.
-        devices: Number of GPUs or TPU chips. 0, the default: the CPU.
+        algorithm: The algorithm. Default: grpo.
+        lora: Train LoRA adapters, which needs much less memory. Default: train all weights.
+        devices: Number of GPUs or TPU chips. 0 stands for the CPU and is the default.
     """
     from medrlvr_jax.tools import init as start
 
-    machine = {"lora": lora, "devices": devices}
-    answers = start.answers(model=model, data=data, test=test, algorithm=algorithm, **machine)
+    options = {"model": model, "data": data, "test": test, "algorithm": algorithm}
+    answers = start.get_answers(**options, lora=lora, devices=devices)
     start.write_config(file, answers)
     from medrlvr_jax.tools.doctor import report
 
-    lines, ok = report(load(file)) if answers.is_here() else ([], True)
+    here = answers.for_this_machine()
+    lines, ok = report(load(file)) if here else ([], True)
     print("\n".join(line for line in lines if not line.startswith("ok")))
-    first = "" if answers.is_here() else f"  medrlvr doctor {file}  # on the machine that it is for\n"
-    print(f"{file} is written. Next:\n{first}  medrlvr data {file}\n  medrlvr train {file}")
+    first = "" if here else f"  medrlvr doctor {file}  # on the machine that will train\n"
+    print(f"{file} was written. Next:\n{first}  medrlvr data {file}\n  medrlvr train {file}")
     return 0 if ok else 1
 
 
@@ -82,12 +90,12 @@ def train(config: Config, /, *settings: Settings, distributed: Distributed = Fal
 
     First run (5 minutes on two cores):
         medrlvr train configs/quickstart.yaml
-    Change settings, under another name:
+    Change settings and give the run another name:
         medrlvr train configs/quickstart.yaml sample.temperature=0.8 name=mine
-    Resume: give the same command again; it goes on from the newest checkpoint.
+    Resume: run the same command again. It continues from the newest checkpoint.
     """
     checked = load(config, settings, "train")
-    with starting_jax():
+    with stage("starting JAX"):
         from medrlvr_jax.rl.train import train
 
     return finish(train(checked), Path(checked.runs, checked.name))
@@ -97,13 +105,13 @@ def train(config: Config, /, *settings: Settings, distributed: Distributed = Fal
 def sft(config: Config, /, *settings: Settings, distributed: Distributed = False) -> int:
     """Fine-tune a model on right answers, on rationales, or on text.
 
-    The setting sft.target chooses which. The run writes runs/NAME/, as
-    `medrlvr train` does; the same command again resumes it.
+    The setting sft.target selects the target. The run writes into runs/NAME/,
+    as with `medrlvr train`. The same command resumes it.
 
         medrlvr sft configs/pretrain_lists.yaml
     """
     checked = load(config, settings, "sft")
-    with starting_jax():
+    with stage("starting JAX"):
         from medrlvr_jax.rl.sft import sft
 
     return finish(sft(checked), Path(checked.runs, checked.name))
@@ -113,32 +121,31 @@ def sft(config: Config, /, *settings: Settings, distributed: Distributed = False
 def reproduce(
     file: str,
     /,
-    *settings: Settings,
-    jobs: Whole = 1,
+    *settings: Annotated[str, Parameter(help=REPRODUCE_SETTINGS)],
+    jobs: Integer = 1,
     only: Annotated[Words, Parameter(metavar="ARM")] = None,
     dry_run: Flag = False,
 ) -> int:
     """Train and evaluate all arms of a comparison over several seeds.
 
-    Each arm with each seed is a cell: an ordinary run in runs/NAME/ARM-SEED/,
-    evaluated like all others. Results: table.md, table.json and curves.png in
+    Each pair of an arm and a seed is a cell: an ordinary run in the folder
+    runs/NAME/ARM-SEED/. The results are table.md, table.json and curves.png in
     runs/NAME/. The same command again skips finished cells, resumes stopped
-    ones, and refuses a cell whose settings have changed.
+    cells, and refuses a cell whose settings have changed.
 
         medrlvr reproduce configs/reproduce_tiny.yaml --jobs 2
         medrlvr reproduce configs/reproduce_tiny.yaml seeds=[0] --only ppo grpo
         medrlvr reproduce configs/reproduce_tiny.yaml name=mine model.path=DIR
 
-    Exit status: 0 done, 1 a cell failed, 2 unusable input, 130 stopped.
+    Exit status: 0 done, 1 a cell failed, 2 invalid input, 130 stopped.
 
     Args:
-        file: The file of arms, such as configs/reproduce_tiny.yaml.
-        settings: Settings of every cell, or fields of the file: a.b=value, such as seeds=[0].
-        jobs: Number of cells that run at a time, each on its share of the cores.
-        only: Run only these arms, and those that they start from.
-        dry_run: Check the settings of every cell and say how far it is. Run nothing.
+        file: The file that describes the arms, such as configs/reproduce_tiny.yaml.
+        jobs: Number of cells that run at the same time. They share the cores equally.
+        only: Run only these arms and the arms that they start from.
+        dry_run: Run nothing. Check the settings of every cell and print its progress.
     """
     from medrlvr_jax.studies.reproduce import reproduce
 
-    arms, every = apart(only, settings)
-    return reproduce(file, every, arms, jobs, dry_run)
+    arms, overrides = split_settings(only, settings)
+    return reproduce(file, overrides, arms, jobs, dry_run)

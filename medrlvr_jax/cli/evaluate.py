@@ -1,4 +1,4 @@
-"""The commands that ask a model, or compare answers: eval, probe, compare, difficulty, contamination."""
+"""The commands that evaluate and compare: eval, probe, compare, difficulty, contamination."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ from medrlvr_jax.cli.app import (
     EVALUATE,
     Distributed,
     Flag,
+    Integer,
     Paths,
     Settings,
     Source,
     Step,
-    Whole,
     command,
     load,
 )
@@ -26,21 +26,22 @@ def eval_(
     out: Path | None = None,
     distributed: Distributed = False,
 ) -> int:
-    """Answer the questions of eval.sets, and report accuracies.
+    """Answer the questions of eval.sets and report accuracies.
 
-    Prints accuracy and format rate with 95 % intervals over questions, entropy
-    per token, accuracy by subject, and how often each letter is answered and
-    is right. With eval.samples above 1 also pass@k, pass@k beyond chance, and
-    maj@k. A set that holds exact repeats is also counted without them.
+    It prints accuracy and format rate with 95 % intervals over questions,
+    entropy per token, accuracy by subject, and how often each letter is given
+    and is right. With eval.samples above 1 it also prints pass@k, pass@k above
+    chance and maj@k. If a set contains exact repeats, it also prints the
+    accuracy without them.
 
-    Writes one JSONL of answers for each set, and eval.json: all results, the
-    settings, the prompt's wording, and hashes of questions and prompts.
+    It writes a JSONL file of answers for each set, and eval.json with all
+    results, the settings, the prompt, and hashes of questions and prompts.
 
         medrlvr eval runs/quickstart
         medrlvr eval runs/quickstart eval.samples=16 eval.temperature=1
 
     Args:
-        out: The folder to write. Default: RUN/eval-STEP.
+        out: The output folder. Default: RUN/eval-STEP.
     """
     load(source, settings, "eval")
     from medrlvr_jax.evaluation.evaluate import evaluate_source
@@ -60,16 +61,16 @@ def probe(
 ) -> int:
     """Test whether the model's reasoning changes its answers.
 
-    The model answers the questions of eval.sets greedily. Then it must answer
-    at once (by its most probable letter) after the first 0, 25, 50, 75 and
-    100 % of its own thought, and after the thought on another question. If
-    that does not change the accuracy, the thought does no work. InfoGain
-    (arXiv 2506.02126) says how much each sentence raises the probability of
-    the right answer.
+    The model answers the questions of eval.sets greedily. Then its reasoning
+    is cut after 0, 25, 50, 75 and 100 %, or replaced by the reasoning on
+    another question, and the most probable letter is taken as the answer. If
+    the accuracy does not change, the answers do not depend on the reasoning.
+    InfoGain (arXiv 2506.02126) measures how much each sentence raises the
+    probability of the right answer.
 
     Args:
-        out: The folder to write: one JSONL for each set, and probe.json. Default: RUN/probe-STEP.
-        scorer: The model that computes InfoGain: a directory or hub name. Compare models by the same one.
+        out: The output folder, with a JSONL file for each set and probe.json. Default: RUN/probe-STEP.
+        scorer: The model that computes InfoGain, the same for all models to compare: a directory or hub name.
     """
     load(source, settings, "probe")
     from medrlvr_jax.evaluation.probe import probe_source
@@ -79,23 +80,27 @@ def probe(
 
 @command(EVALUATE)
 def compare(a: Path, b: Path, /, *more: Path, anyway: Flag = False, json: Flag = False) -> int:
-    """Compare two runs, or two evaluations, on the same questions by paired tests; or several in one table.
+    """Compare two or more runs or evaluations on the same questions.
+
+    Two are compared by paired tests. For three and more, a table shows each
+    one's gain over the first, by set and subject.
 
         medrlvr compare runs/quickstart runs/quickstart_grpo
-        medrlvr compare runs/base runs/ct runs/mri              # by set and subject: train × test
+        medrlvr compare runs/base runs/ct runs/mri
 
-    Of a run, the newest evaluation is taken; one that has none is evaluated
-    first, as `medrlvr eval` does. Questions are paired by id and content. p comes from McNemar's exact test
-    where each question has one answer, otherwise from a t test over questions.
-    Evaluations that differ in questions, prompt, number of samples, decoding
-    or rule are refused, since then more than the model differs.
+    A run is represented by its newest evaluation. A run without one is
+    evaluated first, as with `medrlvr eval`. Questions are paired by id and
+    content. p comes from McNemar's exact test if each question has one answer,
+    else from a t test over questions. Evaluations that differ in questions,
+    prompt, number of samples, decoding or rule are refused, because then not
+    only the model differs.
 
     Args:
-        a: A run's folder, or one that `medrlvr eval` wrote, such as runs/quickstart/eval-32.
-        b: The other model's.
-        more: Further ones. The table then has the gains of all over the first.
-        anyway: Compare the questions that are in both, although more than the model differs.
-        json: Print everything as one JSON object, with pass@k, majority and letters.
+        a: A run's folder, or a folder of `medrlvr eval`, such as runs/quickstart/eval-32.
+        b: The folder of the second model.
+        more: The folders of further models.
+        anyway: Compare the questions that both have, although not only the model differs.
+        json: Print all results as one JSON object, with pass@k, maj@k and letters.
     """
     from medrlvr_jax.evaluation import compare as paired
     from medrlvr_jax.host.files import jsonl
@@ -119,24 +124,28 @@ def difficulty(
     /,
     *settings: Settings,
     step: Step = None,
-    samples: Whole = 16,
+    samples: Integer = 16,
     history: Flag = False,
     out: Path | None = None,
     distributed: Distributed = False,
 ) -> int:
     """Count how many samples are right for each training question.
 
-    Samples the questions of `data` as in training. The file that it writes
-    chooses training questions, here those with 1 to 7 right samples, or orders
-    them (order: easy_first):
+    It samples answers to the questions of `data` as training does. The file
+    that it writes can order the training questions or select some of them,
+    for example those with 1 to 7 right samples:
         medrlvr train CONFIG.yaml 'data.pass_count={file: FILE, keep: [1, 7]}'
-    An interrupted count continues with the same command.
+    The same command continues an interrupted count.
+
+    With --history it samples nothing. It computes the variance (1-shot RLVR)
+    and the impact (LIMR) of each question from the run's questions.jsonl:
+        medrlvr train CONFIG.yaml \
+            'data.pass_count={file: FILE, order: variance, top: 16}'
 
     Args:
         samples: Number of samples for each question.
-        history: Sample nothing: compute each question's variance (1-shot RLVR) and impact (LIMR) from the
-            run's questions.jsonl, for data.pass_count={file: FILE, order: variance, top: 16}.
-        out: The JSONL to write. Default: RUN/difficulty-STEP.jsonl, with --history RUN/history.jsonl.
+        history: Compute variance and impact from the run's questions.jsonl.
+        out: The output file. Default: RUN/difficulty-STEP.jsonl, or RUN/history.jsonl with --history.
     """
     load(source, settings, "difficulty")
     from medrlvr_jax.evaluation.difficulty import difficulty_source, from_history
@@ -148,17 +157,17 @@ def difficulty(
 
 @command(EVALUATE)
 def contamination(*sets: Paths, eval: Path | None = None, out: Path | None = None) -> int:
-    """Find test questions that the training set holds too, exactly or nearly.
+    """Find test questions that are also in the training set, exactly or nearly.
 
     Two questions match if their stems have the same words, or if the longer
-    stem holds more than half of the shorter one's 8-grams (those of over 1 %
-    of the stems do not count). Short stems must also share an option. The
-    training set is compared with itself as well.
+    stem contains more than half of the shorter stem's 8-grams. 8-grams that
+    are in over 1 % of the stems do not count. Short stems must also have an
+    option in common. Repeats inside the training set are reported too.
 
     Args:
-        sets: Files of questions: training set, then test sets. Or one config: its data against its eval.sets.
-        eval: A folder that `medrlvr eval` wrote: print its accuracies with and without matching questions.
-        out: The JSON file to write: every matching question, and the training question that it is like.
+        sets: The file of the training set, then files of test sets. Or one config, with data and eval.sets.
+        eval: A folder of `medrlvr eval`. Its accuracies are printed with and without the matching questions.
+        out: The JSON file to write. It lists every matching question with its training question.
     """
     from medrlvr_jax.evaluation import contamination as overlap
     from medrlvr_jax.host.tables import say
@@ -167,5 +176,5 @@ def contamination(*sets: Paths, eval: Path | None = None, out: Path | None = Non
     say(overlap.show(result))
     if out:
         write_json(out, result)
-        print(f"questions: {out}")
+        print(f"matching questions: {out}")
     return 0

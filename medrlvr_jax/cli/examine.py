@@ -1,4 +1,4 @@
-"""The commands that check and show: doctor, data, plan, report, watch, replay, score, export."""
+"""The commands that check, show and export: doctor, data, plan, report, watch, replay, score, export."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,28 +10,28 @@ from medrlvr_jax.cli.app import (
     Config,
     Distributed,
     Flag,
+    Integer,
     Paths,
     Penalty,
     Run,
     Settings,
     Step,
-    Whole,
     Words,
-    apart,
     command,
     load,
+    split_settings,
 )
 from medrlvr_jax.host.errors import ConfigError
 
 
 @command(INSPECT)
 def doctor(config: str | None = None, /, *settings: Settings) -> int:
-    """Check packages, devices, memory and disk; with a config also its model and run.
+    """Check packages, devices, memory and disk. With a config, also check its run.
 
-    Exit status: 0 all is well, 1 there are problems, 2 unusable input.
+    Exit status: 0 no problems, 1 problems, 2 invalid input.
 
     Args:
-        config: Also check what this config needs.
+        config: A config, whose model, data, rewards and checkpoints are checked too.
     """
     checked = load(config, settings) if config else None
     from medrlvr_jax.tools.doctor import report
@@ -42,12 +42,13 @@ def doctor(config: str | None = None, /, *settings: Settings) -> int:
 
 
 @command(INSPECT)
-def data(config: Config, /, *settings: Settings, prompts: Whole = 2) -> int:
-    """Show how the sets of a config are read, and what the model is given.
+def data(config: Config, /, *settings: Settings, prompts: Integer = 2) -> int:
+    """Show how the data sets of a config are read and what the prompts look like.
 
-    For the training set and each of eval.sets: number of questions, letters of
-    the keys, repeats, what was not read, tokens of the prompts, how many are
-    dropped, and the first prompts as the model gets them. Loads no weights.
+    For the training set and each set of eval.sets it shows the number of
+    questions, the distribution of right letters, repeats, records that were
+    not read, prompt lengths in tokens, the number of dropped prompts, and the
+    first prompts with all special tokens. It loads no weights.
 
         medrlvr data quickstart
         medrlvr data CONFIG.yaml data.path=mine.jsonl --prompts 5
@@ -71,30 +72,30 @@ def plan(
     topology: Annotated[str, Parameter(metavar="CHIP:SHAPE")],
     sweep: Annotated[Words, Parameter(metavar="N")] = None,
     quick: Flag = False,
-    questions: Whole | None = None,
+    questions: Integer | None = None,
     json: Flag = False,
 ) -> int:
-    """Predict whether a training fits a machine, and how fast it can be.
+    """Predict whether a training fits on a machine, and how fast it can be.
 
-    Compiles every program of a training step with that machine's compiler,
-    from shapes alone: no accelerator, no weights and no network are needed.
+    It compiles every program of a training step with that machine's compiler,
+    from shapes only. It needs no accelerator, no weights and no network.
 
         medrlvr plan configs/medqa_ppo_qwen2.5_3b.yaml --topology v5e:4x4
 
-    Exit status: 0 it fits, 3 it does not fit, 2 unusable input.
+    Exit status: 0 it fits, 2 invalid input, 3 it does not fit.
 
     Args:
-        topology: The machine: v5e:4x4, v5p:4x4x4, v6e:8x8, l4:1, h200:8; h100:2x8 is 2 nodes of 8 GPUs.
-        sweep: Try up to N (8) combinations of mesh, micro-batch and remat.
-        quick: Compile with least effort: minutes less; memory is near, times are too high.
-        questions: Size of the training set, if it is not on this machine: gives the length of the training.
-        json: Print everything as one JSON object.
+        topology: The machine: v5e:4x4, v5p:4x4x4, v6e:8x8, l4:1, h200:8. h100:2x8 has 2 nodes of 8 GPUs.
+        sweep: Try up to N combinations of mesh, micro-batch and remat. N is 8 if no number is given.
+        quick: Compile faster, with less optimisation. Memory is approximate, and times are too high.
+        questions: Size of the training set, to predict the length of the training if the set is not here.
+        json: Print all results as one JSON object.
     """
-    sizes, every = apart(sweep, settings)
+    sizes, overrides = split_settings(sweep, settings)
     if len(sizes) > 1 or not all(size.isdecimal() for size in sizes):
-        raise ConfigError(f"--sweep: {' '.join(sizes)} must be one whole number, such as --sweep 8")
+        raise ConfigError(f"--sweep: {' '.join(sizes)} must be one integer, such as --sweep 8")
     attempts = 0 if sweep is None else int((sizes or ["8"])[0])
-    checked = load(config, every, "plan")
+    checked = load(config, overrides, "plan")
     from medrlvr_jax.plan.plan import run
 
     return run(checked, topology, attempts, json, questions, quick)
@@ -102,19 +103,19 @@ def plan(
 
 @command(INSPECT)
 def report(*runs: Paths, out: Path = Path("report.html")) -> int:
-    """Show one or several runs as a page: accuracies, curves, alarms, samples.
+    """Write a page on one or more runs: accuracies, curves, alarms, samples.
 
-    The page is one self-contained HTML file, with the answers of two
-    evaluations side by side. Runs that differ only in their seed are one curve
-    with a band. The runs need not be finished. A run that came to its end has
-    its page already, in RUN/report.html.
+    The page is one self-contained HTML file. It also shows the answers of two
+    evaluations side by side. Runs that differ only in the seed share a curve
+    with a band. The runs need not be finished. A finished run already has its
+    page in RUN/report.html.
 
     Args:
-        runs: Folders of runs, or of evaluations, which become bars beside the runs.
-        out: The page, such as report.html; or OUT.png, the curves as a picture.
+        runs: Folders of runs or of evaluations. Evaluations are shown as bars.
+        out: The file to write: .html for the page, or .png for a picture of the curves.
     """
     if out.suffix not in (".html", ".png"):
-        raise ConfigError(f"--out: {out} must end in .html, for the page, or in .png, for the curves alone")
+        raise ConfigError(f"--out: {out} must end in .html for the page, or in .png for the curves")
     if not out.resolve().parent.is_dir():
         raise ConfigError(f"--out: the folder of {out} does not exist; make it first")
     if out.suffix == ".png":
@@ -127,54 +128,55 @@ def report(*runs: Paths, out: Path = Path("report.html")) -> int:
 
 
 @command(INSPECT)
-def watch(*runs: Paths, host: str = "127.0.0.1", port: Whole = 8787) -> int:
-    """Show runs as a page in the browser that follows them while they go on.
+def watch(*runs: Paths, host: str = "127.0.0.1", port: Integer = 8787) -> int:
+    """Serve the report page of runs and update it while they train.
 
-    Serves the page of `medrlvr report` on this machine, for the named runs
-    alone; the page takes no commands. A run that has not begun is awaited.
-    Ctrl-C ends it. From a far machine:
+    The page of `medrlvr report` shows only the named runs, and nothing can be
+    changed from it. A run that has not started yet appears once it starts.
+    Press Ctrl-C to stop. To see the page of a remote machine:
         ssh -L 8787:127.0.0.1:8787 HOST
 
     Args:
-        runs: Folders of runs, or of evaluations.
-        host: The address to serve on. Others than the default let other machines read the page.
-        port: The port; 0 takes a free one.
+        runs: Folders of runs or of evaluations.
+        host: The address to serve on. With the default only this machine can read the page.
+        port: The port. 0 selects a free one.
     """
     from medrlvr_jax.report.watch import server
 
     with server(list(runs), host, port) as serving:
-        print(f"http://{host}:{serving.server_port}/  (Ctrl-C ends it)", flush=True)
+        print(f"http://{host}:{serving.server_port}/  (press Ctrl-C to stop)", flush=True)
         for run in runs:
             if not run.exists():
-                print(f"{run} does not exist yet; the page shows it once it begins", flush=True)
+                print(f"{run} does not exist yet; the page will show it once it starts", flush=True)
         serving.serve_forever()
     return 0
 
 
 @command(INSPECT)
-def replay(run: Run, /, *settings: Settings, step: Whole, row: Whole) -> int:
-    """Draw a completion of a run again, and compare it with the log.
+def replay(run: Run, /, *settings: Settings, step: Integer, row: Integer) -> int:
+    """Sample a completion of a run again and compare it with the log.
 
-    Seed, step, question and sample determine the noise of each completion, so
-    it can be drawn again from checkpoint STEP - 1 (for step 1: the start). If
-    that was not kept, the steps from the newest earlier checkpoint are trained
-    again first, which takes as long as it took then. Nothing is written.
+    The noise of a completion depends only on seed, step, question and sample,
+    so it can be sampled again from checkpoint STEP - 1, or from the initial
+    model for step 1. If that checkpoint was not kept, the steps after the
+    newest earlier one are trained again first, which takes as long as before.
+    Nothing is written.
 
-    On the machine and mesh of the run the result is equal to the bit; on
-    others, rounding may change a token now and then. Of the settings, change
-    only mesh.* here.
+    On the machine and mesh of the run the result is bitwise equal. Elsewhere
+    rounding may change a token. Override only mesh.* here.
 
-    Exit status: 0 it is what was logged, or was not logged; 1 it is not.
+    Exit status: 0 equal to the log or not logged, 1 different.
 
     Args:
         step: The step, as in samples.jsonl: 1, 2, …
-        row: The row, as in samples.jsonl. Rows that were not logged can be drawn too.
+        row: The row, as in samples.jsonl. Rows that were not logged can be sampled too.
     """
     from medrlvr_jax.host.tables import say
-    from medrlvr_jax.tools import replay as again
+    from medrlvr_jax.tools.replay import format_result
+    from medrlvr_jax.tools.replay import replay as replay_run
 
-    result = again.replay(run, step, row, list(settings))
-    say(again.show(result))
+    result = replay_run(run, step, row, list(settings))
+    say(format_result(result))
     return 1 if result["differ"] else 0
 
 
@@ -190,18 +192,21 @@ def score(
     leak_penalty: Penalty = 0.0,
     before_penalty: Penalty = 0.0,
 ) -> int:
-    """Score completions in a file by a reward, to test it.
+    """Score the completions in a file, to test a reward.
+
+    A line of FILE is
+        {"completion": "…", "answer": "C", "options": ["…", …]}
+    or, for an open question in the data format `open`,
+        {"completion": "…", "kind": "number", "answer": 5.2}
 
     Args:
-        file: JSONL of {"completion": …, "answer": "C", "options": […]}, or of {"completion": …, "kind":
-            "number", "answer": 5.2, …} as in the data format `open`.
-        out: The JSONL of verdicts to write.
-        reward: What is paid, as in a config: a preset's name, such as ehrmind, or a list of components.
-            Default: the rule.
-        mode: The format, as in reward.mode. `direct` expects an answer without a thought.
-        prefill: The beginning of each completion that the prompt gave, such as '<think>'.
-        leak_penalty: Subtracted where the thought states the answer; 0.5 is usual.
-        before_penalty: Subtracted where more than 15 words stand before <think>; 0.3 is usual.
+        file: The JSONL file of completions.
+        out: The JSONL file to write, with a reward for each completion.
+        reward: The name of a preset, such as ehrmind, or a list of components. Default: Med-RLVR's rule.
+        mode: The required format, as in reward.mode. direct: an answer without reasoning.
+        prefill: The start of each completion that was part of the prompt, such as '<think>'.
+        leak_penalty: Subtracted if the reasoning states the answer. 0.5 in arXiv 2509.15557.
+        before_penalty: Subtracted if more than 15 words are before <think>. 0.3 in arXiv 2509.15557.
     """
     settings = [f"reward={reward}"] if reward else []
     settings += [f"reward.mode={mode}"]
@@ -210,11 +215,11 @@ def score(
     tree = {"name": "score", "model": {"path": ""}, "prompt": {"template": "none"}}
     rule = load(tree, settings, "score").reward
     from medrlvr_jax.rewards.parse import graded_prefix
-    from medrlvr_jax.tools.score_file import score_file, show
+    from medrlvr_jax.tools.score_file import format_counts, score_file
 
     reasons = score_file(file, out, rule, prefill=graded_prefix(prefill, mode))
-    print(show(reasons))
-    print(f"{reasons.total():,} completions scored by {reward or 'the rule'}, mode {mode}: {out}")
+    print(format_counts(reasons))
+    print(f"scored {reasons.total():,} completions by {reward or 'the rule'} in mode {mode}: {out}")
     return 0
 
 
@@ -230,13 +235,13 @@ def export(
     push_to_hub: str | None = None,
     distributed: Distributed = False,
 ) -> int:
-    """Write a run's model as a Hugging Face directory, with a model card.
+    """Export a run's model as a Hugging Face directory with a model card.
 
     Args:
         out: The directory to write.
-        dtype: The dtype of the weights. Default: that of the base model.
+        dtype: The dtype of the weights. Default: the dtype of the base model.
         adapter: Write only the LoRA adapters of a run with model.lora, in PEFT's format.
-        push_to_hub: Upload the directory to this repository of the hub, USER/NAME; made private if it is new.
+        push_to_hub: Upload the directory to this hub repository, USER/NAME. A new repository is private.
     """
     from medrlvr_jax.tools.export import export
 

@@ -148,8 +148,7 @@ def _own_comments(cls: type) -> dict[str, str]:
 
 def show(console: Console, command: str) -> None:
     """Print every setting that a command reads, one panel per section, as wide as the terminal."""
-    head = "Settings that this command reads from the config or from the command line (a.b=value):"
-    console.print(head, highlight=False)
+    console.print("Settings of the config, or of the command line as a.b=value:", highlight=False)
     for section in sections():
         names = Column(style="cyan", no_wrap=True)
         table = Table.grid(names, Column(), padding=(0, 2, 0, 0))

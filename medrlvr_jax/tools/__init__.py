@@ -1,1 +1,1 @@
-"""Beside a run: the doctor, a step replayed, a file of completions scored, a model exported."""
+"""Tools around a run: check the setup, write a config, replay a step, score a file, export a model."""

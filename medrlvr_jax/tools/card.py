@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, what it was trained on and paid for, how it did."""
+"""Write the model card of an export: model, training data, reward, evaluation, licence and limits."""
 
 import json
 from collections.abc import Iterator
@@ -28,19 +28,19 @@ print(ask(prompt, max_new_tokens={new_tokens}, return_full_text=False)[0]["gener
 ```
 """
 LIMITS = """\
-- **Not for clinical use.** It is a research artefact: its answers and its reasoning can be wrong while they
-  sound sure, and no clinician has reviewed them.
-- It was trained on questions with known answers. How it does on notes, in dialogue, in other languages or on
-  patients was not measured.
-- The reward looks at the format and the final answer alone. The reasoning is not rewarded for being true.
-- Biases of the base model and of the questions remain; accuracy by group of patients was not measured.
+- **Not for clinical use.** This is a research artefact. Its answers and its reasoning can be wrong even if
+  they sound confident, and no clinician has reviewed them.
+- It was trained on questions with known answers. Its performance on clinical notes, in dialogue, in other
+  languages or on patients was not measured.
+- The reward depends on the format and on the final answer. The reasoning is not rewarded for being true.
+- Biases of the base model and of the questions remain. Accuracy by patient group was not measured.
 """
 
 
 def card(run: Path, config: Config, step: int, base: Path, place: str, adapter: bool) -> str:
-    """README.md of an export of the run's checkpoint `step`.
+    """Return README.md for an export of the run's checkpoint `step`.
 
-    `base`: the directory of the base model; `place`: the directory or hub name of the export.
+    `base`: the directory of the base model. `place`: the directory or hub name of the export.
     """
     records = files.read_jsonl(run / "metrics.jsonl")
     on_hub = config.model.path.count("/") == 1 and not Path(config.model.path).exists()
@@ -54,12 +54,12 @@ def card(run: Path, config: Config, step: int, base: Path, place: str, adapter: 
         head["license"] = licence
     blank = Question("", "{question}", ("{option A}", "{option B}"), 0)
     sections = {
-        "What it is": what(run, config, step),
+        "What it is": describe_training(run, config, step),
         "How to run it": how_to_run(config, text.render(blank, config.prompt.template), place, adapter),
-        "Training data": data_of(run, config),
+        "Training data": describe_data(run, config),
         "Reward": f"```yaml\n{yaml.safe_dump(configs.to_tree(config.reward), sort_keys=False)}```",
-        "Evaluation": "\n".join(evaluation(run / f"eval-{step}", records)),
-        "Contamination": contaminated(run),
+        "Evaluation": "\n".join(evaluation_table(run / f"eval-{step}", records)),
+        "Contamination": describe_contamination(run),
         "Licence": licence_text(config, licence),
         "Limits": LIMITS.strip(),
         "All settings": f"```yaml\n{configs.dump(config)}```",
@@ -69,7 +69,7 @@ def card(run: Path, config: Config, step: int, base: Path, place: str, adapter: 
     return f"---\n{front}---\n\n# {config.name}\n\n{body}\n"
 
 
-def what(run: Path, config: Config, step: int) -> str:
+def describe_training(run: Path, config: Config, step: int) -> str:
     method = "fine-tuning" if begun_by(run) == "sft" else "reinforcement learning from verifiable rewards"
     if begun_by(run) != "sft":
         method += f" (advantage estimator `{config.advantage.estimator}`)"
@@ -84,22 +84,22 @@ def how_to_run(config: Config, wording: str, place: str, adapter: bool) -> str:
     prompt: Any = f"{wording}\n{config.prompt.prefill}"
     if config.prompt.chat:
         system = [{"role": "system", "content": config.prompt.system}] if config.prompt.system else []
-        begun = [{"role": "assistant", "content": config.prompt.prefill}] if config.prompt.prefill else []
-        prompt = [*system, {"role": "user", "content": wording}, *begun]
+        started = [{"role": "assistant", "content": config.prompt.prefill}] if config.prompt.prefill else []
+        prompt = [*system, {"role": "user", "content": wording}, *started]
     lines = RUN.format(place=place, prompt=repr(prompt), new_tokens=config.sample.max_new_tokens)
-    stops = "the model stops as it did there (generation_config.json)"
-    return f"The wording is the one of training; {stops}.\n\n{lines.rstrip()}"
+    stops = "generation_config.json holds the stop tokens of the training"
+    return f"This is the prompt of the training; {stops}.\n\n{lines.rstrip()}"
 
 
-def data_of(run: Path, config: Config) -> str:
+def describe_data(run: Path, config: Config) -> str:
     summary = run / "summary.json"
     known = json.loads(summary.read_text(encoding="utf-8")).get("data", {}) if summary.exists() else {}
     rows = f", {known['train']['n']:,} rows, sha256 `{known['train']['sha256']}`" if "train" in known else ""
     return f"`{config.data.path}`{rows}."
 
 
-def evaluation(evaluated: Path, records: list[dict[str, Any]]) -> Iterator[str]:
-    """A table of every set: before and after training; and of what `medrlvr eval` wrote into `evaluated`."""
+def evaluation_table(folder: Path, records: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield a table of all sets before and after training, and of the sets of `medrlvr eval` in `folder`."""
     yield "Right answers with 95 % intervals over questions.\n"
     yield "| set | questions | before training | after training |"
     yield "|---|---|---|---|"
@@ -108,33 +108,33 @@ def evaluation(evaluated: Path, records: list[dict[str, Any]]) -> Iterator[str]:
         shares = [percent(interval(c)) if (c := when.get(k)) else "–" for k in ("before", "after")]
         last = when.get("after") or when["before"]
         yield f"| {name} | {last.get('questions', last['n']):,} | {shares[0]} | {shares[1]} |"
-    file = evaluated / "eval.json"
+    file = folder / "eval.json"
     later = json.loads(file.read_text(encoding="utf-8"))["eval"] if file.exists() else {}
     for name, c in later.items():
         yield f"| {name}, by `medrlvr eval` | {c['questions']:,} | – | {percent(interval(c))} |"
     if not sets and not later:
-        yield "| none was evaluated | – | – | – |"
+        yield "| no set was evaluated | – | – | – |"
 
 
-def contaminated(run: Path) -> str:
-    """What `medrlvr contamination … --out RUN/contamination.json` found."""
+def describe_contamination(run: Path) -> str:
+    """Return the result of `medrlvr contamination … --out RUN/contamination.json`, if it is there."""
     file = run / "contamination.json"
     if not file.exists():
-        return "Not checked: whether the training data hold questions of the test sets is not known."
+        return "Not checked. The training data may contain questions of the test sets."
     return f"```\n{contamination.show(files.read_json(file, 'write it again'))}\n```"
 
 
 def licence_of(base: Path) -> str | None:
-    """The licence that the base model's own card names."""
+    """Return the licence in the base model's own card, or None."""
     file = base / "README.md"
     parts = file.read_text(encoding="utf-8").split("---\n") if file.exists() else []
     if len(parts) < 3 or parts[0]:
         return None
-    head = configs.parse_yaml(parts[1], str(file), "repair its head, or remove the file")
+    head = configs.parse_yaml(parts[1], str(file), "repair its front matter, or remove the file")
     return head.get("license") if isinstance(head, dict) else None
 
 
 def licence_text(config: Config, licence: str | None) -> str:
-    named = f"`{licence}`" if licence else "not named in its directory: look it up before you publish"
-    terms = "holds for these weights; that of the training data may add terms"
-    return f"The licence of `{config.model.path}` ({named}) {terms}."
+    name = f"`{licence}`" if licence else "not named in its directory: look it up before you publish"
+    terms = "applies to these weights. The licence of the training data may add terms"
+    return f"The licence of `{config.model.path}` ({name}) {terms}."

@@ -1,7 +1,7 @@
-"""`medrlvr doctor [CONFIG]`: check the machine, and what would stop a run, before it starts.
+"""`medrlvr doctor [CONFIG]`: check the machine, and whether a run of this config can start.
 
-Each line is ok, a note, a warning (it will run, perhaps not as you wish) or a problem (it will not run), the
-last two with a remedy.
+Each line is ok, a note, a warning (the run can start) or a problem (it cannot). Warnings and problems come
+with a remedy.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ from medrlvr_jax.rewards.training import start_components
 from medrlvr_jax.runs import checkpoint, log, seal, trackers
 
 GIB = 2**30
-# An accelerator's device file, and the extra whose JAX uses it.
+# The device file of each accelerator, and the extra that installs its JAX.
 ACCELERATORS = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}
 
 
@@ -41,14 +41,14 @@ ok, note, warning, problem = (partial(Finding, mark) for mark in ("ok", "note", 
 
 
 def report(config: Config | None) -> tuple[list[str], bool]:
-    """The lines to print, and whether there is no problem."""
-    findings = [*_packages(), *_devices(), *_memory()]
-    findings += _run(config) if config else _runs(Path("runs"))
+    """Return the lines to print, and True if there are no problems."""
+    findings = [*_check_packages(), *_check_devices(), *_check_memory()]
+    findings += _check_run(config) if config else _check_disk(Path("runs"))
     return [str(f) for f in findings], all(f.mark != "problem" for f in findings)
 
 
-def _packages() -> Iterator[Finding]:
-    """The package's own requirements, as they were installed."""
+def _check_packages() -> Iterator[Finding]:
+    """Compare the installed packages with the requirements of this package."""
     git = log.git_revision()
     revision = f", revision {git['revision'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
     python = f"python {platform.python_version()}, {platform.platform()}"
@@ -64,81 +64,81 @@ def _packages() -> Iterator[Finding]:
             yield problem(f"{need.name} is not installed", remedy)
             continue
         if version not in need.specifier:
-            yield problem(f"{need.name} {version} is here, {need.specifier} is needed", remedy)
+            yield problem(f"{need.name} {version} is installed, but {need.specifier} is required", remedy)
         installed.append(f"{need.name} {version}")
     yield ok(", ".join(installed))
 
 
-def _devices() -> Iterator[Finding]:
+def _check_devices() -> Iterator[Finding]:
     kind, backend, processes = jax.devices()[0].device_kind, jax.default_backend(), jax.process_count()
     yield ok(f"{len(jax.devices())} × {kind} ({backend}), {processes} process(es)")
     for path, extra in ACCELERATORS.items():
         if backend == "cpu" and Path(path).exists():
             name = "an NVIDIA GPU" if extra == "cuda" else "a TPU"
             remedy = f"pip install 'medrlvr-jax[{extra}]'"
-            yield warning(f"{path} says there is {name}, but JAX sees only the CPU", remedy)
+            yield warning(f"this machine has {name} ({path}), but JAX uses only the CPU", remedy)
     if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        slower = "64-bit mode is on: slower, and other numbers than those published here"
-        yield warning(slower, "unset JAX_ENABLE_X64")
+        effect = "64-bit mode is on: runs are slower, and numbers differ from the published ones"
+        yield warning(effect, "unset JAX_ENABLE_X64")
 
 
-def _memory() -> Iterator[Finding]:
+def _check_memory() -> Iterator[Finding]:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield ok(f"host memory: {total / GIB:.1f} GiB, {os.cpu_count()} cores")
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)
-        yield ok(f"device memory: {limit / GIB:.1f} GiB each, {(limit - used) / GIB:.1f} GiB of it unused")
+        yield ok(f"device memory: {limit / GIB:.1f} GiB each, {(limit - used) / GIB:.1f} GiB of it free")
 
 
-def _runs(folder: Path) -> Iterator[Finding]:
-    """Disk and locks of a folder of runs."""
+def _check_disk(folder: Path) -> Iterator[Finding]:
+    """Check the free space in a folder of runs, and list the runs in use."""
     exists = _existing(folder)
     free = shutil.disk_usage(exists).free / GIB
     if not os.access(exists, os.W_OK):
-        yield problem(f"{exists} cannot be written", "set runs= to a folder that can")
+        yield problem(f"{exists} is not writable", "set runs= to a folder that is")
     text = f"{folder}: {free:.1f} GiB free"
-    yield ok(text) if free > 5 else warning(text, "set runs= to a roomier disk")
+    yield ok(text) if free > 5 else warning(text, "set runs= to a larger disk")
     for run in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else ():
         if holder := log.lock_holder(run):
             yield note(f"{run} is in use by {holder}")
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
+    """Return the folder, or its nearest parent that exists."""
     return next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
 
 
-def _run(config: Config) -> Iterator[Finding]:
-    """The checks of a training with this config, and the checkpoints it would resume from; writes nothing."""
-    yield from _runs(Path(config.runs))
+def _check_run(config: Config) -> Iterator[Finding]:
+    """Check all that a training with this config needs, and the checkpoints to resume from. Write nothing."""
+    yield from _check_disk(Path(config.runs))
     path = Path(config.runs) / config.name
     if holder := log.lock_holder(path):
         remedy = "wait for it, stop it, or give this run another name="
         yield problem(f"{path} is in use by {holder}", remedy)
-    for part in (_settings(config, path), _model(config, path), _data(config)):
+    for findings in (_check_settings(config, path), _check_model(config, path), _check_data(config)):
         try:
-            yield from part
+            yield from findings
         except ConfigError as e:
             yield problem(str(e))
     for step in checkpoint.saved_steps(path / "checkpoints"):
         if wrong := seal.damage(path / "checkpoints" / str(step), seal.SMALL):
-            yield warning(f"checkpoint {step} is damaged: {wrong}", "an older one will be used")
+            yield warning(f"checkpoint {step} is damaged: {wrong}", "the run will use an older one")
         else:
-            yield ok(f"checkpoint {step} is there")
+            yield ok(f"checkpoint {step} is complete")
 
 
-def _settings(config: Config, run: Path) -> Iterator[Finding]:
-    """What the settings ask of the run's folder, of its trackers and of a user's reward function."""
+def _check_settings(config: Config, run: Path) -> Iterator[Finding]:
+    """Check that the run's folder has these settings, and that trackers and reward functions can start."""
     if (run / "config.yaml").exists():
         log.check_same(run / "config.yaml", config)
     trackers.check(config)
-    with start_components(config.reward):  # a reward.fn is imported as training does it
+    with start_components(config.reward):  # this imports reward.fn as training does
         yield ok("settings, trackers and reward can be used")
 
 
-def _data(config: Config) -> Iterator[Finding]:
-    """The training set and the sets of eval.sets, read and encoded as for training."""
+def _check_data(config: Config) -> Iterator[Finding]:
+    """Read and encode the training set and the evaluation sets as training does."""
     from medrlvr_jax import build
     from medrlvr_jax.data.load import read
     from medrlvr_jax.evaluation.evaluate import load_sets
@@ -156,19 +156,19 @@ def _data(config: Config) -> Iterator[Finding]:
         train.check_lengths(parts, encoded)
         dropped, longest = encoded.dropped, encoded.longest
     first = how_read.partition("\n")[0]
-    yield ok(f"data {config.data.path}: {first}; the longest has {longest} tokens")
+    yield ok(f"data {config.data.path}: {first}; the longest example has {longest} tokens")
     if dropped:
-        yield warning(f"data: {dropped:,} dropped as too long", "raise prompt.max_tokens")
+        yield warning(f"data: {dropped:,} prompts are too long and dropped", "raise prompt.max_tokens")
     for name, encoded in load_sets(parts).items():
         text = f"eval.sets.{name}: {len(encoded.questions):,} questions"
         if encoded.dropped:
-            yield warning(f"{text}, {encoded.dropped:,} dropped as too long", "raise prompt.max_tokens")
+            yield warning(f"{text}, {encoded.dropped:,} are too long and dropped", "raise prompt.max_tokens")
         else:
             yield ok(text)
 
 
-def _model(config: Config, run: Path) -> Iterator[Finding]:
-    """Mesh, model and tokenizer, by the code that starts a training."""
+def _check_model(config: Config, run: Path) -> Iterator[Finding]:
+    """Check mesh, model and tokenizer by the code that starts a training."""
     from medrlvr_jax import build
     from medrlvr_jax.data.prompts import begins
     from medrlvr_jax.data.traps import tokenizer_traps
@@ -190,21 +190,21 @@ def _model(config: Config, run: Path) -> Iterator[Finding]:
     if config.model.init == "pretrained":
         weights.check_weights(config.model.path, lora.off(parts.cfg))
         if others := weights.passed_over(config.model.path):
-            text = f"weights: {', '.join(others)}: passed over, since there is a model.safetensors"
-            yield warning(text, "if they are the weights that you mean, move model.safetensors away")
+            text = f"weights: {', '.join(others)} will not be read, because model.safetensors exists"
+            yield warning(text, "to use them, move model.safetensors away")
     for line in tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):
         yield note(f"tokenizer: {line}")
     if trap := prefix_conflict(begins(parts.tokenizer, config.prompt), config.reward.mode):
         yield warning(*trap)
     learners = ((parts.cfg, config.learn.policy), (parts.critic_cfg, config.learn.critic))
     states = [build.abstract_learner(parts, cfg, make_optimizer(o, 1)) for cfg, o in learners if o]
-    yield _room(config, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states)))
+    yield _check_space(config, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states)))
 
 
-def _room(config: Config, size: int) -> Finding:
-    """Disk for the checkpoints kept, of `size` bytes each."""
+def _check_space(config: Config, size: int) -> Finding:
+    """Check that the disk has space for all checkpoints, each of `size` bytes."""
     count = config.checkpoint.keep + 1 + (config.checkpoint.best is not None)  # one more while it is written
     free = shutil.disk_usage(_existing(Path(config.runs))).free
     text = f"checkpoints: up to {count} × {size / GIB:.2f} GiB, {free / GIB:.1f} GiB free"
-    remedy = "lower checkpoint.keep, or set runs= to a roomier disk"
+    remedy = "lower checkpoint.keep, or set runs= to a larger disk"
     return problem(text, remedy) if free < count * size else ok(text)

@@ -24,24 +24,25 @@ def export(
     adapter: bool = False,
     push: str | None = None,
 ) -> None:
-    """Write a run's policy, adapters merged, as a Hugging Face directory; or its adapters, like PEFT.
+    """Write a run's policy with merged adapters as a Hugging Face directory, or only its adapters for PEFT.
 
-    `dtype`: of the weights; None: as the base's config.json has it, adapters as float32. `push`: the hub name
-    of a repository to upload the directory to, which is made, private, if there is none.
+    `dtype`: the dtype of the weights; None: the dtype in the base model's config.json, or float32 for
+    adapters. `push`: the hub repository to upload the directory to. A new repository is private. Raises
+    `ConfigError` if the adapters alone are not the whole result of the training.
     """
     n = len(jax.devices())
-    sizes = ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")  # n divides them all
+    sizes = ("sample.questions", "learn.minibatch", "learn.microbatch", "eval.batch")  # any mesh divides n
     settings = [f"mesh={{data: 1, fsdp: {n}}}", *(f"{size}={n}" for size in sizes)]
     parts, params, at = open_policy(run, settings, step)
     m = parts.config.model
     base = resolve(m.path)
     dtype = dtype or (None if adapter else stored_dtype(base))
     if adapter and m.init == "random":
-        why = "model.init random: no directory holds its base weights"
-        raise ConfigError(f"--adapter: {why}; leave --adapter out")
+        why = "model.init random: the base weights are in no directory"
+        raise ConfigError(f"--adapter: {why}; remove --adapter")
     if adapter and m.vision != "freeze":
-        why = f"model.vision {m.vision}: the adapters are not all that was trained"
-        raise ConfigError(f"--adapter: {why}; leave --adapter out")
+        why = f"model.vision {m.vision}: a part of the vision tower was trained, too"
+        raise ConfigError(f"--adapter: {why}; remove --adapter")
     with jax.set_mesh(parts.mesh):
         if adapter:
             save_adapter(params, parts.cfg, m.path, out, dtype)
@@ -51,29 +52,31 @@ def export(
     if jax.process_index() == 0:
         trained = "float32" if m.lora else m.param_dtype
         if not adapter and (dtype or m.param_dtype) != trained:
-            print(f"the weights are rounded to {dtype or m.param_dtype}, which loses small changes;")
-            print(
-                "--dtype float32 keeps them"
-                + ", as does --adapter, the adapters alone" * bool(m.lora and m.vision == "freeze")
+            also = (
+                " --adapter, which writes only the adapters, also does."
+                if m.lora and m.vision == "freeze"
+                else ""
             )
+            print(f"The weights were rounded to {dtype or m.param_dtype}, which loses small changes.")
+            print(f"--dtype float32 keeps them.{also}")
         config = load(run)
         text = card(run, config, at, base, push or str(out), adapter)
         write_text(out / "README.md", text)
-        print(f"{out}: weights, tokenizer, and a model card to complete in README.md")
+        print(f"{out}: weights, tokenizer, and README.md, a model card for you to complete")
         if push:
             print(upload(out, push))
 
 
 def stored_dtype(base: Path) -> str | None:
-    """The dtype of a directory's weights, as config.json says it; None where it is none that we write."""
+    """Return the dtype in a directory's config.json, or None if it is one that export cannot write."""
     config = read_json(base / "config.json", "repair it")
     dtype = config.get("torch_dtype") or config.get("dtype")
     return dtype if dtype in ("float32", "bfloat16") else None
 
 
 def upload(folder: Path, name: str) -> str:
-    """Upload a directory to the hub; returns its address there. Raises `ConfigError` where that fails."""
+    """Upload a directory to the hub. Return its address, or raise `ConfigError` if that fails."""
     hub = huggingface_hub.HfApi()
-    with reading(f"--push-to-hub: {name}", "log in with `hf auth login`, as a user who may write there"):
+    with reading(f"--push-to-hub: {name}", "log in with `hf auth login` as a user who may write there"):
         hub.create_repo(name, private=True, exist_ok=True)
         return str(hub.upload_folder(repo_id=name, folder_path=folder))

@@ -1,7 +1,8 @@
-"""`medrlvr init`: a commented config for a user's model, data and machine, which `medrlvr doctor` passes.
+"""`medrlvr init`: write a commented config for a user's model, data and machine.
 
-What is not given is asked on a terminal, and has its default elsewhere. Sizes follow from the data (number
-of questions, tokens of the longest prompt) and the number of devices; rates are those of the presets.
+In a terminal it asks for each option that is not given; elsewhere such options have their defaults. Sizes
+depend on the data (number of questions, length of the longest prompt) and on the number of devices. Learning
+rates are those of the presets.
 """
 
 import re
@@ -21,44 +22,44 @@ from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 
 EMBEDDED = "embedded"
-WIDTH = 32  # prompt.max_tokens is a multiple of this
+WIDTH = 32  # prompt.max_tokens is rounded up to a multiple of this
 TEMPLATE = """\
-# medrlvr train {file}
-# Check it: medrlvr doctor {file}. Its prompts: medrlvr data {file}. All settings: medrlvr train --help
+# Train: medrlvr train {file}. Check: medrlvr doctor {file}. Show prompts: medrlvr data {file}.
+# List all settings: medrlvr train --help
 name: {name}  # the run's folder is runs/{name}
-passes: {passes}  # over the training questions; or give steps
+passes: {passes}  # number of passes over the training questions; or give a number of steps
 model:
   path: {model}  # a Hugging Face directory or a hub name
-  dtype: {dtype}  # of activations
+  dtype: {dtype}  # dtype of activations
 {memory}data: {{path: {data}}}  # {questions:,} questions
 prompt:
-  template: {template}  # think: asks for <think>…</think><answer>…</answer>; none: the question alone
-  chat: {chat}  # whether to wrap it in the tokenizer's chat template
-  max_tokens: {prompt_tokens}  # longer prompts are dropped; the longest here has {longest}
+  template: {template}  # think: ask for <think>…</think><answer>…</answer>; none: add no instruction
+  chat: {chat}  # whether to apply the tokenizer's chat template
+  max_tokens: {prompt_tokens}  # longer prompts are dropped; the longest prompt here has {longest} tokens
 sample:
-  questions: {batch}  # a step draws `samples` responses to each of so many questions
-  samples: 8
-  max_new_tokens: {new_tokens}  # of a response; a cut response has no answer
-reward: {{mode: strict}}  # -1 for another format, 0 for a wrong answer, 1 for the right one
+  questions: {batch}  # questions per step
+  samples: 8  # responses to each question
+  max_new_tokens: {new_tokens}  # longer responses are cut off
+reward: {{mode: strict}}  # -1 for a wrong format, 0 for a wrong answer, 1 for the right answer
 {objective}learn:
-  minibatch: {minibatch}  # questions to an optimiser step
-  microbatch: {microbatch}  # questions at a time; less needs less memory
+  minibatch: {minibatch}  # questions per optimiser step
+  microbatch: {microbatch}  # questions per forward and backward pass; smaller needs less memory
   policy: {{lr: {lr}, warmup: 0.03}}
 {critic}eval:
   batch: {minibatch}
-  every: {every}  # steps
+  every: {every}  # steps between evaluations
 {sets}checkpoint: {{every: {every}, keep: 2}}
-mesh: {{data: -1, fsdp: {fsdp}}}  # fsdp: how many devices share one copy of the weights
+mesh: {{data: -1, fsdp: {fsdp}}}  # fsdp: number of devices that share one copy of the weights
 """
 OBJECTIVES = {
     "grpo": """\
-advantage: {estimator: group}  # GRPO: a response is compared with the others to its question
-kl: {coef: 0.001, into: loss, estimator: k3}  # holds the policy near the model that it starts from
+advantage: {estimator: group}  # GRPO: compare each response with the others to the same question
+kl: {coef: 0.001, into: loss, estimator: k3}  # penalise distance from the initial model
 loss: {aggregate: sequence_mean, sampler_cap: 2.0}
 """,
     "ppo": """\
-advantage: {estimator: gae}  # PPO: a critic says how good each token's state is
-kl: {coef: 0.01, into: reward, estimator: k1}  # holds the policy near the model that it starts from
+advantage: {estimator: gae}  # PPO: a critic estimates the value of each token's state
+kl: {coef: 0.01, into: reward, estimator: k1}  # penalise distance from the initial model
 loss: {value_clip: 0.5, sampler_cap: 2.0}
 """,
 }
@@ -66,7 +67,7 @@ loss: {value_clip: 0.5, sampler_cap: 2.0}
 
 @dataclass(frozen=True)
 class Answers:
-    """What a config depends on."""
+    """The user's answers, from which the config is made."""
 
     model: str
     data: str
@@ -75,51 +76,50 @@ class Answers:
     lora: bool
     devices: int  # accelerators; 0: the CPU
 
-    def is_here(self) -> bool:
-        """Whether the config is for this machine, which can then check it."""
+    def for_this_machine(self) -> bool:
+        """Return whether this machine has the devices of the config, so that it can check the config."""
         return not self.devices or (jax.default_backend() != "cpu" and jax.device_count() == self.devices)
 
 
 def ask(question: str, given: Any, default: Any) -> Any:
-    """`given`, or the user's answer on a terminal, or the default; None where there is none."""
+    """Return `given`, else the user's answer if this is a terminal, else the default."""
     if given is not None or not sys.stdin.isatty():
         return default if given is None else given
-    shown = "" if default is None else f" [{default}]"
-    return input(f"{question}{shown}: ").strip() or default
+    hint = "" if default is None else f" [{default}]"
+    return input(f"{question}{hint}: ").strip() or default
 
 
-def answers(**given: Any) -> Answers:
-    """The answers given as options, the others asked for. Raises `ConfigError` for those that cannot be."""
-    model = ask("Model: a directory or hub name", given["model"], EMBEDDED)
-    asked = {
-        "model": model,
+def get_answers(**given: Any) -> Answers:
+    """Return the answers, asking for each option that is None. Raise `ConfigError` for invalid ones."""
+    answers = {
+        "model": ask("Model: a directory or hub name", given["model"], EMBEDDED),
         "data": ask("Training questions: a file or hub name", given["data"], None),
         "test": ask("Test questions (none: Enter)", given["test"], None),
         "algorithm": ask("Algorithm, grpo or ppo", given["algorithm"], "grpo"),
     }
-    lora = str(ask("Train adapters (LoRA) in place of all weights, yes or no", given["lora"], "no")).lower()
+    lora = str(ask("Train LoRA adapters instead of all weights, yes or no", given["lora"], "no")).lower()
     devices = str(ask("Number of GPUs or TPU chips (0: the CPU)", given["devices"], "0"))
     problems = {
-        "data": asked["data"] is None and "needed: the training questions, such as --data train.jsonl",
-        "algorithm": asked["algorithm"] not in OBJECTIVES and f"{asked['algorithm']}: take grpo or ppo",
-        "lora": lora not in ("yes", "no", "true", "false") and f"{lora}: take yes or no",
-        "devices": not devices.isdecimal() and f"{devices}: a whole number is needed",
+        "data": answers["data"] is None and "required: the training questions, such as --data train.jsonl",
+        "algorithm": answers["algorithm"] not in OBJECTIVES and f"{answers['algorithm']}: use grpo or ppo",
+        "lora": lora not in ("yes", "no", "true", "false") and f"{lora}: use yes or no",
+        "devices": not devices.isdecimal() and f"{devices}: must be an integer",
     }
     if lines := [f"--{name}: {problem}" for name, problem in problems.items() if problem]:
         raise ConfigError("\n".join(lines))
-    return Answers(**asked, lora=lora in ("yes", "true"), devices=int(devices))
+    return Answers(**answers, lora=lora in ("yes", "true"), devices=int(devices))
 
 
 def write_config(file: Path, a: Answers) -> None:
-    """Read model and data as far as sizes depend on them, and write the config; refuses an existing file."""
+    """Read the model's tokenizer and the data, and write the config. Raise `ConfigError` if `file` exists."""
     if file.exists():
-        raise ConfigError(f"{file}: it exists already; give another name")
+        raise ConfigError(f"{file}: the file exists already; give another name")
     files.write_text(file, config_text(file, a))
     configs.load(file, command="train")
 
 
 def config_text(file: Path, a: Answers) -> str:
-    """The config as YAML with comments."""
+    """Return the config as YAML with comments."""
     tokenizer, questions = load_tokenizer(a.model), data.read(SetConfig(path=a.data))[0]
     tiny, on_cpu, devices = a.model == EMBEDDED, a.devices == 0, max(1, a.devices)
     chat = bool(getattr(tokenizer.hf, "chat_template", None))
@@ -131,8 +131,8 @@ def config_text(file: Path, a: Answers) -> str:
     rate, critic = ("3.0e-4", "1.0e-3") if tiny else ("1.0e-4", "3.0e-4") if a.lora else ("1.0e-6", "9.0e-6")
     memory = ""
     if a.lora:
-        memory = "  lora: {rank: 16, alpha: 32.0}  # train adapters beside frozen weights\n"
-        memory += "" if on_cpu else "  param_dtype: bfloat16  # of the frozen weights\n"
+        memory = "  lora: {rank: 16, alpha: 32.0}  # train adapters only\n"
+        memory += "" if on_cpu else "  param_dtype: bfloat16  # dtype of the frozen weights\n"
     test = (
         f"  sets:\n    test: {{path: {_quoted(a.test)}}}\n"
         if a.test
@@ -165,5 +165,5 @@ def config_text(file: Path, a: Answers) -> str:
 
 
 def _quoted(value: str) -> str:
-    """A text as YAML, in quotes where YAML would read something else."""
+    """Return a string as YAML, in quotes if YAML would read something else without them."""
     return value if re.fullmatch(r"[A-Za-z_./][\w./-]*", value) else "'" + value.replace("'", "''") + "'"

@@ -1,8 +1,8 @@
-"""`medrlvr replay RUN --step s --row i`: a logged completion, drawn again.
+"""`medrlvr replay RUN --step s --row i`: sample a logged completion again.
 
 Batch and noise are functions of (seed, step, question, sample). So only the policy before step s is needed:
-checkpoint s − 1, or the start. If that was deleted, the steps after the newest earlier checkpoint are trained
-again, with the same bits.
+checkpoint s − 1, or the initial model. If that checkpoint was deleted, the steps after the newest earlier one
+are trained again, bitwise equal.
 """
 
 import json
@@ -33,18 +33,22 @@ from medrlvr_jax.runs.console import Console, clock
 
 
 def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any]:
-    """`{"drawn": the record, "logged": that of samples.jsonl or None, "differ": names of fields}`."""
+    """Sample row `row` of step `step` again.
+
+    Returns `{"drawn": the new record, "logged": the record in samples.jsonl or None, "differ": the names of
+    the fields that differ}`. Raises `ConfigError` if the run has no such step or row.
+    """
     c = configs.load(run, settings)
     metrics, samples = (_records(run / f"{name}.jsonl") for name in ("metrics", "samples"))
     if not any("completions" in m for m in metrics):
-        remedy = "give a run of `medrlvr train` that has made a step"
-        raise ConfigError(f"{run}: no completion was drawn in it; {remedy}")
+        remedy = "give a run of `medrlvr train` that has finished a step"
+        raise ConfigError(f"{run}: this run has no completions; {remedy}")
     last, n = metrics[-1]["step"], c.sample.questions * c.sample.samples
     if not 1 <= step <= last:
         raise ConfigError(f"--step {step}: {run} has steps 1 to {last}")
     if not 0 <= row < n:
-        each = f"sample.samples = {c.sample.samples} to a question"
-        raise ConfigError(f"--row {row}: a step of {run} has rows 0 to {n - 1}, {each}")
+        per_question = f"sample.samples = {c.sample.samples} per question"
+        raise ConfigError(f"--row {row}: a step of {run} has rows 0 to {n - 1}, {per_question}")
     parts, console = build(c), Console()
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options, parts.cfg.vision)
     inputs.check(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)}, write=False)
@@ -57,9 +61,9 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         take_baselines(parts, programs.policy_rewards, start, encoded, run, step, console.progress)
         state, done = restore_before(run / "checkpoints", state, step - 1)
         if done < step - 1:
-            took = clock(sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step))
-            steps = f"training steps {done + 1} to {step - 1} again, which took {took} then"
-            console.notify(f"checkpoint {step - 1} is not kept: {steps}")
+            seconds = sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step)
+            steps = f"training steps {done + 1} to {step - 1} again, which took {clock(seconds)} before"
+            console.notify(f"checkpoint {step - 1} was not kept: {steps}")
         for k in range(done, step - 1):
             before = [m for m in metrics if 0 < m["step"] <= k]
             state, *_ = train_step(training, train.at_epoch(parts, encoded, k), state, k, before)
@@ -73,7 +77,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         asked = ask(training, state, prompts, rollout, graded.requests)
         scored = with_asked(graded.scored, asked, components, parts)
     record = records.sample_record(parts, encoded, index, scored, row)
-    drawn = json.loads(json.dumps(record))  # as a log is read
+    drawn = json.loads(json.dumps(record))  # with the types that a log is read with
     logged = next((s for s in samples if s["step"] == step and s["row"] == row), None)
     differ = [k for k, v in (logged or {}).items() if k != "step" and drawn.get(k) != v]
     return {"drawn": drawn, "logged": logged, "differ": differ}
@@ -83,16 +87,16 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return files.read_jsonl(path) if path.exists() else []
 
 
-def show(result: dict[str, Any]) -> str:
-    """As text: prompt, completion, its rewards, and whether it equals what was logged."""
+def format_result(result: dict[str, Any]) -> str:
+    """Return prompt, completion, rewards, and whether they equal the log, as text."""
     drawn, logged = result["drawn"], result["logged"]
     line = lambda name, value: f"{name:>14}: {json.dumps(value, ensure_ascii=False)}"
     rewards = [line(*item) for item in drawn.items() if item[0] not in ("prompt", "completion", "images")]
-    verdict = "exactly what was logged"
+    verdict = "equal to the log"
     if logged is None:
         verdict = "not in samples.jsonl, so there is nothing to compare it with"
     elif result["differ"]:
-        before = [f"{line(name, logged[name])} there" for name in result["differ"]]
-        verdict = "\n".join(["NOT what was logged:", *before])
+        fields = [line(name, logged[name]) for name in result["differ"]]
+        verdict = "\n".join(["NOT equal to the log, which has:", *fields])
     text = f"{drawn['prompt']}\n---- completion ----\n{drawn['completion']}\n---- reward ----"
     return "\n".join([text, *rewards, f"---- {verdict}"])

@@ -1,4 +1,4 @@
-"""`medrlvr score`: completions in a JSONL file, judged by the rule; to try the reward on text."""
+"""`medrlvr score`: compute the reward of completions in a JSONL file, to test a reward on text."""
 
 import json
 import reprlib
@@ -16,46 +16,46 @@ from medrlvr_jax.host import files, tables
 from medrlvr_jax.rewards import grade
 from medrlvr_jax.rewards.verdicts import evaluation_components
 
-BLOCK = 4096  # rows scored at a time, so that a file of any size fits the memory
+BLOCK = 4096  # rows scored at the same time, so that a file of any size fits into memory
 
 
 def score_file(
     in_path: str | Path, out_path: str | Path, config: RewardConfig, prefill: str = ""
 ) -> Counter[str]:
-    """Score a JSONL file into another, in the same order; returns how many lines had each reason.
+    """Write the score of each line of a JSONL file to another file. Return the number of lines by reason.
 
-    In: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}` with 2 to 10 options, or
-    `{"completion": str, "kind": "number", "answer": 5.2, …}` as in the format `open`; `facts` where the
-    reward has a component `process`; other fields are ignored. Read as questions are (`readers.read_json`):
-    blank lines have no line in the output.
-    Out: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of rewards.REASONS}`,
-    and the values of the reward's components if there are several. Only those that need the completion alone,
-    and `process`, are paid (`evaluation_components`).
-    `prefill`: the end of each prompt, judged as the beginning of each completion.
-    Raises `DataError` for a line that cannot be scored, and then leaves no output: the file gets its name
-    once it is complete.
+    Input lines: `{"completion": str, "answer": "C", "options": [str, …] or {"A": str, …}}` with 2 to 10
+    options, or `{"completion": str, "kind": "number", "answer": 5.2, …}` as in the format `open`. The
+    component `process` also needs `facts`. Other fields are ignored, and blank lines are skipped.
+
+    Output lines: `{"reward": float, "format_ok": bool, "answer": "C" or null, "reason": a key of
+    rewards.REASONS}`, with the components' values if there are several. The reward is the sum of the
+    components that need only the completion, and of `process` (`evaluation_components`).
+
+    `prefill`: the end of each prompt, which is scored as the start of each completion.
+    Raises `DataError` for an invalid line. Then no output file is left: it gets its name when it is complete.
     """
     source, target = Path(in_path), Path(out_path)
     with files.reading(source, "give a JSONL file of completions, answers and options", DataError):
         source.open("rb").close()
     if not target.parent.is_dir():
-        raise DataError(f"{target}: its folder does not exist; make {target.parent} first")
+        raise DataError(f"{target}: the folder does not exist; create {target.parent} first")
     if target.exists():
-        raise DataError(f"{target}: exists already, and is not overwritten; give another name")
+        raise DataError(f"{target}: the file exists already and is not overwritten; give another name")
     reasons: Counter[str] = Counter()
-    files.write_text(target, _scored(source, config, prefill, reasons))
+    files.write_text(target, _score_lines(source, config, prefill, reasons))
     return reasons
 
 
-def _scored(source: Path, config: RewardConfig, prefill: str, reasons: Counter[str]) -> Iterator[str]:
-    """The output's lines; `reasons` counts them."""
+def _score_lines(source: Path, config: RewardConfig, prefill: str, reasons: Counter[str]) -> Iterator[str]:
+    """Yield the output's lines and count their reasons in `reasons`."""
     facts_needed = any(section.kind == "process" for section in config.components)
     components = evaluation_components(config, questions_with_facts(source) if facts_needed else ())
     for block in _blocks(source):
         completions, questions = zip(*block, strict=True)
         verdicts = grade([prefill + text for text in completions], questions, config, components=components)
         reasons.update(verdicts.reason.tolist())
-        # float64, so that a file has 0.2 and not float32's 0.19999999
+        # float64 prints 0.2 where float32 would print 0.19999999
         rewards = [round(reward, 9) for reward in (verdicts.unpenalised - verdicts.penalty).tolist()]
         for i, reward in enumerate(rewards):
             line = {
@@ -70,23 +70,23 @@ def _scored(source: Path, config: RewardConfig, prefill: str, reasons: Counter[s
             yield json.dumps(line) + "\n"
 
 
-def show(reasons: Counter[str]) -> str:
-    """How many lines had each reason, as a table."""
+def format_counts(reasons: Counter[str]) -> str:
+    """Return the number and share of completions with each reason as a table."""
     rows = [(reason, f"{n:,}", f"{100 * n / reasons.total():.1f} %") for reason, n in reasons.most_common()]
     return tables.plain(("reason", "completions", "share"), rows)
 
 
 def questions_with_facts(source: Path) -> list[Question]:
-    """Return the questions of all lines. `process` counts a thought's facts among the facts of all."""
+    """Return the questions of all lines. Raise `DataError` if none has facts."""
     questions = [question for block in _blocks(source) for _, question in block]
     if not any(question.facts for question in questions):
-        remedy = "give lines a field facts, or take the component out"
+        remedy = "add the field facts to the lines, or remove the component"
         raise DataError(f"{source}: reward.components: process: no line has facts; {remedy}")
     return questions
 
 
-def _blocks(source: Path, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str, Question]]]:
-    """The file's records, in blocks of at most `BLOCK` rows and about `most_bytes` characters."""
+def _blocks(source: Path, max_chars: int = 1 << 25) -> Iterator[list[tuple[str, Question]]]:
+    """Yield the file's records in blocks of at most `BLOCK` rows and about `max_chars` characters."""
     block, size = [], 0
     for number, row in read_json(source):
         try:
@@ -94,7 +94,7 @@ def _blocks(source: Path, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str,
         except DataError as e:
             raise DataError(f"{source}, line {number}: {e}") from None
         size += len(block[-1][0])
-        if len(block) >= BLOCK or size >= most_bytes:
+        if len(block) >= BLOCK or size >= max_chars:
             yield block
             block, size = [], 0
     if block:
@@ -102,12 +102,12 @@ def _blocks(source: Path, most_bytes: int = 1 << 25) -> Iterator[list[tuple[str,
 
 
 def _record(row: dict[str, Any] | DataError) -> tuple[str, Question]:
-    """The completion and the question of one line; raises `DataError` if one is missing or wrong."""
+    """Return the completion and the question of one line. Raise `DataError` if one is missing or invalid."""
     if isinstance(row, DataError):
         raise row
     completion = row.get("completion")
     if not isinstance(completion, str):
-        problem = f'{reprlib.repr(completion)} is not a text; an empty completion is ""'
+        problem = f'{reprlib.repr(completion)} is not a string; an empty completion is ""'
         raise DataError(f"field completion: {problem}; the line has {field_names(row)}")
     options, answer = key_of(row)
     key: dict[str, Any] = {"answer" if isinstance(answer, int) else "value": answer}

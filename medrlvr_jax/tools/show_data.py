@@ -1,4 +1,4 @@
-"""`medrlvr data CONFIG`: how each set is read, what the model is given, what is dropped. Loads no weights."""
+"""`medrlvr data CONFIG`: show how each set is read, the first prompts, and the number of dropped prompts."""
 
 import re
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from medrlvr_jax.data.question import Question
 from medrlvr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from medrlvr_jax.model.families import read_config
 
-REPEATED = re.compile(r"(<\|\w+\|>)\1{3,}")  # an image's tokens
+REPEATED = re.compile(r"(<\|\w+\|>)\1{3,}")  # the tokens of an image
 
 
 def show_data(config: Config, prompts: int) -> str:
-    """The lines to print: training set first, each with `prompts` of its first prompts."""
+    """Return the text to print: the training set, then the evaluation sets, each with its first `prompts`."""
     tokenizer = load_tokenizer(config.model.path)
     lines, trained_on = [], set()
     for name, spec in sets_of(config).items():
@@ -34,19 +34,19 @@ def show_data(config: Config, prompts: int) -> str:
             if name == "data":
                 trained_on = stems
             elif both := len(stems & trained_on):
-                remedy = "`medrlvr contamination CONFIG` names them, and finds those that are nearly the same"
+                remedy = "`medrlvr contamination CONFIG` lists them and finds near duplicates"
                 how_read += f"\n  also in data: {both:,} of {len(stems):,} question texts; {remedy}"
         lines += [
             f"{name}: {spec.path}: {how_read}",
-            *lengths(rows, limit),
-            *shown(tokenizer, rows[:prompts]),
+            *describe_lengths(rows, limit),
+            *format_prompts(tokenizer, rows[:prompts]),
             "",
         ]
     return "\n".join(lines).rstrip()
 
 
 def image_tokens(questions: list[Question], config: Config) -> list[list[list[int]]] | None:
-    """The tokens of each image of each question; None where the model or the set has no images."""
+    """Return the placeholder tokens of each question's images; None if the model or the set has no images."""
     if not any(question.images for question in questions):
         return None
     vision = limit_pixels(read_config(config.model.path), config)
@@ -58,21 +58,20 @@ def sets_of(config: Config) -> dict[str, SetConfig]:
     return {"data": config.data} | {f"eval.sets.{name}": spec for name, spec in config.eval.sets.items()}
 
 
-def lengths(rows: list[Any], limit: int | None) -> Iterator[str]:
-    """Tokens of the prompts, and how many are dropped as longer than `limit`."""
+def describe_lengths(rows: list[Any], limit: int | None) -> Iterator[str]:
+    """Yield lines on the prompts' lengths in tokens and on the number that is longer than `limit`."""
     tokens = np.array([len(row) for row in rows])
     low, middle, high = np.percentile(tokens, [0, 50, 95])
     yield f"  prompt tokens: {low:.0f} to {tokens.max()}, median {middle:.0f}, 95 % up to {high:.0f}"
     if limit is not None:
         dropped = int((tokens > limit).sum())
-        yield f"  dropped: {dropped:,}, longer than prompt.max_tokens = {limit}" + "; raise it" * bool(
-            dropped
-        )
+        remedy = "; raise it" if dropped else ""
+        yield f"  dropped: {dropped:,}, longer than prompt.max_tokens = {limit}{remedy}"
 
 
-def shown(tokenizer: Tokenizer, rows: list[list[int]]) -> Iterator[str]:
-    """Prompts as the model is given them, special tokens included."""
+def format_prompts(tokenizer: Tokenizer, rows: list[list[int]]) -> Iterator[str]:
+    """Yield the prompts' text as the model reads it, with special tokens."""
     for number, row in enumerate(rows, 1):
         yield f"  prompt {number}, {len(row)} tokens:"
-        spelt = REPEATED.sub(lambda m: f"{m[1]} × {len(m[0]) // len(m[1])}", tokenizer.show(row))
-        yield from (f"  | {line}" for line in spelt.split("\n"))
+        prompt = REPEATED.sub(lambda m: f"{m[1]} × {len(m[0]) // len(m[1])}", tokenizer.show(row))
+        yield from (f"  | {line}" for line in prompt.split("\n"))
