@@ -85,7 +85,7 @@ def test_cells_are_arms_by_seeds(file, tmp_path):
         (changed("sft", after="ppo"), "arms.sft.after: ppo: no arm above"),
         (changed("ppo", after="base"), "arms.ppo.after: base is by eval, which trains nothing"),
         (changed("sft", seeds=[0]), "arms.ppo.after: sft has no seed 1"),
-        (changed("sft", by=None), "arms.sft.by: needed"),
+        (changed("sft", by=None), "arms.sft.by: missing"),
         (
             changed("sft", by="train", settings={"sample": {"sampels": 1}}),
             "arms.sft: sample.sampels: no such setting",
@@ -156,7 +156,7 @@ def test_a_changed_cell_is_refused_by_name(file):
         arms.check_same(arms.read(file(), ["arms.sft.settings.steps=3"])[1])
     said = str(e.value).splitlines()[1:]
     assert said[0] == "  sft-0: steps: 2 there, 3 now" and len(said) == 6
-    assert said[2] == "  ppo-0: its command, or the run it starts from, is another"
+    assert said[2] == "  ppo-0: its command, or the run it starts from, has changed"
     for cell in cells:  # as a version wrote it that did not know one of the settings
         text = cell.beside(".yaml").read_text()
         assert "\n  profile: null" in text
@@ -279,7 +279,8 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(file, tmp_path, monk
     began = time.monotonic()
     assert main("reproduce", file()) == 130 and time.monotonic() - began < 15
     assert (
-        asked.read_text().count("\n") == 1 and "the same command goes on from here" in capsys.readouterr().err
+        asked.read_text().count("\n") == 1
+        and "the same command continues from here" in capsys.readouterr().err
     )
     fake(tmp_path, monkeypatch)
     monkeypatch.setattr(reproduce.claims, "conclude", lambda *_: "")

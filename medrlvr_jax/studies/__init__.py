@@ -1,1 +1,1 @@
-"""The paper's comparison: many runs of one file, and what they say of its claims."""
+"""The paper's comparison: many runs from one file, and tests of the paper's claims on their results."""

@@ -1,14 +1,15 @@
-"""The file of `medrlvr reproduce`: arms that differ in settings, and their cells, one for each seed.
+"""The file of `medrlvr reproduce`: arms that differ in settings. An arm has a cell for each seed.
 
-`common` holds settings of a config; an arm changes some of them. It is made `by` train, sft, eval (of a
-model without training) or difficulty (which counts the right samples of each training question and is no row
-of the table), may be `like` an arm above it, and may start `after` an arm, seed by seed: from its policy, or
-with its counts as `data.pass_count.file`. A cell writes into runs/<name>/:
+`common` holds the settings of a config, and each arm changes some of them. The field `by` of an arm names its
+command: train, sft, eval (a model without training) or difficulty (which counts the right samples of each
+training question, and has no row in the table). `like` names an arm above, from which it takes its settings.
+`after` names an arm above, from which it starts, seed by seed: from that arm's policy, or, of an arm by
+difficulty, with its counts as `data.pass_count.file`. A cell writes into runs/<name>/:
 
-    <arm>-<seed>.yaml     its settings; a cell whose settings have changed since is refused
+    <arm>-<seed>.yaml     its settings; if they have changed since, the cell is refused
     <arm>-<seed>.log      the output of its commands
-    <arm>-<seed>/         the run, with eval/ (every answer to every set); hf/ if another arm starts from it;
-                          by difficulty only counts.jsonl
+    <arm>-<seed>/         the run with its evaluation in eval/, and hf/ if another arm starts from it; of an
+                          arm by difficulty only counts.jsonl
 """
 
 import copy
@@ -33,29 +34,29 @@ DEFAULTS = configs.flat(configs.to_tree(validate(Config, NO_DEFAULT)))
 
 @section
 class Arm:
-    """One row of the table. What is null is as in `like`, if that is given."""
+    """One row of the table. Fields that are null come from the arm `like`, if it is given."""
 
     by: Literal["train", "sft", "eval", "difficulty"] | None = None
     like: str | None = None
     after: str | None = None  # an arm by train, sft or difficulty
-    seeds: Seeds | None = None  # null: the file's. A greedy evaluation of one model needs only one
+    seeds: Seeds | None = None  # null: those of the file. A greedy evaluation of one model needs only one
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
 @section
 class Claims:
-    """Which arms the paper's claims are read from (claims.py)."""
+    """The arms on which the paper's claims are tested (claims.py)."""
 
-    sft: str  # answer-only fine-tuning; every other arm is tested against it
+    sft: str  # fine-tuning on answers alone; all other arms are compared with it
     rl: Annotated[tuple[str, ...], Field(min_length=1)]
-    base: str | None = None  # the model before any training
-    no_think: str | None = None  # RL whose responses are the answer alone
-    margin: Annotated[float, Field(gt=0, lt=1)] = 0.05  # arms match if they differ by less of the questions
+    base: str | None = None  # the model before training
+    no_think: str | None = None  # RL without a thought
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.05  # arms match if their accuracies differ by less
 
 
 @section
 class Experiment:
-    """A file. The first of `common.eval.sets` is in distribution, the others are out of it."""
+    """The file. The first of `common.eval.sets` is in distribution, the others are out of distribution."""
 
     name: Name
     runs: str = "runs"
@@ -77,7 +78,7 @@ class Cell:
     by: str
     config: Config
     parent: "Cell | None"
-    exported: bool = False  # another cell starts from it
+    exported: bool = False  # whether another cell starts from its policy
 
     @property
     def path(self) -> Path:
@@ -87,14 +88,13 @@ class Cell:
         return self.path.with_name(self.path.name + suffix)
 
     def record(self) -> str:
-        """The content of its .yaml: its command, then its settings."""
+        """Return the content of its .yaml: the command and the settings."""
         return f"{self.origin()}\n{configs.dump(self.config)}"
 
     def origin(self) -> str:
-        """Its command, with a digest of the run it starts from.
+        """Return its command, with a digest of the run that it starts from.
 
-        The digest is of that run's settings which are not the defaults: a setting that is added later does
-        not change it.
+        The digest leaves out settings that have their default, so that a new setting does not change it.
         """
         if self.parent is None:
             return f"# medrlvr {self.by}"
@@ -104,7 +104,7 @@ class Cell:
         return f"# medrlvr {self.by}, from {self.parent.path.name} {digest}"
 
     def commands(self) -> list[list[str]]:
-        """The commands still to run. A command is done once the last file that it writes exists."""
+        """Return the commands that remain. A command is done when the last file that it writes exists."""
         run, file = str(self.path), str(self.beside(".yaml"))
         if self.by == "difficulty":
             return [] if self.counts.exists() else [["difficulty", file, "--out", str(self.counts)]]
@@ -127,7 +127,10 @@ class Cell:
 
 
 def read(path: str | Path, settings: list[str]) -> tuple[Experiment, list[Cell]]:
-    """The file and its cells. `a.b=value` replaces a field of the file, or else a setting of every cell."""
+    """Read and check the file. Returns it and its cells.
+
+    `settings` are overrides `a.b=value` of a field of the file, or else of a setting of all cells.
+    """
     tree = configs.read_yaml(path, "see configs/reproduce_tiny.yaml for an example")
     if not isinstance(tree, dict):
         example = "configs/reproduce_tiny.yaml shows how"
@@ -146,8 +149,8 @@ def read(path: str | Path, settings: list[str]) -> tuple[Experiment, list[Cell]]
 
 
 def _cells(experiment: Experiment, of_cells: list[str], source: str) -> list[Cell]:
-    """Every arm with each of its seeds, in the file's order. Raises ConfigError where one cannot run."""
-    merged: dict[str, Arm] = {}  # with what they take from `like`
+    """Return the cells of all arms in the file's order. Raises `ConfigError` if one of them cannot run."""
+    merged: dict[str, Arm] = {}  # arms by name, with the fields that they take from `like`
     cells: dict[tuple[str, int], Cell] = {}
     for name, arm in experiment.arms.items():
         where = f"{source}: arms.{name}"
@@ -163,7 +166,7 @@ def _cells(experiment: Experiment, of_cells: list[str], source: str) -> list[Cel
             settings=merge(like.settings, arm.settings),
         )
         if arm.by is None:
-            raise ConfigError(f"{where}.by: needed, and not given: train, sft or eval")
+            raise ConfigError(f"{where}.by: missing; set it to train, sft, eval or difficulty")
         for seed in arm.seeds or experiment.seeds:
             place = {"name": f"{name}-{seed}", "runs": str(experiment.folder), "seed": seed}
             tree = merge(arm.settings, place)
@@ -188,7 +191,7 @@ def _cells(experiment: Experiment, of_cells: list[str], source: str) -> list[Cel
 
 
 def merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """b over a, section by section; a new tree."""
+    """Return a new tree in which the settings of b replace those of a."""
     out = copy.deepcopy(a)
     for key, value in b.items():
         if isinstance(value, dict):
@@ -198,7 +201,10 @@ def merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same(cells: list[Cell]) -> None:
-    """Refuse all cells that were begun with other settings. A setting that a file lacks had its default."""
+    """Raise `ConfigError` for cells that were started with other settings, naming all of them.
+
+    A setting that is missing in a cell's file had its default.
+    """
     complaints = []
     for cell in cells:
         file = cell.beside(".yaml")
@@ -210,10 +216,10 @@ def check_same(cells: list[Cell]) -> None:
             then, now = (DEFAULTS | configs.flat(t) for t in (tree, configs.to_tree(cell.config)))
             changes = configs.differences(then, now)
             if text.splitlines()[0] != cell.origin():
-                changes.append("its command, or the run it starts from, is another")
+                changes.append("its command, or the run it starts from, has changed")
             if changes:
                 complaints.append(f"  {cell.path.name}: {'; '.join(changes)}")
     if complaints:
         remedy = "give another name= or the same settings, or delete each's folder and .yaml to run it anew"
-        head = f"{cells[0].path.parent}: cells were begun with other settings; {remedy}:"
+        head = f"{cells[0].path.parent}: cells were started with other settings; {remedy}:"
         raise ConfigError("\n".join([head, *complaints]))

@@ -1,21 +1,22 @@
 """The results of `medrlvr reproduce`: accuracies, tests against SFT, and Med-RLVR's four claims.
 
-Questions and seeds are both random: an interval, its p and the sentence about it come from the same t
-statistic (`stats.contrast`); tests/size.py simulates its false positives. Every p is given with and without
-Holm's adjustment over all arms and sets. Two arms match only if two one-sided tests show that they differ by
-less than `claims.margin`; the absence of a significant difference is no match. Exact repeats of a question
-are left out.
+Questions and seeds are both random. An interval, its p value and the sentence about it come from the same t
+statistic (`stats.contrast`), whose false positives tests/size.py simulates. Every p value is given with and
+without Holm's adjustment over all arms and sets. Two arms match only if two one-sided tests show that they
+differ by less than `claims.margin`; without a significant difference alone they do not match. Exact repeats
+of a question are left out.
 """
 
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
-from medrlvr_jax.evaluation import answers, stats
+from medrlvr_jax.evaluation import answers, look, stats
 from medrlvr_jax.evaluation.answers import percent
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
@@ -24,52 +25,47 @@ from medrlvr_jax.rewards.stages import HACKS, STAGES
 from medrlvr_jax.studies.arms import Cell, Claims, Experiment
 
 REASONS = "reintegrated_reasoning"
-REACHED = 0.10  # share of a step's completions from which on a stage counts as reached
+REACHED = 0.10  # a stage is reached if this share of a step's completions is in it
 CLAIMS = (
     "1. RLVR matches SFT in distribution",
     "2. It beats SFT out of distribution (by 8 points in the paper)",
-    "3. Reasoning without its supervision",
+    "3. Reasoning emerges without supervision",
     "4. Six stages",
 )
 NOTE = """Accuracies are means over seeds. Intervals (95 %) and p are over questions and seeds, both random;
-of an arm with one run, over questions. Holm's adjustment is over all arms and sets. Format, tokens, and hacks
-(the answer given away in the thought, or reasoning before it: stages.py; –: no thought is asked) are of"""
+for an arm with one run, over questions. Holm's adjustment is over all arms and sets. A hack states the answer
+in place of reasoning, or reasons before the thought (stages.py; –: no thought is asked for). Format, hacks
+and tokens are from the set"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """An arm on one set of n questions, with its k finished seeds."""
+    """The results of an arm on one set of n questions, with its k finished seeds."""
 
     seeds: list[int]
-    answers: answers.Answers  # the seeds side by side
+    answers: answers.Answers  # of the first seed; all seeds have the same questions
     correct: Float64[np.ndarray, "n k"]  # mean over the samples of a question
     rows: list[dict[str, Any]]  # of all seeds, as `medrlvr eval` wrote them
-    fixed: bool  # a model that is not trained, and so has no seeds
+    fixed: bool  # whether the arm is a model that is not trained, so that seeds do not change it
 
     def mean(self, field: str) -> float:
         return float(np.mean([row[field] for row in self.rows]))
 
     def in_stages(self, *stages: str) -> float:
-        """Share of the answers that are in one of these stages."""
+        """Return the share of the answers that are in one of these stages."""
         return float(np.mean([row["stage"] in stages for row in self.rows]))
 
     @cached_property
     def looks(self) -> stats.Contrast | None:
-        """Accuracy less the larger of those with blank and with other questions' images (look.py); None of a
-        set without images.
-        """
-        unseen = [row.get("unseen", {}) for row in self.rows if row["sample"] == 0]
-        differences = []
-        for condition in ("blank", "shuffled"):
-            shares = np.array([x.get(condition, np.nan) for x in unseen]).reshape(len(self.seeds), -1).T
-            if (asked := ~np.isnan(shares).any(1)).any():
-                gain = (self.correct - shares)[asked]
-                differences.append(stats.contrast(gain, np.zeros(len(gain)), (self.fixed, True)))
-        return min(differences, key=lambda difference: difference.value, default=None)
+        """By how much the right images raise the accuracy (`look.looks`); None for a set without images."""
+        rows = [row.get("unseen", {}) for row in self.rows if row["sample"] == 0]
+        shares = [[row.get(condition, np.nan) for row in rows] for condition in ("blank", "shuffled")]
+        unseen = [np.array(column).reshape(len(self.seeds), -1).T for column in shares]
+        return look.looks(self.correct, unseen, self.fixed)
 
     @property
     def has_stages(self) -> bool:
-        """Whether a thought was asked for; answers without a thought have no stages."""
+        """Whether the arm was asked for a thought; otherwise its answers have no stages."""
         return self.rows[0]["stage"] is not None
 
 
@@ -78,22 +74,26 @@ Tests = dict[tuple[str, str], dict[str, Any]]  # {(arm, set): …}
 
 
 def conclude(experiment: Experiment, finished: list[Cell], total: int) -> str:
-    """Write table.json, table.md and curves.png into the experiment's folder; returns table.md's text."""
+    """Write table.json, table.md and curves.png into the experiment's folder. Returns the text of table.md.
+
+    `total` is the number of all cells. Raises `ConfigError` if the seeds of an arm answered other questions.
+    """
     arms: dict[str, list[Cell]] = {}
     for cell in finished:
         if cell.by != "difficulty":
             arms.setdefault(cell.arm, []).append(cell)
     if not arms:
         return "no cell is finished: there is no table yet"
-    of_sets = lambda cells: {name: outcome(cells, name) for name in cells[0].config.eval.sets}
-    outcomes = {arm: of_sets(cells) for arm, cells in arms.items()}
+    outcomes = {
+        arm: {name: outcome(cells, name) for name in cells[0].config.eval.sets} for arm, cells in arms.items()
+    }
     tests = against_sft(outcomes, experiment.claims)
     sentences = claims(experiment.claims, arms, outcomes, tests)
     evaluated = [cell.path / "eval" / "eval.json" for cells in arms.values() for cell in cells]
     logs = [json.loads(path.read_text("utf-8")) for path in evaluated]
     revisions = sorted({json.dumps(log["versions"]["git"]) for log in logs})
     counts = [(name, c | {"truncated": 0}) for log in logs for name, c in log.get("eval", {}).items()]
-    notes = [line for name, c in counts for line in answers.remarks(name, c)]  # on dropped questions
+    notes = [line for name, c in counts for line in answers.remarks(name, c)]  # dropped questions alone
     if len(revisions) > 1:
         notes.append(f"{len(revisions)} revisions of the code evaluated the cells: table.json names them")
     state = f"{len(finished)} of {total} cells are finished."
@@ -115,27 +115,26 @@ def conclude(experiment: Experiment, finished: list[Cell], total: int) -> str:
 
 
 def outcome(cells: list[Cell], name: str) -> Outcome:
-    """The answers of an arm's cells to one set, side by side."""
+    """Read the answers of an arm's cells to one set."""
     paths = [cell.path / "eval" / f"{name}.jsonl" for cell in cells]
-    seeds = [answers.read(path) for path in paths]
+    rows = [files.read_jsonl(path) for path in paths]
+    seeds = [answers.from_rows(r, str(path)) for r, path in zip(rows, paths, strict=True)]
     for path, a in zip(paths, seeds, strict=True):
         if not (np.array_equal(a.ids, seeds[0].ids) and np.array_equal(a.hashes, seeds[0].hashes)):
             remedy = "delete that cell's eval folder and run it again"
             raise ConfigError(f"{path}: other questions than in {paths[0]}; {remedy}")
     seeds = [a.select(~a.repeats) for a in seeds]
-    by_sample = [field for field, column in seeds[0]._asdict().items() if column.ndim == 2]
-    joined = {field: np.concatenate([getattr(a, field) for a in seeds], axis=1) for field in by_sample}
     return Outcome(
         seeds=[cell.config.seed for cell in cells],
-        answers=seeds[0]._replace(**joined),
+        answers=seeds[0],
         correct=np.stack([a.correct.mean(1) for a in seeds], 1),
-        rows=[row for path in paths for row in files.read_jsonl(path) if "repeats" not in row],
+        rows=[row for row in chain.from_iterable(rows) if "repeats" not in row],
         fixed=len(cells) == 1 and cells[0].by == "eval",
     )
 
 
 def describe(o: Outcome) -> dict[str, Any]:
-    """For table.json."""
+    """Return the figures of an outcome for table.json."""
     return {
         "seeds": o.seeds,
         "n": len(o.correct),
@@ -152,7 +151,7 @@ def describe(o: Outcome) -> dict[str, Any]:
 
 
 def difference(o: Outcome, other: Outcome) -> tuple[int, stats.Contrast] | None:
-    """How many questions both answered, and o's accuracy minus the other's on them; or None."""
+    """Return how many questions both answered, and o's accuracy minus the other's; None if there are none."""
     i, j, _ = answers.pair(o.answers, other.answers)
     if not len(i):
         return None
@@ -160,7 +159,7 @@ def difference(o: Outcome, other: Outcome) -> tuple[int, stats.Contrast] | None:
 
 
 def against_sft(outcomes: Outcomes, named: Claims) -> Tests:
-    """Every other arm minus SFT on every set that both have; {} while SFT is not finished."""
+    """Test the difference of every other arm to SFT on every set that both have; {} if SFT is unfinished."""
     tests: Tests = {}
     for arm, sets in outcomes.items():
         for name, o in sets.items():
@@ -185,12 +184,12 @@ def against_sft(outcomes: Outcomes, named: Claims) -> Tests:
 
 
 def table(outcomes: Outcomes, tests: Tests) -> str:
-    """A row for each arm, and what the columns mean."""
+    """Return a table with a row for each arm, and a note on its columns."""
     sets = list(dict.fromkeys(name for of_arm in outcomes.values() for name in of_arm))
     seen = {name for of_arm in outcomes.values() for name, o in of_arm.items() if o.looks}
-    per_set = lambda name: ("accuracy", "by seed", "− SFT", "p", "p (Holm)", *["looks"] * (name in seen))
-    of_sets = [f"{name}: {what}" for name in sets for what in per_set(name)]
-    head = ["arm", "seeds", *of_sets, "in the format", "hacks", "tokens"]
+    titles = lambda name: ("accuracy", "by seed", "− SFT", "p", "p (Holm)", *["looks"] * (name in seen))
+    columns = [f"{name}: {title}" for name in sets for title in titles(name)]
+    head = ["arm", "seeds", *columns, "in the format", "hacks", "tokens"]
     rows = []
     for arm, of_arm in outcomes.items():
         row = [arm, str(len(next(iter(of_arm.values())).seeds))]
@@ -222,21 +221,21 @@ def points(x: stats.Interval | stats.Contrast) -> str:
 
 
 def claims(named: Claims, arms: dict[str, list[Cell]], outcomes: Outcomes, tests: Tests) -> list[str]:
-    """A sentence for each of CLAIMS and each RL arm, as far as their arms are finished."""
+    """Return a sentence for each of `CLAIMS` and each RL arm that is finished."""
     out = []
     for arm in (a for a in named.rl if a in outcomes):
         for i, name in enumerate(outcomes[arm]):
             if test := tests.get((arm, name)):
                 ps = f"p {test['p']:.2g}, with Holm's adjustment {test['p_holm']:.2g}"
-                what = f"{arm} − {named.sft} on {name}: {points(test['difference'])} points, {ps}"
-                out.append(f"{CLAIMS[min(i, 1)]}. {what}: {verdict(arm, test, len(tests), named.margin)}.")
+                figures = f"{arm} − {named.sft} on {name}: {points(test['difference'])} points, {ps}"
+                out.append(f"{CLAIMS[min(i, 1)]}. {figures}: {verdict(arm, test, len(tests), named.margin)}.")
         out.append(f"{CLAIMS[2]}. {arm}: {reasoning(named, outcomes, arm)}")
         out.append(f"{CLAIMS[3]}. {arm}: {stages_reached(arms[arm])}")
     return sorted(out)
 
 
 def verdict(arm: str, test: dict[str, Any], tests: int, margin: float) -> str:
-    """What a test shows: a difference, that there is none as large as the margin, both, or neither."""
+    """Return what a test shows: a difference, none as large as the margin, both, or neither."""
     higher = "higher" if test["difference"].value > 0 else "lower"
     limit, p_margin = f"a difference of {100 * margin:g} points", f"p {test['p_margin']:.2g}"
     text = "no significant difference"
@@ -252,8 +251,8 @@ def verdict(arm: str, test: dict[str, Any], tests: int, margin: float) -> str:
 
 
 def reasoning(named: Claims, outcomes: Outcomes, arm: str) -> str:
-    """How many answers show inference in their thought, before and after training; and the arm's difference
-    to RL without a thought, and to the base whose thought is begun for it.
+    """Return which share of answers infers in the thought, before and after training, and by how much the arm
+    is better than RL without a thought and than the base model.
     """
     base, shares = outcomes.get(named.base or "", {}), []
     for name, o in outcomes[arm].items():
@@ -271,7 +270,7 @@ def reasoning(named: Claims, outcomes: Outcomes, arm: str) -> str:
 
 
 def stages_reached(cells: list[Cell]) -> str:
-    """Which stages completions were in during training, from the runs' logs: peaks of the mean over seeds."""
+    """Return which stages the completions of training reached, by the peaks of the mean over seeds."""
     logs = [files.read_jsonl(cell.path / "metrics.jsonl") for cell in cells]
     logs = [[r for r in records if f"stage/{STAGES[0]}" in r] for records in logs]
     if not all(logs):

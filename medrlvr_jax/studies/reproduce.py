@@ -1,9 +1,9 @@
-"""`medrlvr reproduce FILE.yaml`: the cells of a file of arms (arms.py) as processes, then their table.
+"""`medrlvr reproduce FILE.yaml`: run the cells of a file of arms (arms.py) as processes, then write a table.
 
-`--jobs N` run at a time, each on its share of the processor's cores: small models run best on one core each.
-A finished cell is not run again, a stopped one resumes. SIGINT and SIGTERM are passed on: each run saves and
-stops after its step. If this process is killed, its children finish their command, and the same command again
-waits for them.
+`--jobs N` processes run at a time, each on its share of the processor's cores: small models are fastest on
+one core each. A finished cell is not run again, and a stopped cell resumes. SIGINT and SIGTERM are sent to
+the processes, which save and stop after their steps. If this process is killed, its children finish their
+commands, and the same command waits for them when it is started again.
 """
 
 import math
@@ -22,11 +22,11 @@ from medrlvr_jax.runs.console import clock
 from medrlvr_jax.studies import arms, claims
 from medrlvr_jax.studies.arms import Cell
 
-HEARTBEAT = 60  # seconds between lines of progress
+HEARTBEAT = 60  # seconds between reports of progress
 
 
 def reproduce(path: str, settings: list[str], only: list[str], jobs: int, dry_run: bool) -> int:
-    """Run what is not finished, then write table.md, table.json and curves.png; the exit status."""
+    """Run the unfinished cells, then write table.md, table.json and curves.png. Returns the exit status."""
     experiment, cells = arms.read(path, settings)
     if lost := [name for name in only if name not in experiment.arms]:
         raise ConfigError(f"--only: {lost[0]}: no such arm; there are {', '.join(experiment.arms)}")
@@ -52,34 +52,35 @@ def _state(cell: Cell, wanted: bool) -> str:
     if cell.finished:
         return "finished"
     if cell.beside(".yaml").exists():
-        return "begun"
+        return "started"
     return "to run" if wanted else "left out by --only"
 
 
 class Runner:
     """Runs cells as processes, at most one on each share of the cores."""
 
-    def __init__(self, todo: list[Cell], every: list[Cell], jobs: int):
-        every_core = range(os.cpu_count() or 1)
-        cores = sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every_core)
+    def __init__(self, todo: list[Cell], wanted: list[Cell], jobs: int):
+        """`todo`: the unfinished cells among those that are `wanted`."""
+        all_cores = range(os.cpu_count() or 1)
+        cores = sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else all_cores)
         if not 1 <= jobs <= len(cores):
             remedy = f"give 1 to {len(cores)}"
             raise ConfigError(f"--jobs: {jobs} at a time, with {len(cores)} cores here; {remedy}")
         self.shares = [set(cores[i::jobs]) for i in range(jobs)]
-        self.todo, self.every, self.failed = list(todo), every, set()
-        self.running: dict[int, tuple[Cell, subprocess.Popen, float]] = {}  # by share; with when it began
-        self.seconds: list[float] = []  # that finished cells took
+        self.todo, self.wanted, self.failed = list(todo), wanted, set()
+        self.running: dict[int, tuple[Cell, subprocess.Popen, float]] = {}  # by share; with the cell's start
+        self.seconds: list[float] = []  # the durations of finished cells
         self.signal = 0
 
     def run(self) -> int:
-        """0 when nothing is left to do, or 128 + the signal that stopped it."""
+        """Run all cells. Returns 0, or 128 + the signal that stopped it."""
         handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        reported = -math.inf  # the first report comes at once, on cells that older processes still hold
+        reported = -math.inf  # the first report comes at once: it names cells that older processes still run
         try:
             while self.running or (self.todo and not self.signal):
                 for share in range(len(self.shares)):
                     if share in self.running:
-                        self._look(share)
+                        self._check(share)
                     elif not self.signal:
                         self._start(share)
                 if time.monotonic() - reported > HEARTBEAT:
@@ -93,11 +94,11 @@ class Runner:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
         if self.signal:
-            print("stopped; the same command goes on from here", file=sys.stderr)
+            print("stopped; the same command continues from here", file=sys.stderr)
         return 128 + self.signal if self.signal else 0
 
     def _start(self, share: int) -> None:
-        """Start the first cell whose parent is finished and which no older process holds."""
+        """Start the first cell whose parent is finished and that no older process runs."""
         for cell in list(self.todo):
             if cell.parent and cell.parent.path in self.failed:
                 self.todo.remove(cell)
@@ -108,29 +109,29 @@ class Runner:
                 cell.path.parent.mkdir(parents=True, exist_ok=True)
                 files.write_text(cell.beside(".yaml"), cell.record())
                 self._spawn(share, cell, time.monotonic())
-                return self._report(f"{cell.path.name} begins")
+                return self._report(f"{cell.path.name} starts")
 
-    def _spawn(self, share: int, cell: Cell, began: float) -> None:
-        """Run the cell's next command on the share's cores."""
+    def _spawn(self, share: int, cell: Cell, start: float) -> None:
+        """Start the cell's next command on the share's cores."""
         command = [sys.executable, "-m", "medrlvr_jax", *cell.commands()[0]]
         cache = str((cell.path.parent / ".programs").absolute())  # cells share most programs
         env = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
         pins = hasattr(os, "sched_setaffinity")
-        mine = os.sched_getaffinity(0) if pins else set()
+        own_cores = os.sched_getaffinity(0) if pins else set()
         with open(cell.beside(".log"), "ab") as out:
             if pins:
                 os.sched_setaffinity(0, self.shares[share])  # a child inherits its parent's cores
-            # In a new session: the terminal's Ctrl-C reaches this process alone, which passes it on.
+            # In a new session, Ctrl-C of the terminal reaches only this process, which sends it to the child.
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
             )
             if pins:
-                os.sched_setaffinity(0, mine)
-        self.running[share] = cell, process, began
+                os.sched_setaffinity(0, own_cores)
+        self.running[share] = cell, process, start
 
-    def _look(self, share: int) -> None:
-        """Has the share's process ended? Then report its cell, or run the cell's next command."""
-        cell, process, began = self.running[share]
+    def _check(self, share: int) -> None:
+        """If the share's process has ended, report its cell, or start the cell's next command."""
+        cell, process, start = self.running[share]
         if process.poll() is None:
             return
         del self.running[share]
@@ -141,27 +142,27 @@ class Runner:
             head = f"{cell.path.name} failed with exit status {process.returncode}; {file} ends:"
             self._report("\n    ".join([head, *tail]))
         elif cell.finished:
-            self.seconds.append(time.monotonic() - began)
+            self.seconds.append(time.monotonic() - start)
             self._report(f"{cell.path.name} is finished after {clock(self.seconds[-1])}")
         elif not self.signal:
-            self._spawn(share, cell, began)
+            self._spawn(share, cell, start)
 
     def _stop(self, number: int, _: Any) -> None:
         self.signal = number
         for cell, process, _ in self.running.values():
             process.send_signal(signal.SIGINT)
             name = f"{signal.Signals(number).name}: {cell.path.name}"
-            print(f"{name} stops after its step; once more stops it at once", file=sys.stderr)
+            print(f"{name} stops after its step; a second signal stops it at once", file=sys.stderr)
 
     def _report(self, text: str) -> None:
-        done, waiting = sum(c.finished for c in self.every), len(self.todo) + len(self.running)
-        left = clock(mean(self.seconds) * waiting / len(self.shares)) if self.seconds else None
-        more = f"; about {left} left" if waiting and left else ""
-        print(f"{done}/{len(self.every)} cells: {text}{more}", file=sys.stderr, flush=True)
+        done, open_cells = sum(c.finished for c in self.wanted), len(self.todo) + len(self.running)
+        left = clock(mean(self.seconds) * open_cells / len(self.shares)) if self.seconds else None
+        more = f"; about {left} left" if open_cells and left else ""
+        print(f"{done}/{len(self.wanted)} cells: {text}{more}", file=sys.stderr, flush=True)
 
 
 def _progress(cell: Cell) -> str:
-    """The step that its run has reached."""
+    """Return the step that the cell's run has reached."""
     file = cell.path / "metrics.jsonl"
     records = files.read_jsonl(file) if file.exists() else []
     total = f"/{cell.config.steps}" if cell.config.steps else ""
