@@ -154,7 +154,7 @@ def open_question(answer):
 def test_bad_references_name_file_line_field_and_remedy(path):
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | {"answer": "1,234"}) + "\n")
     with pytest.raises(
-        DataError, match=r"open.jsonl, line 2: field answer: '1,234' cannot .*comma; write it otherwise"
+        DataError, match=r"open.jsonl, line 2: field answer: '1,234' cannot .*comma; write it in another form"
     ):
         load(SetConfig(path=str(path)))
 

@@ -15,7 +15,7 @@ from medrlvr_jax.data.load import load
 from medrlvr_jax.data.values import (
     REASONS,
     Unreadable,
-    amount,
+    convert,
     matches,
     read_date,
     read_duration,
@@ -84,7 +84,7 @@ def test_numbers_that_are_refused(text, reason):
     ],
 )
 def test_units_of_one_quantity_are_converted(text, unit, value):
-    assert amount(read_number(text), unit) == value
+    assert convert(read_number(text), unit) == value
 
 
 def verdict(text, /, **row):
@@ -107,6 +107,10 @@ def test_limits_belong_to_the_interval_and_zero_is_a_limit():
     assert {text: verdict(text, **within) for text in answers} == answers
     assert verdict("-5.25", kind="number", answer=-5, tolerance=0.05) == "right"
     assert verdict("-5.26", kind="number", answer=-5, tolerance=0.05) == "wrong"
+    percent = {"kind": "number", "answer": 100, "tolerance": "5 %"}
+    assert (verdict("105", **percent), verdict("106", **percent)) == ("right", "wrong")
+    grams = {"kind": "number", "answer": "1500 mg", "lower": "1400 mg", "upper": 1.6, "unit": "g"}
+    assert [verdict(text, **grams) for text in ("1.4", "1.39", "1.6 g")] == ["right", "wrong", "right"]
     assert verdict("4.0", kind="integer", answer=4) == "right"
     assert verdict("4.2", kind="integer", answer=4) == "not_an_integer"
 
@@ -177,7 +181,13 @@ def test_texts_by_alias():
         ),
         (
             {"kind": "number", "answer": 5, "lower": 4, "tolerance": 0.1},
-            "field tolerance: given beside lower or upper",
+            "field tolerance: the record also has lower or upper",
+        ),
+        ({"kind": "number", "answer": 5, "lower": "4,000"}, "field lower: '4,000' cannot be read as a value"),
+        ({"kind": "number", "answer": 5, "tolerance": "5 mg"}, "field tolerance: '5 mg' cannot be read as a"),
+        (
+            {"kind": "number", "answer": 5, "unit": "mgg"},
+            "field unit: 'mgg' cannot be read as a value of kind",
         ),
         ({"kind": "integer", "answer": 4.5}, "a number with a fraction"),
         ({"kind": "date", "answer": "03/04/2024"}, "day or month first"),

@@ -1,56 +1,56 @@
-"""Values in questions and answers: numbers with units, dates, durations, labels and texts.
+"""Values in open questions and in answers: numbers with units, dates, durations, labels and texts.
 
-`read_reference` reads what a data file holds as right, `matches` compares an answer with it. The grammar is
-strict. Nothing is evaluated, so `140/3.5` is not a number, and what can be read in two ways is refused:
-`1,234` (thousands or a decimal comma) and `03/04/2024` (day or month first). Texts longer than `LONGEST` are
-refused unread, and every pattern is linear in the length of a text.
+`read_reference` reads the right answer of a record, and `matches` compares a response's answer with it. The
+grammar is strict: nothing is evaluated, so `140/3.5` is not a number, and ambiguous texts are refused, as
+`1,234` (thousands or a decimal comma) and `03/04/2024` (day or month first). Texts longer than `MAX_LENGTH`
+are refused unread, and every pattern takes time linear in the length of a text.
 """
 
 import contextlib
 import datetime
-import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+T = TypeVar("T")
 Kind = Literal["number", "integer", "date", "duration", "label", "labels", "text"]
 DateOrder = Literal["month_first", "day_first"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-LONGEST = dict.fromkeys(KINDS, 200) | {"text": 2000}  # characters of an answer that is read as a value
+MAX_LENGTH = dict.fromkeys(KINDS, 200) | {"text": 2000}  # characters of an answer
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a right answer to an open question is. `kind` says which of the other fields count."""
+    """The right answer to an open question. Which fields count depends on `kind`."""
 
     kind: Kind
-    text: str  # the right answer as the data writes it
+    text: str  # the right answer as in the data
     value: Fraction | datetime.date | int | tuple[str, ...] | None = None  # duration: days; text: None
-    lower: Fraction | None = None  # number: the least that is right; None: no limit
+    lower: Fraction | None = None  # number: the limits are included; None: there is none
     upper: Fraction | None = None
     unit: str | None = None  # number, integer: the unit of `value`
-    allowed: tuple[str, ...] = ()  # label, labels: all that there are
+    allowed: tuple[str, ...] = ()  # label, labels: all labels of the question
     aliases: tuple[str, ...] = ()  # text: other right answers
-    order: DateOrder | None = None  # date: how the question asks for slashes; None: they are ambiguous
+    order: DateOrder | None = None  # date: how dates with slashes are read; None: they are ambiguous
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number as written, with the unit that follows it, if any."""
+    """A number and the unit that follows it, if any."""
 
-    value: Fraction  # exact, so that a limit with as many digits is met exactly
+    value: Fraction  # exact, so that a number equal to a limit is within it
     unit: str | None = None
 
 
 class Unreadable(ValueError):
-    """A text that is not a value of the kind asked for. Its message is a key of `REASONS`."""
+    """A text that is not a value of the wanted kind. The message is a key of `REASONS`, or a sentence."""
 
 
 REASONS = {  # why a text is not a value
-    "too_long": f"more than {LONGEST['number']:,} characters, or of a text {LONGEST['text']:,}",
+    "too_long": f"longer than {MAX_LENGTH['number']:,} characters, or {MAX_LENGTH['text']:,} for a text",
     "not_a_number": "not one number, with or without a unit",
     "ambiguous_number": "a single comma before three digits: thousands or a decimal comma",
     "unknown_unit": "the unit is not in the table",
@@ -75,7 +75,8 @@ _NUMBER = re.compile(
     re.ASCII,
 )
 _MILLI, _MICRO, _NANO, _PICO = (Fraction(1, 1000**i) for i in range(1, 5))
-_DIMENSIONS = {  # of each unit, its amount in the dimension's first; a compound (mg/dL) is read part by part
+# The size of each unit in the first unit of its dimension. A compound (mg/dL) is read part by part.
+_DIMENSIONS = {
     "mass": {"g": 1, "kg": 1000, "mg": _MILLI, "µg": _MICRO, "ng": _NANO, "pg": _PICO},
     "volume": {"l": 1, "dl": Fraction(1, 10), "ml": _MILLI, "µl": _MICRO, "fl": Fraction(1, 1000**5)},
     "amount": {"mol": 1, "mmol": _MILLI, "µmol": _MICRO, "nmol": _NANO, "pmol": _PICO},
@@ -122,7 +123,7 @@ _SIMPLE = {unit: (name, Fraction(size)) for name, row in _DIMENSIONS.items() for
 
 
 def unit_size(text: str) -> tuple[str, Fraction]:
-    """(dimension, how many of its first unit one of these is), as `mass/volume` and 0.01 for mg/dL.
+    """Return a unit's dimension, and its size in the dimension's first unit: `mass/volume`, 0.01 for mg/dL.
 
     Raises `Unreadable` for units that are not in the table.
     """
@@ -130,7 +131,7 @@ def unit_size(text: str) -> tuple[str, Fraction]:
     text = _SPELLINGS.get(text, text).replace(" per ", "/").replace("mm hg", "mmhg")
     dimensions, size = [], Fraction(1)
     for i, part in enumerate(part.strip() for part in text.split("/")):
-        if not part and not i and "/" in text:  # as in 10^9 /L: things that are counted
+        if not part and not i and "/" in text:  # as in 10^9 /L: a count of cells
             dimensions.append("count")
             continue
         if i and part in ("1.73 m²", "1.73m²", "1.73 m2", "1.73m2"):
@@ -146,7 +147,7 @@ def unit_size(text: str) -> tuple[str, Fraction]:
 
 
 def read_number(text: str) -> Number:
-    """Sign, digits, thousands, decimal point, exponent, unit: `−1,234.5 mg/dL`, `2.5e-3`, `3 × 10^4 /µL`."""
+    """Read a number, such as `−1,234.5 mg/dL`, `2.5e-3` or `3 × 10^4 /µL`."""
     match = _NUMBER.fullmatch(text)
     if not match or (match["digits"] is None and match["fraction"] is None):
         raise Unreadable("not_a_number")
@@ -166,7 +167,7 @@ def read_number(text: str) -> Number:
 _MONTHS = "january february march april may june july august september october november december".split()
 _MONTH = {name: i for i, full in enumerate(_MONTHS, 1) for name in (full, full[:3])} | {"sept": 9}
 _DAY, _NAME, _YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?P<month>[a-z]{3,9})", r"(?P<year>\d{4})"
-_DATES = {  # by the order that they need the question to ask for; None: all can be told apart
+_DATES = {  # each pattern, and the order of day and month that it assumes; None: it is unambiguous
     r"(?P<year>\d{4})-(?P<month>\d{2})-(?P<day>\d{2})": None,
     rf"{_DAY} {_NAME}\.?,? {_YEAR}": None,
     rf"{_NAME}\.? {_DAY},? {_YEAR}": None,
@@ -177,11 +178,11 @@ _DURATION = re.compile(r"(?:(\d{1,4}) ?(?:weeks?|wks?|w))?(?:,? ?(?:and )?(\d{1,
 
 
 def read_date(text: str, order: DateOrder | None = None) -> datetime.date:
-    """2024-03-04, 4 March 2024, March 4, 2024; and 03/04/2024 if `order` says, or one order alone gives a
-    date.
+    """Read 2024-03-04, 4 March 2024 or March 4, 2024; and 03/04/2024 if `order` decides, or if only one order
+    gives a date.
     """
     text = " ".join(text.lower().split())
-    patterns = [pattern for pattern, of in _DATES.items() if order is None or of in (None, order)]
+    patterns = [p for p, assumed in _DATES.items() if order is None or assumed in (None, order)]
     matches = [match for pattern in patterns if (match := re.fullmatch(pattern, text))]
     dates = {date for match in matches if (date := _date(**match.groupdict()))}
     if len(dates) > 1:
@@ -197,7 +198,7 @@ def _date(year: str, month: str, day: str) -> datetime.date | None:
 
 
 def read_duration(text: str) -> int:
-    """Days in `14 weeks 2 days`, `14 weeks`, `100 days`, or MedCalc-Bench's `('14 weeks', '2 days')`."""
+    """Return the days in `14 weeks 2 days`, `14 weeks`, `100 days`, or `('14 weeks', '2 days')`."""
     text = re.sub(r"[()'\"]", "", " ".join(text.lower().split())).strip()
     match = _DURATION.fullmatch(text)
     if not match or not any(match.groups()):
@@ -208,17 +209,19 @@ def read_duration(text: str) -> int:
 # ---- labels and texts ----
 
 
-def normal(text: str) -> str:
-    """Compatibility forms, case and runs of white space made one; punctuation around the text dropped."""
+def normalize(text: str) -> str:
+    """Normalise compatibility forms (NFKC), case and white space; drop punctuation around the text."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .,;:!?\"'()[]{}")
 
 
 def read_labels(text: str, allowed: tuple[str, ...], kind: Kind = "labels") -> tuple[str, ...]:
-    """Labels of `allowed`, sorted, from a text with commas or semicolons between them; in any case, none
-    twice. Of kind `label` there is one.
+    """Return the labels of `allowed` in a text, sorted. Commas or semicolons separate them, in any case.
+
+    Raises `Unreadable` for unknown and repeated labels, and for several labels if `kind` is `label`.
     """
-    known = {normal(label): label for label in allowed}
-    names = [normal(text)] if normal(text) in known else [normal(part) for part in re.split(r"[,;]", text)]
+    known = {normalize(label): label for label in allowed}
+    parts = [text] if normalize(text) in known else re.split("[,;]", text)
+    names = list(map(normalize, parts))
     if any(name not in known for name in names):
         raise Unreadable("unknown_label")
     if len(set(names)) < len(names):
@@ -232,10 +235,11 @@ def read_labels(text: str, allowed: tuple[str, ...], kind: Kind = "labels") -> t
 
 
 def read_reference(row: Mapping[str, Any]) -> Reference:
-    """The reference of a record, from its fields `kind` and `answer`.
+    """Read the right answer of a record from its fields `kind` and `answer`.
 
-    Numbers may have `unit` and `lower`, `upper` or `tolerance` (a share of the answer); without limits they
-    are exact. A label or labels need `labels`, all that there are. Texts may have `aliases`, dates `order`.
+    Numbers may have `unit`, and `lower`, `upper` or `tolerance` (a share of the answer); without limits, only
+    the exact number is right. Label and labels need `labels`, the list of all labels. Texts may have
+    `aliases`, and dates `order`.
 
     Raises `Unreadable` with a message that names the field, the value and the remedy.
     """
@@ -243,43 +247,49 @@ def read_reference(row: Mapping[str, Any]) -> Reference:
     if kind not in KINDS:
         raise Unreadable(f"field kind: {kind!r} is none of {', '.join(KINDS)}; give one of these")
     text = ", ".join(map(str, answer)) if isinstance(answer, list | tuple) else str(answer).strip()
-    unit, order, allowed = row.get("unit") or None, row.get("order"), _texts(row, "labels")
+    unit, order, allowed = row.get("unit") or None, row.get("order"), _text_list(row, "labels")
     if order not in (None, *get_args(DateOrder)):
         raise Unreadable(f"field order: {order!r} is neither month_first nor day_first; give one of these")
-    if not text or len(text) > LONGEST[kind]:
-        problem = f"{text[:40]!r} has {len(text):,} characters; give 1 to {LONGEST[kind]:,}"
+    if not text or len(text) > MAX_LENGTH[kind]:
+        problem = f"{text[:40]!r} has {len(text):,} characters; give 1 to {MAX_LENGTH[kind]:,}"
         raise Unreadable(f"field answer: {problem}")
     reference = Reference(KINDS[KINDS.index(kind)], text, unit=unit, allowed=allowed, order=order)
     if kind == "text":
-        return replace(reference, aliases=_texts(row, "aliases"))
-    try:
-        if unit is not None:
-            unit_size(str(unit))
-        value = read_value(text, reference)
-        limits = _limits(row, value) if kind == "number" else {}
-    except Unreadable as e:
-        if str(e) not in REASONS:
-            raise
-        problem = f"{text!r} cannot be read as a value of kind {kind}: {REASONS[str(e)]}"
-        raise Unreadable(f"field answer: {problem}; write it otherwise") from None
+        return replace(reference, aliases=_text_list(row, "aliases"))
+    if unit is not None:
+        _read_field("unit", str(unit), kind, unit_size)
+    value = _read_field("answer", text, kind, lambda text: read_value(text, reference))
+    limits = _limits(row, value, unit) if kind == "number" else {}
     return replace(reference, value=value, **limits)
 
 
-def _texts(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
-    """The texts of a list; none where the field is not given."""
+def _read_field(name: str, text: str, kind: str, read: Callable[[str], T]) -> T:
+    """Call `read` on the text of a field. Raises `Unreadable` with the field, the text and the reason."""
+    try:
+        return read(text)
+    except Unreadable as e:
+        problem = f"{text!r} cannot be read as a value of kind {kind}: {REASONS[str(e)]}"
+        raise Unreadable(f"field {name}: {problem}; write it in another form") from None
+
+
+def _text_list(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """Return the texts of a list; () if the field is missing."""
     texts = row.get(field) or ()
     if not isinstance(texts, list | tuple):
         raise Unreadable(f"field {field}: {texts!r} is not a list; give a list of texts")
     return tuple(map(str, texts))
 
 
-def _limits(row: Mapping[str, Any], value: Fraction) -> dict[str, Fraction]:
-    given = {name: row[name] for name in ("lower", "upper") if row.get(name) not in (None, "")}
-    limits = {name: read_number(str(limit).strip()).value for name, limit in given.items()}
-    if row.get("tolerance") is not None:
-        if limits:
-            raise Unreadable("field tolerance: given beside lower or upper; take one of the two out")
-        margin = abs(value) * read_number(str(row["tolerance"])).value
+def _limits(row: Mapping[str, Any], value: Fraction, unit: str | None) -> dict[str, Fraction]:
+    """Return `lower` and `upper` from these fields, from `tolerance`, or as the value itself."""
+    stated = {x: str(row[x]).strip() for x in ("lower", "upper", "tolerance") if row.get(x) not in (None, "")}
+    tolerance, limits = stated.pop("tolerance", None), {}
+    if tolerance is not None and stated:
+        raise Unreadable("field tolerance: the record also has lower or upper; remove one of the two")
+    for name, text in stated.items():
+        limits[name] = _read_field(name, text, "number", lambda text: convert(read_number(text), unit))
+    if tolerance is not None:
+        margin = abs(value) * _read_field("tolerance", tolerance, "number", _read_share)
         limits = {"lower": value - margin, "upper": value + margin}
     limits = limits or {"lower": value, "upper": value}
     if not limits.get("lower", value) <= value <= limits.get("upper", value):
@@ -288,8 +298,14 @@ def _limits(row: Mapping[str, Any], value: Fraction) -> dict[str, Fraction]:
     return limits
 
 
-def amount(number: Number, unit: str | None) -> Fraction:
-    """The number in `unit`. A number without a unit is taken to be in the reference's."""
+def _read_share(text: str) -> Fraction:
+    """Read `0.05` or `5 %`."""
+    number = read_number(text)
+    return number.value if number.unit is None else convert(number, "%") / 100
+
+
+def convert(number: Number, unit: str | None) -> Fraction:
+    """Return the number in `unit`. A number without a unit is taken to be in it already."""
     if number.unit is None:
         return number.value
     if unit is None:
@@ -301,14 +317,12 @@ def amount(number: Number, unit: str | None) -> Fraction:
 
 
 def read_value(text: str, reference: Reference) -> Any:
-    """What a text says in the terms of a reference, whose kind, unit, order and labels count. Raises
-    `Unreadable` where that is no value of this kind.
-    """
+    """Read a text as a value of the reference's kind, unit, order and labels. Raises `Unreadable`."""
     match reference.kind:
         case "number":
-            return amount(read_number(text), reference.unit)
+            return convert(read_number(text), reference.unit)
         case "integer":
-            value = amount(read_number(text), reference.unit)
+            value = convert(read_number(text), reference.unit)
             if value.denominator != 1:
                 raise Unreadable("not_an_integer")
             return value
@@ -319,18 +333,17 @@ def read_value(text: str, reference: Reference) -> Any:
         case "label" | "labels":
             return read_labels(text, reference.allowed, reference.kind)
         case "text":
-            return normal(text)
+            return normalize(text)
 
 
 def matches(answer: str, reference: Reference) -> bool:
-    """Whether an answer, stripped of white space, is right. Raises `Unreadable` where it has no value."""
-    if len(answer) > LONGEST[reference.kind]:
+    """Whether a stripped answer is right. Raises `Unreadable` if it is no value of the reference's kind."""
+    if len(answer) > MAX_LENGTH[reference.kind]:
         raise Unreadable("too_long")
     value = read_value(answer, reference)
     if reference.kind == "text":
-        return value in map(normal, (reference.text, *reference.aliases))
+        return value in map(normalize, (reference.text, *reference.aliases))
     if reference.kind == "number":
-        low = -math.inf if reference.lower is None else reference.lower
-        high = math.inf if reference.upper is None else reference.upper
-        return low <= value <= high
+        low, high = reference.lower, reference.upper
+        return (low is None or low <= value) and (high is None or value <= high)
     return value == reference.value
