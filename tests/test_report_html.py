@@ -378,7 +378,9 @@ def test_every_metric_is_a_curve_and_long_ones_are_thinned():
     kl, _, reward = metrics
     assert kl["unit"] == "nats / token" and reward["curves"] == [[], [[1], [0.5], [None]]]
     steps, values = kl["curves"][0]
-    assert len(steps) == explore.MOST and steps[0] == 8 and values[0] == pytest.approx(4.5 / 7, rel=1e-3)
+    assert (
+        len(steps) == explore.MAX_POINTS and steps[0] == 8 and values[0] == pytest.approx(4.5 / 7, rel=1e-3)
+    )
     many = explore.columns([r | {f"m{j}": j for j in range(70)} for r in records])
     assert len(json.dumps(explore.curves([[many]] * 20))) < 3e6
 

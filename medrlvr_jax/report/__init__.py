@@ -1,1 +1,1 @@
-"""Pictures of runs, and the page that holds them."""
+"""The page and the pictures of runs."""

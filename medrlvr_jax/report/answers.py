@@ -1,7 +1,7 @@
-"""The answers of evaluations for the page: which questions each got right, and the answers to some, so that
-two evaluations can be shown side by side and one question over time.
+"""The answers of evaluations for the page: which questions each answered right, and the answers to some.
 
-A run in training writes them into answers/; an evaluation of `medrlvr eval` has them in its folder.
+The page shows two evaluations side by side, and one question over time. A training run writes its answers
+into answers/, and `medrlvr eval` into its own folder.
 """
 
 from collections.abc import Mapping
@@ -10,41 +10,40 @@ from typing import Any
 
 import numpy as np
 
+from medrlvr_jax.evaluation.answers import newest_evaluation
 from medrlvr_jax.host.files import read_json, read_jsonl
 
-SIZE = 1_200_000  # characters, about, of all prompts, answers and images on a page
-LENGTH = 2000  # characters of one
-EVALUATIONS = 16  # on a page, about; of each run the first and the last at least
+SIZE = 1_200_000  # characters of all prompts, answers and images on a page, approximately
+LENGTH = 2000  # characters of one answer
+EVALUATIONS = 16  # on a page, approximately; at least the first and the last of each run
 Rows = list[dict[str, Any]]
 
 
 def folders(run: Path, most: int) -> dict[int, Path]:
-    """The folders of at most `most` evaluations of a run, by step; the newest of `medrlvr eval` where the run
-    wrote none itself, or where `run` is one.
+    """Return the folders of at most `most` evaluations of a run by step, evenly chosen.
+
+    If the run has none of its own, or is itself an evaluation, it is the newest of `medrlvr eval`.
     """
     steps = {int(folder.name): folder for folder in run.glob("answers/*")}
     if steps:
         chosen = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
         return {step: steps[step] for step in np.array(sorted(steps))[chosen].tolist()}
-    files = [run / "eval.json"] if (run / "eval.json").exists() else list(run.glob("*/eval.json"))
-    if not files:
-        return {}
-    newest = max(files, key=lambda file: file.stat().st_mtime_ns)
-    return {read_json(newest).get("step", 0): newest.parent}
+    newest = newest_evaluation(run)
+    return {read_json(newest / "eval.json").get("step", 0): newest} if newest else {}
 
 
 def answers(runs: Mapping[str, Path]) -> dict[str, Any]:
-    """`{set: {"questions": [{id, text, key, images}], "evaluations": [{run, step, right, texts}]}}`.
+    """Return `{set: {"questions": [{id, text, key, images}], "evaluations": [{run, step, right, texts}]}}`.
 
-    `right` has a character a question: 1, 0, or - where it was not asked. `questions` are those whose answers
-    have room, the changed ones first, and `texts` these answers; null where it was not asked. `runs`: folders
-    by name.
+    `right` has a character for each question: 1, 0, or - if it was not asked. `questions` are those whose
+    answers fit into `SIZE`; questions on which evaluations differ come first. `texts` are their answers, null
+    if a question was not asked. `runs` are folders by name.
     """
     most = max(2, EVALUATIONS // max(1, len(runs)))
     rows: dict[str, dict[tuple[str, int], Rows]] = {}
     for name, folder in runs.items():
-        for step, place in folders(folder, most).items():
-            for file in sorted(place.glob("*.jsonl")):
+        for step, evaluation in folders(folder, most).items():
+            for file in sorted(evaluation.glob("*.jsonl")):
                 first = [row for row in read_jsonl(file) if row.get("sample", 0) == 0]
                 rows.setdefault(file.stem, {})[name, step] = first
     room = SIZE // max(1, len(rows))
@@ -56,8 +55,8 @@ def _of_set(evaluations: Mapping[tuple[str, int], Rows], room: int) -> dict[str,
     every = {key: row for rows in by_key for key, row in rows.items()}
     images = {key: row["images"] for rows in by_key for key, row in rows.items() if "images" in row}
     right = {key: "".join(_right(rows.get(key)) for rows in by_key) for key in every}
-    order = sorted(every, key=lambda key: not {"0", "1"} <= set(right[key]))  # those that changed come first
-    texts = [every[key].get("question", "") for key in order]  # older answers have none
+    order = sorted(every, key=lambda key: not {"0", "1"} <= set(right[key]))  # differing ones come first
+    texts = [every[key].get("question", "") for key in order]  # answers of older versions have none
     sizes = [
         len(text) + sum(len(r[k]["completion"]) for r in by_key if k in r) + sum(map(len, images.get(k, ())))
         for k, text in zip(order, texts, strict=True)

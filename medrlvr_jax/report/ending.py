@@ -1,4 +1,4 @@
-"""The end of `medrlvr train` and `sft` on the screen: what changed, where the run lies, what comes next."""
+"""The last message of `medrlvr train` and `sft`: what changed, where the run is, and the next commands."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +12,9 @@ MEASURES = (("accuracy", "right answers"), ("format", "in the format"))
 
 
 def ending(summary: dict[str, Any], folder: Path) -> str:
-    """A run's end in at most 80 columns. `summary`: what `runs.log.Run.finish` returns at its last step."""
-    took = f" in {clock(summary['seconds'])}" if "seconds" in summary else ""
-    lines = ["", f"{folder}: {summary['steps']} steps{took}"]
+    """Return the last message in at most 80 columns. `summary` is the result of `runs.log.Run.finish`."""
+    duration = f" in {clock(summary['seconds'])}" if "seconds" in summary else ""
+    lines = ["", f"{folder}: {summary['steps']} steps{duration}"]
     for name, when in summary["eval"].items():
         lines += ["", *changes(name, when.get("before"), when.get("after"))]
     if not summary["eval"]:
@@ -23,7 +23,7 @@ def ending(summary: dict[str, Any], folder: Path) -> str:
 
 
 def changes(name: str, before: dict[str, Any] | None, after: dict[str, Any] | None) -> Iterator[str]:
-    """Accuracy and format rate on a set, before and after training, and whether the accuracy changed."""
+    """Yield lines on a set: accuracy and format rate before and after training, and whether it improved."""
     last = after or before or {}
     yield f"{name}, {last.get('questions', last.get('n', 0)):,} questions (95 % intervals)"
     for key, words in MEASURES:
@@ -34,7 +34,7 @@ def changes(name: str, before: dict[str, Any] | None, after: dict[str, Any] | No
 
 
 def verdict(before: Interval, after: Interval) -> str:
-    """Whether two intervals are apart. They overlap in some cases that a paired test tells apart."""
+    """Return whether two intervals are disjoint. A paired test finds some differences that this misses."""
     points = f"{100 * (after.value - before.value):+.1f} points"
     if after.low > before.high:
         return f"More answers are right than before, beyond chance: {points}."

@@ -1,6 +1,4 @@
-"""The data of curves: a run's metrics as columns, curves of several runs thinned together, and for the page
-every metric of every group.
-"""
+"""The data of curves: the metrics of a run as columns, on common steps for several runs, and for the page."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,9 +9,9 @@ from jaxtyping import Float64, Int
 from medrlvr_jax.host.files import Records
 from medrlvr_jax.runs import metrics
 
-SIZE = 1_500_000  # characters of JSON, about, for all curves together
-LEAST, MOST, STAGE_POINTS = 60, 500, 40  # points of a curve, and of a picture of stages
-# Okabe and Ito's colours, which colour-blind readers can distinguish; black is none, for dark pages
+SIZE = 1_500_000  # characters of JSON for all curves together, approximately
+MIN_POINTS, MAX_POINTS, STAGE_POINTS = 60, 500, 40  # points of a curve, and of a picture of stages
+# Okabe and Ito's colours, which colour-blind readers can distinguish, without black because of dark pages
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A2A")
 GREY = "#7F7F7F"
 FILLS = {  # of the stages
@@ -24,7 +22,7 @@ FILLS = {  # of the stages
     "step_by_step_exploit": "#CC79A7",
     "reintegrated_reasoning": "#009E73",
 }
-HIDDEN = ("step", "row/*")  # not curves
+HIDDEN = ("step", "row/*")  # metrics without a curve
 
 
 class Column(NamedTuple):
@@ -32,11 +30,11 @@ class Column(NamedTuple):
     values: Float64[np.ndarray, " n"]
 
 
-Columns = Mapping[str, Column]  # a run's metrics, by name
+Columns = Mapping[str, Column]  # the metrics of a run by name
 
 
 def columns(records: Records) -> Columns:
-    """Each metric at the steps at which it is a finite number."""
+    """Return each metric at the steps at which it is a finite number."""
     steps, out = np.array([record["step"] for record in records]), {}
     for name in sorted({name for record in records for name in record}):
         values = np.array([record.get(name) for record in records], float)
@@ -48,9 +46,10 @@ def columns(records: Records) -> Columns:
 def over_steps(
     runs: Sequence[Columns], name: str, points: int
 ) -> tuple[Int[np.ndarray, " steps"], Float64[np.ndarray, "runs steps"]]:
-    """The steps at which any run recorded the metric, and its values there; NaN where a run has none.
+    """Return the steps at which any run recorded the metric, and its values; NaN if a run has none.
 
-    Of more than `points` steps, the last of each of so many equal stretches, and the means over them.
+    More than `points` steps are divided into that many equal intervals. Their last steps and the means over
+    them are then returned.
     """
     recorded = [run.get(name, Column(np.zeros(0, int), np.zeros(0))) for run in runs]
     steps = np.unique(np.concatenate([column.steps for column in recorded]))
@@ -68,22 +67,25 @@ def over_steps(
 
 
 def curves(groups: Sequence[Sequence[Columns]]) -> list[dict[str, Any]]:
-    """`{name, unit, meaning, curves}` of each metric, for report.js.
+    """Return `{name, unit, meaning, curves}` of each metric, for report.js.
 
-    `curves` has `[steps, values of a run, values of the next, …]` for each group of runs, with four digits,
-    and null where a run has no value; it is empty where no run of the group recorded the metric.
+    `curves` has `[steps, values of the first run, values of the second, …]` for each group of runs, with four
+    digits, and null if a run has no value. It has `[]` if no run of the group recorded the metric.
     """
     names = sorted({name for runs in groups for run in runs for name in run})
     known = {name: metrics.find(name) or metrics.Metric(name, "", "") for name in names}
     names = [name for name in names if known[name].name not in HIDDEN]
     number = sum(len(runs) + 1 for runs in groups)
-    points = int(np.clip(SIZE / 8 / max(1, len(names) * number), LEAST, MOST))
-    shown = []
-    for name in names:
-        meaning = known[name].meaning.replace("`", "")
-        about = {"name": name, "unit": known[name].unit, "meaning": meaning}
-        shown.append(about | {"curves": [_curve(runs, name, points) for runs in groups]})
-    return shown
+    points = int(np.clip(SIZE / 8 / max(1, len(names) * number), MIN_POINTS, MAX_POINTS))
+    return [
+        {
+            "name": name,
+            "unit": known[name].unit,
+            "meaning": known[name].meaning.replace("`", ""),
+            "curves": [_curve(runs, name, points) for runs in groups],
+        }
+        for name in names
+    ]
 
 
 def _curve(runs: Sequence[Columns], name: str, points: int) -> list[list[float | None]]:

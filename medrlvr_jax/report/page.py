@@ -1,9 +1,9 @@
-"""`medrlvr report RUN …`: runs as one HTML file that needs nothing else.
+"""`medrlvr report RUN …`: runs as one self-contained HTML file.
 
-This file gathers what the page shows; templates/report.html says how. Runs that differ only in their seed are
-one group: a mean and a band. Names and completions of runs are untrusted text. The template escapes them, and
-the script sets them as `textContent`. The page forbids itself the network. Of long runs some steps are read,
-so that a page of many takes seconds and few megabytes.
+This file collects the content of the page; templates/report.html has its form. Runs that differ only in the
+seed are a group, drawn as a mean and a band. Names and completions of runs are untrusted text: the template
+escapes them, the script sets them as `textContent`, and the page's policy blocks the network. Only some steps
+of long runs are read, so that a page of many runs takes seconds and few megabytes.
 """
 
 import json
@@ -27,27 +27,27 @@ from medrlvr_jax.report import answers, explore
 from medrlvr_jax.runs.console import before_after, clock
 from medrlvr_jax.runs.metrics import is_due
 
-ALIKE = ("name", "runs", "seed", "log", "checkpoint", "mesh")  # settings that may differ within a group
-STEPS, SAMPLES = 10_000, 2000  # read for a page, of all runs together
-SAMPLE_SIZE, LENGTH = 1_500_000, 6000  # characters of all samples on a page, about, and of one
-NAMED = 3  # settings by which a group is named
+IGNORED = ("name", "runs", "seed", "log", "checkpoint", "mesh")  # settings that may differ within a group
+STEPS, SAMPLES = 10_000, 2000  # the number that is read for a page, from all runs together
+SAMPLE_SIZE, LENGTH = 1_500_000, 6000  # characters of all samples on a page, approximately, and of one text
+NAMED = 3  # the number of settings in the name of a group
 FOLDER = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the page needs of a run's folder, or of an evaluation's."""
+    """The content of the folder of a run or of an evaluation."""
 
     name: str
     folder: Path  # absolute
     config: dict[str, Any]  # flat
-    metrics: explore.Columns  # empty of an evaluation
+    metrics: explore.Columns  # empty for an evaluation
     samples: Records
-    summary: dict[str, Any]  # empty while the run goes on
+    summary: dict[str, Any]  # empty while the run is in progress
     evals: dict[str, dict[str, dict[str, Any]]]  # {set: {"before", "after": counts}}
 
     def counts(self, set_name: str, when: str) -> dict[str, Any] | None:
-        """Of one evaluation; None where nothing was asked."""
+        """Return the counts of one evaluation; None without answers."""
         counts = self.evals.get(set_name, {}).get(when)
         return counts if counts and counts["n"] else None
 
@@ -55,9 +55,9 @@ class Run:
 @dataclass(frozen=True)
 class Group:
     name: str
-    number: int  # among all groups of the page: its style, in every picture
+    number: int  # among all groups of the page; it determines the style in all pictures
     runs: list[Run]
-    differs: str  # the settings that few other groups share, where the name does not say them
+    differs: str  # the settings that distinguish it from most other groups, unless the name has them
 
     @property
     def color(self) -> str:
@@ -65,17 +65,17 @@ class Group:
 
     @property
     def dash(self) -> Sequence[float]:
-        """Lengths in pixels of lines and gaps; none for an unbroken line."""
+        """The lengths in pixels of dashes and gaps; [] for a solid line."""
         return ([], [6, 3], [6, 3, 1.5, 3], [1.5, 2.5], [6, 2, 1.5, 2])[self.number % 5]
 
 
 class Arm(NamedTuple):
-    """Of one set: a group after training, or the policies before it."""
+    """A row of the accuracies on one set: a group after training, or a policy before training."""
 
     name: str
     color: str
     runs: list[Interval]
-    texts: list[str]  # of the same runs
+    texts: list[str]  # a description of each of `runs`
 
     @property
     def mean(self) -> float:
@@ -83,12 +83,12 @@ class Arm(NamedTuple):
 
 
 def write_page(folders: Sequence[Path], out: Path) -> None:
-    places = list(dict.fromkeys(folder.resolve() for folder in folders))
-    write_text(out, html([read_run(folder, len(places)) for folder in places]))
+    distinct = list(dict.fromkeys(folder.resolve() for folder in folders))
+    write_text(out, html([read_run(folder, len(distinct)) for folder in distinct]))
 
 
 def html(runs: Sequence[Run], live: str = "", awaited: Sequence[Path] = ()) -> str:
-    """The page. Of one that is served, `live` is its version, and `awaited` are runs that have not begun."""
+    """Return the page. `live` is the version of a served page, `awaited` the runs that do not exist yet."""
     runs = with_unique_names(runs)
     groups = group(runs)
     trained = [g for g in groups if g.runs[0].metrics]
@@ -119,7 +119,7 @@ def html(runs: Sequence[Run], live: str = "", awaited: Sequence[Path] = ()) -> s
         alarms=alarms(runs),
         samples=samples(runs),
         differing=differing([(g.name, g.runs[0].config) for g in groups]),
-        cards=[(run.name, list(facts_of(run)), settings_of(run)) for run in runs],
+        cards=[(run.name, list(facts(run)), settings_text(run)) for run in runs],
     )
 
 
@@ -127,14 +127,14 @@ def html(runs: Sequence[Run], live: str = "", awaited: Sequence[Path] = ()) -> s
 
 
 def read_run(folder: Path, runs: int = 1) -> Run:
-    """A run's folder, or one of `medrlvr eval`, which has accuracies alone and is named by its path's end.
+    """Read the folder of a run, or of `medrlvr eval`, which has accuracies alone.
 
-    `runs`: on the page. The more there are, the fewer steps and samples are read of each; evaluations and
-    alarms are read whole.
+    `runs` is the number of runs on the page: with more, fewer steps and samples of each are read, but all
+    evaluations and alarms. Raises `ConfigError` if the folder is neither, or if a file cannot be read.
     """
     folder, remedy = folder.resolve(), "repair it, or leave this folder out"
     config, samples, summary = (folder / name for name in ("config.yaml", "samples.jsonl", "summary.json"))
-    log = folder / "metrics.jsonl"  # a run that has only begun has none yet
+    log = folder / "metrics.jsonl"  # does not exist before the first step
     if not log.exists() and not config.exists():
         if not (folder / "eval.json").exists():
             either = "name a run's folder, such as runs/<name>, or one that `medrlvr eval` wrote"
@@ -159,25 +159,24 @@ def read_run(folder: Path, runs: int = 1) -> Run:
 
 
 def with_unique_names(runs: Sequence[Run]) -> list[Run]:
-    """Runs of one name, in different folders, are named by as much of their paths as makes them differ."""
+    """Return the runs; those that have one name are named by the distinct ends of their paths."""
     out = list(runs)
     for name in {run.name for run in runs}:
-        places = [i for i, run in enumerate(runs) if run.name == name]
-        if len(places) > 1:
-            longer = short_names([runs[i].folder for i in places])
-            for i, new in zip(places, longer, strict=True):
+        indices = [i for i, run in enumerate(runs) if run.name == name]
+        if len(indices) > 1:
+            for i, new in zip(indices, short_names([runs[i].folder for i in indices]), strict=True):
                 out[i] = replace(runs[i], name=new)
     return out
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """Runs whose settings are the same but for `ALIKE`, in the order in which they were given.
+    """Return groups of runs whose settings are equal except for `IGNORED`, in the order of their first runs.
 
-    Where a seed comes twice, as if an experiment was made again elsewhere, each folder's runs are a group.
+    If a seed occurs twice, because an experiment was repeated elsewhere, the runs of each folder are a group.
     """
     alike: dict[str, list[Run]] = {}
     for run in runs:
-        same = {k: v for k, v in run.config.items() if k.split(".")[0] not in ALIKE}
+        same = {k: v for k, v in run.config.items() if k.split(".")[0] not in IGNORED}
         key = json.dumps(same, sort_keys=True) if run.metrics else str(run.folder)
         alike.setdefault(key, []).append(run)
     split: dict[tuple[str, Path | None], list[Run]] = {}
@@ -187,7 +186,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
             split.setdefault((settings, run.folder.parent if repeated else None), []).append(run)
     names = [common_name([run.name for run in members]) for members in split.values()]
     differs = what_differs([members[0].config for members in split.values()])
-    # groups of one name are named by what differs, and where nothing does, by numbers
+    # Groups of one name are distinguished by their settings or, if those are equal, by numbers.
     names = [f"{x}, {y}" if names.count(x) > 1 and y else x for x, y in zip(names, differs, strict=True)]
     counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
     numbered = [f"{name} ({n})" if n > 1 else name for name, n in zip(names, counts, strict=True)]
@@ -196,24 +195,22 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def what_differs(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Of each config, the settings whose value at most half of the configs have, such as
-    "kl.coef 0.5, steps 64": `NAMED` of them, and the number of others.
+    """Return for each config the settings whose value at most half of the configs have.
+
+    The text has `NAMED` settings and the number of others, such as "kl.coef 0.5, steps 64".
     """
-    _, *rows = differing([(str(i), config) for i, config in enumerate(configs)])
-    numbers = [i for i, config in enumerate(configs) if config]
-    out = [""] * len(configs)
-    for place, i in enumerate(numbers):
-        rare = [
-            f"{name} {values[place]}"
-            for name, *values in rows
-            if all(name in configs[j] for j in numbers) and 2 * values.count(values[place]) <= len(values)
-        ]
-        out[i] = ", ".join(rare[:NAMED]) + (f" and {len(rare) - NAMED} more" if len(rare) > NAMED else "")
+    known, out = [config for config in configs if config], []
+    shared = [k for k in (known or [{}])[0] if all(k in config for config in known)]
+    values = {k: [config[k] for config in known] for k in shared if k.split(".")[0] not in IGNORED}
+    for config in configs:
+        rare = [k for k, v in values.items() if config and 2 * v.count(config[k]) <= len(v)]
+        text = ", ".join(f"{k} {config[k]}" for k in rare[:NAMED])
+        out.append(text + (f" and {len(rare) - NAMED} more" if len(rare) > NAMED else ""))
     return out
 
 
 def common_name(names: list[str]) -> str:
-    """What the names begin with: "ppo" of "ppo-seed1" and "ppo-seed2"; the first if that is nothing."""
+    """Return the common beginning, such as "ppo" of "ppo-seed1" and "ppo-seed2"; else the first name."""
     letters = takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
     common = re.sub(r"[\W_]*(seed|s)?[\W_]*$", "", "".join(column[0] for column in letters))
     return names[0] if len(names) == 1 or not common else common
@@ -223,11 +220,11 @@ def common_name(names: list[str]) -> str:
 
 
 def accuracies(groups: Sequence[Group]) -> dict[str, list[Arm]]:
-    """Of each set: the policies before training, then each group after it."""
+    """Return for each set the policies before training and each group after training."""
     out = {}
     for name in dict.fromkeys(s for g in groups for run in g.runs for s in run.evals):
-        before = {in_words(c): c for g in groups for run in g.runs if (c := run.counts(name, "before"))}
-        arms = [  # several before training, if runs began at other weights or were asked otherwise
+        before = {describe(c): c for g in groups for run in g.runs if (c := run.counts(name, "before"))}
+        arms = [  # several before training, if runs started from other weights or were evaluated otherwise
             (f"before training{f' ({i})' if len(before) > 1 else ''}", explore.GREY, [before[text]])
             for i, text in enumerate(sorted(before), 1)
         ]
@@ -235,25 +232,27 @@ def accuracies(groups: Sequence[Group]) -> dict[str, list[Arm]]:
         arms = [(arm, color, counts) for arm, color, counts in arms if counts]
         if arms:
             out[name.replace("_", " ")] = [
-                Arm(arm, color, [interval(c) for c in counts], list(map(in_words, counts)))
+                Arm(arm, color, [interval(c) for c in counts], list(map(describe, counts)))
                 for arm, color, counts in arms
             ]
     return out
 
 
-def in_words(counts: dict[str, Any]) -> str:
-    """An evaluation's accuracy with its interval over questions: "30 of 50: 60.0 % (46.2–72.4)"."""
+def describe(counts: dict[str, Any]) -> str:
+    """Return an evaluation's accuracy as text, such as "30 of 50: 60.0 % (46.2–72.4)"."""
     n, questions = counts["n"], counts.get("questions", counts["n"])
     asked = f"{n:,}" if n == questions else f"{n:,} answers to {questions:,} questions"
     return f"{counts['correct']:,} of {asked}: {percent(interval(counts))}"
 
 
 def stages(groups: Sequence[Group]) -> list[tuple[str, int, int, list[tuple[str, str]]]]:
-    """Of each group: name, first and last step, and each stage's colour and area over the steps, whose
-    points are in per cent of the picture."""
+    """Return for each group its name, first and last step, and the colour and area of each stage.
+
+    The points of the areas are in per cent of the picture.
+    """
     out = []
     for g in groups:
-        if g.runs[0].config.get("reward.mode") == "direct":  # older logs call its answers format failures
+        if g.runs[0].config.get("reward.mode") == "direct":  # logs of older versions have wrong stages
             continue
         runs = [run.metrics for run in g.runs]
         layers = [explore.over_steps(runs, f"stage/{stage}", explore.STAGE_POINTS) for stage in explore.FILLS]
@@ -273,21 +272,24 @@ def stages(groups: Sequence[Group]) -> list[tuple[str, int, int, list[tuple[str,
 
 
 def alarms(runs: Sequence[Run]) -> list[tuple[str, str, int, int, int]] | None:
-    """What the monitors reported: run, alarm, number of steps, first, last; None if no run had monitors."""
+    """Return the reported alarms: run, alarm, number of steps, first and last step.
+
+    The result is None if no run had monitors.
+    """
     if not any(name.startswith("monitor/") for run in runs for name in run.metrics):
         return None
     rows = []
     for run in runs:
         for name, (steps, durations) in run.metrics.items():
             alarm, raised = name.removeprefix("alarm/"), steps[durations > 0]
-            # else it never lasted long enough to be reported
+            # An alarm that did not last was not reported.
             if name.startswith("alarm/") and any(is_due(alarm, int(n)) for n in durations[durations > 0]):
                 rows.append((run.name, alarm.replace("_", " "), len(raised), int(raised[0]), int(raised[-1])))
     return rows
 
 
 def samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Logged completions, evenly chosen: as many as `SAMPLE_SIZE` has room for."""
+    """Return as many logged completions, evenly chosen, as fit into `SAMPLE_SIZE`."""
     rows = [{k: shortened(v) for k, v in s.items()} | {"run": run.name} for run in runs for s in run.samples]
     pictures = lambda row: sum(map(len, row.get("images", ())))
     size = sum(len(row["prompt"]) + len(row["completion"]) + pictures(row) + 300 for row in rows)
@@ -296,26 +298,26 @@ def samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def shortened(value: Any) -> Any:
-    """A text of at most about `LENGTH` characters, with a note if it was longer; other values as they are."""
+    """Cut a text to `LENGTH` characters and a note. Other values are returned unchanged."""
     if not isinstance(value, str) or len(value) <= LENGTH:
         return value
     return f"{value[:LENGTH]}… [the first {LENGTH:,} of {len(value):,} characters; samples.jsonl has all]"
 
 
 def differing(configs: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
-    """The settings in which configs differ, those of `ALIKE` apart: a head, then a row a setting."""
+    """Return the head and rows of a table of the settings in which configs differ, without `IGNORED`."""
     configs = [(name, config) for name, config in configs if config]
-    keys = dict.fromkeys(k for _, config in configs for k in config if k.split(".")[0] not in ALIKE)
+    keys = dict.fromkeys(k for _, config in configs for k in config if k.split(".")[0] not in IGNORED)
     rows = [[k, *(str(config.get(k)) for _, config in configs)] for k in keys]
     return [["setting", *(name for name, _ in configs)], *(row for row in rows if len(set(row[1:])) > 1)]
 
 
-def settings_of(run: Run) -> str:
+def settings_text(run: Run) -> str:
     return "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in run.config.items())
 
 
-def facts_of(run: Run) -> Iterator[tuple[str, str]]:
-    """What is needed to make the run again, beside its settings."""
+def facts(run: Run) -> Iterator[tuple[str, str]]:
+    """Yield the names and values that a repetition of the run needs beside its settings."""
     if run.metrics:
         last, steps = int(run.metrics["step"].values[-1]), run.summary.get("steps")
         yield "steps", f"{last} of {steps}" if steps else f"{last} so far: the run has no summary.json yet"

@@ -1,4 +1,4 @@
-"""Runs as one picture, `medrlvr report RUN … --out NAME.png`: curves, evaluations with intervals."""
+"""Curves and evaluations of runs as one picture: `medrlvr report RUN … --out NAME.png`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import Records, read_jsonl, short_names
 from medrlvr_jax.report.explore import COLORS, GREY, Columns, columns, over_steps
 
-POINTS = 150  # of a curve, at most
+POINTS = 150  # the maximum of a curve
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE = Path(__file__).parent / "templates" / "pictures.mplstyle"
@@ -26,7 +26,7 @@ STYLE = Path(__file__).parent / "templates" / "pictures.mplstyle"
 class Panel(NamedTuple):
     key: str  # in metrics.jsonl
     title: str
-    share: bool = False  # shown in per cent
+    share: bool = False  # whether the axis is in per cent
 
 
 PANELS = (
@@ -40,16 +40,16 @@ PANELS = (
 
 
 def curves(run_dirs: Sequence[Path | str], out_png: Path | str) -> None:
-    """PANELS over the steps, a curve a run.
+    """Draw `PANELS` with a curve for each run. Evaluations are markers with intervals among the accuracies.
 
-    Evaluations are markers, with 95 % intervals, on the panel of correct answers.
+    Raises `ConfigError` for a folder without metrics.jsonl.
     """
     runs = {str(folder): _metrics(Path(folder)) for folder in run_dirs}
     groups, legend = [(i, columns(records)) for i, records in enumerate(runs.values())], []
     if len(runs) > 1:
         names = short_names([Path(folder) for folder in runs])
         legend = [Line2D([], [], label=name, **line_style(i)) for i, name in enumerate(names)]
-    with matplotlib.rc_context(fname=STYLE):  # a Figure made directly needs no pyplot, whose state is global
+    with matplotlib.rc_context(fname=STYLE):  # a Figure without pyplot, whose state is global
         figure = Figure(figsize=(10, 5.2), layout="constrained")
         for axis, panel in zip(figure.subplots(2, 3, sharex=True).flat, PANELS, strict=True):
             if not draw_panel(axis, panel, groups):
@@ -65,9 +65,9 @@ def curves(run_dirs: Sequence[Path | str], out_png: Path | str) -> None:
 
 
 def draw_panel(axis: Axes, panel: Panel, runs: Sequence[tuple[int, Columns]]) -> bool:
-    """One curve a run, in the style of its number. Returns whether any recorded the panel's metric.
+    """Draw a curve for each run in the style of its number. Returns whether any run recorded the metric.
 
-    Lines are running means over a 25th of the steps; the metric itself is drawn faintly.
+    A line is the running mean over 1/25 of the steps; the metric itself is drawn faintly.
     """
     drawn = False
     for number, run in runs:
@@ -88,7 +88,7 @@ def draw_panel(axis: Axes, panel: Panel, runs: Sequence[tuple[int, Columns]]) ->
 
 
 def smooth(values: Float64[np.ndarray, " n"], window: int) -> Float64[np.ndarray, " n"]:
-    """The running mean over `window` values (odd, at most n) around each, fewer at the ends."""
+    """Return the running mean over `window` values (odd, at most n) around each, over fewer at the ends."""
     total, count = (np.convolve(x, np.ones(window), "same") for x in (values, np.ones(len(values))))
     return total / count
 
@@ -104,9 +104,9 @@ def _metrics(run: Path) -> Records:
 
 
 def _evaluations(axis: Axes, runs: list[Records]) -> list[Line2D]:
-    """A marker a set, in the run's colour; with a single run in the set's, as the curve has the run's.
+    """Draw a marker for each evaluation. Returns their entries of the legend.
 
-    Returns what the legend says of them.
+    The colour is that of the run or, of a single run, that of the set.
     """
     keys = {key for records in runs for r in records for key in r if key.startswith("eval.")}
     sets = sorted({key.removeprefix("eval.").rsplit(".", 1)[0] for key in keys})
@@ -114,15 +114,15 @@ def _evaluations(axis: Axes, runs: list[Records]) -> list[Line2D]:
     legend = [Line2D([], [], color=COLORS[0] if single else GREY, lw=1.7, label="training batches")]
     for i, name in enumerate(sets):
         set_color, marker = COLORS[1 + i % (len(COLORS) - 1)], MARKERS[i % len(MARKERS)]
-        shift = 0.01 * last * (i - (len(sets) - 1) / 2)  # sets of equal accuracy stay visible side by side
+        shift = 0.01 * last * (i - (len(sets) - 1) / 2)  # keeps sets of equal accuracy visible
         style: Any = {"marker": marker, "ms": 4.5, "mec": "white", "mew": 0.5, "lw": 0, "elinewidth": 0.9}
         for j, records in enumerate(runs):
             prefix = f"eval.{name}."
-            if not (asked := [r for r in records if r.get(f"{prefix}n")]):
+            if not (evaluated := [r for r in records if r.get(f"{prefix}n")]):
                 continue
-            counts = [{k.removeprefix(prefix): r[k] for k in r if k.startswith(prefix)} for r in asked]
+            counts = [{k.removeprefix(prefix): r[k] for k in r if k.startswith(prefix)} for r in evaluated]
             share, low, high = np.array([interval(c) for c in counts]).T
-            steps = [r["step"] + shift for r in asked]
+            steps = [r["step"] + shift for r in evaluated]
             color = set_color if single else COLORS[j % len(COLORS)]
             axis.errorbar(
                 steps, share, [share - low, high - share], color=color, zorder=3, clip_on=False, **style

@@ -1,9 +1,9 @@
-"""`medrlvr watch RUN …`: the report as a page that follows its runs, from a small server on this machine.
+"""`medrlvr watch RUN …`: the report as a page that follows its runs, served by this machine.
 
-The server answers two requests, `GET /` with the page and `GET /version` with a text that changes when a run
-begins or has new records. The page asks for the second, and then takes in the first where it has changed. The
-server reads no other path, takes no input, and serves the named runs alone. A request under another host name
-is refused, so that no page of the web can read it through the user's browser.
+The server answers two requests: `GET /` with the page, and `GET /version` with a text that changes when a run
+starts or has new records. The page polls the second, and loads the first when it has changed. The server
+reads no other path, takes no input, and serves only the named runs. It refuses requests under another host
+name, so that no web page can read it through the user's browser.
 """
 
 import threading
@@ -14,52 +14,54 @@ from pathlib import Path
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.report.page import Run, html, read_run
 
-WATCHED = ("config.yaml", "metrics.jsonl", "summary.json", "eval.json")  # one of them makes a folder a run
+WATCHED = ("config.yaml", "metrics.jsonl", "summary.json", "eval.json")  # a run's folder has one of them
 
 
 class Pages:
-    """The page of some runs, made again when they have changed; only changed runs are read again."""
+    """The page of some runs. It is made again when they have changed; only changed runs are read again."""
 
     def __init__(self, folders: Sequence[Path]):
         self._folders = list(dict.fromkeys(folder.resolve() for folder in folders))
         self._lock = threading.Lock()
-        self._made, self._page = "", b""
-        self._runs: dict[Path, tuple[str, Run]] = {}  # what was read last, and its files' state then
+        self._made, self._page = "", b""  # the version of the page, and the page
+        self._runs: dict[
+            Path, tuple[str, Run]
+        ] = {}  # the last reading of each run, and its files' state then
 
     def version(self) -> str:
-        """Changes with the files of the runs."""
+        """Return a text that changes when the files of the runs do."""
         return " ".join(map(files_of, self._folders))
 
     def page(self) -> bytes:
-        with self._lock:  # two browsers do not make it twice
+        with self._lock:  # so that two browsers do not make it twice
             version = self.version()
             if version != self._made:
-                begun = {folder: state for folder in self._folders if (state := files_of(folder)) != "-"}
-                for folder, state in begun.items():
-                    state = f"{state} of {len(begun)}"  # fewer steps are read of each of more runs
+                states = {folder: state for folder in self._folders if (state := files_of(folder)) != "-"}
+                for folder, state in states.items():
+                    state = f"{state} of {len(states)}"  # the number of runs limits the steps read of each
                     if self._runs.get(folder, ("",))[0] != state:
-                        self._runs[folder] = state, read_run(folder, len(begun))
-                awaited = [folder for folder in self._folders if folder not in begun]
-                page = html([self._runs[folder][1] for folder in begun], version, awaited)
+                        self._runs[folder] = state, read_run(folder, len(states))
+                awaited = [folder for folder in self._folders if folder not in states]
+                page = html([self._runs[folder][1] for folder in states], version, awaited)
                 self._made, self._page = version, page.encode()
             return self._page
 
 
 def files_of(folder: Path) -> str:
-    """Times and sizes of a run's files; "-" before it has any."""
+    """Return the times and sizes of a run's files; "-" if it has none yet."""
     stats = [file.stat() for name in WATCHED if (file := folder / name).exists()]
     return ",".join(f"{stat.st_mtime_ns:x}.{stat.st_size:x}" for stat in stats) or "-"
 
 
 def server(folders: Sequence[Path], host: str, port: int) -> ThreadingHTTPServer:
-    """The server, not started yet. `port` 0 takes a free one.
+    """Return the server, which is not started yet. `port` 0 takes a free port.
 
-    A folder that does not exist is awaited. Raises `ConfigError` for one that exists and is no run, or that
-    cannot be read.
+    The page waits for folders that do not exist. Raises `ConfigError` if a folder exists but is no run, or if
+    it cannot be read.
     """
     for folder in folders:
         if folder.exists() and files_of(folder) == "-":
-            read_run(folder)  # refuses it
+            read_run(folder)  # raises the error
     pages = Pages(folders)
     pages.page()
 
@@ -84,7 +86,7 @@ def server(folders: Sequence[Path], host: str, port: int) -> ThreadingHTTPServer
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            pass  # the terminal stays as it is
+            pass  # requests are not logged
 
     try:
         return ThreadingHTTPServer((host, port), Handler)
