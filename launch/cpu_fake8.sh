@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # bash launch/cpu_fake8.sh [--dry-run] CONFIG.yaml [a.b=value â€¦]
-# Eight fake CPU devices in one process, to try a mesh before paying for one: makes .venv if there is none, installs, trains.
-# Needs: Python 3.11 or newer, the memory for one copy of everything; the network for pip, and for the hub where the config names it.
+# Trains on eight fake CPU devices in one process, to test a mesh without accelerators. Makes .venv if it is missing and installs.
+# Needs: Python 3.11 or newer; memory for one copy of all states; the network for pip, and for the hub if the config names a hub model.
 # Variables: RUNS, the folder of all runs (runs).
-# Again: the same command goes on from the newest checkpoint. SIGTERM and Ctrl-C save and stop; a second one stops at once.
+# Again: the same command resumes from the newest checkpoint. SIGTERM and Ctrl-C save and stop; a second one stops at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/run.sh
@@ -13,5 +13,5 @@ config=${1:?usage: bash launch/cpu_fake8.sh [--dry-run] CONFIG.yaml [a.b=value â
 settings=("runs=${RUNS:-runs}" "${@:2}")
 
 run ensure_venv .
-# Threads for every collective that a device may wait in at once: with XLA's default, one a device, a busy machine can get stuck.
+# A device can wait in several collectives at once, each in a thread. With XLA's default of one thread per device it can deadlock.
 run env JAX_PLATFORMS=cpu PJRT_NPROC=32 XLA_FLAGS="--xla_force_host_platform_device_count=8" medrlvr train "$config" "${settings[@]}"

@@ -1,21 +1,20 @@
 #!/usr/bin/env bash
 # NAME=medrlvr CLUSTER=tpus ZONE=us-west4-a TPU=v5litepod-16 IMAGE=…/medrlvr:1 bash launch/gke_xpk.sh [--dry-run] CONFIG.yaml [a.b=value …]
-# TPU slices on Google Kubernetes Engine through XPK, one process per VM; what XPK submits is a JobSet much like launch/gke_jobset.yaml.
-# Needs: `pip install xpk`, gcloud and kubectl, logged in; a cluster made by `xpk cluster create`; IMAGE, which all nodes can pull:
-#   docker build -f launch/Dockerfile -t IMAGE . && docker push IMAGE
-#   A file system that all VMs share, mounted at RUNS: `xpk storage attach … --type=gcpfilestore --mount-point=/runs --readonly=false
-#   --auto-mount=true`. gs:// addresses are not understood.
-# Variables: NAME, CLUSTER, ZONE, TPU (the type of one slice), IMAGE; SLICES (1); PROJECT (gcloud's own); SPOT=1 for preemptible VMs;
-#   RUNS, the folder of all runs (/runs).
-# Again: the same command removes the workload of that name, which saves and stops, and goes on from the newest checkpoint. So do restarts
-#   after a failure or preemption, by themselves, up to 100 times; settings that cannot work (status 2) end it at once.
+# Trains on TPU slices on Google Kubernetes Engine through XPK, one process per VM. XPK submits a JobSet like launch/gke_jobset.yaml.
+# Needs: `pip install xpk`; gcloud and kubectl, logged in; a cluster made by `xpk cluster create`; IMAGE, which all nodes can pull
+#   (docker build -f launch/Dockerfile -t IMAGE . && docker push IMAGE); and a file system that all VMs share, mounted at RUNS:
+#   `xpk storage attach … --type=gcpfilestore --mount-point=/runs --readonly=false --auto-mount=true`. gs:// addresses do not work.
+# Variables: NAME, CLUSTER, ZONE, TPU (the type of one slice), IMAGE; SLICES (1); PROJECT (default: that of gcloud); SPOT=1 for
+#   preemptible VMs; RUNS, the folder of all runs (/runs).
+# Again: the same command deletes the workload of that name, which saves and stops, and resumes from the newest checkpoint. After a
+#   failure or preemption the workload restarts and resumes automatically, up to 100 times. Unusable settings (status 2) end it at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/run.sh
 if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
 config=${1:?usage: NAME=… CLUSTER=… ZONE=… TPU=… IMAGE=… bash launch/gke_xpk.sh [--dry-run] CONFIG.yaml [a.b=value …]}
 slices=${SLICES:-1}
-settings=("runs=${RUNS:-/runs}" "mesh.slices=$slices" "${@:2}")  # between slices the network is slow
+settings=("runs=${RUNS:-/runs}" "mesh.slices=$slices" "${@:2}")  # the network between slices is slow
 name=${NAME:?names the workload} tpu=${TPU:?the type of one slice, such as v5litepod-16} image=${IMAGE:?the image made by launch/Dockerfile}
 cluster=(--cluster="${CLUSTER:?the cluster that xpk made}" --zone="${ZONE:?such as us-west4-a}" ${PROJECT:+--project="$PROJECT"})
 

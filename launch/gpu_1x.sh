@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # bash launch/gpu_1x.sh [--dry-run] CONFIG.yaml [a.b=value …]
-# One machine with NVIDIA GPUs: makes .venv if there is none, installs with the extra `cuda`, trains in one process on all its GPUs.
-# Needs: Python 3.11 or newer, an NVIDIA driver for CUDA 12; the network for pip, and for the hub where the config names it.
+# Trains on one machine with NVIDIA GPUs, in one process on all of them. Makes .venv if it is missing and installs the extra `cuda`.
+# Needs: Python 3.11 or newer, an NVIDIA driver for CUDA 12; the network for pip, and for the hub if the config names a hub model.
 # Variables: RUNS, the folder of all runs (runs).
-# Again: the same command goes on from the newest checkpoint. SIGTERM and Ctrl-C save and stop; a second one stops at once.
+# Again: the same command resumes from the newest checkpoint. SIGTERM and Ctrl-C save and stop; a second one stops at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/run.sh
@@ -13,6 +13,6 @@ config=${1:?usage: bash launch/gpu_1x.sh [--dry-run] CONFIG.yaml [a.b=value …]
 settings=("runs=${RUNS:-runs}" "${@:2}")
 
 run ensure_venv ".[cuda]"
-# JAX takes 0.75 of a GPU's memory by itself; and XLA, sampling, would copy q, k and v at each token to merge them.
+# By default JAX takes 75 % of a GPU's memory, and XLA copies the q, k and v matrices for each sampled token in order to merge them.
 run env XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 XLA_FLAGS="--xla_gpu_dot_merger_threshold_mb=0${XLA_FLAGS:+ $XLA_FLAGS}" \
   medrlvr train "$config" "${settings[@]}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash launch/pretrain_embedded.sh OUT_DIR
-# Makes the embedded base model anew, as it is in medrlvr_jax/world/embedded: first lists, then the whole text of the embedded world.
-# Needs: Python 3.11 or newer, 2 CPU cores, 4 GB of memory; the network only for pip. Time: about 20 minutes. OUT_DIR must not be there yet.
+# Trains the base model in medrlvr_jax/world/embedded from scratch: first on lists, then on all texts of the embedded world.
+# Needs: Python 3.11 or newer, 2 CPU cores, 4 GB of memory; the network only for pip. Time: about 20 minutes. OUT_DIR must not exist.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bash launch/pretrain_embedded.sh OUT_DIR}

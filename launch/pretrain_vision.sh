@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash launch/pretrain_vision.sh OUT_DIR
-# Makes the embedded vision-language model anew, as it is in medrlvr_jax/world/vision: captions of films, then questions.
-# Needs: Python 3.11 or newer, 2 CPU cores, 4 GB of memory; the network only for pip. Time: about 15 minutes. OUT_DIR must not be there yet.
+# Trains the vision-language model in medrlvr_jax/world/vision from scratch: first on captions of films, then on questions.
+# Needs: Python 3.11 or newer, 2 CPU cores, 4 GB of memory; the network only for pip. Time: about 15 minutes. OUT_DIR must not exist.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bash launch/pretrain_vision.sh OUT_DIR}

@@ -1,4 +1,4 @@
-# Sourced by the launch scripts: `run COMMAND …` prints a command, quoted as a shell reads it, and runs it unless dry_run is set.
+# Sourced by the launch scripts. `run COMMAND …` prints the command, quoted for the shell, and runs it unless dry_run is set.
 
 run() {
   printf '+'

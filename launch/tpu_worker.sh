@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash launch/tpu_worker.sh RUNS NFS MEDRLVR_ARGUMENTS …
-# What launch/tpu_pod.sh calls on each worker: mounts NFS (if not empty) at RUNS, unpacks and installs, starts `medrlvr …` so that it
-# outlives the connection, then shows its log until it ends, and ends with its status. One that is alive is only followed.
+# Called by launch/tpu_pod.sh on each worker. Mounts NFS (if not empty) at RUNS, unpacks and installs, and starts `medrlvr …` independently
+# of the connection. Then shows its log until it ends, and exits with its status. If medrlvr is running already, only shows its log.
 # Needs: a Cloud TPU VM (Ubuntu; sudo without password) and medrlvr_jax.tar.gz in the home folder; the network for apt, uv and pip.
 # Leaves in the home folder: medrlvr_jax/ with its .venv, medrlvr.log, medrlvr.pid, medrlvr.status.
 set -euo pipefail
@@ -17,7 +17,7 @@ if ! grep -qs medrlvr "/proc/$(cat medrlvr.pid 2>/dev/null)/cmdline"; then
   fi
   tar xzf medrlvr_jax.tar.gz
   cd medrlvr_jax
-  if [[ ! -x .venv/bin/python ]]; then  # the images' own Python is 3.10
+  if [[ ! -x .venv/bin/python ]]; then  # the Python of the VM images is 3.10
     [[ -x ~/.local/bin/uv ]] || curl -LsSf https://astral.sh/uv/install.sh | sh
     ~/.local/bin/uv venv --quiet --seed --python 3.12 .venv
   fi
@@ -25,7 +25,7 @@ if ! grep -qs medrlvr "/proc/$(cat medrlvr.pid 2>/dev/null)/cmdline"; then
   ensure_venv ".[tpu]"
   rm -f ~/medrlvr.status
   : >~/medrlvr.log
-  # The shell in between survives SIGTERM, to write down the status of a run that saves and stops.
+  # This shell ignores SIGTERM, so that it can write the exit status of a run that saves and stops.
   setsid bash -c 'trap : TERM; medrlvr "$@"; echo $? >~/medrlvr.status' medrlvr "${@:3}" >>~/medrlvr.log 2>&1 </dev/null &
   echo $! >~/medrlvr.pid
 fi

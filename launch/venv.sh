@@ -1,5 +1,5 @@
-# Sourced by the launch scripts: `ensure_venv REQUIREMENT` makes .venv if there is none, installs the project into it, and activates it.
-# An environment that is active already is used as it is; PYTHON names another interpreter.
+# Sourced by the launch scripts. `ensure_venv REQUIREMENT` makes .venv if it is missing, activates it, and installs the project.
+# If another environment is active, it is used instead. PYTHON selects the interpreter for a new .venv.
 
 ensure_venv() {
   if [[ -z ${VIRTUAL_ENV:-} ]]; then

@@ -11,9 +11,9 @@
     model = mr.load_model("runs/quickstart_grpo")  # a run, a Hugging Face directory, or "embedded"
     print(mr.generate(model, ["Question: …"], max_new_tokens=48))
 
-Importing the package takes no time: each name brings its module, and JAX, when it is first used. `advantages`
-and `losses` are modules whose functions work alone. Whatever cannot be used raises one of the errors here,
-all of which say what to do.
+Importing the package is fast: the module of a name, and JAX, are imported when the name is first used.
+`advantages` and `losses` are modules whose functions need nothing else of the package. Unusable input raises
+one of the errors below, and each message names the remedy.
 """
 
 import importlib
@@ -61,7 +61,7 @@ __all__ = [
     "train",
 ]
 
-_PLACES = {  # by module: the names that it brings, as the imports above tell type checkers and editors
+_MODULES = {  # the names of each module; the imports above repeat them for type checkers and editors
     "api": ("Completion", "Evaluation", "LoadedModel", "evaluate", "generate", "load_model"),
     "config.schema": ("Config", "RewardConfig"),
     "data.question": ("DataError", "Example", "Question"),
@@ -72,7 +72,7 @@ _PLACES = {  # by module: the names that it brings, as the imports above tell ty
     "rl.train": ("train",),
     "runs.seal": ("CheckpointError",),
 }
-_NAMES = {name: f"{module}:{name}" for module, names in _PLACES.items() for name in names}
+_NAMES = {name: f"{module}:{name}" for module, names in _MODULES.items() for name in names}
 _NAMES |= {"load_config": "config.load:load", "advantages": "rl.advantages", "losses": "rl.losses"}
 
 

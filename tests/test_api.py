@@ -361,7 +361,7 @@ def test_completions_have_the_models_own_log_probs_whatever_else_is_asked(traine
     plain = mr.load_model(folder / "tiny", settings={"model.init": "random", "prompt.template": "none"})
     assert plain.step == 0 and len(mr.generate(plain, "x", max_new_tokens=1)) == 1
     for call, message in (
-        (lambda: mr.generate(model, [QUESTIONS[0], "x"]), "prompts: texts and questions together"),
+        (lambda: mr.generate(model, [QUESTIONS[0], "x"]), "prompts: texts and questions are mixed"),
         (lambda: mr.generate(model, ["x", ""]), "prompts: number 2 has no tokens"),
         (lambda: mr.generate(model, "x", max_new_tokens=0), "max_new_tokens: 0: "),
         (lambda: mr.load_model(folder / "tiny", step=3), "step: 3: .*tiny is no run's folder"),
