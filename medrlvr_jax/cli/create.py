@@ -17,7 +17,6 @@ from medrlvr_jax.cli.app import (
     load,
     split_settings,
 )
-from medrlvr_jax.runs.console import stage
 
 REPRODUCE_SETTINGS = "Override settings of every cell or fields of the file: a.b=value, such as seeds=[0]."
 
@@ -95,6 +94,8 @@ def train(config: Config, /, *settings: Settings, distributed: Distributed = Fal
     Resume: run the same command again. It continues from the newest checkpoint.
     """
     checked = load(config, settings, "train")
+    from medrlvr_jax.runs.console import stage
+
     with stage("starting JAX"):
         from medrlvr_jax.rl.train import train
 
@@ -111,6 +112,8 @@ def sft(config: Config, /, *settings: Settings, distributed: Distributed = False
         medrlvr sft configs/pretrain_lists.yaml
     """
     checked = load(config, settings, "sft")
+    from medrlvr_jax.runs.console import stage
+
     with stage("starting JAX"):
         from medrlvr_jax.rl.sft import sft
 

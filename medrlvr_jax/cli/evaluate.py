@@ -138,9 +138,8 @@ def difficulty(
     The same command continues an interrupted count.
 
     With --history it samples nothing. It computes the variance (1-shot RLVR)
-    and the impact (LIMR) of each question from the run's questions.jsonl:
-        medrlvr train CONFIG.yaml \
-            'data.pass_count={file: FILE, order: variance, top: 16}'
+    and the impact (LIMR) of each question from the run's questions.jsonl. The
+    settings data.pass_count.order and data.pass_count.top use them.
 
     Args:
         samples: Number of samples for each question.
