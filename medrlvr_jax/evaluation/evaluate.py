@@ -32,14 +32,14 @@ from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import inputs, log
 from medrlvr_jax.runs.checkpoint import Which, best_step, restore_params
-from medrlvr_jax.runs.console import Console, Show, silent, stage
+from medrlvr_jax.runs.console import Console, ShowProgress, show_nothing, stage
 from medrlvr_jax.types import Params
 
 MAX_THUMBNAILS = 400  # answers of a set that hold small copies of their images, for the page
 NOISE = 2**31 + 1  # folded into the seed: other noise than in training, and the same at every step
 
 
-def load_sets(parts: Parts, show: Show = silent) -> dict[str, Encoded]:
+def load_sets(parts: Parts, show: ShowProgress = show_nothing) -> dict[str, Encoded]:
     """Read and encode every evaluation set of the config.
 
     Raises `ConfigError` if no question of a set fits `prompt.max_tokens`, or if a prompt and its response

@@ -44,7 +44,7 @@ from medrlvr_jax.rollout.rollout import Encoded, before_response, encode, place_
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.checkpoint import Which
-from medrlvr_jax.runs.console import Console, Show
+from medrlvr_jax.runs.console import Console, ShowProgress
 from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
 from medrlvr_jax.types import Params, Rollout
 
@@ -183,7 +183,7 @@ def probe(
     params: Params,
     decode_params: Params,
     encoded: Encoded,
-    progress: Show,
+    progress: ShowProgress,
     scorer: Scorer | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Probe one set. Returns the figures (`summarise`) and a row for each question.

@@ -6,14 +6,14 @@ from typing import Any
 
 from medrlvr_jax.evaluation.answers import interval, percent, remarks
 from medrlvr_jax.evaluation.stats import Interval
-from medrlvr_jax.runs.console import clock
+from medrlvr_jax.runs.console import format_duration
 
 MEASURES = (("accuracy", "right answers"), ("format", "in the format"))
 
 
 def ending(summary: dict[str, Any], folder: Path) -> str:
     """Return the last message in at most 80 columns. `summary` is the result of `runs.log.Run.finish`."""
-    duration = f" in {clock(summary['seconds'])}" if "seconds" in summary else ""
+    duration = f" in {format_duration(summary['seconds'])}" if "seconds" in summary else ""
     lines = ["", f"{folder}: {summary['steps']} steps{duration}"]
     for name, when in summary["eval"].items():
         lines += ["", *changes(name, when.get("before"), when.get("after"))]

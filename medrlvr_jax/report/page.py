@@ -24,7 +24,7 @@ from medrlvr_jax.evaluation.stats import Interval
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import Records, read_json, read_jsonl, short_names, write_text
 from medrlvr_jax.report import answers, explore
-from medrlvr_jax.runs.console import before_after, clock
+from medrlvr_jax.runs.console import evaluations_by_set, format_duration
 from medrlvr_jax.runs.metrics import is_due
 
 IGNORED = ("name", "runs", "seed", "log", "checkpoint", "mesh")  # settings that may differ within a group
@@ -154,7 +154,7 @@ def read_run(folder: Path, runs: int = 1) -> Run:
         metrics=metrics,
         samples=read_jsonl(samples, SAMPLES // runs) if samples.exists() else [],
         summary=read_json(summary, remedy) if summary.exists() else {},
-        evals=before_after([record for record in records if record["step"] in evaluated]),
+        evals=evaluations_by_set([record for record in records if record["step"] in evaluated]),
     )
 
 
@@ -322,7 +322,7 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
         last, steps = int(run.metrics["step"].values[-1]), run.summary.get("steps")
         yield "steps", f"{last} of {steps}" if steps else f"{last} so far: the run has no summary.json yet"
         if seconds := run.metrics.get("seconds"):
-            total, median = clock(float(seconds.values.mean()) * last), np.median(seconds.values)
+            total, median = format_duration(float(seconds.values.mean()) * last), np.median(seconds.values)
             yield "time", f"{total} in steps, {median:.2f} s a step (median)"
     elif not run.summary:
         yield "steps", "none so far: it reads, compiles, or is evaluated before training"

@@ -25,7 +25,7 @@ from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import Encoded
 from medrlvr_jax.runs import inputs, log
 from medrlvr_jax.runs.checkpoint import Checkpoints
-from medrlvr_jax.runs.console import Show
+from medrlvr_jax.runs.console import ShowProgress
 from medrlvr_jax.runs.profile import Compiles, Profile
 from medrlvr_jax.types import Experience, Params, TrainState
 
@@ -63,7 +63,7 @@ class Job:
     programs: Sequence[Program]  # what steps and evaluations call: compiled before the first step
     prepare: Callable[[int], None]  # begins to prepare a 0-based step, before the one ahead of it is taken
     # (folder, steps done, progress), before the first step of each start
-    begin: Callable[[Path, int, Show], None] | None = None
+    begin: Callable[[Path, int, ShowProgress], None] | None = None
     notices: Sequence[str] = ()  # about the data, for the console
     rewards: Sequence[dict[str, Any]] = ()  # the callables that pay, for inputs.json
 

@@ -46,7 +46,7 @@ from medrlvr_jax.rollout.rollout import Encoded, check_seen, place_prompts, pref
 from medrlvr_jax.rollout.see import see_program
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
-from medrlvr_jax.runs.console import Show, silent, stage
+from medrlvr_jax.runs.console import ShowProgress, show_nothing, stage
 from medrlvr_jax.types import Experience, Leaf, Prompts, TrainState
 
 
@@ -66,7 +66,7 @@ class Pairs(NamedTuple):
         return [(*row, [*map(image_digest, q.images)]) for row, q in zip(rows, questions, strict=True)]
 
 
-def encode_pairs(parts: Parts, records: Records | None = None, show: Show = silent) -> Pairs:
+def encode_pairs(parts: Parts, records: Records | None = None, show: ShowProgress = show_nothing) -> Pairs:
     """The rows that are not too long. `records` stand in place of what `data.path` names."""
     of_prompts, of_targets = partial(show, "encoding prompts"), partial(show, "encoding targets")
     c, tok = parts.config, parts.tokenizer

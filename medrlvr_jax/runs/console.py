@@ -1,4 +1,4 @@
-"""What a command shows in progress: on a terminal a last line that is always up to date, elsewhere lines."""
+"""Show the progress of a command: an updated last line on a terminal, and ordinary lines elsewhere."""
 
 import itertools
 import statistics
@@ -17,9 +17,9 @@ from rich.text import Text
 
 from medrlvr_jax.host.tables import visible
 
-QUIET = 30  # seconds without a line, after which long work prints its progress
-LINES = 20  # of a run's steps, about so many leave a line on a terminal
-FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (  # the first ones stay where a terminal is narrow
+QUIET = 30  # seconds without output, after which long work prints a line of progress
+LINES = 20  # approximate number of steps of a run whose line stays on a terminal
+FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (  # a narrow terminal shows only the first ones
     ("reward", lambda v: f"reward {v:+.3f}"),
     ("accuracy", lambda v: f"correct {v:.1%}"),
     ("format_ok", lambda v: f"format {v:.1%}"),
@@ -31,14 +31,16 @@ FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (  # the first ones sta
 )
 
 
-def in_words(metrics: dict[str, Any]) -> list[str]:
-    """The metrics of `FIELDS` that a step has."""
-    return [show(metrics[key]) for key, show in FIELDS if metrics.get(key) is not None]
+def format_metrics(metrics: dict[str, Any]) -> list[str]:
+    """Return the step's metrics of `FIELDS` as text."""
+    return [to_text(metrics[key]) for key, to_text in FIELDS if metrics.get(key) is not None]
 
 
-def before_after(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """`{set: {"before", "after": {"n", "correct", …}}}` from the `eval.<set>.<count>` of step 0 and of the
-    last evaluation."""
+def evaluations_by_set(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the first and the last evaluation of each set from the records of metrics.jsonl.
+
+    The result is `{set: {"before": {"n", "correct", …}, "after": …}}`. "before" is the evaluation of step 0.
+    """
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
         when = "after" if record["step"] else "before"
@@ -50,14 +52,14 @@ def before_after(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str,
 
 
 class Console:
-    """Progress on stderr. Silent on processes other than 0.
+    """The progress of a command on stderr. Processes other than 0 print nothing.
 
-    On a terminal, however narrow, the last line has the step, the share that is done and the time left; then,
-    as far as they fit, what is going on or the last step's metrics. Every few steps a line stays. Without a
-    terminal there is one line a step. In a notebook, where stderr is red, messages are on stdout, and
-    progress is one line that is overwritten.
+    On a terminal the last line shows the step, the percentage and the time left, and then, if there is space,
+    the current work or the metrics of the last step. Some steps leave a line behind. Without a terminal there
+    is one line per step. A notebook shows stderr in red, so messages go to stdout there, and one line of
+    progress is overwritten.
 
-    `total`: the steps of the run; 0 where there are none, as for a command that evaluates.
+    `total`: the number of steps; 0 for a command without steps, such as an evaluation.
     """
 
     def __init__(self, total: int = 0, file: TextIO | None = None):
@@ -74,12 +76,12 @@ class Console:
         self._total, self._done, self._metrics = total, 0, list[str]()
         self._step_seconds: deque[float] = deque(maxlen=21)
         self._last_message = self._last_line = self._last_step = time.monotonic()
-        self._work, self._work_began, self._work_shown = "", 0.0, ""
-        self._line = Line() if notebook and not self._rich.quiet else None
+        self._work, self._work_start, self._work_text = "", 0.0, ""
+        self._notebook_line = NotebookLine() if notebook and not self._rich.quiet else None
         self._live = None
         if self._rich.is_terminal and not self._rich.quiet:
             self._live = Live(
-                get_renderable=self._drawn,
+                get_renderable=self._render,
                 console=self._rich,
                 refresh_per_second=2,
                 transient=True,
@@ -87,99 +89,106 @@ class Console:
             self._live.start()
 
     def begin(self, done: int) -> None:
-        """Steps that an earlier start of the run has done."""
+        """Set the number of steps that the run has already finished before this start."""
         self._done = done
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Show a step's metrics and, if it was evaluated, a line for each evaluation set."""
-        self._done, self._metrics, self._work = step, in_words(metrics), ""
+        """Show the metrics of a step and, after an evaluation, one line for each set."""
+        self._done, self._metrics, self._work = step, format_metrics(metrics), ""
         self._last_step = time.monotonic()
         if "seconds" in metrics:
             self._step_seconds.append(metrics["seconds"])
-        if self._line:
-            self._line.write(self._status())
-        elif self._metrics and (not self._live or self._stays(step)):
+        if self._notebook_line:
+            self._notebook_line.write(self._status())
+        elif self._metrics and (not self._live or self._keeps_line(step)):
             self._last_line = time.monotonic()
             width = self._rich.width if self._live else None
-            self.notify(fitted([*self._place(), *self._metrics], width))
-        for name, counts in before_after([{"step": step, **metrics}]).items():
+            self.notify(fit_to_width([*self._position(), *self._metrics], width))
+        for name, counts in evaluations_by_set([{"step": step, **metrics}]).items():
             c = next(iter(counts.values()))
             shares = f"correct {c['correct']}/{c['n']}, format {c['format_ok']}/{c['n']}"
             cut = f", cut off {c['truncated']}/{c['n']}" if c.get("truncated") else ""
             self.notify(f"step {step}/{self._total}  eval {name}: {shares}{cut}")
 
     def progress(self, what: str, done: int, total: int, awaited: str = "") -> None:
-        """Show long work within a step or before the first: in the last line, or as a line every `QUIET`
-        seconds. `awaited`: what it waits for now.
+        """Show that `done` of `total` parts of some long work are finished.
+
+        A terminal shows this in the last line. Elsewhere a line is printed every `QUIET` seconds.
+        `awaited`: the name of the part that is running.
         """
         if what != self._work:
-            self._work, self._work_began = what, time.monotonic()
-        self._work_shown = f"{what}  {done}/{total}" if total else what
-        self._work_shown += f", waiting for {awaited}" if awaited else ""
-        if self._line:
-            self._line.write(self._status())
+            self._work, self._work_start = what, time.monotonic()
+        self._work_text = f"{what}  {done}/{total}" if total else what
+        self._work_text += f", waiting for {awaited}" if awaited else ""
+        if self._notebook_line:
+            self._notebook_line.write(self._status())
         elif not self._live and time.monotonic() - self._last_message > QUIET and done < total:
-            self.notify(self._work_shown)
+            self.notify(self._work_text)
 
     def notify(self, text: str) -> None:
         """Print a message."""
         self._last_message = time.monotonic()
         if self._live:
-            self._live.refresh()  # rich prints the last line again as it was drawn last
-        self._rich.print(visible(text), soft_wrap=not self._live)  # a terminal breaks lines at words
+            self._live.refresh()  # else rich would repeat an outdated last line
+        self._rich.print(visible(text), soft_wrap=not self._live)  # wrap lines at words on a terminal
 
     def close(self) -> None:
         if self._live:
             self._live.stop()
 
-    def _stays(self, step: int) -> bool:
+    def _keeps_line(self, step: int) -> bool:
         late = time.monotonic() - self._last_line > 2 * QUIET
         return step in (1, self._total) or step % max(1, self._total // LINES) == 0 or late
 
-    def _drawn(self) -> rich.console.Group:
-        """The last line; the cursor goes back to its start, so that what C++ writes (XLA, libtpu) replaces it
-        instead of following it. It is drawn again below.
+    def _render(self) -> rich.console.Group:
+        """Return the last line, with the cursor at its start.
+
+        Text that C++ writes (XLA, libtpu) then replaces the line, which is drawn again below.
         """
         line = Text(self._status(), no_wrap=True, overflow="crop", end="")
         return rich.console.Group(line, Control(ControlType.CARRIAGE_RETURN))
 
     def _status(self) -> str:
-        """The last line of a terminal."""
+        """Return the text of the last line."""
         if not self._work:
-            return fitted([*self._place(), *self._metrics], self._rich.width)
-        waited = f"{clock(time.monotonic() - self._work_began)}  {self._work_shown}"
-        return fitted(["  ".join([*self._place(), waited])], self._rich.width)
+            return fit_to_width([*self._position(), *self._metrics], self._rich.width)
+        work = f"{format_duration(time.monotonic() - self._work_start)}  {self._work_text}"
+        return fit_to_width(["  ".join([*self._position(), work])], self._rich.width)
 
-    def _place(self) -> list[str]:
-        """Step, share and time left."""
+    def _position(self) -> list[str]:
+        """Return step, percentage and time left."""
         if not self._total:
             return []
-        place = [f"step {self._done}/{self._total}", f"{100 * self._done / self._total:.0f} %"]
+        parts = [f"step {self._done}/{self._total}", f"{100 * self._done / self._total:.0f} %"]
         if self._step_seconds:
             left = statistics.median_low(self._step_seconds) * (self._total - self._done)
-            place.append(f"{clock(max(0.0, left - (time.monotonic() - self._last_step)))} left")
-        return place
+            elapsed = time.monotonic() - self._last_step
+            parts.append(f"{format_duration(max(0.0, left - elapsed))} left")
+        return parts
 
 
-def fitted(parts: Sequence[str], width: int | None) -> str:
-    """As many of the parts as fit into `width` columns; if not even the first does, its beginning."""
-    fitting = list(itertools.accumulate(parts, "{}  {}".format))
-    if width is None or not fitting:
+def fit_to_width(parts: Sequence[str], width: int | None) -> str:
+    """Join as many of the parts as fit into `width` columns, or cut the first one if it is too long."""
+    prefixes = list(itertools.accumulate(parts, "{}  {}".format))
+    if width is None or not prefixes:
         return "  ".join(parts)
-    return next((text for text in reversed(fitting) if len(text) < width), f"{parts[0][: width - 2]}…")
+    return next((text for text in reversed(prefixes) if len(text) < width), f"{parts[0][: width - 2]}…")
 
 
-Show = Callable[[str, int, int], None]  # called with what is done, how much of it is, and of how much
+ShowProgress = Callable[
+    [str, int, int], None
+]  # called with work, parts done, all parts
 
 
-def silent(what: str, done: int, n: int) -> None:
-    """Shows nothing."""
+def show_nothing(what: str, done: int, total: int) -> None:
+    """Ignore progress."""
 
 
 @contextmanager
-def stage(what: str) -> Iterator[Show]:
-    """Show on a terminal what a command does before its first step, and for how long already; what it yields
-    shows a part of that, and how far it is.
+def stage(what: str) -> Iterator[ShowProgress]:
+    """Show on a terminal, while the context is open, the work before the first step and its duration.
+
+    Yields a function that shows the progress of parts of this work.
     """
     console = Console()
     console.progress(what, 0, 0)
@@ -190,19 +199,19 @@ def stage(what: str) -> Iterator[Show]:
 
 
 def _is_leader() -> bool:
-    """Whether this is process 0; so it is while JAX is not imported yet."""
+    """Return whether this is process 0. Before JAX is imported there is only one process."""
     jax = sys.modules.get("jax")
     return jax is None or jax.process_index() == 0
 
 
-class Line:
-    """One line below a notebook's cell, which each `write` overwrites."""
+class NotebookLine:
+    """One line below a notebook's cell. Each `write` overwrites it."""
 
     def __init__(self):
         self._handle: Any = None
 
     def write(self, text: str) -> None:
-        from IPython.display import display  # installed wherever a notebook runs
+        from IPython.display import display  # every notebook has IPython
 
         if self._handle is None:
             self._handle = display({"text/plain": text}, raw=True, display_id=True)
@@ -210,8 +219,8 @@ class Line:
             self._handle.update({"text/plain": text}, raw=True)
 
 
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 3725 → `1:02:05`."""
+def format_duration(seconds: float) -> str:
+    """Return hours, minutes and seconds: 3725 → `1:02:05`."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}"

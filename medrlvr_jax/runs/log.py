@@ -42,7 +42,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import Records
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.runs import trackers
-from medrlvr_jax.runs.console import Console, before_after
+from medrlvr_jax.runs.console import Console, evaluations_by_set
 
 COMMAND = "# medrlvr "  # begins the first line of config.yaml; the command's name follows
 LOGS = ("metrics", "samples", "questions")
@@ -65,7 +65,7 @@ class Run:
         self.path = Path(config.runs) / config.name
         self.meta = {"config": configs.to_tree(config), "versions": versions(), "data": data or {}}
         self.stopping = False
-        self._config, self._steps, self._began = config, steps, time.time()
+        self._config, self._steps, self._start_time = config, steps, time.time()
         self._lock = open_folder(self.path, config, command) if jax.process_index() == 0 else None
         self._console = Console(steps)
         self._tracker: trackers.Tracker | None = None
@@ -180,8 +180,13 @@ class Run:
         if not self._lock:
             return {}
         records = files.read_jsonl(self.path / "metrics.jsonl")
-        seconds = time.time() - self._began
-        summary = {"name": name, "steps": self._steps, "seconds": seconds, "eval": before_after(records)}
+        seconds = time.time() - self._start_time
+        summary = {
+            "name": name,
+            "steps": self._steps,
+            "seconds": seconds,
+            "eval": evaluations_by_set(records),
+        }
         last = {"last": records[-1] if records else {}}
         files.write_json(self.path / "summary.json", summary | last | self.meta)
         return summary

@@ -18,7 +18,7 @@ from typing import Any
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.runs import log
-from medrlvr_jax.runs.console import clock
+from medrlvr_jax.runs.console import format_duration
 from medrlvr_jax.studies import arms, claims
 from medrlvr_jax.studies.arms import Cell
 
@@ -143,7 +143,7 @@ class Runner:
             self._report("\n    ".join([head, *tail]))
         elif cell.finished:
             self.seconds.append(time.monotonic() - start)
-            self._report(f"{cell.path.name} is finished after {clock(self.seconds[-1])}")
+            self._report(f"{cell.path.name} is finished after {format_duration(self.seconds[-1])}")
         elif not self.signal:
             self._spawn(share, cell, start)
 
@@ -156,7 +156,7 @@ class Runner:
 
     def _report(self, text: str) -> None:
         done, open_cells = sum(c.finished for c in self.wanted), len(self.todo) + len(self.running)
-        left = clock(mean(self.seconds) * open_cells / len(self.shares)) if self.seconds else None
+        left = format_duration(mean(self.seconds) * open_cells / len(self.shares)) if self.seconds else None
         more = f"; about {left} left" if open_cells and left else ""
         print(f"{done}/{len(self.wanted)} cells: {text}{more}", file=sys.stderr, flush=True)
 

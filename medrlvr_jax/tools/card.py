@@ -15,7 +15,7 @@ from medrlvr_jax.data.question import Question
 from medrlvr_jax.evaluation import contamination
 from medrlvr_jax.evaluation.answers import interval, percent
 from medrlvr_jax.host import files
-from medrlvr_jax.runs.console import before_after
+from medrlvr_jax.runs.console import evaluations_by_set
 from medrlvr_jax.runs.log import begun_by
 
 RUN = """\
@@ -103,7 +103,7 @@ def evaluation_table(folder: Path, records: list[dict[str, Any]]) -> Iterator[st
     yield "Right answers with 95 % intervals over questions.\n"
     yield "| set | questions | before training | after training |"
     yield "|---|---|---|---|"
-    sets = before_after(records)
+    sets = evaluations_by_set(records)
     for name, when in sets.items():
         shares = [percent(interval(c)) if (c := when.get(k)) else "–" for k in ("before", "after")]
         last = when.get("after") or when["before"]

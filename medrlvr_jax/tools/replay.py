@@ -29,7 +29,7 @@ from medrlvr_jax.rl.step import ask, draw, grade, step_keys, train_step
 from medrlvr_jax.rollout.rollout import encode, place_prompts
 from medrlvr_jax.runs import inputs
 from medrlvr_jax.runs.checkpoint import restore_before
-from medrlvr_jax.runs.console import Console, clock
+from medrlvr_jax.runs.console import Console, format_duration
 
 
 def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any]:
@@ -62,7 +62,9 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         state, done = restore_before(run / "checkpoints", state, step - 1)
         if done < step - 1:
             seconds = sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step)
-            steps = f"training steps {done + 1} to {step - 1} again, which took {clock(seconds)} before"
+            steps = (
+                f"training steps {done + 1} to {step - 1} again, which took {format_duration(seconds)} before"
+            )
             console.notify(f"checkpoint {step - 1} was not kept: {steps}")
         for k in range(done, step - 1):
             before = [m for m in metrics if 0 < m["step"] <= k]
