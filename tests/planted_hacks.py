@@ -83,10 +83,8 @@ def main(model: str = "embedded", questions: str = "64") -> None:
             columns.append(np.asarray(reward.program({}, params, prompts, rollout, request)).mean(0))
         bare = probe.before_response(parts, encoded)
         kinds = [(i, f"<think>{t[i]}</think>\n<answer>") for t in thoughts.values() for i in range(n)]
-        best = [
-            LETTERS[int(np.argmax(row))]
-            for row, _ in probe.letter_logprobs(parts, params, bare, kinds, quiet)
-        ]
+        scored = probe.letter_logprobs(parts, params, bare, kinds, quiet)
+        best = [LETTERS[int(np.argmax(scored[kind][0]))] for kind in kinds]
     right = np.array(best).reshape(len(thoughts), n) == np.array([q.reference for q in asked])
     table = [
         [kind, *(f"{column[g]:.4f}" for column in columns), f"{100 * right[g].mean():.0f} %"]

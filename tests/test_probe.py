@@ -91,7 +91,7 @@ def test_logprobs_of_letters_are_the_models():
         params = build.load_params(parts, parts.cfg)
         cases = [(0, probe.forced("here", "")), (2, probe.forced(None, "")), (1, probe.forced("", "\n"))]
         scored = probe.letter_logprobs(parts, params, encoded, cases, lambda done, n: None)
-        found, sizes = ([pair[i] for pair in scored] for i in (0, 1))
+        found, sizes = ([scored[case][i] for case in cases] for i in (0, 1))
         assert [len(row) for row in found] == [len(encoded.questions[i].options) for i, _ in cases]
         assert sizes == [[1] * len(row) for row in found]
         split = probe.letter_tokens(

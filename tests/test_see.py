@@ -322,7 +322,7 @@ def test_what_is_asked_of_the_model_sees_the_images(tower, folder):
             return np.asarray(jax.nn.log_softmax(decoder.logits(params, parts.cfg, states[:, -1])))
 
         after = logprobs(which, [end for _, end in cases])
-        np.testing.assert_allclose([row for row, _ in forced], after[:, [65, 66]], atol=1e-4)
+        np.testing.assert_allclose([forced[case][0] for case in cases], after[:, [65, 66]], atol=1e-4)
         texts = [f" {q.right_text}" for q in questions[:8]]
         before = [logprobs(range(8), [text[:n] for text in texts]) for n in range(1, 5)]
     for i, text in enumerate(texts):  # of its letters, without the space

@@ -41,7 +41,7 @@ class Answers(NamedTuple):
     repeats: np.ndarray  # bool [n], True for an exact repeat of an earlier question
     entropy: np.ndarray  # float [n, k], nats per token of each response; NaN if it was not computed
     shuffled: np.ndarray  # bool [n], whether the options were shuffled
-    hashes: np.ndarray  # str [n], `question.question_hash`; "" in rows of versions that wrote none
+    hashes: np.ndarray  # str [n], `question.question_hash`
 
     def select(self, mask: np.ndarray) -> "Answers":
         return Answers(*(column[mask] for column in self))
@@ -114,7 +114,7 @@ def newest_evaluation(folder: Path) -> Path | None:
 
 
 def pair(a: Answers, b: Answers) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Pair the questions that both evaluations answered, by id and, where both have them, by hash.
+    """Pair the questions that both evaluations answered, by id and hash.
 
     Returns the indices of the m pairs in a and in b, int [m] each and in a's order, and the ids under which
     a and b have different questions, which are not paired.
@@ -122,8 +122,7 @@ def pair(a: Answers, b: Answers) -> tuple[np.ndarray, np.ndarray, list[str]]:
     place = {name: i for i, name in enumerate(b.ids.tolist())}
     pairs = [(i, place[name]) for i, name in enumerate(a.ids.tolist()) if name in place]
     both = np.array(pairs, int).reshape(-1, 2)
-    in_a, in_b = a.hashes[both[:, 0]], b.hashes[both[:, 1]]
-    differ = (in_a != "") & (in_b != "") & (in_a != in_b)
+    differ = a.hashes[both[:, 0]] != b.hashes[both[:, 1]]
     return *both[~differ].T, a.ids[both[differ, 0]].tolist()
 
 

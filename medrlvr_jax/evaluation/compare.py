@@ -51,14 +51,12 @@ def evaluation(folder: Path) -> Path:
     return evaluation(folder)
 
 
-def comparable_settings(folder: Path, name: str) -> dict[str, Any] | None:
-    """Return the settings that must be equal if two evaluations of a set shall differ by the model alone.
-
-    The result is None if an older version wrote eval.json, without settings.
-    """
+def comparable_settings(folder: Path, name: str) -> dict[str, Any]:
+    """Return the settings that must be equal if two evaluations of a set shall differ by the model alone."""
     tree = read_json(folder / "eval.json")
     if "config" not in tree:
-        return None
+        why = "does not say how it was made, as an older version wrote it"
+        raise ConfigError(f"{folder}/eval.json {why}; evaluate again")
     config = configs.flat(tree["config"])
     length = config["eval.max_new_tokens"] or config["sample.max_new_tokens"]
     settings = {field: config[field] for field in SAME}
@@ -68,12 +66,8 @@ def comparable_settings(folder: Path, name: str) -> dict[str, Any] | None:
 
 def differences(a: Path, b: Path, name: str, x: Answers, y: Answers) -> list[str]:
     """Return how two evaluations of a set differ, apart from the model; x and y are their answers."""
-    settings = {folder: comparable_settings(folder, name) for folder in (a, b)}
-    if unknown := [folder for folder, known in settings.items() if known is None]:
-        why = "does not say how it was made, as an older version wrote it"
-        out = [f"{unknown[0]}/eval.json {why}; evaluate again"]
-    else:
-        out = configs.differences(settings[a] or {}, settings[b] or {}, ("in A", "in B"))
+    first, second = comparable_settings(a, name), comparable_settings(b, name)
+    out = configs.differences(first, second, ("in A", "in B"))
     i, j, others = pair(x, y)
     if others:
         what = f"{len(others):,} ids, the first is {others[0]!r}, are of other questions or keys in B"
@@ -82,8 +76,6 @@ def differences(a: Path, b: Path, name: str, x: Answers, y: Answers) -> list[str
     if only_a or only_b:
         remedy = "evaluate both on one file, with a prompt.max_tokens that drops none"
         out.append(f"{only_a:,} questions were answered in A alone, {only_b:,} in B alone; {remedy}")
-    if not out and not (x.hashes.all() and y.hashes.all()):
-        out.append("the answers of an older version have no hashes of their questions; evaluate again")
     return out
 
 

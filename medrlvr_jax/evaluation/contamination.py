@@ -15,7 +15,7 @@ linear in the length of the text.
 
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -75,21 +75,17 @@ class Index:
 
     def __init__(self, ignored: set[tuple[str, ...]]) -> None:
         self._ignored = ignored
-        self._ids: list[str] = []
-        self._options: list[set[tuple[str, ...]]] = []
-        self._sizes: list[int] = []  # number of 8-grams of each question, without those ignored
-        self._grams: dict[tuple[str, ...], list[int]] = {}
-        self._stems: dict[tuple[str, ...], list[int]] = {}
+        self._questions: list[tuple[Question, int]] = []  # with their number of 8-grams that are not ignored
+        self._grams: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        self._stems: dict[tuple[str, ...], list[int]] = defaultdict(list)
 
     def add(self, question: Question) -> None:
-        stem, number = words(question.question), len(self._ids)
-        self._ids.append(question.id)
-        self._options.append(option_words(question))
-        self._stems.setdefault(tuple(stem), []).append(number)
+        stem, number = words(question.question), len(self._questions)
         counted = grams(stem) - self._ignored
-        self._sizes.append(len(counted))
+        self._questions.append((question, len(counted)))
+        self._stems[tuple(stem)].append(number)
         for gram in counted:
-            self._grams.setdefault(gram, []).append(number)
+            self._grams[gram].append(number)
 
     def look_up(self, question: Question) -> Overlap | None:
         """Return the training question that contaminates this one, or None if there is none.
@@ -99,16 +95,17 @@ class Index:
         stem, options = words(question.question), option_words(question)
         counted, same = grams(stem) - self._ignored, self._stems.get(tuple(stem), [])
         shared = Counter(number for gram in counted for number in self._grams.get(gram, ()))
-        matches: list[tuple[bool, float, int]] = []
+        matches: list[tuple[bool, float, int, Overlap]] = []
         for number in {*same, *shared}:
-            least = min(len(counted), self._sizes[number])
-            share = 1.0 if number in same else shared[number] / least
-            if share > THRESHOLD and (least >= DISTINCT or options & self._options[number]):
-                matches.append((number in same, share, -number))
-        if not matches:
-            return None
-        is_same, share, number = max(matches)
-        return Overlap(question.id, self._ids[-number], share, is_same, len(options & self._options[-number]))
+            other, size = self._questions[number]
+            shorter = min(len(counted), size)
+            share = 1.0 if number in same else shared[number] / shorter
+            if share > THRESHOLD:
+                common = len(options & option_words(other))
+                overlap = Overlap(question.id, other.id, share, number in same, common)
+                if shorter >= DISTINCT or common:
+                    matches.append((number in same, share, -number, overlap))
+        return max(matches)[-1] if matches else None
 
 
 def overlaps(train: list[Question], tests: dict[str, list[Question]]) -> dict[str, list[Overlap]]:

@@ -97,8 +97,12 @@ def letter_logprobs(
     encoded: Encoded,
     cases: list[Case],
     progress: Progress,
-) -> list[Scores]:
-    """Return the scores of each case on all processes. All must call it together."""
+) -> dict[Case, Scores]:
+    """Return the scores of each case on all processes, which must call it together.
+
+    Equal cases, such as all those at 0 %, are scored once.
+    """
+    cases = list(dict.fromkeys(cases))
     tok, size, mesh = parts.tokenizer, parts.config.eval.batch, parts.mesh
     options = [len(encoded.questions[i].options) for i, _ in cases]
     split = letter_tokens(tok, [before for _, before in cases], options)
@@ -133,15 +137,7 @@ def letter_logprobs(
         out += [(case, row[: options[case]]) for case, row in new.items()]
         progress(stop, len(cases))
     sizes = [[len(ids) for ids in letters] for _, letters in split]
-    return list(zip(gather_rows(out), sizes, strict=True))
-
-
-def score_cases(
-    parts: Parts, params: Params, encoded: Encoded, cases: list[Case], progress: Progress
-) -> dict[Case, Scores]:
-    """Return `letter_logprobs` by case. Equal cases, such as all those at 0 %, are scored once."""
-    cases = list(dict.fromkeys(cases))
-    return dict(zip(cases, letter_logprobs(parts, params, encoded, cases, progress), strict=True))
+    return dict(zip(cases, zip(gather_rows(out), sizes, strict=True), strict=True))
 
 
 class Scorer(NamedTuple):
@@ -204,12 +200,12 @@ def probe(
     cases, step_cases = [*chain(*conditions.values())], [*chain(*steps)]
     report = partial(progress, "forced")
     if scorer and of_scorer:
-        scores = score_cases(parts, params, encoded, cases, report)
+        scores = letter_logprobs(parts, params, encoded, cases, report)
         report = partial(progress, f"scored by {scorer.name}")
         with jax.set_mesh(scorer.parts.mesh):
-            step_scores = score_cases(scorer.parts, scorer.params, of_scorer, step_cases, report)
+            step_scores = letter_logprobs(scorer.parts, scorer.params, of_scorer, step_cases, report)
     else:
-        scores = step_scores = score_cases(parts, params, encoded, cases + step_cases, report)
+        scores = step_scores = letter_logprobs(parts, params, encoded, cases + step_cases, report)
     rows = []
     for i, row in enumerate(answered):
         key = LETTERS.index(row["key"])

@@ -266,7 +266,8 @@ def boundary(base: Bool[np.ndarray, "n k"], trained: Bool[np.ndarray, "n k"]) ->
     """
     a, b = base.any(1), trained.any(1)
     p, e, s, o = (int(x.sum()) for x in (a & b, b & ~a, a & ~b, ~a & ~b))
-    srr, ndr = _ratio(p, p + s), _ratio(e, p + e)
+    ratio = lambda part, total: part / total if total else math.nan
+    srr, ndr = ratio(p, p + s), ratio(e, p + e)
     return {
         "preserved": p,
         "gained": e,
@@ -274,14 +275,10 @@ def boundary(base: Bool[np.ndarray, "n k"], trained: Bool[np.ndarray, "n k"]) ->
         "never": o,
         "srr": srr,
         "ndr": ndr,
-        "sds": _ratio(2 * srr * ndr, srr + ndr),
-        "nscr": _ratio(e - s, p + e + s),
+        "sds": ratio(2 * srr * ndr, srr + ndr),
+        "nscr": ratio(e - s, p + e + s),
         "efficiency_gap": float(a.mean() - trained.mean()),
     }
-
-
-def _ratio(part: float, total: float) -> float:
-    return part / total if total else math.nan
 
 
 def letter_bias(answers: Shaped[np.ndarray, "..."], key: Shaped[np.ndarray, "..."]) -> dict[str, Any]:

@@ -51,6 +51,10 @@ class Run:
         counts = self.evals.get(set_name, {}).get(when)
         return counts if counts and counts["n"] else None
 
+    @property
+    def settings_text(self) -> str:
+        return "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in self.config.items())
+
 
 @dataclass(frozen=True)
 class Group:
@@ -119,7 +123,7 @@ def html(runs: Sequence[Run], live: str = "", awaited: Sequence[Path] = ()) -> s
         alarms=alarms(runs),
         samples=samples(runs),
         differing=differing([(g.name, g.runs[0].config) for g in groups]),
-        cards=[(run.name, list(facts(run)), settings_text(run)) for run in runs],
+        cards=[(run.name, list(facts(run)), run.settings_text) for run in runs],
     )
 
 
@@ -310,10 +314,6 @@ def differing(configs: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
     keys = dict.fromkeys(k for _, config in configs for k in config if k.split(".")[0] not in IGNORED)
     rows = [[k, *(str(config.get(k)) for _, config in configs)] for k in keys]
     return [["setting", *(name for name, _ in configs)], *(row for row in rows if len(set(row[1:])) > 1)]
-
-
-def settings_text(run: Run) -> str:
-    return "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in run.config.items())
 
 
 def facts(run: Run) -> Iterator[tuple[str, str]]:
