@@ -267,7 +267,7 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 def verify_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     """A soft verifier, from texts to probabilities, and its model's prefill of the same rows, by turns."""
-    each = max(map(len, parts.tokenizer.spell([f" {option}" for option in OPTIONS])))
+    each = max(map(len, parts.tokenizer.encode_untrusted([f" {option}" for option in OPTIONS])))
     words = " ".join(itertools.islice(itertools.cycle(OPTIONS), max(1, (args.prompt - 24) // each)))
     texts = [f"{i} {words}" for i in range(args.questions * args.samples)]
     tokens = verifier_models.encode(parts.tokenizer, texts, chat=False, soft=True)

@@ -77,7 +77,7 @@ def shown(tok, row, joined):
 )
 def test_joins_by_hand(text, place, ending, parts):
     tok = merged()
-    [row] = tok.spell([text])
+    [row] = tok.encode_untrusted([text])
     [joined] = joins.join(tok, [row], [text], [place], [ending])
     assert shown(tok, row, joined) == parts
 
@@ -85,9 +85,13 @@ def test_joins_by_hand(text, place, ending, parts):
 def test_what_was_drawn_stays_as_it_was_drawn():
     """A policy may draw `>` and `B` where the tokenizer would write `>B`: the row keeps its own tokens."""
     tok = merged()
-    row = tok.spell(["<answer>"])[0] + tok.spell(["B"])[0] + tok.spell(["</answer>"])[0]
+    row = (
+        tok.encode_untrusted(["<answer>"])[0]
+        + tok.encode_untrusted(["B"])[0]
+        + tok.encode_untrusted(["</answer>"])[0]
+    )
     [joined] = joins.join(tok, [row], ["<answer>B</answer>"], [8], [("", "B")])
-    assert (joined.prefix, joined.ids, joined.start) == (8, tok.spell(["B"])[0], 0)
+    assert (joined.prefix, joined.ids, joined.start) == (8, tok.encode_untrusted(["B"])[0], 0)
 
 
 def test_joins_never_cut_a_character():

@@ -77,8 +77,8 @@ def setting():
 def logprobs_after(parts, params, rows):
     """Of each (prompt, text before, text): the model's log-probs of the text's tokens, given the rest."""
     tok = parts.tokenizer
-    wholes = [prompt + tok.spell([before + new])[0] for prompt, before, new in rows]
-    sizes = [len(tok.spell([new])[0]) for _, _, new in rows]
+    wholes = [prompt + tok.encode_untrusted([before + new])[0] for prompt, before, new in rows]
+    sizes = [len(tok.encode_untrusted([new])[0]) for _, _, new in rows]
     padded = text.pad_prompts(wholes, np.zeros(len(rows), np.uint32), max(map(len, wholes)), tok.pad_id)
 
     @jax.jit

@@ -224,9 +224,9 @@ def test_prompts_by_hand(folder):
     assert row == one + two + spelt("Question: Which") + tail
     [row] = encode_questions(tok, [replace(asked, images=())], config, images=[[]])
     assert row == spelt("Question: Is <image> like <image>") + tail
-    with pytest.raises(DataError, match="question q: <image> stands 2 times in it, and it has 1"):
+    with pytest.raises(DataError, match="question q: its text has <image> 2 times, and it has 1"):
         encode_questions(tok, [asked], config, images=[[one]])
-    with pytest.raises(DataError, match="question q: it has images, which are not seen here"):
+    with pytest.raises(DataError, match="question q: it has images, which this model cannot read"):
         encode_questions(tok, [asked], config)
 
 

@@ -137,7 +137,7 @@ def test_replies_are_read():
     _, made = asked(**HARD)
     assert made.ask(TEXTS) == [None] * len(TEXTS)  # of random letters
     said = [
-        made.model.tokenizer.spell([text])[0]
+        made.model.tokenizer.encode_untrusted([text])[0]
         for text in ("Final Decision: Yes", "x\nFinal Decision: No", "Yes")
     ]
     tokens = np.zeros((3, 24), np.int32)

@@ -18,7 +18,7 @@ from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.images import with_thumbnails
 from medrlvr_jax.data.question import Question, fingerprint, question_hash
-from medrlvr_jax.data.tokenizer import Progress, quiet
+from medrlvr_jax.data.tokenizer import Progress, no_progress
 from medrlvr_jax.evaluation import answers, look, monitors
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
@@ -66,7 +66,7 @@ def evaluate(
     parts: Parts,
     decode_params: Params,
     encoded: Encoded,
-    progress: Progress = quiet,
+    progress: Progress = no_progress,
     entropies: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answer all questions of a set.
@@ -280,8 +280,9 @@ def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | 
     bias = f"checkpoint {step} was chosen as the best on these questions: its accuracy here is too high"
     warnings = [f"{name}: {bias}" for name in chosen_on(source, step, parts.config.eval.sets)]
     warnings += look.warnings(looks)
-    if trap := prefix_conflict(text.begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode):
-        warnings.append("; ".join(trap))
+    prefix = text.response_prefix(parts.tokenizer, parts.config.prompt)
+    if conflict := prefix_conflict(prefix, parts.config.reward.mode):
+        warnings.append("; ".join(conflict))
     tree = {"source": str(source), "step": step, "versions": log.versions(), "warnings": warnings}
     tree |= provenance(parts, sets) | {"eval": results, "statistics": statistics}
     files.write_json(folder / "eval.json", tree | ({"looks": looks} if looks else {}))

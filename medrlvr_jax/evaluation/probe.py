@@ -80,7 +80,7 @@ def letter_tokens(
     Texts are encoded with the letter and `</answer>`, since a tokenizer may join a letter to its neighbours.
     """
     texts = [f"{b}{letter}</answer>" for b, n in zip(before, options, strict=True) for letter in LETTERS[:n]]
-    encoded, out = iter(tok.spell(texts)), []
+    encoded, out = iter(tok.encode_untrusted(texts)), []
     for n in options:
         rows = list(islice(encoded, n))
         shortest = min(map(len, rows))

@@ -46,7 +46,7 @@ class ConsistencyRequest:
 
 def letter_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The token of each letter right after <answer>; it may hold the end of the tag."""
-    rows = tokenizer.spell([f"{END_THINK}{ANSWER}{letter}" for letter in LETTERS])
+    rows = tokenizer.encode_untrusted([f"{END_THINK}{ANSWER}{letter}" for letter in LETTERS])
     if len({tuple(row[:-1]) for row in rows}) > 1:
         problem = "the tokenizer writes a letter behind <answer> in several tokens"
         raise ConfigError(f"reward.components: consistency: {problem}; take it out")

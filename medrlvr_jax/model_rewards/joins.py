@@ -15,7 +15,7 @@ from itertools import accumulate, count
 from typing import NamedTuple
 
 from medrlvr_jax.build import Parts
-from medrlvr_jax.data.prompts import begins
+from medrlvr_jax.data.prompts import response_prefix
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.rewards.parse import ANSWER, END_THINK, THINK, WHITE, graded_prefix
 from medrlvr_jax.rollout.rollout import Scored
@@ -67,7 +67,8 @@ def joined(
     """For each of N scored rows a join, if `wanted` names it: by the character of its completion up to which
     it stays, and the ending; None for the others.
     """
-    begun = len(graded_prefix(begins(parts.tokenizer, parts.config.prompt), parts.config.reward.mode))
+    prefix = response_prefix(parts.tokenizer, parts.config.prompt)
+    begun = len(graded_prefix(prefix, parts.config.reward.mode))
     sizes = scored.lengths - scored.stopped  # without the stop token
     rows = [scored.tokens[i, : sizes[i]].tolist() for i in wanted]
     texts = [scored.completions[i][begun:] for i in wanted]
@@ -138,7 +139,7 @@ def _spell(
     """For each (text before, new text): the tokens of both, and the first with a character of the new."""
     texts = [before + new for before, new in pairs]
     out = {}
-    for pair, row in zip(pairs, tokenizer.spell_with_offsets(texts), strict=True):
+    for pair, row in zip(pairs, tokenizer.encode_with_offsets(texts), strict=True):
         start = next((i for i, (_, end) in enumerate(row.offsets) if end > len(pair[0])), len(row.ids))
         out[pair] = row.ids, start
     return out

@@ -248,13 +248,13 @@ def start(parts: Parts, prepared: Prepared) -> dict[str, Verifier]:
         s = asked.settings
         soft = s.score == "soft" and not verifier.divides_by_spread(parts.config.advantage)
         standardise = soft if s.standardise is None else s.standardise
-        out[name] = Verifier(name, s, asked.ask, parts.tokenizer.spell, standardise)
+        out[name] = Verifier(name, s, asked.ask, parts.tokenizer.encode_untrusted, standardise)
     return out
 
 
 def verdict_tokens(tokenizer: Tokenizer, verdicts: tuple[str, str], field: str) -> tuple[int, int]:
     """The tokens of the two verdicts; refused unless each is a token of its own behind the lead."""
-    lead, *both = tokenizer.spell([LEAD, *(LEAD + verdict for verdict in verdicts)])
+    lead, *both = tokenizer.encode_untrusted([LEAD, *(LEAD + verdict for verdict in verdicts)])
     wrong = [v for v, row in zip(verdicts, both, strict=True) if row[:-1] != lead]
     if wrong or both[0] == both[1]:
         problem = f"{wrong[0]!r} is not one token" if wrong else "the two are the same token"
@@ -267,10 +267,10 @@ def verdict_tokens(tokenizer: Tokenizer, verdicts: tuple[str, str], field: str) 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], chat: bool, soft: bool) -> list[list[int]]:
     """Prompts as tokens. In a chat the lead of a soft verdict begins the assistant's turn."""
-    frame = text.frame(tokenizer, PromptConfig(chat=chat))
+    frame = text.make_frame(tokenizer, PromptConfig(chat=chat))
     if not chat:
         shown = [verifier.with_lead(prompt) if soft else prompt for prompt in texts]
-        return [frame.head + ids for ids in tokenizer.spell(shown)]
-    tail = frame.tail + (tokenizer.spell([LEAD])[0] if soft else [])
+        return [frame.head + ids for ids in tokenizer.encode_untrusted(shown)]
+    tail = frame.tail + (tokenizer.encode_untrusted([LEAD])[0] if soft else [])
     shown = [frame.before + prompt + frame.after for prompt in texts]
-    return [frame.head + ids + tail for ids in tokenizer.spell(shown)]
+    return [frame.head + ids + tail for ids in tokenizer.encode_untrusted(shown)]

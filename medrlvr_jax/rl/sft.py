@@ -81,7 +81,7 @@ def encode_pairs(parts: Parts, records: Records | None = None, show: ShowProgres
         targets = [e.response for e in examples]
     else:
         questions, how_read = read(c.data, records)
-        targets = text.to_teach(tok, [text.sft_target(q, c.sft.target) for q in questions], c.prompt)
+        targets = text.strip_prefix(tok, [text.sft_target(q, c.sft.target) for q in questions], c.prompt)
     images = measure_images(questions, parts.cfg.vision) if parts.cfg.vision else None
     check_seen(parts, images)
     pads = images and images.prompt_tokens()

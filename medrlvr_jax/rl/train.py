@@ -90,7 +90,7 @@ def train(
     notices = [f"data: {how_read}"]
     if encoded.dropped:
         notices.append(f"{encoded.dropped} questions dropped: longer than prompt.max_tokens")
-    if trap := prefix_conflict(text.begins(parts.tokenizer, config.prompt), config.reward.mode):
+    if trap := prefix_conflict(text.response_prefix(parts.tokenizer, config.prompt), config.reward.mode):
         notices.append("; ".join(trap))
     asked = {} if user_components else verifier_models.prepare(parts)
     with stage(f"loading {', '.join(asked)}") if asked else nullcontext():

@@ -20,7 +20,7 @@ from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.options import shuffled
 from medrlvr_jax.data.patches import ImageSet, measure_images, vision_inputs
 from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
-from medrlvr_jax.data.tokenizer import Progress, Tokenizer, quiet
+from medrlvr_jax.data.tokenizer import Progress, Tokenizer, no_progress
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import require_equal
 from medrlvr_jax.model.architecture import VisionConfig
@@ -124,7 +124,7 @@ def encode(
     config: Config,
     shuffle: bool = False,
     vision: VisionConfig | None = None,
-    progress: Progress = quiet,
+    progress: Progress = no_progress,
 ) -> Encoded:
     """The prompts that fit; the others are dropped and counted. `vision`: how the model sees images."""
     if config.reward.mode == "paper" and (other := next((q for q in questions if q.value is not None), None)):
@@ -172,7 +172,7 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
 def before_response(parts: Parts, encoded: Encoded) -> Encoded:
     """The prompts without what is already given of the response, by the template or by `prefill`."""
     pads = encoded.images.prompt_tokens() if encoded.images else None
-    how = {"begun": False, "images": pads}
+    how = {"with_prefix": False, "images": pads}
     tokens = text.encode_questions(parts.tokenizer, encoded.questions, parts.config.prompt, **how)
     return dataclasses.replace(encoded, tokens=tokens)
 
@@ -197,7 +197,7 @@ def score_rollout(
     tokens, mask = (x[counted] for x in fetch_rows((rollout.tokens, rollout.mask), parts.mesh))
     groups, length = tokens.shape[1:]
     flat, flat_mask = tokens.reshape(-1, length), mask.reshape(-1, length)
-    begun = graded_prefix(text.begins(tokenizer, parts.config.prompt), rule.mode)
+    begun = graded_prefix(text.response_prefix(tokenizer, parts.config.prompt), rule.mode)
     completions = [begun + c for c in tokenizer.decode(flat, flat_mask)]
     lengths = flat_mask.sum(1)
     stopped = np.isin(flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)], tokenizer.stop_ids)

@@ -170,7 +170,7 @@ def _check_data(config: Config) -> Iterator[Finding]:
 def _check_model(config: Config, run: Path) -> Iterator[Finding]:
     """Check mesh, model and tokenizer by the code that starts a training."""
     from medrlvr_jax import build
-    from medrlvr_jax.data.prompts import begins
+    from medrlvr_jax.data.prompts import response_prefix
     from medrlvr_jax.data.traps import tokenizer_traps
     from medrlvr_jax.model import lora, weights
     from medrlvr_jax.rewards.parse import prefix_conflict
@@ -194,7 +194,7 @@ def _check_model(config: Config, run: Path) -> Iterator[Finding]:
             yield warning(text, "to use them, move model.safetensors away")
     for line in tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):
         yield note(f"tokenizer: {line}")
-    if trap := prefix_conflict(begins(parts.tokenizer, config.prompt), config.reward.mode):
+    if trap := prefix_conflict(response_prefix(parts.tokenizer, config.prompt), config.reward.mode):
         yield warning(*trap)
     learners = ((parts.cfg, config.learn.policy), (parts.critic_cfg, config.learn.critic))
     states = [build.abstract_learner(parts, cfg, make_optimizer(o, 1)) for cfg, o in learners if o]
