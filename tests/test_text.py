@@ -225,7 +225,7 @@ def test_a_vocabulary_that_holds_special_tokens_as_words_is_refused_where_it_mat
 def test_long_prompts_are_dropped_never_cut(bytes_, monkeypatch):
     long = Question("l", "Which? " * 30, ("a", "b"), 0)
     config = PromptConfig(template="none", max_tokens=60)
-    monkeypatch.setattr("medrlvr_jax.data.tokenizer.PART", 2)
+    monkeypatch.setattr("medrlvr_jax.data.tokenizer.CHUNK", 2)
     parts, show = [], lambda *at: parts.append(at)
     rows, dropped = text.encode_prompts(bytes_, [SCURVY, long, SCURVY], config, progress=show)
     assert parts == [(0, 3), (2, 3)]

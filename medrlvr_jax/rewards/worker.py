@@ -115,7 +115,7 @@ def to_number(value: Any) -> float | str:
 def run_worker(name: str, pipe: Any, parent: int) -> None:
     """Serve requests from the pipe until it is closed or the parent process has ended.
 
-    Requests and replies are JSON, not pickles.
+    Requests and replies are JSON (no pickles).
     """
     # A job's signals reach all of its processes. The run itself ends its worker.
     for number in (signal.SIGINT, signal.SIGTERM):
