@@ -210,7 +210,9 @@ def rotated(dtype: str, small: bool) -> float:
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     a, b = np.split(x64, 2, -1)
     wanted = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-    return far(jax.jit(lambda x: decoder.rotate(x, decoder.rope_tables(jnp.arange(n)[None], cfg)))(x), wanted)
+    return far(
+        jax.jit(lambda x: decoder.rotate(x, decoder.rope_tables(jnp.arange(n)[None], cfg)[0]))(x), wanted
+    )
 
 
 def multiplied(dtype: str, small: bool) -> float:

@@ -55,6 +55,22 @@ FAMILIES = {
         "num_key_value_heads": 1,
         "tie_word_embeddings": True,
     },
+    # Layers 0 and 2 see three tokens, fewer than a prompt or a response has; layer 1 sees all.
+    "gemma3": BASE
+    | {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 9,
+        "tie_word_embeddings": True,
+        "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 3,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 50.0,
+        "rope_theta": 1e6,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
 }
 
 
@@ -101,7 +117,9 @@ def weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
         }
         if c["model_type"] == "qwen2":
             layer |= {f"self_attn.{x}_proj.bias": (n * d,) for x, n in (("q", heads), ("k", kv), ("v", kv))}
-        if c["model_type"] == "qwen3":
+        if c["model_type"] == "gemma3_text":
+            layer |= {f"{place}_feedforward_layernorm.weight": (e,) for place in ("pre", "post")}
+        if c["model_type"] in ("qwen3", "gemma3_text"):
             layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
 

@@ -2,6 +2,7 @@
 meshes, whole decoders.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -12,7 +13,8 @@ from small_model import small
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
-from medrlvr_jax.model import attention, scoring, spec, splash
+from medrlvr_jax.model import attention, decoder, scoring, spec, splash
+from medrlvr_jax.model.architecture import Window
 from medrlvr_jax.plan import flops
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
@@ -33,9 +35,13 @@ def arrays(questions, prompt, groups, length, kv_heads, heads, size):
     return q, k, v, mask, jax.random.normal(keys[3], q.shape) * real[:, :, None, None, None]
 
 
-def both(args, groups, kernel):
-    """Value and gradients of a weighted sum, by `plain` and by the kernel."""
+def both(args, groups, kernel, size=None):
+    """Value and gradients of a weighted sum, by `plain` and by the kernel, with a window of `size` tokens."""
     q, k, v, mask, weights = args
+    columns = jnp.zeros((len(q), groups, (q.shape[1] - mask.shape[1]) // max(groups, 1)), jnp.int32)
+    prompts = Prompts(jnp.zeros(mask.shape, jnp.int32), mask, jnp.zeros(len(q), jnp.uint32))
+    _, positions, _ = decoder.pack(prompts, columns if groups else None, None)
+    window = attention.Window(positions, jnp.int32(size)) if size else None
 
     def of(attend):
         return jax.jit(
@@ -44,14 +50,24 @@ def both(args, groups, kernel):
             )
         )(q, k, v)
 
-    return of(partial(attention.plain, segments=None)), of(kernel)
+    return of(partial(attention.plain, segments=None, window=window)), of(partial(kernel, window=size))
 
 
-@pytest.mark.parametrize(("prompt", "groups", "length"), [(48, 3, 40), (128, 2, 256), (160, 0, 0)])
-def test_the_kernel_is_what_is_written_out(prompt, groups, length):
+@pytest.mark.parametrize(
+    ("prompt", "groups", "length", "window"),
+    [
+        (48, 3, 40, None),
+        (128, 2, 256, None),
+        (160, 0, 0, None),
+        (48, 3, 40, 20),
+        (128, 2, 256, 150),
+        (160, 0, 0, 9),
+    ],
+)
+def test_the_kernel_is_what_is_written_out(prompt, groups, length, window):
     """Sizes that are padded to a block, that are whole blocks, and a prompt alone."""
-    (a, grads), (b, others) = both(arrays(2, prompt, groups, length, 2, 2, 16), groups, attend)
-    np.testing.assert_allclose(a, b, rtol=1e-5)
+    (a, grads), (b, others) = both(arrays(2, prompt, groups, length, 2, 2, 16), groups, attend, window)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)  # a sum of many terms of both signs
     for x, y in zip(grads, others, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6 * float(jnp.abs(x).max()))
 
@@ -70,8 +86,10 @@ def test_each_device_has_its_own_heads(tensor):
     np.testing.assert_allclose(np.asarray(want)[real], np.asarray(found)[real], atol=1e-6)
 
 
-def test_a_decoder_with_it(monkeypatch):
+@pytest.mark.parametrize("window", [None, Window(9, (1,), 50.0)], ids=str)
+def test_a_decoder_with_it(window, monkeypatch):
     """Log-probs, and the state after a prompt that sampling starts from."""
+    of_window = dataclasses.replace(CFG, window=window)
     monkeypatch.setattr(splash, "attend", attend)
     params = spec.init(CFG, jax.random.key(1))
     words, tokens = (
@@ -85,7 +103,7 @@ def test_a_decoder_with_it(monkeypatch):
             params, cfg, prompts
         )[0]
 
-    for a, b in zip(read(CFG), read(CFG.run_with(splash=True)), strict=True):
+    for a, b in zip(read(of_window), read(of_window.run_with(splash=True)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -113,11 +131,13 @@ def test_flops_are_of_the_blocks_that_the_mask_leaves():
 
 def test_the_mask_in_parts_is_the_mask():
     """Every pair by the definition: the prompt's and one's own, what stands before."""
-    mask, n = splash.Shared(10, 4, 3), 10
+    n, position = 10, [0, 1, 2, 3, 4, 5, 6, 4, 5, 6]
 
-    def sees(i, j):
-        return j <= i and (j < 4 or (j - 4) // 3 == (i - 4) // 3)
+    def sees(i, j, window):
+        return j <= i and (j < 4 or (j - 4) // 3 == (i - 4) // 3) and position[i] - position[j] < window
 
-    want = np.array([[sees(i, j) for j in range(n)] for i in range(n)])
-    np.testing.assert_array_equal(mask[:, :], want)
-    np.testing.assert_array_equal(mask[2:7, 5:10], want[2:7, 5:10])
+    for window in (None, 1, 2, 5):
+        mask = splash.Shared(n, 4, 3, window)
+        want = np.array([[sees(i, j, window or n) for j in range(n)] for i in range(n)])
+        np.testing.assert_array_equal(mask[:, :], want)
+        np.testing.assert_array_equal(mask[2:7, 5:10], want[2:7, 5:10])

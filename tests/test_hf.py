@@ -23,10 +23,11 @@ from medrlvr_jax.data.tokenizer import load_tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder, export, families, lora, spec
 from medrlvr_jax.model import weights as hf
+from medrlvr_jax.model.architecture import RopeScaling, Window
 from medrlvr_jax.model.families import read_config
 from medrlvr_jax.types import Prompts
 
-QWEN, LLAMA3 = FAMILIES["qwen2_untied"], FAMILIES["llama3"]
+QWEN, LLAMA3, GEMMA3 = FAMILIES["qwen2_untied"], FAMILIES["llama3"], FAMILIES["gemma3"]
 
 
 @pytest.fixture
@@ -80,13 +81,36 @@ def test_both_ways_of_writing_rope(tmp_path):
     assert tuple(new.rope_scaling or ()) == (8.0, 1.0, 4.0, 64)
 
 
+def test_all_ways_of_writing_gemma3(tmp_path):
+    """Those of transformers 4 and 5, and a multimodal model's, whose decoder's settings are a section."""
+    old = config_of(tmp_path, GEMMA3)
+    assert old.window == Window(3, (0, 2), 50.0) and old.rope_scaling == RopeScaling(8.0)
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    }
+    written = ("sliding_window_pattern", "rope_local_base_freq", "rope_theta", "rope_scaling")
+    new = {k: v for k, v in GEMMA3.items() if k not in written} | kinds | {"rope_parameters": ropes}
+    assert config_of(tmp_path, new) == old
+    whole = config_of(tmp_path, {"model_type": "gemma3", "text_config": GEMMA3, "vision_config": {}})
+    more = {"file_prefixes": (("model.", "language_model.model."),)}
+    assert whole == dataclasses.replace(old, **more, unread=("vision_tower.", "multi_modal_projector."))
+    short = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240}
+    short |= {"num_hidden_layers": 34, "sliding_window": 1024}  # what the published file of the 4B model has
+    short |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    assert config_of(tmp_path, short) == dataclasses.replace(
+        families.known("google/gemma-3-4b-it"), file_prefixes=(), unread=()
+    )
+
+
 @pytest.mark.parametrize(
     ("base", "change", "words"),
     [
         (QWEN, {"model_type": "mistral"}, "model_type: 'mistral'"),
         (QWEN, {"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
         (QWEN, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type: 'yarn'"),
-        (QWEN, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type: 'linear'"),
+        (QWEN, {"rope_scaling": {"rope_type": "linear"}}, "factor: needed"),
         (QWEN, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type: 'dynamic'"),
         (
             QWEN,
@@ -111,6 +135,16 @@ def test_both_ways_of_writing_rope(tmp_path):
             "low_freq_factor: needed",
         ),
         (FAMILIES["qwen3"], {"head_dim": None}, "head_dim: needed"),
+        (GEMMA3, {"hidden_activation": "gelu"}, "hidden_activation: 'gelu'"),
+        (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
+        (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
+        (GEMMA3, {"layer_types": ["chunked_attention"]}, "layer_types: 'chunked_attention'"),
+        (
+            GEMMA3,
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_parameters.sliding_attention.rope_type: 'linear'",
+        ),
         *(
             (QWEN, {key: None}, f"{key}: needed")
             for key in ("model_type", "vocab_size", "hidden_act", "rope_theta", "num_key_value_heads")
@@ -428,7 +462,7 @@ def test_export_refuses_another_models_parameters(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["qwen2_tied", "qwen3", "llama3"])
+@pytest.mark.parametrize("family", ["qwen2_tied", "qwen3", "llama3", "gemma3"])
 def test_transformers_loads_the_export(family, tmp_path):
     """The same logits to the last bit, with nothing missing and nothing left over."""
     torch = pytest.importorskip("torch")
@@ -444,6 +478,35 @@ def test_transformers_loads_the_export(family, tmp_path):
         with torch.no_grad():
             logits.append(model(torch.arange(1, 20)[None]).logits)
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_the_text_of_a_multimodal_gemma3(prefix, tmp_path):
+    """Its decoder is read under both names, and exported together with the unchanged vision tower."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14} | sizes
+    config = {"model_type": "gemma3", "text_config": GEMMA3, "vision_config": tower}
+    config |= {"mm_tokens_per_image": 1, "image_token_index": 60}
+    config_of(tmp_path, config)
+    AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    drawn = load_file(tmp_path / "model.safetensors").items()
+    rest = {name: tensor for name, tensor in drawn if "language_model" not in name}
+    text = {prefix + name.removeprefix("model."): tensor for name, tensor in weights(GEMMA3).items()}
+    source = write(tmp_path / "source", config, rest | text)
+    cfg, tokens = read_config(source), np.arange(1, 20)[None]
+    params = load(source, cfg)
+    export.save_params(params, cfg, source, tmp_path / "out")
+    model, told = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    state, _ = decoder.forward(params, cfg, Prompts(tokens, tokens > 0, np.zeros(1, np.uint32)))
+    np.testing.assert_allclose(decoder.logits(params, cfg, state), theirs, atol=3e-5)
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert rest and all(np.array_equal(back[n.removeprefix("model.")], tensor) for n, tensor in rest.items())
 
 
 @pytest.mark.parametrize("generation", [None, {"eos_token_id": 3, "top_k": 7}])
@@ -471,7 +534,7 @@ def test_an_export_stops_where_the_policy_stopped(generation, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [3, turn_end]
 
 
-@pytest.mark.parametrize("family", ["qwen2_tied", "llama3", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen2_tied", "llama3", "gemma3", "qwen2_5_vl"])
 def test_peft_loads_the_adapter(family, tmp_path):
     """transformers with PEFT's adapter computes what our decoder computes with it: the scale, each matrix's
     axes, the names.

@@ -2,6 +2,7 @@
 what decoding computes.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,10 +12,13 @@ import pytest
 from small_model import small
 
 from medrlvr_jax.model import cpu, decoder, scoring, spec
+from medrlvr_jax.model.architecture import Window
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
 
 CFG = small(vocab=97, qkv_bias=True)
+WINDOWED = dataclasses.replace(CFG, window=Window(3, (1,), 50.0))  # fewer tokens than a prompt or a response
+BOTH = pytest.mark.parametrize("cfg", [CFG, WINDOWED], ids=["full", "window"])
 Q, P, G, R = 3, 7, 2, 5
 
 
@@ -33,22 +37,24 @@ def batch():
     return prompts, rng.integers(0, 97, (Q, G, R))
 
 
-def test_side_by_side_is_alone(params, batch):
+@BOTH
+def test_side_by_side_is_alone(params, batch, cfg):
     prompts, tokens = batch
-    hidden = scoring.hidden_states(params, CFG, prompts, tokens)
+    hidden = scoring.hidden_states(params, cfg, prompts, tokens)
     for q in range(Q):
         for g in range(G):
             prompt = prompts.tokens[q][prompts.mask[q]]
             row = np.concatenate([prompt, tokens[q, g]])[None]
-            alone, _ = decoder.forward(params, CFG, Prompts(row, row >= 0, np.zeros(1, np.uint32)))
+            alone, _ = decoder.forward(params, cfg, Prompts(row, row >= 0, np.zeros(1, np.uint32)))
             np.testing.assert_allclose(hidden[q, g], alone[0, len(prompt) - 1 : -1], atol=1e-5)
 
 
+@BOTH
 @pytest.mark.parametrize("unroll", [True, False])
-def test_decoding_is_scoring(params, batch, unroll):
-    cfg = CFG.run_with(unroll=unroll)
+def test_decoding_is_scoring(params, batch, unroll, cfg):
+    cfg = cfg.run_with(unroll=unroll)
     prompts, tokens = batch
-    hidden = scoring.hidden_states(params, CFG, prompts, tokens)
+    hidden = scoring.hidden_states(params, cfg, prompts, tokens)
     state, prompt_caches = decode.prefill(params, cfg, prompts)
     np.testing.assert_allclose(state, hidden[:, 0, 0], atol=1e-5)
     caches, weights = decode.empty_caches(cfg, Q, G, R), decode.prepare(params, cfg, P + R)
@@ -124,23 +130,39 @@ def test_remat_changes_no_gradient(params, batch):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), none, other)
 
 
+def test_a_windowed_layer_sees_its_window(params, batch):
+    """A prompt of 7 tokens and 5 of a response: what lies 3 columns back does not reach the one windowed layer,
+    and in two layers what lies 5 columns back.
+    """
+    prompts, tokens = batch
+    cfg = dataclasses.replace(CFG, window=Window(3, (0, 1), 50.0))
+    before = scoring.hidden_states(params, cfg, prompts, tokens)[0]
+    for column in range(P):
+        changed = prompts.tokens.copy()
+        changed[0, column] = (changed[0, column] + 1) % 97
+        after = scoring.hidden_states(params, cfg, Prompts(changed, prompts.mask, prompts.ids), tokens)[0]
+        moved = np.abs(after - before).max((0, 2)) > 1e-6
+        np.testing.assert_array_equal(moved, P - 1 + np.arange(R) - column <= 4)
+
+
+@BOTH
 @pytest.mark.parametrize("share", [0.5, 0.8])
-def test_rows_without_padding_are_the_same(params, batch, share):
+def test_rows_without_padding_are_the_same(params, batch, share, cfg):
     """Log-probs, entropies, values and all gradients, of responses of many lengths, none included."""
     prompts, tokens = batch
     lengths = np.array([[5, 0], [1, 2], [4, 1]])
     rows = scoring.Rows(prompts, tokens, np.arange(R) < lengths[..., None])
     weights = np.random.default_rng(1).normal(size=(3, Q, G, R)) * rows.mask
-    cfg = CFG.run_with(value_head=True)
+    critic = cfg.run_with(value_head=True)
     grown = params | {"value": jnp.linspace(-1, 1, CFG.embed + 1)}
 
     def total(params, size):
         def read(hidden, tokens):
-            return *scoring.token_logprobs(params, CFG, hidden, tokens, 0.7, 4), scoring.values(
-                params, cfg, hidden
+            return *scoring.token_logprobs(params, cfg, hidden, tokens, 0.7, 4), scoring.values(
+                params, critic, hidden
             )
 
-        found = scoring.at_responses(params, CFG, rows, size, read)
+        found = scoring.at_responses(params, cfg, rows, size, read)
         return sum((w * x).sum() for w, x in zip(weights, found, strict=True)), found
 
     sizes = scoring.row_sizes([share], G, R)

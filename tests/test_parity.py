@@ -5,6 +5,7 @@ Against transformers itself where torch is installed, else (and as well) against
 change of transformers is meant: `python tests/make_parity.py`.
 """
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -18,7 +19,7 @@ from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.model import decoder, scoring, spec
 from medrlvr_jax.model import weights as hf
-from medrlvr_jax.model.architecture import DecoderConfig, RopeScaling
+from medrlvr_jax.model.architecture import DecoderConfig, RopeScaling, Window
 from medrlvr_jax.model.families import read_config
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
@@ -119,16 +120,40 @@ def test_as_transformers_is(family, ours, directory, record_property):
 def test_every_norm_and_bias_matters(directory):
     """So a forgotten one would fail the tests above: each, made neutral in one layer, moves the logits."""
     c = case()
-    for family in ("qwen2_untied", "qwen3"):
+    for family in ("qwen2_untied", "qwen3", "gemma3"):
         cfg = read_config(directory(family))
         score = jax.jit(lambda p, cfg=cfg: decoder.logits(p, cfg, decoder.forward(p, cfg, batch(c))[0]))
         flat = flatten_dict(load(directory(family), cfg))
         whole = np.asarray(score(unflatten_dict(flat)))
         for key in [key for key in flat if key[-1].endswith(("norm", "bias"))]:
             for layer in range(cfg.layers) if key[0] == "layers" else [...]:
-                without = unflatten_dict(flat | {key: flat[key].at[layer].set(key[-1].endswith("norm"))})
+                neutral = 1 - cfg.norm_offset if key[-1].endswith("norm") else 0
+                without = unflatten_dict(flat | {key: flat[key].at[layer].set(neutral)})
                 moved = np.abs(np.asarray(score(without)) - whole)[c.mask].max()
                 assert moved > 100 * TOLERANCE, (family, key, layer, moved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window": None},
+        {"window": Window(4, (0, 2), 50.0)},
+        {"window": Window(3, (0, 1), 50.0)},
+        {"window": Window(3, (0, 2), 1e6)},
+        {"norm_offset": 0.0},
+        {"activation": "silu"},
+        {"scaled_embedding": False},
+        {"query_size": None},
+        {"rope_scaling": None},
+    ],
+    ids=str,
+)
+def test_every_setting_of_gemma3_matters(change, directory):
+    c, cfg = case(), read_config(directory("gemma3"))
+    params = load(directory("gemma3"), cfg)
+    score = lambda cfg: decoder.logits(params, cfg, decoder.forward(params, cfg, batch(c))[0])
+    moved = np.abs(score(dataclasses.replace(cfg, **change)) - score(cfg))[c.mask].max()
+    assert moved > 100 * TOLERANCE
 
 
 def test_llama3_frequencies():
@@ -154,5 +179,5 @@ def test_llama3_frequencies():
         "cpu",
     )
     cfg = DecoderConfig(8, 2048, 1, 32, 8, 64, 8, 5e5, 1e-5, True, rope_scaling=scaling)
-    cos, sin = decoder.rope_tables(jnp.ones(()), cfg)
+    ((cos, sin),) = decoder.rope_tables(jnp.ones(()), cfg)
     np.testing.assert_allclose(np.arctan2(sin, cos), theirs.numpy(), rtol=2e-6)

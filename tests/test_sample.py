@@ -1,5 +1,7 @@
 """Sampling: the distribution it draws from, the log-probs it records, and what its noise depends on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from small_model import small
 
 from medrlvr_jax.config.schema import SampleConfig
 from medrlvr_jax.model import decoder, scoring, spec
+from medrlvr_jax.model.architecture import Window
 from medrlvr_jax.rollout import decode, draw, generate, loops
 from medrlvr_jax.rollout.generate import DrawSettings
 from medrlvr_jax.types import Prompts
@@ -163,7 +166,8 @@ def test_segments_halve_down_to_the_shortest():
     assert loops.segment_ends(300) == [150, 300] and loops.segment_ends(1024) == [128, 256, 512, 1024]
 
 
-def test_rows_that_stop_make_room_and_change_nothing(params, prompts, monkeypatch):
+@pytest.mark.parametrize("window", [None, Window(5, (1,), 50.0)], ids=str)
+def test_rows_that_stop_make_room_and_change_nothing(window, params, prompts, monkeypatch):
     """64 rows on a ladder of 64, 32, 16, 8, their caches growing by 10, 20, 40 tokens; in one loop; and in one
     over stacked layers. With limits on top.
     """
@@ -171,7 +175,9 @@ def test_rows_that_stop_make_room_and_change_nothing(params, prompts, monkeypatc
     limits = np.clip(np.exp(rng.normal(2.5, 0.9, (Q, 16))), 1, 40).astype(np.int32)
     results, whiles = [], []
     config = SampleConfig(questions=Q, samples=16, max_new_tokens=40, top_k=30)
-    for cfg, segment in (CFG, 8), (CFG.run_with(narrow=False), 40), (CFG.run_with(unroll=False), 40):
+    of_window = dataclasses.replace(CFG, window=window)
+    for how, segment in ({}, 8), ({"narrow": False}, 40), ({"unroll": False}, 40):
+        cfg = of_window.run_with(**how)
         args = params, prompts, jax.random.key(3), DrawSettings(cfg, config, STOPS, PAD), limits
         monkeypatch.setattr(loops, "SEGMENT", segment)
         program = jax.jit(generate.generate.__wrapped__, static_argnums=3)  # a program of its own

@@ -9,12 +9,22 @@ from medrlvr_jax.config.schema import LoRAConfig
 
 
 class RopeScaling(NamedTuple):
-    """Llama 3's stretching of the low rotary frequencies."""
+    """Division of the rotary frequencies by `factor`, for rows longer than those of pretraining: of all
+    frequencies (`linear`), or of the low ones alone (Llama 3, with all four numbers).
+    """
 
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_length: int | None = None
+
+
+class Window(NamedTuple):
+    """Layers in which a token attends only to itself and to the `size` − 1 tokens before it."""
+
+    size: int
+    layers: tuple[int, ...]  # their numbers
+    rope_theta: float  # their rotary base; their frequencies are not scaled
 
 
 @dataclass(frozen=True)
@@ -100,11 +110,21 @@ class DecoderConfig:
     tied: bool  # the output matrix is the embedding
     qkv_bias: bool = False
     qk_norm: bool = False
+    post_norms: bool = False  # attention and MLP end with a norm, before they are added to the states
+    norm_offset: float = 0.0  # a norm multiplies by its weights plus this
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"  # of the MLP's gate
+    scaled_embedding: bool = False  # the first states are the embedding's rows · √embed
+    query_size: float | None = None  # attention scores are divided by its square root; None: by √head_dim
     rope_scaling: RopeScaling | None = None
+    window: Window | None = None  # None: a token attends to all tokens before it, in all layers
     max_positions: int | None = None  # the longest row that the model was made for; None: not known
     # With images: the position that each rotary frequency follows: in time (0), by row (1), by column (2).
     rope_axes: tuple[int, ...] | None = None
     vision: VisionConfig | None = None  # None: the model sees no images
+    # (our prefix, the prefix in published files) of tensor names
+    file_prefixes: tuple[tuple[str, str], ...] = ()
+    # Prefixes of tensors of parts that are not computed, such as a vision tower. An export copies them.
+    unread: tuple[str, ...] = ()
     execution: Execution = Execution()
 
     @property

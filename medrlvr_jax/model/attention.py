@@ -7,6 +7,7 @@ come scaled.
 """
 
 from functools import partial, reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,22 @@ LEAST = jnp.finfo(jnp.float32).min
 PIECE = 128  # of queries in `causal`, at least
 
 
-def plain(q: Array, k: Array, v: Array, prompt_mask: Array, segments: Array | None, groups: int) -> Array:
+class Window(NamedTuple):
+    """A bound on how far back a token attends: to positions less than `size` before its own."""
+
+    positions: Array  # int32 [Q, N]
+    size: Array  # int32 []
+
+
+def plain(
+    q: Array,
+    k: Array,
+    v: Array,
+    prompt_mask: Array,
+    segments: Array | None,
+    groups: int,
+    window: Window | None = None,
+) -> Array:
     """q [Q, N, K, h, D], k and v [Q, N, K, D] → [Q, N, K, h, D], where N = P + G·R, G = `groups`, and
     prompt_mask is [Q, P].
 
@@ -35,8 +51,15 @@ def plain(q: Array, k: Array, v: Array, prompt_mask: Array, segments: Array | No
         y = jnp.moveaxis(y, (1, 3), (3, 4))
         return y.reshape(y.shape[0], -1, *y.shape[3:])
 
-    prompt, real = cut(slice(None, width), 1), prompt_mask[:, None, None, None, None, :]
-    attended = back(causal(*prompt, real))
+    def near(queries: slice, n: int, keys: slice, m: int) -> Array | bool:  # [Q, 1, n, 1, R, S]
+        if window is None:
+            return True
+        of, to = (window.positions[:, part].reshape(len(q), i, -1) for part, i in ((queries, n), (keys, m)))
+        return of[:, None, :, None, :, None] - to[:, None, :, None, None, :] < window.size
+
+    own, rest = slice(None, width), slice(width, None)
+    prompt, real = cut(own, 1), prompt_mask[:, None, None, None, None, :]
+    attended = back(causal(*prompt, real & near(own, 1, own, 1)))
     if not groups:
         return attended
     together = (
@@ -44,10 +67,9 @@ def plain(q: Array, k: Array, v: Array, prompt_mask: Array, segments: Array | No
         if segments is None
         else (segments[..., :, None] == segments[..., None, :])[:, None, :, None]
     )
-    before = prompt[1][:, :, 0], prompt[2][:, :, 0], real
-    return jnp.concatenate(
-        [attended, back(causal(*cut(slice(width, None), groups), together, before))], axis=1
-    )
+    together &= near(rest, groups, rest, groups)
+    before = prompt[1][:, :, 0], prompt[2][:, :, 0], real & near(rest, groups, own, 1)
+    return jnp.concatenate([attended, back(causal(*cut(rest, groups), together, before))], axis=1)
 
 
 def causal(
@@ -71,7 +93,8 @@ def causal(
         shape, (part_k, part_v) = part.shape[:-1], (y[..., :end, :] for y in (k, v))
         scores = [(products(flat(part, n), part_k).reshape(*shape, end), keeps)]
         if before:
-            scores.append((products(flat(part), before[0]).reshape(*shape, -1), before[2]))
+            seen = before[2][..., start:end, :] if before[2].shape[-2] > 1 else before[2]
+            scores.append((products(flat(part), before[0]).reshape(*shape, -1), seen))
         weights, total = weigh(scores)
         mix = weighted_sum(flat(weights[0], n), part_v).reshape(part.shape)
         if before:
@@ -131,7 +154,12 @@ def weigh(parts: list[tuple[Array, Array]]) -> tuple[list[Array], Array]:
 
 
 def decode(
-    q: Array, prompt: tuple[Array, Array], response: tuple[Array, Array], prompt_mask: Array, t: Array
+    q: Array,
+    prompt: tuple[Array, Array],
+    response: tuple[Array, Array],
+    prompt_mask: Array,
+    t: Array,
+    window: Array | None = None,
 ) -> Array:
     """One token of each sample, q [Q, G, K, h, D], over its prompt's keys [Q, K, D, P] and values [Q, K, P,
     D], and columns 0 … t of its response [Q, G, K, D, R] and [Q, G, K, R, D]: two parts with one maximum and
@@ -141,8 +169,13 @@ def decode(
     by_heads = lambda y: y.swapaxes(1, 2)
     with_prompt = float_einsum("qkghd,qkdp->qkghp", by_heads(q), prompt_k)
     with_response = float_einsum("qgkhd,qgkdr->qgkhr", q, response_k)
+    column, response_mask = jnp.arange(with_response.shape[-1]), True
+    if window is not None:
+        width = prompt_mask.shape[1]
+        prompt_mask = prompt_mask & (width + t - jnp.arange(width) < window)
+        response_mask = t - column < window
     with_prompt = jnp.where(prompt_mask[:, None, None, None, :], with_prompt, LEAST)
-    with_response = jnp.where(jnp.arange(with_response.shape[-1]) <= t, with_response, LEAST)
+    with_response = jnp.where((column <= t) & response_mask, with_response, LEAST)
     top = jnp.maximum(by_heads(with_prompt.max(-1)), with_response.max(-1))[..., None]
     prompt_weights, response_weights = jnp.exp(with_prompt - by_heads(top)), jnp.exp(with_response - top)
     total = by_heads(prompt_weights.sum(-1)) + response_weights.sum(-1)

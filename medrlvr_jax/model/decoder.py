@@ -1,5 +1,5 @@
-"""The decoder (Qwen2/2.5, Qwen3, Llama 3, SmolLM2) as pure functions of the parameter tree that spec.py
-describes.
+"""The decoder (Qwen2/2.5, Qwen3, Llama 3, SmolLM2, Gemma 3) as pure functions of the parameter tree that
+spec.py describes.
 
 One layout serves scoring and learning: a prompt and its G responses in one row, `prompt | response 1 | … |
 response G`. A response attends to its prompt and to itself, so the prompt is computed once for its group and
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int8
 
 from medrlvr_jax.model import attention, splash
-from medrlvr_jax.model.architecture import DecoderConfig
+from medrlvr_jax.model.architecture import DecoderConfig, RopeScaling
 from medrlvr_jax.model.cpu import linear
 from medrlvr_jax.model.spec import PARAMETERS
 from medrlvr_jax.sharding import constrain, gather
@@ -45,10 +45,21 @@ class Column(NamedTuple):
     """What all layers read of the response column that is decoded."""
 
     t: Int[Array, ""]
-    rope: Rope  # of the tokens' positions
+    ropes: tuple[Rope, ...]  # `rope_tables` of the tokens' positions
     prompt_mask: Bool[Array, "Q P"]
 
 
+class Row(NamedTuple):
+    """What all layers read of whole rows, N = P + G·R (G = 0: prompts alone)."""
+
+    ropes: tuple[Rope, ...]  # `rope_tables` of `positions`
+    positions: Int[Array, "Q N *axes"]
+    prompt_mask: Bool[Array, "Q P"]
+    segments: Int[Array, "Q G R"] | None  # see `attention.plain`
+    groups: int
+
+
+FAR = jnp.iinfo(jnp.int32).max  # a window that no row leaves
 # Padding has this token, which is beyond every vocabulary: it reads no row of the embedding and adds to no
 # row's gradient.
 NO_TOKEN = jnp.iinfo(jnp.int32).max
@@ -57,6 +68,7 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 def rms_norm(
@@ -68,19 +80,51 @@ def rms_norm(
     return (x32 * scale.astype(jnp.float32)).astype(dtype)
 
 
-def rope_tables(positions: Int[Array, "*N"], cfg: DecoderConfig, by_axis: bool = False) -> Rope:
+def norm(x: Float[Array, "*N D"], weight: Float[Array, " D"], cfg: DecoderConfig, dtype: Any) -> Array:
+    """`rms_norm` with a parameter of the decoder as scale."""
+    scale = weight.astype(jnp.float32) + cfg.norm_offset if cfg.norm_offset else weight
+    return rms_norm(x, scale, cfg.norm_eps, dtype)
+
+
+def rope_tables(positions: Int[Array, "*N"], cfg: DecoderConfig, by_axis: bool = False) -> tuple[Rope, ...]:
     """Cosines and sines [*N, D/2] of the rotary angles at `positions` (Su et al. 2021, arXiv 2104.09864).
+    A model with `window` has a second pair of tables, for the layers of the window.
 
     `by_axis`: the positions are [*N, 3], and each frequency follows one axis (M-RoPE, arXiv 2409.12191).
     """
-    freqs = cfg.rope_theta ** (-jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
-    if s := cfg.rope_scaling:
-        turns = s.original_length * freqs / (2 * jnp.pi)
-        blend = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
-        freqs = blend * freqs + (1 - blend) * freqs / s.factor
     each = positions[..., np.array(cfg.rope_axes)] if by_axis else positions[..., None]
-    angles = each.astype(jnp.float32) * freqs
-    return jnp.cos(angles), jnp.sin(angles)
+
+    def tables(theta: float, scaling: RopeScaling | None) -> Rope:
+        freqs = theta ** (-jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
+        angles = each.astype(jnp.float32) * (scale_frequencies(freqs, scaling) if scaling else freqs)
+        return jnp.cos(angles), jnp.sin(angles)
+
+    of_all = tables(cfg.rope_theta, cfg.rope_scaling)
+    return (of_all, tables(cfg.window.rope_theta, None)) if cfg.window else (of_all,)
+
+
+def scale_frequencies(freqs: Float32[Array, " D/2"], scaling: RopeScaling) -> Float32[Array, " D/2"]:
+    """Rotary frequencies after `RopeScaling`."""
+    factor, low, high, length = scaling
+    if low is None or high is None or length is None:
+        return freqs / factor
+    turns = length * freqs / (2 * jnp.pi)
+    blend = jnp.clip((turns - low) / (high - low), 0, 1)
+    return blend * freqs + (1 - blend) * freqs / factor
+
+
+def rope_and_window(
+    cfg: DecoderConfig, ropes: tuple[Rope, ...], layer: Int[Array, ""] | int, length: int
+) -> tuple[Rope, Bool[Array, ""] | None]:
+    """The rotary tables of the layer with number `layer`, and whether it attends within `cfg.window`.
+
+    None in place of a bool: the rows, of at most `length` positions, fit into the window.
+    """
+    if cfg.window is None:
+        return ropes[0], None
+    windowed = jnp.isin(layer, np.array(cfg.window.layers))
+    rope = jax.tree.map(partial(jnp.where, windowed), ropes[1], ropes[0])
+    return rope, windowed if length > cfg.window.size else None
 
 
 def rotate(x: Float[Array, "*N H D"], rope: Rope) -> Float32[Array, "*N H D"]:
@@ -115,25 +159,26 @@ def project(layer: Layer, cfg: DecoderConfig, x: Float[Array, "*N in"], name: st
 def queries_keys_values(
     layer: Layer, cfg: DecoderConfig, x: Float[Array, "Q N E"], rope: Rope
 ) -> tuple[Float[Array, "Q N K h D"], Float[Array, "Q N K D"], Float[Array, "Q N K D"]]:
-    """The attention's inputs; queries come scaled by D^-½.
+    """The attention's inputs; queries come scaled by `query_size`^-½.
 
     Everything between the products is float32 and is rounded once, at the end: the gradient of a bias or of a
     norm's scale is a sum over all tokens, and a bfloat16 sum stops growing once it is 256 times as large as
     what is added.
     """
     dtype = cfg.execution.dtype
-    x = rms_norm(x, layer["attn_norm"], cfg.norm_eps, dtype)
+    x = norm(x, layer["attn_norm"], cfg, dtype)
 
     def heads(name: str) -> Array:
         y = project(layer, cfg, x, name).reshape(*x.shape[:2], -1, cfg.head_dim).astype(jnp.float32)
         if cfg.qkv_bias:
             y += layer[f"{name}_bias"].astype(jnp.float32)
         if cfg.qk_norm and name != "v":
-            y = rms_norm(y, layer[f"{name}_norm"], cfg.norm_eps, jnp.float32)
+            y = norm(y, layer[f"{name}_norm"], cfg, jnp.float32)
         return y
 
     q, k, v = heads("q"), heads("k"), heads("v")
-    q, k, v = (y.astype(dtype) for y in (rotate(q, rope) * cfg.head_dim**-0.5, rotate(k, rope), v))
+    scale = (cfg.query_size or cfg.head_dim) ** -0.5
+    q, k, v = (y.astype(dtype) for y in (rotate(q, rope) * scale, rotate(k, rope), v))
     q = constrain(q, "batch", None, "heads", None)
     k, v = constrain(k, "batch", None, "kv_heads", None), constrain(v, "batch", None, "kv_heads", None)
     return q.reshape(*q.shape[:2], cfg.kv_heads, cfg.heads // cfg.kv_heads, cfg.head_dim), k, v
@@ -142,35 +187,40 @@ def queries_keys_values(
 def after_attention(
     layer: Layer, cfg: DecoderConfig, x: Float[Array, "Q N E"], attended: Float[Array, "Q N K h D"]
 ) -> Float[Array, "Q N E"]:
-    """The output projection and the MLP (SwiGLU), each with its residual."""
-    x = x + project(layer, cfg, attended.reshape(*attended.shape[:2], cfg.heads * cfg.head_dim), "o")
-    x = constrain(x, "batch", None, None)
-    y = rms_norm(x, layer["mlp_norm"], cfg.norm_eps, cfg.execution.dtype)
-    y = jax.nn.silu(project(layer, cfg, y, "gate")) * project(layer, cfg, y, "up")
-    x = x + project(layer, cfg, constrain(y, "batch", None, "ffn"), "down")
-    return constrain(x, "batch", None, None)
+    """The output projection and the gated MLP, each added to the states."""
+
+    def add(x: Array, y: Array, post_norm: str) -> Array:
+        y = norm(y, layer[post_norm], cfg, jnp.float32) if cfg.post_norms else y
+        return constrain(x + y, "batch", None, None)
+
+    y = project(layer, cfg, attended.reshape(*attended.shape[:2], cfg.heads * cfg.head_dim), "o")
+    x = add(x, y, "attn_post_norm")
+    y = norm(x, layer["mlp_norm"], cfg, cfg.execution.dtype)
+    y = ACTIVATIONS[cfg.activation](project(layer, cfg, y, "gate")) * project(layer, cfg, y, "up")
+    return add(x, project(layer, cfg, constrain(y, "batch", None, "ffn"), "down"), "mlp_post_norm")
 
 
 def run_layer(
     layer: Layer,
     cfg: DecoderConfig,
     x: Float[Array, "Q N E"],
-    rope: Rope,
-    prompt_mask: Bool[Array, "Q P"],
-    segments: Int[Array, "Q G R"] | None,
-    groups: int,
+    row: Row,
+    number: Int[Array, ""],
 ) -> tuple[Float[Array, "Q N E"], KeysValues]:
-    """A layer over whole rows, N = P + G·R (G = 0: prompts alone): states, and the cache of the prompts.
-
-    `segments`: see `attention.plain`.
-    """
-    layer = for_products(layer, cfg)
+    """The layer with this number over whole rows: states, and the cache of the prompts."""
+    layer, width = for_products(layer, cfg), row.prompt_mask.shape[1]
+    length = width + (x.shape[1] - width) // max(row.groups, 1)
+    rope, windowed = rope_and_window(cfg, row.ropes, number, length)
     q, k, v = queries_keys_values(layer, cfg, x, rope)
-    if cfg.execution.splash:
-        attended = splash.attend(q, k, v, prompt_mask, groups)
+    size = cfg.window.size if cfg.window else None
+    if not cfg.execution.splash:
+        window = None if windowed is None else attention.Window(row.positions, jnp.where(windowed, size, FAR))
+        attended = attention.plain(q, k, v, row.prompt_mask, row.segments, row.groups, window)
     else:
-        attended = attention.plain(q, k, v, prompt_mask, segments, groups)
-    width = prompt_mask.shape[1]
+        attend = partial(splash.attend, q, k, v, row.prompt_mask, row.groups)
+        attended = (
+            attend() if windowed is None else jax.lax.cond(windowed, partial(attend, window=size), attend)
+        )
     cache = KeysValues(k[:, :width].transpose(0, 2, 3, 1), v[:, :width].swapaxes(1, 2))
     return after_attention(layer, cfg, x, attended), cache
 
@@ -182,27 +232,29 @@ def step_layer(
     column: Column,
     prompt_cache: KeysValues,
     sample_cache: KeysValues,
-    place: Int[Array, ""] | None = None,
+    number: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "Q G E"], KeysValues]:
-    """A layer over one token of each sample, whose keys and values go to column t of the samples' cache.
-
-    With `place`, that is the cache of all layers, and this is the layer of that number.
+    """The layer with this number over one token of each sample, whose keys and values go to column t of the
+    samples' cache. Without `Execution.unroll`, that is the cache of all layers.
     """
-    layer = for_products(layer, cfg)
-    q, k, v = queries_keys_values(layer, cfg, x, column.rope)
+    layer, stacked = for_products(layer, cfg), not cfg.execution.unroll
+    length = column.prompt_mask.shape[1] + sample_cache.values.shape[-2]
+    rope, windowed = rope_and_window(cfg, column.ropes, number, length)
+    q, k, v = queries_keys_values(layer, cfg, x, rope)
 
     def put(cache: Array, new: Array, start: tuple) -> Array:
         new = new.astype(cache.dtype)
-        if place is None:
-            return jax.lax.dynamic_update_slice(cache, new, start)
-        return jax.lax.dynamic_update_slice(cache, new[None], (place, *start))
+        if stacked:
+            return jax.lax.dynamic_update_slice(cache, new[None], (number, *start))
+        return jax.lax.dynamic_update_slice(cache, new, start)
 
     keys = put(sample_cache.keys, k[..., None], (0, 0, 0, 0, column.t))
     values = put(sample_cache.values, v[:, :, :, None], (0, 0, 0, column.t, 0))
     grown = of_layer = KeysValues(keys, values)
-    if place is not None:
-        of_layer = KeysValues(*(jax.lax.dynamic_index_in_dim(y, place, keepdims=False) for y in grown))
-    attended = attention.decode(q, prompt_cache, of_layer, column.prompt_mask, column.t)
+    if stacked:
+        of_layer = KeysValues(*(jax.lax.dynamic_index_in_dim(y, number, keepdims=False) for y in grown))
+    window = None if windowed is None or cfg.window is None else jnp.where(windowed, cfg.window.size, FAR)
+    attended = attention.decode(q, prompt_cache, of_layer, column.prompt_mask, column.t, window)
     return after_attention(layer, cfg, x, attended), grown
 
 
@@ -226,19 +278,20 @@ def forward(
     if vision is not None:
         assert vision.features is not None
         x, deep = put_images(x, vision, 0), vision.features.shape[-1] // cfg.embed - 1
-    rope = rope_tables(positions, cfg, vision is not None)
+    ropes = rope_tables(positions, cfg, vision is not None)
+    row = Row(ropes, positions, prompts.mask, segments, groups)
 
     @partial(jax.checkpoint, policy=REMAT[cfg.execution.remat], prevent_cse=False)
     def step(x: Array, inputs: tuple[Layer, Array]):
         layer, number = inputs
-        x, cache = run_layer(layer, cfg, x, rope, prompts.mask, segments, groups)
+        x, cache = run_layer(layer, cfg, x, row, number)
         if vision is not None and deep:
             added = partial(put_images, x, vision, number + 1)
             x = jax.lax.cond(number < deep, added, lambda: x)
         return x, cache if keep_cache else None
 
     x, cache = jax.lax.scan(step, x, (params["layers"], jnp.arange(cfg.layers)))
-    return rms_norm(x, params["norm"], cfg.norm_eps, cfg.execution.dtype), cache
+    return norm(x, params["norm"], cfg, cfg.execution.dtype), cache
 
 
 def put_images(
@@ -273,15 +326,27 @@ def embed_lookup(
     """
     table, tokens = constrain(embed, "vocab", "embed_shard"), constrain(tokens, "replica", None)
     rows = table.at[tokens].get(mode="fill", fill_value=0)
-    return constrain(rows.astype(cfg.execution.dtype).astype(jnp.float32), "replica", None, "embed_shard")
+    return constrain(to_states(rows, cfg), "replica", None, "embed_shard")
+
+
+def to_states(rows: Float[Array, "*N E"], cfg: DecoderConfig) -> Float32[Array, "*N E"]:
+    """Rows of the embedding as states, rounded to the arithmetic's dtype; so is the factor √E, as in
+    transformers.
+    """
+    rows = rows.astype(cfg.execution.dtype)
+    if cfg.scaled_embedding:
+        rows = rows * jnp.asarray(cfg.embed**0.5, rows.dtype)
+    return rows.astype(jnp.float32)
 
 
 def _lookup_forward(embed, tokens, cfg):
     return embed_lookup(embed, tokens, cfg), (embed, tokens)
 
 
-def _lookup_backward(_, saved, g):
+def _lookup_backward(cfg, saved, g):
     embed, tokens = saved
+    if cfg.scaled_embedding:
+        g = g * jnp.asarray(cfg.embed**0.5, cfg.execution.dtype).astype(g.dtype)
     g, tokens = constrain(g, "replica", None, "embed_shard"), constrain(tokens, "replica", None)
     total = constrain(jnp.zeros(embed.shape, jnp.float32), "vocab", "embed_shard")
     total = total.at[tokens].add(g.astype(jnp.float32), mode="drop")

@@ -61,8 +61,11 @@ def save_params(
     if shapes != needed:
         differ = sorted(set(shapes.items()) ^ set(needed.items()))[:4]
         raise ConfigError(f"{out}: the parameters are not this model's: {differ}")
-    stored, tensors = jnp.dtype(dtype or leaves["embed",].dtype), sources(cfg)
-    frozen = {} if all(s.path in leaves for s in tensors.values()) else open_tensors(source)
+    stored, ours = jnp.dtype(dtype or leaves["embed",].dtype), sources(cfg)
+    absent = {name for name, s in ours.items() if s.path not in leaves}
+    kept = open_tensors(source) if absent or cfg.unread else {}
+    copied = {name: t for name, t in kept.items() if name in absent or name.startswith(cfg.unread)}
+    tensors: dict[str, Source | Tensor] = ours | copied
     partial_dir, size = _begin(out), lambda source: prod(source.shape) * stored.itemsize
     shards = split_state_dict_into_shards_factory(
         tensors,
@@ -70,7 +73,7 @@ def save_params(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
-    gather = lambda name: _gather(leaves, frozen, name, tensors[name], stored)
+    gather = lambda name: _gather(leaves, tensors[name], stored)
     for file, names in shards.filename_to_tensors.items():
         gathered = ((published_name(name, cfg), gather(name)) for name in names)
         if jax.process_index() == 0:
@@ -112,11 +115,11 @@ def save_adapter(
     lora, source, out = cfg.execution.lora, resolve(source_dir), Path(out_dir)
     if lora is None:
         raise ConfigError("--adapter: this run trained all weights (model.lora null); leave --adapter out")
-    stored = jnp.dtype(dtype or "float32")
+    stored, wrapped = jnp.dtype(dtype or "float32"), bool(cfg.vision or cfg.unread)
     tensors, targets = {}, [PARAMETERS[name].tensor.split(".")[-2] for name in lora.targets]
     for name in lora.targets:
         module = PARAMETERS[name].tensor.removesuffix(".weight")
-        if cfg.vision:  # as transformers 5 names it
+        if wrapped:  # as transformers 5 names it
             module = module.replace("model.", "model.language_model.", 1)
         for half, shape in (("a", (-1, lora.rank)), ("b", (lora.rank, -1))):
             layers = np.asarray(process_allgather(params["layers"][f"{name}_{half}"], tiled=True))
@@ -128,7 +131,7 @@ def save_adapter(
         save_file(tensors, partial_dir / "adapter_model.safetensors", {"format": "pt"})
         local = str(source_dir) in SOURCES or Path(source_dir).expanduser().is_dir()
         # a pattern keeps PEFT out of the vision tower, whose matrices have the same names
-        modules = rf".*language_model.*\.({'|'.join(targets)})" if cfg.vision else targets
+        modules = rf".*language_model.*\.({'|'.join(targets)})" if wrapped else targets
         about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": modules}
         about["base_model_name_or_path"] = str(source.resolve() if local else source_dir)
         scale = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": False, "use_dora": False}
@@ -148,15 +151,13 @@ def _begin(out: Path) -> Path:
     return partial_dir
 
 
-def _gather(
-    leaves: dict, frozen: dict[str, Tensor], name: str, source: Source, dtype: np.dtype
-) -> np.ndarray:
-    """A tensor, from all processes; one that was never trained, and so is not in `leaves`, from `frozen`."""
-    if source.path in leaves:
+def _gather(leaves: dict, source: Source | Tensor, dtype: np.dtype) -> np.ndarray:
+    """A tensor of a file, or of a parameter, whose slices come from all processes."""
+    if isinstance(source, Source):
         value = leaves[source.path] if source.layer is None else leaves[source.path][source.layer]
         order = [source.axes.index(axis) for axis in source.tensor_axes]
         value = np.asarray(process_allgather(value, tiled=True)).transpose(order)
     else:
-        with frozen[name].opened() as data:
+        with source.opened() as data:
             value = data[:]
     return np.ascontiguousarray(value, dtype).reshape(source.shape)

@@ -4,7 +4,7 @@ settings are in known.yaml, so that planning needs neither the hub nor weights.
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -13,14 +13,75 @@ from medrlvr_jax.config.sources import SOURCES
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import vision
-from medrlvr_jax.model.architecture import DecoderConfig, RopeScaling
+from medrlvr_jax.model.architecture import DecoderConfig, RopeScaling, Window
 from medrlvr_jax.model.vision import rope_axes
 
 KNOWN = Path(__file__).with_name("known.yaml")
-FAMILIES = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}, "llama": {}}
-SEEING = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}  # with a tower: whose decoder
+
+
+class Family(NamedTuple):
+    """A `model_type` of text models."""
+
+    fields: dict[str, Any]  # of `DecoderConfig`
+    assumed: dict[str, Any] = {}  # noqa: RUF012  # what transformers takes for settings that are not given
+    windowed: bool = False  # some layers attend within `sliding_window`
+
+
+class Multimodal(NamedTuple):
+    """A `model_type` whose config.json describes a decoder and a vision tower."""
+
+    decoder: str  # the decoder's family
+    sees: bool = True  # False: the tower is not computed
+    file_prefixes: tuple[tuple[str, str], ...] = ()  # as in `DecoderConfig`
+    unread: tuple[str, ...] = ()  # as in `DecoderConfig`
+
+
+GEMMA3 = {
+    "qk_norm": True,
+    "post_norms": True,
+    "norm_offset": 1.0,
+    "activation": "gelu_pytorch_tanh",
+    "scaled_embedding": True,
+}
+GEMMA3_ASSUMED = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+}
+FAMILIES = {
+    "qwen2": Family({"qkv_bias": True}),
+    "qwen3": Family({"qk_norm": True}),
+    "llama": Family({}),
+    "gemma3_text": Family(GEMMA3, GEMMA3_ASSUMED, windowed=True),
+}
+QWEN3_VL_PREFIXES = (("model.", "model.language_model."), ("visual.", "model.visual."))
+GEMMA3_TOWER = ("vision_tower.", "multi_modal_projector.")
+MULTIMODAL = {
+    "qwen2_vl": Multimodal("qwen2"),
+    "qwen2_5_vl": Multimodal("qwen2"),
+    "qwen3_vl": Multimodal("qwen3", file_prefixes=QWEN3_VL_PREFIXES),
+    "gemma3": Multimodal("gemma3_text", False, (("model.", "language_model.model."),), GEMMA3_TOWER),
+}
+SLIDING = "sliding_attention"
+TUNED = ("-Base", "-Instruct", "-pt", "-it")
+# rope_type → the settings of `RopeScaling`
+SCALINGS = {
+    "default": (),
+    "mrope": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 ONLY = {  # settings that would change the arithmetic, and the one value that does not
-    "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
@@ -28,6 +89,9 @@ ONLY = {  # settings that would change the arithmetic, and the one value that do
     "rope_interleave": False,
     "rope_interleaved": False,
     "quantization_config": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
 }
 SIDE_FILES = (
     "tokenizer*",
@@ -73,34 +137,32 @@ def read_config(path: str | Path, field: str = "model.path") -> DecoderConfig:
 
 
 def architecture(given: dict[str, Any], file: Path) -> DecoderConfig:
-    """The same of the settings themselves; `file` is where they are from."""
-    kind = given.get("model_type")
-    sees = kind in SEEING
+    """The architecture that the settings `given` of a config.json describe. `file`: where they are from."""
+    if given.get("model_type") is None:
+        raise ConfigError(f"{file}: model_type: needed, and not given")
+    kind = str(given["model_type"])
+    if kind not in (*FAMILIES, *MULTIMODAL):
+        names = ", ".join([*FAMILIES, *MULTIMODAL])
+        raise ConfigError(f"{file}: model_type: {kind!r}: this decoder computes {names}")
+    whole = MULTIMODAL.get(kind, Multimodal(kind, sees=False))
+    family = FAMILIES[whole.decoder]
     # transformers 5 writes the decoder's settings into a section; the published files have them beside it.
-    config = given | (given.get("text_config") or {}) if sees else given
-    config |= {key: given[key] for key in ("model_type", "tie_word_embeddings") if key in given}
+    settings = given | (given.get("text_config") or {}) if kind in MULTIMODAL else given
+    settings |= {key: given[key] for key in ("model_type", "tie_word_embeddings") if key in given}
+    config = family.assumed | {key: value for key, value in settings.items() if value is not None}
+    rope, local_rope = _ropes(config, family.windowed)
 
     def need(key: str, where: dict[str, Any] = config) -> Any:
         if where.get(key) is None:
             raise ConfigError(f"{file}: {key}: needed, and not given")
         return where[key]
 
-    need("model_type")
-    if kind not in (*FAMILIES, *SEEING):
-        names = ", ".join([*FAMILIES, *SEEING])
-        raise ConfigError(f"{file}: model_type: {kind!r}: this decoder computes {names}")
-    # transformers 5 writes rope_parameters; 4 wrote rope_scaling (type, then rope_type) beside a rope_theta;
-    # 5 reads them in this order.
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope = {"rope_theta": config.get("rope_theta"), "rope_type": rope.get("type", "default"), **rope}
-    _check_settings(file, config, rope)
+    _check_settings(file, config, rope, local_rope)
     need("hidden_act")
-    family = str(SEEING.get(kind, kind))
-    if family == "qwen3":
+    if whole.decoder == "qwen3":
         # transformers would assume 128 here, and hidden_size / num_attention_heads elsewhere
         need("head_dim")
-    stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    stretched = rope["rope_type"] == "llama3"
+    scaling = [need(key, rope) for key in SCALINGS[rope["rope_type"]]]
     return DecoderConfig(
         vocab=need("vocab_size"),
         embed=need("hidden_size"),
@@ -112,34 +174,71 @@ def architecture(given: dict[str, Any], file: Path) -> DecoderConfig:
         rope_theta=need("rope_theta", rope),
         norm_eps=need("rms_norm_eps"),
         tied=need("tie_word_embeddings"),
-        rope_scaling=RopeScaling(*(need(key, rope) for key in stretch)) if stretched else None,
-        max_positions=config.get("max_position_embeddings"),  # of a stretched rope: after the stretching
-        **FAMILIES[family],
-        rope_axes=rope_axes(need("mrope_section", rope), kind == "qwen3_vl") if sees else None,
-        vision=vision.read_config(given, file.parent) if sees else None,
+        query_size=config.get("query_pre_attn_scalar"),
+        rope_scaling=RopeScaling(*scaling) if scaling else None,
+        window=_window(config, need("rope_theta", local_rope)) if family.windowed else None,
+        max_positions=config.get("max_position_embeddings"),  # with scaled frequencies: after the scaling
+        **family.fields,
+        rope_axes=rope_axes(need("mrope_section", rope), kind == "qwen3_vl") if whole.sees else None,
+        vision=vision.read_config(given, file.parent) if whole.sees else None,
+        file_prefixes=whole.file_prefixes,
+        unread=whole.unread,
     )
 
 
-def _check_settings(file: Path, config: dict[str, Any], rope: dict[str, Any]) -> None:
-    """Refuse settings under which a decoder computes what this one does not."""
-    kind, rope_type = config["model_type"], rope["rope_type"]
-    settings = [
-        (key, value, only) for key, only in ONLY.items() for value in (config.get(key), rope.get(key))
+def _ropes(config: dict[str, Any], windowed: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rotary settings of all layers; with `windowed`, those of full attention and those of a window.
+
+    transformers 5 writes rope_parameters, with a section for each of the two kinds of layers. 4 wrote
+    rope_scaling (type, then rope_type) beside rope_theta and rope_local_base_freq. If both are there, 5 takes
+    rope_scaling.
+    """
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    sections = [new.get(f"{kind}_attention") or {} for kind in ("full", "sliding")]
+    rope, local_rope = (sections[0] | old, sections[1]) if windowed else (old or new, {})
+    rope = {"rope_theta": config.get("rope_theta"), "rope_type": rope.get("type", "default"), **rope}
+    return rope, {"rope_theta": config.get("rope_local_base_freq"), "rope_type": "default", **local_rope}
+
+
+def _window(config: dict[str, Any], rope_theta: float) -> Window | None:
+    """The layers of `layer_types`, or all but each `sliding_window_pattern`-th; None where there is none."""
+    pattern = config.get("_sliding_window_pattern", config["sliding_window_pattern"])
+    kinds = config.get("layer_types") or [
+        "full_attention" if (i + 1) % pattern == 0 else SLIDING for i in range(config["num_hidden_layers"])
     ]
-    settings += [("layer_types", value, "full_attention") for value in config.get("layer_types") or ()]
-    rope_types = ("default", "mrope" if kind in SEEING else "llama3")
-    if rope_type not in rope_types:
-        settings.append(("rope_type", rope_type, " or ".join(rope_types)))
+    layers = tuple(i for i, kind in enumerate(kinds) if kind == SLIDING)
+    return Window(config["sliding_window"], layers, rope_theta) if layers else None
+
+
+def _check_settings(
+    file: Path, config: dict[str, Any], rope: dict[str, Any], local_rope: dict[str, Any]
+) -> None:
+    """Refuse settings under which a model of this family computes what the decoder does not."""
+    kind = config["model_type"]
+    whole = MULTIMODAL.get(kind, Multimodal(kind, sees=False))
+    family, given = FAMILIES[whole.decoder], [config, rope]
+    settings = [(key, where.get(key), only) for key, only in ONLY.items() for where in given]
+    activation = family.fields.get("activation", "silu")
+    settings += [(key, config.get(key), activation) for key in ("hidden_act", "hidden_activation")]
+    kinds = ("full_attention", SLIDING) if family.windowed else ("full_attention",)
+    settings += [("layer_types", k, kinds[0]) for k in config.get("layer_types") or () if k not in kinds]
+    settings.append(("rope_parameters.sliding_attention.rope_type", local_rope["rope_type"], "default"))
+    types = ("default", "mrope") if whole.sees else ("default", "linear", "llama3")
+    if rope["rope_type"] not in types:
+        settings.append(("rope_type", rope["rope_type"], " or ".join(types)))
     for key, value, only in settings:
         # Qwen2 has query, key and value biases whatever attention_bias says.
-        ignored = key == "attention_bias" and SEEING.get(kind, kind) == "qwen2"
+        ignored = key == "attention_bias" and whole.decoder == "qwen2"
         if value not in (None, only) and not ignored:
             raise ConfigError(f"{file}: {key}: {value!r}: this decoder computes only {only!r}")
 
 
 def known(path: str) -> DecoderConfig:
-    """Of a directory's config.json; else of known.yaml, `-Base` and `-Instruct` alike; else of the hub's."""
-    names, name = _known(), path.removesuffix("-Base").removesuffix("-Instruct")
+    """The architecture by a directory's config.json, else by known.yaml, else by the hub's config.json. In
+    known.yaml a model stands once for its base and its tuned forms (`TUNED`).
+    """
+    names = _known()
+    name = next((path.removesuffix(end) for end in TUNED if path.endswith(end)), path)
     if name in names and not Path(path).is_dir():
         return architecture(names[name], KNOWN)
     if path in SOURCES or Path(path).expanduser().is_dir() or path.count("/") != 1:

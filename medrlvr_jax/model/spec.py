@@ -120,6 +120,7 @@ _has_value = lambda cfg: cfg.execution.value_head
 _has_head = lambda cfg: not (cfg.tied or cfg.execution.value_head)
 _has_bias = lambda cfg: cfg.qkv_bias
 _has_qk_norm = lambda cfg: cfg.qk_norm
+_has_post_norms = lambda cfg: cfg.post_norms
 # Start values depend on the order of the rows: see `init`. A new row goes to the end.
 PARAMETERS = _with_companions(
     embed=_table("vocab embed", "model.embed_tokens.weight"),
@@ -136,11 +137,15 @@ PARAMETERS = _with_companions(
     v_bias=_bias("kv_heads head_dim", f"{LAYER}.self_attn.v_proj", exists=_has_bias),
     q_norm=_norm("head_dim", f"{LAYER}.self_attn.q_norm", exists=_has_qk_norm),
     k_norm=_norm("head_dim", f"{LAYER}.self_attn.k_norm", exists=_has_qk_norm),
-    mlp_norm=_norm("width", f"{LAYER}.post_attention_layernorm"),
+    mlp_norm=_norm("width", f"{LAYER}.pre_feedforward_layernorm"),
     gate=_matrix("embed", "ffn", f"{LAYER}.mlp.gate_proj"),
     up=_matrix("embed", "ffn", f"{LAYER}.mlp.up_proj"),
     down=_matrix("ffn", "embed", f"{LAYER}.mlp.down_proj", "residual"),
+    attn_post_norm=_norm("width", f"{LAYER}.post_attention_layernorm", exists=_has_post_norms),
+    mlp_post_norm=_norm("width", f"{LAYER}.post_feedforward_layernorm", exists=_has_post_norms),
 )
+# What the files of models without post-norms call otherwise.
+NO_POST_NORMS = {"pre_feedforward_layernorm": "post_attention_layernorm"}
 # → input axes
 MATRICES = {name: len(row.inputs.split()) for name, row in PARAMETERS.items() if row.kind == "matrix"}
 
@@ -183,7 +188,7 @@ TOWER = _with_biases(
 TOWER["patch"] = TOWER["patch"]._replace(tensor_axes="embed channels frames rows columns")
 TOWER["patch_bias"] = TOWER["patch_bias"]._replace(exists=_positions)
 # What Qwen3-VL's files call otherwise.
-RENAMED = {"ln_q.": "norm.", "mlp.0.": "linear_fc1.", "mlp.2.": "linear_fc2.", ".fc": ".linear_fc"}
+QWEN3_VL = {"ln_q.": "norm.", "mlp.0.": "linear_fc1.", "mlp.2.": "linear_fc2.", ".fc": ".linear_fc"}
 VISION = "vision"  # where the tower lies in the tree of a model
 
 
@@ -217,9 +222,11 @@ def path_of(name: str, row: Parameter) -> tuple[str, ...]:
 def _rows(table: dict[str, Parameter], cfg: Architecture) -> dict[tuple[str, ...], Parameter]:
     """A table's rows by path, with tensors' names of the family's files."""
     rows = {path_of(name, row): row for name, row in table.items() if row.exists(cfg)}
-    if not (isinstance(cfg, VisionConfig) and cfg.kind == "qwen3_vl"):
-        return rows
-    renamed = lambda tensor: reduce(lambda name, pair: name.replace(*pair), RENAMED.items(), tensor)
+    if isinstance(cfg, VisionConfig):
+        renames = QWEN3_VL if cfg.kind == "qwen3_vl" else {}
+    else:
+        renames = {} if cfg.post_norms else NO_POST_NORMS
+    renamed = lambda tensor: reduce(lambda name, pair: name.replace(*pair), renames.items(), tensor)
     return {path: row._replace(tensor=renamed(row.tensor)) for path, row in rows.items()}
 
 
@@ -279,7 +286,8 @@ def _start(row: Parameter, cfg: Architecture, seed: int, key: Array) -> Array:
     """
     shape, size = _shape(row, cfg), cfg.sizes
     if row.start in ("zeros", "ones"):
-        return jnp.full(shape, float(row.start == "ones"))
+        offset = cfg.norm_offset if row.kind == "norm" and isinstance(cfg, DecoderConfig) else 0.0
+        return jnp.full(shape, float(row.start == "ones") - offset)
     deviation = prod(size[axis] for axis in row.inputs.split()) ** -0.5
     scale = (2 * cfg.layers) ** -0.5 if row.start == "residual" else 1.0
     key = jax.random.fold_in(key, jnp.uint32(seed))

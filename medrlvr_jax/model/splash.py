@@ -24,8 +24,8 @@ BLOCKS = (512, 256, 128)
 class Shared(kernels.Mask):
     """The mask of `attention.plain` without padding, made block by block: all of it may be gigabytes."""
 
-    def __init__(self, size: int, width: int, length: int):
-        self.shape_, self.width, self.length = (size, size), width, length
+    def __init__(self, size: int, width: int, length: int, window: int | None = None):
+        self.shape_, self.width, self.length, self.window = (size, size), width, length, window
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,13 +34,17 @@ class Shared(kernels.Mask):
     def __getitem__(self, index) -> np.ndarray:
         at, of = (np.arange(self.shape_[0])[part] for part in index)
         same = (at[:, None] - self.width) // self.length == (of[None, :] - self.width) // self.length
-        return (of[None, :] <= at[:, None]) & (same | (of[None, :] < self.width))
+        mask = (of[None, :] <= at[:, None]) & (same | (of[None, :] < self.width))
+        if self.window is None:
+            return mask
+        before, after = (np.minimum(x, self.width + (x - self.width) % self.length) for x in (of, at))
+        return mask & (after[:, None] - before[None, :] < self.window)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Shared) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        return hash((self.shape_, self.width, self.length))
+        return hash((self.shape_, self.width, self.length, self.window))
 
 
 def tiles(width: int, groups: int, length: int) -> tuple[int, int]:
@@ -61,7 +65,15 @@ def visited(width: int, groups: int, length: int) -> dict[str, float]:
     return {"_fwd": by_queries, "_dq": by_queries, "_dkv": by_keys}
 
 
-def attend(q: Array, k: Array, v: Array, prompt_mask: Array, groups: int, interpret: bool = False) -> Array:
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    prompt_mask: Array,
+    groups: int,
+    interpret: bool = False,
+    window: int | None = None,
+) -> Array:
     """What `attention.plain` computes, to rounding; each device its own questions and heads. It runs on a TPU
     or, slowly, interpreted anywhere.
     """
@@ -72,7 +84,7 @@ def attend(q: Array, k: Array, v: Array, prompt_mask: Array, groups: int, interp
     if copies > 1:  # fewer KV heads than devices along `tensor`
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
         q = q.reshape(*q.shape[:2], heads * copies, -1, q.shape[-1])
-    mask = kernels.MultiHeadMask([Shared(size, width, length)] * q.shape[3])
+    mask = kernels.MultiHeadMask([Shared(size, width, length, window)] * q.shape[3])
     blocks = kernels.BlockSizes(block, block, block, block, block, block, block, block)
     # padding sees padding alone
     real = jnp.pad(prompt_mask, ((0, 0), (0, size - width)), constant_values=True).astype(jnp.int32)

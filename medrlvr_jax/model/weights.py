@@ -35,9 +35,16 @@ from medrlvr_jax.model.lora import flat
 from medrlvr_jax.model.spec import PARAMETERS, abstract, parameters
 from medrlvr_jax.types import Params
 
-# How transformers 5 and the published files of Qwen3-VL name what other published files name otherwise. Both
-# names are read; `published_name` is written.
-RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
+# Prefixes of names in the files of transformers 5 and of some families, and what this library calls them. All
+# are read; `published_name` is written.
+RENAMED = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.visual.": "visual.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
 EMBED, HEAD = PARAMETERS["embed"].tensor, PARAMETERS["head"].tensor
 BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # computed, never learned
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -251,10 +258,9 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 def published_name(name: str, cfg: DecoderConfig) -> str:
     """What the published files of the model's family call a tensor."""
-    if cfg.vision and cfg.vision.kind == "qwen3_vl":
-        for new, old in RENAMED.items():
-            if name.startswith(old):
-                return new + name.removeprefix(old)
+    for ours, published in cfg.file_prefixes:
+        if name.startswith(ours):
+            return published + name.removeprefix(ours)
     return name
 
 
@@ -269,7 +275,7 @@ def _check(tensors: dict[str, Tensor], cfg: DecoderConfig) -> None:
         elif tensors[name].shape != source.shape:
             wrong.append(f"{name}: of shape {tensors[name].shape}; {source} needs {source.shape}")
     for name, tensor in tensors.items():
-        if name in needed or BUFFER.fullmatch(name):
+        if name in needed or name.startswith(cfg.unread) or BUFFER.fullmatch(name):
             continue
         why = "no parameter of this model takes it"
         if name == HEAD:

@@ -34,7 +34,8 @@ class Weights(NamedTuple):
 
     params: Params
     layers: Layers
-    rope: Rope  # of all positions: inside the loop XLA:CPU would compute sines in each layer
+    # `rope_tables` of all positions: inside the loop XLA:CPU would compute sines in each layer
+    ropes: tuple[Rope, ...]
 
 
 def prepare(params: Params, cfg: DecoderConfig, positions: int) -> Weights:
@@ -95,21 +96,21 @@ def decode_step(
 ) -> tuple[Float[Array, "Q G E"], Caches]:
     """The tokens of column t → the states that predict column t + 1, and the samples' `caches` with t."""
     params, dtype = weights.params, cfg.execution.dtype
-    x = constrain(params["embed"].astype(dtype)[tokens].astype(jnp.float32), "batch", None, None)
-    cos, sin = (table[prompts.next_position + t][:, None] for table in weights.rope)
-    column = Column(jnp.int32(t), (cos, sin), prompts.mask)
+    x = constrain(decoder.to_states(params["embed"].astype(dtype)[tokens], cfg), "batch", None, None)
+    ropes = jax.tree.map(lambda table: table[prompts.next_position + t][:, None], weights.ropes)
+    column = Column(jnp.int32(t), ropes, prompts.mask)
     if cfg.execution.unroll:
         grown = []
         stacks = (cast(list, stack) for stack in (weights.layers, prompt_caches, caches))
-        for layer, prompt, cache in zip(*stacks, strict=True):
-            x, cache = decoder.step_layer(layer, cfg, x, column, prompt, cache)
+        for number, (layer, prompt, cache) in enumerate(zip(*stacks, strict=True)):
+            x, cache = decoder.step_layer(layer, cfg, x, column, prompt, cache, number)
             grown.append(cache)
     else:
 
         def step(carry, inputs):
-            place, layer, prompt = inputs
-            return decoder.step_layer(layer, cfg, carry[0], column, prompt, carry[1], place), None
+            number, layer, prompt = inputs
+            return decoder.step_layer(layer, cfg, carry[0], column, prompt, carry[1], number), None
 
         stack = jnp.arange(cfg.layers), weights.layers, prompt_caches
         (x, grown), _ = jax.lax.scan(step, (x, caches), stack)
-    return decoder.rms_norm(x, params["norm"], cfg.norm_eps, dtype), grown
+    return decoder.norm(x, params["norm"], cfg, dtype), grown
