@@ -115,16 +115,15 @@ def scale_frequencies(freqs: Float32[Array, " D/2"], scaling: RopeScaling) -> Fl
 
 def rope_and_window(
     cfg: DecoderConfig, ropes: tuple[Rope, ...], layer: Int[Array, ""] | int, length: int
-) -> tuple[Rope, Bool[Array, ""] | None]:
-    """The rotary tables of the layer with number `layer`, and whether it attends within `cfg.window`.
-
-    None in place of a bool: the rows, of at most `length` positions, fit into the window.
+) -> tuple[Rope, Int[Array, ""] | None]:
+    """The rotary tables of the layer with number `layer`, and the number of tokens to which a token attends
+    there, itself included (`FAR`: all). None if a window changes nothing in rows of `length` positions.
     """
     if cfg.window is None:
         return ropes[0], None
     windowed = jnp.isin(layer, np.array(cfg.window.layers))
     rope = jax.tree.map(partial(jnp.where, windowed), ropes[1], ropes[0])
-    return rope, windowed if length > cfg.window.size else None
+    return rope, jnp.where(windowed, cfg.window.size, FAR) if length > cfg.window.size else None
 
 
 def rotate(x: Float[Array, "*N H D"], rope: Rope) -> Float32[Array, "*N H D"]:
@@ -210,17 +209,15 @@ def run_layer(
     """The layer with this number over whole rows: states, and the cache of the prompts."""
     layer, width = for_products(layer, cfg), row.prompt_mask.shape[1]
     length = width + (x.shape[1] - width) // max(row.groups, 1)
-    rope, windowed = rope_and_window(cfg, row.ropes, number, length)
+    rope, window = rope_and_window(cfg, row.ropes, number, length)
     q, k, v = queries_keys_values(layer, cfg, x, rope)
-    size = cfg.window.size if cfg.window else None
     if not cfg.execution.splash:
-        window = None if windowed is None else attention.Window(row.positions, jnp.where(windowed, size, FAR))
-        attended = attention.plain(q, k, v, row.prompt_mask, row.segments, row.groups, window)
+        limit = None if window is None else attention.Window(row.positions, window)
+        attended = attention.plain(q, k, v, row.prompt_mask, row.segments, row.groups, limit)
     else:
         attend = partial(splash.attend, q, k, v, row.prompt_mask, row.groups)
-        attended = (
-            attend() if windowed is None else jax.lax.cond(windowed, partial(attend, window=size), attend)
-        )
+        within = partial(attend, window=cfg.window.size if cfg.window else None)
+        attended = attend() if window is None else jax.lax.cond(window < FAR, within, attend)
     cache = KeysValues(k[:, :width].transpose(0, 2, 3, 1), v[:, :width].swapaxes(1, 2))
     return after_attention(layer, cfg, x, attended), cache
 
@@ -239,7 +236,7 @@ def step_layer(
     """
     layer, stacked = for_products(layer, cfg), not cfg.execution.unroll
     length = column.prompt_mask.shape[1] + sample_cache.values.shape[-2]
-    rope, windowed = rope_and_window(cfg, column.ropes, number, length)
+    rope, window = rope_and_window(cfg, column.ropes, number, length)
     q, k, v = queries_keys_values(layer, cfg, x, rope)
 
     def put(cache: Array, new: Array, start: tuple) -> Array:
@@ -253,7 +250,6 @@ def step_layer(
     grown = of_layer = KeysValues(keys, values)
     if stacked:
         of_layer = KeysValues(*(jax.lax.dynamic_index_in_dim(y, number, keepdims=False) for y in grown))
-    window = None if windowed is None or cfg.window is None else jnp.where(windowed, cfg.window.size, FAR)
     attended = attention.decode(q, prompt_cache, of_layer, column.prompt_mask, column.t, window)
     return after_attention(layer, cfg, x, attended), grown
 
