@@ -72,8 +72,9 @@ from medrlvr_jax.model.architecture import DecoderConfig  # noqa: E402
 from medrlvr_jax.plan import aot, machines  # noqa: E402
 from medrlvr_jax.plan.machines import GIB, Chip, Machine  # noqa: E402
 from medrlvr_jax.rl import train  # noqa: E402
+from medrlvr_jax.rl.ahead import step_programs  # noqa: E402
 from medrlvr_jax.rl.programs import make_programs  # noqa: E402
-from medrlvr_jax.rl.step import Training, step_programs  # noqa: E402
+from medrlvr_jax.rl.step import Training  # noqa: E402
 from medrlvr_jax.rollout.rollout import Encoded, width  # noqa: E402
 from medrlvr_jax.runs.profile import Compiles  # noqa: E402
 from medrlvr_jax.sharding import to_host  # noqa: E402

@@ -168,21 +168,25 @@ def test_repetition_of_ten_words_ten_times():
     assert got.components["repetition"].tolist() == [0, 1, 1] and got.reward.tolist() == [-1, -2, -2]
 
 
-def make(rewards, columns, advantage, loss=None, tokens=None, stop_ids=()):
-    """`make_experience` of rewards [Q, G, K], responses of two tokens, and nothing else."""
-    rewards = np.float32(rewards)
+def drawn_with(rewards, tokens=None, first=0):
+    """Responses of two tokens with rewards [Q, G, K]; the questions' numbers begin with `first`."""
     q, g, _ = rewards.shape
     zeros, mask = np.zeros((q, g, 2), np.float32), np.ones((q, g, 2), bool)
-    prompts = Prompts(np.ones((q, 1), np.int32), np.ones((q, 1), bool), np.arange(q, dtype=np.uint32))
+    ids = np.arange(first, first + q)
+    prompts = Prompts(np.ones((q, 1), np.int32), np.ones((q, 1), bool), ids.astype(np.uint32))
     rollout = Rollout(np.ones((q, g, 2), np.int32) if tokens is None else tokens, mask, zeros, None)
+    return experience.Drawn(prompts, rollout, rewards, places=ids.astype(np.int32))
+
+
+def make(rewards, columns, advantage, loss=None, tokens=None, stop_ids=()):
+    """`make_experience` of rewards [Q, G, K], responses of two tokens, and nothing else."""
+    drawn = drawn_with(np.float32(rewards), tokens)
     kinds = experience.ExperienceConfig(
         advantage, KLConfig(coef=0.0), loss or LossConfig(), columns, stop_ids
     )
+    zeros = drawn.rollout.logprobs
     assessment = Assessment(zeros, zeros, None, None)
-    given_rewards = experience.Rewards(rewards)
-    return experience.make_experience(
-        prompts, rollout, assessment, given_rewards, np.float32(0), config=kinds
-    )
+    return experience.make_experience(drawn, assessment, None, np.float32(0), config=kinds)
 
 
 def test_gdpo_normalises_each_component_and_keeps_those_without_variance_out_of_the_others_way():
@@ -213,6 +217,21 @@ def test_groups_that_are_equal_but_for_penalties_are_dropped():
     made, stats = make(rewards, columns, plain)
     assert made.mask.all() and "dropped_groups" not in stats
     np.testing.assert_array_equal(made.advantages[0, :, 0], [-0.25, 0.25])
+
+
+def test_questions_whose_samples_differ_are_selected_in_the_order_in_which_they_were_drawn():
+    """A question differs by what pays, not by a penalty; where some reward failed, it is not learned from."""
+    columns, advantage = (Column(1.0), Column(-1.0, True)), AdvantageConfig(drop_equal_groups=True)
+    advantage = dataclasses.replace(advantage, estimator="group")
+    settings = experience.ExperienceConfig(advantage, KLConfig(coef=0.0), LossConfig(), columns)
+    equal, differ = [[1, 0.5], [1, 0]], [[1, 0], [0, 0]]
+    failed = [[np.nan, 0], [0, 0]]
+    first, second = np.float32([equal, failed, differ]), np.float32([differ, equal, differ])
+    one, kept = experience.select((drawn_with(first),), config=settings)
+    assert one.prompts.ids.tolist() == [2, 0, 1] and int(kept) == 1
+    both, kept = experience.select((one, drawn_with(second, first=3)), config=settings)
+    assert both.prompts.ids.tolist() == both.places.tolist() == [2, 3, 5] and int(kept) == 3
+    np.testing.assert_array_equal(both.graded, np.float32([differ] * 3))
 
 
 def test_truncated_responses_count_in_means_and_are_not_learned_from():

@@ -85,6 +85,10 @@ BAD = [
         "learn.minibatch: 16 does not divide .* = 20; the nearest divisors are 10, 20",
     ),
     ({"sample": {"min_new_tokens": 512}}, "sample.min_new_tokens: 512 must be below .* = 512"),
+    (
+        {"sample": {"max_batches": 3}},
+        "sample.max_batches: 3: further batches only replace .* set that to true",
+    ),
     ({"kl": {"target": 0.1, "into": "loss", "estimator": "k3"}}, "kl.target: 0.1: the adaptive coeff"),
     ({"loss": {"surrogate": "cispo", "dual_clip": 3}}, "loss.surrogate: cispo does not use .* set them to"),
     ({"log": {"profile": [5, 4]}}, r"log.profile: \[5, 4\]: the first step is after the last"),

@@ -99,8 +99,8 @@ class Loop:
             self.score(sharding.fetch_rows(rollout.tokens, mesh)).astype(np.float32), Q, mesh
         )
         coef, kinds = jnp.float32(c.kl.coef), experience.experience_settings(self.parts)
-        rewards = experience.Rewards(self.rewards[..., None])
-        made, stats = experience.make_experience(prompts, rollout, assessment, rewards, coef, config=kinds)
+        drawn = experience.Drawn(prompts, rollout, self.rewards[..., None])
+        made, stats = experience.make_experience(drawn, assessment, None, coef, config=kinds)
         return rollout, made, stats
 
     def run(self, steps):

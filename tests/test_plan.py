@@ -22,8 +22,8 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import families, scoring, spec
 from medrlvr_jax.plan import aot, flops, machines, plan
 from medrlvr_jax.rl import train
-from medrlvr_jax.rl.programs import compile_ahead, make_programs
-from medrlvr_jax.rl.step import step_programs
+from medrlvr_jax.rl.ahead import compile_ahead, step_programs
+from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rollout import generate, loops, rollout
 from medrlvr_jax.rollout.program import Program, array
 from medrlvr_jax.types import Prompts

@@ -114,12 +114,12 @@ def test_consistency_by_hand():
 
 def test_prompts_follow_their_questions_and_keep_their_width():
     from medrlvr_jax.data import prompts as text
-    from medrlvr_jax.rl import train
+    from medrlvr_jax.rl.step import questions_of
 
     parts = build.build(configs.from_tree(EMBEDDED))
     questions = data.load(parts.config.data)
     encoded = encode(parts.tokenizer, questions, parts.config, shuffle=True)
-    first, second = (train.at_epoch(parts, encoded, step) for step in (1, 3))
+    first, second = (questions_of(parts, encoded, number)[0] for number in (1, 3))
     index = batch_at(16, 1, 8, 0)
     assert first.width == encoded.width and [q.options for q in first.questions] != [
         q.options for q in second.questions
@@ -129,9 +129,8 @@ def test_prompts_follow_their_questions_and_keep_their_width():
         assert sorted(q.options) == sorted(old.options) and q.options[q.answer] == old.options[old.answer]
         assert bool(q.order) == (i in index)
     tight = Encoded(**vars(encoded) | {"width": 0})
-    assert train.at_epoch(parts, tight, 1).tokens == encoded.tokens and {
-        q.order for q in train.at_epoch(parts, tight, 1).questions
-    } <= {
+    as_in_file, _ = questions_of(parts, tight, 1)
+    assert as_in_file.tokens == encoded.tokens and {q.order for q in as_in_file.questions} <= {
         "",
         "ABCD",
         "ABCDE",

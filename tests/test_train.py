@@ -13,12 +13,14 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from same_run import differences
 
 from medrlvr_jax import build, cli, sharding
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.config import schema
 from medrlvr_jax.config.schema import RewardConfig, SetConfig
 from medrlvr_jax.data import load as data
+from medrlvr_jax.data.batches import batch_at
 from medrlvr_jax.data.question import LETTERS, fingerprint, question_hash
 from medrlvr_jax.evaluation import difficulty
 from medrlvr_jax.host import tables
@@ -136,6 +138,56 @@ def test_it_resumes_to_the_same_run(run, folder):
         for n in ("halves", "whole")
     )
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(a), sharding.to_host(b))
+
+
+DYNAMIC = [
+    *("sample.max_batches=3", "advantage={estimator: group, drop_equal_groups: true}", "reward.random=0.5"),
+    *("learn.critic=null", "kl.coef=0"),
+]
+
+
+def test_a_step_draws_further_batches_in_place_of_groups_that_are_equal(folder, capsys):
+    """Of a coin's rewards, half of all pairs are equal: a step needs about two batches. It resumes in the
+    middle of the data, and each row of each batch is drawn again exactly.
+    """
+    settings = (*NO_EVAL, *DYNAMIC, "steps=3", "log.samples=64", "checkpoint.keep=9")
+    for name in ("dynamic", "again"):
+        assert main("train", folder / "config.yaml", f"name={name}", *settings) == 0
+    run, again = folder / "runs/dynamic", folder / "runs/again"
+    for step in (2, 3):
+        shutil.rmtree(again / f"checkpoints/{step}")
+    assert main("train", folder / "config.yaml", "name=again", *settings) == 0
+    assert differences(run, again, 3) == []
+    metrics, taken = lines(run / "metrics.jsonl"), lines(run / "questions.jsonl")
+    assert [name for name in metrics[-1] if not find(name)] == []
+    ids, begin = [q.id for q in data.load(SetConfig(**TREE["data"]))], 0
+    for m, row in zip(metrics, taken, strict=True):
+        end = begin + int(m["batches"])
+        assert m["next_batch"] == end and m["completions"] == 16 * m["batches"]
+        index = np.concatenate([batch_at(32, number, 8, 0) for number in range(begin, end)])
+        assert list(row["right"]) == list(dict.fromkeys(ids[i] for i in index))
+        rewards = {s["row"]: s["reward"] for s in lines(run / "samples.jsonl") if s["step"] == m["step"]}
+        assert sorted(rewards) == list(range(0, 16 * (end - begin), 2))
+        assert m["equal_groups"] == m["dropped_groups"] or m["dropped_groups"] == 0
+        begin = end
+    assert max(m["batches"] for m in metrics) > 1 and any(m["dropped_groups"] == 0 for m in metrics)
+    step = next(m["step"] for m in metrics if m["batches"] > 1)
+    assert main("replay", run, "--step", step, "--row", 18) == 0
+    assert "exactly what was logged" in capsys.readouterr().out
+    assert main("replay", run, "--step", step, "--row", 48) == 2
+
+
+def test_where_all_groups_differ_one_batch_is_enough_and_nothing_else_changes(folder):
+    def pays(completions):
+        return [float(i % 2) for i in range(len(completions))]
+
+    config = configs.load(folder / "config.yaml", [*NO_EVAL, *DYNAMIC, "reward={}"])
+    for name, most in (("one_batch", 1), ("up_to_three", 3)):
+        sample = dataclasses.replace(config.sample, max_batches=most)
+        train.train(dataclasses.replace(config, name=name, sample=sample), rewards=pays)
+    assert all(m["batches"] == 1 for m in lines(folder / "runs/up_to_three/metrics.jsonl"))
+    found = differences(folder / "runs/one_batch", folder / "runs/up_to_three", 2)
+    assert {line.split(": ")[1] for line in found} == {"batches", "next_batch"}
 
 
 def test_what_checkpoint_best_may_name_is_recorded(run):
@@ -732,9 +784,10 @@ SMALLER += ["advantage.estimator=group", "kl.coef=0", "sample.top_k=5"]
         ("train", MESHED, ONCE),
         ("train", [*MESHED, *ADAPTED], ONCE),
         ("train", SMALLER, ONCE | {"learn": 1}),
+        ("train", DYNAMIC, ONCE | {"sync_weights": 0, "learn": 1, "select": 2}),
         ("sft", ["mesh={data: 1, fsdp: 8}"], {"sync_weights": 1, "generate": 1, "learn": 1}),
     ],
-    ids=["plain", "meshed", "adapted", "int8", "sft"],
+    ids=["plain", "meshed", "adapted", "int8", "dynamic", "sft"],
 )
 def test_every_program_is_compiled_once_and_before_the_first_step(
     folder, monkeypatch, command, settings, wanted

@@ -233,7 +233,7 @@ def test_failed_rows_are_not_learned_from():
         assessment = Assessment(zeros, zeros, None, zeros if estimator == "gae" else None)
         kinds = AdvantageConfig(estimator=estimator, whiten=False), KLConfig(coef=0.0), LossConfig()
         made, stats = experience.make_experience(
-            *(prompts, rollout, assessment, experience.Rewards(rewards[..., None]), np.float32(0)),
+            *(experience.Drawn(prompts, rollout, rewards[..., None]), assessment, None, np.float32(0)),
             config=experience.ExperienceConfig(*kinds),
         )
         want = np.ones((q, g), bool)

@@ -151,6 +151,10 @@ def _sampling_problems(c: Config) -> Iterator[tuple[str, str]]:
     if sample.weights == "int8" and c.loss.sampler_cap is None:
         why = "int8 samples from a policy that differs from the trained one"
         yield "sample.weights", f"{why}; set loss.sampler_cap, for example to 2.0"
+    if sample.max_batches > 1 and not (c.advantage.drop_equal_groups and c.advantage.spread is None):
+        why = "further batches only replace questions that advantage.drop_equal_groups leaves out"
+        remedy = "set that to true and advantage.spread to null, or sample.max_batches to 1"
+        yield "sample.max_batches", f"{sample.max_batches}: {why}; {remedy}"
     if sample.temperature == 0:
         why = "0 is greedy, so all samples of a question are equal"
         yield "sample.temperature", f"{why}; set it above 0 (eval.temperature may be 0)"

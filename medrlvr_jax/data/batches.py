@@ -1,6 +1,8 @@
 """Which questions a run trains on, and which of them each step takes: functions of config and step."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -11,8 +13,8 @@ from medrlvr_jax.data.question import DataError, Question
 from medrlvr_jax.data.readers import read_json
 
 
-def batch_at(n: int, step: int, size: int, seed: int, in_order: bool = False) -> Int64[np.ndarray, " size"]:
-    """The indices of the `size` questions, of `n`, that step `step` takes. A resumed run takes the same.
+def batch_at(n: int, number: int, size: int, seed: int, in_order: bool = False) -> Int64[np.ndarray, " size"]:
+    """Return the indices of the `size` questions, of `n`, in batch `number`, which is 0, 1, ….
 
     Each epoch has n // size steps and its own permutation, keyed by (seed, epoch). The rest that does not
     fill a batch is left out; it differs between epochs. `in_order`: an epoch takes its questions in the
@@ -22,16 +24,26 @@ def batch_at(n: int, step: int, size: int, seed: int, in_order: bool = False) ->
     if size > n:
         remedy = f"set sample.questions to {n} or less"
         raise DataError(f"a batch of {size} questions cannot be drawn from {n} without repeats; {remedy}")
-    epoch, i = divmod(step, n // size)
+    epoch, i = divmod(number, n // size)
     words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
     taken = np.argsort(words, kind="stable")[: n // size * size]
     return (np.sort(taken) if in_order else taken)[i * size : (i + 1) * size]
 
 
-def step_batch(config: Config, n: int, step: int) -> Int64[np.ndarray, " questions"]:
-    """`batch_at` for a run over n questions."""
+def run_batch(config: Config, n: int, number: int) -> Int64[np.ndarray, " questions"]:
+    """Return `batch_at` for a run over n questions."""
     in_order = config.data.pass_count is not None and config.data.pass_count.order is not None
-    return batch_at(n, step, config.sample.questions, config.seed, in_order)
+    return batch_at(n, number, config.sample.questions, config.seed, in_order)
+
+
+def first_batch(history: Sequence[Mapping[str, Any]], step: int) -> int:
+    """Return the number of the first batch of the 0-based step `step`.
+
+    It is the step's own number, unless earlier steps drew several batches (`sample.max_batches`). Those
+    record the next batch's number in `history`, the records of the steps before, so a resumed run takes the
+    same batches.
+    """
+    return int(history[-1].get("next_batch", step)) if history else step
 
 
 def select(questions: list[Question], config: PassCountConfig) -> list[Question]:

@@ -22,8 +22,8 @@ from medrlvr_jax.model import families, splash
 from medrlvr_jax.model_rewards import verifier_models
 from medrlvr_jax.plan import flops, hlo, machines
 from medrlvr_jax.plan.machines import Machine
+from medrlvr_jax.rl.ahead import step_programs
 from medrlvr_jax.rl.programs import make_programs
-from medrlvr_jax.rl.step import step_programs
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import width
 

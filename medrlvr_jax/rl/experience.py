@@ -1,4 +1,4 @@
-"""From rewards to experience: the components of the reward, advantages, and the step's scalars."""
+"""From rewards to experience: which questions are learned from, their advantages, and the step's scalars."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -37,12 +37,15 @@ class ExperienceConfig(NamedTuple):
     stop_ids: tuple[int, ...] = ()  # for loss.mask_truncated
 
 
-class Rewards(NamedTuple):
-    """The rewards of a step, for `make_experience`."""
+class Drawn(NamedTuple):
+    """Q questions with G responses to each and what these earn."""
 
+    prompts: Prompts
+    rollout: Rollout
     graded: Leaf  # float32 [Q, G, K], the host's columns
     asked: tuple[Leaf, ...] = ()  # of each component that asks the policy, its values [Q, G]
-    least_spread: Leaf | None = None  # float32 []: see `kept_responses`
+    # int32 [Q], each question's place among all that the step drew; None: there is only one batch
+    places: Leaf | None = None
 
 
 def split(config: AdvantageConfig) -> bool:
@@ -121,28 +124,49 @@ def weigh(rewards: Array, weights: tuple[Column, ...]) -> tuple[Array, Array]:
     return (paid + sums[True] if True in sums else paid), paid
 
 
+def earned(drawn: Drawn, config: ExperienceConfig) -> tuple[Array, Array, Array, Array]:
+    """Return all columns [Q, G, K], the rewards [Q, G], what they are without penalties, and which of them
+    are finite.
+
+    A reward that is not finite is replaced by the mean of the others. It is not learned from: see user.py.
+    """
+    each = drawn.graded
+    if drawn.asked:
+        each = jnp.concatenate([each, jnp.stack(drawn.asked, axis=-1)], axis=-1)
+    total, unshaped = weigh(each, config.columns)
+    finite = jnp.isfinite(total)
+    total = jnp.where(finite, total, jnp.where(finite, total, 0.0).sum() / jnp.maximum(finite.sum(), 1))
+    return each, total, unshaped, finite
+
+
+@partial(jax.jit, static_argnames=("config",))
+def select(pool: tuple[Drawn, ...], *, config: ExperienceConfig) -> tuple[Drawn, Array]:
+    """Return Q questions of one or two batches, first those that `kept_responses` keeps, in the order in
+    which they were drawn; and how many of the Q it keeps, int32 [].
+    """
+    drawn: Drawn = jax.tree.map(lambda *x: jnp.concatenate(x), *pool)
+    _, total, unshaped, finite = earned(drawn, config)
+    usable, _ = kept_responses(finite, total, unshaped, None, config.advantage)
+    kept, size = usable.any(-1), len(pool[0].graded)
+    order = jnp.argsort(~kept, stable=True)[:size]
+    return by_rows(jax.tree.map(lambda x: x[order], drawn)), jnp.minimum(kept.sum(), size)
+
+
 @partial(jax.jit, static_argnames=("config",))
 def make_experience(
-    prompts: Prompts,
-    rollout: Rollout,
+    drawn: Drawn,
     assessment: Assessment,
-    rewards: Rewards,
+    least_spread: Array | None,
     kl_coef: Array,
     *,
     config: ExperienceConfig,
 ) -> tuple[Experience, dict[str, Array]]:
-    """Rewards meet the assessment. Also the step's scalars, over tokens or responses.
-
-    Responses whose reward is not finite are left out of what is learned from: see user.py.
+    """Compute advantages from rewards and the assessment. Return the rows to learn from, and the step's
+    scalars, over tokens or responses.
     """
-    advantage, kl, loss = config.advantage, config.kl, config.loss
-    each = rewards.graded
-    if rewards.asked:
-        each = jnp.concatenate([each, jnp.stack(rewards.asked, axis=-1)], axis=-1)
-    total, unshaped = weigh(each, config.columns)
-    finite = jnp.isfinite(total)
-    total = jnp.where(finite, total, jnp.where(finite, total, 0.0).sum() / jnp.maximum(finite.sum(), 1))
-    usable, stats = kept_responses(finite, total, unshaped, rewards.least_spread, advantage)
+    advantage, kl, loss, rollout = config.advantage, config.kl, config.loss, drawn.rollout
+    each, total, unshaped, finite = earned(drawn, config)
+    usable, stats = kept_responses(finite, total, unshaped, least_spread, advantage)
     learned = rollout.mask & usable[..., None]
     each = jnp.where(usable[..., None], each, 0.0)
     terms = [(column.weight, each[..., k]) for k, column in enumerate(config.columns)]
@@ -155,11 +179,15 @@ def make_experience(
     sampler = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
     gap = jnp.where(rollout.mask, assessment.logprobs - sampler, 0.0)
     stats |= compared | assessed(rollout.mask, assessment, gap) | {"unlearned": 1 - usable.mean()}
+    if (places := drawn.places) is not None:
+        samples = usable.shape[1]
+        place = lambda row: places[row // samples] * samples + row % samples
+        stats |= {name: place(row) for name, row in stats.items() if name.startswith("row/")}
     weights = None
     if loss.sampler_cap is not None:
         weights = jnp.minimum(advantages.ratio_of(gap), loss.sampler_cap)
     experience = Experience(
-        prompts=prompts,
+        prompts=drawn.prompts,
         tokens=rollout.tokens,
         mask=learned,
         logprobs=assessment.logprobs,

@@ -15,12 +15,13 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from medrlvr_jax.build import Parts, count_updates
+from medrlvr_jax.data.batches import first_batch
 from medrlvr_jax.data.question import fingerprint
 from medrlvr_jax.evaluation import evaluate, monitors
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import Diverged
+from medrlvr_jax.rl.ahead import compile_ahead
 from medrlvr_jax.rl.learn import learning_rate
-from medrlvr_jax.rl.programs import compile_ahead
 from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.rollout import Encoded
 from medrlvr_jax.runs import inputs, log
@@ -61,7 +62,7 @@ class Job:
     step: Callable[[TrainState, int, log.Records], StepResult]
     policy: Callable[[TrainState], Params]  # what evaluation reads: the sampler's parameters
     programs: Sequence[Program]  # what steps and evaluations call: compiled before the first step
-    prepare: Callable[[int], None]  # begins to prepare a 0-based step, before the one ahead of it is taken
+    prepare: Callable[[int], None]  # begins to prepare the images of a batch, given its number
     # (folder, steps done, progress), before the first step of each start
     begin: Callable[[Path, int, ShowProgress], None] | None = None
     notices: Sequence[str] = ()  # about the data, for the console
@@ -140,7 +141,7 @@ def take_steps(
         run.record(0, evaluate.evaluate_sets(job.parts, job.policy(state), job.sets, run, 0))
     for n in range(done + 1, job.steps + 1):
         if n < job.steps:
-            job.prepare(n)
+            job.prepare(first_batch(history, n - 1) + 1)
         result = take_step(job, session, state, n, history, first=n == done + 1)
         state, metrics = result.state, result.metrics
         history = [*history, metrics][-monitors.WINDOW :]

@@ -1,30 +1,18 @@
-"""The compiled programs of a training: what they are, and their compilation before the first step.
+"""The jitted functions of a training. `ahead.py` knows the arguments with which they are compiled."""
 
-Which arguments they get is recorded by taking a step with shapes for arrays (`step.step_programs`): a
-training compiles from that what it is about to run, and `medrlvr plan` what a machine that is not here would
-run.
-"""
-
-import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-
-import jax
 
 from medrlvr_jax import build
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.check import check_rl
-from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model_rewards.ask import PolicyReward
 from medrlvr_jax.model_rewards.policy import make_policy_rewards
-from medrlvr_jax.rl.experience import make_experience
+from medrlvr_jax.rl.experience import make_experience, select
 from medrlvr_jax.rl.learn import compile_learn, critic_objective, make_optimizer, policy_objective
 from medrlvr_jax.rollout.assess import assess
 from medrlvr_jax.rollout.generate import generate
-from medrlvr_jax.rollout.program import Program
 from medrlvr_jax.rollout.sync import WeightSync, make_weight_sync
 
 
@@ -34,6 +22,7 @@ class Programs:
 
     sync_weights: WeightSync
     generate: Any
+    select: Any
     assess: Any
     make_experience: Any
     learn_policy: Any
@@ -44,7 +33,7 @@ class Programs:
 
     def wrapped(self, wrap: Callable[[str, Any], Any]) -> "Programs":
         """The same with `wrap(name, function)` in place of each function: to time calls, or record them."""
-        names = ("generate", "assess", "make_experience", "learn_policy", "learn_critic")
+        names = ("generate", "select", "assess", "make_experience", "learn_policy", "learn_critic")
         functions = {name: getattr(self, name) for name in names}
         wrapped = {name: wrap(name, function) for name, function in functions.items() if function}
         of = lambda name, reward: reward._replace(program=wrap(name, reward.program))
@@ -69,6 +58,7 @@ def make_programs(parts: Parts, steps: int) -> Programs:
     return Programs(
         sync_weights=make_weight_sync(parts, parts.sampler_cfg),
         generate=generate,
+        select=select,
         assess=assess,
         make_experience=make_experience,
         learn_policy=learn_policy,
@@ -77,47 +67,3 @@ def make_programs(parts: Parts, steps: int) -> Programs:
         critic_tx=critic_tx,
         policy_rewards=make_policy_rewards(parts),
     )
-
-
-def compile_ahead(
-    programs: Sequence[Program], parts: Parts, progress: Callable[[str, int, int, str], None]
-) -> str:
-    """Compile all; the calls that follow find them in JAX's own cache. Returns what it took, in words.
-
-    As many at a time as there are pairs of cores: XLA keeps about two busy with one, and a gigabyte of the
-    host's memory. A program that does not fit is known before anything runs. All processes begin them in one
-    order, so that none waits for what another has not begun (GPUs' tuning is shared). `progress`: (what,
-    done, of how many, waiting for what).
-    """
-    began, took = time.monotonic(), {}
-    started: list[str] = []
-
-    def report() -> None:
-        awaited = [name for name in started if name not in took]
-        progress("compiling", len(took), len(programs), ", ".join(awaited))
-
-    def compile_one(program: Program) -> None:
-        start = time.monotonic()
-        started.append(program.name)
-        report()
-        with jax.set_mesh(parts.mesh):
-            program.function.lower(*program.args, **program.kwargs).compile()
-        took[program.name] = time.monotonic() - start
-
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        waiting = {pool.submit(compile_one, program): program.name for program in programs}
-        for future in as_completed(waiting):
-            try:
-                future.result()
-            except jax.errors.JaxRuntimeError as e:
-                # those not begun: the reason is not kept waiting for them
-                pool.shutdown(wait=False, cancel_futures=True)
-                if "RESOURCE_EXHAUSTED" not in str(e):
-                    raise
-                problem = f"{waiting[future]} does not fit this machine: {str(e).splitlines()[0][:300]}"
-                remedy = "`medrlvr plan CONFIG --topology …` says by how much, and what would help"
-                raise ConfigError(f"{problem}; {remedy}") from None
-            report()
-    seconds, name = max((seconds, name) for name, seconds in took.items())
-    longest = f"longest was {name}, {seconds:.0f} s"
-    return f"{len(programs)} programs compiled in {time.monotonic() - began:.0f} s; {longest}"

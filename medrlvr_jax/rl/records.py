@@ -11,13 +11,12 @@ import numpy as np
 from medrlvr_jax import sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import Config
-from medrlvr_jax.data.batches import step_batch
 from medrlvr_jax.data.images import thumbnail
 from medrlvr_jax.evaluation import monitors
 from medrlvr_jax.host.processes import gather
 from medrlvr_jax.rewards.stages import STAGES
 from medrlvr_jax.rl.losses import explained_variance
-from medrlvr_jax.rollout.rollout import Encoded, Scored
+from medrlvr_jax.rollout.rollout import Scored
 from medrlvr_jax.types import Mean
 
 MAX_FAILED = 16  # completions of a process and step on which the user's reward failed that are logged
@@ -84,17 +83,18 @@ def tell(
     return texts
 
 
-def samples(parts: Parts, encoded: Encoded, scored: Scored, step: int) -> list[dict[str, Any]]:
-    """Records for samples.jsonl: the first sample of questions spread over the step's batch, from whichever
-    process has each; and, at any step, completions on which the user's reward failed.
+def samples(parts: Parts, scored: Scored, n: int, step: int) -> list[dict[str, Any]]:
+    """Return the records for samples.jsonl, gathered from all processes.
+
+    These are the first samples of some of the step's n questions, spread evenly, and, at every step,
+    completions on which the user's reward failed.
     """
     c = parts.config
-    index = step_batch(c, len(encoded.questions), step)
-    wanted = np.linspace(0, len(index) - 1, min(c.log.samples, len(index))).astype(int) * c.sample.samples
+    wanted = np.linspace(0, n - 1, min(c.log.samples, n)).astype(int) * c.sample.samples
     wanted = [] if not c.log.samples_every or step % c.log.samples_every else wanted
     logged = np.isin(scored.places, wanted)
     logged[list(scored.verdicts.failed)[:MAX_FAILED]] = True
-    rows = [sample_record(parts, encoded, index, scored, row) for row in np.flatnonzero(logged).tolist()]
+    rows = [sample_record(parts, scored, row) for row in np.flatnonzero(logged).tolist()]
     return sorted(chain.from_iterable(gather(rows)), key=lambda r: r["row"])
 
 
@@ -108,17 +108,14 @@ def passes(scored: Scored, samples: int) -> dict[str, Any]:
     return {"samples": samples, "right": {name: n for (_, name), n in sorted(right.items())}}
 
 
-def sample_record(
-    parts: Parts, encoded: Encoded, index: np.ndarray, scored: Scored, row: int
-) -> dict[str, Any]:
-    """One completion of the questions at `index`, by its place among this process's; `row` is then its place
-    in the whole batch.
+def sample_record(parts: Parts, scored: Scored, row: int) -> dict[str, Any]:
+    """Return the record of this process's completion number `row`. The record's own `row` is the completion's
+    place in the step.
     """
-    place = int(scored.places[row])
-    tokens = encoded.tokens[index[place // parts.config.sample.samples]]
+    tokens = scored.prompts[row]
     images = [thumbnail(image) for image in scored.questions[row].images]
     return {
-        "row": place,
+        "row": int(scored.places[row]),
         "prompt": parts.tokenizer.show(tokens),
         "prompt_length": len(tokens),
         **({"images": images} if images else {}),

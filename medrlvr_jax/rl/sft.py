@@ -30,7 +30,7 @@ from medrlvr_jax.build import (
 from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.batches import step_batch
+from medrlvr_jax.data.batches import run_batch
 from medrlvr_jax.data.load import read, read_text, resolve_data
 from medrlvr_jax.data.patches import measure_images
 from medrlvr_jax.data.question import Question, fingerprint, image_digest
@@ -164,7 +164,7 @@ def make_job(parts: Parts, pairs: Pairs, sets: dict[str, Encoded]) -> Job:
     base, sync_weights = load_base(parts), make_weight_sync(parts, parts.cfg)
 
     def step(state: TrainState, step: int, history: log.Records) -> StepResult:
-        index = step_batch(config, len(rows), step)
+        index = run_batch(config, len(rows), step)
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         mine, _ = sharding.own_rows(n, parts.mesh)
         padded = pad_targets([targets[i] for i in index[mine]], columns, parts.tokenizer.pad_id)
@@ -190,6 +190,6 @@ def make_job(parts: Parts, pairs: Pairs, sets: dict[str, Encoded]) -> Job:
         state=TrainState(learner, None, jax.device_put(np.float32(0), sharding.replicated(parts.mesh))),
         step=step,
         policy=lambda state: sync_weights(lora.join(base, state.policy.params)),
-        prepare=lambda step: prefetch_images(parts, encoded, step_batch(config, len(rows), step)),
+        prepare=lambda number: prefetch_images(parts, encoded, run_batch(config, len(rows), number)),
         programs=ahead + (sync_program(sync_weights) + evaluate.programs(parts, sets) if sets else []),
     )

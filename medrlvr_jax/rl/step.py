@@ -15,7 +15,9 @@ Departures from the paper as it is known, in one place:
    prompt's computation.
 3. The critic starts as the policy's body with a value head of zeros; it sees the state before each token, as
    OpenRLHF's.
-4. The reward rule is `strict` unless the config says `paper`; `paper` has the loopholes that the paper
+4. With `sample.max_batches`, responses are drawn to further batches until Q questions have samples that earn
+   differently (DAPO's dynamic sampling, arXiv 2503.14476); the other questions are left out.
+5. The reward rule is `strict` unless the config says `paper`; `paper` has the loopholes that the paper
    reports as hacks.
 """
 
@@ -23,24 +25,21 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medrlvr_jax import build, sharding
+from medrlvr_jax import sharding
 from medrlvr_jax.build import Parts
-from medrlvr_jax.data.batches import step_batch
+from medrlvr_jax.data.batches import first_batch, run_batch
 from medrlvr_jax.model import lora
-from medrlvr_jax.model.spec import VISION
-from medrlvr_jax.model_rewards import verifier_models
 from medrlvr_jax.model_rewards.policy import asks_blank
-from medrlvr_jax.rewards.components import Component, list_components
+from medrlvr_jax.rewards.components import Component
 from medrlvr_jax.rl.experience import (
-    Rewards,
-    columns,
+    Drawn,
+    ExperienceConfig,
     experience_settings,
     host_columns,
     mean_spread,
@@ -51,10 +50,8 @@ from medrlvr_jax.rl.learn import adapt_kl
 from medrlvr_jax.rl.programs import Programs
 from medrlvr_jax.rollout.assess import assess_settings
 from medrlvr_jax.rollout.generate import draw_settings
-from medrlvr_jax.rollout.program import Program, Recorder, a_key, abstract_prompts, array
-from medrlvr_jax.rollout.rollout import Encoded, Scored, place_prompts, score_rollout
-from medrlvr_jax.rollout.see import see_program
-from medrlvr_jax.types import Array, Experience, Frozen, Leaf, Learner, Prompts, Rollout, TrainState
+from medrlvr_jax.rollout.rollout import Encoded, Scored, join_scored, place_prompts, reorder, score_rollout
+from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Leaf, Prompts, Rollout, TrainState
 
 
 @dataclass(frozen=True)
@@ -67,17 +64,33 @@ class Training:
     components: tuple[Component, ...]  # of the reward
 
 
-class Keys(NamedTuple):
-    """The randomness of a step: functions of (seed, step), so that a resumed run is the same run."""
-
-    sample: Leaf
-    shuffle: Leaf  # of the rows, and of rounding
+def batch_key(seed: int, number: int) -> Array:
+    """Return the key of the sampling noise of batch `number`: so a resumed run draws the same samples."""
+    return jax.random.fold_in(jax.random.key(seed), number)
 
 
-def step_keys(seed: int, step: int) -> Keys:
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    # beyond every question's number: the two never share a key
-    return Keys(key, jax.random.fold_in(key, 2**31))
+def shuffle_key(seed: int, step: int) -> Array:
+    """Return the key by which a step shuffles rows and rounds weights. The sampling noise folds the numbers
+    of questions into its key, and 2³¹ is larger than all of them, so the two never coincide.
+    """
+    return jax.random.fold_in(batch_key(seed, step), 2**31)
+
+
+class Batch(NamedTuple):
+    """Q questions to which responses are drawn."""
+
+    prompts: Prompts
+    key: Leaf  # of the sampling noise
+    grade: Callable[[Rollout], "Graded"]  # the host's part
+    places: Leaf | None = None  # see `Drawn`
+
+
+class Graded(NamedTuple):
+    """What the host computes from a rollout."""
+
+    rewards: Leaf  # float32 [Q, G, K], the columns of `experience.host_columns`
+    requests: dict[str, Any]  # by component: what the policy is asked, arrays [Q, G, …]
+    scored: Any  # Scored, of this process's rows
 
 
 def train_step(
@@ -87,78 +100,123 @@ def train_step(
     step: int,
     history: Sequence[dict[str, Any]] = (),
 ) -> tuple[TrainState, dict[str, Any], Scored, Experience]:
-    """Step `step` of the method above: the new state, scalars on the device, what the host scored, the rows
-    learned from. `history`: records of the steps before, which `advantage.spread` needs.
+    """Take the 0-based step `step` of the method above.
+
+    Returns the new state, scalars on the device, what the host scored, and the rows that were learned from.
+    `history`: the records of the steps before, which `advantage.spread` and `sample.max_batches` need.
     """
     parts, config = training.parts, training.parts.config
-    index, keys = step_batch(config, len(encoded.questions), step), step_keys(config.seed, step)
     if step < config.learn.critic_warmup:
-        waiting = dataclasses.replace(training.programs, learn_policy=None)
-        training = dataclasses.replace(training, programs=waiting)
+        critic_alone = dataclasses.replace(training.programs, learn_policy=None)
+        training = dataclasses.replace(training, programs=critic_alone)
     policy = lora.join(training.frozen.base, state.policy.params)
-    prompts = place_prompts(policy, parts, encoded, index, asks_blank(config.reward))
-    spread = config.advantage.spread
+    first, max_batches = first_batch(history, step), config.sample.max_batches
+
+    def batch_of(k: int) -> Batch:
+        """The k-th batch of this step."""
+        of_epoch, index = questions_of(parts, encoded, first + k)
+        prompts = place_prompts(policy, parts, of_epoch, index, asks_blank(config.reward))
+        key, places = batch_key(config.seed, first + k), None
+        if max_batches > 1:
+            mine, _ = sharding.own_rows(len(index), parts.mesh)
+            numbers = (k * len(index) + mine).astype(np.int32)
+            places = sharding.place_rows(numbers, len(index), parts.mesh)
+        return Batch(prompts, key, partial(grade, training, of_epoch, index, coin=key), places)
+
+    spread, shuffle = config.advantage.spread, shuffle_key(config.seed, step)
     mean = mean_spread(spread, history, step + 1)
     least = spread and jax.device_put(jnp.float32(spread.beta * mean), sharding.replicated(parts.mesh))
-    graded = partial(grade, training, encoded, index, coin=keys.sample, least_spread=least)
-    after, stats, (scored, asked), experience = five_parts(training, state, prompts, keys, graded)
-    scored = with_asked(scored, asked, training.components, parts)
+    after, stats, batches, experience = five_parts(training, state, batch_of, max_batches, shuffle, least)
+    responses = config.sample.questions * config.sample.samples
+    scored = [with_asked(part, asked, training.components, parts) for part, asked in batches]
+    scored = join_scored(scored, responses)
     if config.kl.target is not None:
-        responses = config.sample.questions * config.sample.samples
         coef = adapt_kl(state.kl_coef, stats["kl_response"], responses, config.kl)
         after = dataclasses.replace(after, kl_coef=coef)
     stats |= {"kl_coef": state.kl_coef} | ({"spread_mean": mean} if mean else {})
+    if max_batches > 1:
+        stats |= {"batches": len(batches), "next_batch": first + len(batches)}
     return after, stats, scored, experience
+
+
+def questions_of(parts: Parts, encoded: Encoded, number: int) -> tuple[Encoded, np.ndarray]:
+    """Return `encoded` and the places in it of the questions of batch `number`, whose options are in their
+    epoch's order where `data.shuffle_options` is set.
+    """
+    n = len(encoded.questions)
+    index = run_batch(parts.config, n, number)
+    if not encoded.shuffle:
+        return encoded, index
+    return reorder(parts, encoded, index, draw=number // (n // len(index))), index
 
 
 def five_parts(
     training: Training,
     state: TrainState,
-    prompts: Prompts,
-    keys: Keys,
-    grade: Callable[[Rollout], "Graded"],
-) -> tuple[TrainState, dict[str, Any], tuple[Any, dict[str, Array]], Experience]:
-    """Draw, assess, grade, ask, advantages, learn. `grade` is the host's part.
+    batch_of: Callable[[int], Batch],
+    max_batches: int,
+    shuffle: Leaf,
+    least_spread: Leaf | None,
+) -> tuple[TrainState, dict[str, Any], list[tuple[Any, dict[str, Array]]], Experience]:
+    """Draw, grade, assess, compute advantages, learn.
 
-    Returns also what the host scored, with what the policy answered. `step_programs` calls it with shapes in
-    place of arrays: so nothing here computes but by a program of `training`.
+    Returns also, for each batch, what the host scored and what the policy answered. `step_programs` calls
+    this with shapes in place of arrays, so nothing here computes but by a program of `training`.
     """
-    parts, programs, frozen = training.parts, training.programs, training.frozen
-    policy, critic = state.policy.params, state.critic and state.critic.params
-    rollout = draw(training, state, prompts, keys.sample)
-    # a copy that was offloaded is on the device for this call alone
-    shown = sharding.to_memory(frozen, "device") if parts.config.learn.offload else frozen
-    assessment = programs.assess(shown, policy, critic, prompts, rollout, assess_settings(parts))
-    del shown
-    graded = grade(rollout)  # while the device assesses: programs are only dispatched
-    asked = ask(training, state, prompts, rollout, graded.requests)
-    rewards = Rewards(graded.rewards, tuple(asked.values()), graded.least_spread)
-    kinds = experience_settings(parts, training.components)
-    experience, stats = programs.make_experience(
-        prompts, rollout, assessment, rewards, state.kl_coef, config=kinds
+    settings = experience_settings(training.parts, training.components)
+    if max_batches == 1:
+        batch = batch_of(0)
+        rollout = draw(training, state, batch.prompts, batch.key)
+        # dispatched, not awaited: the device assesses while the host grades
+        assessment = assess(training, state, batch.prompts, rollout)
+        drawn, result = grade_drawn(training, state, batch, rollout)
+        results = [result]
+    else:
+        drawn, results = draw_until_full(training, state, batch_of, max_batches, settings)
+        assessment = assess(training, state, drawn.prompts, drawn.rollout)
+    experience, stats = training.programs.make_experience(
+        drawn, assessment, least_spread, state.kl_coef, config=settings
     )
-    state, learned = learn(training, state, experience, keys.shuffle)
-    return state, stats | learned, (graded.scored, asked), experience
+    state, learned = learn(training, state, experience, shuffle)
+    return state, stats | learned, results, experience
 
 
-class Graded(NamedTuple):
-    """What the host makes of a rollout."""
-
-    rewards: Leaf  # float32 [Q, G, K], the columns of `experience.host_columns`
-    requests: dict[str, Any]  # by component: what the policy is asked, arrays [Q, G, …]
-    scored: Any  # Scored, of this process's rows
-    least_spread: Leaf | None  # float32 []: see `experience.kept_responses`
-
-
-def grade(
+def draw_until_full(
     training: Training,
-    encoded: Encoded,
-    index: np.ndarray,
-    rollout: Rollout,
-    coin: Array,
-    least_spread: Array | None,
-) -> Graded:
-    """Decode and score the responses to the questions at `index`, and write down what the policy is asked."""
+    state: TrainState,
+    batch_of: Callable[[int], Batch],
+    max_batches: int,
+    settings: ExperienceConfig,
+) -> tuple[Drawn, list[tuple[Any, dict[str, Array]]]]:
+    """Draw at most `max_batches` batches until `drop_equal_groups` keeps Q questions of them.
+
+    Returns these, filled up with others if they are too few, and the results of each batch as in
+    `five_parts`. It is the dynamic sampling of DAPO (arXiv 2503.14476), section 3.2.
+    """
+    pool, results, questions = (), [], training.parts.config.sample.questions
+    while True:
+        batch = batch_of(len(results))
+        rollout = draw(training, state, batch.prompts, batch.key)
+        drawn, result = grade_drawn(training, state, batch, rollout)
+        results.append(result)
+        drawn, kept = training.programs.select((*pool, drawn), config=settings)
+        if int(sharding.to_host(kept)) == questions or len(results) == max_batches:
+            return drawn, results
+        pool = (drawn,)
+
+
+def grade_drawn(
+    training: Training, state: TrainState, batch: Batch, rollout: Rollout
+) -> tuple[Drawn, tuple[Any, dict[str, Array]]]:
+    """Grade a batch's responses on the host, then ask the policy what components ask of it."""
+    graded = batch.grade(rollout)
+    asked = ask(training, state, batch.prompts, rollout, graded.requests)
+    drawn = Drawn(batch.prompts, rollout, graded.rewards, tuple(asked.values()), batch.places)
+    return drawn, (graded.scored, asked)
+
+
+def grade(training: Training, encoded: Encoded, index: np.ndarray, rollout: Rollout, coin: Array) -> Graded:
+    """Decode and score the responses to the questions at `index`, and prepare what the policy is asked."""
     parts, n = training.parts, len(index)
     with jax.profiler.TraceAnnotation("score"):
         scored = score_rollout(parts, encoded, index, rollout, coin, training.components)
@@ -166,15 +224,15 @@ def grade(
         asked = training.programs.policy_rewards
         requests = {name: reward.request(scored) for name, reward in asked.items()}
     rewards, requests = place_scored((graded, requests), scored, n, parts)
-    return Graded(rewards, requests, scored, least_spread)
+    return Graded(rewards, requests, scored)
 
 
 def ask(
     training: Training, state: TrainState, prompts: Prompts, rollout: Rollout, requests: dict[str, Any]
 ) -> dict[str, Array]:
-    """By component, in the order of `experience.columns`, what the policy answers: [Q, G], only dispatched.
+    """Return what the policy answers, [Q, G] for each component, in the order of `experience.columns`.
 
-    The requests' own order is another: JAX sorts the keys of a dict.
+    The programs are dispatched and not awaited. `requests` may have another order: JAX sorts a dict's keys.
     """
     base, policy = training.frozen.base, state.policy.params
     return {
@@ -191,6 +249,18 @@ def draw(training: Training, state: TrainState, prompts: Prompts, key: Array) ->
     return programs.generate(params, prompts, key, settings)
 
 
+def assess(training: Training, state: TrainState, prompts: Prompts, rollout: Rollout) -> Assessment:
+    """Compute log-probs by policy and reference, and the critic's values. What `learn.offload` keeps in the
+    host's memory is on the device for this call alone.
+    """
+    parts, frozen = training.parts, training.frozen
+    if parts.config.learn.offload:
+        frozen = sharding.to_memory(frozen, "device")
+    critic = state.critic and state.critic.params
+    settings = assess_settings(parts)
+    return training.programs.assess(frozen, state.policy.params, critic, prompts, rollout, settings)
+
+
 def learn(
     training: Training, state: TrainState, experience: Experience, key: Array
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -202,62 +272,3 @@ def learn(
     if programs.learn_critic:
         critic, metrics["critic"] = programs.learn_critic(critic, base, experience, key, None)
     return TrainState(policy, critic, state.kl_coef), metrics
-
-
-def step_programs(
-    parts: Parts,
-    programs: Programs,
-    width: int,
-    components: tuple[Component, ...] | None = None,
-    windows: int = 0,
-    verifiers: verifier_models.Prepared | None = None,
-) -> list[Program]:
-    """All programs of a training step in their order, by taking one with shapes for arrays; prompts have
-    `width` columns, and their images `windows` windows. `components` of the reward are by default those
-    of the settings. `verifiers`: laid out.
-    """
-    config, mesh = parts.config, parts.mesh
-
-    def learner(cfg: Any, tx: Any) -> Learner:
-        return build.abstract_learner(parts, cfg, tx)
-
-    policy = learner(parts.cfg, programs.policy_tx)
-    critic = learner(parts.critic_cfg, programs.critic_tx) if programs.critic_tx else None
-    frozen = build.abstract_frozen(parts)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-    on_device: Any = policy.params, critic and critic.params, frozen.base
-    if not config.learn.offload:
-        on_device += policy.opt_state, critic and critic.opt_state, frozen.reference
-    tower = None
-    if windows and parts.cfg.execution.tower == "freeze":
-        tower = build.abstract_tower(parts)
-        on_device += (tower,)
-    elif windows:
-        tower = lora.join(frozen.base, policy.params)[VISION]
-    asked = [each for each in (verifiers or {}).values() if isinstance(each, verifier_models.MeshVerifier)]
-    on_device += tuple(each.model.params for each in asked if not each.settings.offload)
-    recorder = Recorder(mesh, on_device)
-    # What is offloaded comes to the device before a program is called: to the programs nothing is.
-    on_chip = dataclasses.replace(config, learn=dataclasses.replace(config.learn, offload=False))
-    components = list_components(config.reward) if components is None else components
-    recorded = programs.wrapped(recorder.of)
-    training = Training(dataclasses.replace(parts, config=on_chip), recorded, frozen, components)
-    questions, samples = config.sample.questions, config.sample.samples
-    graded_columns = columns([c for c in components if not c.on_device], config.advantage)
-    rewards = array(parts, jnp.float32, questions, samples, len(graded_columns))
-    requests = {name: reward.shapes for name, reward in programs.policy_rewards.items()}
-    requests = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), requests)
-    keys = Keys(a_key(parts), a_key(parts))
-    prompts = abstract_prompts(parts, questions, width, windows, asks_blank(config.reward))
-    with jax.set_mesh(mesh):
-        if tower:
-            seen = see_program(parts, questions, windows, "see", tower)
-            recorder.add(seen._replace(calls=1 + asks_blank(config.reward)))
-
-        def graded(rollout: Rollout) -> Graded:
-            for program in chain.from_iterable(each.programs(questions * samples) for each in asked):
-                recorder.add(program)
-            return Graded(rewards, requests, None, scalar if config.advantage.spread else None)
-
-        five_parts(training, TrainState(policy, critic, scalar), prompts, keys, graded)
-    return recorder.programs

@@ -17,7 +17,7 @@ from medrlvr_jax.build import Parts, check_positions, total_steps
 from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.batches import step_batch
+from medrlvr_jax.data.batches import run_batch
 from medrlvr_jax.data.load import read, resolve_data
 from medrlvr_jax.data.readers import Records
 from medrlvr_jax.evaluation import evaluate, monitors
@@ -35,12 +35,13 @@ from medrlvr_jax.rewards.training import (
     start_components,
 )
 from medrlvr_jax.rl import records
+from medrlvr_jax.rl.ahead import step_programs
 from medrlvr_jax.rl.learn import offload
 from medrlvr_jax.rl.loop import Callback, Job, StepResult, run_job
 from medrlvr_jax.rl.programs import Programs, make_programs
-from medrlvr_jax.rl.step import Training, step_programs, train_step
+from medrlvr_jax.rl.step import Training, train_step
 from medrlvr_jax.rollout.program import sync_program
-from medrlvr_jax.rollout.rollout import Encoded, check_seen, encode, prefetch_images, reorder
+from medrlvr_jax.rollout.rollout import Encoded, check_seen, encode, prefetch_images
 from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.console import stage
@@ -151,8 +152,8 @@ def make_job(
         step=partial(logged_step, training, encoded),
         policy=lambda state: sync_weights(lora.join(training.frozen.base, state.policy.params)),
         programs=ahead,
-        prepare=lambda step: prefetch_images(
-            parts, encoded, step_batch(parts.config, len(encoded.questions), step)
+        prepare=lambda number: prefetch_images(
+            parts, encoded, run_batch(parts.config, len(encoded.questions), number)
         ),
         begin=partial(take_baselines, parts, programs.policy_rewards, start_policy, encoded),
     )
@@ -167,14 +168,15 @@ def logged_step(
 ) -> StepResult:
     """A step, with its metrics, samples and alarms."""
     parts = training.parts
-    config, batch = parts.config, at_epoch(parts, encoded, step)
-    state, stats, scored, experience = train_step(training, batch, state, step, history)
+    config = parts.config
+    state, stats, scored, experience = train_step(training, encoded, state, step, history)
     metrics = records.summarise(stats, scored) | monitors.letter_metrics(scored, config.sample.samples)
     metrics |= monitors.count_idle(metrics, history)
     lasting, alarms = monitors.count_durations(monitors.find_alarms(metrics, history, config), history)
     notices = records.tell(alarms, scored, metrics, config)
+    questions = int(metrics["completions"]) // config.sample.samples
     logs = {
-        "samples": records.samples(parts, batch, scored, step),
+        "samples": records.samples(parts, scored, questions, step),
         "questions": [records.passes(scored, config.sample.samples)],
     }
     return StepResult(state, metrics | lasting, experience, logs, notices)
@@ -196,13 +198,3 @@ def start(
     kl_coef = jax.device_put(jnp.float32(config.kl.coef), sharding.replicated(parts.mesh))
     training = Training(parts, programs, build.load_frozen(parts), components)
     return training, TrainState(policy, critic, kl_coef)
-
-
-def at_epoch(parts: Parts, encoded: Encoded, step: int) -> Encoded:
-    """The questions of a step, options in their epoch's order where `data.shuffle_options` asks for it."""
-    if not encoded.shuffle:
-        return encoded
-    n = len(encoded.questions)
-    return reorder(
-        parts, encoded, step_batch(parts.config, n, step), step // (n // parts.config.sample.questions)
-    )

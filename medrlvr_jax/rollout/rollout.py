@@ -7,8 +7,10 @@ scored by one of them.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import jax
@@ -81,6 +83,7 @@ class Scored:
     """What this process, and no other, scored of a rollout: N flat rows, question by question."""
 
     questions: list[Question]  # [N]
+    prompts: list[list[int]]  # [N], their tokens
     places: np.ndarray  # int [N], each row's place among the Q·G of the whole batch
     completions: list[str]  # [N]
     tokens: np.ndarray  # int32 [N, R], as they were drawn; `lengths` of each are the response's
@@ -201,7 +204,8 @@ def score_rollout(
     completions = [begun + c for c in tokenizer.decode(flat, flat_mask)]
     lengths = flat_mask.sum(1)
     stopped = np.isin(flat[np.arange(len(flat)), np.maximum(lengths - 1, 0)], tokenizer.stop_ids)
-    questions = [encoded.questions[i] for i in index[mine] for _ in range(groups)]
+    rows = np.repeat(index[mine], groups).tolist()
+    questions, prompts = [encoded.questions[i] for i in rows], [encoded.tokens[i] for i in rows]
     if components is not None:
         components = [c for c in components if not c.on_device]
     verdicts = grade(completions, questions, rule, TokenCounts(lengths, stopped, length), components)
@@ -210,7 +214,39 @@ def score_rollout(
         verdicts = replace_rewards(verdicts, paid.ravel())
     places = (mine[:, None] * groups + np.arange(groups)).ravel()
     shown = shown_stages(completions, questions, verdicts, rule.mode)
-    return Scored(questions, places, completions, flat, verdicts, lengths, stopped, shown)
+    return Scored(questions, prompts, places, completions, flat, verdicts, lengths, stopped, shown)
+
+
+def join_scored(batches: Sequence[Scored], size: int) -> Scored:
+    """Return what was scored of several batches of `size` rows each as of one batch; a row's place is then
+    among the rows of all.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    starts = np.cumsum([0, *(len(batch.questions) for batch in batches)]).tolist()
+    failed = [
+        {start + row: reason for row, reason in batch.verdicts.failed.items()}
+        for start, batch in zip(starts, batches, strict=False)
+    ]
+    verdicts = _concatenated([batch.verdicts for batch in batches], failed=dict(ChainMap(*failed)))
+    places = np.concatenate([k * size + batch.places for k, batch in enumerate(batches)])
+    return _concatenated(batches, verdicts=verdicts, places=places)
+
+
+def _concatenated(items: Sequence[Any], **fields: Any) -> Any:
+    """Return the dataclass whose fields are those of the items, one after another; `fields` are given."""
+
+    def join(columns: Sequence[Any]) -> Any:
+        match columns[0]:
+            case np.ndarray():
+                return np.concatenate(columns)
+            case Mapping():
+                return {name: join([column[name] for column in columns]) for name in columns[0]}
+            case list():
+                return list(chain.from_iterable(columns))
+
+    names = [f.name for f in dataclasses.fields(items[0]) if f.name not in fields]
+    return type(items[0])(**{name: join([getattr(x, name) for x in items]) for name in names}, **fields)
 
 
 def shown_stages(

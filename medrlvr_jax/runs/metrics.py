@@ -39,6 +39,8 @@ METRICS = tuple(
         ("entropy", "nats / token", "Mean entropy of the policy's next-token distribution."),
         ("equal_groups", "share", "Questions whose samples all have the same reward: they teach nothing."),
         ("dropped_groups", "share", "Questions left out by advantage.drop_equal_groups or advantage.spread."),
+        ("batches", "batches", "Batches that the step drew; sample.max_batches allows several."),
+        ("next_batch", "number", "Number of the batch with which the next step begins: 0, 1, …"),
         ("spread", "reward", "Standard deviation of a question's rewards, mean over the step's questions."),
         ("spread_mean", "reward", "Running mean of `spread`, by which advantage.spread decides."),
         ("no_contrast", "0 or 1", "1: no two rewards that are compared differ."),

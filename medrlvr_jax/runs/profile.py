@@ -1,6 +1,6 @@
 """Where a run's time goes: programs that XLA compiles during the run, and a trace of chosen steps.
 
-A run compiles its programs before the first step (`programs.compile_ahead`). A later compilation costs time
+A run compiles its programs before the first step (`ahead.compile_ahead`). A later compilation costs time
 that no metric shows, so `Compiles` counts them. `log.profile: [first, last]` traces steps with jax.profiler;
 XProf, TensorBoard and Perfetto read the trace. Beside XLA's own rows it has, on the host, `step`, `score`,
 `log` and `evaluate`, and on the device the scopes `prefill`, `decode`, `assess_policy`, `assess_reference`,

@@ -14,7 +14,7 @@ import jax
 from medrlvr_jax.build import build, total_steps
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.data import load as data
-from medrlvr_jax.data.batches import step_batch
+from medrlvr_jax.data.batches import first_batch
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
@@ -25,7 +25,7 @@ from medrlvr_jax.rewards.training import start_components
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.experience import with_asked
 from medrlvr_jax.rl.programs import make_programs
-from medrlvr_jax.rl.step import ask, draw, grade, step_keys, train_step
+from medrlvr_jax.rl.step import ask, batch_key, draw, grade, questions_of, train_step
 from medrlvr_jax.rollout.rollout import encode, place_prompts
 from medrlvr_jax.runs import inputs
 from medrlvr_jax.runs.checkpoint import restore_before
@@ -43,12 +43,13 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     if not any("completions" in m for m in metrics):
         remedy = "give a run of `medrlvr train` that has finished a step"
         raise ConfigError(f"{run}: this run has no completions; {remedy}")
-    last, n = metrics[-1]["step"], c.sample.questions * c.sample.samples
+    last = metrics[-1]["step"]
     if not 1 <= step <= last:
         raise ConfigError(f"--step {step}: {run} has steps 1 to {last}")
-    if not 0 <= row < n:
+    rows = next(m["completions"] for m in metrics if m["step"] == step)
+    if not 0 <= row < rows:
         per_question = f"sample.samples = {c.sample.samples} per question"
-        raise ConfigError(f"--row {row}: a step of {run} has rows 0 to {n - 1}, {per_question}")
+        raise ConfigError(f"--row {row}: this step of {run} has rows 0 to {rows - 1}, {per_question}")
     parts, console = build(c), Console()
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options, parts.cfg.vision)
     inputs.check(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)}, write=False)
@@ -68,17 +69,19 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
             console.notify(f"checkpoint {step - 1} was not kept: {steps}")
         for k in range(done, step - 1):
             before = [m for m in metrics if 0 < m["step"] <= k]
-            state, *_ = train_step(training, train.at_epoch(parts, encoded, k), state, k, before)
+            state, *_ = train_step(training, encoded, state, k, before)
             console.progress("training steps again", k + 1, step - 1)
-        index = step_batch(c, len(encoded.questions), step - 1)
-        encoded = train.at_epoch(parts, encoded, step - 1)
-        key, policy = step_keys(c.seed, step - 1).sample, lora.join(start[0], state.policy.params)
+        before = [m for m in metrics if 0 < m["step"] < step]
+        k, of_batch = divmod(row, c.sample.questions * c.sample.samples)
+        number = first_batch(before, step - 1) + k
+        encoded, index = questions_of(parts, encoded, number)
+        key, policy = batch_key(c.seed, number), lora.join(start[0], state.policy.params)
         prompts = place_prompts(policy, parts, encoded, index, asks_blank(c.reward))
         rollout = draw(training, state, prompts, key)
-        graded = grade(training, encoded, index, rollout, key, None)
+        graded = grade(training, encoded, index, rollout, key)
         asked = ask(training, state, prompts, rollout, graded.requests)
         scored = with_asked(graded.scored, asked, components, parts)
-    record = records.sample_record(parts, encoded, index, scored, row)
+    record = records.sample_record(parts, scored, of_batch) | {"row": row}
     drawn = json.loads(json.dumps(record))  # with the types that a log is read with
     logged = next((s for s in samples if s["step"] == step and s["row"] == row), None)
     differ = [k for k, v in (logged or {}).items() if k != "step" and drawn.get(k) != v]
