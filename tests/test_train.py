@@ -173,7 +173,7 @@ def test_a_step_draws_further_batches_in_place_of_groups_that_are_equal(folder, 
     assert max(m["batches"] for m in metrics) > 1 and any(m["dropped_groups"] == 0 for m in metrics)
     step = next(m["step"] for m in metrics if m["batches"] > 1)
     assert main("replay", run, "--step", step, "--row", 18) == 0
-    assert "exactly what was logged" in capsys.readouterr().out
+    assert "equal to the log" in capsys.readouterr().out
     assert main("replay", run, "--step", step, "--row", 48) == 2
 
 
