@@ -705,16 +705,16 @@ def test_questions_by_their_pass_counts(file):
     )
     ranked = PassCountConfig(file=history, order="variance", top=3)
     assert [q.id for q in read(path, pass_count=ranked)] == ["3", "1", "4"]
-    assert "counts.jsonl, line 1: no number 'impact' in it" in complaint(
+    assert "counts.jsonl, line 1: it lacks 'impact'" in complaint(
         path, pass_count=PassCountConfig(file=counts, order="impact")
     )
     few = file("few.jsonl", [{"id": "0", "right": 1}])
-    assert "4 of 5 questions have no count there, the first is '1'" in complaint(
+    assert "4 of 5 questions have no count there, such as '1'" in complaint(
         path, pass_count=PassCountConfig(file=few, keep=(1, 7))
     )
     assert [q.id for q in read(path, limit=1, pass_count=PassCountConfig(file=few, keep=(1, 7)))] == ["0"]
     bad = file("bad.jsonl", [{"id": "0", "right": "1"}])
-    assert "bad.jsonl, line 1: a line such as" in complaint(
+    assert "bad.jsonl, line 1: it is not a line of" in complaint(
         path, pass_count=PassCountConfig(file=bad, keep=(1, 7))
     )
     assert "no such file" in complaint(path, pass_count=PassCountConfig(file=path + ".no", keep=(1, 7)))

@@ -12,7 +12,7 @@ from medrlvr_jax import rewards
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import prompts
 from medrlvr_jax.data.load import load, read
-from medrlvr_jax.data.options import shuffled
+from medrlvr_jax.data.options import shuffle_options
 from medrlvr_jax.data.question import DataError, Question, choices_reference, fingerprint, question_hash
 from medrlvr_jax.data.values import read_reference
 from medrlvr_jax.evaluation import answers
@@ -57,7 +57,7 @@ def test_all_that_apply(path):
         "unknown_label",
     ]
     assert verdicts.answer.tolist()[:3] == ["A, C", "A, C", "A, B, C"]
-    orders = [shuffled(question, 0, draw) for draw in range(20)]
+    orders = [shuffle_options(question, 0, draw) for draw in range(20)]
     assert {q.order for q in orders} == {"ABC", "ACB", "BAC", "BCA", "CAB", "CBA"}
     for q in orders:
         assert {q.options[i] for i in q.right_indices} == {"w", "y"} and q.reference == q.value.text

@@ -1,4 +1,4 @@
-"""Options in other orders: what stays, what moves, and that an order is a function of (seed, draw, id)."""
+"""Shuffled options: which are fixed, which move, and that an order is a function of (seed, draw, id)."""
 
 from collections import Counter
 
@@ -28,7 +28,7 @@ EMBEDDED = {
 
 
 @pytest.mark.parametrize(
-    ("options", "stay", "walls"),
+    ("options", "fixed", "barriers"),
     [
         (("x", "y", "z", "None of the above."), {3}, {3}),
         (("x", "y", "All the above", "z"), {2}, {2}),
@@ -59,16 +59,16 @@ EMBEDDED = {
         (("w", "x", "y", "1 and 2"), {0, 1, 3}, set()),
         (("w", "x", "y", "Both 1 and 2"), {0, 1, 3}, set()),
         (("w", "x", "y", "the first two options"), {0, 1, 2, 3}, set()),
-        (("A. w", "B. x", "z", "y"), {0, 1, 2, 3}, set()),  # they would keep letters of their own
-        (("1, 2, 3", "1 and 3", "2 and 4", "4 only"), set(), set()),  # of a list in the stem
+        (("A. w", "B. x", "z", "y"), {0, 1, 2, 3}, set()),  # their own letters would move with them
+        (("1, 2, 3", "1 and 3", "2 and 4", "4 only"), set(), set()),  # they number a list in the stem
         (("1.5", "2.5 mg", "A swollen leg", "E. coli"), set(), set()),
         (("Drug of first choice", "The above the knee cast", "H+", "Vitamin C but not E"), set(), set()),
         (("I only", "I and II", "Vitamins A and D", "Hepatitis B only"), set(), set()),
         (("Amputation above and below", "both kidneys", "one", "neither anorexia nor bulimia"), set(), set()),
     ],
 )
-def test_anchors(options, stay, walls):
-    assert shuffle.anchored(options) == (stay, walls)
+def test_fixed_places(options, fixed, barriers):
+    assert shuffle.fixed_places(options) == (fixed, barriers)
 
 
 @given(
@@ -79,28 +79,28 @@ def test_anchors(options, stay, walls):
     ),
     st.integers(0, 9),
 )
-def test_an_order_loses_nothing_and_moves_no_anchor(options, draw):
+def test_an_order_loses_nothing_and_moves_no_fixed_option(options, draw):
     q = Question("q", "?", tuple(options), len(options) // 2)
-    places = shuffle.order(q, 1, draw)
-    stay, walls = shuffle.anchored(q.options)
-    assert sorted(places) == list(range(len(options))) and all(places[i] == i for i in stay)
-    for wall in walls:
-        assert set(places[:wall]) == set(range(wall))
-    moved = shuffle.shuffled(q, 1, draw)
+    places = shuffle.draw_order(q, 1, draw)
+    fixed, barriers = shuffle.fixed_places(q.options)
+    assert sorted(places) == list(range(len(options))) and all(places[i] == i for i in fixed)
+    for barrier in barriers:
+        assert set(places[:barrier]) == set(range(barrier))
+    moved = shuffle.shuffle_options(q, 1, draw)
     assert moved.options[moved.answer] == q.options[q.answer] and places[moved.answer] == q.answer
     assert "".join(LETTERS[i] for i in places) == moved.order
 
 
 def test_orders_are_even_and_functions_of_seed_draw_and_id():
     q = Question("q7", "?", ("w", "x", "y", "None of these"), 0)
-    seen = Counter(tuple(shuffle.order(q, 0, draw)) for draw in range(600))
+    seen = Counter(tuple(shuffle.draw_order(q, 0, draw)) for draw in range(600))
     assert len(seen) == 6 and stats.scipy.stats.chisquare(list(seen.values())).pvalue > 1e-3
-    assert shuffle.order(q, 0, 5) == shuffle.order(q, 0, 5)
-    assert [shuffle.order(q, 0, d) for d in range(9)] != [shuffle.order(q, 1, d) for d in range(9)]
-    assert [shuffle.order(q, 0, d) for d in range(9)] != [
-        shuffle.order(Question("q8", "?", q.options, 0), 0, d) for d in range(9)
+    assert shuffle.draw_order(q, 0, 5) == shuffle.draw_order(q, 0, 5)
+    assert [shuffle.draw_order(q, 0, d) for d in range(9)] != [shuffle.draw_order(q, 1, d) for d in range(9)]
+    assert [shuffle.draw_order(q, 0, d) for d in range(9)] != [
+        shuffle.draw_order(Question("q8", "?", q.options, 0), 0, d) for d in range(9)
     ]
-    assert [shuffle.order(q, 0, d) for d in range(3)] == [
+    assert [shuffle.draw_order(q, 0, d) for d in range(3)] == [
         [1, 0, 2, 3],
         [2, 1, 0, 3],
         [1, 0, 2, 3],

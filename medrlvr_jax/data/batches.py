@@ -1,4 +1,4 @@
-"""Which questions a run trains on, and which of them each step takes: functions of config and step."""
+"""Select the questions that a run trains on, and those of each step, as functions of config and step."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,20 +14,20 @@ from medrlvr_jax.data.readers import read_json
 
 
 def batch_at(n: int, number: int, size: int, seed: int, in_order: bool = False) -> Int64[np.ndarray, " size"]:
-    """Return the indices of the `size` questions, of `n`, in batch `number`, which is 0, 1, ….
+    """Return the indices, of n questions, of batch `number`, which is 0, 1, …. A resumed run gets the same.
 
-    Each epoch has n // size steps and its own permutation, keyed by (seed, epoch). The rest that does not
-    fill a batch is left out; it differs between epochs. `in_order`: an epoch takes its questions in the
-    set's order. The permutation sorts raw Philox words: NumPy keeps that stream across versions, not
+    Each epoch has n // size batches and its own permutation, keyed by (seed, epoch). Questions that do not
+    fill a batch are left out; they differ between epochs. `in_order`: an epoch takes its questions in the
+    set's order. The permutation sorts raw Philox words: NumPy guarantees this stream across versions, but not
     `Generator.permutation`.
     """
     if size > n:
-        remedy = f"set sample.questions to {n} or less"
-        raise DataError(f"a batch of {size} questions cannot be drawn from {n} without repeats; {remedy}")
+        problem = f"a batch of {size} questions cannot be drawn from {n} without repeats"
+        raise DataError(f"{problem}; set sample.questions to {n} or less")
     epoch, i = divmod(number, n // size)
     words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
-    taken = np.argsort(words, kind="stable")[: n // size * size]
-    return (np.sort(taken) if in_order else taken)[i * size : (i + 1) * size]
+    used = np.argsort(words, kind="stable")[: n // size * size]
+    return (np.sort(used) if in_order else used)[i * size : (i + 1) * size]
 
 
 def run_batch(config: Config, n: int, number: int) -> Int64[np.ndarray, " questions"]:
@@ -47,36 +47,42 @@ def first_batch(history: Sequence[Mapping[str, Any]], step: int) -> int:
 
 
 def select(questions: list[Question], config: PassCountConfig) -> list[Question]:
-    """The questions that `keep` and `top` select, in `order`; none that was too long to be sampled."""
+    """Select and order questions by their counts of right samples, as `PassCountConfig` says.
+
+    Questions that were too long to be sampled have no count and are left out. Raises `DataError` if a
+    question is missing in the file, or if none is left.
+    """
     low, high = config.keep or (0, float("inf"))
     field = config.order if config.order in ("variance", "impact") else "right"
     counts = _read_counts(config, field)
     if missing := [q.id for q in questions if q.id not in counts]:
-        some = f"{len(missing)} of {len(questions)} questions"
-        remedy = f"the first is {missing[0]!r}; run `medrlvr difficulty` on this set, to its end"
-        raise DataError(f"pass_count.file {config.file!r}: {some} have no count there, {remedy}")
+        problem = f"{len(missing)} of {len(questions)} questions have no count there, such as {missing[0]!r}"
+        remedy = "run `medrlvr difficulty` on this set, to its end"
+        raise DataError(f"pass_count.file {config.file!r}: {problem}; {remedy}")
     selected = [q for q in questions if (right := counts[q.id][0]) is not None and low <= right <= high]
     if not selected:
         problem = f"no question has {low} to {high} right samples by {config.file}"
         raise DataError(f"pass_count.keep: {problem}; widen it")
-    sign = {None: 0, "hard_first": 1}.get(config.order, -1)  # every other order: the largest first
+    sign = {None: 0, "hard_first": 1}.get(config.order, -1)  # all other orders put the largest first
     return sorted(selected, key=lambda q: sign * counts[q.id][1])[: config.top]
 
 
 def _read_counts(config: PassCountConfig, field: str) -> dict[str, tuple[int | None, float]]:
-    """By question id: right samples (None: not sampled), and the number in `field`, by which to sort."""
+    """Return, by question id, the right samples (None: not sampled) and the number in `field`, to sort by."""
     path = Path(config.file).expanduser()
     if not path.is_file():
-        raise DataError(f"pass_count.file {config.file!r}: no such file; `medrlvr difficulty` writes one")
+        raise DataError(
+            f"pass_count.file {config.file!r}: there is no such file; `medrlvr difficulty` writes one"
+        )
     counts = {}
     for number, row in read_json(path):
         where, fields = f"{path}, line {number}", {} if isinstance(row, DataError) else row
         name, right, score = fields.get("id"), fields.get("right"), fields.get(field)
         if type(name) is not str or type(right) not in (int, type(None)):
             example = '{"id": "train-1", "right": 3}'
-            raise DataError(f"{where}: a line such as {example} is needed, as `medrlvr difficulty` writes")
+            raise DataError(f"{where}: it is not a line of `medrlvr difficulty`, such as {example}")
         if right is not None and type(score) not in (int, float):
-            remedy = "`medrlvr difficulty --history` writes one"
-            raise DataError(f"{where}: no number {field!r} in it, by which pass_count.order goes; {remedy}")
+            remedy = "`medrlvr difficulty --history` writes it"
+            raise DataError(f"{where}: it lacks {field!r}, by which pass_count.order sorts; {remedy}")
         counts[name] = right, score or 0.0
     return counts

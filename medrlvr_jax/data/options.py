@@ -1,10 +1,10 @@
-"""Shuffled options: what a model knows should not depend on the letter that an option stands under.
+"""Shuffle options, so that an answer does not depend on the letter of an option.
 
-Options whose meaning depends on places stay where they are (`anchored`): "none of the above", "all of
-these", and "both A and C" together with the options A and C that it names, by letter or by number. No
-option crosses one that says "above". An option that says "the first two options", or several that bring
-their own letters, fix the whole question. In doubt an option stays: that costs a little variety, while
-moving a named option makes the key wrong.
+Options whose meaning depends on places are not moved (`fixed_places`): "none of the above", "all of these",
+and "both A and C" together with the options A and C that it names by letter or number. No option crosses one
+that says "above". An option that says "the first two options", and several options with letters of their own,
+fix the whole question. In doubt an option stays: this costs a little variety, while moving an option that
+another one names makes the key wrong.
 
 An order depends only on (seed, draw, the question's id): it is the same in every batch, on every mesh and
 after every resumption.
@@ -19,32 +19,33 @@ import numpy as np
 
 from medrlvr_jax.data.question import LETTERS, Question, choices_reference, have_letters
 
-SOME = r"(?:all|none|any|both|neither|either|each|some|one|two|more than one)"
-ABOVE = re.compile(  # "all of the above", "Both", "none of the others", "All above"; not "above the knee"
+QUANTIFIER = r"(?:all|none|any|both|neither|either|each|some|one|two|more than one)"
+REFERS_TO_OTHERS = re.compile(  # "all of the above", "Both", "none of the others"; not "above the knee"
     r"\bof (?:the )?(?:above|preceding|foregoing|below)\b(?![-\w]| \d)"
-    rf"|\b{SOME}(?: the)? (?:above|preceding|foregoing)\b"
+    rf"|\b{QUANTIFIER}(?: the)? (?:above|preceding|foregoing)\b"
     r"|\b(?:options?|choices?|answers?) (?:above|below)\b"
-    rf"|^{SOME} of (?:these|those|them|the (?:\w+ )?(?:options|choices|answers|others?|rest))\b"
+    rf"|^{QUANTIFIER} of (?:these|those|them|the (?:\w+ )?(?:options|choices|answers|others?|rest))\b"
     r"|^(?:all|none|any|both|neither|either)[.!]?$",
     re.I,
 )
-PLACE = r"(?:first|second|third|fourth|fifth|last|former|latter|previous)"
-PLACES = re.compile(  # "the first two options"
-    rf"\bthe {PLACE}(?: (?:and|or|two|three|{PLACE}))* (?:options?|choices?|answers?)\b", re.I
+ORDINAL = r"(?:first|second|third|fourth|fifth|last|former|latter|previous)"
+REFERS_BY_ORDINAL = re.compile(  # "the first two options"
+    rf"\bthe {ORDINAL}(?: (?:and|or|two|three|{ORDINAL}))* (?:options?|choices?|answers?)\b", re.I
 )
-NAME = r"(?:\(?[a-hj]\)?|[1-9]|10)(?![\w'’-])"  # of an option; I is a Roman one
-JOIN = r"(?: ?, ?(?:and |or )?| ?[/+&] ?| and | or | nor | but not | with )"
-NOUN = re.compile(  # "options 1 and 3", "Same as option A"
-    rf"\b(?:options?|choices?|answers?):? ({NAME}(?:{JOIN}{NAME})*)", re.I
+NAME = r"(?:\(?[a-hj]\)?|[1-9]|10)(?![\w'’-])"  # of an option; I is skipped, since it is a Roman numeral
+CONJUNCTION = r"(?: ?, ?(?:and |or )?| ?[/+&] ?| and | or | nor | but not | with )"
+NAMES_AFTER_NOUN = re.compile(  # "options 1 and 3", "Same as option A"
+    rf"\b(?:options?|choices?|answers?):? ({NAME}(?:{CONJUNCTION}{NAME})*)", re.I
 )
 CAPITAL = r"\(?([A-HJ])\)?(?![\w'’-])"
-FIRST = re.compile(  # "B plus warfarin"; not "A swollen leg"
+NAME_AT_START = re.compile(  # "B plus warfarin"; not "A swollen leg"
     rf"^{CAPITAL} ?(?:[+&] ?\w|(?:and|or|plus|but|then|followed by|as well as)\b)"
 )
-LAST = re.compile(  # "Everything except C"
+NAME_AT_END = re.compile(  # "Everything except C"
     rf"\b(?:except|but|not|same as|as in|other than|excluding|without) {CAPITAL}\.?$"
 )
-GLUE = frozenset(  # words of an option that only names others: "Both (a) & (c)", "B is right, D is not"
+# Words of options that only name others: "Both (a) & (c)", "B is right, D is not".
+FILLER_WORDS = frozenset(
     """all any both each either neither none of the above below these those except excepting excluding but not
     and or nor only alone together with without then than before after followed by plus same as like other is
     are true false correct incorrect right wrong possible option options answer answers choice
@@ -52,67 +53,68 @@ GLUE = frozenset(  # words of an option that only names others: "Both (a) & (c)"
 )
 
 
-def named(option: str, n: int) -> tuple[set[int], bool]:
-    """(places of the options that this one, of n, names; whether by numbers, which may be the stem's)."""
+def named_options(option: str, n: int) -> tuple[set[int], bool]:
+    """Return the indices of the options, of n, that an option names, and whether it names them by bare
+    numbers, which may number a list in the stem.
+    """
     words = re.findall(r"[^\W_]+", option.lower())
-    content = {word for word in words if word not in GLUE}
+    content = {word for word in words if word not in FILLER_WORDS}
     letters = {word for word in words if re.fullmatch("[a-hj]|[a-h]{2}", word)}
     numbers = {word for word in words if re.fullmatch("[1-9]|10", word) and int(word) <= n}
     if len(words) > 1 and not re.search(r"\w['’-]\w|\d\.\d|\w[-+](?:,|$)", option):  # neither 2.5 nor A+
         if letters and content <= letters:
-            return _places("".join(letters), n), False
+            return _indices("".join(letters), n), False
         if content == numbers and (len(numbers) > 1 or {"only", "alone", "except", "but"} & {*words}):
-            return {int(word) - 1 for word in numbers}, True
-    lists = " ".join(match[1] for match in NOUN.finditer(option))
+            return _indices(numbers, n), True
+    lists = " ".join(match[1] for match in NAMES_AFTER_NOUN.finditer(option))
     names = re.findall(r"\b(?:[a-hj]|[1-9]|10)\b", lists, re.I)
-    names += [match[1] for pattern in (FIRST, LAST) for match in pattern.finditer(option)]
-    return _places(names, n), False
+    names += [match[1] for pattern in (NAME_AT_START, NAME_AT_END) for match in pattern.finditer(option)]
+    return _indices(names, n), False
 
 
-def _places(names: Iterable[str], n: int) -> set[int]:
-    """The places, of n, that letters or numbers name."""
-    places = {int(name) - 1 if name.isdigit() else LETTERS.index(name.upper()) for name in names}
-    return {place for place in places if place < n}
+def _indices(names: Iterable[str], n: int) -> set[int]:
+    """The indices, below n, that letters or numbers name."""
+    indices = {int(name) - 1 if name.isdigit() else LETTERS.index(name.upper()) for name in names}
+    return {i for i in indices if i < n}
 
 
-def anchored(options: tuple[str, ...]) -> tuple[set[int], set[int]]:
-    """(places of the options that must stay, those among them that say "above": none may cross these)."""
+def fixed_places(options: tuple[str, ...]) -> tuple[set[int], set[int]]:
+    """Return the indices of the options that must stay, and those among them that no option may cross."""
     n, texts = len(options), [option.strip() for option in options]
-    if any(map(PLACES.search, texts)) or have_letters(options):
+    if any(map(REFERS_BY_ORDINAL.search, texts)) or have_letters(options):
         return set(range(n)), set()
-    stay, walls = set(), set()
-    names = [named(text, n) for text in texts]
-    for i, (text, (places, by_number)) in enumerate(zip(texts, names, strict=True)):
-        if ABOVE.search(text):
-            walls.add(i)
+    fixed, barriers = set(), set()
+    names = [named_options(text, n) for text in texts]
+    for i, (text, (named, by_number)) in enumerate(zip(texts, names, strict=True)):
+        if REFERS_TO_OTHERS.search(text):
+            barriers.add(i)
             capitals = re.findall(r"(?<![\w'’-])(?:(?!^)A|[B-HJ])(?![\w'’-])", text)
-            stay |= {i} | places | _places(capitals, n)
-        elif places and not (by_number and any(names[place][1] for place in places)):
-            stay |= {
-                i
-            } | places  # several options of bare numbers are left out: they number what the stem lists
-    return stay, walls
+            fixed |= {i} | named | _indices(capitals, n)
+        # If several options are bare numbers, these number a list in the stem, and not the options.
+        elif named and not (by_number and any(names[j][1] for j in named)):
+            fixed |= {i} | named
+    return fixed, barriers
 
 
-def order(question: Question, seed: int, draw: int) -> list[int]:
-    """Which option stands at each place: even over all orders that `anchored` leaves."""
+def draw_order(question: Question, seed: int, draw: int) -> list[int]:
+    """Return the index of the option at each place: uniform over all orders that `fixed_places` allows."""
     n = len(question.options)
-    stay, walls = anchored(question.options)
+    fixed, barriers = fixed_places(question.options)
     words = np.random.Philox(np.random.SeedSequence([seed, draw, *question.id.encode()])).random_raw(n)
     out, start = list(range(n)), 0
-    for wall in [*sorted(walls), n]:
-        free = [i for i in range(start, wall) if i not in stay]
+    for barrier in [*sorted(barriers), n]:
+        free = [i for i in range(start, barrier) if i not in fixed]
         for place, i in zip(free, sorted(free, key=lambda i: words[i]), strict=True):
             out[place] = i
-        start = wall + 1
+        start = barrier + 1
     return out
 
 
-def shuffled(question: Question, seed: int, draw: int) -> Question:
-    """The question with its options in the order of `draw` (an epoch or a sample)."""
+def shuffle_options(question: Question, seed: int, draw: int) -> Question:
+    """Return the question with its options in the order of `draw`, an epoch or a sample."""
     if not question.options:
         return question
-    places = order(question, seed, draw)
+    places = draw_order(question, seed, draw)
     options, letters = tuple(question.options[i] for i in places), "".join(LETTERS[i] for i in places)
     right = [places.index(i) for i in question.right_indices]
     key: dict[str, Any] = {"answer": right[0]}

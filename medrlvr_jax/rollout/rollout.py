@@ -19,7 +19,7 @@ import numpy as np
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.schema import Config, SampleConfig
 from medrlvr_jax.data import prompts as text
-from medrlvr_jax.data.options import shuffled
+from medrlvr_jax.data.options import shuffle_options
 from medrlvr_jax.data.patches import ImageSet, measure_images, vision_inputs
 from medrlvr_jax.data.question import LETTERS, Question, fingerprint, repeats
 from medrlvr_jax.data.tokenizer import Progress, Tokenizer, no_progress
@@ -159,7 +159,7 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
     An order whose prompt has more tokens than fit is not taken: the question then stands as in its file.
     """
     mine = index[own_rows(len(index), parts.mesh)[0]].tolist()
-    wanted = [shuffled(encoded.questions[i], parts.config.seed, draw) for i in mine]
+    wanted = [shuffle_options(encoded.questions[i], parts.config.seed, draw) for i in mine]
     pads = encoded.images.subset(mine).prompt_tokens() if encoded.images else None
     rows = text.encode_questions(parts.tokenizer, wanted, parts.config.prompt, images=pads)
     limit = min(encoded.width, parts.config.prompt.max_tokens)

@@ -175,9 +175,7 @@ def fit_to_width(parts: Sequence[str], width: int | None) -> str:
     return next((text for text in reversed(prefixes) if len(text) < width), f"{parts[0][: width - 2]}…")
 
 
-ShowProgress = Callable[
-    [str, int, int], None
-]  # called with work, parts done, all parts
+ShowProgress = Callable[[str, int, int], None]  # called with work, parts done, all parts
 
 
 def show_nothing(what: str, done: int, total: int) -> None:
