@@ -341,14 +341,6 @@ def test_what_is_not_in_an_accuracy_is_told_beside_it():
     assert text.getvalue() == "step 2/2  eval mine: correct 1/40, format 1/40, cut off 10/40\n"
 
 
-def test_the_json_of_ratios_without_denominator_is_valid(tmp_path, capsys):
-    for folder in ("a", "b"):
-        write(tmp_path / folder, "dev", {"q": "B"})
-    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
-    out = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert out["dev"]["boundary"]["srr"] is None and out["dev"]["n"] == 1
-
-
 def test_several_evaluations_in_one_table(tmp_path, capsys):
     """Three models on four questions of two subjects; the second gains one of each, the third loses one."""
     right = {"base": "q0 q1", "ct": "q0 q1 q2 q3", "mri": "q1"}

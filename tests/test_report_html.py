@@ -241,23 +241,16 @@ def test_runs_that_differ_by_seed_alone_are_one_group(page):
     groups = report_html.group(runs)
     assert [(g.name, len(g.runs)) for g in groups] == [("ppo", 2), ("a&b", 1), (f"{page.parent.name}/sft", 1)]
     assert len({g.color for g in groups}) == 3
-    assert [g.differs for g in groups] == ["kl.coef 0.01", "kl.coef 0.5", ""]
 
 
-def test_groups_of_one_name_are_named_by_what_differs(tmp_path):
-    """A value that most have says nothing; settings beyond `NAMED` are counted."""
-    many = {f"learn.x{i}": i for i in range(5)}
-    configs = [{"kl.coef": 0.1, "steps": 8}, {"kl.coef": 0.1, "steps": 9}, {"kl.coef": 0.5, "steps": 7}]
-    assert report_html.what_differs(configs) == ["steps 8", "steps 9", "kl.coef 0.5, steps 7"]
-    assert (
-        report_html.what_differs([many, {k: -1 for k in many}])[0]
-        == "learn.x0 0, learn.x1 1, learn.x2 2 and 2 more"
-    )
-    for folder, coef in (("one", 0.1), ("two", 0.2)):
-        (tmp_path / folder).mkdir()
-        write_run(tmp_path / folder / "ppo-seed0", 0, kl={"coef": coef})
-    runs = [report_html.read_run(tmp_path / folder / "ppo-seed0") for folder in ("one", "two")]
-    assert [g.name for g in report_html.group(runs)] == ["ppo-seed0, kl.coef 0.1", "ppo-seed0, kl.coef 0.2"]
+def test_groups_of_one_name_have_numbers(tmp_path):
+    for seed, coef in enumerate((0.1, 0.1, 0.2, 0.2)):
+        write_run(tmp_path / f"ppo-seed{seed}", seed, kl={"coef": coef})
+    runs = [report_html.read_run(tmp_path / f"ppo-seed{seed}") for seed in range(4)]
+    groups = report_html.group(runs)
+    assert [(g.name, len(g.runs)) for g in groups] == [("ppo", 2), ("ppo (2)", 2)]
+    table = report_html.differing([(g.name, g.runs[0].config) for g in groups])
+    assert table == [["setting", "ppo", "ppo (2)"], ["kl.coef", "0.1", "0.2"]]
 
 
 def test_curves_have_the_styles_of_their_legend(page, tmp_path):

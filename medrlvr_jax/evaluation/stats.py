@@ -256,29 +256,14 @@ def consistency(
     return agree == k * (k - 1), agree / (k * (k - 1))
 
 
-def boundary(base: Bool[np.ndarray, "n k"], trained: Bool[np.ndarray, "n k"]) -> dict[str, float]:
-    """Return how training changed which questions at least one of k samples solves.
+def boundary(base: Bool[np.ndarray, "n k"], trained: Bool[np.ndarray, "n k"]) -> dict[str, int]:
+    """Return how many questions at least one of k samples solves: of both models, of one alone, of neither.
 
-    Invisible Leash (arXiv 2507.14843): P questions are solved by both, E only by the trained model, S only by
-    the base. Support retention SRR = P/(P+S), net discovery NDR = E/(P+E), SDS is their harmonic mean, net
-    change NSCR = (E−S)/(P+E+S). The sampling-efficiency gap (arXiv 2504.13837) is base pass@k − trained
-    pass@1. A ratio with denominator 0 is NaN.
+    The measures of support in arXiv 2507.14843 are ratios of these counts.
     """
     a, b = base.any(1), trained.any(1)
-    p, e, s, o = (int(x.sum()) for x in (a & b, b & ~a, a & ~b, ~a & ~b))
-    ratio = lambda part, total: part / total if total else math.nan
-    srr, ndr = ratio(p, p + s), ratio(e, p + e)
-    return {
-        "preserved": p,
-        "gained": e,
-        "lost": s,
-        "never": o,
-        "srr": srr,
-        "ndr": ndr,
-        "sds": ratio(2 * srr * ndr, srr + ndr),
-        "nscr": ratio(e - s, p + e + s),
-        "efficiency_gap": float(a.mean() - trained.mean()),
-    }
+    solved = {"preserved": a & b, "gained": b & ~a, "lost": a & ~b, "never": ~a & ~b}
+    return {name: int(questions.sum()) for name, questions in solved.items()}
 
 
 def letter_bias(answers: Shaped[np.ndarray, "..."], key: Shaped[np.ndarray, "..."]) -> dict[str, Any]:

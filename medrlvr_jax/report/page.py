@@ -30,7 +30,6 @@ from medrlvr_jax.runs.metrics import is_due
 IGNORED = ("name", "runs", "seed", "log", "checkpoint", "mesh")  # settings that may differ within a group
 STEPS, SAMPLES = 10_000, 2000  # the number that is read for a page, from all runs together
 SAMPLE_SIZE, LENGTH = 1_500_000, 6000  # characters of all samples on a page, approximately, and of one text
-NAMED = 3  # the number of settings in the name of a group
 FOLDER = Path(__file__).parent / "templates"
 
 
@@ -61,7 +60,6 @@ class Group:
     name: str
     number: int  # among all groups of the page; it determines the style in all pictures
     runs: list[Run]
-    differs: str  # the settings that distinguish it from most other groups, unless the name has them
 
     @property
     def color(self) -> str:
@@ -164,13 +162,10 @@ def read_run(folder: Path, runs: int = 1) -> Run:
 
 def with_unique_names(runs: Sequence[Run]) -> list[Run]:
     """Return the runs; those that have one name are named by the distinct ends of their paths."""
-    out = list(runs)
-    for name in {run.name for run in runs}:
-        indices = [i for i, run in enumerate(runs) if run.name == name]
-        if len(indices) > 1:
-            for i, new in zip(indices, short_names([runs[i].folder for i in indices]), strict=True):
-                out[i] = replace(runs[i], name=new)
-    return out
+    names, paths = [run.name for run in runs], short_names([run.folder for run in runs])
+    renamed = {name for name in names if names.count(name) > 1}
+    pairs = zip(runs, paths, strict=True)
+    return [replace(run, name=path) if run.name in renamed else run for run, path in pairs]
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
@@ -189,28 +184,9 @@ def group(runs: Sequence[Run]) -> list[Group]:
         for run in members:
             split.setdefault((settings, run.folder.parent if repeated else None), []).append(run)
     names = [common_name([run.name for run in members]) for members in split.values()]
-    differs = what_differs([members[0].config for members in split.values()])
-    # Groups of one name are distinguished by their settings or, if those are equal, by numbers.
-    names = [f"{x}, {y}" if names.count(x) > 1 and y else x for x, y in zip(names, differs, strict=True)]
-    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
-    numbered = [f"{name} ({n})" if n > 1 else name for name, n in zip(names, counts, strict=True)]
-    shown = ["" if name.endswith(y) else y for name, y in zip(names, differs, strict=True)]
-    return [Group(numbered[i], i, members, shown[i]) for i, members in enumerate(split.values())]
-
-
-def what_differs(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Return for each config the settings whose value at most half of the configs have.
-
-    The text has `NAMED` settings and the number of others, such as "kl.coef 0.5, steps 64".
-    """
-    known, out = [config for config in configs if config], []
-    shared = [k for k in (known or [{}])[0] if all(k in config for config in known)]
-    values = {k: [config[k] for config in known] for k in shared if k.split(".")[0] not in IGNORED}
-    for config in configs:
-        rare = [k for k, v in values.items() if config and 2 * v.count(config[k]) <= len(v)]
-        text = ", ".join(f"{k} {config[k]}" for k in rare[:NAMED])
-        out.append(text + (f" and {len(rare) - NAMED} more" if len(rare) > NAMED else ""))
-    return out
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]  # numbers distinguish equal names
+    names = [f"{name} ({n})" if n > 1 else name for name, n in zip(names, counts, strict=True)]
+    return [Group(names[i], i, members) for i, members in enumerate(split.values())]
 
 
 def common_name(names: list[str]) -> str:
