@@ -332,7 +332,7 @@ def full_disk(disk: Path, command: list[str], want: Path, out: str) -> bool:
 
     checkpoints = disk / "ppo-disk" / "checkpoints"
     first, kept = go(), checkpoint.saved_steps(checkpoints)
-    whole = [s for s in kept if seal.damage(checkpoints / str(s)) is None]
+    whole = [s for s in kept if seal.find_damage(checkpoints / str(s)) is None]
     print(f"    whole checkpoints: {whole}", file=sys.stderr)
     mount("-o", "remount,ro", disk)
     second = go()

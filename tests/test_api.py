@@ -193,7 +193,7 @@ def test_closures_pay_callbacks_stop_and_the_same_call_goes_on(folder, capsys): 
     ]
     with pytest.raises(mr.ConfigError, match=r"rewards: length × 2, .*keyed × 1 there, length × 1 now"):
         mr.train(c, rewards=length, data=ROWS)
-    with pytest.raises(mr.ConfigError, match=r"rewards: .* there, no callable now"):
+    with pytest.raises(mr.ConfigError, match=r"rewards: .* there, no callables now"):
         mr.train(c, data=ROWS)
     with pytest.raises(
         mr.ConfigError,

@@ -153,7 +153,7 @@ def test_params_alone_also_in_another_dtype(tmp_path):
         jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(mesh, seed=4, critic=True).policy.params),
     )
     assert checkpoint.read_meta(tmp_path, 4) == {**META, "step": 4}
-    with pytest.raises(CheckpointError, match=r"checkpoint 5 cannot be used: not one of \[4\]"):
+    with pytest.raises(CheckpointError, match=r"checkpoint 5 cannot be used: the saved steps are \[4\]"):
         restore_params(tmp_path, half, 5)
     with pytest.raises(CheckpointError, match=r"had checkpoint\.best null"):
         restore_params(tmp_path, half, "best")
@@ -187,7 +187,7 @@ def flip(path):
 
 
 DAMAGES = {
-    "flip": (flip, "does not hold what was written"),
+    "flip": (flip, "has changed since it was written"),
     "cut": (lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]), "were written"),
     "gone": (Path.unlink, "is missing"),
 }
@@ -219,7 +219,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, what
     assert "2.damaged" in notice and (reason in notice or what == "digests.json")
     checkpoints.save(2, back)  # and the step can be saved anew
     checkpoints.close()
-    assert checkpoint.saved_steps(tmp_path) == [1, 2] and seal.damage(tmp_path / "2") is None
+    assert checkpoint.saved_steps(tmp_path) == [1, 2] and seal.find_damage(tmp_path / "2") is None
 
 
 CUTS = {  # what becomes of a file's bytes; None: it is deleted
@@ -249,7 +249,7 @@ def test_any_damage_to_any_file_is_found_and_named(tmp_path):
             if not data and how not in ("longer", "deleted"):
                 continue  # there is nothing in it to damage
             path.unlink() if cut is None else path.write_bytes(cut(data))
-            wrong = seal.damage(tmp_path / "2")
+            wrong = seal.find_damage(tmp_path / "2")
             # its last line break: the seal still says all
             whole = path.name == seal.SEAL and how == "a byte short"
             if path.name == seal.SEAL:  # damage within it may make another file look damaged
@@ -273,7 +273,7 @@ def test_checkpoints_that_have_vanished_are_missed(tmp_path):
     shutil.rmtree(folder / "1")
     with pytest.raises(
         CheckpointError,
-        match=r"no whole checkpoint is left, though there were some; put one back, .* or remove .*",
+        match=r"no undamaged checkpoint is left, although some were saved; put one back, .* or remove .*",
     ):
         Checkpoints(folder, CheckpointConfig(), META).restore(make_state(mesh_of(2, 2, 2)))
 
@@ -283,7 +283,7 @@ def test_nothing_starts_over_when_all_are_damaged(tmp_path):
     flip(tmp_path / "1" / "meta" / "metadata")
     for _ in range(2):
         checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META, lambda text: None)
-        with pytest.raises(CheckpointError, match=r"no whole checkpoint is left, only 1\.damaged"):
+        with pytest.raises(CheckpointError, match=r"no undamaged checkpoint is left, only 1\.damaged"):
             checkpoints.restore(abstract(make_state(mesh_of(2, 2, 2))))
 
 
@@ -299,7 +299,7 @@ def test_a_full_disk_is_an_error_at_the_next_call_and_leaves_the_last_checkpoint
     try:
         with pytest.raises(
             CheckpointError,
-            match=r"checkpoint of step 2 could not be written; the newest whole one is of step 1",
+            match=r"checkpoint of step 2 could not be written; the newest complete one is step 1",
         ):
             checkpoints.save(2, state)
             checkpoints.wait()
@@ -320,7 +320,7 @@ def test_check_tells_of_a_failure_without_waiting(tmp_path, monkeypatch):
     checkpoints.save(1, make_state(mesh_of(2, 2, 2)))
     with pytest.raises(
         CheckpointError,
-        match=r"step 1 could not be written; no earlier one.*\[Errno 28\] No space left on device",
+        match=r"step 1 could not be written; there is no earlier one.*\[Errno 28\] No space left on device",
     ):
         for _ in range(10_000):
             checkpoints.check()

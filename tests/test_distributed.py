@@ -95,7 +95,7 @@ def test_a_killed_process_is_named_and_a_relaunch_goes_on(folder):  # noqa: F811
     assert status not in (0, None) and time.monotonic() - began < 2 * SILENCE + 10
     assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\s*1\s", told), told
     kept = checkpoint.saved_steps(run / "checkpoints")
-    assert kept and seal.damage(run / "checkpoints" / str(kept[-1])) is None
+    assert kept and seal.find_damage(run / "checkpoints" / str(kept[-1])) is None
     recorded = lines(run / "metrics.jsonl")
 
     # all rows on both, counted once

@@ -56,7 +56,7 @@ def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypat
     lines, ok = doctor.report(c)
     assert ok and "ok       checkpoint 1 is complete" in lines
     assert any(
-        line.startswith("warning") and "checkpoint 2 is damaged: meta/metadata does not hold" in line
+        line.startswith("warning") and "checkpoint 2 is damaged: meta/metadata has changed" in line
         for line in lines
     )
     lines, ok = doctor.report(config(tmp_path, seed=5))

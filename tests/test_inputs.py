@@ -51,9 +51,12 @@ def test_a_changed_training_file_is_refused_unless_it_is_meant(folder, capsys): 
     )
     assert [m["step"] for m in lines(folder / "runs/changing/metrics.jsonl")] == [1]
     assert main("sft", *begun[1:], "checkpoint.accept_changed_inputs=true") == 2
-    assert "changing was begun by `medrlvr train`, and this is `medrlvr sft`" in capsys.readouterr().err
+    assert (
+        "changing was started by `medrlvr train` and cannot be resumed by `medrlvr sft`"
+        in capsys.readouterr().err
+    )
     assert main(*begun, "checkpoint.accept_changed_inputs=true") == 0
-    assert "going on with what is not as it was: data.path" in capsys.readouterr().err
+    assert "accepted a changed input: data.path" in capsys.readouterr().err
     assert main(*begun) == 0  # what was accepted is what later starts are held to
 
 
@@ -63,12 +66,12 @@ def test_a_folder_from_before_commands_were_named_tells_by_its_steps(tmp_path, c
     with log.Run(c, 3, command=command) as run:
         run.resume(0)
         (run.path / "config.yaml").write_text(configs.dump(c))
-        assert log.begun_by(run.path) is None
+        assert log.started_by(run.path) is None
         run.record(1, record)
-        assert log.begun_by(run.path) == command
+        assert log.started_by(run.path) == command
     with log.Run(c, 3, command=command):
         assert (run.path / "config.yaml").read_text().startswith(f"# medrlvr {command}\n")
-    with pytest.raises(ConfigError, match=f"begun by `medrlvr {command}`"):
+    with pytest.raises(ConfigError, match=f"started by `medrlvr {command}`"):
         log.Run(c, 3, command="eval")
 
 
@@ -152,10 +155,10 @@ def edit(path, **changes):
             lambda p: edit(p / "model/generation_config.json", eos_token_id=[1, 5]),
             r"tokens that end a response: \[1\] there, \[1, 5\] now",
         ),
-        (other_weights, r"1 of \d+ tensors have other values now, such as model"),
+        (other_weights, r"1 of \d+ tensors have changed, such as model"),
         (
             lambda p: (p / "pay/mine.py").write_text("pay = 1\n"),
-            r"reward.fn: .*mine.py has other contents now",
+            r"reward.fn: the content of .*mine.py has changed",
         ),
     ],
 )
@@ -181,7 +184,8 @@ def test_another_chat_template_is_seen_by_what_it_renders(place):
         "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     )
     with pytest.raises(
-        ConfigError, match=r"train.jsonl: the same questions are other tokens now: tokenizer or chat template"
+        ConfigError,
+        match=r"train.jsonl: the same questions now have other tokens: the model's tokenizer or chat",
     ):
         check(place, **chat)
 
@@ -199,7 +203,7 @@ def test_a_model_under_adapters_is_not_swapped_when_a_run_is_evaluated(place):
     parts, _ = check(place, going_on=False)
     inputs.check_model(place, parts)
     other_weights(place)
-    with pytest.raises(ConfigError, match="tensors have other values now"):
+    with pytest.raises(ConfigError, match="tensors have changed"):
         inputs.check_model(place, parts)
     whole = dataclasses.replace(parts, cfg=parts.cfg.run_with(lora=None))
     inputs.check_model(place, whole)  # a checkpoint has all of its weights
@@ -218,7 +222,7 @@ def test_another_verifier_in_its_folder_is_refused(place):
     other_weights(place)
     shutil.copy(place / "model/model.safetensors", place / "verifier")
     shutil.copytree(families.resolve("embedded"), place / "model", dirs_exist_ok=True)
-    with pytest.raises(ConfigError, match=r"the verifier .*: 1 of \d+ tensors have other values now"):
+    with pytest.raises(ConfigError, match=r"the verifier .*: 1 of \d+ tensors have changed"):
         check(place, reward=reward)
 
 

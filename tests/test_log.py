@@ -249,8 +249,8 @@ def test_the_first_signal_ends_the_step_and_the_second_kills(tmp_path, capsys):
         run.record(3, {"reward": 0.0})
         assert run.finish()["steps"] == 3  # it was the last step: the run is complete
     said = capsys.readouterr().err
-    assert "asks for the end (SIGTERM): the run finishes what it is doing, saves, and stops" in said
-    assert "run has stopped: step 1 of 3 is saved. The same command goes on from there." in said
+    assert "SIGTERM: the run will finish the current step, save and stop" in said
+    assert "run has stopped: step 1 of 3 is saved. The same command resumes the run." in said
 
 
 def test_console_prints_a_line_a_step_where_there_is_no_terminal():

@@ -822,7 +822,10 @@ def test_a_signal_while_programs_are_compiled_stops_before_the_first_step(folder
     monkeypatch.setattr(loop, "compile_ahead", ahead)
     assert main("train", folder / "config.yaml", "name=early") == 128 + signal.SIGTERM
     assert not (folder / "runs/early/metrics.jsonl").exists()
-    assert "early has stopped: no step was done. The same command starts it again." in capsys.readouterr().err
+    assert (
+        "early has stopped: no step was finished. The same command resumes the run."
+        in capsys.readouterr().err
+    )
 
 
 def test_what_is_compiled_late_is_named_and_explained(folder, capsys, caplog, monkeypatch):

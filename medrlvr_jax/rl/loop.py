@@ -121,7 +121,7 @@ def resume(job: Job, run: log.Run, checkpoints: Checkpoints) -> tuple[TrainState
     accepted = inputs.check(run.path, job.parts, sets, bool(checkpoints.steps()), job.rewards)
     state, done = checkpoints.restore(job.state)
     skips = run.resume(done)
-    changed = [f"going on with what is not as it was: {line}" for line in accepted]
+    changed = [f"accepted a changed input: {line}" for line in accepted]
     for text in [
         *job.notices,
         *changed,
@@ -145,7 +145,7 @@ def take_steps(
         result = take_step(job, session, state, n, history, first=n == done + 1)
         state, metrics = result.state, result.metrics
         history = [*history, metrics][-monitors.WINDOW :]
-        skips = skips + 1 if log.skipped(metrics) else 0
+        skips = skips + 1 if log.has_skipped(metrics) else 0
         record(run, n, result)
         if any([callback(n, metrics) is True for callback in callbacks]):
             run.stop()
@@ -170,7 +170,7 @@ def take_step(
     compiles.drain()  # what a checkpoint or a dump compiled is not the step's
     if not first:
         compiles.explain_cache_misses()
-    session.profile.at(n)
+    session.profile.before_step(n)
     began = time.monotonic()
     with jax.profiler.StepTraceAnnotation("step", step_num=n):
         result = job.step(state, n - 1, history)
@@ -211,7 +211,7 @@ def record(run: log.Run, n: int, result: StepResult) -> None:
         share = f"{failed} of the completions, {unlearned} are not learned from"
         where = f"they are in samples.jsonl. The first: {errors[0]}"
         run.notify(f"step {n}: the reward failed on {share}; {where}")
-    if log.skipped(metrics):
+    if log.has_skipped(metrics):
         path = dump(run.path, n, result.learned)
         run.notify(f"step {n}: an update was not finite, and skipped; its rows are in {path}")
     with jax.profiler.TraceAnnotation("log"):

@@ -1,1 +1,1 @@
-"""What a run writes, says and needs: logs, console, checkpoints, digests of its inputs, profiles."""
+"""The files and the output of a run: logs, console, checkpoints, digests of its inputs, profiles."""

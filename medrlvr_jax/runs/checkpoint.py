@@ -1,12 +1,13 @@
 """Checkpoints: Orbax saves them in the background, seals detect damage, and any mesh can restore them.
 
-    checkpoints/20/state/         the TrainState, each leaf by its path
+    checkpoints/20/state/         the TrainState, each leaf under its path
                    meta/          JSON: the settings, versions and git revision of the run
-                   metrics/       JSON: the number that `checkpoint.best` names
+                   metrics/       JSON: the metric that `checkpoint.best` names
                    digests.json   size and CRC-32 of every file above (seal.py)
 
 Orbax writes into a temporary folder and renames it at the end, so a crash leaves no partial checkpoint. With
-several processes, process 0 decides for all which steps exist, which are undamaged and which is the best.
+several processes, process 0 decides for all of them which checkpoints exist, which are undamaged and which is
+the best.
 """
 
 import json
@@ -29,17 +30,18 @@ from medrlvr_jax.config.schema import CheckpointConfig
 from medrlvr_jax.host.files import read_json, reading, write_text
 from medrlvr_jax.host.processes import from_leader
 from medrlvr_jax.runs import seal
-from medrlvr_jax.runs.seal import CheckpointError, damage
+from medrlvr_jax.runs.seal import CheckpointError, find_damage
 
-Which = int | Literal["best"] | None  # a checkpoint by its step; the best; None: the newest undamaged one
-RETIRED = {"step"}  # leaves of older checkpoints that nothing reads any more
-OTHER_CHECKPOINT = "take another of the run's checkpoints"
+Which = int | Literal["best"] | None  # a step, or the best checkpoint; None: the newest undamaged one
+RETIRED = {"step"}  # leaves of old checkpoints that are no longer used
+OTHER_CHECKPOINT = "use another checkpoint of the run"
 
 
 class Checkpoints:
-    """The checkpoints of one run, for the process (or all processes) that trains it.
+    """The checkpoints of one run, for all processes that train it.
 
-    The constructor renames damaged checkpoints to `<step>.damaged` and passes a line about each to `notify`.
+    The constructor renames damaged checkpoints to `<step>.damaged` and calls `notify` with a message about
+    each.
     """
 
     def __init__(
@@ -49,9 +51,9 @@ class Checkpoints:
         meta: dict[str, Any],
         notify: Callable[[str], None] = print,
     ):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also logs what it raises
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each error that it raises
         self.folder = folder.absolute()
-        self._marker = self.folder.with_name(f".{self.folder.name}")  # exists once a checkpoint was saved
+        self._marker = self.folder.with_name(f".{self.folder.name}")  # exists after the first save
         self._meta = meta
         self._best = config.best
         self._saving = 0
@@ -78,9 +80,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        """After an error, stop Orbax's threads, since this process may train in the same folder again.
+        """After an error, stop Orbax's threads, because this process may train in the same folder again.
 
-        Not with several processes: they end anyway, and closing waits for all of them.
+        With several processes this is skipped: they end anyway, and closing would wait for all of them.
         """
         if error is not None and jax.process_count() == 1:
             try:
@@ -89,16 +91,16 @@ class Checkpoints:
                 error.add_note(str(e))
 
     def steps(self) -> list[int]:
-        """Steps whose checkpoints are complete on the disk, as this process sees it."""
+        """Return the steps whose checkpoints this process sees complete on the disk."""
         return saved_steps(self.folder)
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
-        """Copy `state` to the host, then write it in the background. Raises an error of the previous save.
+        """Copy `state` to the host, then write it in the background. A step that is already saved is skipped.
 
-        The logs must already hold the records of `step` (see log.py). A step that is already saved stays as
-        it is.
+        The records of `step` must already be in the logs (see log.py). Raises `CheckpointError` if the
+        previous save failed.
         """
-        self.wait()  # also because `_seal` reads `_saving` in the background
+        self.wait()  # `_seal` reads `_saving` in the background
         if step in from_leader(self.steps):
             return
         quality = (metrics or {}).get(self._best or "")
@@ -110,12 +112,12 @@ class Checkpoints:
             self._manager.save(step, args=args, metrics=best, force=True)
 
     def check(self) -> None:
-        """Raise if the latest save has failed, without waiting for one that is still in progress."""
+        """Raise `CheckpointError` if the latest save failed. Do not wait for a save in progress."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the latest save; raises `CheckpointError` if it failed."""
+        """Wait for the latest save. Raise `CheckpointError` if it failed."""
         with self._write_errors():
             self._manager.wait_until_finished()
         if self._saving and jax.process_index() == 0 and not self._marker.exists():
@@ -128,30 +130,31 @@ class Checkpoints:
             self._manager.close()
 
     def restore(self, state: Any) -> tuple[Any, int]:
-        """The newest state and its step, or `(state, 0)` if none was ever saved.
+        """Return the newest saved state and its step, or `(state, 0)` if nothing was ever saved.
 
-        `state`: arrays, which are freed before anything is read, since there may be no room for two; or
-        ShapeDtypeStructs. Its shardings are those to restore to. Raises `CheckpointError` if checkpoints were
-        saved but none is usable: starting over would erase the logs."""
+        `state`: arrays or ShapeDtypeStructs with the shardings to restore to. Arrays are freed before
+        anything is read, because memory may not hold two states. Raises `CheckpointError` if checkpoints were
+        saved but none is usable, because starting over would erase the logs.
+        """
         self.wait()
         steps, damaged, existed = from_leader(self._inspect)
         if steps:
             return _replace(state, self.folder, steps[-1])
         if not (damaged or existed):
             return state, 0
-        left = f"only {', '.join(damaged)}" if damaged else "though there were some"
+        rest = f"only {', '.join(damaged)}" if damaged else "although some were saved"
         remedy = f"put one back, give another name=, or remove {self.folder.parent} to start over"
-        raise CheckpointError(f"{self.folder}: no whole checkpoint is left, {left}; {remedy}")
+        raise CheckpointError(f"{self.folder}: no undamaged checkpoint is left, {rest}; {remedy}")
 
     def _inspect(self) -> tuple[list[int], list[str], bool]:
-        """Complete steps, names of damaged checkpoints, and whether any checkpoint was ever saved."""
+        """Return the complete steps, the names of damaged checkpoints, and whether one was ever saved."""
         return self.steps(), sorted(p.name for p in self.folder.glob("*.damaged")), self._marker.exists()
 
     def _quality(self, metrics: dict[str, float]) -> float:
-        return metrics.get(self._best or "", -math.inf)  # older checkpoints may hold another metric
+        return metrics.get(self._best or "", -math.inf)  # an older checkpoint may have another metric
 
     def _seal(self) -> None:
-        """Orbax calls this in the background on process 0, when all is written and before the rename."""
+        """Seal the checkpoint. Orbax calls this on process 0, in the background, just before the rename."""
         [temporary] = self.folder.glob(f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}*")
         seal.write(temporary)
 
@@ -161,52 +164,53 @@ class Checkpoints:
             yield
         except Exception as e:
             steps = [s for s in self.steps() if s != self._saving]
-            newest = f"the newest whole one is of step {steps[-1]}" if steps else "no earlier one is there"
-            room = f"{shutil.disk_usage(self.folder).free / 2**30:.1f} GiB are free there"
+            newest = f"the newest complete one is step {steps[-1]}" if steps else "there is no earlier one"
+            space = f"the disk has {shutil.disk_usage(self.folder).free / 2**30:.1f} GiB free"
             failed = f"{self.folder}: the checkpoint of step {self._saving} could not be written"
-            raise CheckpointError(f"{failed}; {newest}; {room}: {' '.join(str(e).split())[:800]}") from e
+            raise CheckpointError(f"{failed}; {newest}; {space}: {' '.join(str(e).split())[:800]}") from e
 
 
 def restore_params(folder: Path, abstract: Any, which: Which = None) -> tuple[Any, int]:
-    """The policy's parameters and their step. Changes nothing in the folder.
+    """Return the policy's parameters and their step, without any change in the folder.
 
-    Dtypes are those of `abstract`: float32 master weights can be read as bfloat16."""
+    They get the dtypes of `abstract`: float32 weights can be read as bfloat16.
+    """
     step = _choose(folder, which)
     tree = _read(folder / str(step), {"policy": {"params": abstract}}, partial=True)
     return tree["policy"]["params"], step
 
 
 def restore_before(folder: Path, state: Any, step: int) -> tuple[Any, int]:
-    """The newest undamaged state at or before `step`, and its step; `(state, 0)` if there is none.
+    """Return the newest undamaged state at or before `step` and its step; `(state, 0)` if there is none.
 
-    Frees `state` first, as `Checkpoints.restore` does, but changes nothing in the folder.
+    Like `Checkpoints.restore`, it first frees the arrays of `state`. It changes nothing in the folder.
     """
     newest = newest_undamaged(folder, step)
     return _replace(state, folder, newest) if newest else (state, 0)
 
 
 def read_meta(folder: Path, step: int) -> dict[str, Any]:
-    """The settings (`config`), versions and revision that made a checkpoint."""
+    """Return the settings (`config`), versions and git revision of a checkpoint."""
     return read_json(folder / str(step) / "meta" / "metadata", OTHER_CHECKPOINT)
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
+    """Return the steps of the complete checkpoints in a folder, in ascending order."""
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def newest_undamaged(folder: Path, last: float = math.inf) -> int | None:
-    """The newest undamaged step, at most `last`."""
+    """Return the newest undamaged step that is at most `last`, or None."""
     steps = from_leader(lambda: saved_steps(folder))
-    return next((s for s in reversed(steps) if s <= last and not damage(folder / str(s))), None)
+    return next((s for s in reversed(steps) if s <= last and not find_damage(folder / str(s))), None)
 
 
 def _rename_damaged(folder: Path, notify: Callable[[str], None]) -> None:
-    """The newest undamaged checkpoint is read in full; of older ones, only the small files."""
+    """Rename damaged checkpoints. Of those older than the newest undamaged one, check only small files."""
     below = math.inf
     for step in reversed(from_leader(lambda: saved_steps(folder))):
         path = folder / str(step)
-        reason = damage(path, below)
+        reason = find_damage(path, below)
         if not reason:
             below = seal.SMALL
             continue
@@ -214,7 +218,7 @@ def _rename_damaged(folder: Path, notify: Callable[[str], None]) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-        notify(f"checkpoint {path} is damaged ({reason}): moved to {aside.name}, going on without it")
+        notify(f"checkpoint {path} is damaged ({reason}) and was renamed to {aside.name}")
 
 
 def _choose(folder: Path, which: Which) -> int:
@@ -222,27 +226,25 @@ def _choose(folder: Path, which: Which) -> int:
     if which is None:
         if newest := newest_undamaged(folder):
             return newest
-        raise CheckpointError(f"{folder}: no whole checkpoint; there are {steps}")
+        raise CheckpointError(f"{folder}: no undamaged checkpoint among the steps {steps}")
     step = from_leader(lambda: best_step(folder)) if which == "best" else which
     if step is None:
         best = read_meta(folder, steps[-1])["config"]["checkpoint"]["best"] if steps else None
-        why = f"the run had checkpoint.best {best or 'null'}"
-        why += ", which no checkpointed step recorded" if best else ""
-        unknown = f"{folder}: no checkpoint says how good it is"
-        raise CheckpointError(f"{unknown}: {why}; name one of the steps {steps}")
-    reason = damage(folder / str(step)) if step in steps else f"not one of {steps}"
+        why = f"no saved step has the metric {best}" if best else "the run had checkpoint.best null"
+        raise CheckpointError(f"{folder}: no checkpoint is the best: {why}; give one of the steps {steps}")
+    reason = find_damage(folder / str(step)) if step in steps else f"the saved steps are {steps}"
     if reason:
         raise CheckpointError(f"{folder}: checkpoint {step} cannot be used: {reason}")
     return step
 
 
 def best_step(folder: Path) -> int | None:
-    """The step with the largest `checkpoint.best` metric, which the newest checkpoint names; None without."""
+    """Return the step with the largest `checkpoint.best` metric, or None if no checkpoint has a metric."""
     files = {s: folder / str(s) / "metrics" / "metrics" for s in saved_steps(folder)}
     metrics = {s: json.loads(f.read_text(encoding="utf-8")) for s, f in files.items() if f.exists()}
     if not metrics:
         return None
-    [name] = metrics[max(metrics)]
+    [name] = metrics[max(metrics)]  # the newest checkpoint decides if checkpoint.best has changed
     return max((m[name], s) for s, m in metrics.items() if name in m)[1]
 
 
@@ -250,7 +252,7 @@ def best_step(folder: Path) -> int | None:
 
 
 def _replace(state: Any, folder: Path, step: int) -> tuple[Any, int]:
-    """The state of a checkpoint in place of `state`, which is freed first; and its step."""
+    """Free the arrays of `state`. Return the state of a checkpoint and its step."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     for array in jax.tree.leaves(state):
         if isinstance(array, jax.Array):
@@ -263,25 +265,25 @@ def _read(path: Path, abstract: Any, partial: bool = False) -> Any:
     with reading(path, OTHER_CHECKPOINT, CheckpointError):
         saved = handler.metadata(state).tree
     _check_fits(path, saved, abstract, partial)
-    how = ocp.checkpoint_utils.construct_restore_args(abstract)
-    args = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
     with reading(path, OTHER_CHECKPOINT, CheckpointError), ocp.Checkpointer(handler) as checkpointer:
         return checkpointer.restore(state, args=args)
 
 
 def _check_fits(path: Path, saved: Any, abstract: Any, partial: bool) -> None:
-    """Name the first leaf that differs: Orbax silently converts dtypes and skips leaves that are absent."""
+    """Raise `CheckpointError` at the first leaf that differs. Orbax would convert dtypes and skip leaves."""
     old, new = _leaves(saved), _leaves(abstract)
     unread = [] if partial else [name for name in old if name not in new and name not in RETIRED]
     for name in [*new, *unread]:
         a, b = (_describe(tree.get(name), partial) for tree in (old, new))
         if a != b:
-            remedy = "take its own settings (in its meta/metadata), or start under another name="
+            remedy = "use its own settings (in meta/metadata), or give the run another name="
             raise CheckpointError(f"{path} is of another model: {name} is {a} there and {b} here; {remedy}")
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    """By dotted path: the same for dataclasses, named tuples and the dicts that Orbax makes of them."""
+    """Return leaves by dotted path, which is the same in dataclasses and in the dicts that Orbax returns."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
 

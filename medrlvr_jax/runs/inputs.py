@@ -1,10 +1,9 @@
-"""Digests of what a run's settings point to (questions, prompts, weights, a user's reward), in `inputs.json`.
+"""Record digests of a run's inputs (questions, prompts, weights, reward functions) in `inputs.json`.
 
-Settings name files and folders, whose contents may change between two starts of one run. Without a check the
-run would silently continue on other data. A run that resumes compares the record with what is there now and
-is refused, by name, if anything differs, unless `checkpoint.accept_changed_inputs` is set. With several
-processes, process 0 looks and decides for all. A folder of an earlier version, without the file, resumes and
-gets one.
+Settings name files and folders, whose contents may change between two starts of a run. Without a check the
+run would silently continue on other data. So a run that resumes compares its inputs with the record. It
+refuses to start if anything differs, unless `checkpoint.accept_changed_inputs` is set. With several
+processes, process 0 compares and decides for all. A run of an older version without the file gets one.
 """
 
 import dataclasses
@@ -25,9 +24,9 @@ from medrlvr_jax.rewards import user
 from medrlvr_jax.rewards.components import list_components
 
 NAME = "inputs.json"
-MARK = 4  # hex digits kept of each row's digest, to name the first row that differs
+MARK = 4  # hex digits of each row's digest that are stored, to find the first row that differs
 
-Sets = dict[str, tuple[SetConfig, list[Any], list[Any]]]  # by name: source of the rows, rows, their tokens
+Sets = dict[str, tuple[SetConfig, list[Any], list[Any]]]  # by name: settings, rows, tokens of the rows
 
 
 def check(
@@ -38,11 +37,11 @@ def check(
     rewards: Sequence[dict[str, Any]] = (),
     write: bool = True,
 ) -> list[str]:
-    """Compare with the folder's record if the run resumes from a checkpoint, then `write` the record.
+    """Compare the inputs with the folder's record if the run resumes, then write the new record.
 
-    `sets` holds the training set as `data` and evaluation sets as `eval.sets.<name>`; `rewards` are the
-    reward functions, as `training.describe_callables` lists them. Returns the differences that were
-    accepted. Raises `ConfigError`, in every process, for those that were not.
+    `sets`: the training set as `data` and the evaluation sets as `eval.sets.<name>`. `rewards`: the result of
+    `training.describe_callables`. `write`: False to compare only. Returns the accepted differences. Raises
+    `ConfigError` in every process if there are differences that are not accepted.
     """
     accept = parts.config.checkpoint.accept_changed_inputs
 
@@ -57,8 +56,9 @@ def check(
 
 
 def check_model(folder: Path, parts: Parts) -> None:
-    """Refuse another model than the run was trained on: by its settings and, where some of it is in no
-    checkpoint (under adapters, and of a frozen vision tower), its weights.
+    """Raise `ConfigError` if the model differs from the one that the run was trained from.
+
+    Weights are compared only if checkpoints lack some of them: below adapters, or of a frozen vision tower.
     """
     execution = parts.cfg.execution
     frozen = execution.lora or (parts.cfg.vision and execution.tower != "train")
@@ -66,14 +66,14 @@ def check_model(folder: Path, parts: Parts) -> None:
     def compare() -> list[str]:
         old, new = _read(folder), {"model": _model(parts)}
         if old.get("model", {}).get("path") != new["model"]["path"]:
-            return []  # the settings ask for another model
+            return []  # the user has chosen another model
         return differences(old, new | ({"weights": _weights(parts)} if frozen else {}))
 
     _refuse(folder, from_leader(compare), parts.config.checkpoint.accept_changed_inputs)
 
 
 def describe(parts: Parts, sets: Sets, rewards: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """The record of what the settings point to now."""
+    """Return the record of the current inputs."""
     sections = [component.settings for component in list_components(parts.config.reward)]
     functions = [section.fn for section in sections if isinstance(section, FunctionConfig)]
     verifiers = {s.model for s in sections if isinstance(s, VerifierConfig) and s.url is None}
@@ -100,17 +100,17 @@ def _weights(parts: Parts) -> dict[str, str]:
 
 
 def describe_set(spec: SetConfig, rows: list[Any], tokens: list[Any]) -> dict[str, Any]:
-    """Digests of a set's rows, in order, and of their tokens, which the tokenizer and the prompt decide."""
+    """Return digests of a set's rows, in order, and of their tokens, which also depend on the tokenizer."""
     key = lambda q: q.answer if q.value is None else q.value
     fields = lambda q: [q.id, q.question, *filter(None, [q.options]), key(q)]
-    asked = [fields(row) if isinstance(row, Question) else row for row in rows]
-    marks = "".join(fingerprint([row])["sha256"][:MARK] for row in asked)
-    digest = fingerprint(asked) | {"marks": marks, "tokens": fingerprint(tokens)["sha256"]}
+    plain_rows = [fields(row) if isinstance(row, Question) else row for row in rows]
+    marks = "".join(fingerprint([row])["sha256"][:MARK] for row in plain_rows)
+    digest = fingerprint(plain_rows) | {"marks": marks, "tokens": fingerprint(tokens)["sha256"]}
     return {"from": configs.to_tree(spec)} | digest
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line for each thing that both records have and that differs."""
+    """Return a line for each input that is in both records and differs."""
     out = [line for name in new.get("sets", {}) for line in _set_differences(name, old, new)]
     if "stop_ids" in new and (before := old.get("stop_ids", new["stop_ids"])) != (now := new["stop_ids"]):
         out.append(f"model.path: the tokens that end a response: {before} there, {now} now")
@@ -127,7 +127,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for name, now in new.get("functions", {}).items():
         before = old.get("functions", {}).get(name) or old.get("reward.fn")  # before components: one function
         if before and now and before["sha256"] != now["sha256"]:
-            out.append(f"reward.fn: {now['file']} has other contents now")
+            out.append(f"reward.fn: the content of {now['file']} has changed")
     if old and "rewards" in new:
         out += _reward_differences(old.get("rewards", []), new["rewards"])
     return out
@@ -136,13 +136,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _weight_differences(place: str, old: dict[str, str], new: dict[str, str]) -> list[str]:
     changed = sorted(k for k in old | new if old.get(k) != new.get(k))
     count = f"{len(changed)} of {len(new)} tensors"
-    return [f"{place}: {count} have other values now, such as {changed[0]}"] if changed else []
+    return [f"{place}: {count} have changed, such as {changed[0]}"] if changed else []
 
 
 def _set_differences(name: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     before, now = old.get("sets", {}).get(name), new["sets"][name]
     if before is None or (name != "data" and before["from"] != now["from"]):
-        return []  # a resume may evaluate other sets
+        return []  # a resumed run may evaluate other sets
     place = f"{name}.path: {now['from']['path']}"
     if before["sha256"] != now["sha256"]:
         marks = ([d["marks"][i : i + MARK] for i in range(0, len(d["marks"]), MARK)] for d in (before, now))
@@ -151,31 +151,30 @@ def _set_differences(name: str, old: dict[str, Any], new: dict[str, Any]) -> lis
         rows = f"{before['n']:,} rows there, {now['n']:,} now"
         return [f"{place}: {rows}; the first that differs is number {first + 1:,}"]
     if before["tokens"] != now["tokens"]:
-        cause = "tokenizer or chat template of the model have changed"
-        return [f"{place}: the same questions are other tokens now: {cause}"]
+        cause = "the model's tokenizer or chat template has changed"
+        return [f"{place}: the same questions now have other tokens: {cause}"]
     return []
 
 
 def _reward_differences(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
-    if (before := _listed(old)) != (now := _listed(new)):
+    if (before := _list_rewards(old)) != (now := _list_rewards(new)):
         return [f"rewards: {before} there, {now} now"]
     changed = [b["name"] for a, b in zip(old, new, strict=True) if a["sha256"] != b["sha256"]]
-    return [f"rewards: {name} has another source text now" for name in changed]
+    return [f"rewards: the source code of {name} has changed" for name in changed]
 
 
-def _listed(rewards: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{reward['name']} × {reward['weight']:g}" for reward in rewards) or "no callable"
+def _list_rewards(rewards: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{reward['name']} × {reward['weight']:g}" for reward in rewards) or "no callables"
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    file, remedy = folder / NAME, "remove it, and the run goes on with what is there now"
+    file, remedy = folder / NAME, "remove it, and the run will accept the current inputs"
     return files.read_json(file, remedy) if file.exists() else {}
 
 
 def _refuse(folder: Path, changed: list[str], accept: bool) -> list[str]:
     if changed and not accept:
-        remedy = "put back what it was begun with, give this run another name=,"
-        remedy += " or set checkpoint.accept_changed_inputs=true if it is meant"
-        head = f"{folder}: what its settings point to has changed; {remedy}:"
+        remedy = "restore them, give this run another name=, or set checkpoint.accept_changed_inputs=true"
+        head = f"{folder}: inputs of this run have changed; {remedy}:"
         raise ConfigError("\n".join([head, *(f"  {line}" for line in changed)]))
     return changed

@@ -1,17 +1,17 @@
-"""What a run writes beside its checkpoints: folder and lock, JSON lines, progress, trackers, summary.
+"""The folder of a run and its logs.
 
-    runs/<name>/config.yaml     the resolved settings, after a line that names the command
+    runs/<name>/config.yaml     all settings, after a line with the name of the command
                 inputs.json     digests of the files that the settings name (inputs.py)
-                metrics.jsonl   one object a step; step 0 is the evaluation before training
+                metrics.jsonl   one record per step; step 0 is the evaluation before training
                 samples.jsonl   some completions, every few steps
                 answers/        answers of the evaluations: <step>/<set>.jsonl
-                summary.json    at the end
-                checkpoints/    checkpoint.py
+                summary.json    results, written at the end
+                checkpoints/    see checkpoint.py
 
-Only process 0 writes these. Each step is in the logs exactly once, whenever the run is killed, because of the
-order: the records of step k are on the disk before checkpoint k is begun (`Run.record`, then
-`Checkpoints.save`), and a run that resumes from checkpoint k first drops the records after k (`Run.resume`).
-Record k and checkpoint k both belong to the k-th step: 1, 2, ….
+Only process 0 writes these files. Each step is in the logs exactly once, even if the run is killed at any
+time: the records of step k are on the disk before the save of checkpoint k starts (`Run.record`, then
+`Checkpoints.save`), and a run that resumes from checkpoint k first removes the records after k
+(`Run.resume`). Record k and checkpoint k both belong to step k = 1, 2, ….
 """
 
 import fcntl
@@ -44,19 +44,19 @@ from medrlvr_jax.host.processes import gather
 from medrlvr_jax.runs import trackers
 from medrlvr_jax.runs.console import Console, evaluations_by_set
 
-COMMAND = "# medrlvr "  # begins the first line of config.yaml; the command's name follows
+COMMAND = "# medrlvr "  # the start of the first line of config.yaml, before the command's name
 LOGS = ("metrics", "samples", "questions")
-# settings that a resume may change
+# Settings that may change between the starts of a run.
 MAY_CHANGE = ("runs", "steps", "passes", "checkpoint", "log", "eval", "mesh")
 
 
 class Run:
-    """The records of one training, written to files, the console and trackers.
+    """The log of one training, which is written to files, the console and trackers.
 
-    Creates or reopens `runs/<name>`. Raises `ConfigError` if another process uses it, or if other settings or
-    the other command (train or sft) began it: neither can continue from the other's checkpoint. The first
-    SIGINT or SIGTERM sets `stopping` once the step is recorded, or once the programs are compiled, so that
-    the loop can save and end. The second kills.
+    The constructor creates or reopens `runs/<name>`. It raises `ConfigError` if another process uses the
+    folder, or if the run was started with other settings or by the other command (train or sft). The first
+    SIGINT or SIGTERM sets `stopping` after the current step or compilation, so that the loop can save and
+    end. The second ends the process at once.
     """
 
     def __init__(
@@ -72,9 +72,11 @@ class Run:
         self._signal, self._stop_called, self._done = 0, False, 0
 
     def __enter__(self) -> "Run":
-        in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
+        in_main = (
+            threading.current_thread() is threading.main_thread()
+        )  # Python allows signal handlers only there
         signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-        # None: a handler that Python did not set and cannot restore
+        # signal.signal returns None for a handler that Python did not set and cannot restore
         self._handlers = {s: signal.signal(s, self._on_signal) or signal.SIG_DFL for s in signals}
         return self
 
@@ -87,23 +89,22 @@ class Run:
             self._lock.close()  # releases the lock
 
     def stop(self) -> None:
-        """Stop as a signal would: the next `check_signals` sets `stopping` in all processes."""
+        """Stop the run like a signal: the next `check_signals` sets `stopping` in all processes."""
         self._stop_called = True
 
     def _on_signal(self, number: int, _: Any) -> None:
         self._signal = number
         self._restore_handlers()
-        pressed = number == signal.SIGINT
-        cause = "Ctrl-C was pressed" if pressed else "The system asks for the end (SIGTERM)"
-        self.notify(f"{cause}: the run finishes what it is doing, saves, and stops.")
-        self.notify("Once more stops it at once; then what came after the last checkpoint is lost.")
+        cause = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        self.notify(f"{cause}: the run will finish the current step, save and stop.")
+        self.notify("A second signal stops it at once. All steps after the last checkpoint are then lost.")
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def resume(self, done: int) -> int:
-        """Drop the records after step `done`, 0: all. Returns how many of the last steps were skipped."""
+        """Remove the records after step `done`. Return the number of skipped updates directly before."""
         skips = 0
         if self._lock:
             for name in LOGS:
@@ -113,21 +114,21 @@ class Run:
                     shutil.rmtree(folder)
             if done:
                 records = files.read_jsonl(self.path / "metrics.jsonl")
-                skips = sum(1 for _ in itertools.takewhile(skipped, reversed(records)))
+                skips = sum(1 for _ in itertools.takewhile(has_skipped, reversed(records)))
         self._done = done
         if self._lock:
             self._tracker = trackers.Tracker(self.path, self._config, done)
         self._console.begin(done)
         if done:
-            self.notify(f"{self.path}: going on after step {done}")
+            self.notify(f"{self.path}: resuming after step {done}")
         return gather(skips)[0]
 
     def history(self, n: int) -> Records:
-        """The records of the last `n` steps, the same in every process. Call it after `resume`."""
+        """Return the records of the last `n` steps, equal in all processes. Call it after `resume`."""
         return gather(_step_records(self.path)[-n:] if self._lock else [])[0]
 
     def record(self, step: int, metrics: dict[str, Any], **logs: Iterable[dict[str, Any]]) -> None:
-        """Write a step's records to the disk before returning; `logs` are rows for others of `LOGS`."""
+        """Write a step's metrics and the rows of other `LOGS`. They are on the disk when this returns."""
         if metrics.get("seconds") and "tokens" in metrics:
             metrics = metrics | {"tokens_per_second": metrics["tokens"] / metrics["seconds"]}
         if self._lock:
@@ -140,21 +141,23 @@ class Run:
         self.check_signals()
 
     def write_answers(self, step: int, name: str, rows: Records, questions: list[Question]) -> None:
-        """Write the first answer to `log.answers` questions, spread evenly over an evaluated set; where a run
-        first does, with the questions' images.
+        """Write the first answer to each of `log.answers` questions, spread evenly over an evaluated set.
+
+        The run's first file of a set also contains the images of the questions.
         """
         first = [row for row in rows if row["sample"] == 0]
-        chosen = np.unique(np.linspace(0, len(first) - 1, min(self._config.log.answers, len(first))).round())
-        if self._lock and len(chosen):
+        indices = np.unique(np.linspace(0, len(first) - 1, min(self._config.log.answers, len(first))).round())
+        if self._lock and len(indices):
             file = self.path / "answers" / str(step) / f"{name}.jsonl"
             with files.named_errors(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
-            shown = [first[int(i)] for i in chosen]
-            begun = any(self.path.glob(f"answers/*/{name}.jsonl"))
-            files.write_text(file, files.jsonl(shown if begun else with_thumbnails(shown, questions)))
+            answers = [first[int(i)] for i in indices]
+            if not any(self.path.glob(f"answers/*/{name}.jsonl")):
+                answers = with_thumbnails(answers, questions)
+            files.write_text(file, files.jsonl(answers))
 
     def check_signals(self) -> None:
-        """Set `stopping` in all processes if a signal or `stop` has reached any of them."""
+        """Set `stopping` in all processes if any of them got a signal or a call of `stop`."""
         self.stopping = any(gather(bool(self._signal) or self._stop_called))
 
     def notify(self, text: str) -> None:
@@ -166,15 +169,12 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Write and return the summary.
 
-        If the run was stopped early: only its progress, and the exit status of its signal, or 0 after `stop`.
+        After an early stop it has only the progress and the exit status: 0 after `stop`, else the signal's.
         """
         name = self._config.name
         if self.stopping and self._done < self._steps:
-            if self._done:
-                saved = f"step {self._done} of {self._steps} is saved. The same command goes on from there."
-            else:
-                saved = "no step was done. The same command starts it again."
-            self.notify(f"{self.path} has stopped: {saved}")
+            saved = f"step {self._done} of {self._steps} is saved" if self._done else "no step was finished"
+            self.notify(f"{self.path} has stopped: {saved}. The same command resumes the run.")
             status = 0 if self._stop_called and not self._signal else 128 + (self._signal or signal.SIGTERM)
             return {"name": name, "steps": self._steps, "done": self._done, "exit_status": status}
         if not self._lock:
@@ -192,13 +192,13 @@ class Run:
         return summary
 
 
-def skipped(metrics: dict[str, Any]) -> bool:
-    """Whether the step skipped an update because it was not finite."""
+def has_skipped(metrics: dict[str, Any]) -> bool:
+    """Return whether the step skipped an update that was not finite."""
     return any(value > 0 for name, value in metrics.items() if name.split("/")[-1] == "skipped")
 
 
 def _step_records(path: Path) -> Records:
-    """The metrics of a run's steps, without step 0, which is an evaluation."""
+    """Return the metrics of a run's steps, without step 0, which is an evaluation."""
     file = path / "metrics.jsonl"
     return [r for r in files.read_jsonl(file) if r["step"]] if file.exists() else []
 
@@ -207,7 +207,7 @@ def _step_records(path: Path) -> Records:
 
 
 def open_folder(path: Path, config: Config, command: str) -> TextIO:
-    """Create or reopen a run's folder and return its lock, which is held until it is closed."""
+    """Create or reopen a run's folder. Return its lock, which is held until the file is closed."""
     with files.named_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)
@@ -221,7 +221,7 @@ def open_folder(path: Path, config: Config, command: str) -> TextIO:
 
 
 def check(config: Config, command: str) -> None:
-    """Refuse, before anything is loaded, what a run of these settings would be refused for when it begins."""
+    """Raise `ConfigError`, before anything is loaded, if `Run` would refuse these settings later."""
     if jax.process_index() == 0:
         path = Path(config.runs) / config.name
         if holder := lock_holder(path):
@@ -231,19 +231,20 @@ def check(config: Config, command: str) -> None:
 
 
 def check_folder(path: Path, config: Config, command: str) -> None:
-    """Refuse a folder that another command or other settings began."""
+    """Raise `ConfigError` if the folder's run was started by another command or with other settings."""
     if not (path / "config.yaml").exists():
         return
-    if (by := begun_by(path)) not in (None, command):
-        remedy = "which would go on from the other's checkpoint; give this run another name="
-        raise ConfigError(
-            f"name: {path} was begun by `medrlvr {by}`, and this is `medrlvr {command}`, {remedy}"
-        )
+    if (by := started_by(path)) not in (None, command):
+        why = f"was started by `medrlvr {by}` and cannot be resumed by `medrlvr {command}`"
+        raise ConfigError(f"name: {path} {why}; give this run another name=")
     check_same(path / "config.yaml", config)
 
 
-def begun_by(path: Path) -> str | None:
-    """`train` or `sft`, from the first line of config.yaml; of an older version, from the metrics."""
+def started_by(path: Path) -> str | None:
+    """Return the command that started a run, `train` or `sft`; None if an old run without steps does not say.
+
+    The command is in the first line of config.yaml. Runs of older versions are recognised by their metrics.
+    """
     first = (path / "config.yaml").read_text(encoding="utf-8").partition("\n")[0]
     if first.startswith(COMMAND):
         return first.removeprefix(COMMAND).strip()
@@ -252,12 +253,12 @@ def begun_by(path: Path) -> str | None:
 
 
 def _take_lock(path: Path) -> TextIO:
-    """The kernel releases a flock when its process ends, however it ends: there are no stale locks."""
-    lock = open(path / ".lock", "a+", encoding="utf-8")  # stays open as long as the run
+    """Lock a run's folder by flock, which the kernel releases when the process ends in any way."""
+    lock = open(path / ".lock", "a+", encoding="utf-8")  # held open until the run ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = _holder(lock)
+        holder = _read_holder(lock)
         lock.close()
         raise ConfigError(_in_use(path, holder)) from None
     lock.truncate(0)
@@ -270,31 +271,31 @@ def _in_use(path: Path, holder: str) -> str:
     return f"name: {path} is in use by {holder}; wait for it, stop it, or give this run another name="
 
 
-def _holder(lock: TextIO) -> str:
+def _read_holder(lock: TextIO) -> str:
     lock.seek(0)
     return f"process {lock.read() or '(starting)'}"
 
 
 def lock_holder(path: Path) -> str | None:
-    """Which process runs in this folder, for messages; None if none does."""
+    """Return the process that runs in this folder, as text for messages, or None."""
     if not (path / ".lock").exists():
         return None
     with open(path / ".lock", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _holder(lock)
+            return _read_holder(lock)
     return None
 
 
 def check_same(path: Path, config: Config) -> None:
-    """Refuse to resume with settings other than those in the file `path`, but for `MAY_CHANGE`."""
+    """Raise `ConfigError` if settings outside `MAY_CHANGE` differ from those in the file `path`."""
     old = configs.read_yaml(path, "repair it, or give this run another name=") or {}
     trees = (old, configs.to_tree(config))
-    then, now = (configs.flat({k: v for k, v in t.items() if k not in MAY_CHANGE}) for t in trees)
-    if changed := configs.differences(then, now):
-        remedy = "give this run another name=, or the settings it was begun with"
-        head = f"name: {path.parent} was begun with other settings; {remedy}:"
+    before, now = (configs.flat({k: v for k, v in t.items() if k not in MAY_CHANGE}) for t in trees)
+    if changed := configs.differences(before, now):
+        remedy = "give this run another name=, or use the same settings"
+        head = f"name: {path.parent} was started with other settings; {remedy}:"
         raise ConfigError("\n  ".join([head, *changed]))
 
 
@@ -302,7 +303,7 @@ def check_same(path: Path, config: Config) -> None:
 
 
 def versions() -> dict[str, Any]:
-    """Packages, devices and git revision: what is needed to run the same thing again."""
+    """Return versions of packages, devices and git revision, which are needed to repeat a run."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     devices = jax.devices()
     return {
@@ -318,7 +319,7 @@ def versions() -> dict[str, Any]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """`{"revision", "dirty"}` of the git checkout that this package runs from; None elsewhere."""
+    """Return `{"revision", "dirty"}` if this package runs from a git checkout, else None."""
     root = Path(medrlvr_jax.__file__).resolve().parent.parent
     if not (root / ".git").exists() or not shutil.which("git"):
         return None

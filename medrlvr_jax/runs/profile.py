@@ -1,10 +1,10 @@
-"""Where a run's time goes: programs that XLA compiles during the run, and a trace of chosen steps.
+"""Measure where a run spends its time: compilations during the run, and a trace of some steps.
 
-A run compiles its programs before the first step (`ahead.compile_ahead`). A later compilation costs time
-that no metric shows, so `Compiles` counts them. `log.profile: [first, last]` traces steps with jax.profiler;
-XProf, TensorBoard and Perfetto read the trace. Beside XLA's own rows it has, on the host, `step`, `score`,
-`log` and `evaluate`, and on the device the scopes `prefill`, `decode`, `assess_policy`, `assess_reference`,
-`assess_critic`, `gradients` and `optimizer`.
+A run compiles its programs before the first step (`ahead.compile_ahead`). `Compiles` records any later
+compilation, because no metric shows its time. `log.profile: [first, last]` traces steps with jax.profiler.
+XProf, TensorBoard and Perfetto read the trace. It has the host's annotations `step`, `score`, `log` and
+`evaluate`, and the device's scopes `prefill`, `decode`, `assess_policy`, `assess_reference`, `assess_critic`,
+`gradients` and `optimizer`.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class Compiles:
-    """Records each compilation, its name and seconds, while the context is open."""
+    """Records the name and the seconds of each compilation while the context is open."""
 
     def __enter__(self) -> "Compiles":
         self._compiled: list[tuple[str, float]] = []
@@ -32,17 +32,17 @@ class Compiles:
             self._compiled.append((str(attributes.get("fun_name", "a program")), duration_secs))
 
     def drain(self) -> list[tuple[str, float]]:
-        """(program, seconds) of each compilation since the last call."""
+        """Return (program, seconds) of each compilation since the last call."""
         compiled, self._compiled = self._compiled, []
         return compiled
 
     def explain_cache_misses(self) -> None:
-        """From now on JAX logs why it compiles."""
+        """Let JAX log the reason of each compilation from now on."""
         jax.config.update("jax_explain_cache_misses", True)
 
 
 class Profile:
-    """Traces steps `first` to `last` into a folder, a resumed run the rest; call `at(n)` before step n."""
+    """Traces the steps `first` to `last` into a folder. Call `before_step(n)` before each step n."""
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self._folder, (self._first, self._last), self._on = folder, steps or (0, 0), False
@@ -53,8 +53,8 @@ class Profile:
     def __exit__(self, *_: Any) -> None:
         self._stop()
 
-    def at(self, n: int) -> None:
-        """Start or stop the trace, if step `n` is the first of it or comes after the last."""
+    def before_step(self, n: int) -> None:
+        """Start the trace if step `n` is in it, and stop it after its last step."""
         if self._on and n > self._last:
             self._stop()
         elif not self._on and self._first <= n <= self._last:

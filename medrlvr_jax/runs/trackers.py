@@ -1,8 +1,7 @@
-"""The metrics of a run to TensorBoard, Weights & Biases and trackio, where `log` names them; process 0 only.
+"""Send a run's metrics to TensorBoard, Weights & Biases and trackio, as `log` asks. Only process 0 does this.
 
-A run that resumes goes on in the same run there: TensorBoard's events after the checkpoint are replaced, and
-the other two are given the id in `<run>/wandb_id`, one for each folder, so that runs of one name do not
-collide.
+A resumed run continues the same run there. TensorBoard replaces the events after the checkpoint. The other
+two get the id in `<run>/wandb_id`. Each folder has its own id, so that runs with equal names stay separate.
 """
 
 import importlib.util
@@ -19,7 +18,7 @@ from medrlvr_jax.config.schema import Config
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 
-# Of each setting: the package that it needs, and the value that turns it off.
+# For each setting of `log`: the package that it needs, and the value that turns it off.
 PACKAGES = {
     "tensorboard": ("tensorboardX", "false"),
     "wandb": ("wandb", "null"),
@@ -29,7 +28,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def check(config: Config) -> None:
-    """Refuse a tracker whose package or login is missing."""
+    """Raise `ConfigError` if the package or the login of a tracker is missing."""
     for name, (package, off) in PACKAGES.items():
         value = getattr(config.log, name)
         if value and not importlib.util.find_spec(package):
@@ -37,11 +36,11 @@ def check(config: Config) -> None:
             raise ConfigError(f"log.{name}: {value} needs {package}, which is not installed; {remedy}")
     if config.log.wandb and not _wandb_login():
         remedy = "run `wandb login`, or set WANDB_MODE=offline (`wandb sync` uploads later)"
-        raise ConfigError(f"log.wandb: {config.log.wandb} needs a login, and there is none; {remedy}")
+        raise ConfigError(f"log.wandb: {config.log.wandb} needs a login, but there is none; {remedy}")
 
 
 def _wandb_login() -> bool:
-    """Whether W&B is not to be reached, or there is a key for it where `wandb login` leaves one."""
+    """Return whether W&B is offline, or an API key is set or stored by `wandb login`."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -54,18 +53,18 @@ def _wandb_login() -> bool:
 
 
 def tag(metric: str) -> str:
-    """A metric's name as trackers group it, by its first part: `eval/dev/accuracy`, `train/reward`."""
+    """Return a metric's name with a group for trackers: `eval/dev/accuracy`, `train/reward`."""
     if metric.startswith("eval."):
         return "eval/" + "/".join(metric.removeprefix("eval.").rsplit(".", 1))
     return metric if "/" in metric else f"train/{metric}"
 
 
 class Tracker:
-    """The trackers of one run. `done`: the step after which it goes on."""
+    """The trackers of one run. `done`: the number of finished steps when it starts."""
 
     def __init__(self, folder: Path, config: Config, done: int):
         self._board, self._others = None, []
-        self._ends: list[Callable[[bool], Any]] = []  # each is told whether the run has failed
+        self._ends: list[Callable[[bool], Any]] = []  # called at the end with True if the run has failed
         if config.log.tensorboard:
             from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
             from tensorboardX.summary import hparams  # pyright: ignore[reportMissingImports]
@@ -75,14 +74,9 @@ class Tracker:
             flat = configs.flat(configs.to_tree(config))
             self._board.add_text("settings", _as_code("\n".join(f"{k}: {v}" for k, v in flat.items())))
             settings = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in flat.items()}
-            judged = [
-                "train/reward",
-                "train/accuracy",
-                *(f"eval/{name}/accuracy" for name in config.eval.sets),
-            ]
-            for summary in hparams(
-                settings, dict.fromkeys(judged, 0.0)
-            ):  # the hparams tab, of this run itself
+            scores = ["train/reward", "train/accuracy"]
+            scores += [f"eval/{name}/accuracy" for name in config.eval.sets]
+            for summary in hparams(settings, dict.fromkeys(scores, 0.0)):  # the tab HPARAMS
                 if self._board.file_writer:
                     self._board.file_writer.add_summary(summary)
         run_id = _run_id(folder) if config.log.wandb or config.log.trackio else ""
@@ -97,13 +91,13 @@ class Tracker:
         if project := config.log.trackio:
             import trackio  # pyright: ignore[reportMissingImports]
 
-            name = f"{config.name}-{run_id[:6]}"  # a run's name is its id there
+            name = f"{config.name}-{run_id[:6]}"  # trackio identifies runs by their names
             on_trackio = trackio.init(project=project, name=name, config=tree, resume="allow")
             self._others.append(on_trackio)
             self._ends.append(lambda _: on_trackio.finish())
 
     def log(self, step: int, metrics: Mapping[str, Any], samples: Rows = ()) -> None:
-        """Send the step's metrics that have a value, and to TensorBoard its samples as text."""
+        """Send the step's metrics that have a value. TensorBoard also gets the samples as text."""
         numbers = {tag(k): float(v) for k, v in metrics.items() if v is not None}
         if self._board:
             for name, value in numbers.items():
@@ -115,7 +109,7 @@ class Tracker:
             tracker.log(numbers, step=step)
 
     def close(self, failed: bool) -> None:
-        """`failed`: W&B shows the run as such."""
+        """Finish all trackers. W&B marks the run if it has `failed`."""
         for end in self._ends:
             end(failed)
 
@@ -128,5 +122,5 @@ def _run_id(folder: Path) -> str:
 
 
 def _as_code(text: str) -> str:
-    """A text as TensorBoard's Markdown shows it unchanged: indented by four."""
+    """Indent a text, so that TensorBoard's Markdown shows it unchanged."""
     return "\n".join(f"    {line}" for line in text.splitlines())

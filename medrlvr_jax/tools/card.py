@@ -16,7 +16,7 @@ from medrlvr_jax.evaluation import contamination
 from medrlvr_jax.evaluation.answers import interval, percent
 from medrlvr_jax.host import files
 from medrlvr_jax.runs.console import evaluations_by_set
-from medrlvr_jax.runs.log import begun_by
+from medrlvr_jax.runs.log import started_by
 
 RUN = """\
 ```python
@@ -70,8 +70,8 @@ def card(run: Path, config: Config, step: int, base: Path, place: str, adapter: 
 
 
 def describe_training(run: Path, config: Config, step: int) -> str:
-    method = "fine-tuning" if begun_by(run) == "sft" else "reinforcement learning from verifiable rewards"
-    if begun_by(run) != "sft":
+    method = "fine-tuning" if started_by(run) == "sft" else "reinforcement learning from verifiable rewards"
+    if started_by(run) != "sft":
         method += f" (advantage estimator `{config.advantage.estimator}`)"
     trained = "adapters (LoRA)" if config.model.lora else "all weights"
     version = f"by medrlvr_jax {medrlvr_jax.__version__}"

@@ -122,8 +122,8 @@ def _check_run(config: Config) -> Iterator[Finding]:
         except ConfigError as e:
             yield problem(str(e))
     for step in checkpoint.saved_steps(path / "checkpoints"):
-        if wrong := seal.damage(path / "checkpoints" / str(step), seal.SMALL):
-            yield warning(f"checkpoint {step} is damaged: {wrong}", "the run will use an older one")
+        if wrong := seal.find_damage(path / "checkpoints" / str(step), seal.SMALL):
+            yield warning(f"checkpoint {step} is damaged: {wrong}", "the run will not use it")
         else:
             yield ok(f"checkpoint {step} is complete")
 
