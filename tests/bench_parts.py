@@ -53,7 +53,7 @@ from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model.scoring import Rows
 from medrlvr_jax.model.spec import VISION
 from medrlvr_jax.model_rewards import verifier_models
-from medrlvr_jax.model_rewards.ask import Answers, Ending, answer_scores, pass_over
+from medrlvr_jax.model_rewards.answer_scores import AnswerRows, EndingBatch, pass_settings, score_answers
 from medrlvr_jax.model_rewards.policy import make_policy_rewards
 from medrlvr_jax.model_rewards.probability import LEAD, ProbabilityRequest
 from medrlvr_jax.plan.flops import tower_flops
@@ -278,13 +278,13 @@ def verify_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         dtype=parts.config.model.dtype,
         max_tokens=max(map(len, tokens)),
     )
-    asked = verifier_models.read(section, parts.mesh, "bench").loaded()
+    asked = verifier_models.read(section, parts.mesh, "bench").load()
     prefill, columns = jax.jit(decode.prefill, static_argnames="cfg"), asked.widths[-1]
     batches = [tokens[i : i + asked.size] for i in range(0, len(tokens), asked.size)]
-    placed = [asked.placed([tuple(row) for row in batch], columns) for batch in batches]
+    placed = [asked.place([tuple(row) for row in batch], columns) for batch in batches]
 
     def prefills():
-        return [prefill(asked.model.params, asked.model.cfg, prompts) for prompts in placed]
+        return [prefill(asked.params, asked.cfg, prompts) for prompts in placed]
 
     times, others = by_turns([lambda: asked.ask(texts), prefills], args.runs)
     overhead = round(ratio(times, others) - 1, 4)
@@ -304,10 +304,10 @@ def ask_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     reward = RewardConfig(components=(section,))
     asking = replace(parts, config=replace(parts.config, reward=reward))
     program = make_policy_rewards(asking)["probability"].program
-    how, params = pass_over(parts), lora.join(load_base(parts), load_params(parts, parts.cfg))
+    how, params = pass_settings(parts), lora.join(load_base(parts), load_params(parts, parts.cfg))
     n, shape, rng = args.questions, (args.questions, args.samples), np.random.default_rng(0)
     tokens, mask = random_rows(args, rng)
-    ending = Ending(
+    ending = EndingBatch(
         prefix=np.maximum(lengths(args) - 6, 0),
         ids=rng.integers(5, 200, (*shape, section.max_tokens + LEAD)).astype(np.int32),
         start=np.zeros(shape, np.int32),
@@ -321,7 +321,7 @@ def ask_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     @jax.jit
     def reference(params: Params, prompts: Prompts, rollout: Rollout) -> Any:
         rows = Rows(prompts, rollout.tokens, rollout.mask)
-        return answer_scores(params, Answers(rows, rollout.mask), "logmean", how)
+        return score_answers(params, AnswerRows(rows, rollout.mask), "logmean", how)
 
     ask = lambda: program({}, params, prompts, rollout, request)
     asked, scored = by_turns([ask, lambda: reference(params, prompts, rollout)], args.runs)

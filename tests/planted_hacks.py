@@ -79,7 +79,7 @@ def main(model: str = "embedded", questions: str = "64") -> None:
             if reward.baseline is not None:
                 start = probability.start_scores(parts, section, ({}, params), encoded, quiet)
                 reward.baseline.update(start)
-            request = place_scored(reward.request(scored), scored, n, parts)
+            request = place_scored(reward.make_request(scored), scored, n, parts)
             columns.append(np.asarray(reward.program({}, params, prompts, rollout, request)).mean(0))
         bare = probe.before_response(parts, encoded)
         kinds = [(i, f"<think>{t[i]}</think>\n<answer>") for t in thoughts.values() for i in range(n)]

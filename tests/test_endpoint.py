@@ -11,7 +11,7 @@ import pytest
 from medrlvr_jax.config import load as configs
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model_rewards import endpoint
-from medrlvr_jax.model_rewards.endpoint import Endpoint, Reply, yes_share
+from medrlvr_jax.model_rewards.endpoint import Completion, Endpoint, yes_share
 from medrlvr_jax.rewards.user import RewardError
 from medrlvr_jax.rl import train
 from medrlvr_jax.tools import replay
@@ -116,7 +116,7 @@ def test_each_failure_costs_its_own_row(server):
     }
     asked = Endpoint(server.url, "judge", False, "secret-key", retries=3)
     got = dict(zip(server.answers, asked.complete(list(server.answers), 1, first=True), strict=True))
-    good = Reply(" Yes", {" Yes": -0.1, " No": -2.4})
+    good = Completion(" Yes", {" Yes": -0.1, " No": -2.4})
     assert [got.pop(name) for name in ("fine", "later", "torn, then whole", "cut, then whole")] == [good] * 4
     reasons = {
         "broken": "no JSON object: b'<html>'",
@@ -155,7 +155,7 @@ def test_no_request_begins_after_the_deadline(server):
 def test_a_chat_is_read_as_a_chat(server):
     server.answers = {"a": [{"choices": [{"message": {"content": "Final Decision: Yes"}}]}]}
     assert Endpoint(server.url, "judge", True).complete(["a"], 9, first=False) == [
-        Reply("Final Decision: Yes", {})
+        Completion("Final Decision: Yes", {})
     ]
     assert server.requests[0][0] == "/v1/chat/completions"
 

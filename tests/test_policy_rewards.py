@@ -106,7 +106,7 @@ def answered(setting, name):
         section = next(c for c in parts.config.reward.components if (c.name or c.kind) == name)
         scores = probability.start_scores(parts, section, start, encoded, lambda done, n: None)
         reward.baseline.update(scores)
-    request = place_scored(reward.request(scored), scored, 8, parts)
+    request = place_scored(reward.make_request(scored), scored, 8, parts)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), request) == jax.tree.map(
         lambda x: (x.shape, x.dtype), reward.shapes
     )
@@ -147,7 +147,7 @@ def test_consistency_is_the_models(setting):
     assert (values[:, 1] == 0).all() and 0 < sum(expected) < 8
     request = consistency.consistency_request(parts, ConsistencyConfig(of="right"), scored)
     right = scored.verdicts.correct
-    assert right.any() and ((request.ending.size > 0) == right).all() and not right[::2].all()
+    assert right.any() and ((request.endings.size > 0) == right).all() and not right[::2].all()
 
 
 def test_a_run_resumes_with_its_baseline(tmp_path):
@@ -218,9 +218,12 @@ def test_what_cannot_work_is_refused(changes, complaint):
 @pytest.mark.parametrize(
     ("kind", "complaint"),
     [
-        ("consistency", "consistency: it asks for letters, and question open-1 has not one right letter"),
+        ("consistency", "consistency: it compares letters, and question open-1 has not one right letter"),
         ("process", r"process: no question of data\.path has facts"),
-        ("verifier", r"verifier: no right answer in data\.path is a text, so it is never asked; set when"),
+        (
+            "verifier",
+            r"verifier: no right answer in data\.path is a text, so it would never be asked; set when",
+        ),
     ],
 )
 def test_questions_that_lack_what_is_asked_for_are_refused(kind, complaint):

@@ -55,13 +55,13 @@ def test_cuts_and_sentences():
         four,
     ]
     assert probe.cut("", 0.5) == "" == probe.cut("one", 0.25)
-    assert probe.sentences("It is 2.3 mg. So B; or\nC") == [
+    assert probe.thought_prefixes("It is 2.3 mg. So B; or\nC") == [
         "It is 2.3 mg.",
         "It is 2.3 mg. So B;",
         "It is 2.3 mg. So B; or\n",
         "It is 2.3 mg. So B; or\nC",
     ]
-    assert probe.sentences("One. ") == ["One. "] and probe.sentences(" . ") == []
+    assert probe.thought_prefixes("One. ") == ["One. "] and probe.thought_prefixes(" . ") == []
 
 
 def test_letters_are_those_tokens_in_which_the_texts_differ():

@@ -48,20 +48,20 @@ def asked(mesh=None, seed=0, tied=True, **settings):
     )
     params = jax.tree.map(lambda p: p * 3 if p.ndim > 2 else p, spec.init(cfg, jax.random.key(seed)))
     put = lambda p, s: jax.device_put(np.asarray(p.astype(s.dtype)), s.sharding)
-    params = jax.tree.map(put, params, made.model.params)
+    params = jax.tree.map(put, params, made.params)
     made = dataclasses.replace(made, verdicts=(ord("1"), ord("0")))
-    return made, dataclasses.replace(made, model=dataclasses.replace(made.model, params=params))
+    return made, dataclasses.replace(made, params=params)
 
 
 def directly(made, texts):
     """p(1) among 1 and 0, by the whole vocabulary's softmax after each text by itself, unpadded."""
-    params = jax.tree.map(jnp.asarray, jax.device_get(made.model.params))
+    params = jax.tree.map(jnp.asarray, jax.device_get(made.params))
 
     @jax.jit
     def last(tokens):
         prompts = Prompts(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(1, jnp.uint32))
-        states, _ = decoder.forward(params, made.model.cfg, prompts)
-        return jax.nn.softmax(decoder.logits(params, made.model.cfg, states[:, -1])[0])
+        states, _ = decoder.forward(params, made.cfg, prompts)
+        return jax.nn.softmax(decoder.logits(params, made.cfg, states[:, -1])[0])
 
     rows = verifier_models.encode(byte_tokenizer(), texts, chat=False, soft=True)
     found = [np.asarray(last(jnp.array([row], jnp.int32))) for row in rows]
@@ -83,7 +83,7 @@ def test_the_probability_is_that_of_a_direct_pass(tied):
 def test_the_packages_verifier_knows_the_held_out_rows():
     """As docs/pages/numbers/rewards.md: 98, 98 and 83 %; without rows of persuasion, 4 % of the second sort."""
     settings = VerifierConfig(model="embedded_verifier", max_tokens=128, batch=64, dtype="float32")
-    made = verifier_models.read(settings, sharding.make_mesh(MeshConfig()), "reward.components.v").loaded()
+    made = verifier_models.read(settings, sharding.make_mesh(MeshConfig()), "reward.components.v").load()
     tests = verifier_tests(64)
     rows = [row for rows in tests.values() for row in rows]
     says = np.array(made.ask([row.prompt.removesuffix(LEAD) for row, _ in rows])) > 0.5
@@ -137,14 +137,14 @@ def test_replies_are_read():
     _, made = asked(**HARD)
     assert made.ask(TEXTS) == [None] * len(TEXTS)  # of random letters
     said = [
-        made.model.tokenizer.encode_untrusted([text])[0]
+        made.tokenizer.encode_untrusted([text])[0]
         for text in ("Final Decision: Yes", "x\nFinal Decision: No", "Yes")
     ]
     tokens = np.zeros((3, 24), np.int32)
     for row, ids in zip(tokens, said, strict=True):
         row[: len(ids)] = ids
     assert made._read((tokens, tokens > 0)) == [1.0, 0.0, None]
-    assert jax.tree.leaves(made.model.params)[0].dtype == jnp.bfloat16
+    assert jax.tree.leaves(made.params)[0].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("settings", [{}, HARD], ids=str)
@@ -155,7 +155,7 @@ def test_what_is_compiled_ahead_is_what_is_called(settings, monkeypatch):
     monkeypatch.setattr(verifier_models, name, lambda *args: calls.append(args) or program(*args))
     made.ask(TEXTS)
     monkeypatch.undo()
-    with jax.set_mesh(made.model.mesh):
+    with jax.set_mesh(made.mesh):
         called = [program.lower(*args).as_text() for args in calls]
         ahead = [p.function.lower(*p.args).as_text() for p in laid_out.programs(rows=6)]
     assert [p.calls for p in laid_out.programs(rows=20)] == [0, 0, 3]

@@ -38,7 +38,7 @@ from medrlvr_jax.evaluation.evaluate import evaluate, new_folder, open_policy, r
 from medrlvr_jax.host import files, tables
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import gather_rows
-from medrlvr_jax.model_rewards.joins import sentences
+from medrlvr_jax.model_rewards.endings import thought_prefixes
 from medrlvr_jax.rollout.assess import assess_alone
 from medrlvr_jax.rollout.rollout import Encoded, before_response, encode, place_prompts, width
 from medrlvr_jax.rollout.sync import make_weight_sync
@@ -196,7 +196,7 @@ def probe(
     case = lambda i, context: (i, forced(context, seams[i]))
     contexts = contexts_of(list(thoughts))
     conditions = {name: [case(i, c) for i, c in enumerate(row)] for name, row in contexts.items()}
-    steps = [[case(i, c) for c in ("", *sentences(t))] for i, t in enumerate(thoughts)]
+    steps = [[case(i, c) for c in ("", *thought_prefixes(t))] for i, t in enumerate(thoughts)]
     cases, step_cases = [*chain(*conditions.values())], [*chain(*steps)]
     report = partial(progress, "forced")
     if scorer and of_scorer:

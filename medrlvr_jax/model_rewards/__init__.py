@@ -1,1 +1,1 @@
-"""Rewards that ask a model: the policy itself (policy.py), or a verifier, on the mesh or on a server."""
+"""Components of the reward that need a model: the policy itself (policy.py), or a verifier (verifier.py)."""

@@ -35,7 +35,7 @@ TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 NEAREST = 5  # most probable first tokens that are asked for
 
 
-class Reply(NamedTuple):
+class Completion(NamedTuple):
     """What a server says to one prompt."""
 
     text: str
@@ -70,7 +70,7 @@ class Endpoint:
     concurrency: int = 16
     folder: Path | None = None  # of replies, one file for each process
     process: int = 0
-    _known: dict[str, Reply] = field(default_factory=dict, repr=False)
+    _known: dict[str, Completion] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
     _opener: Any = field(default_factory=lambda: urllib.request.build_opener(_NoRedirect), repr=False)
 
@@ -79,7 +79,7 @@ class Endpoint:
         for line in chain.from_iterable(file.read_text("utf-8").splitlines() for file in files):
             try:
                 row = json.loads(line)
-                self._known[row["request"]] = Reply(row["text"], row["first"])
+                self._known[row["request"]] = Completion(row["text"], row["first"])
             except (ValueError, KeyError, TypeError):  # the line that a killed run was writing
                 continue
 
@@ -101,7 +101,7 @@ class Endpoint:
             known = f"the server at {self.url} has {', '.join(map(str, listed[:8]))}"
             raise ConfigError(f"{name}.model: {self.model}: {known}; give one of these")
 
-    def complete(self, prompts: Sequence[str], new_tokens: int, first: bool) -> list[Reply | str]:
+    def complete(self, prompts: Sequence[str], new_tokens: int, first: bool) -> list[Completion | str]:
         """A greedy reply of at most `new_tokens` to each prompt; where there is none, the reason, as a str.
 
         `first`: ask for the log-probs of the first token's most probable values; not in a chat.
@@ -113,7 +113,7 @@ class Endpoint:
             by_prompt = dict(zip(distinct, replies, strict=True))
         return [by_prompt[prompt] for prompt in prompts]
 
-    def _reply(self, prompt: str, new_tokens: int, first: bool, ends: float) -> Reply | str:
+    def _reply(self, prompt: str, new_tokens: int, first: bool, ends: float) -> Completion | str:
         body: dict[str, Any] = {"model": self.model, "temperature": 0, "max_tokens": new_tokens}
         body |= {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
         body |= {"logprobs": NEAREST} if first else {}
@@ -169,7 +169,7 @@ class Endpoint:
             raise Refused(f"its reply is no JSON object: {self._without_key(repr(content[:80]))}", True)
         return tree
 
-    def _keep(self, digest: str, reply: Reply) -> None:
+    def _keep(self, digest: str, reply: Completion) -> None:
         with self._lock:
             self._known[digest] = reply
             if self.folder:
@@ -191,7 +191,7 @@ def api_key(variable: str | None, name: str) -> str | None:
     return key
 
 
-def _read(tree: dict[str, Any], chat: bool, first: bool) -> Reply:
+def _read(tree: dict[str, Any], chat: bool, first: bool) -> Completion:
     """What /completions or /chat/completions answers."""
     choices = tree.get("choices")
     if not isinstance(choices, list) or not choices:
@@ -199,7 +199,7 @@ def _read(tree: dict[str, Any], chat: bool, first: bool) -> Reply:
     try:
         text = choices[0]["message"]["content"] or "" if chat else choices[0]["text"]
         nearest = choices[0]["logprobs"]["top_logprobs"][0] if first else {}
-        return Reply(str(text), {str(token): float(value) for token, value in nearest.items()})
+        return Completion(str(text), {str(token): float(value) for token, value in nearest.items()})
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         shown = json.dumps(choices[0])[:80]
         raise Refused(f"its reply has no text, or no logprobs: {shown}", True) from None

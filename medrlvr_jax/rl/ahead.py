@@ -22,7 +22,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
 from medrlvr_jax.model.spec import VISION
 from medrlvr_jax.model_rewards import verifier_models
-from medrlvr_jax.model_rewards.policy import asks_blank
+from medrlvr_jax.model_rewards.policy import needs_grey_images
 from medrlvr_jax.rewards.components import Component, list_components
 from medrlvr_jax.rl.experience import columns
 from medrlvr_jax.rl.programs import Programs
@@ -38,7 +38,7 @@ def step_programs(
     width: int,
     components: tuple[Component, ...] | None = None,
     windows: int = 0,
-    verifiers: verifier_models.Prepared | None = None,
+    verifiers: verifier_models.Verifiers | None = None,
 ) -> list[Program]:
     """Return the programs of a training step in the order of their calls.
 
@@ -62,7 +62,7 @@ def step_programs(
         batch = abstract_batch(parts, programs, width, windows, components)
         if tower:
             seen = see_program(parts, config.sample.questions, windows, "see", tower)
-            recorder.add(seen._replace(calls=1 + asks_blank(config.reward)))
+            recorder.add(seen._replace(calls=1 + needs_grey_images(config.reward)))
 
         def grade(rollout: Rollout) -> Graded:
             rows = config.sample.questions * config.sample.samples
@@ -115,7 +115,7 @@ def abstract_batch(
     rewards = array(parts, jnp.float32, questions, samples, len(graded))
     requests = {name: reward.shapes for name, reward in programs.policy_rewards.items()}
     requests = jax.tree.map(lambda x: array(parts, x.dtype, *x.shape), requests)
-    prompts = abstract_prompts(parts, questions, width, windows, asks_blank(config.reward))
+    prompts = abstract_prompts(parts, questions, width, windows, needs_grey_images(config.reward))
     places = array(parts, jnp.int32, questions) if config.sample.max_batches > 1 else None
     return Batch(prompts, a_key(parts), lambda _: Graded(rewards, requests, None), places)
 

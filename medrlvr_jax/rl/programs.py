@@ -7,7 +7,7 @@ from typing import Any
 from medrlvr_jax import build
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.check import check_rl
-from medrlvr_jax.model_rewards.ask import PolicyReward
+from medrlvr_jax.model_rewards.answer_scores import PolicyReward
 from medrlvr_jax.model_rewards.policy import make_policy_rewards
 from medrlvr_jax.rl.experience import make_experience, select
 from medrlvr_jax.rl.learn import compile_learn, critic_objective, make_optimizer, policy_objective

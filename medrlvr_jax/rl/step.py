@@ -35,7 +35,7 @@ from medrlvr_jax import sharding
 from medrlvr_jax.build import Parts
 from medrlvr_jax.data.batches import first_batch, run_batch
 from medrlvr_jax.model import lora
-from medrlvr_jax.model_rewards.policy import asks_blank
+from medrlvr_jax.model_rewards.policy import needs_grey_images
 from medrlvr_jax.rewards.components import Component
 from medrlvr_jax.rl.experience import (
     Drawn,
@@ -115,7 +115,7 @@ def train_step(
     def batch_of(k: int) -> Batch:
         """The k-th batch of this step."""
         of_epoch, index = questions_of(parts, encoded, first + k)
-        prompts = place_prompts(policy, parts, of_epoch, index, asks_blank(config.reward))
+        prompts = place_prompts(policy, parts, of_epoch, index, needs_grey_images(config.reward))
         key, places = batch_key(config.seed, first + k), None
         if max_batches > 1:
             mine, _ = sharding.own_rows(len(index), parts.mesh)
@@ -222,7 +222,7 @@ def grade(training: Training, encoded: Encoded, index: np.ndarray, rollout: Roll
         scored = score_rollout(parts, encoded, index, rollout, coin, training.components)
         graded = host_columns(scored.verdicts, training.components, parts.config.advantage)
         asked = training.programs.policy_rewards
-        requests = {name: reward.request(scored) for name, reward in asked.items()}
+        requests = {name: reward.make_request(scored) for name, reward in asked.items()}
     rewards, requests = place_scored((graded, requests), scored, n, parts)
     return Graded(rewards, requests, scored)
 

@@ -25,7 +25,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
 from medrlvr_jax.model_rewards import verifier_models
 from medrlvr_jax.model_rewards.policy import check_questions
-from medrlvr_jax.model_rewards.probability import take_baselines
+from medrlvr_jax.model_rewards.probability import fill_baselines
 from medrlvr_jax.rewards.components import Component, list_components
 from medrlvr_jax.rewards.parse import prefix_conflict
 from medrlvr_jax.rewards.training import (
@@ -95,7 +95,7 @@ def train(
         notices.append("; ".join(trap))
     asked = {} if user_components else verifier_models.prepare(parts)
     with stage(f"loading {', '.join(asked)}") if asked else nullcontext():
-        verifiers = verifier_models.start(parts, asked)
+        verifiers = verifier_models.load(parts, asked)
     with (
         start_components(config.reward, user_components, questions, verifiers) as components,
         jax.set_mesh(parts.mesh),
@@ -126,7 +126,7 @@ def make_job(
     encoded: Encoded,
     sets: dict[str, Encoded],
     components: tuple[Component, ...],
-    verifiers: verifier_models.Prepared | None = None,
+    verifiers: verifier_models.Verifiers | None = None,
 ) -> Job:
     """The training as the loop runs it; `components` are those of the reward, `verifiers` among them."""
     steps = total_steps(parts.config, len(encoded.questions))
@@ -155,7 +155,7 @@ def make_job(
         prepare=lambda number: prefetch_images(
             parts, encoded, run_batch(parts.config, len(encoded.questions), number)
         ),
-        begin=partial(take_baselines, parts, programs.policy_rewards, start_policy, encoded),
+        begin=partial(fill_baselines, parts, programs.policy_rewards, start_policy, encoded),
     )
 
 

@@ -19,8 +19,8 @@ from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
 from medrlvr_jax.model_rewards import verifier_models
-from medrlvr_jax.model_rewards.policy import asks_blank
-from medrlvr_jax.model_rewards.probability import take_baselines
+from medrlvr_jax.model_rewards.policy import needs_grey_images
+from medrlvr_jax.model_rewards.probability import fill_baselines
 from medrlvr_jax.rewards.training import start_components
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.experience import with_asked
@@ -53,13 +53,13 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     parts, console = build(c), Console()
     encoded = encode(parts.tokenizer, data.load(c.data), c, c.data.shuffle_options, parts.cfg.vision)
     inputs.check(run, parts, {"data": (c.data, encoded.questions, encoded.tokens)}, write=False)
-    verifiers = verifier_models.start(parts, verifier_models.prepare(parts))
+    verifiers = verifier_models.load(parts, verifier_models.prepare(parts))
     started = start_components(c.reward, questions=encoded.questions, verifiers=verifiers)
     with started as components, jax.set_mesh(parts.mesh):
         programs = make_programs(parts, total_steps(c, len(encoded.questions)))
         training, state = train.start(parts, programs, components)
         start = training.frozen.base, state.policy.params
-        take_baselines(parts, programs.policy_rewards, start, encoded, run, step, console.progress)
+        fill_baselines(parts, programs.policy_rewards, start, encoded, run, step, console.progress)
         state, done = restore_before(run / "checkpoints", state, step - 1)
         if done < step - 1:
             seconds = sum(m.get("seconds", 0) for m in metrics if done < m["step"] < step)
@@ -76,7 +76,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         number = first_batch(before, step - 1) + k
         encoded, index = questions_of(parts, encoded, number)
         key, policy = batch_key(c.seed, number), lora.join(start[0], state.policy.params)
-        prompts = place_prompts(policy, parts, encoded, index, asks_blank(c.reward))
+        prompts = place_prompts(policy, parts, encoded, index, needs_grey_images(c.reward))
         rollout = draw(training, state, prompts, key)
         graded = grade(training, encoded, index, rollout, key)
         asked = ask(training, state, prompts, rollout, graded.requests)

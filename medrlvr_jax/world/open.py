@@ -16,7 +16,7 @@ from random import Random
 
 from medrlvr_jax.data.question import Example, Question
 from medrlvr_jax.data.values import read_reference
-from medrlvr_jax.model_rewards.verifier import VERDICTS, Case, with_lead, wording
+from medrlvr_jax.model_rewards.verifier import VERDICTS, PromptFields, append_lead
 from medrlvr_jax.world import world
 from medrlvr_jax.world.chance import make_rng, pick, pick_weighted
 from medrlvr_jax.world.knowledge import table
@@ -141,8 +141,8 @@ def _other(rng: Random, question: Question) -> str:
 
 
 def _example(question: Question, answer: str, yes: bool) -> Example:
-    case = Case(question.question, question.right_text, answer, "", "")
-    return Example(with_lead(wording(PROMPT, case)), VERDICTS[0 if yes else 1])
+    fields = PromptFields(question.question, question.right_text, answer, "", "")
+    return Example(append_lead(PROMPT.format(**fields._asdict())), VERDICTS[0 if yes else 1])
 
 
 def texts() -> Iterator[str]:

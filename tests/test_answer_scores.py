@@ -15,7 +15,7 @@ from test_text import make
 
 from medrlvr_jax.data.tokenizer import wrap
 from medrlvr_jax.model import decoder, scoring, spec
-from medrlvr_jax.model_rewards import ask, joins
+from medrlvr_jax.model_rewards import answer_scores, endings
 from medrlvr_jax.types import Prompts
 
 CFG = small()
@@ -33,7 +33,7 @@ CFG = small()
     ],
 )
 def test_where_thought_and_answer_stand(completion, thought, answer):
-    where = joins.places(completion)
+    where = endings.find_positions(completion)
     if thought is None:
         assert where is None
     else:
@@ -78,7 +78,7 @@ def shown(tok, row, joined):
 def test_joins_by_hand(text, place, ending, parts):
     tok = merged()
     [row] = tok.encode_untrusted([text])
-    [joined] = joins.join(tok, [row], [text], [place], [ending])
+    [joined] = endings.encode_endings(tok, [row], [text], [endings.Replacement(place, *ending)])
     assert shown(tok, row, joined) == parts
 
 
@@ -90,7 +90,7 @@ def test_what_was_drawn_stays_as_it_was_drawn():
         + tok.encode_untrusted(["B"])[0]
         + tok.encode_untrusted(["</answer>"])[0]
     )
-    [joined] = joins.join(tok, [row], ["<answer>B</answer>"], [8], [("", "B")])
+    [joined] = endings.encode_endings(tok, [row], ["<answer>B</answer>"], [endings.Replacement(8, "", "B")])
     assert (joined.prefix, joined.ids, joined.start) == (8, tok.encode_untrusted(["B"])[0], 0)
 
 
@@ -101,8 +101,9 @@ def test_joins_never_cut_a_character():
     rows = [rng.choice(pool, 30).tolist() for _ in range(60)]
     texts = [tok.show(row) for row in rows]
     ends = [int(rng.integers(0, len(text) + 1)) for text in texts]
+    replacements = [endings.Replacement(end, "", "x") for end in ends]
     for row, text, end, joined in zip(
-        rows, texts, ends, joins.join(tok, rows, texts, ends, [("", "x")] * 60), strict=True
+        rows, texts, ends, endings.encode_endings(tok, rows, texts, replacements), strict=True
     ):
         start = tok.show(row[: joined.prefix])
         assert text.startswith(start) and len(start) <= end
@@ -118,15 +119,22 @@ def test_scores_by_hand():
     answer = jnp.array([[[False, True, True, False], [False] * 4]])
     expected = {"mean": 0.35, "product": 0.1, "geometric": math.sqrt(0.1), "logmean": math.log(0.1) / 2}
     for score, value in expected.items():
-        np.testing.assert_allclose(ask.reduced(logprobs, answer, score), [[value, 0.0]], rtol=1e-6)
+        np.testing.assert_allclose(
+            answer_scores.reduce_logprobs(logprobs, answer, score), [[value, 0.0]], rtol=1e-6
+        )
 
 
 def test_endings_by_hand():
     """Rows of 4 tokens: two keep some and get an ending; none is asked where there is no join or no room."""
     tokens = np.arange(16, dtype=np.int32).reshape(1, 4, 4)
-    joined = [joins.Join(2, [91, 92, 93], 1), joins.Join(0, [94], 0), None, joins.Join(4, [95, 96], 0)]
-    ending = jax.tree.map(lambda x: x[None], ask.endings(joined, width=3, room=5))
-    rows, answer = ask.with_ending(PROMPTS, tokens, ending, length=5)
+    joined = [
+        endings.Ending(2, [91, 92, 93], 1),
+        endings.Ending(0, [94], 0),
+        None,
+        endings.Ending(4, [95, 96], 0),
+    ]
+    ending = jax.tree.map(lambda x: x[None], answer_scores.stack_endings(joined, width=3, room=5))
+    rows, answer = answer_scores.append_endings(PROMPTS, tokens, ending, length=5)
     filled = np.where(rows.mask, rows.tokens, -1)[0].tolist()
     assert filled == [[0, 1, 91, 92, 93], [94, -1, -1, -1, -1], [-1] * 5, [-1] * 5]
     assert np.where(answer, rows.tokens, -1)[0, :2].tolist() == [[-1, -1, -1, 92, 93], [94, -1, -1, -1, -1]]
@@ -156,7 +164,7 @@ def answers(longest):
     column, tokens = np.arange(R), rng.integers(3, 40, (Q, G, R)).astype(np.int32)
     starts = np.maximum(ends - rng.integers(1, longest + 1, (Q, G)), 0)
     mask = column < ends[..., None]
-    return ask.Answers(scoring.Rows(PROMPTS, tokens, mask), mask & (column >= starts[..., None]))
+    return answer_scores.AnswerRows(scoring.Rows(PROMPTS, tokens, mask), mask & (column >= starts[..., None]))
 
 
 def by_tokens(params, rows):
@@ -170,7 +178,10 @@ def by_tokens(params, rows):
     return out
 
 
-HOW = [ask.Pass(CFG, 1.0, 10_000, (), 4), ask.Pass(CFG, 1.0, 10_000, (0.7,), 2)]
+HOW = [
+    answer_scores.PassSettings(CFG, 1.0, 10_000, (), 4),
+    answer_scores.PassSettings(CFG, 1.0, 10_000, (0.7,), 2),
+]
 
 
 @pytest.mark.parametrize("how", HOW, ids=("whole", "in parts"))
@@ -178,7 +189,7 @@ def test_scores_are_the_models(params, how):
     rows, mean = answers(3), np.zeros((Q, G))
     for (q, g, column), logprobs in by_tokens(params, rows).items():
         mean[q, g] += np.exp(logprobs[rows.rows.tokens[q, g, column]]) / rows.answer[q, g].sum()
-    scores = jax.jit(ask.answer_scores, static_argnums=(2, 3))(params, rows, "mean", how)
+    scores = jax.jit(answer_scores.score_answers, static_argnums=(2, 3))(params, rows, "mean", how)
     np.testing.assert_allclose(scores, mean, atol=1e-5)
     assert mean.max() > 0.01 and scores[1, 2] == scores[3, 0] == 0
 
@@ -188,12 +199,12 @@ def test_letters_are_the_models(params, how):
     """Every answer is letter 1; the model prefers another of those offered, or it does not."""
     rows, offered = answers(1), np.array([2, 4, 3, 4], np.int32)
     tokens = np.where(rows.answer, LETTERS[1], rows.rows.tokens)
-    rows = ask.Answers(rows.rows._replace(tokens=tokens), rows.answer)
+    rows = answer_scores.AnswerRows(rows.rows._replace(tokens=tokens), rows.answer)
     expected = np.zeros((Q, G), bool)
     for (q, g, _), logprobs in by_tokens(params, rows).items():
         expected[q, g] = np.argmax(logprobs[np.array(LETTERS[: offered[q]])]) != 1
     letters = np.where(np.arange(4) < offered[:, None], LETTERS, -1).astype(np.int32)
     letters = np.broadcast_to(letters[:, None], (Q, G, 4))
-    found = jax.jit(ask.differs, static_argnums=3)(params, rows, letters, how)
+    found = jax.jit(answer_scores.prefers_other_letter, static_argnums=3)(params, rows, letters, how)
     np.testing.assert_array_equal(found, expected)
     assert 0 < expected.sum() < 10
