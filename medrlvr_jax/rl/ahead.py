@@ -49,7 +49,7 @@ def step_programs(
     frozen, state = build.abstract_frozen(parts), abstract_state(parts, programs)
     graders = [v for v in (verifiers or {}).values() if isinstance(v, verifier_models.MeshVerifier)]
     tower = abstract_tower(parts, frozen, state) if windows else None
-    on_device = resident(parts, frozen, state), [v.model.params for v in graders if not v.settings.offload]
+    on_device = resident(parts, frozen, state), [v.params for v in graders if not v.settings.offload]
     if parts.cfg.execution.tower == "freeze":  # else it is among the policy's parameters
         on_device += (tower,)
     recorder, config = Recorder(parts.mesh, on_device), parts.config
