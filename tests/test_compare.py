@@ -45,7 +45,9 @@ def write(folder, name, answers, key="A", hashes=str, **settings):
     }
     for field, value in settings.items():
         tree["eval"][field] = value
-    (folder / "eval.json").write_text(json.dumps({"config": tree, "template": "Question: {question}"}))
+    counts = {n: {"n": 1, "questions": 1, "dropped_prompts": 0, "truncated": 0} for n in SETS}
+    log = {"config": tree, "template": "Question: {question}", "eval": counts}
+    (folder / "eval.json").write_text(json.dumps(log))
 
 
 SETS = ("dev", "same", "test")

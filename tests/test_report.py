@@ -56,8 +56,6 @@ def runs(tmp_path):
             "eval.dev.n": 50,
             "eval.dev.correct": 10,
             "eval.dev.format_ok": 50,
-            "eval.none.n": 0,
-            "eval.none.correct": 0,
         }
         records = [{"step": 0, **counts}] + [
             {

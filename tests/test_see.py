@@ -382,14 +382,15 @@ def test_looks_by_hand():
     asked = [Question(str(i), "?", ("a", "b"), 0, images=(b"x",)) for i in range(4)]
     rows = lambda *right: [{"id": str(i), "correct": bool(r)} for i, r in enumerate(right)]
     found = {"blank": rows(1, 0, 0, 0), "shuffled": rows(1, 1, 0, 0), "none": rows(1, 1, 1, 1)}
-    answers = look.add_unseen(rows(1, 1, 1, 0), found)
+    image, unseen = rows(1, 1, 1, 0), {name: look.by_question(x) for name, x in found.items()}
+    answers = look.add_unseen(image, unseen)
     assert answers[1]["correct"] and answers[1]["unseen"] == {"blank": 0, "shuffled": 1, "none": 1}
-    result = look.describe(asked, answers)
+    result = look.describe(asked, look.by_question(image), unseen)
     assert result["image"].value == 0.75 and result["none"].value == 1
     assert result["looks"].value == 0.25 and result["looks"].low < 0.25 < result["looks"].high
     assert result["chance"] == 0.5 and "subjects" not in result
     asked = [replace(q, subject="ct" if q.id == "0" else "mr") for q in asked]
-    result = look.describe(asked, answers)
+    result = look.describe(asked, look.by_question(image), unseen)
     mr = result["subjects"]["mr"]
     assert mr["n"] == 3 and mr["image"].value == pytest.approx(2 / 3) and mr["blank"].value == 0
     assert mr["looks"].value == pytest.approx(1 / 3)  # less another's image

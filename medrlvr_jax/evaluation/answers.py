@@ -244,7 +244,7 @@ def show(described: dict[str, dict[str, Any]]) -> str:
     overview = tables.plain(("set", "asked", "accuracy", "format", "entropy"), rows)
     by = ("kinds", "subjects", "tasks", "labels")
     groups = [_group_table(name, group, d) for name, d in sets.items() for group in by if group in d]
-    return "\n\n".join(filter(None, [overview, _samples(sets), _orders(sets), *groups, _letters(sets)]))
+    return "\n\n".join(filter(None, [overview, _samples(sets), *groups, _letters(sets)]))
 
 
 def with_distinct(sets: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -256,8 +256,8 @@ def with_distinct(sets: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _samples(sets: dict[str, dict[str, Any]]) -> str:
-    """Return the table of pass@k and majority votes, with its note and advice; "" without samples."""
-    rows, advice = [], []
+    """Return the table of pass@k and majority votes, and sentences on it; "" without samples."""
+    rows, lines = [], []
     for name, d in sets.items():
         if "pass_at_k" not in d:
             continue
@@ -267,20 +267,13 @@ def _samples(sets: dict[str, dict[str, Any]]) -> str:
             votes = [percent(d["majority"]), f"{d['answer_entropy']:.3f}"] if k == most else ["", ""]
             shares = [percent(d["pass_at_k"][k]), percent(beyond) if beyond else "–"]
             rows.append([name, str(k), *shares, *votes])
-        if text := fine_tune_first(most, d["pass_at_k"][most]):
-            advice.append(f"{name}: {text}")
-    columns = ("samples of", "k", "pass@k", "beyond chance", "maj@k", "answer entropy")
-    return "\n".join([tables.plain(columns, rows), SAMPLES_NOTE, *advice]) if rows else ""
-
-
-def _orders(sets: dict[str, dict[str, Any]]) -> str:
-    """Return the table of how often the same option was chosen in several orders; "" without orders."""
-    rows = []
-    for name, d in sets.items():
         if same := d.get("consistency"):
-            rows.append([name, str(d["samples"]), percent(same["all"]), percent(same["pairs"])])
-    columns = ("options shuffled", "orders", "same option in all", "same option in two")
-    return tables.plain(columns, rows) if rows else ""
+            orders = f"the same option in all {most} orders of the options: {percent(same['all'])}"
+            lines.append(f"{name}: {orders}; in two orders: {percent(same['pairs'])}")
+        if text := fine_tune_first(most, d["pass_at_k"][most]):
+            lines.append(f"{name}: {text}")
+    columns = ("samples of", "k", "pass@k", "beyond chance", "maj@k", "answer entropy")
+    return "\n".join([tables.plain(columns, rows), SAMPLES_NOTE, *lines]) if rows else ""
 
 
 def _group_table(name: str, group: str, d: dict[str, Any]) -> str:

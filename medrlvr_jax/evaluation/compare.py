@@ -101,11 +101,11 @@ def read_sets(folders: Sequence[Path], anyway: bool) -> dict[str, tuple[list[Ans
     return out
 
 
-def compare_sets(a: Answers, b: Answers) -> dict[str, Any]:
-    """Compare b with a on the questions that both answered. Raises `ConfigError` if there are none."""
+def compare_sets(name: str, a: Answers, b: Answers) -> dict[str, Any]:
+    """Compare b with a on the questions of a set that both answered. Raises `ConfigError` without any."""
     i, j, _ = pair(a, b)
     if not len(i):
-        raise ConfigError("the two evaluations share no question")
+        raise ConfigError(f"{name}: the two evaluations share no question")
     x, y = a.correct[i], b.correct[j]
     difference, as_many = stats.paired_difference(x, y), x.shape[1] == y.shape[1]
     only_a, only_b, p = None, None, difference.p
@@ -133,15 +133,13 @@ def compare(a: Path, b: Path, anyway: bool = False) -> dict[str, Any]:
     """
     logs, out = {"A": read_json(a / "eval.json"), "B": read_json(b / "eval.json")}, {}
     for name, ((x, y), found) in read_sets([a, b], anyway).items():
-        counts = {f"{name}, {which}": log.get("eval", {}).get(name) for which, log in logs.items()}
-        notes = [line for which, c in counts.items() if c for line in remarks(which, c)]
-        try:
-            out[name] = compare_sets(x, y) | {"each": {"a": describe(x), "b": describe(y)}}
-            out[name] |= {"differences": found, "remarks": notes}
-            if x.repeats.any():
-                out[name]["distinct"] = compare_sets(x.select(~x.repeats), y)
-        except ConfigError as e:
-            raise ConfigError(f"{name}: {e}") from None
+        notes = [
+            line for which, log in logs.items() for line in remarks(f"{name}, {which}", log["eval"][name])
+        ]
+        out[name] = compare_sets(name, x, y) | {"each": {"a": describe(x), "b": describe(y)}}
+        out[name] |= {"differences": found, "remarks": notes}
+        if x.repeats.any():
+            out[name]["distinct"] = compare_sets(name, x.select(~x.repeats), y)
     tested = [c.get("distinct", c) for c in out.values()]
     for c, p in zip(tested, stats.holm([c["p"] for c in tested]), strict=True):
         c["p_holm"] = p

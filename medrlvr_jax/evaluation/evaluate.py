@@ -239,18 +239,16 @@ def provenance(parts: Parts, sets: dict[str, Encoded]) -> dict[str, Any]:
     return {"config": configs.to_tree(parts.config), "template": template, "sets": digests}
 
 
-def evaluate_without_images(
-    parts: Parts, decode_params: Params, encoded: Encoded, rows: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Ask the questions with images again under each of `look.conditions`, and add the results to `rows`."""
-    answered = {}
+def evaluate_without_images(parts: Parts, decode_params: Params, encoded: Encoded) -> dict[str, look.Shares]:
+    """Return the shares of right answers to the questions with images under each of `look.conditions`."""
+    unseen = {}
     for name, questions in look.conditions(encoded.questions).items():
         other = encode(parts.tokenizer, questions, parts.config, encoded.shuffle, parts.cfg.vision)
         # With the shapes of the set itself, no other program is compiled.
         images = other.images and dataclasses.replace(other.images, windows=encoded.windows)
         other = dataclasses.replace(other, width=max(other.width, encoded.width), images=images)
-        answered[name] = evaluate(parts, decode_params, other)[1] if other.questions else []
-    return look.add_unseen(rows, answered)
+        unseen[name] = look.by_question(evaluate(parts, decode_params, other)[1] if other.questions else [])
+    return unseen
 
 
 def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | None) -> int:
@@ -268,8 +266,9 @@ def evaluate_source(source: Path, settings: list[str], step: Which, out: Path | 
             results[name], rows = evaluate(parts, decode_params, encoded, progress, entropies=True)
             statistics[name] = answers.describe(answers.from_rows(rows, name))
             if encoded.images:
-                rows = evaluate_without_images(parts, decode_params, encoded, rows)
-                looks[name] = look.describe(encoded.questions, rows)
+                unseen = evaluate_without_images(parts, decode_params, encoded)
+                looks[name] = look.describe(encoded.questions, look.by_question(rows), unseen)
+                rows = look.add_unseen(rows, unseen)
                 every = parts.config.eval.samples * -(-len(encoded.questions) // MAX_THUMBNAILS)
                 rows[::every] = with_thumbnails(rows[::every], encoded.questions)
             if leads:

@@ -26,6 +26,7 @@ from medrlvr_jax.evaluation.answers import percent
 from medrlvr_jax.host import tables
 
 GROUPS = {"subjects": "subject", "tasks": "task"}  # the figures are also given for each value of these fields
+Shares = dict[str, float]  # by question id, the share of right answers
 
 
 def conditions(questions: list[Question]) -> dict[str, list[Question]]:
@@ -45,7 +46,6 @@ def conditions(questions: list[Question]) -> dict[str, list[Question]]:
 
 @lru_cache(maxsize=4096)
 def _grey(size: tuple[int, int]) -> bytes:
-    """Return a grey PNG of this width and height."""
     out = BytesIO()
     Image.new("RGB", size, GREY).save(out, "PNG")
     return out.getvalue()
@@ -69,8 +69,8 @@ def _shuffled(questions: list[Question]) -> list[Question]:
     return [replace(question, images=others[key]) for question, key in pairs if key in others]
 
 
-def prior(questions: list[Question]) -> dict[str, float]:
-    """Return by question id the probability to be right when one knows only the options' texts.
+def prior(questions: list[Question]) -> Shares:
+    """Return the probability to answer each question right when one knows only the options' texts.
 
     The guess is the option whose text is most often right in the other half of the set; ties are drawn. The
     halves are by the questions' hashes. Questions without exactly one right option are left out.
@@ -90,37 +90,27 @@ def prior(questions: list[Question]) -> dict[str, float]:
     return out
 
 
-def add_unseen(rows: list[dict[str, Any]], answered: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return the rows of answers with a field `unseen`: the share of right answers to the same question under
-    each of `conditions`.
-
-    `answered` are the rows of the answers under each condition.
-    """
-    shares = {condition: _by_question(answers) for condition, answers in answered.items()}
-    unseen = lambda name: {condition: of[name] for condition, of in shares.items() if name in of}
-    return [row | {"unseen": unseen(row["id"])} for row in rows]
-
-
-def _by_question(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Return the share of right answers by question id."""
+def by_question(rows: Iterable[dict[str, Any]]) -> Shares:
     answers = defaultdict(list)
     for row in rows:
         answers[row["id"]].append(row["correct"])
     return {name: float(np.mean(correct)) for name, correct in answers.items()}
 
 
-def describe(questions: list[Question], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def add_unseen(rows: list[dict[str, Any]], unseen: dict[str, Shares]) -> list[dict[str, Any]]:
+    """Return the rows with a field `unseen`, which has the question's share under each of `conditions`."""
+    of = lambda name: {condition: shares[name] for condition, shares in unseen.items() if name in shares}
+    return [row | {"unseen": of(row["id"])} for row in rows]
+
+
+def describe(questions: list[Question], image: Shares, unseen: dict[str, Shares]) -> dict[str, Any]:
     """Return the accuracy under each condition and `looks`, with intervals, of the questions with images.
 
-    With several subjects or tasks, also the figures of each, and the means over them. `rows` are those of
-    `add_unseen`.
+    With several subjects or tasks, also the figures of each, and the means over them. `image` are the shares
+    with the right images, `unseen` those under each of `conditions`.
     """
     seeing = [question for question in questions if question.images]
-    by_id = {"image": _by_question(rows), "blank": {}, "shuffled": {}, "none": {}}
-    for row in rows:
-        for condition, share in row["unseen"].items():
-            by_id[condition][row["id"]] = share
-    by_id["option_texts"] = prior(seeing)
+    by_id = {"image": image, **unseen, "option_texts": prior(seeing)}
     # [n] each; NaN for a question that was not asked under the condition
     shares = {name: np.array([of.get(q.id, np.nan) for q in seeing]) for name, of in by_id.items()}
     chance = np.array([1 / q.choice_count if q.choice_count else 0.0 for q in seeing])

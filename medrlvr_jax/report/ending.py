@@ -28,7 +28,7 @@ def changes(name: str, before: dict[str, Any] | None, after: dict[str, Any] | No
     yield f"{name}, {last.get('questions', last.get('n', 0)):,} questions (95 % intervals)"
     for key, words in MEASURES:
         yield f"  {words:14} {_share(before, key):>20}  →  {_share(after, key)}"
-    if before and after and before["n"] and after["n"]:
+    if before and after:
         yield f"  {verdict(interval(before), interval(after))}"
     yield from remarks(name, last)
 
@@ -54,4 +54,4 @@ def next_commands(folder: Path, evaluated: bool) -> Iterator[str]:
 
 
 def _share(counts: dict[str, Any] | None, key: str) -> str:
-    return percent(interval(counts, key)) if counts and counts["n"] else "–"
+    return percent(interval(counts, key)) if counts else "–"

@@ -46,9 +46,7 @@ class Run:
     evals: dict[str, dict[str, dict[str, Any]]]  # {set: {"before", "after": counts}}
 
     def counts(self, set_name: str, when: str) -> dict[str, Any] | None:
-        """Return the counts of one evaluation; None without answers."""
-        counts = self.evals.get(set_name, {}).get(when)
-        return counts if counts and counts["n"] else None
+        return self.evals.get(set_name, {}).get(when)
 
     @property
     def settings_text(self) -> str:
