@@ -317,7 +317,10 @@ def test_without_a_cluster_it_is_refused(folder):  # noqa: F811
         text=True,
     )
     assert done.returncode == 2
-    assert "medrlvr train: --distributed: no cluster" in done.stderr and "JAX_PROCESS_ID" in done.stderr
+    assert (
+        "medrlvr train: --distributed: JAX detects no cluster" in done.stderr
+        and "JAX_PROCESS_ID" in done.stderr
+    )
 
 
 class Device:

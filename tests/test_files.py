@@ -46,7 +46,7 @@ def test_ends_and_words_pass(raised):
         (LFS, "git lfs pull"),
         ("\n<!DOCTYPE html><html><body>404</body></html>", "it is a web page"),
         ('{"a": 1', "JSONDecodeError: Expecting ',' delimiter"),
-        ("[1]", "list where a JSON object is needed"),
+        ("[1]", "it has a list where a JSON object is required"),
         ("[" * 100_000, "RecursionError"),
     ],
 )

@@ -202,7 +202,8 @@ def test_a_disk_that_takes_no_more_is_said_in_words_and_keeps_what_it_has(tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limit[1]))
         try:
             with pytest.raises(
-                Unwritable, match=r"metrics\.jsonl cannot be written: .*; what was saved before is untouched"
+                Unwritable,
+                match=r"metrics\.jsonl cannot be written: .*; solve that, and run the same command again",
             ):
                 run.record(2, {"reward": 0.0})
             with pytest.raises(Unwritable, match=r"summary\.json cannot be written"):

@@ -1,6 +1,6 @@
-"""What a command settles before it imports JAX: quiet libraries, and where compiled programs are stored.
+"""Environment variables that a command sets before it imports JAX: fewer warnings, and a compilation cache.
 
-Only variables that the user has not set are set.
+Variables that the user has set are not changed.
 """
 
 import glob
@@ -8,19 +8,19 @@ import importlib.util
 import os
 from pathlib import Path
 
-# Device files of TPUs (the first two), NVIDIA GPUs (also under WSL) and AMD GPUs.
+# Device files of TPUs (the first two), NVIDIA GPUs (the last of them under WSL) and AMD GPUs.
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd")
-CACHE_BYTES = 4 * 2**30  # least recently used programs beyond this are removed
+CACHE_BYTES = 4 * 2**30  # JAX removes the least recently used programs beyond this size
 
 
 def prepare(cache: bool = True) -> None:
-    """Set the variables that JAX, XLA and transformers read. `cache`: store compiled programs."""
+    """Set variables for JAX, XLA and transformers. `cache`: store compiled programs."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not used
-    # libtpu comes with the extra `plan`. Where there is no TPU, JAX would try it, and it prints errors.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as that PyTorch is missing
+    # The extra `plan` installs libtpu. Without a TPU, JAX would try to use it, and it prints errors.
     if importlib.util.find_spec("libtpu") and not any(glob.glob(file) for file in ACCELERATORS):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # A folder that the user names may hold programs stored without a limit. With one, JAX fails at them.
+    # JAX cannot apply a size limit to a cache that was filled without one, as the user's own may be.
     if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_folder())
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))
@@ -28,8 +28,9 @@ def prepare(cache: bool = True) -> None:
 
 
 def remove_torn(folder: Path) -> None:
-    """Remove programs without their time of use, as a process leaves them that is killed while it stores one.
-    JAX would store nothing more beside them.
+    """Remove programs that lack their file of the last access: a process was killed while it stored them.
+
+    JAX would store no further program in such a cache.
     """
     for program in folder.glob("*-cache"):
         if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
@@ -37,5 +38,5 @@ def remove_torn(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """`medrlvr_jax/xla` in the user's cache folder."""
+    """Return `medrlvr_jax/xla` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medrlvr_jax" / "xla"

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class MedrlvrError(Exception):
-    """Anything that a user can remedy. The message alone says what is wrong, and how."""
+    """A problem that the user can fix. The message says what is wrong, and the remedy."""
 
 
 class ConfigError(MedrlvrError, ValueError):
@@ -21,6 +21,6 @@ class Unwritable(MedrlvrError, RuntimeError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """For messages about an unknown name: "did you mean …?", or "" where none is like it."""
+    """Return "did you mean …?" for a message about an unknown name, or "" if no known name is similar."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else ""

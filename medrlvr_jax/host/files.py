@@ -1,6 +1,6 @@
-"""Files that a crash cannot leave half written: atomic replacement, and JSON lines that can be rewound.
+"""Crash-safe files: atomic replacement, and JSONL files that can be cut back to a step.
 
-`reading` turns what a library raises on a user's file into an error with a remedy.
+`reading` turns what a library raises for a user's file into an error with a remedy.
 """
 
 import json
@@ -14,12 +14,13 @@ from typing import Any
 from medrlvr_jax.host.errors import ConfigError, Unwritable
 
 Records = list[dict[str, Any]]  # of a JSONL file
-PEEK = 256  # bytes read to recognise a file whose content is not what its name says
+PEEK = 256  # bytes from which damaged files are recognised
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Replace a file atomically: readers, and a run after a crash, see the old content or the new one. `text`
-    may come in parts; an error in making one leaves the old content.
+    """Replace a file atomically: after a crash, it has either its old content or the new one.
+
+    `text` may be an iterable of parts. If it raises an error, the old content stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with named_errors(path):
@@ -35,30 +36,29 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError (disk full, read-only or gone) into `Unwritable`."""
+    """Turn an OSError, such as a full or read-only disk, into `Unwritable`."""
     try:
         yield
     except OSError as e:
-        again = "the same command goes on from the newest checkpoint"
-        remedy = f"what was saved before is untouched: mend that, and {again}"
+        remedy = "solve that, and run the same command again: it resumes from the newest intact checkpoint"
         raise Unwritable(f"{path} cannot be written: {e.strerror or e}; {remedy}") from e
 
 
 @contextmanager
 def reading(source: str | Path, remedy: str, error: type[Exception] = ConfigError) -> Iterator[None]:
-    """Turn whatever a library raises while it reads `source` into `error`: name, cause and remedy.
+    """Turn whatever a library raises while it reads `source` into `error`, with source, cause and remedy.
 
-    Libraries raise more than they document: a bare Exception, MemoryError, a panic of Rust code. So
-    everything is caught that does not ask the process to end. Put only the library's call inside, so that a
-    fault of this package keeps its traceback. If the file itself shows the cause (it is empty, a git-LFS
-    pointer, a web page), the message says that in place of `remedy`.
+    Libraries raise more than they document: a bare Exception, MemoryError, a panic of Rust code. So all
+    exceptions are caught, except those that end the process. Put only the library's call into the block, so
+    that an error of this package keeps its traceback. If the file is visibly damaged (empty, a git-LFS
+    pointer, a web page), the message says so in place of `remedy`.
     """
     try:
         yield
-    except (ConfigError, error):  # has a remedy already
+    except (ConfigError, error):  # it already has a remedy
         raise
     except BaseException as e:
-        # PanicException is pyo3's, a BaseException
+        # pyo3's PanicException is a BaseException
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         text = e.strerror or str(e) if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
@@ -67,7 +67,7 @@ def reading(source: str | Path, remedy: str, error: type[Exception] = ConfigErro
 
 
 def diagnose(source: str | Path) -> str | None:
-    """How a file, or one of a folder's JSON files, was damaged in transfer, and the remedy; or None."""
+    """Say how a file, or one of a folder's JSON files, is damaged, with the remedy; None if it is not."""
     try:
         if (folder := Path(source)).is_dir():
             causes = ((file, diagnose(file) or _not_json(file)) for file in sorted(folder.glob("*.json")))
@@ -95,39 +95,39 @@ def _not_json(path: Path) -> str | None:
 
 
 def read_json(path: Path, remedy: str = "repair it, or copy it again") -> dict[str, Any]:
-    """The object in a JSON file. Raises `ConfigError` if the file holds anything else."""
+    """Return the object in a JSON file. Raises `ConfigError` if the file has anything else."""
     with reading(path, remedy):
         tree = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: {type(tree).__name__} where a JSON object is needed; {remedy}")
+        raise ConfigError(f"{path}: it has a {type(tree).__name__} where a JSON object is required; {remedy}")
     return tree
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """Write atomically; arrays become lists, and NaN and ±inf null."""
-    write_text(path, json.dumps(plain(tree), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a JSON file atomically; see `json_tree` for arrays and NaN."""
+    write_text(path, json.dumps(json_tree(tree), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def plain(value: Any) -> Any:
-    """For JSON: arrays as lists, named tuples as objects; NaN and ±inf, which JSON lacks, as null."""
+def json_tree(value: Any) -> Any:
+    """Convert a value for JSON: arrays to lists, named tuples to dicts; NaN and ±inf to None."""
     if hasattr(value, "_asdict"):
-        return plain(value._asdict())
+        return json_tree(value._asdict())
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): json_tree(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [json_tree(v) for v in value]
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return json_tree(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def jsonl(records: Iterable[dict[str, Any]]) -> str:
-    """A line for each record; NaN and ±inf become null."""
-    return "".join(json.dumps(plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+    """Return a line of JSON for each record; NaN and ±inf become null."""
+    return "".join(json.dumps(json_tree(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records)
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append lines to a JSONL file and wait for the disk; call it once a step."""
+    """Append lines to a JSONL file and wait until they are on the disk."""
     text = jsonl(records)
     with named_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(text)
@@ -136,20 +136,20 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path, most: int | None = None, always: Sequence[bytes] = ()) -> Records:
-    """All complete lines. A last one without newline is dropped: a crash cut it, or it is being written.
+    """Read all complete lines. A last one without a newline is dropped: it was cut, or is being written.
 
-    `most`: of more lines, about so many spread evenly, the first and the last among them, and every line that
-    holds one of `always`.
+    `most`: if there are more lines, read about this many, evenly spread, the first and the last included, and
+    every line that contains one of `always`.
     """
     *lines, _ = path.read_bytes().split(b"\n")
     numbers = list(range(len(lines)))
     if most is not None and len(lines) > most:
         every = -(-len(lines) // most)
-        holding = (i for x in always for i, line in enumerate(lines) if x in line)
-        numbers = sorted({*range(0, len(lines), every), *holding, len(lines) - 1})
+        required = (i for x in always for i, line in enumerate(lines) if x in line)
+        numbers = sorted({*range(0, len(lines), every), *required, len(lines) - 1})
     records = []
     for number in numbers:
-        with reading(f"{path}:{number + 1}", "a crash cannot do this, so repair or remove the file"):
+        with reading(f"{path}:{number + 1}", "a crash does not cause this; repair or remove the file"):
             records.append(json.loads(lines[number].decode("utf-8", "replace")))
     return records
 
@@ -166,6 +166,6 @@ def short_names(folders: Sequence[Path], least: int = 1) -> list[str]:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop the records after `step`, and an incomplete last line, in one atomic move; 0 drops all records."""
+    """Drop records after `step` and an incomplete last line, atomically; step 0 drops all records."""
     if path.exists():
         write_text(path, jsonl(r for r in read_jsonl(path) if step and r["step"] <= step))

@@ -1,13 +1,12 @@
-"""Several processes that run as one program, by `jax.distributed`: connect, share small values, end together.
+"""Run several processes as one program with `jax.distributed`: connect, exchange small values, end together.
 
-All processes run the same command; process 0 writes what is written once. A run ends in one of three ways:
-- A process that fails sends its number and reason to the others, which then stop: at once for a refused
-  setting, else after `HEARTBEAT` + 10 seconds, since the death of a third process may have caused the error,
-  and JAX then names that one (`abort`).
-- A process that vanishes (killed, machine lost) is silent for `HEARTBEAT` seconds; then JAX's coordination
-  service names it by its number and ends all others. If it was process 0, which is that service, they end at
-  once.
-- A signal to any of them, once training has begun, stops all after the same step (`log.Run`).
+All processes run the same command; process 0 writes the files. Besides success, a run ends in three ways:
+- A process fails. It sends its number and the reason to the others, which then stop: at once for a refused
+  setting, else after `HEARTBEAT` + 10 seconds, since the death of a third process may have caused the error.
+  In this case JAX names the third process (`abort`).
+- A process disappears (killed, machine lost). After `HEARTBEAT` seconds JAX's coordination service names it
+  by its number and ends all others. Process 0 is that service: if it disappears, the others end at once.
+- A process receives a signal after training has begun. All processes stop after the same step (`log.Run`).
 """
 
 import json
@@ -32,12 +31,12 @@ from medrlvr_jax.host.errors import ConfigError, MedrlvrError
 JOIN = 300  # seconds to wait for the other processes at the start
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
 SHUTDOWN = 300  # seconds to wait for the others at the end
-GRACE = 3  # seconds that a failing process, and process 0, stay so that the others receive the reason
-FAILURE = "medrlvr/left"  # the key of a failing process's number, host, exit status and reason
+GRACE = 3  # seconds that a failing process, and process 0, wait so that the others receive the reason
+FAILURE = "medrlvr/left"  # key of a failing process's number, host, exit status and reason
 
 
 def initialize() -> None:
-    """Connect to the other processes; call it before anything else of JAX.
+    """Connect to the other processes. Call this before any other function of JAX.
 
     Uses JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID if all three
     are set, else what JAX detects: Cloud TPU, GKE, SLURM, Open MPI. Under SLURM, JAX gives each task the GPU
@@ -62,7 +61,7 @@ def initialize() -> None:
         )
     except ValueError as e:
         remedy = f"set {', '.join(names)} for each process"
-        raise ConfigError(f"--distributed: no cluster that JAX knows was found ({e}); {remedy}") from None
+        raise ConfigError(f"--distributed: JAX detects no cluster ({e}); {remedy}") from None
     threading.Thread(target=_watch_failures, daemon=True).start()
     devices = f"{jax.local_device_count()} × {jax.local_devices()[0].device_kind}"
     lines = gather(f"{socket.gethostname()}, pid {os.getpid()}, {devices}")
@@ -72,7 +71,7 @@ def initialize() -> None:
 
 @contextmanager
 def distributed_run() -> Iterator[None]:
-    """`initialize`, then end all processes together: each waits for the others, or `abort` ends them."""
+    """Connect, run the block, and end all processes together: they wait for each other, or all abort."""
     initialize()
     try:
         yield
@@ -82,9 +81,9 @@ def distributed_run() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, in their order, on every process. All must call it at the same point.
+    """Return the values of all processes, in the order of the processes, on each of them.
 
-    `value`: anything that JSON can represent.
+    All must call it at the same point. `value` is anything that JSON can represent.
     """
     if jax.process_count() == 1:
         return [value]
@@ -97,34 +96,33 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_rows(rows: list[tuple[int, Any]]) -> list[Any]:
-    """The rows of all processes, in the order of the number before each. All must call it together."""
+    """Return the rows of all processes, sorted by their numbers. All must call it at the same point."""
     return [row for _, row in sorted(chain.from_iterable(gather(rows)), key=lambda pair: pair[0])]
 
 
-def from_leader(look: Callable[[], Any]) -> Any:
-    """The result of `look` on process 0, on every process. All must call it at the same point.
+def from_leader(compute: Callable[[], Any]) -> Any:
+    """Return process 0's result of `compute` on every process. All must call it at the same point.
 
-    For decisions that depend on the disk: network file systems show changes to other machines with a delay.
-    The result must be something that JSON can represent.
+    It is for decisions that depend on the disk, since network file systems show changes to other machines
+    with a delay. The result is anything that JSON can represent.
     """
-    return gather(look() if jax.process_index() == 0 else None)[0]
+    return gather(compute() if jax.process_index() == 0 else None)[0]
 
 
-def require_equal(look: Callable[[], dict[str, Any]]) -> None:
+def require_equal(compute: Callable[[], dict[str, Any]]) -> None:
     """Raise `ConfigError` if processes have read different values. All must call it at the same point.
 
-    `look` returns what this process has read, by name: settings, files and anything else that each process
-    reads itself and that becomes part of replicated arrays. JAX never compares the copies of such an array,
-    so the processes would silently train different weights.
+    `compute` returns, by name, the settings, files and other inputs that each process reads itself and that
+    become part of replicated arrays. JAX never compares the copies of such an array, so processes with
+    different inputs would silently train different weights.
     """
     if jax.process_count() == 1:
         return
-    hosts, views = zip(*gather([socket.gethostname(), look()]), strict=True)
-    for index, view in enumerate(views):
-        names = sorted(view.keys() | views[0].keys())
-        if name := next((name for name in names if view.get(name) != views[0].get(name)), None):
-            pair = ((index, view), (0, views[0]))
-            a, b = (f"{v.get(name)!r} in process {i} on {hosts[i]}" for i, v in pair)
+    hosts, values = zip(*gather([socket.gethostname(), compute()]), strict=True)
+    for index, own in enumerate(values):
+        names = sorted(own.keys() | values[0].keys())
+        if name := next((name for name in names if own.get(name) != values[0].get(name)), None):
+            a, b = (f"{values[i].get(name)!r} in process {i} on {hosts[i]}" for i in (index, 0))
             raise ConfigError(f"{name}: {a}, {b}; give all processes the same command and the same files")
 
 
@@ -137,9 +135,9 @@ def abort(error: BaseException) -> NoReturn:
     else:
         traceback.print_exception(error)
     if isinstance(error, Exception) and not isinstance(error, ConfigError):
-        # Another process's death may have broken a collective: then JAX names it and ends this one.
+        # Another process's death may have broken a collective. JAX then names that process and ends this one.
         wait = HEARTBEAT + 10
-        waiting = f"waiting {wait} s for word of which process failed"
+        waiting = f"waiting {wait} s for a report of which process failed"
         print(f"medrlvr: {name}: {waiting}", file=sys.stderr, flush=True)
         time.sleep(wait)
     status = 2 if isinstance(error, ConfigError) else 1
@@ -147,7 +145,7 @@ def abort(error: BaseException) -> NoReturn:
     try:
         _client().key_value_set(FAILURE, failure)
         time.sleep(GRACE)
-    except jax.errors.JaxRuntimeError:  # another process has failed first, for its own reason
+    except jax.errors.JaxRuntimeError:  # another process has failed first, and sent its own reason
         time.sleep(GRACE if index == 0 else 0)
     _exit(status)
 
@@ -162,19 +160,19 @@ def _watch_failures() -> None:
                 return  # the run is over
     index, host, status, reason = json.loads(failure)
     if index != (me := jax.process_index()):
-        stopped = f"process {index} on {host} stopped, so this one, process {me}, does"
+        stopped = f"process {index} on {host} stopped, so process {me} stops, too"
         print(f"medrlvr: {stopped}: {reason}", file=sys.stderr)
         time.sleep(GRACE if me == 0 else 0)
         _exit(status)
 
 
 def _exit(status: int) -> NoReturn:
-    """Exit without Python's own shutdown, which would wait for processes that are gone."""
+    """Exit without Python's own shutdown, which would wait for processes that have ended."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def _client() -> Any:
-    """The coordination service's key-value store. JAX has no public name for it; Orbax imports it alike."""
+    """Return the coordination service's key-value store. JAX has no public name for it."""
     return distributed.global_state.client

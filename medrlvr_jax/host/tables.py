@@ -1,24 +1,23 @@
-"""Tables as text: for a terminal, and as Markdown for a file."""
+"""Tables as text, for a terminal or as Markdown; and texts that are safe to print."""
 
 import io
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import rich.box
 import rich.console
 import rich.table
 
 Rows = Sequence[Sequence[str]]
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and line feed
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
 def plain(head: Sequence[str], rows: Rows, title: str | None = None) -> str:
-    """For a terminal: the first column and columns of words to the left, columns of numbers to the right."""
+    """Return a table for a terminal. Columns of numbers are aligned right, the first and all others left."""
     table = rich.table.Table(
         box=rich.box.SIMPLE_HEAD,
-        show_edge=False,  # this and the padding: narrow, for 80 columns
+        show_edge=False,  # as the padding, to fit 80 columns
         padding=(0, 1, 0, 0),
         pad_edge=False,
         title=title,
@@ -31,21 +30,23 @@ def plain(head: Sequence[str], rows: Rows, title: str | None = None) -> str:
     for row in rows:
         table.add_row(*map(visible, row))
     text = io.StringIO()
-    # wider than any table; a text is shown as it is
+    # wider than any table; texts are shown without markup
     console = rich.console.Console(file=text, width=10_000, markup=False, emoji=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().split("\n")).strip("\n")
 
 
 def visible(text: str) -> str:
-    """Control characters by their codes, such as \\x1b: in somebody's data they could command a terminal."""
+    """Replace control characters by their codes, such as \\x1b: in data, they could command a terminal."""
     return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def say(text: str) -> None:
-    """Print texts, somebody else's among them; on a terminal, lines break at words."""
-    how: Any = {"markup": False, "emoji": False, "highlight": False}
-    rich.console.Console(soft_wrap=not sys.stdout.isatty(), **how).print(visible(text))
+    """Print a text that may contain data. On a terminal, lines break at words."""
+    console = rich.console.Console(
+        soft_wrap=not sys.stdout.isatty(), markup=False, emoji=False, highlight=False
+    )
+    console.print(visible(text))
 
 
 def markdown(head: Sequence[str], rows: Rows) -> str:

@@ -319,4 +319,4 @@ def as_tree(p: Plan) -> dict[str, Any]:
         | {"collectives": [c._asdict() for c in f.collectives]}
         for f in p.programs
     ]
-    return files.plain({"topology": p.machine.topology} | out)
+    return files.json_tree({"topology": p.machine.topology} | out)
