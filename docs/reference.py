@@ -47,11 +47,9 @@ def equation(latex: str) -> str:
 def metrics() -> str:
     """One table of all metrics (runs/metrics.py)."""
     rows = [f"| `{m.name}` | {m.unit} | {m.meaning.replace('|', '&#124;')} |" for m in METRICS]
-    text = "What a step's line of `metrics.jsonl` holds, and TensorBoard, Weights & Biases and trackio show."
-    text += " Shares are between 0 and 1. `*` stands for a name: of a set, a stage, a reward component."
-    return "\n".join(
-        ["# Metrics", "", text, "", "| metric | unit | what it is |", "|---|---|---|", *rows, ""]
-    )
+    text = "A step's line of `metrics.jsonl` has these metrics. Trackers such as TensorBoard show them."
+    text += " Shares are between 0 and 1. `*` stands for the name of a set, a stage or a reward component."
+    return "\n".join(["# Metrics", "", text, "", "| metric | unit | meaning |", "|---|---|---|", *rows, ""])
 
 
 def settings() -> str:
@@ -59,13 +57,12 @@ def settings() -> str:
     out = [
         "# Settings",
         "A config is a YAML file of these settings. `a.b=value` after it on the command line replaces one of"
-        " them; the value is YAML too. Unknown settings, values of the wrong type and combinations that"
-        " cannot work are refused before any device work: the message names the field, the value and the"
-        " remedy. `null` means that the thing is absent. The files in `configs/` are complete examples.",
-        "One file serves several commands. Each needs and checks only the settings that it reads, and its"
-        " `--help` lists those: `medrlvr eval` needs no `learn`, `medrlvr sft` checks no "
-        "`advantage`. Settings on"
-        " the command line that it does not read are named, and change nothing.",
+        " them; the value is also YAML. Unknown settings, values of the wrong type and combinations that"
+        " cannot work are refused before any device work. The message has the field, the value and the"
+        " remedy. `null` means that something is absent. The files in `configs/` are complete examples.",
+        "One file serves several commands. Each command requires and checks only the settings that it reads."
+        " Its `--help` lists them: `medrlvr eval` needs no `learn`, and `medrlvr sft` checks no `advantage`."
+        " A command prints a message about settings on the command line that it does not read.",
     ]
     for section in sections():
         out.append(f"## {section.title} {{ #{anchor(section.name)} }}\n\n{section.text}")
@@ -93,8 +90,8 @@ def cell(text: str) -> str:
 
 def commands() -> str:
     """The help of every command, 88 columns wide."""
-    same = "`medrlvr COMMAND …` and `python -m medrlvr_jax COMMAND …` are the same."
-    listed = "`--help` of a command with settings lists them too, as [Settings](settings.md) does."
+    same = "`python -m medrlvr_jax COMMAND …` is the same as `medrlvr COMMAND …`."
+    listed = "The `--help` of a command also lists its settings, as on the page [Settings](settings.md)."
     out = ["# Commands", f"{same} {listed}", help_of()]
     out += [f"## medrlvr {name}\n\n{help_of(name)}" for name in app if not name.startswith("-")]
     return "\n\n".join(out) + "\n"

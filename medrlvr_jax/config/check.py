@@ -171,8 +171,7 @@ def _objective_problems(c: Config) -> Iterator[tuple[str, str]]:
 
 
 def _set_problems(c: Config) -> Iterator[tuple[str, str]]:
-    sets = {"data": c.data} | {f"eval.sets.{name}": spec for name, spec in c.eval.sets.items()}
-    for name, spec in sets.items():
+    for name, spec in c.question_sets.items():
         chosen = spec.pass_count
         if chosen and chosen.top and not chosen.order:
             yield f"{name}.pass_count.top", f"{chosen.top} needs an order; set order, such as variance"

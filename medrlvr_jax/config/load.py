@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -85,37 +85,25 @@ def read_yaml(path: str | Path, remedy: str) -> Any:
 
 
 def parse_yaml(text: str, source: str, remedy: str) -> Any:
-    """Parse YAML. Raise `ConfigError` for repeated keys: PyYAML would silently keep only the last value."""
+    """Parse YAML. Raise `ConfigError` if it is invalid or repeats a key."""
     with files.reading(source, remedy):
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-    if problems := list(_repeated_keys(root)):
-        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
-    with files.reading(source, remedy):
-        return None if root is None else loader.construct_document(root)
+        loader = _UniqueKeyLoader(text)
+        loader.name = source
+        return loader.get_single_data()
 
 
-def _repeated_keys(root: yaml.Node | None) -> Iterator[str]:
-    """Yield a message for each key that a mapping at any depth contains more than once."""
-    seen: set[int] = set()
-    todo: list[tuple[tuple[str, ...], yaml.Node | None]] = [((), root)]
-    while todo:
-        path, node = todo.pop()
-        if id(node) in seen:  # an alias may point to a node that contains it
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            todo += [((*path, str(i)), item) for i, item in enumerate(node.value)]
-        if isinstance(node, yaml.MappingNode):
-            lines = defaultdict(list)
-            for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode):
-                    lines[key.tag, key.value].append(key.start_mark.line + 1)
-                todo.append(((*path, str(key.value)), value))
-            for (_, name), numbers in lines.items():
-                if len(numbers) > 1:
-                    where = f"on lines {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
-                    yield f"{'.'.join([*path, name])}: given {len(numbers)} times, {where}; keep only one"
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses repeated keys. PyYAML would silently keep only the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines = defaultdict(list)
+        for key, _ in node.value:
+            lines[key.tag, str(key.value)].append(str(key.start_mark.line + 1))
+        for (_, name), numbers in lines.items():
+            if len(numbers) > 1:
+                where = f"on lines {', '.join(numbers[:-1])} and {numbers[-1]}"
+                raise ConfigError(f"{self.name}: {name}: given {len(numbers)} times, {where}; keep only one")
+        return super().construct_mapping(node, deep)
 
 
 def from_tree(tree: dict[str, Any], source: str = "config", command: str | None = None) -> Config:

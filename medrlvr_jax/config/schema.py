@@ -286,3 +286,8 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     mesh: MeshConfig = MeshConfig()
+
+    @property
+    def question_sets(self) -> dict[str, SetConfig]:
+        """The training set and the evaluation sets, by the names of their settings."""
+        return {"data": self.data} | {f"eval.sets.{name}": spec for name, spec in self.eval.sets.items()}

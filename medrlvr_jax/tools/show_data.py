@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from medrlvr_jax.build import limit_pixels
-from medrlvr_jax.config.schema import Config, SetConfig
+from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data import prompts as text
 from medrlvr_jax.data.patches import measure_images
@@ -22,7 +22,7 @@ def show_data(config: Config, prompts: int) -> str:
     """Return the text to print: the training set, then the evaluation sets, each with its first `prompts`."""
     tokenizer = load_tokenizer(config.model.path)
     lines, trained_on = [], set()
-    for name, spec in sets_of(config).items():
+    for name, spec in config.question_sets.items():
         if config.sft.target == "text" and name == "data":
             examples, how_read = data.read_text(spec)
             rows, limit = tokenizer.encode_texts([example.prompt for example in examples]), None
@@ -52,10 +52,6 @@ def image_tokens(questions: list[Question], config: Config) -> list[list[list[in
     vision = limit_pixels(read_config(config.model.path), config)
     images = measure_images(questions, vision) if vision else None
     return images.prompt_tokens() if images else None
-
-
-def sets_of(config: Config) -> dict[str, SetConfig]:
-    return {"data": config.data} | {f"eval.sets.{name}": spec for name, spec in config.eval.sets.items()}
 
 
 def describe_lengths(rows: list[Any], limit: int | None) -> Iterator[str]:
