@@ -53,17 +53,9 @@ METRICS = (
     Metric("monitor/hacks", "share", "Answers without reasoning, or with reasoning outside <think>."),
     Metric("monitor/leak", "share", "Reasoning that states the answer long before its end."),
     Metric("monitor/hedging", "share", "Responses that hedge often (perhaps, might be, unclear)."),
-    Metric(
-        "monitor/repetition", "share", "Responses in which over half of all 4-grams of words are repeats."
-    ),
-    Metric(
-        "monitor/letter_p", "p", "χ² test that the answers' letters are as frequent as the right letters."
-    ),
-    Metric(
-        "monitor/letter_shift",
-        "share",
-        "Answers to change until their letters are as frequent as the right ones.",
-    ),
+    Metric("monitor/repetition", "share", "Responses in which over half of the 4-grams are repeats."),
+    Metric("monitor/letter_p", "p", "χ² test of the answers' letters against the right letters."),
+    Metric("monitor/letter_shift", "share", "Answers to change until both have the same letter frequencies."),
     Metric("monitor/constant_reward", "steps", "Steps in a row in which the rewards taught nothing."),
     Metric("alarm/*", "steps", "Number of steps in a row for which this alarm has lasted."),
     Metric("policy/surrogate", "reward", "The policy's objective, which the update maximises."),
@@ -92,9 +84,7 @@ METRICS = (
     Metric("eval.*.correct", "answers", "Right answers."),
     Metric("eval.*.format_ok", "answers", "Answers in the right format."),
     Metric("eval.*.accuracy", "share", "Right answers. `_low`, `_high`: 95 % interval over questions."),
-    Metric(
-        "eval.*.format_rate", "share", "Answers in the format. `format_low`, `format_high`: 95 % interval."
-    ),
+    Metric("eval.*.format_rate", "share", "Answers in the format. `format_low`, `format_high`: interval."),
     Metric("eval.*_low", "share", "Lower end of a 95 % interval."),
     Metric("eval.*_high", "share", "Upper end of a 95 % interval."),
     Metric("eval.*.response_length", "tokens", "Mean length of an answer."),
