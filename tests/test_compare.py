@@ -90,7 +90,7 @@ def test_pairs_by_id_and_counts_by_hand(tmp_path, capsys):
         and shown.endswith(
             "dev: b and a do not differ significantly.\nsame: b and a do not differ significantly.\n"
         )
-        and "dev: not asked alike: 0 questions were answered in A" in shown
+        and "dev: not only the model differs: 0 questions were answered in A" in shown
     )
 
 

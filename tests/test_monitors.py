@@ -55,7 +55,8 @@ def scored(completions, keys, samples):
     ]
     lengths = np.array([len(c.split()) for c in completions])
     tokens = np.zeros((n, lengths.max()), np.int32)
-    return Scored(questions, np.arange(n), completions, tokens, verdicts, lengths, np.ones(n, bool), shown)
+    stopped = np.ones(n, bool)
+    return Scored(questions, [[]] * n, np.arange(n), completions, tokens, verdicts, lengths, stopped, shown)
 
 
 def test_flags_of_each_completion():

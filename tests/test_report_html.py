@@ -384,7 +384,7 @@ def test_long_runs_are_read_in_part_but_their_evaluations_and_alarms_whole(tmp_p
     records[333] |= {"eval.dev.n": 50, "eval.dev.correct": 20, "alarm/leak": 6}
     files.append(tmp_path / "metrics.jsonl", records)
     run = report_html.read_run(tmp_path, report_html.STEPS // 10)
-    assert run.counts("dev", "after")["correct"] == 20
+    assert run.evals["dev"]["after"]["correct"] == 20
     assert run.metrics["step"].values.tolist() == [*range(0, 301, 100), 333, *range(400, 901, 100), 999]
 
 

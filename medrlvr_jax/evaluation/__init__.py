@@ -1,3 +1,1 @@
-"""What a policy can do: answers over whole sets, what they show by statistics, and what goes wrong
-meanwhile.
-"""
+"""Evaluation of a policy: answers to whole sets, their statistics, comparisons, alarms during training."""

@@ -36,14 +36,11 @@ SIGNIFICANT = 0.05  # the p value, adjusted over the sets, below which a differe
 
 
 def evaluation(folder: Path) -> Path:
-    """Return the folder itself if it is an evaluation, or a run's newest one; evaluate a run that has none.
-
-    Raises `ConfigError` if the folder is neither an evaluation nor a run.
-    """
+    """Return the folder itself if it is an evaluation, or a run's newest; evaluate a run that has none."""
     if found := newest_evaluation(folder):
         return found
     if not (folder / "config.yaml").is_file():
-        remedy = "give a run's folder, or one that `medrlvr eval` wrote to its end"
+        remedy = "give a run's folder, or the folder of a finished `medrlvr eval`"
         raise ConfigError(f"{folder}: no eval.json there; {remedy}")
     print(f"{folder}: not evaluated yet, so that comes first", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
@@ -70,8 +67,8 @@ def differences(a: Path, b: Path, name: str, x: Answers, y: Answers) -> list[str
     out = configs.differences(first, second, ("in A", "in B"))
     i, j, others = pair(x, y)
     if others:
-        what = f"{len(others):,} ids, the first is {others[0]!r}, are of other questions or keys in B"
-        out.append(f"{what}; evaluate both on one file")
+        ids = f"{len(others):,} ids, the first is {others[0]!r}, are of other questions or keys in B"
+        out.append(f"{ids}; evaluate both on one file")
     only_a, only_b = len(x.ids) - len(i) - len(others), len(y.ids) - len(j) - len(others)
     if only_a or only_b:
         remedy = "evaluate both on one file, with a prompt.max_tokens that drops none"
@@ -156,10 +153,10 @@ def show(comparison: dict[str, Any], names: Sequence[str] = ("A", "B")) -> str:
         lines.append(f"  {'difference':{width}}  {percent(c['difference'])}, p = {c['p']:.2g}{adjusted}")
         if solved := c["boundary"]:
             lines.append("  solved: {preserved:,} by both, {gained:,} gained, {lost:,} lost".format(**solved))
-        least = f"a difference of {100 * c['minimum_detectable']:.1f} points or more with 80 % power"
-        lines += [f"  {c['n']:,} questions show {least}", ""]
+        detectable = f"a difference of {100 * c['minimum_detectable']:.1f} points or more with 80 % power"
+        lines += [f"  {c['n']:,} questions show {detectable}", ""]
     for name, c in comparison.items():
-        lines += [f"{name}: not asked alike: {line}" for line in c["differences"]]
+        lines += [f"{name}: not only the model differs: {line}" for line in c["differences"]]
     lines += [line for c in comparison.values() for line in c["remarks"]]
     lines += [verdict(name, c.get("distinct", c), names) for name, c in comparison.items()]
     return "\n".join(lines)
@@ -200,17 +197,14 @@ def matrix(folders: Sequence[Path], anyway: bool = False) -> dict[str, dict[str,
             title = f"{name}: {subject or '(none)'}"
             parts[title] = [a.select(a.subjects == subject) for a in answers]
         for title, part in parts.items():
-            columns[title] = {n: _gain(part[0], a) for n, a in zip(names, part, strict=True)}
+            pairs = {n: compare_sets(title, part[0], a) for n, a in zip(names, part, strict=True)}
+            columns[title] = {
+                n: {"n": c["n"], "accuracy": c["b"], "gain": c["difference"]} for n, c in pairs.items()
+            }
     if averaged := list(sets) if len(sets) > 1 else list(columns)[1:]:
         mean = lambda n, key: float(np.mean([columns[title][n][key].value for title in averaged]))
         columns["mean"] = {n: {key: mean(n, key) for key in ("accuracy", "gain")} for n in names}
     return columns
-
-
-def _gain(first: Answers, answers: Answers) -> dict[str, Any]:
-    i, j, _ = pair(first, answers)
-    gain = stats.paired_difference(first.correct[i], answers.correct[j]).interval
-    return {"n": len(answers.ids), "accuracy": stats.accuracy(answers.correct), "gain": gain}
 
 
 def show_matrix(columns: dict[str, dict[str, dict[str, Any]]]) -> str:

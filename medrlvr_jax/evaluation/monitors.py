@@ -22,7 +22,7 @@ from medrlvr_jax.rewards.penalties import find_leaks
 from medrlvr_jax.rollout.rollout import Scored
 from medrlvr_jax.runs.metrics import is_due
 
-WINDOW, ENOUGH = 20, 5  # moving limits use the median of the last WINDOW steps, if at least ENOUGH have one
+WINDOW, ENOUGH = 20, 5  # moving limits use the median over the last WINDOW steps, if ENOUGH have a value
 EXAMPLES = 2  # rows in a notice
 LEAK_WORDS = 5  # a stated answer is too early if at least so many words of the thought follow
 HEDGES, HEDGE_SHARE = 3, 0.04  # a completion hedges if it has this number and this share of hedging words
@@ -41,7 +41,7 @@ HIGH = {  # metric: its limit, a description of the share, and the remedy
     ),
     "monitor/hedging": (
         0.25,
-        "of the responses hedge (perhaps, might be, unclear) where they should decide",
+        "of the responses hedge (perhaps, might be, unclear) instead of deciding",
         "lower learn.policy.lr or raise kl.coef, and restart from an earlier checkpoint",
     ),
     "monitor/repetition": (
@@ -206,7 +206,7 @@ def find_alarms(metrics: dict[str, Any], history: Sequence[dict[str, Any]], conf
         value = _number(metrics, name)
         if name not in skipped and value > limit:
             out.append(Alarm(name, f"{100 * value:.1f} % {text} (limit {100 * limit:.0f} %); {remedy}"))
-    for name, (what, low, high, floor) in MOVES.items():
+    for name, (description, low, high, floor) in MOVES.items():
         value, before = _number(metrics, name), [_number(r, name) for r in history[-WINDOW:]]
         before = [x for x in before if math.isfinite(x)]
         if not math.isfinite(value) or len(before) < ENOUGH:
@@ -214,7 +214,7 @@ def find_alarms(metrics: dict[str, Any], history: Sequence[dict[str, Any]], conf
         usual = statistics.median(before)
         if value < low * usual or (value > high * usual and value > floor):
             times = f"{value / usual:.2g} times" if usual else "after"
-            text = f"{what}: {value:.4g}, {times} the median of the last steps, {usual:.4g}; {STEADY}"
+            text = f"{description}: {value:.4g}, {times} the median of the last steps, {usual:.4g}; {STEADY}"
             out.append(Alarm(name, text, value > usual))
     p, shift = _number(metrics, "monitor/letter_p"), _number(metrics, "monitor/letter_shift")
     if p < LETTER_P and shift > LETTER_SHIFT:

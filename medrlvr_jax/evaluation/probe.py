@@ -261,7 +261,7 @@ def show(probed: dict[str, dict[str, Any]]) -> str:
         for condition, c in d["conditions"].items():
             p = "" if c["p_holm"] is None else f"{c['p_holm']:.2g}"
             change = "" if condition == WHOLE else percent(c["difference"])
-            rows.append([condition, percent(c["accuracy"]), change, p, f"{100 * c['same_answer']:.1f} %"])
+            rows.append([condition, percent(c["accuracy"]), change, p, percent(c["same_answer"])])
         head = (f"{name}: thought given", "accuracy", f"against {WHOLE}", "p (Holm)", f"answer as at {WHOLE}")
         out.append(tables.plain(head, rows))
         if g := d.get("info_gain"):

@@ -45,9 +45,6 @@ class Run:
     summary: dict[str, Any]  # empty while the run is in progress
     evals: dict[str, dict[str, dict[str, Any]]]  # {set: {"before", "after": counts}}
 
-    def counts(self, set_name: str, when: str) -> dict[str, Any] | None:
-        return self.evals.get(set_name, {}).get(when)
-
     @property
     def settings_text(self) -> str:
         return "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in self.config.items())
@@ -67,6 +64,10 @@ class Group:
     def dash(self) -> Sequence[float]:
         """The lengths in pixels of dashes and gaps; [] for a solid line."""
         return ([], [6, 3], [6, 3, 1.5, 3], [1.5, 2.5], [6, 2, 1.5, 2])[self.number % 5]
+
+    def counts(self, set_name: str, when: str) -> list[dict[str, Any]]:
+        """Return the counts of the runs that evaluated the set `before` or `after` training."""
+        return [c for run in self.runs if (c := run.evals.get(set_name, {}).get(when))]
 
 
 class Arm(NamedTuple):
@@ -201,18 +202,16 @@ def accuracies(groups: Sequence[Group]) -> dict[str, list[Arm]]:
     """Return for each set the policies before training and each group after training."""
     out = {}
     for name in dict.fromkeys(s for g in groups for run in g.runs for s in run.evals):
-        before = {describe(c): c for g in groups for run in g.runs if (c := run.counts(name, "before"))}
+        before = {describe(c): c for g in groups for c in g.counts(name, "before")}
         arms = [  # several before training, if runs started from other weights or were evaluated otherwise
             (f"before training{f' ({i})' if len(before) > 1 else ''}", explore.GREY, [before[text]])
             for i, text in enumerate(sorted(before), 1)
         ]
-        arms += [(g.name, g.color, [c for run in g.runs if (c := run.counts(name, "after"))]) for g in groups]
-        arms = [(arm, color, counts) for arm, color, counts in arms if counts]
-        if arms:
-            out[name.replace("_", " ")] = [
-                Arm(arm, color, [interval(c) for c in counts], list(map(describe, counts)))
-                for arm, color, counts in arms
-            ]
+        arms += [(g.name, g.color, counts) for g in groups if (counts := g.counts(name, "after"))]
+        out[name.replace("_", " ")] = [
+            Arm(arm, color, list(map(interval, counts)), list(map(describe, counts)))
+            for arm, color, counts in arms
+        ]
     return out
 
 

@@ -207,7 +207,7 @@ def table(outcomes: Outcomes, tests: Tests) -> str:
     fewer = []
     for (arm, name), t in tests.items():
         if t["n"] < (n := len(outcomes[arm][name].correct)):
-            shared = f"{t['n']:,} of its {n:,} questions that SFT was asked too"
+            shared = f"{t['n']:,} of its {n:,} questions that SFT answered, too"
             fewer.append(f"{arm} on {name}: compared on the {shared}.")
     return "\n".join([tables.markdown(head, rows), "", f"{NOTE} {sets[0]}.", *fewer])
 
