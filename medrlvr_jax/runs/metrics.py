@@ -62,6 +62,7 @@ METRICS = (
     Metric("policy/loss", "reward", "The policy's loss: −surrogate, with KL and entropy terms."),
     Metric("policy/ratio", "ratio", "Mean ratio of a token's probability after and before the updates."),
     Metric("policy/ratio_far", "share", "Tokens whose ratio differs from 1 by over 10 %."),
+    Metric("policy/sampler_weight", "ratio", "Mean of min(π_old / π_sampler, loss.sampler_cap) over tokens."),
     Metric("policy/clip_low", "share", "Tokens whose ratio was clipped from below."),
     Metric("policy/clip_high", "share", "Tokens whose ratio was clipped from above."),
     Metric("policy/approx_kl", "nats / token", "KL divergence from the policy before the update (k3)."),
