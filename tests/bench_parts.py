@@ -1,4 +1,4 @@
-"""Benchmarks of the parts of a step on this machine: one JSON line a case.
+"""Benchmark the parts of a step on this machine. The output is one JSON line per case.
 
     python tests/bench_parts.py sample MODEL --questions 8 --samples 8 --prompt 256 --new 128
     python tests/bench_parts.py learn MODEL --questions 2 --samples 8 --prompt 384 --new 128
@@ -10,16 +10,20 @@
     python tests/bench_parts.py see MODEL --questions 64 prompt.max_pixels=200704
 
 MODEL is a Hugging Face directory or "embedded". Settings of the run may follow, such as model.remat=none
-learn.microbatch=1. `step` is a whole step of training: sample, assess, decode, score, learn. `eval` is four
-batches of an evaluation; its `overhead` is the share of time beyond generating. `ask` is the pass of the
-probability reward; its `ratio` is to the reference's pass over the same responses. `verify` is a soft
-verifier on questions × samples texts of about `--prompt` tokens; its `overhead` is beyond one prefill of its
-model for each. `see` is the vision tower on a square image of `prompt.max_pixels` for each question.
+learn.microbatch=1.
 
-`seconds` is the median of `--runs` after the first, which compiles (`first_s`). `tokens_per_s` counts
-response tokens up to their stop token. `padded_tokens` is what a system computes that repeats the prompt for
-each sample and pads every row. `matmul_share` and `copy_share` are of the speed of a float32 matmul of 2,048²
-and of a copy of 256 MB in the same run; `copy_share` counts the weights alone, read once a column.
+step     a whole training step: sample, assess, decode, score, learn
+eval     four batches of an evaluation; `overhead`: additional time, as a share of that of generating only
+ask      the pass of the probability reward; `ratio`: its time ÷ that of the reference's pass over the same
+         responses
+verify   a soft verifier on questions × samples texts of about `--prompt` tokens; `overhead`: additional time,
+         as a share of that of its model's prefills
+see      the vision tower on one square image of `prompt.max_pixels` per question
+
+`seconds` is the median of `--runs` calls after the first, which compiles (`first_s`). `tokens_per_s` counts
+response tokens up to the stop token. `padded_tokens` are the tokens of a system that repeats the prompt for
+each sample and pads every row. `matmul_share` and `copy_share` are shares of the speed of a float32 matmul of
+2,048² and of a copy of 256 MB in the same run; `copy_share` counts only the weights, read once per column.
 """
 
 import argparse
@@ -72,7 +76,7 @@ SHAPES = ("questions", "samples", "prompt", "new", "lengths")
 
 
 def settings(args: argparse.Namespace) -> Config:
-    """GRPO as the peers run it: KL to a reference in the loss, one optimiser step a rollout."""
+    """Return the settings: GRPO as in peer systems, with KL in the loss and one optimiser step per rollout."""
     tree: dict[str, Any] = {
         "name": "bench",
         "steps": 1,
@@ -91,9 +95,10 @@ def settings(args: argparse.Namespace) -> Config:
 
 
 def machine(size: int = 2048, dtype: str = "float32", copied: int = 2**28) -> dict[str, float]:
-    """Speeds of this machine: a matmul of `size`² in GFLOP/s, and reading and writing `copied` bytes
-    in GB/s, in place, since new pages cost more. The numbers are random: with zeros and ones a GPU draws less
-    power, and is faster than in use.
+    """Measure this machine: a matmul of `size`² in GFLOP/s, and reading and writing `copied` bytes in GB/s.
+
+    The copy is in place, because new memory pages take more time. The numbers are random, because with zeros
+    and ones a GPU uses less power and is faster than in practice.
     """
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     y = jax.random.normal(jax.random.key(1), (copied // 4,))
@@ -112,23 +117,23 @@ def machine(size: int = 2048, dtype: str = "float32", copied: int = 2**28) -> di
 
 
 def by_turns(functions: list[Callable[[], Any]], runs: int) -> list[list[float]]:
-    """Of each function, the time of a first call, which compiles, and of `runs` more; by turns."""
+    """Call the functions alternately. Return for each the seconds of a first call and of `runs` more."""
     times = [[] for _ in functions]
     for _ in range(runs + 1):
-        for of_one, function in zip(times, functions, strict=True):
+        for seconds, function in zip(times, functions, strict=True):
             start = time.perf_counter()
             jax.block_until_ready(function())
-            of_one.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
     return times
 
 
 def timing(times: list[float]) -> dict[str, Any]:
-    after = [round(t, 3) for t in times[1:]]
-    return {"seconds": round(statistics.median(times[1:]), 3), "runs": after, "first_s": round(times[0], 2)}
+    runs = [round(t, 3) for t in times[1:]]
+    return {"seconds": round(statistics.median(times[1:]), 3), "runs": runs, "first_s": round(times[0], 2)}
 
 
 def ratio(times: list[float], others: list[float]) -> float:
-    """The median, over runs by turns, of the one's time in shares of the other's."""
+    """Return the median ratio of times of alternate calls."""
     return statistics.median(a / b for a, b in zip(times[1:], others[1:], strict=True))
 
 
@@ -137,14 +142,14 @@ def rate(count: int, times: list[float]) -> float:
 
 
 def encoded_questions(args: argparse.Namespace, parts: Parts, n: int) -> Encoded:
-    """n questions whose prompts are exactly `--prompt` random letters of the vocabulary."""
+    """Return n questions with prompts of exactly `--prompt` random tokens."""
     tokens = np.random.default_rng(0).integers(5, min(200, parts.cfg.vocab), (n, args.prompt)).tolist()
     questions = [Question(str(i), "?", OPTIONS, i % 4) for i in range(n)]
     return Encoded(questions, tokens, np.arange(n, dtype=np.uint32), 0, width(args.prompt))
 
 
 def lengths(args: argparse.Namespace) -> np.ndarray:
-    """Tokens of each row: all of `--new`, or log-normal, median 40, one in fifty over the cap of 256."""
+    """Return the length of each row: `--new`, or log-normal with median 40, of which 2 % exceed 256."""
     shape = args.questions, args.samples
     if args.lengths == "full":
         return np.full(shape, args.new, np.int32)
@@ -153,13 +158,13 @@ def lengths(args: argparse.Namespace) -> np.ndarray:
 
 
 def random_rows(args: argparse.Namespace, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [Q, G, R] and the mask of those that the rows have."""
+    """Return random tokens [Q, G, R] and their mask."""
     tokens = rng.integers(5, 200, (args.questions, args.samples, args.new)).astype(np.int32)
     return tokens, np.arange(args.new) < lengths(args)[..., None]
 
 
 def sampled_params(parts: Parts, cfg: DecoderConfig) -> Params:
-    """The model's weights as a sampler reads them."""
+    """Return the model's weights in the sampler's layout."""
     return make_weight_sync(parts, cfg)(lora.join(load_base(parts), load_params(parts, parts.cfg)))
 
 
@@ -171,7 +176,7 @@ def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     params, cfg, limits = sampled_params(parts, parts.sampler_cfg), parts.sampler_cfg, lengths(args)
     encoded = encoded_questions(args, parts, args.questions)
     prompts, key = place_prompts(params, parts, encoded, np.arange(args.questions)), jax.random.key(0)
-    stops = (parts.cfg.vocab,)  # none that can be drawn: `limits` alone end a row
+    stops = (parts.cfg.vocab,)  # cannot be sampled: only `limits` end a row
     settings = DrawSettings(cfg, parts.config.sample, stops, parts.tokenizer.pad_id)
 
     def run():
@@ -188,7 +193,7 @@ def sample_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 def see_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     cfg = parts.cfg.vision
     if cfg is None or parts.tower is None:
-        raise ConfigError(f"{args.model}: it has no vision tower; give a vision-language model")
+        raise ConfigError(f"{args.model}: the model has no vision tower; use a vision-language model")
     side = math.isqrt(cfg.max_pixels) // cfg.factor * cfg.factor
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
     cut = cut_patches(Image.fromarray(pixels), cfg)
@@ -245,7 +250,7 @@ def step_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 
 def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    """An evaluation to its statistics, and the same responses drawn alone, by turns."""
+    """Time an evaluation with its statistics, and generating the same responses only, alternately."""
     size, params = args.questions, sampled_params(parts, parts.cfg)
     encoded, temperature = encoded_questions(args, parts, 4 * size), parts.config.eval.temperature
     sample = replace(parts.config.sample, temperature=temperature)
@@ -266,9 +271,9 @@ def eval_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 
 def verify_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    """A soft verifier, from texts to probabilities, and its model's prefill of the same rows, by turns."""
-    each = max(map(len, parts.tokenizer.encode_untrusted([f" {option}" for option in OPTIONS])))
-    words = " ".join(itertools.islice(itertools.cycle(OPTIONS), max(1, (args.prompt - 24) // each)))
+    """Time a soft verifier, from texts to probabilities, and its model's prefills only, alternately."""
+    longest = max(map(len, parts.tokenizer.encode_untrusted([f" {option}" for option in OPTIONS])))
+    words = " ".join(itertools.islice(itertools.cycle(OPTIONS), max(1, (args.prompt - 24) // longest)))
     texts = [f"{i} {words}" for i in range(args.questions * args.samples)]
     tokens = verifier_models.encode(parts.tokenizer, texts, chat=False, soft=True)
     section = VerifierConfig(
@@ -278,32 +283,32 @@ def verify_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         dtype=parts.config.model.dtype,
         max_tokens=max(map(len, tokens)),
     )
-    asked = verifier_models.read(section, parts.mesh, "bench").load()
-    prefill, columns = jax.jit(decode.prefill, static_argnames="cfg"), asked.widths[-1]
-    batches = [tokens[i : i + asked.size] for i in range(0, len(tokens), asked.size)]
-    placed = [asked.place([tuple(row) for row in batch], columns) for batch in batches]
+    verifier = verifier_models.read(section, parts.mesh, "bench").load()
+    prefill, columns = jax.jit(decode.prefill, static_argnames="cfg"), verifier.widths[-1]
+    batches = [tokens[i : i + verifier.size] for i in range(0, len(tokens), verifier.size)]
+    placed = [verifier.place([tuple(row) for row in batch], columns) for batch in batches]
 
     def prefills():
-        return [prefill(asked.params, asked.cfg, prompts) for prompts in placed]
+        return [prefill(verifier.params, verifier.cfg, prompts) for prompts in placed]
 
-    times, others = by_turns([lambda: asked.ask(texts), prefills], args.runs)
+    times, others = by_turns([lambda: verifier.ask(texts), prefills], args.runs)
     overhead = round(ratio(times, others) - 1, 4)
     return timing(times) | {"columns": columns, "prefill_s": timing(others)["runs"], "overhead": overhead}
 
 
 def compile_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    """Seconds of the first step and of the second: the difference is compilation."""
+    """Measure compilation: the seconds of the first step minus those of the second."""
     jax.config.update("jax_enable_compilation_cache", False)
-    done = step_case(argparse.Namespace(**vars(args) | {"runs": 1}), parts)
-    return {"compile_s": round(done["first_s"] - done["seconds"], 2), "seconds": done["seconds"]}
+    out = step_case(argparse.Namespace(**vars(args) | {"runs": 1}), parts)
+    return {"compile_s": round(out["first_s"] - out["seconds"], 2), "seconds": out["seconds"]}
 
 
 def ask_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    """The probability reward's pass, with answers of 8 tokens, and the reference's over the responses."""
+    """Time the probability reward's pass with answers of 8 tokens, and the reference's pass over responses."""
     section = ProbabilityConfig(max_tokens=8)
     reward = RewardConfig(components=(section,))
-    asking = replace(parts, config=replace(parts.config, reward=reward))
-    program = make_policy_rewards(asking)["probability"].program
+    with_reward = replace(parts, config=replace(parts.config, reward=reward))
+    program = make_policy_rewards(with_reward)["probability"].program
     how, params = pass_settings(parts), lora.join(load_base(parts), load_params(parts, parts.cfg))
     n, shape, rng = args.questions, (args.questions, args.samples), np.random.default_rng(0)
     tokens, mask = random_rows(args, rng)
@@ -348,21 +353,20 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("settings", nargs="*", metavar="a.b=value")
     for size, default in (("questions", 4), ("samples", 8), ("prompt", 64), ("new", 128), ("runs", 3)):
         top.add_argument(f"--{size}", type=int, default=default)
-    which = "sample, learn: how long the responses are"
-    top.add_argument("--lengths", choices=("full", "lognormal"), default="full", help=which)
+    top.add_argument("--lengths", choices=("full", "lognormal"), default="full", help="of the responses")
     args, rest = top.parse_known_args(argv)
     args.settings += rest
     parts = build(settings(args))
     with jax.set_mesh(parts.mesh):
         out = CASES[args.case](args, parts)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before `machine` takes its 256 MB
-    reached = machine()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before `machine` allocates 256 MB
+    speeds = machine()
     if "matmul_gflop" in out:
-        out["matmul_share"] = round(out["matmul_gflop"] / out["seconds"] / reached["matmul_gflops"], 3)
+        out["matmul_share"] = round(out["matmul_gflop"] / out["seconds"] / speeds["matmul_gflops"], 3)
     if "read_gb" in out:
-        out["copy_share"] = round(out["read_gb"] / out["seconds"] / reached["copy_gbs"], 3)
-    about = {name: getattr(args, name) for name in ("case", "model", "settings", *SHAPES)}
-    print(json.dumps(about | out | {"peak_gib": round(peak / 2**20, 2)} | reached))
+        out["copy_share"] = round(out["read_gb"] / out["seconds"] / speeds["copy_gbs"], 3)
+    case = {name: getattr(args, name) for name in ("case", "model", "settings", *SHAPES)}
+    print(json.dumps(case | out | {"peak_gib": round(peak / 2**20, 2)} | speeds))
     return 0
 
 

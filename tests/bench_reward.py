@@ -1,12 +1,12 @@
-"""Time `score` against a loop over compiled regular expressions that gives the same verdicts.
+"""Compare the time of `score` with that of loops over compiled regular expressions with the same verdicts.
 
     python tests/bench_reward.py [rows] [pairs]
 
-100,000 completions of 200 to 2,000 characters, all kinds of verdict, one call. Each pair times the loop and
-then `score` on the same rows, in seconds of the processor; the ratio is the median over the pairs. `plain` is
-the pattern as one writes it down; `tuned` is the fastest loop found, with the pattern unrolled at every `<` and the paper's thought
-skipped by `str.find`. One JSON line a mode. A last line has the rule and all penalties together, for the 1,024
-completions of a step.
+One call scores 100,000 completions of 200 to 2,000 characters with all kinds of verdicts. Each pair times the
+loops and then `score` on the same rows, in CPU seconds; the ratio is the median over pairs. `plain` is a
+straightforward pattern. `tuned` is the fastest loop that we found: its pattern is unrolled at every `<`, and
+in mode `paper` `str.find` skips the thought. The output is one JSON line per mode, and a last line with the
+rule and all penalties for the 1,024 completions of a step.
 """
 
 import json
@@ -61,9 +61,7 @@ ASCII_WHITE = " \t\n\v\f\r"
 
 
 def completion(rng: random.Random) -> str:
-    """Mostly well formed, as in the middle of training; the rest spread over the failures, thought lengths
-    over 200 to 2,000.
-    """
+    """Return a completion as in the middle of training: mostly well-formed, the others with various errors."""
     # one in ten is not ASCII
     thought = " ".join(rng.choices(TERMS, k=rng.randint(30, 300))) + rng.choice([""] * 9 + [" β₁"])
     letter = rng.choice("ABCDE")
@@ -98,18 +96,16 @@ def loop(
     options: list[list[str]],
     tuned: bool,
 ):
-    """All of Verdicts but the reason, one completion at a time. Five options everywhere spare the loop a
-    choice of pattern.
+    """Compute all fields of Verdicts except the reason, one completion at a time. All questions have five
+    options, so one pattern is enough.
     """
     rewards, letters, format_ok, correct = [], [], [], []
     for i, text in enumerate(completions):
         letter = ""
         if mode == "strict":
             if (m := pattern.fullmatch(text)) and m[1].strip(ASCII_WHITE):
-                own = m[3] is None or m[3].strip(ASCII_WHITE) == options[i]["ABCDE".index(m[2])].strip(
-                    ASCII_WHITE
-                )
-                letter = m[2] if own else ""
+                option = options[i]["ABCDE".index(m[2])].strip(ASCII_WHITE)
+                letter = m[2] if m[3] is None or m[3].strip(ASCII_WHITE) == option else ""
         elif tuned:
             opened = text.find("<think>")
             m = pattern.search(text, opened + 8) if opened >= 0 else None
@@ -138,17 +134,18 @@ def main(rows: int = 100_000, pairs: int = 5) -> None:
     for mode in ("paper", "strict"):
         seconds = {"score": [], "plain": [], "tuned": []}
         for _ in range(pairs):
-            # fresh, as a tokenizer gives them: Python keeps a str's UTF-8 once asked
+            # new strings, as from a tokenizer, because Python caches the UTF-8 form of a str
             completions = [c[:9] + c[9:] for c in completions]
             (plain, t) = timed(loop, mode, PLAIN[mode], completions, answers, options, False)
             seconds["plain"].append(t)
             (tuned, t) = timed(loop, mode, TUNED[mode], completions, answers, options, True)
             seconds["tuned"].append(t)
-            (got, t) = timed(score, completions, answers, options, RewardConfig(mode=mode))
+            (verdicts, t) = timed(score, completions, answers, options, RewardConfig(mode=mode))
             seconds["score"].append(t)
-            rewards = {str(v): int((got.reward == v).sum()) for v in (-1, 0, 1)}
-            for columns in (plain, tuned):
-                assert all(map(np.array_equal, columns, (got.reward, got.format_ok, got.correct, got.answer)))
+            rewards = {str(v): int((verdicts.reward == v).sum()) for v in (-1, 0, 1)}
+            columns = verdicts.reward, verdicts.format_ok, verdicts.correct, verdicts.answer
+            for expected in (plain, tuned):
+                assert all(map(np.array_equal, expected, columns))
         ratio = {
             k: statistics.median(t / s for t, s in zip(seconds[k], seconds["score"], strict=True))
             for k in ("plain", "tuned")
@@ -167,14 +164,14 @@ def main(rows: int = 100_000, pairs: int = 5) -> None:
 
 
 def penalties(completions: list[str], answers: list[str], runs: int = 31) -> None:
-    pays = (
+    components = (
         LeakConfig(),
         BeforeConfig(),
         OverlongConfig(buffer=64),
         LengthConfig(budget=256),
         RepetitionConfig(),
     )
-    config = RewardConfig(components=(RuleConfig(), *pays))
+    config = RewardConfig(components=(RuleConfig(), *components))
     lengths = np.array([len(c) // 4 for c in completions])
     tokens = TokenCounts(lengths, lengths < 512, 512)
     questions = [Question("", "", tuple(OPTIONS), "ABCDE".index(answer)) for answer in answers]
@@ -183,7 +180,7 @@ def penalties(completions: list[str], answers: list[str], runs: int = 31) -> Non
         fresh = [c[:9] + c[9:] for c in completions]
         seconds.append(timed(grade, fresh, questions[: len(fresh)], config, tokens)[1])
     figures = {"median": statistics.median(seconds), "least": min(seconds)}
-    print(json.dumps({"penalties": len(pays), "rows": len(completions), "seconds": figures}))
+    print(json.dumps({"penalties": len(components), "rows": len(completions), "seconds": figures}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Log-probs and entropies in slabs of logits against all logits at once: seconds and XLA's temporaries,
-forward and backward.
+"""Compare log-probs and entropies in slabs of logits with all logits at once: seconds and XLA's temporaries of
+forward and backward pass.
 
     python tests/bench_slab.py [vocabulary] [width] [tokens] [runs]
 
-The default is the head of Qwen2.5-0.5B (151,936 words, 896 wide) over 2,048 tokens, where the logits of all
-are 1.2 GB. `dense` writes down log-softmax as one does; each slab is `scoring.token_logprobs` with
-`model.logit_slab` of that size. All take turns; seconds are medians. `difference` is the largest one of a
-gradient from the dense path's, relative to that gradient's largest entry. One JSON line a case.
+The default is the head of Qwen2.5-0.5B (151,936 × 896) over 2,048 tokens, with 1.2 GB of logits. `dense` is a
+plain log-softmax. Each slab size is `scoring.token_logprobs` with that `model.logit_slab`. The cases run
+alternately, and seconds are medians. `difference` is the largest difference between a gradient and that of
+the dense case, relative to the gradient's largest entry. The output is one JSON line per case.
 """
 
 import json
@@ -23,8 +23,9 @@ from medrlvr_jax.model.scoring import token_logprobs
 
 
 def dense(params, hidden, tokens):
-    scores = jax.nn.log_softmax(jnp.einsum("qgre,ve->qgrv", hidden, params["embed"]))
-    return jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0], -(jnp.exp(scores) * scores).sum(-1)
+    logprobs = jax.nn.log_softmax(jnp.einsum("qgre,ve->qgrv", hidden, params["embed"]))
+    entropies = -(jnp.exp(logprobs) * logprobs).sum(-1)
+    return jnp.take_along_axis(logprobs, tokens[..., None], -1)[..., 0], entropies
 
 
 def main(vocab: int = 151_936, width: int = 896, tokens: int = 2048, runs: int = 3) -> list[dict]:
@@ -58,20 +59,20 @@ def main(vocab: int = 151_936, width: int = 896, tokens: int = 2048, runs: int =
     )
     programs = {"dense": program(dense)} | {str(slab): program(slabbed(slab)) for slab in slabs}
     times = by_turns([partial(p, params, hidden) for p in programs.values()], runs)
-    wanted, lines = programs["dense"](params, hidden), []
-    for (name, compiled), (_, *taken) in zip(programs.items(), times, strict=True):
-        apart = jax.tree.map(
-            lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), compiled(params, hidden), wanted
+    expected, lines = programs["dense"](params, hidden), []
+    for (name, compiled), (_, *seconds) in zip(programs.items(), times, strict=True):
+        differences = jax.tree.map(
+            lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), compiled(params, hidden), expected
         )
         size = compiled.memory_analysis().temp_size_in_bytes
         lines.append(
             {
                 "slab": name,
-                "seconds": round(statistics.median(taken), 3),
+                "seconds": round(statistics.median(seconds), 3),
                 "temporaries_mib": round(size / 2**20, 1),
             }
         )
-        lines[-1]["difference"] = float(f"{max(jax.tree.leaves(apart)):.1e}")
+        lines[-1]["difference"] = float(f"{max(jax.tree.leaves(differences)):.1e}")
         print(json.dumps(lines[-1]), flush=True)
     return lines
 

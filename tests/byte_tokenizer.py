@@ -1,4 +1,4 @@
-"""A tokenizer built in memory, without files: token b is byte b, 256 is `<pad>`, 257 is `<eos>`."""
+"""A tokenizer without files: token b is byte b, 256 is `<pad>`, 257 is `<eos>`."""
 
 import tokenizers
 from transformers import PreTrainedTokenizerFast

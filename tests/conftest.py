@@ -1,12 +1,11 @@
-"""Eight fake CPU devices for every test; and since compiling is most of the time, a cache, and a compiler
-that does not optimise.
+"""Give every test eight fake CPU devices, a compilation cache, and a compiler without optimisation, because
+compilation takes most of the time.
 
-The flags of quick.py take the time of a test's programs to a half. What users run is compiled without them:
-see launch/quickstart.sh.
+The flags of quick.py halve the time of a test's programs. Users' programs are compiled without them.
 
-PJRT_NPROC is the size of XLA:CPU's one pool of threads, by default as many as devices. A collective blocks
-its thread, and two that do not depend on one another may block two threads of one device: on a busy machine
-nobody was left to join them, and XLA ended the process.
+PJRT_NPROC is the size of XLA:CPU's thread pool, by default the number of devices. A collective blocks a
+thread, and two independent collectives may block two threads of one device. On a busy machine no thread was
+left for the other devices, and XLA aborted the process.
 """
 
 import os
@@ -23,7 +22,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         quick.FLAGS,
     ]
 )
-os.environ["OMP_NUM_THREADS"] = "1"  # torch's, on shared cores
+os.environ["OMP_NUM_THREADS"] = "1"  # for torch, because the cores are shared
 
 import jax
 
@@ -31,8 +30,8 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
-# Longest first: launch/test.sh deals out whole files in this order, so that no worker is left with a long one
-# at the end.
+# The longest first: launch/test.sh assigns whole files in this order, so that no worker starts a long file at
+# the end.
 LONGEST = (
     "plan",
     "train",

@@ -1,20 +1,17 @@
-"""Runs that are killed again and again, against the same runs left alone: what they end with must be equal
-bit by bit.
+"""Kill runs many times and compare their results with those of uninterrupted runs, bit by bit.
 
-    python tests/faults.py                       # everything: about 60 kills; prints the table of
-                                                 docs/pages/numbers/faults.md
-    python tests/faults.py --kills 5 --out DIR   # fewer kills of each run; the log of every launch stays in
-    DIR
+    python tests/faults.py                        # everything: about 60 kills; prints the table of
+                                                  # docs/pages/numbers/faults.md
+    python tests/faults.py --kills 5 --out DIR    # fewer kills of each run; DIR keeps the log of every launch
 
-Twelve steps of PPO, GRPO and SFT on the embedded model, and of GRPO on a tiny one with images. Each launch is the same command (`medrlvr train …`)
-with one fault in it: SIGKILL or SIGTERM a random instant after a named point is passed (generation, scoring,
-learning, a checkpoint that is being written, its seal, the log, the restoring of the launch before …). It is
-launched again until it is done. Compared with a run that nothing happened to: every leaf of policy, critic,
-optimiser states, KL controller and step; and the three logs line by line, wall-clock fields aside. Then the
-same on two processes, and once on another mesh, where equality is to a tolerance.
+The runs are twelve steps of PPO, GRPO and SFT on the embedded model, and of GRPO on a tiny model with images.
+Each launch is the same command (`medrlvr train …`) with one fault: SIGKILL or SIGTERM at a random time after
+a named point (generation, scoring, learning, writing or sealing a checkpoint, logging, restoring …). The
+command is launched again until the run ends. Then all leaves of policy, critic, optimiser states, KL
+controller and step are compared, and the three logs line by line without wall-clock fields. The same follows
+on two processes, and once on another mesh, where equality is to a tolerance.
 
-A launch is a fork of a process that has imported everything and started nothing, which saves the imports
-alone.
+A launch is a fork of a process that has imported everything and started nothing. This saves only the imports.
 """
 
 import argparse
@@ -46,7 +43,7 @@ import yaml  # noqa: E402
 from make_vision import make_run  # noqa: E402
 from quick import FLAGS as quick_flags  # noqa: E402
 from same_run import differences  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402, F401  (seconds to import, in every launch)
+from transformers import AutoTokenizer  # noqa: E402, F401  (imported before the forks: it takes seconds)
 
 from medrlvr_jax import cli  # noqa: E402
 from medrlvr_jax.host import files, processes  # noqa: E402
@@ -54,7 +51,7 @@ from medrlvr_jax.rl import sft, train  # noqa: E402
 from medrlvr_jax.runs import checkpoint, log, seal  # noqa: E402
 
 STEPS = 12
-SILENCE = 5  # seconds, in place of processes.HEARTBEAT
+HEARTBEAT = 5  # seconds, instead of processes.HEARTBEAT
 TREE = {
     "steps": STEPS,
     "model": {"path": "embedded", "remat": "none"},
@@ -80,13 +77,13 @@ EVAL = {
 KINDS = {
     "ppo": ("train", EVAL),
     "grpo": ("train", GRPO),
-    # on a model of bytes that sees and is in the wrong format: the entropy's bonus moves it
+    # this model never produces the format, so only the entropy bonus changes it
     "images": ("train", GRPO | {"prompt": {"template": "none", "max_tokens": 128}} | MOVED),
     "sft": ("sft", {"sft": {"target": "rationale", "max_new_tokens": 64}}),
 }
-QUICK = f" {quick_flags}"  # where no cache saves compiling: see invariance.py
+QUICK = f" {quick_flags}"  # for launches without a compilation cache: see invariance.py
 
-# A point is (what is called, the most milliseconds that may pass after it before the signal falls).
+# For each point the calls that pass it, and the largest delay of the signal in milliseconds.
 POINTS = {
     "generation": ([(train, "draw")], 60),
     "scoring": ([(train, "score_rollout")], 30),
@@ -101,16 +98,16 @@ POINTS = {
     "logs being rewound": ([(files, "write_text")], 2),
     "any time": ([], 20_000),
 }
-# what process 0 alone does
+# points that only process 0 passes
 LEADER = ("checkpoint being sealed", "half a line of the log", "between the two logs")
-AGAIN = ("restoring", "logs being rewound")  # points of a launch that goes on from another
-
+AGAIN = ("restoring", "logs being rewound")  # points that only a resumed launch passes
+# Points that a kind of run does not pass.
 LACKS = dict.fromkeys(("grpo", "images"), ("evaluation (PPO)",))
 LACKS |= {"sft": ("generation", "scoring", "evaluation (PPO)")}
 
 
 def arm(point: str, number: int, nth: int, delay: float) -> None:
-    """Send signal `number` to this process `delay` seconds after its `nth` pass of the point."""
+    """Send signal `number` to this process `delay` seconds after it passes the point for the `nth` time."""
 
     def strike():
         os.kill(os.getpid(), number)
@@ -120,26 +117,26 @@ def arm(point: str, number: int, nth: int, delay: float) -> None:
     if point == "any time":
         threading.Timer(delay, strike).start()
         return
-    passed = 0
+    count = 0
 
-    def passes() -> bool:
-        nonlocal passed
-        passed += 1
-        return passed == nth
+    def is_nth() -> bool:
+        nonlocal count
+        count += 1
+        return count == nth
 
-    def after(call):
+    def hook(call):
         def hooked(*args, **kwargs):
-            if point == "half a line of the log" and passes():
+            if point == "half a line of the log" and is_nth():
                 with open(args[0], "a") as file:
                     file.write('{"step": 3, "rew')
                 strike()
             if (
                 point not in ("between log and checkpoint", "between the two logs", "half a line of the log")
-                and passes()
+                and is_nth()
             ):
                 threading.Timer(delay, strike).start()
             out = call(*args, **kwargs)
-            if point in ("between log and checkpoint", "between the two logs") and passes():
+            if point in ("between log and checkpoint", "between the two logs") and is_nth():
                 strike()
             return out
 
@@ -147,23 +144,23 @@ def arm(point: str, number: int, nth: int, delay: float) -> None:
 
     for owner, name in POINTS[point][0]:
         call = getattr(owner, name)
-        # it returns (learner, the program that a step calls), and what must be hooked is the program
+        # `offload` returns (learner, program), and the program must be hooked
         if name == "offload":
             setattr(
                 owner,
                 name,
-                lambda *args, call=call: (lambda learner, program: (learner, after(program)))(*call(*args)),
+                lambda *args, call=call: (lambda learner, program: (learner, hook(program)))(*call(*args)),
             )
         else:
-            setattr(owner, name, after(call))
+            setattr(owner, name, hook(call))
 
 
 quick = False
 
 
 def launch(command: list[str], out: Path, faults: list, devices: int = 1, sleep: float = 600) -> list[int]:
-    """The command as one process for each of `faults` (None: none); their exit statuses, -n where signal n
-    ended them.
+    """Run the command in one process for each of `faults` (None: no fault). Return their exit statuses, -n for
+    a process that signal n ended.
     """
     n = len(faults)
     with socket.socket() as s:
@@ -186,7 +183,7 @@ def launch(command: list[str], out: Path, faults: list, devices: int = 1, sleep:
             print(f"---- {' '.join(command)}: {fault}", flush=True)
             if n > 1:
                 jax.config.update("jax_compilation_cache_dir", None)  # see invariance.environment
-                processes.HEARTBEAT = SILENCE
+                processes.HEARTBEAT = HEARTBEAT
                 os.environ |= {
                     "JAX_COORDINATOR_ADDRESS": address,
                     "JAX_NUM_PROCESSES": str(n),
@@ -205,8 +202,8 @@ def launch(command: list[str], out: Path, faults: list, devices: int = 1, sleep:
 
 
 def in_child(call, *args):
-    """The result of a call that uses JAX, by a fork: this process must never start JAX, or it could fork no
-    more.
+    """Return the result of a call that uses JAX, from a fork: after starting JAX itself, this process could not
+    fork any more.
     """
     read, write = os.pipe()
     if not (pid := os.fork()):
@@ -225,10 +222,10 @@ def in_child(call, *args):
 
 
 def config(root: Path, name: str, kind: str, **changes) -> list[str]:
-    """The command of a run, its config written."""
-    command, own = KINDS[kind]
+    """Write the config of a run and return its command."""
+    command, settings = KINDS[kind]
     path = root / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(TREE | own | {"name": name, "runs": str(root / "runs")} | changes))
+    path.write_text(yaml.safe_dump(TREE | settings | {"name": name, "runs": str(root / "runs")} | changes))
     return [command, str(path)]
 
 
@@ -243,10 +240,10 @@ def torment(
     n: int = 1,
     **changes,
 ):
-    """Runs under `name`-1, -2, … with a fault in every launch, until `kills` have struck; yields each run
-    when it is done.
+    """Launch runs `name`-1, -2, … with a fault in every launch, until `kills` signals have ended a launch.
+    Yield each finished run.
     """
-    struck = 0
+    killed = 0
     for i in range(1, 100):
         folder = f"{name}-{i}"
         command = config(root, folder, kind, **changes)
@@ -254,12 +251,12 @@ def torment(
         statuses, hits = [], 0
         while statuses != [0] * n:
             fault, who = None, dice.randrange(n)
-            if struck < kills:
+            if killed < kills:
                 point = dice.choice(
                     [p for p in points or POINTS if (hits or p not in AGAIN) and p not in LACKS.get(kind, ())]
                 )
                 kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]
-                # only a death leaves half a line
+                # only SIGKILL leaves half a line
                 number = dice.choice(kinds if point != "half a line of the log" else kinds[:1])
                 nth = 1 if point in AGAIN else dice.randint(1, 4)
                 who = 0 if point in LEADER else who
@@ -268,7 +265,7 @@ def torment(
                 command, root / folder, [fault if i == who else None for i in range(n)], 1 if n == 1 else 2
             )
             if fault and statuses[who] in (-fault[1], 128 + fault[1]):
-                struck, hits = struck + 1, hits + 1
+                killed, hits = killed + 1, hits + 1
                 key = (point, signal.Signals(number).name, n)
                 tally[key] += 1
                 print(
@@ -281,7 +278,7 @@ def torment(
                 )
         print(f"  {folder}: done after {hits} kills", flush=True)
         yield root / "runs" / folder
-        if struck >= kills:
+        if killed >= kills:
             return
 
 
@@ -310,8 +307,8 @@ def images(root: Path) -> dict[str, dict[str, str]]:
 
 
 def full_disk(disk: Path, command: list[str], want: Path, out: str) -> bool:
-    """The run in a mount namespace of its own, on a small disk that is then enlarged, and on a read-only one.
-    Needs root.
+    """Run in a private mount namespace on a small disk, then on a read-only disk, then on an enlarged disk.
+    It needs root.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x20000):  # CLONE_NEWNS

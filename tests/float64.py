@@ -1,9 +1,9 @@
-"""The kernels against float64 on the host, each written down once more in NumPy: what on_device.py holds a
-device to.
+"""Compare the kernels with NumPy implementations in float64 on the host. on_device.py runs these cases.
 
-`cases` lists them by arithmetic and matmul precision. An error is the largest difference over the largest
-entry; inputs are rounded to the arithmetic first, so that only what the kernel itself does is in it. They are
-such that faults show: attention is far from uniform, prompts are padded, one token is seen by many rows.
+`cases` lists them by arithmetic and matmul precision. An error is the largest difference divided by the
+largest entry. Inputs are rounded to the arithmetic first, so that the error is only that of the kernel. They
+are chosen so that faults are visible: attention is far from uniform, prompts are padded, and one token occurs
+in many rows.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from medrlvr_jax.model import attention, decoder, scoring, spec, splash
 from medrlvr_jax.rl import learn
 from medrlvr_jax.rollout import draw
 
-# (arithmetic, matmul precision) → bound. float32 by default is TF32 on NVIDIA's cards and one pass of
-# bfloat16 on a TPU.
+# (arithmetic, matmul precision) → bound. With default precision, float32 is TF32 on NVIDIA's cards and one
+# bfloat16 pass on a TPU.
 EXACT, ROUNDED, HALF = ("float32", "highest"), ("float32", "default"), ("bfloat16", "default")
 BOUNDS = {EXACT: 2e-5, ROUNDED: 2e-2, HALF: 3e-2}
 
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
 
 def cases(backend: str, small: bool) -> list[Case]:
-    """Of a backend; by default precision a CPU's float32 is exact, so that case is left out there."""
+    """List the cases of a backend. On a CPU default precision is exact, so it has no case of its own."""
     kernels = {
         "attention.plain": partial(attended, partial(attention.plain, segments=None)),
         "attention.decode": decoded,
@@ -67,14 +67,14 @@ def cases(backend: str, small: bool) -> list[Case]:
     return [*out, Case("sample.noise", *EXACT, 0.0, noised)]
 
 
-def far(found, wanted) -> float:
-    """The largest difference, over the largest entry; of a tree, of the worst leaf."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+def max_error(found, expected) -> float:
+    """Return the largest difference divided by the largest entry; of a tree, that of the worst leaf."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     return max(float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
 def normal(rng, dtype: str, *shape: int, scale: float = 1.0):
-    """On the device in its arithmetic, and the same numbers in float64."""
+    """Return random numbers on the device in its arithmetic, and the same numbers in float64."""
     x = jnp.asarray(scale * rng.standard_normal(shape), dtype)
     return x, np.asarray(x, np.float64)
 
@@ -85,7 +85,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def attended(attend: Callable, dtype: str, small: bool) -> float:
-    """Value and gradients over `prompt | responses`, the later prompts padded."""
+    """Compare attention's output and gradients over rows `prompt | responses`; later prompts are padded."""
     rng = np.random.default_rng(0)
     rows, prompt, groups, length, kv, heads, size = (
         (2, 24, 2, 16, 2, 2, 16) if small else (2, 160, 4, 96, 2, 4, 64)
@@ -106,19 +106,19 @@ def attended(attend: Callable, dtype: str, small: bool) -> float:
 
     at, of = np.arange(n)[:, None], np.arange(n)[None]
     sees = (of <= at) & ((of < prompt) | ((at - prompt) // length == (of - prompt) // length))
-    # [rows, n, n]; a padded query sees all: nothing depends on it
+    # [rows, n, n]; a padded query sees all columns, and nothing depends on it
     sees = (sees & real[:, None]) | ~real[:, :, None]
     p = softmax(np.where(sees[:, None, None], np.einsum("qnkhd,qmkd->qkhnm", q64, k64), -np.inf))
     out = np.einsum("qkhnm,qmkd->qnkhd", p, v64) * real[:, :, None, None, None]
     dp = np.einsum("qnkhd,qmkd->qkhnm", g64, v64)
     ds = p * (dp - (dp * p).sum(-1, keepdims=True))
-    wanted = (
+    expected = (
         out,
         np.einsum("qkhnm,qmkd->qnkhd", ds, k64),
         np.einsum("qkhnm,qnkhd->qmkd", ds, q64),
         np.einsum("qkhnm,qnkhd->qmkd", p, g64),
     )
-    return far(jax.jit(ours)(q, k, v), wanted)
+    return max_error(jax.jit(ours)(q, k, v), expected)
 
 
 def decoded(dtype: str, small: bool) -> float:
@@ -139,17 +139,19 @@ def decoded(dtype: str, small: bool) -> float:
     )
     sees = np.concatenate([mask, np.broadcast_to(np.arange(length) <= t, (rows, length))], -1)
     p = softmax(np.where(sees[:, None, None, None], scores, -np.inf))
-    wanted = np.einsum("qgkhp,qkpd->qgkhd", p[..., :prompt], pv64) + np.einsum(
+    expected = np.einsum("qgkhp,qkpd->qgkhd", p[..., :prompt], pv64) + np.einsum(
         "qgkhr,qgkrd->qgkhd", p[..., prompt:], ov64
     )
-    return far(jax.jit(attention.decode)(q, (pk, pv), (ok, ov), jnp.asarray(mask), jnp.int32(t)), wanted)
+    return max_error(
+        jax.jit(attention.decode)(q, (pk, pv), (ok, ov), jnp.asarray(mask), jnp.int32(t)), expected
+    )
 
 
 CFG = small(vocab=64, layers=1, ffn=48, rope_theta=1e6)
 
 
 def scored(dtype: str, small: bool) -> float:
-    """Log-probs, entropies and the gradients of both, by states and by the table, in two slabs and by a
+    """Compare log-probs, entropies and their gradients by hidden states and table, in two slabs and with a
     temperature.
     """
     rng, temperature = np.random.default_rng(2), 0.7
@@ -176,31 +178,31 @@ def scored(dtype: str, small: bool) -> float:
     g = -p * (a64[..., None] + b64[..., None] * (logs + entropy[..., None]))
     np.put_along_axis(g, chosen, np.take_along_axis(g, chosen, -1) + a64[..., None], -1)
     g = g.reshape(-1, vocab) / temperature
-    wanted = logprobs, entropy, (g @ table64).reshape(hidden64.shape), g.T @ hidden64.reshape(-1, width)
-    return far(jax.jit(ours)(hidden, table), wanted)
+    expected = logprobs, entropy, (g @ table64).reshape(hidden64.shape), g.T @ hidden64.reshape(-1, width)
+    return max_error(jax.jit(ours)(hidden, table), expected)
 
 
 def looked_up(dtype: str, small: bool) -> float:
-    """The embedding's gradient; half of all tokens are one word."""
+    """Compare the embedding's gradient. Half of all tokens are the same."""
     rng = np.random.default_rng(3)
     vocab, width, n = (500, 16, 256) if small else (151_936, 128, 8192)
     cfg = replace(CFG, vocab=vocab, embed=width).run_with(dtype=jnp.dtype(dtype).type)
     tokens = rng.integers(0, vocab, (2, n // 2))
     tokens[0] = 7
     g, g64 = normal(rng, dtype, 2, n // 2, width)
-    wanted = np.zeros((vocab, width))
-    np.add.at(wanted, tokens, g64)
+    expected = np.zeros((vocab, width))
+    np.add.at(expected, tokens, g64)
 
     def ours(table, g):
         return jax.vjp(lambda table: decoder.embed_lookup(table, jnp.asarray(tokens), cfg), table)[1](
             g.astype(jnp.float32)
         )[0]
 
-    return far(jax.jit(ours)(jnp.zeros((vocab, width)), g), wanted)
+    return max_error(jax.jit(ours)(jnp.zeros((vocab, width)), g), expected)
 
 
 def rotated(dtype: str, small: bool) -> float:
-    """Rotary embedding at positions up to 4,095. float32 angles are off by up to 1e-4 there, whatever the
+    """Compare rotary embeddings at positions up to 4,095. There float32 angles have errors up to 1e-4 on every
     machine.
     """
     rng, n = np.random.default_rng(4), 64 if small else 4096
@@ -209,14 +211,14 @@ def rotated(dtype: str, small: bool) -> float:
     angles = np.arange(n)[:, None] * cfg.rope_theta ** (-np.arange(0, 64, 2) / 64)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     a, b = np.split(x64, 2, -1)
-    wanted = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-    return far(
-        jax.jit(lambda x: decoder.rotate(x, decoder.rope_tables(jnp.arange(n)[None], cfg)[0]))(x), wanted
+    expected = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    return max_error(
+        jax.jit(lambda x: decoder.rotate(x, decoder.rope_tables(jnp.arange(n)[None], cfg)[0]))(x), expected
     )
 
 
 def multiplied(dtype: str, small: bool) -> float:
-    """x · W + x · A · B · alpha / rank with W of int8 by output channel: the quantisation by itself, and the
+    """Compare x · W + x · A · B · alpha / rank with W in int8 by output channel: the quantisation, and the
     product.
     """
     rng = np.random.default_rng(5)
@@ -228,9 +230,9 @@ def multiplied(dtype: str, small: bool) -> float:
     a, a64 = normal(rng, dtype, width, 4, scale=width**-0.5)
     b, b64 = normal(rng, dtype, 4, ffn, scale=0.1)
     q, scale = jax.jit(partial(decoder.quantize, inputs=1))(w)
-    wanted_scale = np.abs(w64).max(0) / 127
-    # half a step is what rounding may leave
-    off = np.abs(np.asarray(q, np.float64) - w64 / wanted_scale).max() - 0.5
+    expected_scale = np.abs(w64).max(0) / 127
+    # rounding may leave half a step
+    off = np.abs(np.asarray(q, np.float64) - w64 / expected_scale).max() - 0.5
     shapes = jax.eval_shape(lambda: spec.init(cfg, jax.random.key(0)))["layers"]
     layer = jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), shapes) | {
         "gate": q,
@@ -241,15 +243,15 @@ def multiplied(dtype: str, small: bool) -> float:
     found = jax.jit(lambda layer, x: decoder.project(decoder.for_products(layer, cfg), cfg, x, "gate"))(
         layer, x
     )
-    wanted = x64 @ (np.asarray(q, np.float64) * wanted_scale) + x64 @ a64 @ b64 * (
+    expected = x64 @ (np.asarray(q, np.float64) * expected_scale) + x64 @ a64 @ b64 * (
         adapters.alpha / adapters.rank
     )
-    return max(far(found, wanted), far(scale, wanted_scale), off / 100)
+    return max(max_error(found, expected), max_error(scale, expected_scale), off / 100)
 
 
 def optimised(moments: str) -> float:
-    """Three steps of AdamW after clipping by the global norm, two of which clip. `moments`: the dtype of the
-    first.
+    """Compare three steps of AdamW with clipping by the global norm, which clips in two of them. `moments`: the
+    dtype of the first moments.
     """
     rng, c = (
         np.random.default_rng(6),
@@ -263,7 +265,7 @@ def optimised(moments: str) -> float:
         }
     }
     p64 = {"q": np.asarray(params["layers"]["q"], np.float64), "attn_norm": np.ones(32)}
-    state, begun = tx.init(params), {k: p.copy() for k, p in p64.items()}
+    state, initial = tx.init(params), {k: p.copy() for k, p in p64.items()}
     m, v = ({k: np.zeros_like(p) for k, p in p64.items()} for _ in "mv")
 
     @jax.jit
@@ -287,9 +289,9 @@ def optimised(moments: str) -> float:
                 c.weight_decay * p64[k] if k == "q" else 0
             )
             p64[k] = p64[k] - c.lr * step64
-    moved = {k: np.asarray(params["layers"][k], np.float64) - begun[k] for k in p64}
-    # of the norms, which are 1, float32 leaves 4e-5 of what they move
-    return far(moved, {k: p64[k] - begun[k] for k in p64})
+    moved = {k: np.asarray(params["layers"][k], np.float64) - initial[k] for k in p64}
+    # the norms are 1, so float32 has a relative error of 4e-5 in their changes
+    return max_error(moved, {k: p64[k] - initial[k] for k in p64})
 
 
 DRAWS = {
@@ -301,8 +303,8 @@ DRAWS = {
 
 
 def drawn(how: dict, small: bool) -> float:
-    """How far outside of its token's share of the cumulative weights a uniform lies; and the log-probs, as
-    drawn and of the policy.
+    """Return how far a uniform number lies outside its token's interval of the cumulative weights, or the error
+    of the log-probs, of sampler and policy, if that is larger.
     """
     rng, settings = np.random.default_rng(7), SampleConfig(**how)
     vocab, rows = (1009, 32) if small else (151_936, 64)
@@ -325,11 +327,11 @@ def drawn(how: dict, small: bool) -> float:
     end, begin = pick(ends), pick(ends) - pick(kept) / kept.sum(-1)
     outside = max(0.0, float((begin - uniforms).max()), float((uniforms - end).max()))
     logs = np.log(pick(kept)) - np.log(kept.sum(-1)), np.log(pick(p)), -(p * np.log(p)).sum(-1)
-    return max(outside, far((drawn_at, policy_at, entropy), logs))
+    return max(outside, max_error((drawn_at, policy_at, entropy), logs))
 
 
 def noised() -> float:
-    """The uniforms of sampling are the same bits on every machine."""
+    """Compare the sampler's uniform numbers with those of the CPU. They are equal bit by bit."""
     make = lambda: jax.jit(draw.noise, static_argnums=(2, 3))(
         jax.random.key(5), jnp.arange(4, dtype=jnp.uint32), 3, 50
     )

@@ -1,15 +1,15 @@
-"""Minutes of hostile input: `python tests/fuzz.py [MINUTES] [SEED]`. Any finding is a traceback; the end is a
-table.
+"""Test with hostile input: `python tests/fuzz.py [MINUTES] [SEED]`. A finding is a traceback. The last line
+counts the cases.
 
-Lines of valid data, and completions of the reward corpus, are cut, joined, repeated and flipped at random,
-byte by byte and tag by tag.
-- loaders   every format, as JSONL, JSON and CSV: questions that hold together, or a DataError that names the
-  file, and the line or record
-- scorer    both rules against their slow references, alone and in a batch; a dry-run line is scored or
-  refused by file, line and field
-- prompts   a question's text, through a chat template: no special token but the template's own, or refused
-- time      scoring four times the text takes at most ten times as long, for baits made of random pieces
-(Coverage-guided fuzzing by atheris has no build for this Python; this is what stands in for it.)
+Lines of valid data, and completions of the reward corpus, are randomly cut, joined, repeated and changed, by
+bytes and by tags.
+- loaders   every format as JSONL, JSON and CSV: valid questions, or a DataError that names the file, and the
+  line or record
+- scorer    both rules compared with slow references, alone and in a batch; a line of `medrlvr score` is
+  scored, or refused with file and line
+- prompts   the text of a question in a chat template: no special tokens except the template's, or refused
+- times     scoring four times the text takes at most ten times as long, for repeated random pieces
+fuzz_guided.py fuzzes with coverage guidance where atheris can be installed.
 """
 
 import json
@@ -90,7 +90,7 @@ TAGS = [
 
 
 def mutate(content: bytes, dice: random.Random) -> bytes:
-    """A few random changes of bytes."""
+    """Return the content with a few random changes of bytes."""
     out = bytearray(content)
     for _ in range(dice.randint(1, 4)):
         i, j = sorted(dice.randint(0, len(out)) for _ in range(2))
@@ -198,11 +198,11 @@ def times(folder: Path, dice: random.Random) -> str:
     mode = dice.choice(test_rewards.MODES)
 
     def seconds(size: int) -> float:
-        completion, began = bait * (size // len(bait)) + dice.choice(TAGS), time.perf_counter()
+        completion, start = bait * (size // len(bait)) + dice.choice(TAGS), time.perf_counter()
         score([completion], ["C"], [test_rewards.FOUR], RewardConfig(mode=mode))
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
-    for _ in range(5):  # another process may have had the processor
+    for _ in range(5):  # other processes may disturb a measurement
         if seconds(400_000) < 10 * seconds(100_000) + 0.05:
             return "linear"
     raise AssertionError((mode, bait))
@@ -212,16 +212,16 @@ CHAT = [
     wrap(test_text.make(merges=test_text.SPACED)),
     wrap(test_text.make(test_text.INST, merges=test_text.SPACED)),
 ]
-TARGETS = [(loaders, 40), (scorer, 40), (prompts, 40), (times, 1)]  # the number is how often in a round
+TARGETS = [(loaders, 40), (scorer, 40), (prompts, 40), (times, 1)]  # with the number of cases per round
 
 
 def main() -> None:
     minutes, seed = (int(word) for word in (sys.argv[1:] + ["1", "0"][len(sys.argv) - 1 :]))
-    tally, began, rounds = Counter(), time.monotonic(), 0
+    tally, start, rounds = Counter(), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as name:
-        while time.monotonic() - began < 60 * minutes:
-            for target, times_ in TARGETS:
-                for i in range(times_):
+        while time.monotonic() - start < 60 * minutes:
+            for target, cases in TARGETS:
+                for i in range(cases):
                     case = f"{seed}/{rounds}/{target.__name__}/{i}"
                     try:
                         tally[target.__name__, target(Path(name), random.Random(case))] += 1
@@ -231,7 +231,7 @@ def main() -> None:
             rounds += 1
     print(
         f"{minutes} minutes, seed {seed}: "
-        + ", ".join(f"{t} {how} {n:,}" for (t, how), n in sorted(tally.items()))
+        + ", ".join(f"{target} {result} {n:,}" for (target, result), n in sorted(tally.items()))
     )
 
 

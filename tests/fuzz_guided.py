@@ -1,11 +1,11 @@
-"""Fuzzing guided by coverage, by atheris: `python tests/fuzz_guided.py {scorer|loader} [-max_total_time=600]
+"""Fuzz with coverage guidance by atheris: `python tests/fuzz_guided.py {scorer|loader} [-max_total_time=600]
 [CORPUS_DIR]`.
 
-`pip install atheris` first; the options are libFuzzer's. What a finding is, is as in fuzz.py, which mutates
-more kinds of input, but blindly.
-- scorer   the bytes as a completion (as Latin-1 or UTF-8 text, lone surrogates kept): every mode against its
-  slow reference
-- loader   the bytes as a JSONL file of questions, format found or given
+It needs `pip install atheris`; the options are those of libFuzzer. It checks what fuzz.py checks; fuzz.py
+mutates more kinds of input, but without guidance.
+- scorer   the bytes as a completion (Latin-1 or UTF-8 text with lone surrogates): every mode compared with
+  its slow reference
+- loader   the bytes as a JSONL file of questions, with the format detected or given
 """
 
 import json

@@ -1,10 +1,10 @@
-"""max |Δ log-prob| between what is recorded while sampling and what the trainer computes of the same tokens.
+"""Measure the largest difference between the log-probs of sampler and trainer for the same tokens.
 
-The table of docs/pages/numbers/exactness.md:
+    python tests/gap.py              # a two-layer model with random weights, float32; several paddings,
+                                     # packings, slabs and meshes
+    python tests/gap.py MODEL_DIR    # a real model, float32 and bfloat16, a few tokens
 
-python tests/gap.py                              # a two-layer model of random weights, float32, over
-                                                 paddings, packings, chunks, meshes
-python tests/gap.py MODEL_DIR                    # a real model, float32 and bfloat16, a few tokens
+The output is the table of docs/pages/numbers/exactness.md.
 """
 
 import math
@@ -30,7 +30,7 @@ from medrlvr_jax.rollout import generate
 from medrlvr_jax.types import Prompts
 
 CFG = small(vocab=512, embed=64, heads=8, kv_heads=4, ffn=128, qkv_bias=True)
-STOPS, PAD = tuple(range(1, 21)), 0  # many, so that responses end at all lengths
+STOPS, PAD = tuple(range(1, 21)), 0  # many, so that responses have all lengths
 BASE = {
     "pad": 0,
     "samples": 8,
@@ -48,7 +48,7 @@ CASES = [
     *({"samples": samples} for samples in (1, 32)),
     *({"length": length} for length in (8, 256)),
     *({"slab": slab} for slab in (1, 100, 1000)),
-    {"packed": True},  # responses one behind the other, without their padding: learn.row_sizes
+    {"packed": True},  # responses concatenated without padding: learn.row_sizes
     {"narrow": True},
     {"unroll": False},
     *({"temperature": t} for t in (0.3, 2.0)),
@@ -63,13 +63,13 @@ CASES = [
 def gap(
     params, cfg: DecoderConfig, prompts: np.ndarray, lengths: np.ndarray, case: dict
 ) -> tuple[float, float, int]:
-    """(max |Δ|, share of tokens with a ratio outside 0.9–1.1, tokens) of one rollout."""
+    """Return (max |Δ|, share of tokens with a ratio outside 0.9–1.1, tokens) of one rollout."""
     c = BASE | case
     cfg = cfg.run_with(narrow=c["narrow"], unroll=c["unroll"])
     mask = np.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None]
     tokens, mask = (np.pad(x, ((0, 0), (c["pad"], 0))) for x in (prompts, mask))
     batch = Prompts(tokens, mask, np.arange(len(tokens), dtype=np.uint32))
-    how = SampleConfig(
+    sample = SampleConfig(
         questions=len(tokens), samples=c["samples"], max_new_tokens=c["length"], temperature=c["temperature"]
     )
     mesh = sharding.make_mesh(MeshConfig(**c["mesh"]), jax.devices()[: math.prod(c["mesh"].values())])
@@ -84,19 +84,19 @@ def gap(
         return scoring.at_responses(params, cfg, rows, size, read)[0]
 
     with jax.set_mesh(mesh):
-        settings = generate.DrawSettings(cfg, how, STOPS, PAD)
+        settings = generate.DrawSettings(cfg, sample, STOPS, PAD)
         rollout = generate.generate(params, batch, jax.random.key(0), settings)
         whole = c["samples"] * c["length"]
         size = int(rollout.mask.sum((1, 2)).max()) if c["packed"] else whole
         assert not c["packed"] or size < whole, "nothing to pack"
         logprobs = np.asarray(score(rollout, size))
-    kept = np.asarray(rollout.mask)
-    difference = np.abs(logprobs - np.asarray(rollout.logprobs))[kept]
-    return float(difference.max()), float((np.abs(np.expm1(difference)) > 0.1).mean()), int(kept.sum())
+    mask = np.asarray(rollout.mask)
+    difference = np.abs(logprobs - np.asarray(rollout.logprobs))[mask]
+    return float(difference.max()), float((np.abs(np.expm1(difference)) > 0.1).mean()), int(mask.sum())
 
 
 def two_layers():
-    """The model and its prompts."""
+    """Return the parameters of the model, prompts and their lengths."""
     rng = np.random.default_rng(0)
     return spec.init(CFG, jax.random.key(0)), rng.integers(3, CFG.vocab, (8, 24)), rng.integers(4, 25, 8)
 

@@ -1,10 +1,9 @@
-"""The same three PPO steps on meshes of fake devices and of real processes, against one device.
+"""Compare three PPO steps on meshes of fake devices and of several processes with those on one device.
 
-The table of docs/pages/numbers/exactness.md:
-
-python tests/invariance.py                              # all of CASES, as a table
-python tests/invariance.py FOLDER data=2,fsdp=2 …       # some meshes, on this process's devices or on all of
-JAX_NUM_PROCESSES
+python tests/invariance.py                           # all CASES, as the table of
+                                                     # docs/pages/numbers/exactness.md
+python tests/invariance.py FOLDER data=2,fsdp=2 …    # some meshes, in this process or as one of
+                                                     # JAX_NUM_PROCESSES
 """
 
 import math
@@ -19,7 +18,7 @@ import numpy as np
 import quick
 
 HERE = Path(__file__).parent
-CASES = {  # processes × devices of each
+CASES = {  # (processes, devices per process): meshes
     (1, 8): [
         "data=1",
         "data=8",
@@ -34,11 +33,11 @@ CASES = {  # processes × devices of each
 
 
 def environment(n: int, devices: int) -> dict[str, str]:
-    """For one of n children with so many fake devices; programs are compiled without optimisation, since they
-    run for an instant.
+    """Return the environment of one of n child processes with fake devices. Programs are compiled without
+    optimisation, because they run for an instant.
 
-    No compilation cache among several: JAX fills process 0's alone, which would then wait for the others'
-    compilers, and gloo's patience with a process that is late for their first meeting is 30 s.
+    Several processes have no compilation cache: JAX fills only that of process 0, which would then wait while
+    the others compile, and gloo's first connection times out after 30 s.
     """
     flags = f"--xla_force_host_platform_device_count={devices} {quick.FLAGS}"
     cache = {"JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax") if n == 1 else ""}
@@ -48,7 +47,7 @@ def environment(n: int, devices: int) -> dict[str, str]:
 
 
 def launch(n: int, devices: int, command: list[str], **popen) -> list[subprocess.Popen]:
-    """`python command` as n processes of so many devices; {i} in a word is each one's number."""
+    """Start `python command` as n processes with fake devices. {i} in a word becomes the process number."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -65,7 +64,7 @@ def launch(n: int, devices: int, command: list[str], **popen) -> list[subprocess
 
 
 def run(folder: Path, meshes: list[str]) -> None:
-    """Three PPO steps on each mesh; process 0 writes tokens, rewards and parameters."""
+    """Run three PPO steps on each mesh. Process 0 writes tokens, rewards and parameters."""
     import jax
 
     from medrlvr_jax.host import processes
@@ -86,7 +85,7 @@ def run(folder: Path, meshes: list[str]) -> None:
 
 
 def measure(n: int, devices: int, meshes: list[str]) -> list[dict[str, np.ndarray]]:
-    """What `run` writes, of each mesh."""
+    """Return the arrays that `run` writes for each mesh."""
     with tempfile.TemporaryDirectory() as folder:
         codes = [p.wait(900) for p in launch(n, devices, [str(HERE / "invariance.py"), folder, *meshes])]
         assert codes == [0] * n, codes
@@ -94,9 +93,9 @@ def measure(n: int, devices: int, meshes: list[str]) -> list[dict[str, np.ndarra
 
 
 def compare(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[int, int, float]:
-    """How many tokens and rewards differ, and by how much the parameters at most."""
-    furthest = max(float(np.abs(a[k] - b[k]).max()) for k in a if k.startswith("p"))
-    return int((a["tokens"] != b["tokens"]).sum()), int((a["rewards"] != b["rewards"]).sum()), furthest
+    """Return the numbers of different tokens and rewards, and the largest difference of a parameter."""
+    largest = max(float(np.abs(a[k] - b[k]).max()) for k in a if k.startswith("p"))
+    return int((a["tokens"] != b["tokens"]).sum()), int((a["rewards"] != b["rewards"]).sum()), largest
 
 
 def table() -> None:
@@ -104,14 +103,14 @@ def table() -> None:
         "| processes × devices | mesh | tokens that differ | rewards that differ | largest difference of a parameter |"
     )
     print("|---|---|---|---|---|")
-    want = None
+    expected = None
     for (n, devices), meshes in CASES.items():
-        for mesh, got in zip(meshes, measure(n, devices, meshes), strict=True):
-            want = want or got
-            tokens, rewards, furthest = compare(got, want)
-            counts = f"{tokens} of {want['tokens'].size} | {rewards} of {want['rewards'].size}"
+        for mesh, result in zip(meshes, measure(n, devices, meshes), strict=True):
+            expected = expected or result
+            tokens, rewards, largest = compare(result, expected)
+            counts = f"{tokens} of {expected['tokens'].size} | {rewards} of {expected['rewards'].size}"
             print(
-                f"| {n} × {devices if mesh != 'data=1' else 1} | {mesh} | {counts} | {furthest:.1e} |",
+                f"| {n} × {devices if mesh != 'data=1' else 1} | {mesh} | {counts} | {largest:.1e} |",
                 flush=True,
             )
 

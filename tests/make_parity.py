@@ -1,7 +1,7 @@
-"""The tiny models that `test_hf.py` and `test_parity.py` share, and what transformers computes of them.
+"""The tiny models of `test_hf.py` and `test_parity.py`, and their results in transformers.
 
-`python tests/make_parity.py` (with torch) writes `data/parity.npz`, which stands in for transformers where
-torch is not installed. The weights are never stored: they follow from a seed.
+`python tests/make_parity.py` (with torch) writes `data/parity.npz`, which replaces transformers if torch is
+not installed. The weights are not stored, because a seed determines them.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ BASE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-# original_max_position_embeddings 64: of the 8 frequencies 1 stays, 2 are blended and 5 are divided.
+# With original_max_position_embeddings 64, 1 of the 8 frequencies is unchanged, 2 are blended, 5 divided.
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -76,7 +76,7 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Questions × samples, the prompts left-padded, as `decoder.py` has them."""
+    """Questions × samples with left-padded prompts, as in `decoder.py`."""
 
     prompts: np.ndarray  # int32 [Q, P]
     mask: np.ndarray  # bool [Q, P]
@@ -92,8 +92,8 @@ def case() -> Case:
 
 
 def weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
-    """A checkpoint under Hugging Face's names, every norm and bias far from trivial, so that a forgotten one
-    shows.
+    """Return a checkpoint with Hugging Face's names. No norm is near 1 and no bias near 0, so that a missing one
+    is visible.
     """
     c, draw = config, np.random.RandomState(3)  # NEP 19 freezes this stream; default_rng's may change
     e, f, heads, kv = (
@@ -137,7 +137,7 @@ def weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
 
 
 def write(directory: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path:
-    """A Hugging Face directory, written by safetensors itself."""
+    """Write a Hugging Face directory with safetensors."""
     from safetensors.numpy import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -149,8 +149,8 @@ def write(directory: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path
 
 
 def reference(directory: Path) -> dict[str, np.ndarray]:
-    """What transformers computes in float32: logits [Q, G, P + R, V] of prompt | response rows (0 on
-    padding), greedy tokens [Q, NEW].
+    """Compute with transformers in float32: logits [Q, G, P + R, V] of rows prompt | response (0 on padding),
+    and greedy tokens [Q, NEW].
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -1,7 +1,7 @@
-"""The tiny vision-language models of `test_vision.py`, and what transformers computes of them.
+"""The tiny vision-language models of `test_vision.py`, and their results in transformers.
 
-`python tests/make_vision.py` (with torch) writes `data/vision.npz`, which stands in for transformers where
-torch is not installed. The weights are never stored: they follow from a seed.
+`python tests/make_vision.py` (with torch) writes `data/vision.npz`, which replaces transformers if torch is
+not installed. The weights are not stored, because a seed determines them.
 """
 
 import json
@@ -28,7 +28,7 @@ TOP = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
-    # where the published files have the decoder's settings
+    # the published files have the decoder's settings here
     "vocab_size": 96,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -42,7 +42,7 @@ TOP = {
     "rope_theta": 1e6,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
 }
-# where Qwen3-VL's published files have a section for the decoder
+# the fields that Qwen3-VL's published files have in a section for the decoder
 DECODER = [name for name in TOP if name != "tie_word_embeddings" and not name.endswith("token_id")]
 PATCHES = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 4}
 CONFIGS = {
@@ -78,7 +78,7 @@ CONFIGS = {
         | {"num_position_embeddings": 49, "deepstack_visual_indexes": [0, 2]},
     },
 }
-# Height and width of each question's images: two in the first; more rows than columns; padded; none.
+# Height and width of each question's images: two images; more rows than columns; padding; no image.
 SIZES = [[(120, 260), (64, 64)], [(333, 190)], [(29, 200)], []]
 LIMIT = 28 * 28 * 60  # pixels
 PIXELS = {"qwen3_vl": {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}}
@@ -91,7 +91,7 @@ def pictures() -> list[list[Image.Image]]:
 
 
 def rows(tokens: list[list[int]]) -> list[list[int]]:
-    """Questions' tokens; `tokens` gives the number of image tokens of each image."""
+    """Return the tokens of the questions. `tokens`: the number of image tokens of each image."""
     draw = np.random.RandomState(6)
     out = []
     for of_question in tokens:
@@ -103,8 +103,8 @@ def rows(tokens: list[list[int]]) -> list[list[int]]:
 
 
 def weights(directory: Path) -> dict[str, np.ndarray]:
-    """A checkpoint for the config.json in a directory. At transformers' own start values attention is nearly
-    uniform, and no fault of it would show.
+    """Return a checkpoint for the config.json in a directory. With transformers' initial values attention is
+    almost uniform, and its faults would be invisible.
     """
     cfg = read_config(directory)
     draw, out = np.random.RandomState(3), {}
@@ -116,7 +116,7 @@ def weights(directory: Path) -> dict[str, np.ndarray]:
 
 
 def make(directory: Path, kind: str, **changes: Any) -> Path:
-    """A directory with the model; `changes` are of its config.json."""
+    """Write a directory with the model. `changes`: fields of its config.json."""
     config = CONFIGS[kind] | changes
     write(directory, config, {})
     pixels = {"size": {"shortest_edge": 56 * 56, "longest_edge": LIMIT}} | PIXELS.get(kind, {})
@@ -125,8 +125,9 @@ def make(directory: Path, kind: str, **changes: Any) -> Path:
 
 
 def make_run(root: Path, questions: int = 16, **changes: Any) -> dict[str, Any]:
-    """A tiny model of bytes that sees, `data.jsonl` of questions with 0, 1 or 2 images each (every fourth has
-    none), and the settings `model` and `data` of a run on them. `changes` are of the model's config.json.
+    """Write a tiny vision-language model with a byte tokenizer, and `data.jsonl` with questions with 0, 1 or 2
+    images (every fourth has none). Return the settings `model` and `data` of a run on them. `changes`: fields
+    of the model's config.json.
     """
     ids = {"image_token_id": 259, "vision_start_token_id": 258, "vision_end_token_id": 260}
     model = make(root / "model", "qwen2_5_vl", vocab_size=264, **ids, eos_token_id=257, **changes)
@@ -146,7 +147,7 @@ def make_run(root: Path, questions: int = 16, **changes: Any) -> dict[str, Any]:
 
 
 def in_torch(directory: Path) -> tuple[Any, dict[str, Any]]:
-    """The model of a directory in transformers, and what it takes of `pictures` and `rows`."""
+    """Return the model of a directory in transformers, and its inputs for `pictures` and `rows`."""
     import torch
     from transformers import AutoModelForImageTextToText
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -167,8 +168,8 @@ def in_torch(directory: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def reference(directory: Path) -> dict[str, np.ndarray]:
-    """What transformers computes in float32: each image's features, one after another; positions [Q, P, 3]
-    and the next [Q]; logits [Q, P, V], 0 on padding; greedy tokens [Q, NEW].
+    """Compute with transformers in float32: the features of all images in order; positions [Q, P, 3] and the
+    next one [Q]; logits [Q, P, V], 0 on padding; greedy tokens [Q, NEW].
     """
     import torch
 
@@ -193,7 +194,7 @@ def reference(directory: Path) -> dict[str, np.ndarray]:
 
 
 def tower_gradients(directory: Path) -> dict[str, np.ndarray]:
-    """What transformers computes of `loss_weights`' loss: its gradient by the tower's published names."""
+    """Compute with transformers the gradient of `loss_weights`' loss, by the tower's published names."""
     import torch
 
     model, inputs = in_torch(directory)
@@ -206,13 +207,13 @@ def tower_gradients(directory: Path) -> dict[str, np.ndarray]:
 
 
 def loss_weights(shape: tuple[int, ...], mask: np.ndarray) -> np.ndarray:
-    """A loss is the sum of the logits [Q, P, V], each by its own weight; padding has none."""
+    """Return random weights [Q, P, V], 0 on padding. The loss is the weighted sum of the logits."""
     weights = np.random.RandomState(7).standard_normal(shape).astype(np.float32)
     return np.where(mask[..., None] > 0, weights, 0)
 
 
 def pad(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded tokens and mask [Q, P]."""
+    """Return left-padded tokens and their mask [Q, P]."""
     width = max(map(len, rows))
     ids = np.array([[0] * (width - len(row)) + row for row in rows])
     return ids, np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -1,30 +1,28 @@
-"""Is it right on the accelerator that is here, and how fast: kernels, determinism, speed and memory, in at
-most eight minutes.
+"""Check this machine's accelerator: correctness of the kernels, determinism, speed and memory, in at most
+eight minutes.
 
-    python tests/on_device.py --out DIR                      # one GPU or TPU; another chip of the host stays
-                                                             idle
-    python tests/on_device.py --out DIR --small              # the same sections on tiny shapes, also on a
-    CPU: a minute python tests/on_device.py --out DIR --only step_3B profile
+    python tests/on_device.py --out DIR                        # one GPU or TPU; other chips stay idle
+    python tests/on_device.py --out DIR --small                # tiny shapes, also on a CPU: a minute
+    python tests/on_device.py --out DIR --only step_3B resume  # some sections, in this order
 
-Needs the packages of setup.cfg and JAX for the accelerator ('.[cuda]', '.[cuda13]', '.[tpu]'); no network, no
-data, no weights. Tokens are random with the frequencies of words, weights are random, so that no response
-stops at once: all have their full length. What is timed is what a training runs: `train.train_step`, its
-programs compiled as a training compiles them. DIR gets
+It needs the packages of setup.cfg and JAX for the accelerator ('.[cuda]', '.[cuda13]', '.[tpu]'), but no
+network, data or weights. Tokens are random with the frequencies of words. Weights are random, so that all
+responses have their full length. The timed code is that of a training: `train.train_step` with its programs,
+compiled as in a training. The output in DIR is
 
-    on_device.jsonl   a line for every figure as soon as it is measured
-    on_device.md      the same as tables, and on_device.json as one tree: which sections are done, failed,
-                      stopped or skipped
-    on_device.log     what the sections printed, tracebacks among it
+    on_device.jsonl   one line per figure, written when it is measured
+    on_device.md      the figures as tables, and the state of each section: done, failed, stopped or skipped
+    on_device.json    the same as one tree
+    on_device.log     the printed output of the sections, with tracebacks
 
-Sections run in order of value, each in a process of its own, so that memory, compiler flags or a crash of one
-are no other's. One that would take longer than is left of --budget is skipped, one that does take longer is
-stopped; both are named. Exit status: 0, or 1 where a section raised, crashed, was stopped or missed a bound.
-JAX_COMPILATION_CACHE_DIR makes a second run on the same machine quicker.
+Sections run in order of importance, each in its own process, so that memory, compiler flags and crashes do
+not affect the others. A section that would take longer than the rest of --budget is skipped, and one that
+does take longer is stopped. Exit status: 1 if a section raised, crashed, was stopped or exceeded a bound,
+else 0. JAX_COMPILATION_CACHE_DIR makes a second run on the same machine faster.
 
-Beside a program's seconds stand what it must do at least (`share_of_…`: of the machine's published peaks;
-`of_…`: of what a large matmul or a copy reaches in the same process) and what `medrlvr plan` says of it
-(`planned_…`). Peaks of memory are the device's own counter, which never falls: that of a program is the
-largest so far.
+With a program's seconds there are shares of the machine's published peaks (`share_of_…`), shares of the speed
+of a large matmul or a copy in the same process (`of_…`), and the figures of `medrlvr plan` (`planned_…`).
+Peaks of memory come from the device's counter, which never decreases: a program's peak is the largest so far.
 """
 
 import argparse
@@ -82,7 +80,7 @@ from medrlvr_jax.sharding import to_host  # noqa: E402
 SHAPES = {size: families.known(f"Qwen/Qwen2.5-{size}") for size in ("0.5B", "1.5B", "3B")}
 SHAPES["0.1B"] = DecoderConfig(151_936, 512, 12, 8, 2, 64, 2816, 1e6, 1e-6, True, qkv_bias=True)
 SHAPES["tiny"] = DecoderConfig(2048, 64, 2, 4, 2, 16, 128, 1e6, 1e-6, True, qkv_bias=True)
-FLAGS = {  # by what the determinism sections call them
+FLAGS = {  # XLA flags by their names in the determinism sections
     "as launched": "",
     "no nondeterministic operations": "--xla_gpu_exclude_nondeterministic_ops=true",
     "no nondeterministic operations, no tuning": "--xla_gpu_deterministic_ops=true",
@@ -90,23 +88,23 @@ FLAGS = {  # by what the determinism sections call them
 
 
 class Sizes(NamedTuple):
-    """Of a step: questions, prompt tokens, samples, response tokens; and how often each thing is timed."""
+    """The sizes of a step, and the number of timed runs."""
 
     questions: int = 16
     prompt: int = 256
     samples: int = 8
-    new: int = 240  # below 256 the sampler is one loop, and compiles in half the time
+    new: int = 240  # below 256 the sampler is one loop, which compiles in half the time
     runs: int = 3
 
 
 class Section(NamedTuple):
     name: str
-    seconds: float  # about what it takes on one H200 with 16 cores; on a CPU with --small far less
+    seconds: float  # approximate time on one H200 with 16 cores
     run: Callable[["Report", bool], None]
 
 
 class Report(NamedTuple):
-    """Where a section writes what it measures."""
+    """Writes a section's figures to a file."""
 
     file: Path
     section: str
@@ -116,7 +114,7 @@ class Report(NamedTuple):
 
 
 def tidy(x: Any) -> Any:
-    """Numbers with four digits, as JSON has them."""
+    """Return the figures for JSON, with numbers of four digits."""
     if isinstance(x, dict):
         return {str(k): tidy(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
@@ -126,26 +124,24 @@ def tidy(x: Any) -> Any:
     return x if x is None or isinstance(x, (bool, int, str)) else str(x)
 
 
-def missed(report: Report, wrong: list[str]) -> None:
-    """A bound that was missed fails the section, after everything has been written down."""
+def require_bounds(report: Report, wrong: list[str]) -> None:
+    """Fail the section if figures exceeded their bounds. It is called after all figures are written."""
     if wrong:
         raise AssertionError(f"{report.section}: {len(wrong)} beyond the bound: " + "; ".join(wrong))
 
 
-# --- what is here
+# --- the machine
 # -----------------------------------------------------------------------------------------------------
 
 
 def memory(name: str) -> float | None:
-    """GiB by one of the device's counters; None where it has none (a CPU)."""
+    """Return one of the device's memory counters in GiB, or None on a device without counters (a CPU)."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats[name] / GIB if name in stats else None
 
 
-def reached() -> dict[str, float]:
-    """What this device reaches: bfloat16 matmuls of 8,192² and copies of 4 GiB; on a CPU float32, and less of
-    both.
-    """
+def measure_speeds() -> dict[str, float]:
+    """Measure bfloat16 matmuls of 8,192² and copies of 4 GiB; on a CPU float32 and smaller sizes."""
     return (
         bench.machine(512, "float32", 2**24)
         if jax.default_backend() == "cpu"
@@ -153,9 +149,9 @@ def reached() -> dict[str, float]:
     )
 
 
-def the_chip() -> Chip:
-    """By its published figures where they are in machines.py, else by measured ones; with the memory that
-    programs have here.
+def find_chip() -> Chip:
+    """Return the chip with its published figures if machines.py has them, else with measured ones, and with
+    the memory that programs can use here.
     """
     device = jax.devices()[0]
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -163,19 +159,19 @@ def the_chip() -> Chip:
     for chip in machines.CHIPS.values():
         if chip.kind == device.device_kind:
             return dataclasses.replace(chip, usable=usable)
-    rates = reached()
+    speeds = measure_speeds()
     return Chip(
         device.platform,
-        rates["matmul_gflops"] * 1e9,
+        speeds["matmul_gflops"] * 1e9,
         usable,
-        rates["copy_gbs"] * 1e9,
+        speeds["copy_gbs"] * 1e9,
         1.0,
         kind=device.device_kind,
     )
 
 
 def machine(report: Report, small: bool) -> None:
-    device, chip = jax.devices()[0], the_chip()
+    device, chip = jax.devices()[0], find_chip()
     known = next(
         (name for name, c in machines.CHIPS.items() if c.kind == device.device_kind),
         "no: its peaks are those measured here",
@@ -197,7 +193,7 @@ def machine(report: Report, small: bool) -> None:
         matmul="as most of a step is",
         peak_gflops=chip.flops / 1e9,
         peak_gbs=chip.hbm_speed / 1e9,
-        **reached(),
+        **measure_speeds(),
     )
     if not small:
         for precision in ("default", "highest"):
@@ -210,7 +206,7 @@ def machine(report: Report, small: bool) -> None:
 
 
 def parity(report: Report, small: bool) -> None:
-    """Every kernel against float64 on the host (float64.py)."""
+    """Compare every kernel with float64 on the host (float64.py)."""
     wrong = []
 
     def one(case: float64.Case) -> None:
@@ -219,15 +215,15 @@ def parity(report: Report, small: bool) -> None:
         report(
             kernel=case.kernel, arithmetic=case.dtype, precision=case.precision, error=error, bound=case.bound
         )
-        if not error <= case.bound:  # a NaN is beyond any
+        if not error <= case.bound:  # also true for a NaN
             wrong.append(
                 f"{case.kernel} in {case.dtype}, precision {case.precision}: {error:.2e} of {case.bound:.0e}"
             )
 
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:  # compiling is most of it
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:  # compilation takes most of the time
         for future in [pool.submit(one, case) for case in float64.cases(jax.default_backend(), small)]:
             future.result()
-    missed(report, wrong)
+    require_bounds(report, wrong)
 
 
 # --- a training step
@@ -235,8 +231,8 @@ def parity(report: Report, small: bool) -> None:
 
 
 def lay_out(size: str, sizes: Sizes, **changes: Any) -> build.Parts:
-    """GRPO with a reference on the first device; the tokenizer is the embedded one, whose words are fewer
-    than the model's.
+    """Lay out GRPO with a reference on the first device. The tokenizer is the embedded one, whose vocabulary
+    is smaller than the model's.
     """
     tree: dict[str, Any] = {
         "name": "on_device",
@@ -257,23 +253,23 @@ def lay_out(size: str, sizes: Sizes, **changes: Any) -> build.Parts:
 
 
 def words(rng: np.random.Generator, vocab: int, *shape: int) -> np.ndarray:
-    """Tokens as frequent as words are (Zipf), spread over the vocabulary."""
+    """Return tokens with the frequencies of words (Zipf), spread over the vocabulary."""
     ranks = np.minimum(rng.zipf(1.2, shape), vocab - 1)
     return (ranks * 7919 % (vocab - 2) + 2).astype(np.int32)
 
 
 def questions(parts: build.Parts, sizes: Sizes) -> Encoded:
-    """Prompts that fill their columns but for a few on the left."""
+    """Return questions with prompts that fill almost all columns."""
     rng, n = np.random.default_rng(0), sizes.questions
     tokens = [words(rng, parts.cfg.vocab, sizes.prompt - i % 8).tolist() for i in range(n)]
-    asked = [Question(str(i), "?", bench.OPTIONS, i % 4) for i in range(n)]
-    return Encoded(asked, tokens, np.arange(n, dtype=np.uint32), 0, width(sizes.prompt))
+    rows = [Question(str(i), "?", bench.OPTIONS, i % 4) for i in range(n)]
+    return Encoded(rows, tokens, np.arange(n, dtype=np.uint32), 0, width(sizes.prompt))
 
 
 @partial(jax.jit, donate_argnums=0)
-def lively(params: Any) -> Any:
-    """Norms and biases away from 1 and 0, and scores four times as far apart: an entropy of a few nats, as a
-    trained model's.
+def perturb(params: Any) -> Any:
+    """Move norms away from 1 and biases away from 0, and scale the logits by four. The entropy is then a few
+    nats, as in a trained model.
     """
 
     def one(path, p):
@@ -286,7 +282,7 @@ def lively(params: Any) -> Any:
 
 
 class Clock:
-    """Wraps programs: seconds of each call, from when its arguments are there to when its results are; and
+    """Measures wrapped programs: the seconds of each call, from available arguments to available results, and
     the memory's peak so far.
     """
 
@@ -296,9 +292,9 @@ class Clock:
     def __call__(self, name: str, program: Callable) -> Callable:
         def call(*args, **kwargs):
             jax.block_until_ready((args, kwargs))
-            began = time.perf_counter()
+            start = time.perf_counter()
             out = jax.block_until_ready(program(*args, **kwargs))
-            self.times[name].append(time.perf_counter() - began)
+            self.times[name].append(time.perf_counter() - start)
             self.peaks[name] = memory("peak_bytes_in_use")
             return out
 
@@ -306,13 +302,13 @@ class Clock:
 
 
 def timed(clock: Clock, training: Training) -> Training:
-    """The training with the clock around each of its programs."""
+    """Return the training with the clock around each of its programs."""
     return dataclasses.replace(training, programs=training.programs.wrapped(clock))
 
 
 def compiled(parts: build.Parts, programs: Any, encoded: Encoded, chip: Chip) -> dict[str, aot.Figures]:
-    """The step's programs, compiled at once as `compile_ahead` does (the calls find them), with what `medrlvr
-    plan` says of each.
+    """Compile the step's programs together, as `compile_ahead` does, so that later calls find them. Return
+    the figures of `medrlvr plan` for each.
     """
     alone, ahead = Machine(chip.kind, chip, (1,), 1), step_programs(parts, programs, encoded.width)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
@@ -321,8 +317,8 @@ def compiled(parts: build.Parts, programs: Any, encoded: Encoded, chip: Chip) ->
 
 
 def decode_bytes(cfg: DecoderConfig, weights: float, sizes: Sizes, columns: int) -> float:
-    """What sampling must read at least: at each column all weights once, each question's prompt once, and
-    each row's own tokens.
+    """Return the bytes that sampling must read at least: for each column all weights once, each question's
+    prompt once, and each row's own tokens.
     """
     token = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * jnp.dtype(cfg.execution.dtype).itemsize
     own = sizes.questions * sizes.samples * columns * (columns - 1) / 2
@@ -330,8 +326,8 @@ def decode_bytes(cfg: DecoderConfig, weights: float, sizes: Sizes, columns: int)
 
 
 def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -> None:
-    """Seconds, shares of the machine's bounds and memory of a whole step and of each of its programs; a trace
-    of one step.
+    """Measure the seconds, shares of the machine's bounds and memory of a step and of each of its programs.
+    `traced`: also trace one step.
     """
     sizes = Sizes(2, 16, 2, 8, 1) if small else Sizes()
     changes = (
@@ -340,11 +336,11 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
         else {}
     )
     parts = lay_out(size, sizes, **changes)
-    encoded, chip, began = questions(parts, sizes), the_chip(), time.monotonic()
+    encoded, chip, start = questions(parts, sizes), find_chip(), time.monotonic()
     with jax.set_mesh(parts.mesh):
         made = make_programs(parts, 1000)
         figures = compiled(parts, made, encoded, chip)
-        report(compile_s={name: f.compile_s for name, f in figures.items()}, all_s=time.monotonic() - began)
+        report(compile_s={name: f.compile_s for name, f in figures.items()}, all_s=time.monotonic() - start)
         training, state = train.start(parts, made)
         clock = Clock()
         report(memory_gib_before_the_first_step=memory("bytes_in_use"))
@@ -353,7 +349,7 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
         with Compiles() as heard:
             for n in range(1 + sizes.runs):
                 state, stats, scored, _ = jax.block_until_ready(train.train_step(watched, encoded, state, n))
-                # in the first, what `step_programs` does not name
+                # in the first step, the programs that `step_programs` does not list
                 report(step=n + 1, compiled_meanwhile=dict(heard.drain()))
         for n in range(sizes.runs):
             start = time.perf_counter()
@@ -366,13 +362,13 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
     seconds = {name: statistics.median(times[1:]) for name, times in clock.times.items()}
     tokens, columns = int(scored.lengths.sum()), int(scored.lengths.max())
     least = decode_bytes(parts.cfg, weights, sizes, columns)
-    peak, rates = memory("peak_bytes_in_use"), reached()  # in this order: what is copied is not the step's
+    peak, speeds = memory("peak_bytes_in_use"), measure_speeds()  # in this order: the copy also takes memory
     for name, taken in seconds.items():
         f = figures[name]
         row = {"program": name, "seconds": taken, "first_call_s": clock.times[name][0]}
         row |= {
             "share_of_peak_flops": f.useful / taken / chip.flops,
-            "of_matmul": f.useful / taken / (rates["matmul_gflops"] * 1e9),
+            "of_matmul": f.useful / taken / (speeds["matmul_gflops"] * 1e9),
         }
         row |= {"planned_seconds": f.seconds, "planned_traffic_gb": f.traffic / 1e9}
         row |= {"planned_peak_gib": f.peak / GIB, "peak_gib_until_here": clock.peaks[name]}
@@ -382,7 +378,7 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
                 "least_gb": least / 1e9,
                 "share_of_bandwidth": least / taken / chip.hbm_speed,
             }
-            row |= {"of_copy": least / taken / (rates["copy_gbs"] * 1e9)}
+            row |= {"of_copy": least / taken / (speeds["copy_gbs"] * 1e9)}
         report(**row)
     busy = sum(seconds.values())
     wanted = {
@@ -411,8 +407,8 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
 
 
 def gap(size: str, report: Report, small: bool) -> None:
-    """The largest difference between the log-probs of sampler and trainer, by arithmetic, through
-    `train_step` as it is.
+    """Measure the largest difference between the log-probs of sampler and trainer in `train_step`, for each
+    arithmetic.
     """
     sizes, wrong = (Sizes(2, 16, 2, 8) if small else Sizes(8, 128, 4, 128)), []
 
@@ -422,7 +418,7 @@ def gap(size: str, report: Report, small: bool) -> None:
         )
         with jax.set_mesh(parts.mesh), jax.default_matmul_precision(precision):
             training, state = train.start(parts, make_programs(parts, 1000))
-            policy = dataclasses.replace(state.policy, params=lively(state.policy.params))
+            policy = dataclasses.replace(state.policy, params=perturb(state.policy.params))
             state = dataclasses.replace(state, policy=policy)
             _, stats, scored, _ = train.train_step(training, questions(parts, sizes), state, 0)
             stats = {k: float(np.asarray(stats[k])) for k in ("sampler_gap", "sampler_ratio_far", "entropy")}
@@ -442,18 +438,17 @@ def gap(size: str, report: Report, small: bool) -> None:
     if not small:
         one("float32", "default", "same", float("inf"))
         one("bfloat16", "default", "int8", float("inf"))
-    missed(report, wrong)
+    require_bounds(report, wrong)
 
 
 def embedding(report: Report, small: bool) -> None:
-    """The embedding's gradient against the bytes it must move: a scatter-add, slow on some versions of XLA's
-    CUDA (openxla/xla 46225).
+    """Compare the time of the embedding's gradient with that of the bytes it must move. It is a scatter-add,
+    which is slow in some versions of XLA for CUDA (openxla/xla 46225).
 
-    `sorted` is what could stand in its place: the rows put in the order of their tokens, and their sums
-    taken.
+    `sorted` is an alternative: it sorts the rows by their tokens and sums those of each token.
     """
     vocab, width, n = (2048, 64, 512) if small else (151_936, 2048, 16 * (256 + 8 * 240))
-    chip, rng = the_chip(), np.random.default_rng(0)
+    chip, rng = find_chip(), np.random.default_rng(0)
     cases = {"as words are": words(rng, vocab, 1, n), "all one token": np.full((1, n), 7, np.int32)}
     cases["no token twice"] = (
         rng.permutation(vocab)[:n][None].astype(np.int32) if n <= vocab else cases["as words are"]
@@ -497,13 +492,13 @@ def embedding(report: Report, small: bool) -> None:
 
 
 def forked(report: Report, call: Callable[[], None], flags: str = "", cache: str | None = None) -> int:
-    """The call in a process of its own with these flags of XLA's and this compilation cache; its exit status."""
+    """Run the call in a fork with these XLA flags and this compilation cache. Return its exit status."""
     pid = os.fork()
     if not pid:
         status = 1
         try:
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-            if is_gpu():  # elsewhere a program is the same whoever compiles it
+            if is_gpu():  # on other platforms each process compiles the same program
                 jax.config.update("jax_compilation_cache_dir", cache)
                 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
             status = call() or 0
@@ -525,10 +520,10 @@ def is_gpu() -> bool:
 
 
 def resume(report: Report, small: bool) -> None:
-    """A run of four steps, and the same resumed in a new process from its second: which flags make them equal
-    to the bit.
+    """Compare a run of four steps with the same run resumed from its second step in a new process: with which
+    flags are they equal bit by bit?
 
-    Without a compilation cache each process tunes its own programs, by the clock, and may choose others.
+    Without a compilation cache each process tunes its programs by timing them, and may choose others.
     """
     tree = {
         "steps": 4,
@@ -554,9 +549,9 @@ def resume(report: Report, small: bool) -> None:
 
         def compare(label: str, flags: str, cache: str | None) -> None:
             whole, again = f"whole-{len(results)}", f"again-{len(results)}"
-            began = time.monotonic()
+            start = time.monotonic()
             run(whole, flags, cache)
-            first = time.monotonic() - began
+            first = time.monotonic() - start
             shutil.copytree(root / whole, root / again)
             for step in (3, 4):
                 shutil.rmtree(root / again / "checkpoints" / str(step))
@@ -588,13 +583,13 @@ def resume(report: Report, small: bool) -> None:
             compare("as launched, with a compilation cache", "", str(root / "cache"))
         for name in names[1:]:
             compare(name, FLAGS[name], None)
-    if not is_gpu() and results["as launched"]:  # CPU and TPU are deterministic as they are
-        missed(report, results["as launched"])
+    if not is_gpu() and results["as launched"]:  # CPU and TPU are deterministic by default
+        require_bounds(report, results["as launched"])
 
 
 def determinism(size: str, report: Report, small: bool) -> None:
-    """Assessing and learning twice from one state in one process: equal or not, and seconds, by XLA's flags.
-    What the flags cost.
+    """Assess and learn twice from one state in one process, with different XLA flags: are the results equal,
+    and how many seconds do the programs take?
     """
     sizes = Sizes(2, 16, 2, 8, 1) if small else Sizes()
 
@@ -606,7 +601,7 @@ def determinism(size: str, report: Report, small: bool) -> None:
             watched = timed(clock, training)
             encoded, fresh = questions(parts, sizes), jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
             for _ in range(3):
-                # learning takes its state's memory over
+                # learning donates the memory of its state
                 start = dataclasses.replace(state, policy=fresh(state.policy))
                 after, _, _, rows = train.train_step(watched, encoded, start, 0)
                 ends.append(to_host({"experience": rows, "policy": after.policy.params}))
@@ -632,7 +627,7 @@ def determinism(size: str, report: Report, small: bool) -> None:
 
 
 def sections(small: bool) -> list[Section]:
-    """In order of value."""
+    """List the sections in order of importance."""
     if small:
         runs: dict[str, Any] = {
             "machine": machine,
@@ -669,8 +664,8 @@ def sections(small: bool) -> list[Section]:
 
 
 def in_process(section: Section, out: Path, small: bool, limit: float) -> dict[str, Any]:
-    """Run a section in a process of its own, with all that it starts, for at most `limit` seconds."""
-    began, report = time.monotonic(), Report(out / "on_device.jsonl", section.name)
+    """Run a section in its own process group for at most `limit` seconds. Return its state."""
+    start, report = time.monotonic(), Report(out / "on_device.jsonl", section.name)
     pid = os.fork()
     if not pid:
         status = 1
@@ -690,12 +685,12 @@ def in_process(section: Section, out: Path, small: bool, limit: float) -> dict[s
             sys.stderr.flush()
             os._exit(status)
     while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.monotonic() - began > limit:
+        if time.monotonic() - start > limit:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            return {"state": "stopped", "seconds": limit, "why": "it took longer than was left"}
+            return {"state": "stopped", "seconds": limit, "why": "it took longer than the rest of the budget"}
         time.sleep(0.05)
-    status, seconds = os.waitstatus_to_exitcode(ended[1]), round(time.monotonic() - began, 1)
+    status, seconds = os.waitstatus_to_exitcode(ended[1]), round(time.monotonic() - start, 1)
     if status < 0:
         return {"state": "failed", "seconds": seconds, "why": f"signal {signal.Signals(-status).name}"}
     return (
@@ -706,8 +701,8 @@ def in_process(section: Section, out: Path, small: bool, limit: float) -> dict[s
 
 
 def table(tree: dict[str, Any]) -> str:
-    """All of it as Markdown: the sections, then the figures of each, those with the same columns in one
-    table.
+    """Return Markdown: the states of the sections, then the figures of each. Consecutive figures with the
+    same columns share a table.
     """
 
     def cell(x):
@@ -744,13 +739,13 @@ def main(argv: list[str] | None = None, given: list[Section] | None = None) -> i
     chosen = {s.name: s for s in (given or sections(args.small))}
     if unknown := [name for name in args.only or () if name not in chosen]:
         parser.error(f"--only: {', '.join(unknown)}: no such section; there are {', '.join(chosen)}")
-    began, tree = time.monotonic(), {"sections": {name: {"state": "to do"} for name in args.only or chosen}}
+    start, tree = time.monotonic(), {"sections": {name: {"state": "to do"} for name in args.only or chosen}}
     args.out.mkdir(parents=True, exist_ok=True)
     lines = args.out / "on_device.jsonl"
     lines.unlink(missing_ok=True)
-    warnings.filterwarnings("ignore", message=".*fork.*")  # nothing of JAX's has been started here
+    warnings.filterwarnings("ignore", message=".*fork.*")  # JAX is not started in this process
     for name in tree["sections"]:
-        left = args.budget - (time.monotonic() - began)
+        left = args.budget - (time.monotonic() - start)
         if left <= max(chosen[name].seconds, 0):
             about = f"it takes about {chosen[name].seconds:.0f} s, and {max(left, 0):.0f} s are left"
             tree["sections"][name] = {"state": "skipped", "why": about}

@@ -1,11 +1,11 @@
-"""What a probability reward pays for thoughts that were planted, and what the answer after each is worth.
+"""Measure the probability rewards of given thoughts, and the accuracy of the answers after them.
 
     python tests/planted_hacks.py MODEL [QUESTIONS]
 
-MODEL is `embedded` or a directory. Each question of the embedded world gets its own reasoning, that of another
-question, a copy of its options, and no reasoning. A row a kind of thought: its mean reward by four settings of
-`probability`, all without the share of the format, and the share of right answers where the most probable
-letter is taken.
+MODEL is `embedded` or a directory. Each question of the embedded world gets four thoughts: its own reasoning,
+that of another question, a copy of its options, and no reasoning. The table has one row per kind of thought:
+the mean reward for four settings of `probability` (all with `format: 0`), and the share of right answers if
+the most probable letter is the answer.
 """
 
 import sys

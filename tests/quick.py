@@ -1,8 +1,8 @@
-"""XLA's flags for tests: compile fast, without optimisation, because a test's programs run for an instant.
-Half the time.
+"""XLA flags for tests: fast compilation without optimisation, because a test's programs run for an instant.
+They halve the time.
 
-One module a program: splitting it for parallel code generation costs a sixth more work, and the cores are
-busy with other tests. XLA ends the process at a flag it does not know, and since jaxlib 0.11 it knows fewer.
+One module per program: splitting it for parallel code generation takes a sixth more work, and the cores are
+busy with other tests. XLA aborts at an unknown flag, and jaxlib 0.11 removed some.
 """
 
 from importlib.metadata import version

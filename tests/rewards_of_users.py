@@ -1,5 +1,5 @@
-"""What users may name as reward.fn, good and bad; test_user_reward.py calls them in workers. POISON is the
-completion that does it.
+"""Good and bad reward functions for `reward.fn`; test_user_reward.py calls them in workers. The bad ones
+fail at the completion POISON.
 """
 
 import asyncio
@@ -85,7 +85,7 @@ def booleans(completions, *_):
 
 
 def mean(completions, *_):
-    """One value, whatever the batch."""
+    """Return one value for any batch."""
     return [sum(map(len, completions)) / len(completions)]
 
 
@@ -96,7 +96,7 @@ def mean_raises(completions, *_):
 
 
 def distinct(completions, *_):
-    """One value for all equal completions."""
+    """Return one value for equal completions."""
     return dict.fromkeys(completions, 0.25).values()
 
 
@@ -121,7 +121,7 @@ def scalar(*_):
 
 
 def dice(completions, *_):
-    """Another value at each call and in each process, as of a judge that samples."""
+    """Return other values at each call and in each process, like a judge that samples."""
     return [random.SystemRandom().random() for _ in completions]
 
 
@@ -130,12 +130,12 @@ def always(*_):
 
 
 def odd(completions, *_):
-    """Fails on completions of an odd number of characters."""
+    """Fail on completions with an odd number of characters."""
     return [float("inf") if len(c) % 2 else len(c) / 64 for c in completions]
 
 
 async def asks(completion, question):
-    """A judge over a network: slow, and at POISON it never answers."""
+    """Stand for a judge over a network: slow, and without an answer at POISON."""
     await asyncio.sleep(60 if completion == POISON else 0.01)
     if completion == "raises":
         raise ValueError("no such drug")

@@ -1,4 +1,4 @@
-"""Whether two runs are the same: every leaf of their last checkpoints, and their logs line by line."""
+"""Compare two runs: all leaves of their last checkpoints, and their logs line by line."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ WALL = ("seconds", "tokens_per_second")
 
 
 def leaves(folder: Path, step: int) -> dict[str, np.ndarray]:
-    """Every leaf of the checkpoint, by its path."""
+    """Return the leaves of a checkpoint by their paths."""
     path, handler = (folder / "checkpoints" / str(step) / "state").absolute(), ocp.PyTreeCheckpointHandler()
-    how = jax.tree.map(
+    arguments = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(epath.Path(path)).tree
     )
-    tree = ocp.Checkpointer(handler).restore(path, args=ocp.args.PyTreeRestore(restore_args=how))
+    tree = ocp.Checkpointer(handler).restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
     return {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -31,23 +31,23 @@ def records(folder: Path, name: str) -> list[dict]:
 
 
 def differences(a: Path, b: Path, last: int, tolerance: float = 0.0) -> list[str]:
-    """What differs between two finished runs of `last` steps; empty when they are the same to the bit, or to
-    the tolerance.
+    """Describe the differences between two finished runs of `last` steps. Without a tolerance they must be
+    equal bit by bit.
     """
     one, two = leaves(a, last), leaves(b, last)
     found = [f"leaf {k}" for k in sorted(one.keys() ^ two.keys())]
-    furthest = {
+    largest = {
         k: float(np.abs(one[k].astype(float) - two[k].astype(float)).max(initial=0))
         for k in one.keys() & two.keys()
     }
     if tolerance:
         print(
-            f"    largest difference of a leaf: {max(furthest.values()):.1e} ({max(furthest, key=furthest.get)})"
+            f"    largest difference of a leaf: {max(largest.values()):.1e} ({max(largest, key=largest.get)})"
         )
-        found += [f"leaf {k}: {d:.1e}" for k, d in furthest.items() if d > tolerance]
+        found += [f"leaf {k}: {d:.1e}" for k, d in largest.items() if d > tolerance]
     else:
         found += [
-            f"leaf {k}: {furthest[k]:.1e}"
+            f"leaf {k}: {largest[k]:.1e}"
             for k in one.keys() & two.keys()
             if one[k].tobytes() != two[k].tobytes()
         ]
@@ -60,11 +60,11 @@ def differences(a: Path, b: Path, last: int, tolerance: float = 0.0) -> list[str
             for x, y in zip(left, right, strict=False)
             for k in sorted(x.keys() | y.keys())
             if not same(x.get(k), y.get(k), tolerance)
-            # which of several is the largest, rounding may say
+            # rounding can change which row is the largest
             and not (tolerance and k.startswith("row/"))
         ]
     steps = [r["step"] for r in records(a, "metrics.jsonl")]
-    # 0: the evaluation before training, if any
+    # step 0 is the evaluation before training
     if steps[-last:] != list(range(1, last + 1)) or steps[:-last] not in ([], [0]):
         found.append(f"metrics.jsonl: steps {steps}")
     return found

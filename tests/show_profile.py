@@ -1,9 +1,10 @@
-"""Where the steps of a traced run go: `python tests/show_profile.py RUN [OUT.png]` after a run with
-`log.profile: [first, last]`, on CPU.
+"""Show the time of programs and host work in a run that was traced on CPU with `log.profile: [first, last]`.
 
-Prints seconds by program, how long the device had nothing to do, and how much of the host's work (fetch,
-decode, score, log) fell into that time; draws the lanes. On TPU and GPU, on_device.py gives the same in
-numbers (`summary`), with the kernels that take longest; for more open the trace in XProf or Perfetto.
+    python tests/show_profile.py RUN [OUT.png]
+
+It prints the seconds of each program, the idle time of the device, and the share of the host's work (fetch,
+decode, score, log) that overlaps with the device's, and draws a timeline. For TPU and GPU on_device.py reports
+the same figures (`summary`) and the slowest kernels. XProf and Perfetto show the whole trace.
 """
 
 import sys
@@ -17,8 +18,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from jax.profiler import ProfileData
 
-# what profile.py names; nanoseconds within a program that are no pause of it
-HOST, GAP = ("score", "log", "evaluate"), 1e8
+HOST = ("score", "log", "evaluate")  # names in profile.py
+GAP = 1e8  # nanoseconds; shorter pauses belong to a program
 COLOURS = {
     "see": "#56B4E9",
     "generate": "#0072B2",
@@ -31,7 +32,7 @@ COLOURS = {
 
 
 def spans(pairs, gap: float = GAP) -> np.ndarray:
-    """The union of [start, end], those nearer than `gap` joined."""
+    """Return the union of the intervals [start, end]. Those with a smaller gap between them are joined."""
     out = []
     for start, end in sorted(pairs):
         if out and start - out[-1][1] < gap:
@@ -42,54 +43,53 @@ def spans(pairs, gap: float = GAP) -> np.ndarray:
 
 
 def within(a: np.ndarray, b: np.ndarray) -> float:
-    """Nanoseconds of the spans a that lie in the spans b."""
+    """Return the nanoseconds of the spans a that overlap with the spans b."""
     return sum(max(0.0, min(x[1], y[1]) - max(x[0], y[0])) for x in a for y in b)
 
 
 def read(run: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, dict[str, float]]:
-    """Spans of the device's programs by name, of the host's work by name, and of the device being busy; and
-    each kernel's nanoseconds.
+    """Return the spans of the device's programs by name, of the host's work by name, and of the busy device,
+    and each kernel's nanoseconds.
 
-    A CPU's programs run on threads of the host. Other devices have planes of their own, and then nothing else
-    counts as theirs.
+    A CPU's programs run on threads of the host. Other devices have their own planes in the trace.
     """
     [file] = Path(run, "profile").rglob("*.xplane.pb")
     device, host, running, kernels = defaultdict(list), defaultdict(list), [], defaultdict(float)
     planes = list(ProfileData.from_file(str(file)).planes)
-    apart = any(plane.name.startswith("/device:") for plane in planes)
+    has_device = any(plane.name.startswith("/device:") for plane in planes)
     for plane in planes:
         for line in plane.lines:
             for event in line.events:
-                whole = event.start_ns, event.start_ns + event.duration_ns
+                span = event.start_ns, event.start_ns + event.duration_ns
                 if event.name in HOST:
-                    host[event.name].append(whole)
-                elif apart == plane.name.startswith("/device:"):
+                    host[event.name].append(span)
+                elif has_device == plane.name.startswith("/device:"):
                     module = event.name if line.name == "XLA Modules" else dict(event.stats).get("hlo_module")
                     if module:
-                        device[str(module).partition("(")[0].removeprefix("jit_")].append(whole)
-                    if apart and line.name not in ("XLA Modules", "Steps"):
+                        device[str(module).partition("(")[0].removeprefix("jit_")].append(span)
+                    if has_device and line.name not in ("XLA Modules", "Steps"):
                         kernels[event.name] += event.duration_ns
-                    if module or apart:
-                        running.append(whole)
+                    if module or has_device:
+                        running.append(span)
     programs = {name: spans(pairs) for name, pairs in device.items()}
     return programs, {name: spans(pairs) for name, pairs in host.items()}, spans(running, 0), dict(kernels)
 
 
 def summary(run: str, most: int = 20) -> list[dict]:
-    """Seconds by program, the device's idle share, and the kernels that take longest, one record each."""
+    """Return records: the seconds of each program, the device's idle share, and the slowest kernels."""
     programs, host, busy, kernels = read(run)
-    whole, taken = busy[-1, 1] - busy[0, 0], (busy[:, 1] - busy[:, 0]).sum()
+    total, active = busy[-1, 1] - busy[0, 0], (busy[:, 1] - busy[:, 0]).sum()
     out = [
         {"traced": name, "seconds": (s[:, 1] - s[:, 0]).sum() / 1e9} for name, s in (programs | host).items()
     ]
-    out.append({"traced": "all", "seconds": whole / 1e9, "device_idle": 1 - taken / whole})
+    out.append({"traced": "all", "seconds": total / 1e9, "device_idle": 1 - active / total})
     longest = sorted(kernels.items(), key=lambda pair: -pair[1])[:most]
-    return out + [{"kernel": name, "seconds": ns / 1e9, "share_of_busy": ns / taken} for name, ns in longest]
+    return out + [{"kernel": name, "seconds": ns / 1e9, "share_of_busy": ns / active} for name, ns in longest]
 
 
 def main(run: str, out: str = "") -> None:
     lanes, host, busy, _ = read(run)
-    # `score` begins by waiting for the sampler: its work is what is left of it after that.
+    # `score` first waits for the sampler. Only the time after that is its work.
     work = spans((max(s, *(e for b, e in lanes["generate"] if b < end)), end) for s, end in host.pop("score"))
     lanes = {n: lanes[n] for n in COLOURS if n in lanes} | {"score": work} | host
     for name, s in lanes.items():

@@ -1,11 +1,12 @@
-"""How often `stats.contrast` calls equal methods different, which should be in 5 of 100 cases: `python
-tests/size.py [TRIALS]`.
+"""Measure the size of `stats.contrast`: how often it finds a difference between equally good methods. It
+should be 5 %.
 
-Two methods that are equally good answer n questions of differing difficulty, each by some runs with seeds of
-their own. A seed moves all of a run's answers together, by a normal effect on the scale of log-odds; a
-question may suit one method better (`suits`). A base model, asked as it is, has no seed. Printed beside the
-size: what share of the 95 % intervals leaves out 0 (the same by construction), and the standard deviation of
-the runs' accuracies in points.
+    python tests/size.py [TRIALS]
+
+Two equally good methods answer n questions of different difficulty, each with several runs. Each run has a
+seed effect, normal on the scale of log-odds, that is common to all of its answers. A question may suit one
+method better (`suits`). A base model has one run without a seed effect. The output also has the share of 95 %
+intervals without 0 (equal by construction), and the standard deviation of the runs' accuracies in points.
 """
 
 import sys
@@ -23,8 +24,8 @@ CASES = [
 
 
 def size(runs, effect, suits=0.0, n=400, trials=2000, seed=0):
-    """(share of p below 0.05, share of intervals without 0, standard deviation of a run's accuracy); an arm
-    of 1 run is a base model.
+    """Return (share of p below 0.05, share of intervals without 0, standard deviation of a run's accuracy).
+    An arm with 1 run is a base model.
     """
     rng, fixed = np.random.default_rng([seed, *runs]), tuple(k == 1 for k in runs)
     found, spread = [], []

@@ -1,4 +1,4 @@
-"""The decoder that tests compute: two layers, each of whose parts shows in the result."""
+"""The decoder of most tests: two layers in which every part affects the result."""
 
 from typing import Any
 

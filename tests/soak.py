@@ -1,10 +1,9 @@
-"""A long run: memory, open files and compilations, by step.
+"""Measure memory, open files and compilations during a long run.
 
-    python tests/soak.py [STEPS [OUT.png]]      # 2,000 steps; tells of every 50th, and slopes; draws the
-                                                curves
+    python tests/soak.py [STEPS [OUT.png]]    # default: 2,000 steps; with OUT.png it draws the curves
 
-PPO on the embedded model with few and short responses, so that steps are quick; a checkpoint every 20 steps,
-an evaluation every 100.
+PPO runs on the embedded model with few and short responses, so that steps are fast, with a checkpoint every
+20 steps and an evaluation every 100.
 """
 
 import gc
@@ -60,43 +59,41 @@ def draw(step, resident, files, out: str) -> None:
 
 def main() -> int:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
-    rows, made, began, record = [], [], time.monotonic(), log.Run.record
+    rows, compiled, start, record = [], [], time.monotonic(), log.Run.record
 
     def measured(run, step, *args, **kwargs):
         record(run, step, *args, **kwargs)
         if step % 10 == 0:
             gc.collect()
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-        rows.append((step, resident, len(os.listdir("/proc/self/fd")), len(made)))
+        rows.append((step, resident, len(os.listdir("/proc/self/fd")), len(compiled)))
         if step % 50 == 0:
             print(
-                f"step {step}: {resident:.0f} MiB, {rows[-1][2]} files, {time.monotonic() - began:.0f} s",
+                f"step {step}: {resident:.0f} MiB, {rows[-1][2]} files, {time.monotonic() - start:.0f} s",
                 flush=True,
             )
 
-    def compiled_one(event, duration_secs, **about):
+    def count_compilation(event, duration_secs, **details):
         if event == profile.EVENT:
-            made.append(about.get("fun_name"))
+            compiled.append(details.get("fun_name"))
 
     log.Run.record = measured
-    jax.monitoring.register_event_duration_secs_listener(compiled_one)
+    jax.monitoring.register_event_duration_secs_listener(count_compilation)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "soak.yaml"
         path.write_text(yaml.safe_dump(TREE | {"steps": steps, "runs": folder}))
         with open(os.devnull, "w") as sys.stderr:
             status = cli.main(["train", str(path)])
-    step, resident, files, compiled = np.array(rows[len(rows) // 4 :]).T  # the first quarter fills caches
+    step, resident, files, counts = np.array(rows[len(rows) // 4 :]).T  # the first quarter fills caches
     slope, _ = np.polyfit(step, resident, 1)
-    late = compiled[-1] - rows[1][3]
     if len(sys.argv) > 2:
         draw(*np.array(rows).T[:3], sys.argv[2])
     memory = (
         f"memory {resident[0]:.0f} to {resident[-1]:.0f} MiB, slope {1000 * slope:+.1f} MiB per 1,000 steps"
     )
     print(f"steps {step[0]:.0f} to {step[-1]:.0f}: {memory}")
-    print(
-        f"open files {files.min():.0f} to {files.max():.0f}; programs compiled after step 1: {late:.0f} {made[rows[1][3] :]}"
-    )
+    late = f"programs compiled after step 1: {counts[-1] - rows[1][3]:.0f} {compiled[rows[1][3] :]}"
+    print(f"open files {files.min():.0f} to {files.max():.0f}; {late}")
     return status
 
 
