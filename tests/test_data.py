@@ -311,9 +311,6 @@ def test_which_of_two_readings_was_taken_is_told(file):
     assert "also the text of another option: 1, taken as letters" in told(
         file("own.jsonl", [PLAIN | {"answer": "C"}, PLAIN])
     )
-    hub = {"question": "Which?", "choices": ["1", "2"], "answer": 1}
-    assert "numbers in answer: 1, taken as counted from 0" in told(file("m.jsonl", [hub]))
-    assert "numbers in cop: 1, taken as counted from 1" in told(file("d.jsonl", [MCQA]))
 
 
 def test_files_by_what_is_in_them_not_by_their_ending(file):

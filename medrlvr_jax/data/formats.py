@@ -112,7 +112,6 @@ class Format(NamedTuple):
     subject: str = "subject"
     rationale: str = ""  # "": records of this format have none
     optional: str = ""  # further fields that are read
-    number: tuple[str, int] | None = None  # the field where the key may be a number; the first's number
     add_question: Callable[[Row], Row] = lambda row: row  # adds `question` if it is spread over fields
 
     @property
@@ -137,13 +136,12 @@ FORMATS = {
         published.mmlu_pro, ["question, options, answer, answer_index"], "question_id", "category"
     ),
     # Also CSV without a header: readers.py gives the cells these names.
-    "mmlu": Format(published.mmlu, ["question, choices, answer"], number=("answer", 0)),
+    "mmlu": Format(published.mmlu, ["question, choices, answer"]),
     "medmcqa": Format(
         published.medmcqa,
         ["question, opa, opb, opc, opd, cop"],
         subject="subject_name",
         rationale="exp",
-        number=("cop", 1),
     ),
     # The authors' file, whose record ids are pmids, and the hub's form.
     "pubmedqa": Format(

@@ -119,11 +119,8 @@ class SetReader:
             unlike = detected and not formats.has_fields(row, self.format)
             note = f"; the format {self.format} was detected from the first record only" * unlike
             self.errors.append(f"{where}: {e}{note}")
-            return
-        if isinstance(row, dict):
-            self.fields |= dict.fromkeys(row)
-            if key_field := formats.FORMATS[self.format].number:
-                self.counts["numbers"] += not str(row[key_field[0]]).strip().isalpha()
+        else:
+            self.fields |= dict.fromkeys(row if isinstance(row, dict) else ())
 
     def _item(self, number: int, row: Any) -> Question | Example:
         item = _parse(row, self.format, f"{self.source.stem}-{number}")
@@ -149,14 +146,11 @@ class SetReader:
         return [q for q in self.items if q.subject == "health"], notes
 
     def _notes(self) -> list[str]:
-        form, counts = formats.FORMATS[self.format], self.counts
-        unread = [str(field) for field in self.fields if field not in form.fields | self.mapping.read]
+        read, counts = formats.FORMATS[self.format].fields | self.mapping.read, self.counts
+        unread = [str(field) for field in self.fields if field not in read]
         notes = [f"published set {self.published}, as data/published.py reads it"] if self.published else []
         notes += [f"revision {self.source.revision}"] if self.source.revision else []
         notes += [f"format {self.format}" + (f"; not read: {', '.join(unread)}" if unread else "")]
-        if form.number and (n := counts["numbers"]):
-            field, first = form.number
-            notes += [f"keys that are numbers in {field}: {n:,}, taken as counted from {first}"]
         if n := counts["stripped"]:
             notes += [f'questions whose options have their own letters ("A. …"): {n:,}, removed']
         if n := counts["lettered"]:

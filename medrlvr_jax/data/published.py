@@ -2,21 +2,7 @@
 
 A set with images is named by `format`, as in `data: {format: slake, path: test.json}`. Its entry in `SETS`
 holds settings of `SetConfig`; the config's own settings take precedence. Its records are read in the format
-`vqa`. Sources against which the fields were checked:
-
-- omnimedvqa: OmniMedVQA's QA_information/*/*.json; field names in MedVLThinker's scripts (a3163b1). Chest CT
-  Scan.json has `modality` where the others have `modality_type`: set fields={subject: modality}.
-- med_r1: Med-R1's Splits/*/*.json (88d76c7), which are OmniMedVQA with the options in the text. All 108,156
-  records of the 25 files that could be read. The two largest training files could not be read.
-- pmc_vqa: train.csv and test.csv; loaders of the authors (73bb633) and of MedVLThinker. In train_2.csv and
-  test_2.csv the letter is in Answer, by a third party's script: set fields={answer: Answer}.
-- vqa_rad: VQA_RAD Dataset Public.json; records quoted in others' loaders.
-- slake: train.json, validate.json, test.json; all 14,028 records in PMC-VQA's repository (97358cd). Only the
-  English half is used. One record has a blank answer: set on_bad=skip.
-- medxpertqa: MM/*.jsonl, or the hub's subset MM; its card, and one record in a notebook.
-- medvlthinker: the hub's med-vlrm/med-vlm-eval-v2 and similar sets; the script that writes them (a3163b1).
-
-VQA-RAD and PathVQA on the hub have `image`, `question`, `answer`, and are recognised as `vqa`.
+`vqa`. The page *Questions with images* lists the source against which each set's fields were checked.
 
 A set with text has a format of its own in formats.py. Here is the function that returns its options and right
 answer, and one that adds the field `question` if the set spreads the question over several fields.

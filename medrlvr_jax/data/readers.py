@@ -74,13 +74,10 @@ def _from_python(records: Records) -> Iterator[tuple[int, Row | Question | Examp
 
 
 def read_json(path: Path) -> Rows:
-    """Read a list of records, records by id (PubMedQA), or one record a line.
-
-    The content decides which of these it is, not the suffix.
-    """
+    """Read a list of records, records by id (PubMedQA), or JSONL. The content decides, not the suffix."""
     with open(path, "rb") as file:
         first = _decode(next((line for line in _lines(file) if line), b""))
-    # JSONL if the first line is a record; a record's values are not all objects
+    # In JSONL, the first line is a record, whose values are not all objects.
     if not isinstance(first, dict) or all(isinstance(value, dict) for value in first.values()):
         tree = _decode(path.read_bytes())
         if path.suffix == ".json" or not isinstance(tree, DataError):
@@ -151,7 +148,7 @@ def _csv(path: Path) -> Rows:
                     number, start = start, reader.line_num + 1
                     yield number, cells
 
-            yield from _table(lines(), path, f"quote cells that hold {delimiter!r}")
+            yield from _table(lines(), path, f"quote cells that contain {delimiter!r}")
         except (csv.Error, UnicodeDecodeError) as e:
             yield start, DataError(f"not CSV in UTF-8: {e}; save the file again as CSV in UTF-8")
 
@@ -165,11 +162,12 @@ def _excel(path: Path) -> Rows:
 
     with files.reading(path, "it is not an .xlsx file, or it is damaged; save it again", DataError):
         sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
-        values = [[_cell(value) for value in row] for row in sheet.iter_rows(values_only=True)]
-    filled = [max((i for i, cell in enumerate(row, 1) if cell), default=0) for row in values]
-    width = next(iter(filled), 0)  # of the header; rows may lack empty cells at the end, or have more
-    sizes = [max(width, size) if size else 0 for size in filled]
-    rows = ((row + [""] * width)[:size] for row, size in zip(values, sizes, strict=True))
+        rows = [[_cell(value) for value in row] for row in sheet.iter_rows(values_only=True)]
+    for row in rows:  # the number of empty cells at the end is arbitrary
+        while row and not row[-1]:
+            row.pop()
+        if row:
+            row += [""] * (len(rows[0]) - len(row))
     yield from _table(enumerate(rows, 1), path, "remove the cells beside the table")
 
 
@@ -271,10 +269,10 @@ def _dataset(rows: Any) -> Rows:
             rows = rows.cast_column(field, undecoded)
         elif isinstance(getattr(kind, "feature", None), datasets.Image):
             rows = rows.cast_column(field, datasets.List(undecoded))
-    labels = {field: kind for field, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+    kinds = {field: kind for field, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+    labels = {field: dict(enumerate(kind.names)) for field, kind in kinds.items()}
     for number, row in enumerate(rows, 1):
-        names = {field: dict(enumerate(kind.names)).get(row[field]) for field, kind in labels.items()}
-        yield number, row | names
+        yield number, row | {field: names.get(row[field]) for field, names in labels.items()}
 
 
 # For each suffix: what record numbers count, and the reader.
