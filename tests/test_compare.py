@@ -15,9 +15,7 @@ from medrlvr_jax.runs import console
 
 
 def write(folder, name, answers, key="A", hashes=str, **settings):
-    """Answers by question, and an eval.json with the `settings` of their making; `hashes`: of an id, what its
-    question is.
-    """
+    """Write answers by question id, and an eval.json with `settings`. `hashes` gives the hash of an id."""
     folder.mkdir(exist_ok=True)
     rows = []
     for i, given in answers.items():
@@ -115,7 +113,7 @@ def test_samples_count_by_question(tmp_path):
     assert compare.compare(tmp_path / "a", tmp_path / "c")["dev"]["p"] == 1
 
 
-def test_what_cannot_be_paired_is_refused(tmp_path):
+def test_evaluations_without_pairs_are_refused(tmp_path):
     write(tmp_path / "a", "dev", {"1": "A"})
     write(tmp_path / "b", "dev", {"2": "A"})
     write(tmp_path / "c", "test", {"2": "A"})
@@ -206,7 +204,7 @@ def test_one_evaluation_by_hand(tmp_path):
     )
 
 
-def test_a_repeat_is_no_new_evidence(tmp_path):
+def test_repeats_of_a_question_are_not_counted_again(tmp_path):
     for folder, given in (("a", "A"), ("b", "B")):
         write(tmp_path / folder, "dev", {str(i): given for i in range(8)})
         path = tmp_path / folder / "dev.jsonl"
@@ -223,10 +221,8 @@ def test_a_repeat_is_no_new_evidence(tmp_path):
     assert "dev, distinct" in compare.show({"dev": dev})
 
 
-def test_questions_are_the_same_by_their_hash_not_by_their_id(tmp_path):
-    """The same answers to the lines of a file in another order, whose ids are their places: no question of
-    one id is the other's.
-    """
+def test_questions_are_paired_by_hash_and_not_by_id_alone(tmp_path):
+    """The ids are line numbers of a file that was reordered, so equal ids belong to different questions."""
     given = {str(i): "A" if i < 50 else "B" for i in range(100)}
     write(tmp_path / "a", "dev", given)
     write(
@@ -242,7 +238,7 @@ def test_questions_are_the_same_by_their_hash_not_by_their_id(tmp_path):
     assert (dev["n"], dev["only_a"], dev["only_b"]) == (60, 0, 0)
 
 
-def test_what_was_not_asked_alike_is_refused(tmp_path):
+def test_evaluations_with_other_settings_are_refused(tmp_path):
     write(tmp_path / "a", "dev", {"1": "A", "2": "B"})
     write(tmp_path / "b", "dev", {"1": "AB", "2": "BB"}, samples=2, temperature=1.0)
     with pytest.raises(
@@ -261,7 +257,7 @@ def test_what_was_not_asked_alike_is_refused(tmp_path):
         compare.compare(tmp_path / "a", tmp_path / "b")
 
 
-def test_of_a_run_the_newest_evaluation_is_taken_or_made(tmp_path, monkeypatch):
+def test_the_newest_evaluation_of_a_run_is_used_or_made(tmp_path, monkeypatch):
     for i, step in enumerate((32, 4)):
         (tmp_path / "run").mkdir(exist_ok=True)
         write(tmp_path / "run" / f"eval-{step}", "dev", {"1": "A"})
@@ -283,7 +279,7 @@ def test_of_a_run_the_newest_evaluation_is_taken_or_made(tmp_path, monkeypatch):
         compare.evaluation(tmp_path)
 
 
-def test_two_runs_are_called_by_their_names(tmp_path):
+def test_evaluations_have_the_names_of_their_runs(tmp_path):
     for name in ("ppo", "grpo"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").touch()
@@ -301,10 +297,8 @@ def test_two_runs_are_called_by_their_names(tmp_path):
     assert compare.verdict("dev", better, pair) == said
 
 
-def test_what_could_have_been_shown_is_told_from_the_scatter_of_the_differences():
-    """One model sampled twice, 16 answers a question: the differences are small, though nearly all questions
-    have one.
-    """
+def test_the_minimum_detectable_difference_follows_from_the_variance_of_differences():
+    """One model is sampled twice, 16 answers to each question, so most differences are small but not 0."""
     rng = np.random.default_rng(0)
     easiness = rng.beta(0.7, 0.7, 1273)[:, None]
     a, b = (rng.random((1273, 16)) < easiness for _ in range(2))
@@ -317,7 +311,7 @@ def test_what_could_have_been_shown_is_told_from_the_scatter_of_the_differences(
     assert (found.high - found.low) / 2 < found.minimum_detectable
 
 
-def test_questions_dropped_and_answers_cut_off_are_told(tmp_path):
+def test_dropped_questions_and_truncated_answers_are_reported(tmp_path):
     for folder in ("a", "b"):
         write(tmp_path / folder, "dev", {"q": "A"})
     made = json.loads((tmp_path / "b" / "eval.json").read_text())
@@ -328,7 +322,7 @@ def test_questions_dropped_and_answers_cut_off_are_told(tmp_path):
     assert "\n".join(found["dev"]["remarks"]) in compare.show(found)
 
 
-def test_what_is_not_in_an_accuracy_is_told_beside_it():
+def test_remarks_on_dropped_questions_and_truncated_answers():
     counts = {"n": 40, "questions": 20, "dropped_prompts": 5, "truncated": 10}
     assert answers.remarks("mine", counts) == [
         "mine: 5 of 25 questions dropped, not in these figures: longer than prompt.max_tokens; raise it",

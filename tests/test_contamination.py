@@ -59,8 +59,8 @@ def test_containment_is_of_the_shorter_stem():
     assert within == [contamination.Overlap("2", "1", 1.0, True, 2)]
 
 
-def test_boilerplate_makes_no_question_another():
-    """The same closing sentence under 20 vignettes of their own, and as a whole stem."""
+def test_boilerplate_is_ignored():
+    """20 different vignettes end in the same sentence, which is also a whole stem."""
     closing = "Which of the following is the most likely diagnosis?"
     vignettes = [
         Question(f"v{i}", f"{said(range(40 * i, 40 * i + 30))} {closing}", (f"a{i}", "b"), 0)
@@ -82,7 +82,7 @@ def test_boilerplate_makes_no_question_another():
     assert len(contamination.overlaps(many, {"test": vignettes[:1]})["test"]) == 1
 
 
-def test_the_command_and_scores_without_what_is_found(tmp_path, capsys):
+def test_the_command_and_scores_without_contaminated_questions(tmp_path, capsys):
     def write(name, stems):
         rows = [
             {"id": f"{name}-{i}", "question": stem, "options": ["a", "b"], "answer": "A"}
@@ -132,7 +132,7 @@ def test_the_command_and_scores_without_what_is_found(tmp_path, capsys):
 
 
 @real
-def test_what_is_known_of_the_real_sets():
+def test_known_overlaps_of_the_real_sets():
     def read(path):
         return data.load(SetConfig(path=str(SHARED / path)))
 

@@ -39,7 +39,7 @@ def settings(**changes):
 
 
 def scored(completions, keys, samples):
-    """Questions of two options; `samples` completions each."""
+    """Score `samples` completions of each question with two options."""
     n, config = len(completions), settings()
     questions = [
         Question(str(i), "?", ["heparin", "aspirin"], "AB".index(key), None, None)
@@ -76,7 +76,7 @@ def test_flags_of_each_completion():
     assert monitors.leak_early([at_its_end, outside + "<think>A clot.</think>", LEAK]) == [False, False, True]
 
 
-def test_letters_are_held_against_the_keys_by_one_answer_a_question():
+def test_letters_are_compared_with_the_keys_by_one_answer_to_each_question():
     a, b = (f"<think>clot</think><answer>{letter}</answer>" for letter in "AB")
     # The first samples are A in all 40 questions, of which half have the key A; the second samples are not
     # looked at.
@@ -136,7 +136,7 @@ def test_shares_over_their_limits():
         ("kl", 0.0, 0.06, True),
     ],
 )
-def test_excursions_from_the_runs_own_recent_past(name, usual, value, high):
+def test_sudden_changes_of_metrics(name, usual, value, high):
     past = [{name: usual}] * 4 + [{name: None}, {}]
     assert monitors.find_alarms({name: value}, past, settings()) == []  # four values are not enough
     found = monitors.find_alarms(
@@ -145,7 +145,7 @@ def test_excursions_from_the_runs_own_recent_past(name, usual, value, high):
     assert [(a.name, a.high) for a in found] == ([] if high is None else [(name, high)])
 
 
-def test_the_rows_named_are_the_worst_and_of_this_process():
+def test_example_rows_are_the_worst_of_this_process():
     # row 1 is another's
     rows = dataclasses.replace(scored([WELL, HACK, WELL], "ABB", 1), places=np.array([0, 2, 3]))
     assert monitors.example_rows(monitors.Alarm("response_length", "", high=True), rows, {}, 1) == [0, 2]
@@ -158,7 +158,7 @@ def test_the_rows_named_are_the_worst_and_of_this_process():
     ) == [2]
 
 
-def test_an_alarm_is_reported_when_it_has_lasted_and_now_and_then():
+def test_an_alarm_that_lasts_is_reported_at_intervals():
     found, history, said = [monitors.Alarm("monitor/hacks", "")], [], []
     for step in range(25):
         lasted, news = monitors.count_durations([] if step == 3 else found, history)
@@ -192,8 +192,8 @@ def test_constant_rewards_are_counted_and_stop_a_run(folder, capsys):  # noqa: F
     )
 
 
-def test_rewards_that_clipping_makes_equal_are_an_alarm_in_the_first_step_and_a_stop():
-    """A scale of 100 to 200, cut to ±10: what comes in differs, what is learned from does not."""
+def test_rewards_made_equal_by_clipping_raise_an_alarm_at_once_and_stop_the_run():
+    """Rewards from 100 to 200 are cut to ±10, so they differ before and not after clipping."""
     config = settings(
         advantage={"estimator": "group"}, learn={"policy": {"lr": 1e-4}}, log={"stop_constant": 2}
     )
@@ -229,7 +229,7 @@ def test_rewards_that_clipping_makes_equal_are_an_alarm_in_the_first_step_and_a_
         ({"no_contrast": 1.0, "unlearned": 1.0}, 4, "the user's reward failed on samples of each"),
     ],
 )
-def test_steps_from_which_nothing_is_learned_are_counted(changes, steps, reason):
+def test_steps_without_learning_are_counted(changes, steps, reason):
     metrics = {
         "no_contrast": 0.0,
         "policy/grad_norm": 0.1,
@@ -242,7 +242,7 @@ def test_steps_from_which_nothing_is_learned_are_counted(changes, steps, reason)
     assert reason is None or reason in monitors.find_alarms(metrics, [], settings())[-1].text
 
 
-def test_a_control_run_of_constant_rewards_goes_on():
+def test_a_control_run_with_constant_rewards_continues():
     metrics = {"monitor/constant_reward": 20, "reward": 0.0}
     for changes, stops in (
         ({}, True),
@@ -256,7 +256,7 @@ def test_a_control_run_of_constant_rewards_goes_on():
     assert not monitors.has_stalled(metrics, control) and not monitors.find_alarms(metrics, [], control)
 
 
-def test_where_no_thought_is_asked_for_there_are_no_stages():
+def test_there_are_no_stages_without_thoughts():
     rows = scored([WELL, HACK], ["A", "A"], 1)
     assert records.summarise({}, rows)["stage/reintegrated_reasoning"] == 0.5
     assert not any(

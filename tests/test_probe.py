@@ -64,7 +64,7 @@ def test_cuts_and_sentences():
     assert probe.thought_prefixes("One. ") == ["One. "] and probe.thought_prefixes(" . ") == []
 
 
-def test_letters_are_those_tokens_in_which_the_texts_differ():
+def test_letter_tokens_are_the_tokens_in_which_the_texts_differ():
     [(common, letters)] = probe.letter_tokens(byte_tokenizer(), ["<answer>"], [3])
     assert bytes(common) == b"<answer>" and letters == [[65], [66], [67]]
     # one letter is joined to what stands before it, one to what follows
@@ -84,7 +84,7 @@ def test_letters_are_those_tokens_in_which_the_texts_differ():
     assert [joined.show(ids) for ids in two] == [">A<", ">B<"]
 
 
-def test_logprobs_of_letters_are_the_models():
+def test_letter_logprobs_equal_those_of_the_model():
     parts = build.build(configs.from_tree(EMBEDDED))
     encoded = encode(parts.tokenizer, data.load(parts.config.data), parts.config)
     with jax.set_mesh(parts.mesh):
@@ -109,7 +109,7 @@ def test_logprobs_of_letters_are_the_models():
             np.testing.assert_allclose(row, [scores[ids[0]] for ids in letters], atol=1e-4)
 
 
-def test_what_begins_a_response_is_not_given_twice():
+def test_the_prefill_is_not_in_the_prompt_twice():
     parts = build.build(configs.from_tree(EMBEDDED | {"prompt": {"template": "none", "prefill": "<think>"}}))
     questions = data.load(parts.config.data)
     bare = encode(parts.tokenizer, questions, configs.from_tree(EMBEDDED))
@@ -117,7 +117,7 @@ def test_what_begins_a_response_is_not_given_twice():
     assert given.tokens != bare.tokens == before_response(parts, given).tokens
 
 
-def test_what_a_probe_says_by_hand():
+def test_the_figures_of_a_probe_by_hand():
     names = ["at once", "0 %", "25 %", "50 %", "75 %", "100 %", "another's"]
 
     def row(i, late, early):
@@ -152,10 +152,8 @@ def test_what_a_probe_says_by_hand():
     )
 
 
-def test_few_improbable_keys_do_not_decide_the_gain():
-    """One sentence makes a hopeless key half as probable: its perplexity rises by 10,000, and that is 0.7
-    nats.
-    """
+def test_few_improbable_keys_do_not_dominate_the_gain():
+    """One sentence halves the probability of an improbable key: +10,000 in perplexity, but −0.7 nats."""
     names = dict.fromkeys(("at once", "0 %", "100 %"), "A")
     row = {"key": "A", "generated": "A", "answers": names}
     rows = [row | {"key_logprob": [-2.0, -1.0]} for _ in range(19)] + [

@@ -31,7 +31,7 @@ def test_steps_that_only_some_runs_recorded():
     assert steps.tolist() == [2] and values.tolist() == [[0.5], [1.5]]
 
 
-def test_the_end_of_a_run_says_what_changed_where_it_lies_and_what_next():
+def test_the_last_message_has_changes_folder_and_next_commands():
     before, after = (
         {"n": 1273, "correct": 400, "format_ok": 0},
         {"n": 1273, "correct": 700, "format_ok": 1273},
@@ -74,19 +74,19 @@ def runs(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["short"], ["long"] * 9])
-def test_curves_draw_what_there_is(runs, names):
+def test_curves_draw_short_and_long_runs(runs, names):
     pictures.curves([runs / name for name in names], runs / "curves.png")
     data = (runs / "curves.png").read_bytes()
     assert data.startswith(b"\x89PNG") and 1200 < int.from_bytes(data[16:20]) < 2000
     assert "matplotlib.pyplot" not in sys.modules
 
 
-def test_curves_say_which_folder_is_no_run(tmp_path):
+def test_curves_name_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match=r"no metrics\.jsonl there"):
         pictures.curves([tmp_path], tmp_path / "curves.png")
 
 
-def test_folders_of_one_name_are_told_apart(tmp_path):
+def test_short_names_are_distinct(tmp_path):
     folders = [tmp_path / x for x in ("a/ppo", "b/ppo", "b/grpo", "b/deep/ppo")]
     assert files.short_names(folders) == ["a/ppo", "b/ppo", "grpo", "deep/ppo"]
     assert files.short_names([folders[0], folders[0]]) == ["ppo", "ppo"]

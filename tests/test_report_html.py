@@ -37,9 +37,7 @@ NODE, CHROMIUM = (
 
 
 class Page(HTMLParser):
-    """Refuses markup that is not nested as it should be; collects ids, links and the text inside each kind of
-    element.
-    """
+    """Refuses wrongly nested markup; collects ids, links and the text in each kind of element."""
 
     def __init__(self, text):
         super().__init__()
@@ -137,7 +135,7 @@ def page(tmp_path_factory):
     return root / "report.html"
 
 
-def test_the_page_is_whole_and_all_text_is_text(page):
+def test_the_page_is_complete_and_escapes_all_text(page):
     text = page.read_text(encoding="utf-8")
     parsed = Page(text)
     assert len(set(parsed.ids)) == len(parsed.ids) and set(
@@ -162,7 +160,7 @@ def test_the_page_is_whole_and_all_text_is_text(page):
         assert section in parsed.ids
 
 
-def test_intervals_are_over_questions_and_say_of_how_many(tmp_path):
+def test_intervals_are_over_questions_and_name_their_number(tmp_path):
     """16 answers to each of 100 questions: Wilson's interval of 1,600 answers would be 49.9 to 54.8."""
     counts = {"n": 1600, "questions": 100, "correct": 838, "format_ok": 1600, "accuracy": 0.52375}
     counts |= {
@@ -179,10 +177,8 @@ def test_intervals_are_over_questions_and_say_of_how_many(tmp_path):
     assert "52.4 % (45.2–59.8)" in "".join(ending.changes("dev", None, counts))
 
 
-def test_experiments_of_one_name_stay_apart(tmp_path):
-    """The same arm in two folders, of the same settings or of others; one of them named twice; evaluations of
-    runs of one name.
-    """
+def test_experiments_of_one_name_are_separate_groups(tmp_path):
+    """An arm in three folders, with equal or other settings; one folder is given twice; evaluations, too."""
     for folder, changes in (("one", {}), ("two", {}), ("three", {"kl": {"coef": 0.5}})):
         (tmp_path / folder).mkdir()
         for seed in (0, 1):
@@ -214,7 +210,7 @@ def test_experiments_of_one_name_stay_apart(tmp_path):
 
 
 def test_a_run_that_asks_for_no_thought_has_no_stages(tmp_path):
-    """Its log may hold some: an older version counted all of its completions as format failures."""
+    """Logs of older versions count all completions of such a run as format failures."""
     direct, other = (write_run(tmp_path / name, 0, reward={"mode": name}) for name in ("direct", "strict"))
     groups = report_html.group([report_html.read_run(direct), report_html.read_run(other)])
     (name, first, last, areas), *rest = report_html.stages(groups)
@@ -225,7 +221,7 @@ def test_a_run_that_asks_for_no_thought_has_no_stages(tmp_path):
     assert tuple(explore.FILLS) == stages.STAGES
 
 
-def test_a_long_answer_says_how_much_of_it_is_shown(tmp_path):
+def test_a_long_answer_is_cut_with_a_note(tmp_path):
     write_run(tmp_path / "long", 0)
     sample = json.loads((tmp_path / "long" / "samples.jsonl").read_text().split("\n")[0])
     files.append(tmp_path / "long" / "samples.jsonl", [sample | {"completion": "x" * 9000}])
@@ -254,7 +250,7 @@ def test_groups_of_one_name_have_numbers(tmp_path):
 
 
 def test_curves_have_the_styles_of_their_legend(page, tmp_path):
-    """Also where a group before them has no curve: an evaluation."""
+    """Also if a group before them has no curve, because it is an evaluation."""
     folders = [page.parent / name for name in ("sft", "a&b", "ppo-seed0")]
     groups = report_html.group([report_html.read_run(folder) for folder in folders])
     report_html.write_page(folders, tmp_path / "page.html")
@@ -265,7 +261,7 @@ def test_curves_have_the_styles_of_their_legend(page, tmp_path):
     assert re.findall(r'stroke="(#\w{6})"', section) == [g["color"] for g in data["groups"]] == colors
 
 
-def test_a_run_that_has_only_begun_has_a_page(tmp_path):
+def test_a_run_without_steps_has_a_page(tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.yaml").write_text("name: new\n")
     report_html.write_page([tmp_path / "new"], tmp_path / "p.html")  # it compiles: no step yet
@@ -284,7 +280,7 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
 @pytest.mark.parametrize(
     ("out", "said"), [("report.pdf", "must end in .html"), ("nowhere/report.html", "does not exist")]
 )
-def test_where_it_cannot_be_written(page, tmp_path, capsys, out, said):
+def test_paths_that_cannot_be_written_are_refused(page, tmp_path, capsys, out, said):
     assert cli.main(["report", str(page.parent / "a&b"), "--out", str(tmp_path / out)]) == 2
     assert said in capsys.readouterr().err
 
@@ -295,7 +291,7 @@ def test_the_script_parses(page):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: set CHROMIUM to one")
-def test_a_browser_shows_it_and_has_nothing_to_complain_of(page, tmp_path):
+def test_a_browser_shows_the_page_without_errors(page, tmp_path):
     """Filters are set, and what the page then holds is looked at; any line on the console fails. As a served
     page, it takes in changed sections, and what was set stays."""
     text = page.read_text(encoding="utf-8")
@@ -378,7 +374,7 @@ def test_every_metric_is_a_curve_and_long_ones_are_thinned():
     assert len(json.dumps(explore.curves([[many]] * 20))) < 3e6
 
 
-def test_long_runs_are_read_in_part_but_their_evaluations_and_alarms_whole(tmp_path):
+def test_all_evaluations_and_alarms_of_long_runs_are_read(tmp_path):
     records = [{"step": k, "x": 1.0} for k in range(1000)]
     records[0] |= {"eval.dev.n": 50, "eval.dev.correct": 10}
     records[333] |= {"eval.dev.n": 50, "eval.dev.correct": 20, "alarm/leak": 6}
@@ -389,7 +385,7 @@ def test_long_runs_are_read_in_part_but_their_evaluations_and_alarms_whole(tmp_p
 
 
 def answers_of(run, step, right, name="dev"):
-    """The answers of an evaluation; `right` has a character a question, of which the first has the id q0."""
+    """Write the answers of an evaluation. `right` has a character for each question: q0, q1, …"""
     (run / "answers" / str(step)).mkdir(parents=True)
     rows = [
         {
@@ -427,7 +423,7 @@ def test_two_evaluations_side_by_side(tmp_path, monkeypatch):
 
 
 def test_the_page_is_served_and_follows_the_runs(tmp_path, monkeypatch):
-    """Also a run that has not begun; of what was read, only changed runs are read again."""
+    """Also with a run that does not exist yet. Only changed runs are read again."""
     write_run(tmp_path / "ppo", 0)
     with watch.server([tmp_path / "ppo", tmp_path / "<late>"], "127.0.0.1", 0) as serving:
         threading.Thread(target=serving.serve_forever, daemon=True).start()

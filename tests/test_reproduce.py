@@ -94,7 +94,7 @@ def test_cells_are_arms_by_seeds(file, tmp_path):
         ({"common": TREE | {"eval": {}}}, "arms.base: eval.sets: none"),
     ],
 )
-def test_what_a_file_may_not_say(file, changes, said):
+def test_wrong_files_are_refused(file, changes, said):
     with pytest.raises(ConfigError, match="arms") as e:
         arms.read(file(**changes), [])
     assert said in str(e.value)
@@ -118,7 +118,7 @@ LOOKING = {"base", "sft_answer", "sft_rationale", "grpo", "counts", "grpo_curate
     ("name", "named"),
     [("reproduce_tiny", COMPARED), ("reproduce_3b", COMPARED), ("reproduce_vision", LOOKING)],
 )
-def test_shipped_files_are_whole(name, named, capsys):
+def test_the_files_of_the_package_are_complete(name, named, capsys):
     experiment, cells = arms.read(CONFIGS / f"{name}.yaml", [])
     seeds = {arm: [c.config.seed for c in cells if c.arm == arm] for arm in experiment.arms}
     few = 2 if name == "reproduce_vision" else 3
@@ -129,7 +129,7 @@ def test_shipped_files_are_whole(name, named, capsys):
 
 
 def test_an_arm_may_train_on_the_questions_that_another_counted(file):
-    """Its counts name the file; they end in no evaluation, and in no row of the table."""
+    """The counting arm has no evaluation and no row in the table."""
     curated = {"like": "ppo", "after": "counts", "settings": {"data": {"pass_count": {"keep": [1, 7]}}}}
     more = FILE["arms"] | {"counts": {"by": "difficulty", "settings": {}}, "curated": curated}
     more["ppo"] = {"by": "train"}
@@ -170,10 +170,8 @@ def test_a_changed_cell_is_refused_by_name(file):
         arms.check_same(cells)
 
 
-def test_the_commands_make_what_they_are_known_by(folder, tmp_path):  # noqa: F811
-    """Each command of two cells, in this process: a model of random weights, fine-tuned, exported, and
-    trained on from there.
-    """
+def test_each_command_writes_the_file_that_marks_it_as_done(folder, tmp_path):  # noqa: F811
+    """Run each command of two cells in this process: fine-tune a random model, export it, train from it."""
     tree = yaml.safe_load((folder / "config.yaml").read_text())
     tree["eval"]["sets"]["outside"] = {"path": "embedded:in_distribution", "limit": 9}
     some = {"sft": {"by": "sft"}, "ppo": {"by": "train", "after": "sft"}}
@@ -224,7 +222,7 @@ run = Path(source).with_suffix("") if source.endswith(".yaml") else Path(source)
 
 
 def fake(tmp_path, monkeypatch, seconds=0.0, fails=""):
-    """A program in place of Python that leaves what a command is known by, and a list of what it was asked."""
+    """Replace Python by a program that writes the last file of a command, and a list of its commands."""
     program, asked = tmp_path / "fake", tmp_path / "asked"
     program.write_text(FAKE.format(python=PYTHON, log=str(asked), fails=fails, seconds=seconds))
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -233,11 +231,11 @@ def fake(tmp_path, monkeypatch, seconds=0.0, fails=""):
     return asked
 
 
-def test_cells_run_once_each_after_what_they_start_from(file, tmp_path, monkeypatch, capsys):
+def test_each_cell_runs_once_and_after_its_parent(file, tmp_path, monkeypatch, capsys):
     asked = fake(tmp_path, monkeypatch)
     _, cells = arms.read(file(), [])
     jobs = min(2, len(os.sched_getaffinity(0)))
-    assert reproduce.Runner(cells, cells, jobs).run() == 0
+    assert reproduce.Runner(cells, jobs).run() == 0
     ran = [line.split() for line in asked.read_text().splitlines()]
     order = [(command, cell) for command, cell, _ in ran]
     assert len(order) == len(set(order)) == 1 + 2 * 3 + 4 * 2 and all(cell.finished for cell in cells)
@@ -247,7 +245,7 @@ def test_cells_run_once_each_after_what_they_start_from(file, tmp_path, monkeypa
     assert main("reproduce", file(), "--dry-run") == 0 and capsys.readouterr().out.count(" finished") == 7
 
 
-def test_a_failure_is_told_and_the_others_go_on(file, tmp_path, monkeypatch, capsys):
+def test_a_failure_is_reported_and_other_cells_continue(file, tmp_path, monkeypatch, capsys):
     fake(tmp_path, monkeypatch, fails="sft-0.yaml")
     monkeypatch.setattr(reproduce.claims, "conclude", lambda _, finished, of: f"{len(finished)} of {of}")
     assert main("reproduce", file(), "--only", "ppo", "base", "learn.policy.lr=0.1") == 1
@@ -272,7 +270,7 @@ def test_a_failure_is_told_and_the_others_go_on(file, tmp_path, monkeypatch, cap
     )
 
 
-def test_a_signal_is_passed_on_and_the_same_command_goes_on(file, tmp_path, monkeypatch, capsys):
+def test_a_signal_stops_the_cells_and_the_same_command_continues(file, tmp_path, monkeypatch, capsys):
     asked = fake(tmp_path, monkeypatch, seconds=30)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, 1.5)
@@ -314,17 +312,15 @@ def test_runs_and_questions_are_both_random_by_hand():
     assert same.p == 1 and -0.1 < same.low < -0.005 and same.within(0.1) < 0.05 < same.within(0.01)
 
 
-def test_equal_methods_are_called_different_in_one_of_twenty_cases():
-    """Seeds that move a run by 4 points; a test over questions alone calls them different in a third of the
-    cases.
-    """
+def test_equal_methods_differ_significantly_in_5_percent():
+    """Seeds change a run by 4 points, so a test over questions alone has false positives in 1/3 of cases."""
     for runs in ((3, 3), (1, 3)):
         p, interval, spread = size(runs, 0.2, suits=0.7, trials=1500)
         assert 0.035 <= p <= 0.065 and p == interval and 0.03 < spread < 0.05
 
 
 def answered(cell, name, right, hashes=str, **more):
-    """An evaluation whose i-th question is right where `right[i]`."""
+    """Write an evaluation of a cell in which question i is answered right if `right[i]`."""
     (cell.path / "eval").mkdir(parents=True, exist_ok=True)
     (cell.path / "eval" / "eval.json").write_text(
         json.dumps(
@@ -394,8 +390,8 @@ def test_the_table_by_hand(file):
 
 
 def test_arms_may_have_other_sets_and_other_questions(file):
-    """A set of one arm alone stands in its row; questions that SFT was not asked, or of another wording, are
-    no pairs.
+    """A set of one arm is in its row alone. Questions that SFT did not answer, or with another hash, are not
+    paired.
     """
     more = {"eval": {"sets": {"extra": {"path": "c.jsonl"}}}}
     experiment, cells = arms.read(file(**changed("ppo", settings={"sample": {"samples": 4}} | more)), [])
@@ -443,7 +439,7 @@ def test_arms_may_have_other_sets_and_other_questions(file):
         ),
     ],
 )
-def test_a_sentence_says_what_interval_and_p_say(value, p, p_holm, p_margin, said):
+def test_the_verdict_follows_from_the_p_values(value, p, p_holm, p_margin, said):
     test = {
         "difference": stats.Interval(value, value, value),
         "p": p,

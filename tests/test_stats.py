@@ -34,12 +34,12 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(samples, right, k):
     assert stats.pass_at_k(row[None], k)[0] == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
-def test_pass_at_k_wants_enough_samples():
+def test_pass_at_k_refuses_too_few_samples():
     with pytest.raises(ValueError, match="k = 3 must be from 1 to the 2 samples"):
         stats.pass_at_k(np.zeros((1, 2), bool), 3)
 
 
-def test_a_coin_is_at_zero_beyond_chance():
+def test_guessing_gives_zero_beyond_chance():
     rng = np.random.default_rng(0)
     options = rng.integers(3, 11, 4000)
     coin = rng.random((4000, 8)) < 1 / options[:, None]
@@ -52,7 +52,7 @@ def test_a_coin_is_at_zero_beyond_chance():
     assert stats.beyond_chance(stats.pass_at_k(coin, 16), np.full(400, 4), 16) is None
 
 
-def test_majority_draws_ties_fairly_and_counts_no_silence():
+def test_majority_draws_ties_and_ignores_missing_answers():
     answers = np.array([["A", "A", "B"], ["A", "B", ""], ["", "", "C"], ["", "", ""]])
     correct = answers == np.array([["A"], ["B"], ["C"], ["D"]])
     assert stats.majority(answers, correct).tolist() == [1.0, 0.5, 1.0, 0.0]
@@ -92,7 +92,7 @@ def test_clustered_interval_is_wider_than_that_of_independent_samples():
     assert high - low > 3 * (naive[1] - naive[0])
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+def test_intervals_of_differences_and_means_cover_the_truth_in_95_percent():
     rng = np.random.default_rng(1)
     hits = []
     for _ in range(400):
@@ -102,14 +102,14 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert ((0.91 <= np.mean(hits, 0)) & (np.mean(hits, 0) <= 0.98)).all()
 
 
-def test_the_interval_of_equal_answers_is_not_a_point():
+def test_the_interval_of_equal_answers_has_a_width():
     a = np.arange(20) < 10
     c = stats.paired_difference(a, a)
     half = stats.scipy.stats.t.ppf(0.975, 21) * math.sqrt(1 / 22 / 21)
     assert (c.value, c.low, c.high, c.p) == pytest.approx((0, -half, half, 1)) and half > 0.09
 
 
-def test_a_detectable_difference_is_shown_in_four_of_five_repetitions():
+def test_the_minimum_detectable_difference_is_found_with_80_percent_power():
     rng = np.random.default_rng(0)
     n, ups, downs = 400, 0.2, 0.1  # shares of the questions that only b, and that only a has right
     found = [
@@ -140,7 +140,7 @@ def test_letter_bias():
     assert twice["p"] == pytest.approx(stats.scipy.stats.chisquare([10, 20]).pvalue)
 
 
-def test_the_interval_of_nearly_nothing_right_is_not_a_point():
+def test_the_interval_of_few_right_answers_has_a_width():
     none = np.zeros((100, 4), bool)
     assert stats.accuracy(none) == pytest.approx((0.0, *stats.wilson(0, 100)), abs=1e-12)
     none[0, 0] = True  # the percentiles of resampled questions would be 0 and 0.75 %
@@ -151,12 +151,12 @@ def test_the_interval_of_nearly_nothing_right_is_not_a_point():
     assert low > 0 and 0.037 < high < 0.04
 
 
-def test_one_answer_a_question_has_wilsons_interval():
+def test_one_answer_to_each_question_gives_wilsons_interval():
     right = np.arange(148) < 15
     assert stats.accuracy(right) == pytest.approx((15 / 148, *stats.wilson(15, 148)))
 
 
-def test_the_interval_over_questions_covers_as_often_as_it_says():
+def test_intervals_over_questions_cover_the_truth_in_95_percent():
     rng = np.random.default_rng(0)
     easiness = rng.beta(0.5, 0.5, (400, 100, 1))  # 400 evaluations of 100 questions with 4 samples each
     found = [stats.accuracy(c) for c in rng.random((400, 100, 4)) < easiness]

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -40,7 +41,7 @@ def reproduce(path: str, settings: list[str], only: list[str], jobs: int, dry_ru
         rows = [(cell.path.name, cell.by, _state(cell, cell in wanted)) for cell in cells]
         print(tables.plain(("cell", "by", "state"), rows))
         return 0
-    runner = Runner([cell for cell in wanted if not cell.finished], wanted, jobs)
+    runner = Runner(wanted, jobs)
     status = runner.run()
     if not status:
         print(claims.conclude(experiment, [cell for cell in cells if cell.finished], len(cells)))
@@ -59,15 +60,15 @@ def _state(cell: Cell, wanted: bool) -> str:
 class Runner:
     """Runs cells as processes, at most one on each share of the cores."""
 
-    def __init__(self, todo: list[Cell], wanted: list[Cell], jobs: int):
-        """`todo`: the unfinished cells among those that are `wanted`."""
+    def __init__(self, wanted: list[Cell], jobs: int):
         all_cores = range(os.cpu_count() or 1)
         cores = sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else all_cores)
         if not 1 <= jobs <= len(cores):
             remedy = f"give 1 to {len(cores)}"
             raise ConfigError(f"--jobs: {jobs} at a time, with {len(cores)} cores here; {remedy}")
         self.shares = [set(cores[i::jobs]) for i in range(jobs)]
-        self.todo, self.wanted, self.failed = list(todo), wanted, set()
+        self.todo, self.wanted = [cell for cell in wanted if not cell.finished], wanted
+        self.failed: set[Path] = set()
         self.running: dict[int, tuple[Cell, subprocess.Popen, float]] = {}  # by share; with the cell's start
         self.seconds: list[float] = []  # the durations of finished cells
         self.signal = 0
