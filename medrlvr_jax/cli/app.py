@@ -27,15 +27,13 @@ app = App(
     group_parameters=Group("Options"),
 )
 
-CONFIG = "A YAML file of settings, or the name of a preset, such as quickstart."
-SOURCE = "A run's folder, or a config whose model.path names the model."
-SETTINGS = "Override settings: a.b=value, such as sample.temperature=0.8. Values are YAML."
+OVERRIDE = "Override settings: a.b=value, such as sample.temperature=0.8. Values are YAML."
 DISTRIBUTED = "Run as one of several processes. Each of them runs this same command."
 STEP = "The step of the run's checkpoint to use. Default: the newest."
-Config = Annotated[str, Parameter(help=CONFIG)]
-Source = Annotated[Path, Parameter(help=SOURCE)]
+Config = Annotated[str, Parameter(help="A YAML file of settings, or a preset's name, such as quickstart.")]
+Source = Annotated[Path, Parameter(help="A run's folder, or a config whose model.path names the model.")]
 Run = Annotated[Path, Parameter(help="A run's folder, such as runs/quickstart.")]
-Settings = Annotated[str, Parameter(help=SETTINGS)]
+Settings = Annotated[str, Parameter(help=OVERRIDE)]
 Step = Annotated[int | Literal["best"] | None, Parameter(metavar="N|best", show_choices=False, help=STEP)]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 Distributed = Annotated[Flag, Parameter(help=DISTRIBUTED)]

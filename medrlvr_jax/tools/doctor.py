@@ -17,11 +17,21 @@ import jax
 from packaging.requirements import Requirement
 
 import medrlvr_jax
+from medrlvr_jax import build
 from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
+from medrlvr_jax.data.load import read
+from medrlvr_jax.data.prompts import response_prefix
+from medrlvr_jax.data.traps import tokenizer_traps
+from medrlvr_jax.evaluation.evaluate import load_sets
 from medrlvr_jax.host.errors import ConfigError
+from medrlvr_jax.model import lora, weights
+from medrlvr_jax.rewards.parse import prefix_conflict
 from medrlvr_jax.rewards.training import start_components
-from medrlvr_jax.runs import checkpoint, log, seal, trackers
+from medrlvr_jax.rl import sft, train
+from medrlvr_jax.rl.learn import make_optimizer
+from medrlvr_jax.rollout.rollout import encode
+from medrlvr_jax.runs import checkpoint, inputs, log, seal, trackers
 
 GIB = 2**30
 # The device file of each accelerator, and the extra that installs its JAX.
@@ -139,12 +149,6 @@ def _check_settings(config: Config, run: Path) -> Iterator[Finding]:
 
 def _check_data(config: Config) -> Iterator[Finding]:
     """Read and encode the training set and the evaluation sets as training does."""
-    from medrlvr_jax import build
-    from medrlvr_jax.data.load import read
-    from medrlvr_jax.evaluation.evaluate import load_sets
-    from medrlvr_jax.rl import sft, train
-    from medrlvr_jax.rollout.rollout import encode
-
     parts = build.build(config)
     if config.sft.target == "text" or config.data.format == "text":
         encoded, targets = sft.encode_pairs(parts)
@@ -160,23 +164,14 @@ def _check_data(config: Config) -> Iterator[Finding]:
     if dropped:
         yield warning(f"data: {dropped:,} prompts are too long and dropped", "raise prompt.max_tokens")
     for name, encoded in load_sets(parts).items():
-        text = f"eval.sets.{name}: {len(encoded.questions):,} questions"
+        yield ok(f"eval.sets.{name}: {len(encoded.questions):,} questions")
         if encoded.dropped:
-            yield warning(f"{text}, {encoded.dropped:,} are too long and dropped", "raise prompt.max_tokens")
-        else:
-            yield ok(text)
+            text = f"eval.sets.{name}: {encoded.dropped:,} prompts are too long and dropped"
+            yield warning(text, "raise prompt.max_tokens")
 
 
 def _check_model(config: Config, run: Path) -> Iterator[Finding]:
     """Check mesh, model and tokenizer by the code that starts a training."""
-    from medrlvr_jax import build
-    from medrlvr_jax.data.prompts import response_prefix
-    from medrlvr_jax.data.traps import tokenizer_traps
-    from medrlvr_jax.model import lora, weights
-    from medrlvr_jax.rewards.parse import prefix_conflict
-    from medrlvr_jax.rl.learn import make_optimizer
-    from medrlvr_jax.runs import inputs
-
     check.check_best(config)
     parts = build.build(config)
     inputs.check_model(run, parts)
