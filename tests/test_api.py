@@ -191,13 +191,13 @@ def test_closures_pay_callbacks_stop_and_the_same_call_goes_on(folder, capsys): 
         ("length", 2.0, 64),
         ("keyed", 1.0, 64),
     ]
-    with pytest.raises(mr.ConfigError, match=r"rewards: length × 2, .*keyed × 1 there, length × 1 now"):
+    with pytest.raises(mr.ConfigError, match=r"rewards: length × 2, .*keyed × 1 before, length × 1 now"):
         mr.train(c, rewards=length, data=ROWS)
-    with pytest.raises(mr.ConfigError, match=r"rewards: .* there, no callables now"):
+    with pytest.raises(mr.ConfigError, match=r"rewards: .* before, no callables now"):
         mr.train(c, data=ROWS)
     with pytest.raises(
         mr.ConfigError,
-        match=r"data.path: python:data: 16 rows there, 15 now; the first that differs is number 1",
+        match=r"data.path: python:data: 16 rows before, 15 now; the first that differs is number 1",
     ):
         mr.train(c, rewards=[(length, 2.0), keyed], data=ROWS[1:])
     assert main("train", run / "config.yaml") == 2

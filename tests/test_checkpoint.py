@@ -96,7 +96,7 @@ def test_a_checkpoint_with_the_counter_that_states_once_had_is_read(tmp_path):
     back, _ = checkpoints.restore(abstract(state))
     assert_same(back, state)
     checkpoints.save(8, vars(state) | {"steps": jnp.int32(7)})
-    with pytest.raises(CheckpointError, match=r"steps is int32\[\] there and absent here"):
+    with pytest.raises(CheckpointError, match=r"steps is int32\[\] in the checkpoint and absent here"):
         checkpoints.restore(abstract(state))
 
 
@@ -163,20 +163,24 @@ def test_another_model_is_refused_by_the_first_leaf_that_differs(tmp_path):
     checkpoints = Checkpoints(saved(tmp_path, 1), CheckpointConfig(), META)
     wider, with_critic = make_state(mesh_of(2, 2, 2), width=64), make_state(mesh_of(2, 2, 2), critic=True)
     with pytest.raises(
-        CheckpointError, match=r"policy\.params\.layers\.b is bfloat16\[32\] there and bfloat16\[64\] here"
+        CheckpointError,
+        match=r"policy\.params\.layers\.b is bfloat16\[32\] in the checkpoint and bfloat16\[64\] here",
     ):
         checkpoints.restore(abstract(wider))
     with pytest.raises(
-        CheckpointError, match=r"critic\.params\.layers\.b is absent there and bfloat16\[32\] here"
+        CheckpointError,
+        match=r"critic\.params\.layers\.b is absent in the checkpoint and bfloat16\[32\] here",
     ):
         checkpoints.restore(abstract(with_critic))
-    with pytest.raises(CheckpointError, match=r"b is \[32\] there and \[64\] here"):
+    with pytest.raises(CheckpointError, match=r"b is \[32\] in the checkpoint and \[64\] here"):
         restore_params(tmp_path, abstract(wider).policy.params)
     other = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding),
         abstract(make_state(mesh_of(2, 2, 2))),
     )
-    with pytest.raises(CheckpointError, match=r"b is bfloat16\[32\] there and float32\[32\] here"):
+    with pytest.raises(
+        CheckpointError, match=r"b is bfloat16\[32\] in the checkpoint and float32\[32\] here"
+    ):
         checkpoints.restore(other)
 
 

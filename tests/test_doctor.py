@@ -60,7 +60,7 @@ def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypat
         for line in lines
     )
     lines, ok = doctor.report(config(tmp_path, seed=5))
-    assert not ok and any("seed: 0 there, 5 now" in line for line in lines)
+    assert not ok and any("seed: 0 before, 5 now" in line for line in lines)
     assert sorted(tmp_path.rglob("*")) == before
 
 

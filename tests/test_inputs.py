@@ -43,7 +43,7 @@ def test_a_changed_training_file_is_refused_unless_it_is_meant(folder, capsys): 
     write(file, questions(16, answer="B"))
     assert main(*begun) == 2
     told = capsys.readouterr().err
-    assert f"data.path: {file}: 16 rows there, 16 now; the first that differs is number 6" in told
+    assert f"data.path: {file}: 16 rows before, 16 now; the first that differs is number 6" in told
     assert "another name=" in told and "checkpoint.accept_changed_inputs=true" in told
     assert (
         main("replay", folder / "runs/changing", "--step", 1, "--row", 0) == 2
@@ -137,11 +137,11 @@ def edit(path, **changes):
     [
         (
             lambda p: write(p / "train.jsonl", questions(16)[::-1]),
-            "train.jsonl: 16 rows there, 16 now; the first that differs is number 1",
+            "train.jsonl: 16 rows before, 16 now; the first that differs is number 1",
         ),
         (
             lambda p: write(p / "train.jsonl", questions(17)),
-            "train.jsonl: 16 rows there, 17 now; the first that differs is number 17",
+            "train.jsonl: 16 rows before, 17 now; the first that differs is number 17",
         ),
         (
             lambda p: write(p / "dev.jsonl", questions(8, answer="C")),
@@ -149,11 +149,11 @@ def edit(path, **changes):
         ),
         (
             lambda p: edit(p / "model/config.json", rope_theta=5e4),
-            r"model/config.json: rope_theta: 10000.0 there, 50000.0 now",
+            r"model/config.json: rope_theta: 10000.0 before, 50000.0 now",
         ),
         (
             lambda p: edit(p / "model/generation_config.json", eos_token_id=[1, 5]),
-            r"tokens that end a response: \[1\] there, \[1, 5\] now",
+            r"tokens that end a response: \[1\] before, \[1, 5\] now",
         ),
         (other_weights, r"1 of \d+ tensors have changed, such as model"),
         (

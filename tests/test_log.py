@@ -163,8 +163,8 @@ def test_other_settings_are_refused_and_named(tmp_path):
         log.Run(changed, 5)
     message = str(e.value)
     assert (
-        "model.path: 'embedded' there, 'elsewhere' now" in message
-        and "seed: 0 there, 3 now" in message
+        "model.path: 'embedded' before, 'elsewhere' now" in message
+        and "seed: 0 before, 3 now" in message
         and "another name=" in message
     )
     assert not any(f"  {name}" in message for name in ("steps", "mesh", "checkpoint"))

@@ -155,14 +155,14 @@ def test_a_changed_cell_is_refused_by_name(file):
     with pytest.raises(ConfigError) as e:  # of the arms that start from it, too
         arms.check_same(arms.read(file(), ["arms.sft.settings.steps=3"])[1])
     said = str(e.value).splitlines()[1:]
-    assert said[0] == "  sft-0: steps: 2 there, 3 now" and len(said) == 6
+    assert said[0] == "  sft-0: steps: 2 before, 3 now" and len(said) == 6
     assert said[2] == "  ppo-0: its command, or the run it starts from, has changed"
     for cell in cells:  # as a version wrote it that did not know one of the settings
         text = cell.beside(".yaml").read_text()
         assert "\n  profile: null" in text
         cell.beside(".yaml").write_text(text.replace("\n  profile: null", ""))
     arms.check_same(arms.read(file(), [])[1])
-    with pytest.raises(ConfigError, match=r"sft-0: log.profile: None there, \[1, 2\] now"):
+    with pytest.raises(ConfigError, match=r"sft-0: log.profile: None before, \[1, 2\] now"):
         arms.check_same(arms.read(file(), ["log.profile=[1,2]"])[1])
     cells[1].beside(".yaml").unlink()
     cells[1].path.mkdir()
@@ -258,7 +258,7 @@ def test_a_failure_is_reported_and_other_cells_continue(file, tmp_path, monkeypa
     assert done.out.startswith("3 of 7") and "coin" not in done.err
     assert (
         main("reproduce", file(), "--only", "ppo", "base") == 2
-        and "learn.policy.lr: 0.1 there, 0.001 now" in capsys.readouterr().err
+        and "learn.policy.lr: 0.1 before, 0.001 now" in capsys.readouterr().err
     )
     assert (
         main("reproduce", file(), "--only", "pop") == 2

@@ -154,7 +154,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def differences(a: dict[str, Any], b: dict[str, Any], where: Sequence[str] = ("there", "now")) -> list[str]:
+def differences(a: dict[str, Any], b: dict[str, Any], where: Sequence[str] = ("before", "now")) -> list[str]:
     """Return a line for each dotted name whose values differ between a and b. A missing value is None."""
     names = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
     return [f"{name}: {a.get(name)!r} {where[0]}, {b.get(name)!r} {where[1]}" for name in names]

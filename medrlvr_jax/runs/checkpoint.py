@@ -279,7 +279,9 @@ def _check_fits(path: Path, saved: Any, abstract: Any, partial: bool) -> None:
         a, b = (_describe(tree.get(name), partial) for tree in (old, new))
         if a != b:
             remedy = "use its own settings (in meta/metadata), or give the run another name="
-            raise CheckpointError(f"{path} is of another model: {name} is {a} there and {b} here; {remedy}")
+            raise CheckpointError(
+                f"{path} is of another model: {name} is {a} in the checkpoint and {b} here; {remedy}"
+            )
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -113,12 +113,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return a line for each input that is in both records and differs."""
     out = [line for name in new.get("sets", {}) for line in _set_differences(name, old, new)]
     if "stop_ids" in new and (before := old.get("stop_ids", new["stop_ids"])) != (now := new["stop_ids"]):
-        out.append(f"model.path: the tokens that end a response: {before} there, {now} now")
+        out.append(f"model.path: the tokens that end a response: {before} before, {now} now")
     path, now = new["model"]["path"], new["model"]["settings"]
     before = old.get("model", {}).get("settings", {})
     for k in before.keys() & now.keys():
         if before[k] != now[k]:
-            out.append(f"model.path: {path}/config.json: {k}: {before[k]} there, {now[k]} now")
+            out.append(f"model.path: {path}/config.json: {k}: {before[k]} before, {now[k]} now")
     if (before := old.get("weights")) is not None and (now := new.get("weights")) is not None:
         out += _weight_differences(f"model.path: {path}", before, now)
     for name, now in new.get("verifiers", {}).items():
@@ -148,7 +148,7 @@ def _set_differences(name: str, old: dict[str, Any], new: dict[str, Any]) -> lis
         marks = ([d["marks"][i : i + MARK] for i in range(0, len(d["marks"]), MARK)] for d in (before, now))
         pairs = enumerate(zip(*marks, strict=False))
         first = next((i for i, (a, b) in pairs if a != b), min(before["n"], now["n"]))
-        rows = f"{before['n']:,} rows there, {now['n']:,} now"
+        rows = f"{before['n']:,} rows before, {now['n']:,} now"
         return [f"{place}: {rows}; the first that differs is number {first + 1:,}"]
     if before["tokens"] != now["tokens"]:
         cause = "the model's tokenizer or chat template has changed"
@@ -158,7 +158,7 @@ def _set_differences(name: str, old: dict[str, Any], new: dict[str, Any]) -> lis
 
 def _reward_differences(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
     if (before := _list_rewards(old)) != (now := _list_rewards(new)):
-        return [f"rewards: {before} there, {now} now"]
+        return [f"rewards: {before} before, {now} now"]
     changed = [b["name"] for a, b in zip(old, new, strict=True) if a["sha256"] != b["sha256"]]
     return [f"rewards: the source code of {name} has changed" for name in changed]
 

@@ -72,10 +72,9 @@ class Run:
         self._signal, self._stop_called, self._done = 0, False, 0
 
     def __enter__(self) -> "Run":
-        in_main = (
-            threading.current_thread() is threading.main_thread()
-        )  # Python allows signal handlers only there
-        signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        # Python allows signal handlers only in the main thread.
+        is_main = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGINT, signal.SIGTERM) if is_main else ()
         # signal.signal returns None for a handler that Python did not set and cannot restore
         self._handlers = {s: signal.signal(s, self._on_signal) or signal.SIG_DFL for s in signals}
         return self
@@ -104,7 +103,7 @@ class Run:
             signal.signal(number, handler)
 
     def resume(self, done: int) -> int:
-        """Remove the records after step `done`. Return the number of skipped updates directly before."""
+        """Remove the records after step `done`. Return how many of the last steps had skipped updates."""
         skips = 0
         if self._lock:
             for name in LOGS:
@@ -180,13 +179,8 @@ class Run:
         if not self._lock:
             return {}
         records = files.read_jsonl(self.path / "metrics.jsonl")
-        seconds = time.time() - self._start_time
-        summary = {
-            "name": name,
-            "steps": self._steps,
-            "seconds": seconds,
-            "eval": evaluations_by_set(records),
-        }
+        summary = {"name": name, "steps": self._steps, "seconds": time.time() - self._start_time}
+        summary["eval"] = evaluations_by_set(records)
         last = {"last": records[-1] if records else {}}
         files.write_json(self.path / "summary.json", summary | last | self.meta)
         return summary
