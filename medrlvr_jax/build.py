@@ -104,7 +104,8 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
         tower=m.vision,
     )
     if m.vision != "freeze" and cfg.vision is None:
-        raise ConfigError(f"model.vision: {m.vision}: {m.path} has no vision tower; set it to freeze")
+        problem = f"no vision tower of {m.path} is computed"
+        raise ConfigError(f"model.vision: {m.vision}: {problem}; set it to freeze")
     if m.vision == "merger" and m.init == "random":
         problem = "the tower's blocks would stay random"
         raise ConfigError(f"model.vision: merger: {problem}; set it to train, or model.init to pretrained")

@@ -123,15 +123,16 @@ def weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
             layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
 
+    def centre(name):
+        """Gemma's norms multiply by 1 + weight; large ones at its layers' ends outweigh the embedding."""
+        if "norm" not in name or c["model_type"] != "gemma3_text":
+            return float("norm" in name)
+        return 3.0 if "post_" in name else 0.0
+
     def one(name, shape):
         noise = draw.uniform(-1, 1, shape)
-        return (
-            1 + 0.5 * noise
-            if "norm" in name
-            else 0.5 * noise
-            if len(shape) == 1
-            else noise * 2.5 / shape[1] ** 0.5
-        ).astype(dtype)
+        scale = 0.5 if len(shape) == 1 else 2.5 / shape[1] ** 0.5
+        return (centre(name) + scale * noise).astype(dtype)
 
     return {name: one(name, shape) for name, shape in shapes.items()}
 

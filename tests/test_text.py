@@ -39,6 +39,14 @@ INST = (  # no special token next to the message, and a space that belongs to it
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
+GEMMA = (  # the form of Gemma 3's: BOS, an assistant called model, a system turn within the first user's
+    "{{ bos_token }}{% set system = messages[0]['content'] if messages[0]['role'] == 'system' %}"
+    "{% for m in messages if m['role'] != 'system' %}"
+    "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ system + '\n\n' if system and loop.first }}{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+TURN = ["<start_of_turn>", "<end_of_turn>"]
 SPECIAL = ["<pad>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>"]
 
 
@@ -145,13 +153,25 @@ def ordinary(tok, content):
 
 
 @pytest.mark.parametrize(
-    "template", [CHATML, INST, "{{ bos_token }}" + CHATML], ids=["chatml", "no_special_next_to_it", "bos"]
+    "template",
+    [CHATML, INST, "{{ bos_token }}" + CHATML, GEMMA],
+    ids=["chatml", "no_special_next_to_it", "bos", "gemma"],
 )
 @pytest.mark.parametrize("wording", ["think", "direct", "none"])
 def test_chat_ids_are_the_ordinary_ones(template, wording):
-    tok = wrap(make(template, merges=SPACED, bos="</s>"))
+    tok = wrap(make(template, [*SPECIAL, *TURN], SPACED, bos="</s>"))
     ids = encode_prompt(tok, SCURVY, PromptConfig(template=wording, chat=True))
     assert ids == ordinary(tok, text.render(SCURVY, wording))
+
+
+def test_gemmas_turns():
+    """A response ends with `<end_of_turn>`, and a system prompt begins the user's turn."""
+    tok = wrap(make(GEMMA, [*SPECIAL, *TURN], SPACED, bos="</s>"))
+    assert [tok.show([i]) for i in tok.stop_ids] == ["<|endoftext|>", "<end_of_turn>"]
+    config = PromptConfig(template="none", chat=True, system="Be brief.")
+    shown = tok.show(encode_prompt(tok, SCURVY, config))
+    assert shown.startswith("</s><start_of_turn>user\nBe brief.\n\nQuestion: Which")
+    assert shown.endswith("<end_of_turn>\n<start_of_turn>model\n")
 
 
 def test_raw_ids_are_the_ordinary_ones():
@@ -478,6 +498,16 @@ def test_a_tokenizer_larger_than_the_model_is_refused(bytes_):
         ConfigError, match="tiny: the tokenizer has ids up to 257, and the model's vocabulary ends at 255"
     ):
         bytes_.check_fits(256, "tiny")
+
+
+def test_a_special_token_beyond_the_model_that_no_text_becomes():
+    tok = wrap(make(special=[*SPECIAL, "<image>"]))
+    tok.check_fits(tok.vocab_size - 1, "tiny")
+    assert "no text becomes" in "".join(tokenizer_traps(tok, tok.vocab_size - 1))
+    for template in (CHATML + "<image>", None):
+        tok = wrap(make(template, [*SPECIAL, "<image>"], **({} if template else {"pad_token": "<image>"})))
+        with pytest.raises(ConfigError, match="the model's vocabulary ends at 260"):
+            tok.check_fits(tok.vocab_size - 1, "tiny")
 
 
 def test_traps():

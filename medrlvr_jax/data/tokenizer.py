@@ -106,9 +106,21 @@ class Tokenizer:
         rows = [row[:-1] if row and row[-1] in self.stop_ids else row for row in rows]
         return self.trusted.decode_batch(rows, skip_special_tokens=False)
 
+    def ids_in_use_from(self, start: int) -> list[int]:
+        """Ids from `start` on, without special tokens that neither the chat template names nor a response or
+        padding ends with. Gemma 3's text model of 1B has such a token for images, one id beyond its table.
+        """
+        template = str(self.hf.chat_template or "")
+        return [
+            i
+            for name, i in self.trusted.get_vocab().items()
+            if i >= start
+            and (i not in self.special_ids or i in (*self.stop_ids, self.pad_id) or name in template)
+        ]
+
     def check_fits(self, vocab_size: int, path: str, field: str = "model.path") -> None:
-        """Raise `ConfigError` for ids beyond the embedding table, which would silently read its last row."""
-        if self.vocab_size > vocab_size:
+        """Raise `ConfigError` for ids beyond the embedding table, which prompts or responses may hold."""
+        if self.ids_in_use_from(vocab_size):
             ids = f"the tokenizer has ids up to {self.vocab_size - 1}"
             problem = f"{ids}, and the model's vocabulary ends at {vocab_size - 1}"
             remedy = "use the tokenizer that came with the model, or enlarge the model's embedding"

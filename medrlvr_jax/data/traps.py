@@ -32,7 +32,9 @@ def _id_traps(tok: Tokenizer, vocab_size: int) -> list[str]:
         lines.append(f"stop tokens {names}: each ends a response, the first ends targets")
     if tok.vocab_size > vocab_size:
         sizes = f"the tokenizer has {tok.vocab_size} ids, the model {vocab_size}"
-        lines.append(f"{sizes}: training will refuse this pair")
+        refused = "training will refuse this pair"
+        harmless = "harmless, since no text becomes the others"
+        lines.append(f"{sizes}: {refused if tok.ids_in_use_from(vocab_size) else harmless}")
     elif tok.vocab_size < vocab_size:
         unused = f"{vocab_size - tok.vocab_size} of the model's {vocab_size} ids"
         lines.append(f"{unused} belong to no token (padding); if sampled, they give no text")
