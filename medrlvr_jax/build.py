@@ -1,8 +1,9 @@
 """Build what every run needs at its start: tokenizer, decoder, mesh, sharded weights, optimiser states."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -31,37 +32,13 @@ class Parts:
     cfg: DecoderConfig
     critic_cfg: DecoderConfig
     mesh: jax.sharding.Mesh
-    tower: "Tower | None" = None  # None for a text model, and in a plan
+    # Returns the frozen vision tower, loaded at the first call. None for a text model, and in a plan.
+    tower: Callable[[], Params] | None = None
 
     @property
     def sampler_cfg(self) -> DecoderConfig:
         """The decoder that samples rollouts, with int8 weights if set. Evaluation samples from `cfg`."""
         return self.cfg.run_with(int8=self.config.sample.weights == "int8")
-
-
-class Tower:
-    """A frozen vision tower. Its weights are loaded at the first use, as `model.dtype`."""
-
-    def __init__(self, parts: Parts):
-        self._parts = parts
-
-    @cached_property
-    def params(self) -> Params:
-        model = self._parts.config.model
-        if model.init == "random":
-            problem = "the vision tower would be random and frozen, so its features would mean nothing"
-            remedy = "set model.init to pretrained, set model.vision to train, or remove the images"
-            raise ConfigError(f"model.init: random: {problem}; {remedy}")
-        wanted = {VISION: shardings_of(abstract_tower(self._parts))}
-        return weights.load_params(model.path, self._parts.cfg, wanted, jnp.dtype(model.dtype))[VISION]
-
-
-def abstract_tower(parts: Parts) -> Params:
-    """Return the vision tower's parameters as ShapeDtypeStructs with shardings."""
-    if parts.cfg.execution.tower != "freeze":
-        return abstract_params(parts, parts.cfg)[VISION]
-    tower = spec.abstract(parts.cfg.run_with(tower="train"))[VISION]
-    return sharding.structs(tower, parts.mesh, sharding.TRAIN, jnp.dtype(parts.config.model.dtype))
 
 
 def read_model(path: str, field: str = "model.path") -> tuple[DecoderConfig, Tokenizer]:
@@ -76,7 +53,7 @@ def build(config: Config) -> Parts:
     cfg, tokenizer = read_model(config.model.path)
     require_equal(lambda: _shared_settings(config) | {"the model's config.json": repr(cfg)})
     parts = lay_out(config, tokenizer, cfg)
-    return dataclasses.replace(parts, tower=Tower(parts)) if parts.cfg.vision else parts
+    return dataclasses.replace(parts, tower=cache(partial(load_tower, parts))) if parts.cfg.vision else parts
 
 
 def _shared_settings(config: Config) -> dict[str, Any]:
@@ -166,6 +143,14 @@ def abstract_params(parts: Parts, cfg: DecoderConfig, table: dict = sharding.TRA
     return unflatten_dict(structs)
 
 
+def abstract_tower(parts: Parts) -> Params:
+    """Return the vision tower's parameters as ShapeDtypeStructs with shardings."""
+    if parts.cfg.execution.tower != "freeze":
+        return abstract_params(parts, parts.cfg)[VISION]
+    tower = spec.abstract(parts.cfg.run_with(tower="train"))[VISION]
+    return sharding.structs(tower, parts.mesh, sharding.TRAIN, jnp.dtype(parts.config.model.dtype))
+
+
 def abstract_base(parts: Parts) -> Params:
     """Return the tree of `load_base` as ShapeDtypeStructs with shardings."""
     return lora.frozen(abstract_params(parts, lora.off(parts.cfg)), parts.cfg)
@@ -205,6 +190,17 @@ def load_base(parts: Parts) -> Params:
     under a trained merger. Return {} if all weights are trained.
     """
     return _start_values(parts, lora.off(parts.cfg), abstract_base(parts))
+
+
+def load_tower(parts: Parts) -> Params:
+    """Load the frozen vision tower as `model.dtype`. Raise `ConfigError` if `model.init` is random."""
+    model = parts.config.model
+    if model.init == "random":
+        problem = "the vision tower would be random and frozen, so its features would mean nothing"
+        remedy = "set model.init to pretrained, set model.vision to train, or remove the images"
+        raise ConfigError(f"model.init: random: {problem}; {remedy}")
+    shardings = {VISION: shardings_of(abstract_tower(parts))}
+    return weights.load_params(model.path, parts.cfg, shardings, jnp.dtype(model.dtype))[VISION]
 
 
 def load_params(parts: Parts, cfg: DecoderConfig) -> Params:

@@ -199,7 +199,7 @@ def see_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     cut = cut_patches(Image.fromarray(pixels), cfg)
     images = arrange_windows([[cut]] * args.questions, window_count((cut[1],), cfg), cfg)
     images = place_rows(images, args.questions, parts.mesh)
-    tower = load_params(parts, parts.cfg).get(VISION) or parts.tower.params
+    tower = load_params(parts, parts.cfg).get(VISION) or parts.tower()
     [times] = by_turns([lambda: see(tower, images, cfg=parts.cfg)], args.runs)
     work = {"matmul_gflop": round(tower_flops(parts.cfg, images) / 1e9, 1)}
     return timing(times) | {"tokens": cut[1].tokens, "images_per_s": rate(args.questions, times)} | work

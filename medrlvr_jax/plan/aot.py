@@ -123,17 +123,18 @@ def compile_program(
 ) -> Figures:
     """Compile one program for the machine and return its figures.
 
-    `cache`: figures by the hash of the program's text. For a program in the cache only `others` is counted
-    again. `quick`: with the compiler's lowest effort. `options`: compiler options that replace those for
-    compile-only devices.
+    `cache`: figures by a hash of the program's text and its calls per step. For a program in the cache only
+    `others` is counted again. `quick`: with the compiler's lowest effort. `options`: compiler options that
+    replace those for compile-only devices.
     """
     mesh, platform = parts.mesh, machine.chip.platform
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.args, **program.kwargs)
         lowered = traced.lower()
-    text, others = hashlib.sha256(lowered.as_text().encode()).hexdigest(), bytes_per_device(program.others)
-    if text in cache:
-        return multiply_by_calls(cache[text]._replace(others=others), program.calls)
+    key = hashlib.sha256(f"{program.calls} {lowered.as_text()}".encode()).hexdigest()
+    others = bytes_per_device(program.others)
+    if key in cache:
+        return cache[key]._replace(others=others)
     executed = flops.traced_flops(traced.jaxpr, visited_share(program, parts))
     figures = Figures(
         name=program.name,
@@ -143,8 +144,8 @@ def compile_program(
         temporaries=0.0,
         others=others,
         usable=machine.chip.usable,
-        flops=executed / mesh.size,
-        useful=flops.useful_flops(program, parts, executed) / mesh.size,
+        flops=executed * program.calls / mesh.size,
+        useful=flops.useful_flops(program, parts, executed) * program.calls / mesh.size,
     )
     if options is None:
         options = machines.COMPILE[platform] | (machines.QUICK[platform] if quick else {})
@@ -159,25 +160,16 @@ def compile_program(
             raise
         figures = figures._replace(temporaries=temporaries, refused=True)
     else:
-        figures = add_compiled_figures(figures, compiled, mesh, machine)
-    cache[text] = figures._replace(compile_s=time.monotonic() - start)
-    return multiply_by_calls(cache[text], program.calls)
+        figures = add_compiled_figures(figures, compiled, program.calls, mesh, machine)
+    cache[key] = figures._replace(compile_s=time.monotonic() - start)
+    return cache[key]
 
 
-def multiply_by_calls(figures: Figures, calls: int) -> Figures:
-    """Return the figures of all calls of a program in a step, from those of one call."""
-    return figures._replace(
-        flops=figures.flops * calls,
-        useful=figures.useful * calls,
-        traffic=figures.traffic * calls,
-        collectives=tuple(moved._replace(bytes=moved.bytes * calls) for moved in figures.collectives),
-        times={name: seconds * calls for name, seconds in figures.times.items()},
-    )
-
-
-def add_compiled_figures(figures: Figures, compiled: Any, mesh: Mesh, machine: Machine) -> Figures:
+def add_compiled_figures(
+    figures: Figures, compiled: Any, calls: int, mesh: Mesh, machine: Machine
+) -> Figures:
     """Return the figures with XLA's memory, traffic and collectives, and the resulting times."""
-    memory, moved = compiled.memory_analysis(), hlo.read_traffic(compiled.as_text(), dict(mesh.shape))
+    memory, moved = compiled.memory_analysis(), hlo.read_traffic(compiled.as_text(), dict(mesh.shape), calls)
     crosses = lambda c: crosses_nodes(c.axis, mesh, machine)
     times = {
         "compute": figures.flops / machine.chip.flops,

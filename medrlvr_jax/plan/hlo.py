@@ -44,8 +44,8 @@ Computations = dict[str, Computation]
 
 
 class Collective(NamedTuple):
-    """The collectives of one kind over the same devices. `bytes` is what each device receives in one run of
-    the program: in a ring of n devices (n − 1)/n of the result, for an all-reduce twice as much.
+    """The collectives of one kind over the same devices. `bytes` is what each device receives in all calls
+    of the program: in a ring of n devices (n − 1)/n of the result, for an all-reduce twice as much.
     """
 
     kind: str
@@ -59,8 +59,10 @@ class Traffic(NamedTuple):
     collectives: list[Collective]
 
 
-def read_traffic(text: str, mesh: dict[str, int]) -> Traffic:
-    """Return the traffic of one device. `text`: `compiled.as_text()`; `mesh`: the sizes of its axes."""
+def read_traffic(text: str, mesh: dict[str, int], calls: int = 1) -> Traffic:
+    """Return the traffic of one device in `calls` calls of a program. `text`: `compiled.as_text()`; `mesh`:
+    the sizes of its axes.
+    """
     computations, entry = parse(text)
     collectives: dict[str, Collective] = {}
     total = 0.0
@@ -88,7 +90,7 @@ def read_traffic(text: str, mesh: dict[str, int]) -> Traffic:
             elif "calls=" in i.attributes:  # fusions and asynchronous wrappers have bytes of their own
                 visit(_callee(i, "calls"), times, False)
 
-    visit(entry, 1.0, True)
+    visit(entry, float(calls), True)
     sums: dict[tuple[str, str, int], float] = defaultdict(float)
     for c in collectives.values():
         sums[c[:3]] += c.bytes

@@ -68,8 +68,10 @@ CARDS = {
 
 # launch/gpu_1x.sh and slurm_gpu.sbatch set the same dot-merger threshold. With merging, XLA would copy
 # matrices with a common input (q, k, v; gate, up; adapters) side by side for each sampled token.
-CUDA_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0}
-COMPILE: dict[str, dict[str, Any]] = {"tpu": {}, "cuda": CUDA_OPTIONS}
+COMPILE: dict[str, dict[str, Any]] = {
+    "tpu": {},
+    "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_dot_merger_threshold_mb": 0},
+}
 # The effort ranges from -1 to 1. The GPU compiler ignores it.
 QUICK = {"tpu": {"exec_time_optimization_effort": -1.0}, "cuda": {}}
 

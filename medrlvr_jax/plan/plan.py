@@ -41,6 +41,7 @@ UNITS = (
 MEMORY = ("program", "compile s", "arguments", "outputs", "temporaries", "others", "peak", "may use", "fits")
 TIMES = ("TFLOP", "HBM GB", "net GB", "seconds ≥", "bound by")
 SWEEP = ("fits", "peak GiB", "in", "seconds ≥", "tokens/s ≤")
+FITS = {True: "yes", False: "NO"}
 # Sizes of train splits, for planning without the data set on this machine.
 QUESTIONS = {"GBaker/MedQA-USMLE-4-options": 10_178}
 
@@ -105,7 +106,8 @@ def run(config: Config, topology: str, sweep: int, as_json: bool, questions: int
     jax.config.update("jax_platforms", "cpu")  # does not occupy an accelerator of this machine
     # programs for a machine that does not exist cannot be loaded from the cache
     jax.config.update("jax_enable_compilation_cache", False)
-    machine, steps = parse(topology), training_steps(config, questions)
+    machine, n = parse(topology), questions or QUESTIONS.get(config.data.path)
+    steps = config.steps or (total_steps(config, n) if n else None)
     if not sweep:
         plans = [plan(config, machine, steps=steps, quick=quick)]
     else:
@@ -119,12 +121,6 @@ def run(config: Config, topology: str, sweep: int, as_json: bool, questions: int
     else:
         print(sweep_table(plans) if sweep else table(plans[0]))
     return 0 if plans and plans[0].fits else 3
-
-
-def training_steps(config: Config, questions: int | None) -> int | None:
-    """Return the steps of the whole training, or None if they depend on an unknown number of questions."""
-    n = questions or QUESTIONS.get(config.data.path)
-    return config.steps or (total_steps(config, n) if n else None)
 
 
 # --- advice on what to change ---
@@ -248,7 +244,7 @@ def table(p: Plan) -> str:
         memory = (f.arguments, f.outputs, f.temporaries, f.others, f.peak, f.usable)
         work = (f.flops / 1e12, f.traffic / 1e9, sum(c.bytes for c in f.collectives) / 1e9, f.seconds)
         sizes = (f"{x / GIB:.2f}" for x in memory)
-        rows.append((f.name, f"{f.compile_s:.0f}", *sizes, _yes_no(f.fits), *map(_number, work), f.bound))
+        rows.append((f.name, f"{f.compile_s:.0f}", *sizes, FITS[f.fits], *map(_number, work), f.bound))
     moved = [(f.name, c) for f in p.programs for c in f.collectives if c.bytes > 1e6]
     collectives = [(name, c.kind, c.axis, str(c.group), _number(c.bytes / 1e9)) for name, c in moved]
     lines = [f"{p.config.name} on {p.machine.topology} ({p.machine.count} chips), mesh {mesh}", ""]
@@ -292,17 +288,13 @@ def sweep_table(plans: list[Plan]) -> str:
     for p in plans:
         settings = (*map(str, p.mesh.values()), str(p.config.learn.microbatch), p.config.model.remat)
         peak, rates = f"{p.tightest.peak / GIB:.2f}", map(_number, (p.seconds, p.tokens_per_second))
-        rows.append((*settings, _yes_no(p.fits), peak, p.tightest.name, *rates))
+        rows.append((*settings, FITS[p.fits], peak, p.tightest.name, *rates))
     c = plans[0].config
     mesh = f"mesh={{data: -1, fsdp: {c.mesh.fsdp}, tensor: {c.mesh.tensor}}}"
     settings = f"{mesh} learn.microbatch={c.learn.microbatch} model.remat={c.model.remat}"
     best = f"fastest that fits: {settings}" if plans[0].fits else "none of these fits"
     head = (*plans[0].mesh, "microbatch", "remat", *SWEEP)
     return "\n".join([tables.plain(head, rows), "", best, *[LOW_EFFORT] * plans[0].quick])
-
-
-def _yes_no(fits: bool) -> str:
-    return "yes" if fits else "NO"
 
 
 def _number(x: float) -> str:

@@ -55,7 +55,7 @@ def add_features(
             return prompts
         tower = params[VISION]
     else:
-        tower = parts.tower.params
+        tower = parts.tower()
     look = partial(see, tower, cfg=parts.cfg)
     grey = look(as_grey(images, patch=parts.cfg.vision.patch)) if blank else None
     return prompts.with_vision(features=look(images), blank=grey)

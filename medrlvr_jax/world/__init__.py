@@ -29,8 +29,5 @@ SOURCES["embedded_vision"] = Source(model=Path(__file__).parent / "vision", ques
 SOURCES["embedded_verifier"] = Source(  # grades answers to the open questions
     model=Path(__file__).parent / "verifier",
     questions={},
-    texts={
-        "rows": _lazy("open:verifier_rows"),
-        "naive": _lazy("open:verifier_rows", 64_000, True),
-    },
+    texts={"rows": _lazy("open:verifier_rows"), "naive": _lazy("open:verifier_rows", 64_000, True)},
 )

@@ -54,20 +54,18 @@ def _between(rng: Random, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
-def _edge(distance: Plane, softness: float) -> Plane:
+def _ramp(distance: Plane, softness: float) -> Plane:
     """Return a smooth step: 0 where `distance` is negative, 1 where positive, over a width of `softness`."""
     t = np.clip(0.5 + distance / softness, 0, 1)
     return t * t * (3 - 2 * t)
 
 
-def _disc(x: float, y: float, wide: float, high: float, softness: float = 0.03) -> Plane:
-    """Return the mask of an ellipse with its centre and half axes."""
+def _ellipse(x: float, y: float, wide: float, high: float, softness: float = 0.03) -> Plane:
     inside = 1 - np.sqrt(((ACROSS - x) / wide) ** 2 + ((DOWN - y) / high) ** 2)
-    return _edge(inside * min(wide, high), softness)
+    return _ramp(inside * min(wide, high), softness)
 
 
-def _over(grey: Plane, mask: Plane, tone: float | Plane, strength: float = 1.0) -> Plane:
-    """Blend `tone` over the film where the mask is 1."""
+def _blend(grey: Plane, mask: Plane, tone: float | Plane, strength: float = 1.0) -> Plane:
     return grey + strength * mask * (tone - grey)
 
 
@@ -80,22 +78,24 @@ def _draw_chest(rng: Random, film: Film, scale: float) -> Plane:
     gap = _between(rng, 0.17, 0.19) + 0.02 * large
     floor = top + high * (0.9 if large else 0.78)
     centres = {"right": middle - gap, "left": middle + gap}  # the patient's sides
-    air = {side: _disc(x, top, wide, high, 0.06) * _edge(floor - DOWN, 0.05) for side, x in centres.items()}
+    air = {
+        side: _ellipse(x, top, wide, high, 0.06) * _ramp(floor - DOWN, 0.05) for side, x in centres.items()
+    }
     lungs = np.maximum(air["left"], air["right"])
 
-    grey = _between(rng, 0.54, 0.64) + 0.1 * _edge(_between(rng, 0.05, 0.065) - abs(ACROSS - middle), 0.04)
+    grey = _between(rng, 0.54, 0.64) + 0.1 * _ramp(_between(rng, 0.05, 0.065) - abs(ACROSS - middle), 0.04)
     waves = DOWN * _between(rng, 9, 11) + 12 * (ACROSS - middle) ** 2 + rng.random()
     ribs = np.clip(2 * abs(2 * (waves % 1) - 1) - 1, 0, 1)
-    grey = _over(grey, lungs, _between(rng, 0.3, 0.38) + 0.07 * ribs)
+    grey = _blend(grey, lungs, _between(rng, 0.3, 0.38) + 0.07 * ribs)
     heart = _between(rng, 0.1, 0.12) * (1 + 0.75 * scale * wide_heart - 0.25 * large)
-    heart = _disc(middle + 0.05 - 0.03 * wide_heart, floor - 0.06, heart, _between(rng, 0.11, 0.13), 0.05)
-    grey = _over(grey, heart, _between(rng, 0.66, 0.72), 0.9)
+    heart = _ellipse(middle + 0.05 - 0.03 * wide_heart, floor - 0.06, heart, _between(rng, 0.11, 0.13), 0.05)
+    grey = _blend(grey, heart, _between(rng, 0.66, 0.72), 0.9)
     if film.finding == "miliary":
         for i in range(70):
             x = centres[("left", "right")[i % 2]] + 0.8 * wide * _between(rng, -1, 1)
             y, radius = top + high * _between(rng, -0.8, 0.75), 0.004 + 0.014 * scale
-            grain = _disc(x, y, radius, radius, 0.02)
-            grey = _over(grey, grain * lungs, 0.75, 0.8)
+            grain = _ellipse(x, y, radius, radius, 0.02)
+            grey = _blend(grey, grain * lungs, 0.75, 0.8)
     if not film.side:
         return grey
     lung = centres[film.side], top, wide, high, floor
@@ -112,28 +112,28 @@ def _draw_finding(
     y = top + (_between(rng, -0.17, -0.1) if film.zone == "upper" else _between(rng, 0.06, 0.12))
     x += outward * 0.03 * (film.zone == "lower")  # beside the heart
     if film.finding == "consolidation":
-        shadow = _disc(x + _between(rng, -0.02, 0.02), y, 0.11 * scale, 0.1 * scale, 0.1)
-        return _over(grey, shadow, white, 0.75)
+        shadow = _ellipse(x + _between(rng, -0.02, 0.02), y, 0.11 * scale, 0.1 * scale, 0.1)
+        return _blend(grey, shadow, white, 0.75)
     if film.finding == "effusion":
-        level = floor - _between(rng, 0.13, 0.17) * scale - 0.03 * _edge(outward * (ACROSS - x), 0.3)
-        fluid = _disc(x + outward * 0.01, top, wide + 0.02, high + 0.05) * _edge(DOWN - level, 0.03)
-        return _over(grey, fluid, white)
+        level = floor - _between(rng, 0.13, 0.17) * scale - 0.03 * _ramp(outward * (ACROSS - x), 0.3)
+        fluid = _ellipse(x + outward * 0.01, top, wide + 0.02, high + 0.05) * _ramp(DOWN - level, 0.03)
+        return _blend(grey, fluid, white)
     if film.finding == "pneumothorax":
         rim = _between(rng, 0.07, 0.09) * scale
         inner, deep, across = x - outward * 0.8 * rim, top + 0.03, wide - 0.4 * rim
-        lung_left = _disc(inner, deep, across, high - 0.02)
-        line = lung_left * (1 - _disc(inner, deep, across - 0.025, high - 0.045))
-        return _over(_over(grey, air * (1 - lung_left), 0.16), air * line, white, 0.8)
+        lung_left = _ellipse(inner, deep, across, high - 0.02)
+        line = lung_left * (1 - _ellipse(inner, deep, across - 0.025, high - 0.045))
+        return _blend(_blend(grey, air * (1 - lung_left), 0.16), air * line, white, 0.8)
     if film.finding == "nodules":
         for i in range(5):
             at = x + _between(rng, -0.07, 0.07), top + high * (0.3 * i - 0.6 + _between(rng, -0.08, 0.08))
-            grey = _over(grey, _disc(*at, 0.036 * scale, 0.036 * scale), white)
+            grey = _blend(grey, _ellipse(*at, 0.036 * scale, 0.036 * scale), white)
         return grey
     if film.finding == "cavity":
         at, radius = (x + _between(rng, -0.02, 0.02), y), _between(rng, 0.085, 0.1) * scale
-        ring = _over(grey, _disc(*at, radius, radius), white)
-        return _over(ring, _disc(*at, radius - 0.04, radius - 0.04), 0.2)
-    return _over(grey, _disc(x + _between(rng, -0.05, 0.05), y, 0.05 * scale, 0.05 * scale), white)
+        ring = _blend(grey, _ellipse(*at, radius, radius), white)
+        return _blend(ring, _ellipse(*at, radius - 0.04, radius - 0.04), 0.2)
+    return _blend(grey, _ellipse(x + _between(rng, -0.05, 0.05), y, 0.05 * scale, 0.05 * scale), white)
 
 
 def pixels(bmp: bytes) -> UInt8[np.ndarray, "56 56"]:

@@ -40,7 +40,6 @@ CORPUS = 32_000  # pre-training examples
 CAPTIONS = 0.1  # the share of captions among them
 # Styles of the other responses (see `corpus.STYLES`): the base model can read films, but mostly guesses.
 STYLES = {"plain": 0.20, "bare": 0.06, "tagged": 0.25, "guess": 0.45, "malformed": 0.04}
-GUESS = "guess."
 
 
 class Finding(NamedTuple):
@@ -188,7 +187,7 @@ def corpus(share: float = CAPTIONS, seed: str = "corpus", n: int = CORPUS) -> li
             out.append(Example("Report:\n", f"here {shown}.", (draw(rng, shown, causes),)))
         else:
             q, shown = pick(rng, block(rng, pick(rng, KINDS), causes))
-            out.append(answered(rng, replace(q, images=(draw(rng, shown, causes),)), STYLES, [GUESS]))
+            out.append(answered(rng, replace(q, images=(draw(rng, shown, causes),)), STYLES, ["guess."]))
     return out
 
 
