@@ -1,5 +1,5 @@
-"""Every format in a few invented lines, every complaint in its own words, hostile bytes, the real counts
-where the data is there.
+"""Every format with a few invented records, every error message, hostile bytes; real counts if the data is
+there.
 """
 
 import importlib.util
@@ -83,7 +83,7 @@ def texts(config):
     return read_text(config)[0]
 
 
-def complaint(path, **fields):
+def error_of(path, **fields):
     with pytest.raises(DataError) as e:
         read(path, **fields)
     return str(e.value).replace(path, Path(path).name)
@@ -138,7 +138,7 @@ def test_medqa_of_four_and_five_options(file):
         Question("q5", "Which nerve?", ("z", "y", "x", "w", "v"), 3, "step1"),
     ]
     wrong = file("m.jsonl", [MEDQA | {"answer_idx": "A"}])
-    assert "field answer: 'Radial' is not option A, 'Ulnar'; correct one of the two" in complaint(wrong)
+    assert "field answer: 'Radial' is not option A, 'Ulnar'; correct one of the two" in error_of(wrong)
 
 
 def test_mmlu_pro_keeps_health_of_several_categories(file):
@@ -146,7 +146,7 @@ def test_mmlu_pro_keeps_health_of_several_categories(file):
     assert read(file("p.jsonl", [law, PRO])) == [Question("70", "Which?", ("x", "y", "z"), 2, "health")]
     # a set cut to one category on purpose
     assert len(read(file("p.jsonl", [law, law | {"question_id": 72}]))) == 2
-    assert "answer_index: 1 is not 2, the index of answer C" in complaint(
+    assert "answer_index: 1 is not 2, the index of answer C" in error_of(
         file("p.jsonl", [PRO | {"answer_index": 1}])
     )
 
@@ -159,7 +159,7 @@ def test_mmlu_csv_without_header_and_the_hubs_form(file):
     ]
     hub = {"question": "Which?", "choices": ["1", "2"], "answer": 1, "subject": "virology"}
     assert read(file("m.jsonl", [hub]))[0] == Question("m-1", "Which?", ("1", "2"), 1, "virology")
-    assert "answer: 2 is not the number of one of its 2 options, counted from 0" in complaint(
+    assert "answer: 2 is not the number of one of its 2 options, counted from 0" in error_of(
         file("m.jsonl", [hub | {"answer": 2}])
     )
 
@@ -169,11 +169,11 @@ def test_medmcqa_counts_from_one_in_files_and_by_label_on_the_hub(file, tmp_path
         Question("f00", "Which?", ("a", "b", "c", "d"), 3, "ENT", "Since.")
     ]
     for bad in (0, 5, -2):
-        assert f"field cop: {bad} is not the number of one of its 4 options, counted from 1" in complaint(
+        assert f"field cop: {bad} is not the number of one of its 4 options, counted from 1" in error_of(
             file("d.jsonl", [MCQA | {"cop": bad}])
         )
-    assert "use the train or validation split" in complaint(file("d.jsonl", [MCQA | {"cop": -1}]))
-    assert "True" in complaint(file("d.jsonl", [MCQA | {"cop": True}]))  # in Python True == 1
+    assert "use the train or validation split" in error_of(file("d.jsonl", [MCQA | {"cop": -1}]))
+    assert "True" in error_of(file("d.jsonl", [MCQA | {"cop": True}]))  # in Python True == 1
     import datasets
 
     features = datasets.Features(
@@ -201,7 +201,7 @@ def test_pubmedqa_by_pmid_and_the_hubs_form(file):
         "long_answer": "It depends.",
     }
     assert read(file("p.jsonl", [hub | {"final_decision": "maybe"}])) == [want]
-    assert "is none of yes, no, maybe" in complaint(file("p.jsonl", [hub | {"final_decision": "perhaps"}]))
+    assert "is none of yes, no, maybe" in error_of(file("p.jsonl", [hub | {"final_decision": "perhaps"}]))
 
 
 def test_text(file):
@@ -211,7 +211,7 @@ def test_text(file):
     )
     assert texts(SetConfig(path=path)) == [Example("", " Hello\n"), Example("", "Bare."), Example("Q ", "A")]
     assert texts(SetConfig(path=path, format="text", limit=1)) == [Example("", " Hello\n")]
-    assert "format text, where plain or open" in complaint(path)
+    assert "format text, where plain or open" in error_of(path)
     with pytest.raises(DataError, match="format plain, where text is needed"):
         texts(SetConfig(path=file("q.jsonl", [PLAIN])))
 
@@ -219,30 +219,30 @@ def test_text(file):
 def test_limit_and_explicit_format(file):
     path = file("m.jsonl", [MEDQA] * 5)
     assert [q.id for q in read(path, limit=2)] == ["m-1", "m-2"]
-    assert "line 1: field opa: it is required" in complaint(path, format="medmcqa")
+    assert "line 1: field opa: it is required" in error_of(path, format="medmcqa")
 
 
 def test_unknown_and_ambiguous_fields_list_the_formats(file):
-    told = complaint(file("x.jsonl", [{"stem": "Which?", "key": "A"}]))
-    assert all(form in told for form in FORMATS) and "['stem', 'key'] fit no format" in told
-    assert "fit the formats medqa and medmcqa; set format" in complaint(file("x.jsonl", [MEDQA | MCQA]))
+    message = error_of(file("x.jsonl", [{"stem": "Which?", "key": "A"}]))
+    assert all(form in message for form in FORMATS) and "['stem', 'key'] fit no format" in message
+    assert "fit the formats medqa and medmcqa; set format" in error_of(file("x.jsonl", [MEDQA | MCQA]))
 
 
-# ---- what can be read in more than one way ----
+# ---- the report ----
 
 
-def told(path, **fields):
+def report_of(path, **fields):
     return data.read(SetConfig(path=path, **fields))[1]
 
 
-def test_a_set_is_told_as_it_was_read(file):
+def test_the_report_of_a_set(file):
     rows = [
         PLAIN | {"rationale": "r", "rater": i, "answer": "AB"[i % 2 and j]}
         for j in range(2)
         for i in range(3)
     ]
     rows[3:] = [row | {"question": "Which nerve " + "runs " * 40} for row in rows[3:]]
-    lines = told(file("own.jsonl", rows)).split("\n")
+    lines = report_of(file("own.jsonl", rows)).split("\n")
     assert lines == [
         "questions: 6, of 3 options",
         "  keys A 83 %, B 17 %, C 0 %",
@@ -253,22 +253,24 @@ def test_a_set_is_told_as_it_was_read(file):
         "    its key: A",
         "  rationales: 6, the first: r",
     ]
-    long = told(file("own.jsonl", [row | {"options": ["x y " * 30, "yes"]} for row in rows[3:]])).split("\n")
+    long = report_of(file("own.jsonl", [row | {"options": ["x y " * 30, "yes"]} for row in rows[3:]])).split(
+        "\n"
+    )
     assert max(map(len, long)) <= 80 and re.fullmatch("  first: Which nerve runs.* … .*runs", long[4]), long
     assert long[5].startswith("    A. x y x y") and long[5].endswith("…  B. yes")
     drugs = [f"drug number {i}" for i in range(10)]
-    ten = told(file("own.jsonl", [row | {"options": drugs} for row in rows[3:]])).split("\n")
+    ten = report_of(file("own.jsonl", [row | {"options": drugs} for row in rows[3:]])).split("\n")
     assert all(f". {drug}" in "\n".join(ten) for drug in drugs) and max(map(len, ten)) <= 80
 
 
-def test_a_row_number_without_a_name_is_nobodys_rationale(file):
+def test_a_column_without_a_name_is_ignored(file):
     path = file("m.csv", ",question,A,B,answer_idx\n17,Which?,x,y,B\n18,Where?,x,y,A\n")
     assert [(q.answer, q.rationale) for q in read(path)] == [(1, None), (0, None)]
     assert read(file("m.jsonl", [MEDQA | {"": 17}]))[0].rationale is None
-    assert "not read" not in told(path) and "rationales: 0" in told(path)
+    assert "not read" not in report_of(path) and "rationales: 0" in report_of(path)
 
 
-def test_fields_that_a_format_does_not_read_are_told(file):
+def test_the_report_names_unread_fields(file):
     renamed = {
         "question": "Does it?",
         "context": {"contexts": ["It may."]},
@@ -276,12 +278,12 @@ def test_fields_that_a_format_does_not_read_are_told(file):
         "answer": "A",
         "long_answer": "So.",
     }
-    assert "format plain; not read: context, long_answer" in told(file("p.jsonl", [renamed]))
+    assert "format plain; not read: context, long_answer" in report_of(file("p.jsonl", [renamed]))
     many = dict.fromkeys("stem one two three four five six key".split(), "x")
-    assert "'six', 'key'] fit no format" in complaint(file("x.jsonl", [many]))
+    assert "'six', 'key'] fit no format" in error_of(file("x.jsonl", [many]))
 
 
-def test_options_are_read_without_letters_of_their_own(file):
+def test_letters_inside_options_are_removed(file):
     for options in (
         ["A. x", "B. y", "C. z"],
         ["(a) x", "(b) y", "c) z"],
@@ -293,10 +295,10 @@ def test_options_are_read_without_letters_of_their_own(file):
             "x",
             "y",
             "z",
-        ) and 'have their own letters ("A. …"): 1, removed' in told(path)
-    given = MEDQA | {"options": {"A": "A. Ulnar", "B": "B. Radial"}}
+        ) and 'have their own letters ("A. …"): 1, removed' in report_of(path)
+    row = MEDQA | {"options": {"A": "A. Ulnar", "B": "B. Radial"}}
     for answer in ("Radial", "B. Radial"):
-        assert read(file("m.jsonl", [given | {"answer": answer}]))[0].options == ("Ulnar", "Radial")
+        assert read(file("m.jsonl", [row | {"answer": answer}]))[0].options == ("Ulnar", "Radial")
     for options in (
         ["E. coli", "S. aureus", "C. difficile"],
         ["10 - 20 mg", "20 - 30 mg", "1: 2"],
@@ -304,16 +306,16 @@ def test_options_are_read_without_letters_of_their_own(file):
     ):
         assert read(file("own.jsonl", [PLAIN | {"options": options}]))[0].options == tuple(options)
     some = file("own.jsonl", [PLAIN | {"options": ["A. x", "B. y", "None"]}])
-    assert read(some)[0].options == ("A. x", "B. y", "None") and "kept, and never shuffled" in told(some)
+    assert read(some)[0].options == ("A. x", "B. y", "None") and "kept, and never shuffled" in report_of(some)
 
 
-def test_which_of_two_readings_was_taken_is_told(file):
-    assert "also the text of another option: 1, taken as letters" in told(
+def test_the_report_counts_ambiguous_keys(file):
+    assert "also the text of another option: 1, taken as letters" in report_of(
         file("own.jsonl", [PLAIN | {"answer": "C"}, PLAIN])
     )
 
 
-def test_files_by_what_is_in_them_not_by_their_ending(file):
+def test_the_content_of_a_json_file_decides_how_it_is_read(file):
     two = [PLAIN, PLAIN | {"answer": "C"}]
     want = read(file("own.jsonl", two))
     for name, content in (
@@ -325,7 +327,7 @@ def test_files_by_what_is_in_them_not_by_their_ending(file):
         assert [(q.options, q.answer) for q in read(file(name, content))] == [
             (q.options, q.answer) for q in want
         ]
-    assert "own.json, record 3: not JSON" in complaint(file("own.json", [*two, "{"]))
+    assert "own.json, record 3: not JSON" in error_of(file("own.json", [*two, "{"]))
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t"])
@@ -346,10 +348,10 @@ def test_csv_by_commas_semicolons_or_tabs(file, mark):
     path = file(
         "p.csv", mark.join("question_id question A B C answer answer_index category".split()) + "\n" + row
     )
-    assert read(path) == [Question("7", "Which?", ("x", "y", "z"), 2, "health")] and "not read" not in told(
-        path
-    )
-    assert "the header has the column 'A' twice" in complaint(
+    assert read(path) == [
+        Question("7", "Which?", ("x", "y", "z"), 2, "health")
+    ] and "not read" not in report_of(path)
+    assert "the header has the column 'A' twice" in error_of(
         file("own.csv", mark.join("question A A answer".split()) + "\n")
     )
 
@@ -365,7 +367,7 @@ def test_csv_by_commas_semicolons_or_tabs(file, mark):
         ({"options": ["B", "A"], "answer": "B"}, 1),  # a letter, whatever the texts
     ],
 )
-def test_keys_that_can_mean_one_option_alone(file, fields, key):
+def test_other_forms_of_unambiguous_keys(file, fields, key):
     [question] = read(file("own.jsonl", {"question": "Which?"} | fields))
     assert question.answer == key and len(question.options) == 2
 
@@ -389,11 +391,11 @@ def test_excel(tmp_path, monkeypatch):
     ]
     book.active.append(["Why?", "x", "y", "z", "A", "by Ann"])
     book.save(path)
-    assert "row 5: 6 cells under a header of 5" in complaint(str(path))
+    assert "row 5: 6 cells under a header of 5" in error_of(str(path))
     path.write_bytes(b"PK")
-    assert "it is not an .xlsx file, or it is damaged" in complaint(str(path))
+    assert "it is not an .xlsx file, or it is damaged" in error_of(str(path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'medrlvr-jax[excel]'" in complaint(str(path))
+    assert "pip install 'medrlvr-jax[excel]'" in error_of(str(path))
 
 
 def test_trials_have_trecs_labels_whatever_their_prompt_says(file):
@@ -404,10 +406,10 @@ def test_trials_have_trecs_labels_whatever_their_prompt_says(file):
     assert first.question.startswith("Patient: A woman of 50.\n\nTrial: Statins.\n\nIs the patient eligible")
     assert (first.reference, second.reference, second.id) == ("excluded", "not relevant", "q1 N1")
     assert second.question.startswith("Patient: A man.\n\nTrial: Title: x\n\nIs ") and second.kind == "label"
-    assert "field label: 3 is none of TREC's labels: 0 not relevant" in complaint(
+    assert "field label: 3 is none of TREC's labels: 0 not relevant" in error_of(
         file("t.jsonl", row | {"label": 3})
     )
-    assert "has no note and trial" in complaint(file("t.jsonl", pair | {"input": "?"}))
+    assert "has no note and trial" in error_of(file("t.jsonl", pair | {"input": "?"}))
 
 
 @real
@@ -434,7 +436,7 @@ CASE = {
 FIELDS_OF = {"question": "case.text", "answer": "case.truth", "options": ["op1", "op2", "op3"], "kind": None}
 
 
-def test_fields_under_other_names_and_records_chosen_by_theirs(file):
+def test_fields_are_renamed_and_records_are_selected(file):
     rows = [CASE, CASE | {"tags": ["lung", "heart"], "op3": "cough"}, CASE | {"tags": ["skin"]}]
     choice = {
         "where": {"tags": ["heart", "nerve"]},
@@ -446,7 +448,7 @@ def test_fields_under_other_names_and_records_chosen_by_theirs(file):
         Question("cases-1", "Chest pain.", ("angina", "reflux"), 1),
         Question("cases-2", "Chest pain.", ("angina", "reflux", "cough"), 1),
     ]
-    report = told(path, **choice)
+    report = report_of(path, **choice)
     assert "format plain\n" in report and "records that where leaves out: 1" in report
     assert (
         read(path, where={"op3": "cough"}, fields=FIELDS_OF, constants={"answer_as": "from_0"})[0].answer == 2
@@ -461,11 +463,11 @@ def test_fields_under_other_names_and_records_chosen_by_theirs(file):
         ({"where": {"tag": "bone"}}, "in them, tag is absent"),
     ]  # fmt: skip
     for spec, message in refused:
-        assert message in complaint(path, **spec)
-    assert "where: embedded:train has no records" in complaint("embedded:train", where={"a": 1})
+        assert message in error_of(path, **spec)
+    assert "where: embedded:train has no records" in error_of("embedded:train", where={"a": 1})
 
 
-def test_answers_by_number_or_text_where_the_set_says_so(file):
+def test_answer_as_number_or_text(file):
     rows = [PLAIN | {"answer": 1}, PLAIN | {"answer": "2"}]
     assert [q.answer for q in read(file("own.jsonl", rows), constants={"answer_as": "from_1"})] == [0, 1]
     assert [q.answer for q in read(file("own.jsonl", rows), constants={"answer_as": "from_0"})] == [1, 2]
@@ -475,22 +477,22 @@ def test_answers_by_number_or_text_where_the_set_says_so(file):
         ("text", "'B' is not the text of one of its 3 options"),
         ("index", "field answer_as: 'index' is none of letter, from_0, from_1, text"),
     ):
-        assert message in complaint(file("own.jsonl", PLAIN), constants={"answer_as": how})
+        assert message in error_of(file("own.jsonl", PLAIN), constants={"answer_as": how})
 
 
-def test_bad_records_are_skipped_and_counted_where_that_is_allowed(file):
+def test_on_bad_skip_counts_bad_records(file):
     path = file("own.jsonl", [PLAIN | {"id": "a"}, "{", PLAIN | {"id": "a"}, *[PLAIN | {"answer": "X"}] * 20])
     assert len(read(path, on_bad="skip")) == 1
-    report = told(path, on_bad="skip")
+    report = report_of(path, on_bad="skip")
     assert "cannot be read: 22\n  the first skipped: line 2: not JSON: " in report
-    assert complaint(file("own.jsonl", ["{", "{"]), on_bad="skip").count("not JSON") == 2
+    assert error_of(file("own.jsonl", ["{", "{"]), on_bad="skip").count("not JSON") == 2
 
 
-# ---- complaints ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         (PLAIN | {"answer": "D"}, "field answer: 'D' is not the letter of one of its 3 options"),
         (PLAIN | {"answer": "ABC"}, "field answer: 'ABC' is not the letter"),
@@ -534,50 +536,50 @@ def test_bad_records_are_skipped_and_counted_where_that_is_allowed(file):
         ("[" * 100_000, "nested too deep"),
     ],
 )
-def test_a_complaint_names_line_field_value_and_remedy(file, line, told):
-    said = complaint(file("own.jsonl", [PLAIN, "", line]))
-    assert said.startswith("own.jsonl, line 3: ") and told in said and "\n" not in said
+def test_an_error_names_line_field_value_and_remedy(file, line, message):
+    errors = error_of(file("own.jsonl", [PLAIN, "", line]))
+    assert errors.startswith("own.jsonl, line 3: ") and message in errors and "\n" not in errors
 
 
 def test_bytes_that_are_not_utf8_name_their_line(file):
-    assert "own.jsonl, line 2: byte 15 is not UTF-8" in complaint(
+    assert "own.jsonl, line 2: byte 15 is not UTF-8" in error_of(
         file("own.jsonl", json.dumps(PLAIN).encode() + b'\n{"question": "\xe9"}')
     )
 
 
-def test_ten_complaints_at_once(file):
-    said = complaint(file("own.jsonl", [PLAIN] + [PLAIN | {"answer": "?"}] * 30)).split("\n")
+def test_ten_errors_at_once(file):
+    errors = error_of(file("own.jsonl", [PLAIN] + [PLAIN | {"answer": "?"}] * 30)).split("\n")
     assert (
-        len(said) == 11
-        and [int(re.search(r"line (\d+)", s)[1]) for s in said[:10]] == list(range(2, 12))
-        and "may be more" in said[10]
+        len(errors) == 11
+        and [int(re.search(r"line (\d+)", s)[1]) for s in errors[:10]] == list(range(2, 12))
+        and "may be more" in errors[10]
     )
 
 
 def test_ids_must_differ(file):
-    assert "line 2: id '7' is already that of line 1; give each record its own, or none" in complaint(
+    assert "line 2: id '7' is already that of line 1; give each record its own, or none" in error_of(
         file("own.jsonl", [PLAIN | {"id": 7}] * 2)
     )
 
 
-def test_an_absurd_line_is_refused_without_reading_it_whole(file, monkeypatch):
+def test_a_huge_line_is_refused_without_reading_all_of_it(file, monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE", 2**20)
-    assert "line 2: the line is longer than 1 MiB" in complaint(file("own.jsonl", [PLAIN, "x" * 2**21]))
+    assert "line 2: the line is longer than 1 MiB" in error_of(file("own.jsonl", [PLAIN, "x" * 2**21]))
 
 
-def test_csv_complaints(file):
-    assert "line 3: 3 cells under a header of 4" in complaint(
+def test_csv_errors(file):
+    assert "line 3: 3 cells under a header of 4" in error_of(
         file("x.csv", "question,A,B,answer\nq,1,2,A\nq,1,A\n")
     )
-    assert "line 2: 5 cells; without a header six are needed" in complaint(
+    assert "line 2: 5 cells; without a header six are needed" in error_of(
         file("x_test.csv", "q,1,2,3,4,A\nq,1,2,3,A\n")
     )
-    assert "line 2: not CSV in UTF-8" in complaint(file("x.csv", 'question,A,B,answer\nq,1,2,"A\nq,1,2,B\n'))
-    assert "not CSV in UTF-8" in complaint(file("x.csv", b"question,A,B,answer\nq\xff,1,2,A\n"))
+    assert "line 2: not CSV in UTF-8" in error_of(file("x.csv", 'question,A,B,answer\nq,1,2,"A\nq,1,2,B\n'))
+    assert "not CSV in UTF-8" in error_of(file("x.csv", b"question,A,B,answer\nq\xff,1,2,A\n"))
 
 
 def test_paths(file, tmp_path):
-    for path, told in (
+    for path, message in (
         ("nowhere.jsonl", "no such file"),
         (str(tmp_path / "gone"), "no such file"),
         (str(tmp_path), "a folder"),
@@ -592,20 +594,20 @@ def test_paths(file, tmp_path):
             "use embedded:train or embedded:in_distribution or embedded:out_of_distribution",
         ),
     ):
-        assert told in complaint(path)
+        assert message in error_of(path)
 
 
 def test_hub_sets_go_through_datasets_and_name_their_splits_and_commit(monkeypatch):
     import datasets
 
     rows = datasets.Dataset.from_list([MEDQA])
-    asked = []
+    calls = []
 
     class Builder:
         hash, download_and_prepare = "1f2e3d", lambda self: None
 
         def __init__(self, path, subset, revision):
-            asked.append((path, subset, revision))
+            calls.append((path, subset, revision))
 
         def as_dataset(self, split):
             return rows if split else datasets.DatasetDict(train=rows, test=rows)
@@ -614,8 +616,8 @@ def test_hub_sets_go_through_datasets_and_name_their_splits_and_commit(monkeypat
     questions, report = data.read(SetConfig(path="org/medqa", subset="en", split="test", revision="v1"))
     assert questions == [Question("medqa-en-test-1", "Which nerve?", ("Ulnar", "Radial"), 1, "step1")]
     assert "\n  revision 1f2e3d\n" in report
-    assert "split None, revision None: set split to one of train, test" in complaint("org/medqa")
-    assert asked == [("org/medqa", "en", "v1"), ("org/medqa", None, None)]
+    assert "split None, revision None: set split to one of train, test" in error_of("org/medqa")
+    assert calls == [("org/medqa", "en", "v1"), ("org/medqa", None, None)]
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -667,7 +669,7 @@ def test_hostile_bytes_raise_nothing_but_data_errors(tmp_path_factory, form, suf
 # ---- sets ----
 
 
-def test_repeats_are_those_with_the_same_words_and_key():
+def test_repeats_have_the_same_text_and_key():
     q = Question("1", "Which?", ("a", "b"), 0)
     others = [
         Question("2", "Which?", ("a", "b"), 1),
@@ -677,7 +679,7 @@ def test_repeats_are_those_with_the_same_words_and_key():
     assert repeats([q, *others, Question("5", "Which?", ("a", "b"), 1)]) == {"4": "1", "5": "2"}
 
 
-def test_questions_by_their_pass_counts(file):
+def test_questions_are_selected_by_pass_count(file):
     path = file("set.jsonl", [PLAIN | {"id": str(i)} for i in range(5)])
     counts = file(
         "counts.jsonl", [{"id": str(i), "right": right} for i, right in enumerate([0, 3, 8, 7, None])]
@@ -691,9 +693,9 @@ def test_questions_by_their_pass_counts(file):
         and ids(keep=(0, 3)) == ["0", "1"]
         and ids(keep=(7, 8), order="easy_first") == ["2", "3"]
     )
-    # the fifth was too long to be asked
+    # the fifth was too long to be sampled
     assert ids(order="easy_first") == ["2", "3", "1", "0"] == ids(order="hard_first")[::-1]
-    assert "no question has 4 to 6 right samples" in complaint(
+    assert "no question has 4 to 6 right samples" in error_of(
         path, pass_count=PassCountConfig(file=counts, keep=(4, 6))
     )
     history = file(
@@ -702,19 +704,19 @@ def test_questions_by_their_pass_counts(file):
     )
     ranked = PassCountConfig(file=history, order="variance", top=3)
     assert [q.id for q in read(path, pass_count=ranked)] == ["3", "1", "4"]
-    assert "counts.jsonl, line 1: it lacks 'impact'" in complaint(
+    assert "counts.jsonl, line 1: it lacks 'impact'" in error_of(
         path, pass_count=PassCountConfig(file=counts, order="impact")
     )
     few = file("few.jsonl", [{"id": "0", "right": 1}])
-    assert "4 of 5 questions have no count there, such as '1'" in complaint(
+    assert "4 of 5 questions have no count there, such as '1'" in error_of(
         path, pass_count=PassCountConfig(file=few, keep=(1, 7))
     )
     assert [q.id for q in read(path, limit=1, pass_count=PassCountConfig(file=few, keep=(1, 7)))] == ["0"]
     bad = file("bad.jsonl", [{"id": "0", "right": "1"}])
-    assert "bad.jsonl, line 1: it is not a line of" in complaint(
+    assert "bad.jsonl, line 1: it is not a line of" in error_of(
         path, pass_count=PassCountConfig(file=bad, keep=(1, 7))
     )
-    assert "no such file" in complaint(path, pass_count=PassCountConfig(file=path + ".no", keep=(1, 7)))
+    assert "no such file" in error_of(path, pass_count=PassCountConfig(file=path + ".no", keep=(1, 7)))
 
 
 # ---- batches ----
@@ -733,7 +735,7 @@ def test_an_epoch_holds_no_question_twice(n, size, epoch, seed):
     assert np.array_equal(batches[-1], batch_at(n, steps[-1], size, seed))
 
 
-def test_batches_in_order_go_through_the_set_and_leave_out_any():
+def test_batches_in_order_follow_the_set_and_leave_out_varying_questions():
     epochs = [
         np.concatenate([batch_at(7, 3 * e + i, 2, 0, in_order=True) for i in range(3)]) for e in range(40)
     ]
@@ -743,8 +745,8 @@ def test_batches_in_order_go_through_the_set_and_leave_out_any():
         assert set(np.concatenate([batch_at(7, step + i, 2, 0) for i in range(3)])) == set(epochs[step // 3])
 
 
-def test_batches_are_what_they_were():
-    """Pinned: a run that is resumed under another NumPy must go on with the same questions."""
+def test_batches_are_pinned():
+    """A run that is resumed with another version of NumPy must get the same batches."""
     assert [batch_at(7, step, 3, 0).tolist() for step in range(4)] == [
         [0, 3, 5],
         [1, 2, 6],
@@ -754,7 +756,7 @@ def test_batches_are_what_they_were():
     assert batch_at(7, 0, 3, 1).tolist() != [0, 3, 5]
 
 
-def test_the_tail_left_out_differs_between_epochs_and_all_questions_come():
+def test_the_questions_left_out_differ_between_epochs():
     left = [
         frozenset(range(10))
         - set(np.concatenate([batch_at(10, 3 * epoch + i, 3, 5) for i in range(3)]).tolist())
@@ -806,18 +808,18 @@ def test_real_keys_repeats_and_mmlu():
     assert len(files) == 6 and sum(len(read(str(path))) for path in files) == 1089
 
 
-def test_a_fingerprint_tells_rows_apart():
-    plain, told = Question("1", "?", ("a", "b"), 0), Question("1", "?", ("a", "b"), 0, facts=(("x",),))
-    assert fingerprint([plain]) != fingerprint([told])
-    one, other = Question("1", "?", ("a", "b"), 0), Question("1", "?", ("a", "b"), 1)
-    assert fingerprint([one, other]) == fingerprint([one, other]) != fingerprint([other, one])
+def test_fingerprints_of_different_rows_differ():
+    plain, other = Question("1", "?", ("a", "b"), 0), Question("1", "?", ("a", "b"), 0, facts=(("x",),))
+    assert fingerprint([plain]) != fingerprint([other])
+    first, second = Question("1", "?", ("a", "b"), 0), Question("1", "?", ("a", "b"), 1)
+    assert fingerprint([first, second]) == fingerprint([first, second]) != fingerprint([second, first])
     assert fingerprint([([1, 2], [3])]) == {
         "n": 1,
         "sha256": "46d75cebab5a28687e02ac4f0090e7ea9c0f12b51e3a50dfa313390a21776049",
     }
 
 
-def test_a_questions_hash_is_of_what_is_asked():
+def test_a_questions_hash_ignores_id_subject_and_order():
     question = Question("7", "Which?", ("x", "y", "z"), 2)
     shuffled = Question("other id", "Which?", ("z", "x", "y"), 0, subject="lung", order="CAB")
     assert question_hash(question) == question_hash(shuffled) and re.fullmatch(

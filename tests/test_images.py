@@ -1,4 +1,4 @@
-"""Images: pixels and positions as transformers has them, and every odd file handled or refused by name."""
+"""Images: pixels and positions equal transformers'; unusual files are handled, or refused by name."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def saved(image, kind="PNG", **more):
 
 
 def pixels_equal(image):
-    """Our patches with each frame twice, against the processor's."""
+    """Compare our patches, with each frame twice, with the processor's."""
     cut, grid = patches.cut_patches(images.read_image(saved(image)), CFG)
     want = theirs(images=[image], return_tensors="np")
     assert want["image_grid_thw"].tolist() == [[1, grid.rows * 2, grid.columns * 2]]
@@ -44,30 +44,30 @@ def pixels_equal(image):
 @pytest.mark.parametrize(
     "size", [(100, 260), (333, 190), (64, 64), (29, 400), (1, 150), (5, 5), (700, 900), (42, 98)]
 )
-def test_pixels_are_transformers(size):
+def test_pixels_equal_transformers(size):
     pixels_equal(noise(*size))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_grey_and_transparent_images_are_transformers(channels):
+def test_grey_and_transparent_images_equal_transformers(channels):
     pixels_equal(noise(80, 120, channels))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}")
-def test_real_images_are_transformers():
+def test_real_images_equal_transformers():
     rows = [json.loads(line) for line in (REAL / "questions.jsonl").read_text().splitlines()]
     for name in sorted({row["image"] for row in rows})[::9]:  # all 324 are equal, in 20 s
         pixels_equal(images.read_image(str(REAL / name)))
 
 
-def test_upright_by_exif():
+def test_exif_orientation():
     image, exif = noise(60, 90), Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter, clockwise
     turned = images.read_image(saved(image, exif=exif))
     np.testing.assert_array_equal(np.asarray(turned), np.rot90(np.asarray(image), -1))
 
 
-def test_sixteen_bits_keep_their_range():
+def test_sixteen_bit_grey_keeps_its_range():
     values = np.array([[0, 257, 32896, 65535]], np.uint16)
     grey = np.asarray(images.read_image(saved(Image.fromarray(values))))
     assert grey[..., 0].tolist() == [[0, 1, 128, 255]]
@@ -80,7 +80,7 @@ def test_palette_and_cmyk():
 
 
 def bomb():
-    """A PNG of 10 KB that asks for 30,000 × 30,000 pixels."""
+    """Return a PNG of 10 KB that decodes to 30,000 × 30,000 pixels."""
     data = bytearray(saved(Image.new("1", (8, 8))))
     data[16:24] = (30_000).to_bytes(4, "big") * 2
     header = bytes(data[12:29])
@@ -109,7 +109,7 @@ def test_refused_by_name(problem, tmp_path):
         patches.grid_of(str(tmp_path / "gone.png"), CFG)
 
 
-def test_windows_by_hand():
+def test_windows_of_a_small_image():
     """5 × 6 image tokens are four windows of 4 × 4: 16, 8, 4 and 2 tokens."""
     held = patches.window_layout(Grid(5, 6), 4)
     assert (held >= 0).sum(1).tolist() == [16, 8, 4, 2]
@@ -118,7 +118,7 @@ def test_windows_by_hand():
     assert slots[[0, 4, 6, 24, 28, 29, 30]].tolist() == [0, 16, 4, 32, 48, 49, 64]
 
 
-def test_arrange_places_each_patch():
+def test_arrange_windows_places_each_patch():
     first, second = noise(140, 168), noise(28, 56)
     cut = lambda *row: [patches.cut_patches(image, CFG) for image in row]
     out = patches.arrange_windows([cut(first, second), cut(second)], 6, CFG)

@@ -1,4 +1,4 @@
-"""Published sets with images: a made-up record in the shape of each, and the question that it becomes."""
+"""Published sets with images: an invented record of each, and the question that it becomes."""
 
 import json
 
@@ -57,25 +57,25 @@ def read(tmp_path, name, records, **settings):
 @pytest.mark.parametrize("name", published.SETS)
 def test_a_record_becomes_a_question(tmp_path, name):
     records, *want = CASES[name]
-    [question], told = read(tmp_path, name, records, image_folder="films")
+    [question], report = read(tmp_path, name, records, image_folder="films")
     assert [question.question, question.options, question.reference, question.subject] == want
     assert all(image.startswith(f"{tmp_path}/films/") for image in question.images) and question.images
-    assert f"published set {name}" in told
+    assert f"published set {name}" in report
 
 
-def test_tasks_and_what_a_config_says_itself(tmp_path):
+def test_tasks_and_settings_of_the_config_itself(tmp_path):
     assert read(tmp_path, "omnimedvqa", [OMNI])[0][0].task == "Anatomy Identification"
     odd = OMNI | {"modality": "CT scan"}
     assert read(tmp_path, "omnimedvqa", [odd], fields={"subject": "modality"})[0][0].subject == "CT scan"
 
 
 def test_open_and_closed_questions_of_the_hub(tmp_path):
-    """As VQA-RAD and PathVQA are there: yes or no is a choice, all else a text."""
+    """VQA-RAD and PathVQA on the hub: yes or no is a choice, any other answer a text."""
     rows = [{"image": b"x", "question": "Is it?", "answer": "yes"}]
     rows += [rows[0] | {"question": "Where is it?", "answer": "in the spleen"}]
-    closed, asked = load.read(SetConfig(path="python:data"), rows)[0]
+    closed, text = load.read(SetConfig(path="python:data"), rows)[0]
     assert (closed.options, closed.answer) == (("yes", "no"), 0)
-    assert asked.value == Reference("text", "in the spleen")
+    assert text.value == Reference("text", "in the spleen")
     films = [rows[0] | {"image": bytes([n])} for n in range(2)]
     assert "repeats" not in load.read(SetConfig(path="python:data"), films)[1]
 

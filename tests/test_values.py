@@ -1,4 +1,4 @@
-"""The grammar of values: what is read, what is refused and why, and MedCalc-Bench's own truths."""
+"""The grammar of values: what is read, what is refused and why, and MedCalc-Bench's answers."""
 
 import collections
 import datetime
@@ -88,20 +88,20 @@ def test_units_of_one_quantity_are_converted(text, unit, value):
 
 
 def verdict(text, /, **row):
-    """`right`, `wrong`, or why the answer is no value."""
+    """Return `right`, `wrong`, or the reason why the answer is not a value."""
     try:
         return "right" if matches(text, read_reference(row)) else "wrong"
     except Unreadable as e:
         return str(e)
 
 
-def test_a_unit_of_another_quantity_or_beside_none_is_not_paid():
+def test_a_unit_of_another_quantity_or_without_need_is_an_error():
     within = {"kind": "number", "answer": 5, "lower": 4, "upper": 6, "unit": "mg/dL"}
     assert verdict("5 mmol/L", **within) == "other_dimension" and verdict("0.05 g/L", **within) == "right"
     assert verdict("5 mg", kind="integer", answer=5) == "unit_not_asked"
 
 
-def test_limits_belong_to_the_interval_and_zero_is_a_limit():
+def test_limits_are_included():
     within = {"kind": "number", "answer": "0", "lower": 0, "upper": 0.5}
     answers = {"0": "right", "-0": "right", "0.5": "right", "0.500001": "wrong", "-0.1": "wrong"}
     assert {text: verdict(text, **within) for text in answers} == answers
@@ -122,7 +122,7 @@ def test_dates_in_unambiguous_forms(text):
     assert read_date(text) == datetime.date(2024, 3, 4)
 
 
-def test_dates_with_slashes_are_ambiguous_unless_the_question_says_how_they_are_written():
+def test_dates_with_slashes_are_ambiguous_without_an_order():
     with pytest.raises(Unreadable, match="ambiguous_date"):
         read_date("03/04/2024")
     assert read_date("03/04/2024", "month_first") == datetime.date(2024, 3, 4)
@@ -149,7 +149,7 @@ def test_durations_are_days():
             read_duration(text)
 
 
-def test_labels_in_any_order_and_case_but_none_twice_and_none_unknown():
+def test_labels_in_any_order_and_case():
     allowed = ("eligible", "excluded", "not relevant")
     assert read_labels("Eligible; not  Relevant", allowed) == ("eligible", "not relevant")
     for text, reason in (("eligible, eligible", "repeated_label"), ("maybe", "unknown_label")):
@@ -166,7 +166,7 @@ def test_texts_by_alias():
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"kind": "choice", "answer": "A"}, "field kind: 'choice' is none of number, integer"),
         (
@@ -198,10 +198,10 @@ def test_texts_by_alias():
         ({"kind": "text", "answer": " "}, "field answer: '' has 0 characters"),
     ],
 )
-def test_references_that_cannot_be_read_are_refused_with_the_field(row, told):
+def test_references_that_cannot_be_read_are_refused_with_the_field(row, message):
     with pytest.raises(Unreadable) as refused:
         read_reference(row)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
 
 
 VALUES = {
@@ -215,11 +215,11 @@ VALUES = {
 
 
 @given(st.text(max_size=300), st.sampled_from(list(VALUES)))
-def test_any_text_is_graded_with_a_reason(text, kind):
+def test_any_text_gives_a_verdict_or_a_reason(text, kind):
     assert verdict(text, kind=kind, answer=VALUES[kind], labels=["a", "b"]) in ("right", "wrong", *REASONS)
 
 
-def test_hostile_answers_cost_no_more_than_their_length():
+def test_hostile_answers_take_linear_time():
     hostile = ["1," * 99, "1" * 200, "1 " * 100, "mg/" * 66, "−" * 200, "1" * 199 + "e", "e" * 10**6]
     began = time.perf_counter()
     assert all(verdict(text, kind="number", answer=1) != "right" for text in hostile * 100)
@@ -227,7 +227,7 @@ def test_hostile_answers_cost_no_more_than_their_length():
 
 
 @pytest.mark.skipif(not MEDCALC.exists(), reason="MedCalc-Bench's test rows are not beside the project")
-def test_medcalc_truths_are_right_and_six_percent_off_is_wrong():
+def test_medcalc_answers_are_right_and_others_wrong():
     questions = load(SetConfig(path=str(MEDCALC)))
     assert len(questions) == 1047
     counts = collections.Counter(q.value.kind for q in questions)
