@@ -328,7 +328,7 @@ def test_a_browser_shows_the_page_without_errors(page, tmp_path):
     await null; // uPlot draws then
     const before = state();
     counts.push(min, max, before.shown[1], before.open.length, before.zoom);
-    takeIn(LATER);
+    replaceSections(LATER);
     await null;
     const same = JSON.stringify(state()) === JSON.stringify(before);
     document.title = JSON.stringify([told, shown, counts, same, document.querySelector("main").innerText.match(/NEW \\w+/g)]);
@@ -442,10 +442,10 @@ def test_the_page_is_served_and_follows_the_runs(tmp_path, monkeypatch):
         with open(tmp_path / "ppo" / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": 99, "reward": 0.25}) + "\n")
         assert get("/version")[1] != first and get("/")[1] != page
-        assert f"{tmp_path}/&lt;late&gt;" in page and "Not begun yet" in page
+        assert f"{tmp_path}/&lt;late&gt;" in page and "have not started yet" in page
         write_run(tmp_path / "<late>", 1, kl={"coef": 0.5})
         page = get("/")[1]
-        assert "Not begun yet" not in page and "<title>ppo, &lt;late&gt;" in page
+        assert "have not started yet" not in page and "<title>ppo, &lt;late&gt;" in page
         read = []
         monkeypatch.setattr(watch, "read_run", lambda *of: read.append(of) or report_html.read_run(*of))
         files.append(tmp_path / "ppo" / "metrics.jsonl", [{"step": 100, "reward": 0.5}])

@@ -146,16 +146,14 @@ def read_run(folder: Path, runs: int = 1) -> Run:
         return Run("/".join(folder.parts[-2:]), folder, settings, {}, [], tree, evals)
     settings = configs.flat(configs.read_yaml(config, remedy)) if config.exists() else {}
     records = read_jsonl(log, STEPS // runs, (b'"eval.', b'"alarm/')) if log.exists() else []
-    metrics = explore.columns(records)
-    evaluated = {k for name, c in metrics.items() if name.startswith("eval.") for k in c.steps.tolist()}
     return Run(
         name=str(settings.get("name", folder.name)),
         folder=folder,
         config=settings,
-        metrics=metrics,
+        metrics=explore.columns(records),
         samples=read_jsonl(samples, SAMPLES // runs) if samples.exists() else [],
         summary=read_json(summary, remedy) if summary.exists() else {},
-        evals=evaluations_by_set([record for record in records if record["step"] in evaluated]),
+        evals=evaluations_by_set(records),
     )
 
 

@@ -16,6 +16,7 @@ from medrlvr_jax.evaluation.answers import interval
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.files import Records, read_jsonl, short_names
 from medrlvr_jax.report.explore import COLORS, GREY, Columns, columns, over_steps
+from medrlvr_jax.runs.console import evaluations_by_set
 
 POINTS = 150  # the maximum of a curve
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
@@ -108,8 +109,7 @@ def _evaluations(axis: Axes, runs: list[Records]) -> list[Line2D]:
 
     The colour is that of the run or, of a single run, that of the set.
     """
-    keys = {key for records in runs for r in records for key in r if key.startswith("eval.")}
-    sets = sorted({key.removeprefix("eval.").rsplit(".", 1)[0] for key in keys})
+    sets = sorted({name for records in runs for name in evaluations_by_set(records)})
     last, single = max((r["step"] for records in runs for r in records), default=0), len(runs) == 1
     legend = [Line2D([], [], color=COLORS[0] if single else GREY, lw=1.7, label="training batches")]
     for i, name in enumerate(sets):
@@ -117,12 +117,11 @@ def _evaluations(axis: Axes, runs: list[Records]) -> list[Line2D]:
         shift = 0.01 * last * (i - (len(sets) - 1) / 2)  # keeps sets of equal accuracy visible
         style: Any = {"marker": marker, "ms": 4.5, "mec": "white", "mew": 0.5, "lw": 0, "elinewidth": 0.9}
         for j, records in enumerate(runs):
-            prefix = f"eval.{name}."
-            if not (evaluated := [r for r in records if r.get(f"{prefix}n")]):
+            counts = {r["step"]: c for r in records for c in evaluations_by_set([r]).get(name, {}).values()}
+            if not counts:
                 continue
-            counts = [{k.removeprefix(prefix): r[k] for k in r if k.startswith(prefix)} for r in evaluated]
-            share, low, high = np.array([interval(c) for c in counts]).T
-            steps = [r["step"] + shift for r in evaluated]
+            share, low, high = np.array([interval(c) for c in counts.values()]).T
+            steps = [step + shift for step in counts]
             color = set_color if single else COLORS[j % len(COLORS)]
             axis.errorbar(
                 steps, share, [share - low, high - share], color=color, zorder=3, clip_on=False, **style

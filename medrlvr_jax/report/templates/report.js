@@ -1,6 +1,6 @@
 "use strict";
-// The page's browsers of curves, answers and samples. Text from runs goes into it as textContent, never as markup.
-// What the reader has set stays while the page is open, also where it is loaded again or takes in new data.
+// Curves, answers and samples of the page. Text from runs is set as textContent, never as markup.
+// The reader's choices are kept when the page is loaded again or receives new data.
 
 const make = (tag, text = "", name = "") => {
   const element = document.createElement(tag);
@@ -24,7 +24,7 @@ const choose = (select, values, show = String) => {
     select.append(option);
   }
 };
-// As many of `items` as fit a page of a list, and a button for more.
+// Show the first items of a list, and a button for more.
 const PAGE = 5;
 const pages = (list, more, card) => {
   let items = [], shown = PAGE;
@@ -36,13 +36,13 @@ const pages = (list, more, card) => {
   return (given) => { items = given; shown = PAGE; draw(); };
 };
 
-// --- curves: a chart for each chosen metric, a line for each group of runs, or for each run ---
+// --- curves: a chart for each chosen metric, with a line for each group of runs or for each run ---
 
 const charts = new Map(); // by the metric's name
 const zoom = () => {
   for (const { chart } of charts.values()) {
     const { min, max } = chart.scales.x, steps = chart.data[0];
-    // null until it is drawn
+    // The limits are null before the chart is drawn.
     if (min !== null && (min > steps[0] || max < steps.at(-1))) return { min, max };
   }
   return null;
@@ -61,7 +61,7 @@ const curves = () => {
   });
   const mean = (values) => values.reduce((sum, x) => sum + x, 0) / values.length;
   const four = (_, x) => (x === null || x === undefined ? "–" : String(Number(x.toPrecision(4))));
-  // uPlot's series, bands and columns of a metric
+  // Return uPlot's series, bands and columns of a metric.
   const lines = (metric) => {
     const tables = [], series = [{ label: "step" }], bands = [];
     metric.curves.forEach(([steps, ...rows], i) => {
@@ -239,7 +239,7 @@ const samples = () => {
   draw();
 };
 
-// --- what the reader has set ---
+// --- the reader's choices ---
 
 const LISTS = [["pairs", "more-pairs"], ["list", "more"]], defaults = new WeakMap();
 const idOf = (section) => section.getAttribute("aria-labelledby");
@@ -278,11 +278,11 @@ const restore = (set) => {
   zoomTo(set.zoom);
 };
 
-// --- a served page takes in the sections that have changed, and is loaded again where there are others ---
+// --- a served page replaces changed sections, and is loaded again if the list of sections has changed ---
 
 const sectionsOf = (page) => [...page.querySelectorAll("main > section")];
 const sources = new Map(sectionsOf(document).map((section) => [idOf(section), section.outerHTML]));
-const takeIn = (text) => {
+const replaceSections = (text) => {
   const page = new DOMParser().parseFromString(text, "text/html"), old = sectionsOf(document);
   const changed = sectionsOf(page).filter((section) => sources.get(idOf(section)) !== section.outerHTML);
   if (sectionsOf(page).map(idOf).join() !== old.map(idOf).join()) return location.reload();
@@ -304,7 +304,7 @@ const follow = (version) => setInterval(async () => {
   byId("lost").hidden = now !== null;
   if (text === null) return;
   version = now;
-  takeIn(text);
+  replaceSections(text);
 }, 5000);
 
 begin(sectionsOf(document));
