@@ -1,4 +1,4 @@
-"""The model card of an export, and its upload to a stand-in of the hub."""
+"""The model card of an export, and its upload to a fake hub."""
 
 import json
 
@@ -28,7 +28,7 @@ def run(tmp_path):
     return folder, c, base
 
 
-def test_the_card_says_what_was_trained_and_how_it_did(run):
+def test_the_card_has_training_and_evaluation(run):
     folder, c, base = run
     text = card.card(folder, c, 3, base, "me/model", adapter=False)
     _, head, body = text.split("---\n", 2)
@@ -45,13 +45,13 @@ def test_the_card_says_what_was_trained_and_how_it_did(run):
     assert "| test, by `medrlvr eval` | 40 | – | 25.0 % (14.2–40.2) |" in text and "Load it with PEFT" in text
 
 
-def test_the_dtype_is_the_bases(tmp_path):
+def test_the_default_dtype_is_that_of_the_base_model(tmp_path):
     for said, dtype in (({"torch_dtype": "bfloat16"}, "bfloat16"), ({"dtype": "float16"}, None), ({}, None)):
         (tmp_path / "config.json").write_text(json.dumps(said))
         assert export.stored_dtype(tmp_path) == dtype
 
 
-def test_it_is_uploaded_to_a_private_repository(tmp_path, monkeypatch):
+def test_an_export_is_uploaded_to_a_private_repository(tmp_path, monkeypatch):
     calls = []
 
     class Hub:

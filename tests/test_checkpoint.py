@@ -1,5 +1,5 @@
-"""Checkpoints come back bit for bit, on any mesh; damage and full disks are noticed, and never take the last
-whole one.
+"""Checkpoints are restored bitwise on any mesh. Damage and full disks are noticed, and the last undamaged
+checkpoint remains.
 """
 
 import os
@@ -34,7 +34,7 @@ def mesh_of(*shape):
 
 
 def make_state(mesh, seed=0, width=32, critic=False):
-    """Filled by numpy, for nothing here is worth compiling."""
+    """Fill a state by numpy, which needs no compilation."""
     random = np.random.default_rng(seed)
 
     def fill(leaf):
@@ -67,7 +67,7 @@ def assert_same(a, b):
 
 
 def saved(folder, *steps, config=None, **kwargs):
-    """A folder with checkpoints of `steps`, each of the state with that seed."""
+    """Save a checkpoint for each of `steps`, with the step as the state's seed. Return the folder."""
     checkpoints = Checkpoints(folder, config or CheckpointConfig(keep=9), META)
     for step in steps:
         checkpoints.save(step, make_state(mesh_of(2, 2, 2), seed=step, **kwargs))
@@ -76,7 +76,7 @@ def saved(folder, *steps, config=None, **kwargs):
 
 
 @pytest.mark.parametrize("critic", [False, True])
-def test_round_trip_is_bitwise_and_onto_another_mesh(tmp_path, critic):
+def test_restored_states_are_bitwise_equal_on_any_mesh(tmp_path, critic):
     state = make_state(mesh_of(2, 2, 2), seed=20, critic=critic)
     checkpoints = Checkpoints(saved(tmp_path, 20, critic=critic), CheckpointConfig(), META)
     for shape in ((2, 2, 2), (1, 8, 1), (8, 1, 1)):
@@ -89,7 +89,7 @@ def test_round_trip_is_bitwise_and_onto_another_mesh(tmp_path, critic):
         ] * len(jax.tree.leaves(back))
 
 
-def test_a_checkpoint_with_the_counter_that_states_once_had_is_read(tmp_path):
+def test_a_checkpoint_with_the_retired_step_counter_is_read(tmp_path):
     state = make_state(mesh_of(2, 2, 2), critic=True)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META)
     checkpoints.save(7, vars(state) | {"step": jnp.int32(7)})
@@ -100,7 +100,7 @@ def test_a_checkpoint_with_the_counter_that_states_once_had_is_read(tmp_path):
         checkpoints.restore(abstract(state))
 
 
-def test_newest_takes_the_place_of_a_fresh_state(tmp_path):
+def test_the_newest_checkpoint_replaces_a_new_state(tmp_path):
     fresh = make_state(mesh_of(2, 2, 2))
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META)
     assert checkpoints.restore(fresh) == (fresh, 0)
@@ -113,7 +113,7 @@ def test_newest_takes_the_place_of_a_fresh_state(tmp_path):
 
 
 def test_training_may_overwrite_the_state_while_it_is_being_written(tmp_path):
-    """On the CPU a host copy can be a view: donating the state at once must not reach what is being written."""
+    """On CPU a host copy can be a view. Donating the state must not change the data that are being written."""
     state = make_state(mesh_of(2, 2, 2), seed=1, width=512)
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), META)
@@ -125,7 +125,7 @@ def test_training_may_overwrite_the_state_while_it_is_being_written(tmp_path):
     assert_same(jax.tree.map(np.asarray, back), expected)
 
 
-def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path):
+def test_the_newest_and_the_best_are_kept_also_after_a_restart(tmp_path):
     config = CheckpointConfig(keep=2, best="eval.dev.accuracy")
     state = make_state(mesh_of(2, 2, 2))
     for scores in ({1: 0.1, 2: 0.9, 3: None}, {4: 0.2, 5: float("nan"), 6: 0.3}):
@@ -141,7 +141,7 @@ def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path):
     assert restore_params(tmp_path, params)[1] == 6
 
 
-def test_params_alone_also_in_another_dtype(tmp_path):
+def test_parameters_are_restored_also_with_another_dtype(tmp_path):
     saved(tmp_path, 4, critic=True)
     mesh = mesh_of(8, 1, 1)
     shapes = abstract(make_state(mesh)).policy.params
@@ -206,7 +206,7 @@ DAMAGES = {
         ("digests.json", "cut"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, what, how):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path, what, how):
     saved(tmp_path, 1, 2)
     act, reason = DAMAGES[how]
     act(max((tmp_path / "2").glob(what), key=lambda p: p.stat().st_size))
@@ -240,8 +240,8 @@ CUTS = {  # what becomes of a file's bytes; None: it is deleted
 }
 
 
-def test_any_damage_to_any_file_is_found_and_named(tmp_path):
-    """Each file of a checkpoint in eight ways; the newest whole checkpoint is then the one before."""
+def test_any_damage_to_any_file_is_found_and_reported(tmp_path):
+    """Each file is damaged in eight ways. The newest undamaged checkpoint is then the previous one."""
     saved(tmp_path, 1, 2)
     # Orbax's own notes: nothing is restored from them
     unread = {"_CHECKPOINT_METADATA", "commit_success.txt"}
@@ -269,10 +269,8 @@ def test_any_damage_to_any_file_is_found_and_named(tmp_path):
     assert restore_params(tmp_path, abstract(make_state(mesh_of(2, 2, 2))).policy.params)[1] == 2
 
 
-def test_checkpoints_that_have_vanished_are_missed(tmp_path):
-    """The folders of all steps are gone, as a cleaning of old files leaves it: a start from nothing would
-    wipe the logs.
-    """
+def test_removed_checkpoints_are_noticed(tmp_path):
+    """The folders of all steps were removed, for example by a clean-up. Starting over would erase the logs."""
     folder = saved(tmp_path / "checkpoints", 1)
     shutil.rmtree(folder / "1")
     with pytest.raises(
@@ -282,7 +280,7 @@ def test_checkpoints_that_have_vanished_are_missed(tmp_path):
         Checkpoints(folder, CheckpointConfig(), META).restore(make_state(mesh_of(2, 2, 2)))
 
 
-def test_nothing_starts_over_when_all_are_damaged(tmp_path):
+def test_a_run_does_not_start_over_if_all_checkpoints_are_damaged(tmp_path):
     saved(tmp_path, 1)
     flip(tmp_path / "1" / "meta" / "metadata")
     for _ in range(2):
@@ -315,7 +313,7 @@ def test_a_full_disk_is_an_error_at_the_next_call_and_leaves_the_last_checkpoint
     assert_same(back, make_state(mesh_of(2, 2, 2), seed=1, width=512))
 
 
-def test_check_tells_of_a_failure_without_waiting(tmp_path, monkeypatch):
+def test_check_raises_a_failure_without_waiting(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
@@ -350,7 +348,7 @@ checkpoints.wait()
 """
 
 
-def test_a_kill_before_the_rename_leaves_the_checkpoint_before(tmp_path):
+def test_a_kill_before_the_rename_keeps_the_previous_checkpoint(tmp_path):
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=env)
     assert run.returncode == -signal.SIGKILL

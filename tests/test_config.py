@@ -1,4 +1,4 @@
-"""What each command asks of the settings, and the complaints about combinations that cannot work."""
+"""The settings that each command requires, and the messages about combinations that cannot work."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_steps_given_on_the_command_line_replace_the_passes_of_the_file(given):
     assert (config.steps, config.passes) == (8, None) and load(TREE_OF_PASSES, ["seed=1"]).passes == 3
 
 
-def test_an_evaluation_needs_a_model_and_sets_alone():
+def test_an_evaluation_requires_only_a_model_and_sets():
     for command in ("eval", "probe"):
         assert load(MODEL | SETS, ["eval.samples=2", "eval.temperature=1"], command).eval.samples == 2
     with pytest.raises(ConfigError, match=r"data: required, but not given\n.*learn: required, but not given"):
@@ -30,7 +30,7 @@ def test_an_evaluation_needs_a_model_and_sets_alone():
         load(MODEL | SETS, command="difficulty")
 
 
-def test_fine_tuning_is_not_held_to_what_training_asks_of_a_rollout():
+def test_fine_tuning_does_not_check_settings_of_rollouts():
     odd = SFT | {"sample": {"temperature": 0, "weights": "int8"}, "kl": {"into": "loss"}}
     assert load(odd, command="sft").sft.target == "answer"
     with pytest.raises(ConfigError) as e:
@@ -53,19 +53,19 @@ def test_fine_tuning_is_not_held_to_what_training_asks_of_a_rollout():
         ("eval", "eval.sets.dev.limit=3", True),
     ],
 )
-def test_a_setting_on_the_command_line_that_the_command_does_not_read_is_said(command, item, read, capsys):
+def test_a_setting_that_the_command_does_not_read_is_reported(command, item, read, capsys):
     assert cli.main([command, "no.yaml", item]) == 2
     assert (
         f"medrlvr {command}: {item}: this command does not read this setting" in capsys.readouterr().err
     ) != read
 
 
-def test_a_file_may_serve_several_commands():
+def test_one_file_serves_several_commands():
     whole = SFT | SETS | {"kl": {"coef": 0.0}, "sft": {"target": "rationale"}}
     assert len({dump(load(whole, command=command)) for command in (None, *check.READS)}) == 1
 
 
-def test_what_a_command_reads_is_in_the_schema():
+def test_the_settings_that_a_command_reads_exist():
     names = {setting.name for section in describe.sections() for setting in section.settings}
     assert [name for known in check.READS.values() for name in known if name not in names] == []
 
@@ -117,12 +117,12 @@ def test_what_cannot_work_is_refused_by_name_value_and_remedy(change, message):
         ),
     ],
 )
-def test_reinforcement_learning_asks_for_its_critic_and_group(change, message):
+def test_critic_and_samples_must_fit_the_estimator(change, message):
     with pytest.raises(ConfigError, match=message):
         check.check_rl(load(SFT | change, command="train"))
 
 
-def test_checkpoint_best_names_a_metric_of_the_run():
+def test_checkpoint_best_must_name_a_metric_of_the_run():
     check.check_best(load(SFT | SETS, ["checkpoint.best=eval.dev.accuracy"]))
     with pytest.raises(
         ConfigError, match=r"acuracy: this run has no such metric; did you mean eval.dev.accuracy\?"

@@ -1,4 +1,4 @@
-"""README and pages: short, no dead links, commands that parse, a reference with every setting and command."""
+"""README and pages are short, their links and commands work, and the reference is complete."""
 
 import importlib.util
 import os
@@ -63,7 +63,7 @@ def test_the_reference_explains_every_setting():
     assert [name for name, text in explained.items() if not text] == []
 
 
-def test_commands_and_settings_in_the_pages_are_real():
+def test_commands_and_settings_in_the_pages_exist():
     settings = set(re.findall(r"^\| `([\w.]+)`", reference.settings(), re.M))
     pages = [ROOT / "README.md", *PAGES.rglob("*.md")]
     blocks = [block for page in pages for block in SHELL.findall(page.read_text(encoding="utf-8"))]
@@ -169,7 +169,7 @@ def test_help_needs_no_jax():
         (["eval", "no.yaml", "--step", "bst"], "--step"),
     ],
 )
-def test_unusable_arguments_are_refused_with_status_2(args, message, capfd):
+def test_invalid_arguments_are_refused_with_status_2(args, message, capfd):
     try:
         status = main(args)
     except SystemExit as e:
@@ -177,7 +177,7 @@ def test_unusable_arguments_are_refused_with_status_2(args, message, capfd):
     assert status == 2 and message in " ".join(capfd.readouterr().err.replace("│", " ").split())
 
 
-def test_settings_stand_before_and_after_options():
+def test_settings_may_be_before_and_after_options():
     d = "--distributed"
     for words in (f"c.yaml a=1 {d} b=-2", f"{d} c.yaml a=1 b=-2", f"c.yaml a=1 b=-2 {d}"):
         _, bound, _ = app.parse_args(["train", *words.split()])

@@ -1,4 +1,4 @@
-"""The doctor says ok, note, warning or problem, the last two with a remedy, and writes nothing."""
+"""The doctor prints ok, note, warning or problem, and writes nothing."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from medrlvr_jax.tools import doctor, show_data
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
-def test_the_machine():
+def test_the_machine_is_checked():
     lines, ok = doctor.report(None)
     assert ok
     text = "\n".join(lines)
@@ -64,7 +64,7 @@ def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_weights_are_looked_at(tmp_path):
+def test_weights_are_checked(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(resolve("embedded"), model)
     c = load(QUICKSTART, [f"model.path={model}", f"runs={tmp_path}"])
@@ -93,7 +93,7 @@ def test_what_training_refuses_is_a_problem(tmp_path, monkeypatch):
     assert not ok and "problem  sample.questions: 3 must divide by 8" in lines
 
 
-def test_data_reward_and_trackers_are_looked_at(tmp_path):
+def test_data_reward_and_trackers_are_checked(tmp_path):
     changes = ["data.path=no.jsonl", "reward.fn=no_module:f", "log.wandb=p", f"runs={tmp_path}"]
     for change, message in zip(changes, ["no such file", "no_module", "log.wandb: p needs "], strict=False):
         lines, ok = doctor.report(load(QUICKSTART, [change, changes[-1]]))
@@ -107,7 +107,7 @@ def test_data_reward_and_trackers_are_looked_at(tmp_path):
     assert any(line.startswith("warning  eval.sets.out_of_distribution: ") for line in lines)
 
 
-def test_data_shows_what_the_model_is_given(tmp_path):
+def test_data_shows_the_prompts(tmp_path):
     question = {"question": "Which drug?", "options": ["a", "b"], "answer": "B"}
     rows = [question, question | {"question": "Which dose?"}, question | {"question": "drug " * 60}]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -126,7 +126,7 @@ def test_data_shows_what_the_model_is_given(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "enough"), [(20_001, False), (20_000, True)])
-def test_room_for_the_checkpoints(tmp_path, monkeypatch, size, enough):
+def test_space_for_the_checkpoints(tmp_path, monkeypatch, size, enough):
     # two are kept, one is written
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("usage", (), {"free": 3 * 20_000}))
     finding = doctor._check_space(config(tmp_path), size)

@@ -1,4 +1,4 @@
-"""`medrlvr init`: the config that it writes is accepted, whatever is answered, and no file is overwritten."""
+"""The config that `medrlvr init` writes is valid for all answers, and no file is overwritten."""
 
 import json
 
@@ -19,7 +19,7 @@ from medrlvr_jax.tools import init
         ("grpo", True, 8, 400, (8, 32, 8)),
     ],
 )
-def test_what_it_writes_can_be_trained(tmp_path, algorithm, lora, devices, n, sizes):
+def test_the_config_can_be_trained(tmp_path, algorithm, lora, devices, n, sizes):
     rows = [{"question": f"Drug {i}?", "options": ["a", "b"], "answer": "AB"[i % 2]} for i in range(n)]
     questions = tmp_path / "my: data.jsonl"
     questions.write_text("\n".join(map(json.dumps, rows)))
@@ -38,7 +38,7 @@ def test_what_it_writes_can_be_trained(tmp_path, algorithm, lora, devices, n, si
         init.write_config(file, init.Answers(*answers))
 
 
-def test_what_it_writes_passes_the_doctor(tmp_path, capsys, monkeypatch):
+def test_the_config_passes_the_doctor(tmp_path, capsys, monkeypatch):
     file = tmp_path / "mine.yaml"
     monkeypatch.setattr("jax.device_count", lambda: 1)
     monkeypatch.chdir(tmp_path)
@@ -48,7 +48,7 @@ def test_what_it_writes_passes_the_doctor(tmp_path, capsys, monkeypatch):
     assert "--data: required" in capsys.readouterr().err
 
 
-def test_it_asks_on_a_terminal(monkeypatch):
+def test_missing_options_are_asked_on_a_terminal(monkeypatch):
     replies = iter(["", "train.jsonl", "", "ppo", "yes", "x"])
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
     monkeypatch.setattr("builtins.input", lambda text: next(replies))

@@ -1,6 +1,4 @@
-"""A run that goes on has what it was begun with, whatever its settings point to; and by the command that
-began it.
-"""
+"""A resumed run has the same inputs and the same command as its start."""
 
 import dataclasses
 import json
@@ -32,10 +30,8 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_changed_training_file_is_refused_unless_it_is_meant(folder, capsys):  # noqa: F811
-    """What is seen on the command line, by `train` and by `sft`; and neither goes on from the other's
-    checkpoint.
-    """
+def test_a_changed_training_file_is_refused_unless_accepted(folder, capsys):  # noqa: F811
+    """`train` refuses a changed file, and `sft` cannot resume a run of `train`."""
     file = folder / "changing.jsonl"
     write(file, questions(16))
     begun = ["train", folder / "config.yaml", "name=changing", f"data.path={file}", *NO_EVAL, "steps=1"]
@@ -61,7 +57,7 @@ def test_a_changed_training_file_is_refused_unless_it_is_meant(folder, capsys): 
 
 
 @pytest.mark.parametrize(("command", "record"), [("train", {"reward": 0.0}), ("sft", {"loss": 1.0})])
-def test_a_folder_from_before_commands_were_named_tells_by_its_steps(tmp_path, command, record):
+def test_the_command_of_an_old_run_is_recognised_by_its_metrics(tmp_path, command, record):
     c = configs.from_tree(TREE | {"runs": str(tmp_path)})
     with log.Run(c, 3, command=command) as run:
         run.resume(0)
@@ -101,7 +97,7 @@ def place(tmp_path, monkeypatch):
 
 
 def check(place, going_on=True, **changes):
-    """As training does it before anything is restored."""
+    """Compare the inputs as a training does before it restores a checkpoint."""
     tree = {
         "runs": str(place),
         "model": {"path": str(place / "model"), "lora": {"rank": 4}},
@@ -162,7 +158,7 @@ def edit(path, **changes):
         ),
     ],
 )
-def test_what_differs_is_named(place, change, named):
+def test_a_changed_input_is_reported(place, change, named):
     check(place, going_on=False)
     assert check(place)[1] == []
     before = (place / inputs.NAME).read_text()
@@ -175,7 +171,7 @@ def test_what_differs_is_named(place, change, named):
     assert (place / inputs.NAME).read_text() != before
 
 
-def test_another_chat_template_is_seen_by_what_it_renders(place):
+def test_a_changed_chat_template_is_noticed_by_its_tokens(place):
     template = place / "model" / "chat_template.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
     chat = {"prompt": {"template": "none", "chat": True}}
@@ -190,7 +186,7 @@ def test_another_chat_template_is_seen_by_what_it_renders(place):
         check(place, **chat)
 
 
-def test_other_evaluation_sets_and_folders_from_before_go_on(place):
+def test_other_evaluation_sets_and_old_folders_are_accepted(place):
     check(place, going_on=False)
     other = {"sets": {"dev": {"path": str(place / "train.jsonl")}}, "batch": 8}
     assert check(place, eval=other)[1] == []
@@ -199,7 +195,7 @@ def test_other_evaluation_sets_and_folders_from_before_go_on(place):
     assert check(place)[1] == [] and (place / inputs.NAME).exists()
 
 
-def test_a_model_under_adapters_is_not_swapped_when_a_run_is_evaluated(place):
+def test_evaluating_a_run_with_adapters_refuses_changed_base_weights(place):
     parts, _ = check(place, going_on=False)
     inputs.check_model(place, parts)
     other_weights(place)
@@ -214,7 +210,7 @@ def test_a_model_under_adapters_is_not_swapped_when_a_run_is_evaluated(place):
     inputs.check_model(place, dataclasses.replace(parts, config=c))
 
 
-def test_another_verifier_in_its_folder_is_refused(place):
+def test_a_changed_verifier_is_refused(place):
     shutil.copytree(place / "model", place / "verifier")
     reward = {"components": [{"kind": "rule"}, {"kind": "verifier", "model": str(place / "verifier")}]}
     check(place, going_on=False, reward=reward)
@@ -226,7 +222,7 @@ def test_another_verifier_in_its_folder_is_refused(place):
         check(place, reward=reward)
 
 
-def test_a_large_tensor_is_sampled(place, monkeypatch):
+def test_only_some_values_of_a_large_tensor_are_read(place, monkeypatch):
     whole = weights.weight_digests(place / "model")
     monkeypatch.setattr(weights, "SAMPLED", 8)
     assert len(whole) == len(weights.weight_digests(place / "model")) and whole != weights.weight_digests(
@@ -236,6 +232,6 @@ def test_a_large_tensor_is_sampled(place, monkeypatch):
     assert sum(sizes) > 1e6  # so that most of it was not read
 
 
-def test_the_file_of_a_reward_is_found_without_running_it(place):
+def test_the_file_of_a_reward_function_is_found_without_running_it(place):
     assert user.module_digest("pay.mine:pay")["file"] == str(place / "pay" / "mine.py")
     assert user.module_digest("pay.nothing:pay") is None and user.module_digest("sys:exit") is None

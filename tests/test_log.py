@@ -1,5 +1,5 @@
-"""A run's files: whole after any crash, each step once, one process at a time, one set of settings to a
-folder.
+"""A run's files are complete after any crash and have each step once. A folder has one process and one set of
+settings.
 """
 
 import errno
@@ -123,7 +123,7 @@ def test_a_run_writes_its_records_and_summary(tmp_path):
     }
 
 
-def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
+def test_resume_removes_the_records_after_the_checkpoint(tmp_path):
     for done, steps in ((0, range(1, 6)), (3, range(4, 7)), (0, range(1, 3))):
         with log.Run(config(tmp_path), 9) as run:
             run.resume(done)
@@ -133,7 +133,7 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
             assert [r["step"] for r in files.read_jsonl(run.path / name)] == list(range(1, steps[-1] + 1))
 
 
-def test_answers_are_spread_over_the_set_and_a_resumed_run_drops_the_later_ones(tmp_path):
+def test_answers_are_spread_over_the_set_and_resume_removes_later_ones(tmp_path):
     """Images of questions are written once, in the first evaluation."""
     film = io.BytesIO()
     Image.new("L", (9, 9)).save(film, "PNG")
@@ -172,7 +172,7 @@ def test_other_settings_are_refused_and_named(tmp_path):
         assert load(run.path / "config.yaml").steps == 5
 
 
-def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(tmp_path):
+def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tmp_path):
     hold = (
         "import sys, time; from pathlib import Path; from medrlvr_jax.runs.log import _take_lock;"
         "lock = _take_lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
@@ -192,7 +192,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(tmp_path):
         pass
 
 
-def test_a_disk_that_takes_no_more_is_said_in_words_and_keeps_what_it_has(tmp_path):
+def test_a_full_disk_is_reported_and_written_files_remain(tmp_path):
     with log.Run(config(tmp_path), 3) as run:
         run.resume(0)
         run.record(1, {"reward": 0.0})
@@ -254,7 +254,7 @@ def test_the_first_signal_ends_the_step_and_the_second_kills(tmp_path, capsys):
     assert "run has stopped: step 1 of 3 is saved. The same command resumes the run." in said
 
 
-def test_console_prints_a_line_a_step_where_there_is_no_terminal():
+def test_console_prints_a_line_per_step_without_a_terminal():
     file = io.StringIO()
     console = Console(400, file)
     console.step(0, {"eval.dev.n": 4, "eval.dev.correct": 1, "eval.dev.format_ok": 2})
@@ -285,7 +285,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
-def test_a_terminal_always_shows_step_share_and_time_left(monkeypatch, columns):
+def test_a_terminal_always_shows_step_percentage_and_time_left(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     terminal, metrics = Terminal(), {"seconds": 3.0, "reward": 0.5, "accuracy": 0.481, "format_ok": 1.0}
@@ -309,7 +309,7 @@ def test_a_terminal_always_shows_step_share_and_time_left(monkeypatch, columns):
     assert re.findall(r"step (\d+)/400[^\r\n]*reward[^\r\n]*\n", terminal.getvalue()) == ["120", "140"]
 
 
-def test_trackers(tmp_path, monkeypatch):
+def test_tensorboard_gets_metrics_and_missing_packages_are_refused(tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
     with log.Run(config(tmp_path, log={"tensorboard": True}), 3) as run:
         run.resume(0)
@@ -326,7 +326,7 @@ def test_trackers(tmp_path, monkeypatch):
             log.check(config(tmp_path, log=settings), "train")
 
 
-def test_wandb_gets_the_settings_and_the_numbers(tmp_path, monkeypatch):
+def test_wandb_gets_settings_and_metrics(tmp_path, monkeypatch):
     calls = []
 
     class Fake:
@@ -375,7 +375,7 @@ def test_wandb_without_a_login_is_refused_before_anything_is_loaded(tmp_path, mo
     log.check(c, "train")
 
 
-def test_long_work_says_how_far_it_is(monkeypatch):
+def test_long_work_prints_its_progress(monkeypatch):
     now, file = [0.0], io.StringIO()
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     console = Console(10, file)
@@ -385,10 +385,8 @@ def test_long_work_says_how_far_it_is(monkeypatch):
     assert file.getvalue().splitlines() == ["eval dev  4/10", "eval dev  8/10"]
 
 
-def test_texts_are_shown_as_they_are(capsys):
-    """Names in colons and brackets are no emoji and no markup, and control characters command no terminal,
-    wherever rich prints them.
-    """
+def test_texts_are_printed_unchanged(capsys):
+    """rich does not turn `:name:` into an emoji or `[b]` into markup, and control characters are escaped."""
     text, file = "of :pill: [b]\x1b[2J\r\x9b", io.StringIO()
     shown = r"of :pill: [b]\x1b[2J\x0d\x9b"
     tables.say(text)
