@@ -23,7 +23,7 @@ def traced_flops(
     jaxpr: core.ClosedJaxpr | core.Jaxpr, visited: Mapping[str, float] = MappingProxyType({})
 ) -> float:
     """Count the FLOPs over all devices, with recomputation. A `while` loop counts with the largest number of
-    iterations that its condition allows.
+    iterations that its condition allows, a `cond` with its largest branch.
 
     A Pallas kernel counts as its body times the blocks of its grid. If it skips blocks, `visited` maps a part
     of the kernel's name to the share of visited blocks (`splash.visited`).

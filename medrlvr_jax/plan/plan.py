@@ -7,8 +7,9 @@ XLA:           seconds to compile (on this machine), arguments, outputs and temp
                traffic are read from the compiled program; loops are multiplied by their trip counts (hlo.py).
 This library:  other arrays in memory while a program runs; FLOPs (flops.py); times. A program takes at least
                the longest of FLOPs ÷ peak, HBM traffic ÷ HBM speed and collectives ÷ link speed
-               (machines.py). Every response counts with its full length. Overheads, the host's work and
-               evaluation are not counted. So a time is a lower bound, not a forecast.
+               (machines.py). Every response counts with its full length, and a step with one batch.
+               Overheads, the host's work and evaluation are not counted. So a time is a lower bound, not a
+               forecast.
 
 `--quick` sets the TPU compiler's lowest effort (the GPU compiler has none). Full PPO of 3B on v5e:4x4 then
 takes 42 seconds instead of 2 minutes. Peaks came out between 1.1 GiB lower and 0.3 GiB higher there, and
