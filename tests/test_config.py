@@ -77,7 +77,7 @@ BAD = [
     ({"prompt": {"system": "Be brief."}}, "prompt.system: needs the chat template; set prompt.chat="),
     (
         {"reward": {"random": 0.5, "leak_penalty": 1}},
-        "reward.random: .* cannot be combined; remove reward.leak_penalty",
+        "reward.random: defines the whole reward; remove reward.leak_penalty",
     ),
     ({"model": {"path": "x", "lora": {"targets": []}}}, r"model.lora.targets: \[\] would train nothing"),
     (

@@ -552,7 +552,7 @@ def test_a_chat_template_that_opens_the_thought_is_as_a_prefill(folder, capsys):
         ),
         (
             "reward={fn: 'a:b', random: 0.5}",
-            "reward.fn: is a whole reward and cannot be combined; remove reward.random",
+            "reward.fn: defines the whole reward; remove reward.random",
         ),
         ("data.pass_count={file: x}", "data.pass_count: has no effect without keep"),
         (

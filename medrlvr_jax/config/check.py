@@ -88,10 +88,7 @@ def _reward_problems(reward: RewardConfig) -> Iterator[tuple[str, str]]:
     exclusive = [name for name in ("fn", "random") if getattr(reward, name) is not None]
     penalties = [name for name in ("leak_penalty", "before_penalty") if getattr(reward, name)]
     if exclusive and (others := [f"reward.{name}" for name in (*exclusive[1:], *penalties)]):
-        yield (
-            f"reward.{exclusive[0]}",
-            f"is a whole reward and cannot be combined; remove {', '.join(others)}",
-        )
+        yield f"reward.{exclusive[0]}", f"defines the whole reward; remove {', '.join(others)}"
     if not reward.components:
         return
     for name, component in REPLACED.items():
