@@ -529,7 +529,7 @@ def test_a_chat_template_that_opens_the_thought_is_as_a_prefill(folder, capsys):
     direct.append("reward.mode=direct")
     assert main("doctor", folder / "config.yaml", *direct) == 0
     told = capsys.readouterr().out
-    assert "the chat template itself opens the thought" in told
+    assert "the template itself opens the thought" in told
     assert "warning  every response begins with '<think>', and reward.mode direct" in told
 
 
