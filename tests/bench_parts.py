@@ -206,7 +206,7 @@ def see_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 
 def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    training, state = train.start(parts, make_programs(parts, 1))
+    training, state = train.init_training(parts, make_programs(parts, 1))
     learner, questions, rng = state.policy, args.questions, np.random.default_rng(0)
     drawn, mask = random_rows(args, rng)
     prompts = rng.integers(5, 200, (questions, args.prompt)).astype(np.int32)
@@ -232,7 +232,7 @@ def learn_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 
 def step_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    training, state = train.start(parts, make_programs(parts, 1))
+    training, state = train.init_training(parts, make_programs(parts, 1))
     encoded, steps, tokens = encoded_questions(args, parts, args.questions), itertools.count(), 0
 
     def run():

@@ -341,7 +341,7 @@ def step(size: str, adapters: bool, traced: bool, report: Report, small: bool) -
         made = make_programs(parts, 1000)
         figures = compiled(parts, made, encoded, chip)
         report(compile_s={name: f.compile_s for name, f in figures.items()}, all_s=time.monotonic() - start)
-        training, state = train.start(parts, made)
+        training, state = train.init_training(parts, made)
         clock = Clock()
         report(memory_gib_before_the_first_step=memory("bytes_in_use"))
         whole = []
@@ -417,7 +417,7 @@ def gap(size: str, report: Report, small: bool) -> None:
             size, sizes, model={"dtype": dtype}, sample={"weights": weights}, loss={"sampler_cap": 2.0}
         )
         with jax.set_mesh(parts.mesh), jax.default_matmul_precision(precision):
-            training, state = train.start(parts, make_programs(parts, 1000))
+            training, state = train.init_training(parts, make_programs(parts, 1000))
             policy = dataclasses.replace(state.policy, params=perturb(state.policy.params))
             state = dataclasses.replace(state, policy=policy)
             _, stats, scored, _ = train.train_step(training, questions(parts, sizes), state, 0)
@@ -596,7 +596,7 @@ def determinism(size: str, report: Report, small: bool) -> None:
     def twice(name: str) -> None:
         parts = lay_out(size, sizes)
         with jax.set_mesh(parts.mesh):
-            training, state = train.start(parts, make_programs(parts, 1000))
+            training, state = train.init_training(parts, make_programs(parts, 1000))
             clock, ends = Clock(), []
             watched = timed(clock, training)
             encoded, fresh = questions(parts, sizes), jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

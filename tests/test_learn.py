@@ -254,15 +254,15 @@ def test_the_stop_token_is_learned_from():
 
 def test_adaptive_kl_moves_towards_its_target():
     kl = schema.KLConfig(coef=0.1, target=2.0, horizon=1000)
-    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(2.2), 100, kl)) == pytest.approx(
-        0.1 * (1 + 0.1 * 0.1)
-    )
-    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(9.0), 100, kl)) == pytest.approx(
-        0.1 * (1 + 0.2 * 0.1)
-    )
-    assert float(learn.adapt_kl(jnp.float32(0.1), jnp.float32(0.0), 100, kl)) == pytest.approx(
-        0.1 * (1 - 0.2 * 0.1)
-    )
+    assert float(
+        learn.adapt_kl(jnp.float32(0.1), jnp.float32(2.2), 100, kl.target, kl.horizon)
+    ) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+    assert float(
+        learn.adapt_kl(jnp.float32(0.1), jnp.float32(9.0), 100, kl.target, kl.horizon)
+    ) == pytest.approx(0.1 * (1 + 0.2 * 0.1))
+    assert float(
+        learn.adapt_kl(jnp.float32(0.1), jnp.float32(0.0), 100, kl.target, kl.horizon)
+    ) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
 
 
 def test_warmup_and_schedules():
@@ -306,7 +306,7 @@ def test_stochastic_rounding_is_unbiased_and_the_same_on_any_mesh():
     np.testing.assert_array_equal(jax.jit(learn.stochastic_round, out_shardings=where)(x, jnp.uint32(7)), got)
     tree = {"a": jnp.ones((64,), jnp.bfloat16), "b": jnp.ones((64,), jnp.bfloat16)}
     shift = jax.tree.map(lambda p: jnp.full(p.shape, 1 / 300), tree)
-    one, again, other = (learn.moved(tree, shift, jax.random.key(k)) for k in (0, 0, 1))
+    one, again, other = (learn.add_updates(tree, shift, jax.random.key(k)) for k in (0, 0, 1))
     assert furthest(one, again) == 0 != furthest(one, other) and (one["a"] != one["b"]).any()
 
 
@@ -321,7 +321,7 @@ def test_weights_in_bfloat16_move_as_float32_ones_do(kind):
     c = settings("group", learn__policy=tree, learn__epochs=20, model__param_dtype="bfloat16")
     tx = learn.make_optimizer(c.learn.policy, 40)
     how = learn.LearnSettings(learn.nll_objective(c, CFG), tx, epochs=20, minibatch=4, micro=2, row_shares=())
-    program = jax.jit(partial(learn.learn, how=how))
+    program = jax.jit(partial(learn.learn, settings=how))
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 64, shape).astype(np.int32) for shape in ((Q, P), (Q, 1, R))]
     prompts = Prompts(rows[0], np.ones((Q, P), bool), np.arange(Q, dtype=np.uint32))

@@ -136,7 +136,7 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
     encoded = dataclasses.replace(encoded, width=rollout.width(c.prompt.max_tokens))
     made = make_programs(parts, 2)
     with jax.set_mesh(parts.mesh):
-        training, state = train.start(parts, made)
+        training, state = train.init_training(parts, made)
         recorded = dataclasses.replace(training, programs=training.programs.wrapped(recording))
         train.train_step(recorded, encoded, state, 0)
         monkeypatch.undo()

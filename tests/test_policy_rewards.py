@@ -20,7 +20,7 @@ from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import decoder
 from medrlvr_jax.model_rewards import consistency, policy, probability
 from medrlvr_jax.rewards.training import start_components
-from medrlvr_jax.rl.experience import kept_responses, mean_spread, place_scored
+from medrlvr_jax.rl.experience import learnable_responses, mean_spread, place_scored
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rl.step import train_step
 from medrlvr_jax.rl.train import start, train
@@ -251,9 +251,9 @@ def test_questions_of_little_spread_are_left_out():
     finite = np.ones((4, 4), bool)
     finite[3, 2:] = False
     config = AdvantageConfig(estimator="reinforce_pp", spread=SPREAD)
-    kept, stats = kept_responses(finite, total, total, np.float32(0.15), config)
+    kept, stats = learnable_responses(finite, total, total, np.float32(0.15), config)
     assert kept.tolist() == [[True] * 4, [False] * 4, [False] * 4, [True, True, False, False]]
     assert float(stats["spread"]) == pytest.approx((0.5 + 0.1 + 0 + 0.2) / 4)
     assert float(stats["dropped_groups"]) == 0.5
-    kept, _ = kept_responses(finite, total, total, np.float32(0), config)
+    kept, _ = learnable_responses(finite, total, total, np.float32(0), config)
     assert kept.sum() == 14

@@ -1,25 +1,25 @@
 """From one score per response to one advantage per token: GAE, and the estimators that compare samples
 instead of learning values.
 
-Where systems differ, this file does so:
+Where systems differ, this file does the following:
 
-1. KL in the reward (Med-RLVR, arXiv 2502.19655): rₜ = r(q, o)·1[t = last] − β·k(t), the score clipped to
-   ±`reward_clip` first and the penalty never, as OpenRLHF.
-2. Estimators with one number per response (group, group_mean, rloo, reinforce_pp_baseline) take Σₜ rₜ as its
-   score, so the summed penalty is compared within the group as the reward is, as verl. OpenRLHF lets each
-   token carry its own penalty. `group` divides the reward by the group's spread, and the penalty never, as
-   OpenRLHF: verl divides their sum, by which β cancels where all samples earn the same, and what is left of
-   the penalty, noise near a policy's start, gets advantages of unit variance.
+1. KL in the reward (Med-RLVR, arXiv 2502.19655): rₜ = r(q, o)·1[t = last] − β·k(t). The score is clipped to
+   ±`reward_clip`, the penalty is not, as in OpenRLHF.
+2. Estimators with one number per response (group, group_mean, rloo, reinforce_pp_baseline) use Σₜ rₜ as its
+   score, so the summed penalty is compared within the group as the reward is, as in verl. In OpenRLHF each
+   token has its own penalty. `group` divides the reward by the group's standard deviation and the penalty
+   not, as in OpenRLHF. verl divides their sum. If all samples have the same reward, β then cancels, and the
+   penalties, which are noise at the start of a training, become advantages of unit variance.
 3. `gdpo` normalises each component of the reward within the group, adds them by their weights, and whitens
-   the sum over the step. It keeps apart samples whose components differ and whose sums do not.
-4. Group estimators and returns-to-go yield no returns: there is no critic to fit.
-5. Whitening is over all tokens of the step, before it is split into minibatches; Bessel's variance + 1e-8 as
-   verl and tunix. In a step whose rewards are all alike nothing is divided, for the same reason as in 2: only
-   the mean is taken off.
+   the sum over the step. So samples with different components differ even where the sums are equal.
+4. Group estimators and returns-to-go return no returns, because there is no critic to fit.
+5. Whitening is over all tokens of the step, before the split into minibatches, with Bessel's variance + 1e-8
+   as in verl and tunix. If all rewards of a step are equal, only the mean is subtracted and nothing is
+   divided, for the reason given in 2.
 
-Arrays are [Q, G, R] (questions, samples of each, response columns); functions of one response take [T] and
-the caller vmaps. The mask is True on the response's tokens, at least one, and False on the padding to their
-right.
+Arrays are [Q, G, R] (questions, samples of each, response columns). Functions of one response take [T], and
+the caller vmaps them. The mask is True on the tokens of the response, at least one, and False on the padding
+to their right.
 """
 
 from collections.abc import Sequence
@@ -31,23 +31,25 @@ import jax.numpy as jnp
 from medrlvr_jax.config.schema import GROUP_ESTIMATORS, AdvantageConfig, KLConfig
 from medrlvr_jax.types import Array, Assessment
 
-WHITENED = ("gae", "gdpo", "reinforce_pp", "reinforce_pp_baseline")  # estimators that `whiten` is about
+WHITENED = ("gae", "gdpo", "reinforce_pp", "reinforce_pp_baseline")  # estimators to which `whiten` applies
 Components = Sequence[tuple[float, Array]]  # each one's weight and values [Q, G]
 
-MAX_EXPONENT = 20.0  # e²⁰ ≈ 5·10⁸ is past any honest ratio of probabilities; float32 overflows at e⁸⁸
+MAX_EXPONENT = 20.0  # e²⁰ ≈ 5·10⁸ is larger than any real ratio of probabilities; float32 overflows at e⁸⁸
 
 
 def ratio_of(log_ratio: Array) -> Array:
-    """exp(log_ratio), cut at e²⁰ (with gradient 0 there), so that no stray token turns a step into NaN."""
+    """Return exp(log_ratio), at most e²⁰ (with gradient 0 there), so that a single token cannot make a step's
+    loss overflow.
+    """
     return jnp.exp(jnp.minimum(log_ratio, MAX_EXPONENT))
 
 
 def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str) -> Array:
-    """Per token, an estimate of KL(π ‖ π_ref) from a token drawn from π (Schulman 2020). Any shape,
-    elementwise.
+    """Return an estimate of KL(π ‖ π_ref) for each token, which was drawn from π (Schulman 2020). Arrays have
+    any shape.
 
     With x = log π_ref − log π:  k1 = −x,  k2 = x²/2,  k3 = eˣ − 1 − x,  abs = |x|.
-    k1 and k3 are unbiased, k3 and k2 never negative. In a *loss*, E[∇k1] = 0 and it is E[∇k2] that is ∇KL.
+    k1 and k3 are unbiased; k2 and k3 are never negative. In a *loss*, E[∇k1] = 0 and E[∇k2] = ∇KL.
     """
     x = ref_logprobs - logprobs
     match estimator:
@@ -63,17 +65,17 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str) -> Array:
 
 
 def penalties(logprobs: Array, ref_logprobs: Array, mask: Array, kl_coef: Array, kl: KLConfig) -> Array:
-    """β·k(log π, log π_ref) per token, 0 off the mask, whatever that holds. Any shape, elementwise."""
+    """Return β·k(log π, log π_ref) for each token, and 0 where the mask is False. Arrays have any shape."""
     return kl_coef * jnp.where(mask, kl_estimate(logprobs, ref_logprobs, kl.estimator), 0.0)
 
 
 def token_rewards(
     reward: Array, logprobs: Array, ref_logprobs: Array | None, mask: Array, kl_coef: Array, kl: KLConfig
 ) -> Array:
-    """One response: rₜ = r·1[t = last] − β·k(log πₜ, log π_refₜ), the penalty only if there is a reference
-    and `kl.into` is reward.
+    """Return the rewards of one response's tokens: rₜ = r·1[t = last] − β·k(log πₜ, log π_refₜ). The penalty
+    needs a reference and `kl.into: reward`.
 
-    reward [], the others [T] → [T]; 0 where the mask is False, whatever the padding holds.
+    reward [], the others [T] → [T]; 0 where the mask is False.
     """
     column = jnp.arange(mask.shape[-1])
     last = jnp.max(jnp.where(mask, column, -1))
@@ -84,12 +86,12 @@ def token_rewards(
 
 
 def gae(rewards: Array, values: Array, mask: Array, gamma: float, lam: float) -> tuple[Array, Array]:
-    """Generalised advantage estimation of one response (Schulman et al. 2016, arXiv 1506.02438).
+    """Compute generalised advantage estimation for one response (Schulman et al. 2016, arXiv 1506.02438).
 
     δₜ = rₜ + γ·Vₜ₊₁ − Vₜ,  Aₜ = Σₖ (γλ)ᵏ·δₜ₊ₖ,  returns = A + V;  V = 0 after the last token.
-    rewards, values [T] float, mask [T] bool → advantages, returns [T], both 0 off the mask; γ, λ in [0, 1]. A
-    column off the mask is passed over as if it were not there, so its value may be anything. γ = λ = 1:
-    returns are rewards-to-go.
+    rewards, values [T] float, mask [T] bool → advantages, returns [T], both 0 where the mask is False; γ, λ
+    in [0, 1]. Columns where the mask is False are skipped, and may hold any value. With γ = λ = 1 returns are
+    rewards-to-go.
     """
 
     def backward(after, column):
@@ -106,13 +108,11 @@ def gae(rewards: Array, values: Array, mask: Array, gamma: float, lam: float) ->
 
 
 def whiten(x: Array, mask: Array, scaled: Array | bool = True) -> Array:
-    """(x − mean) / √(var + 1e-8) over the masked entries, var = Σ(x − mean)² / (n − 1); 0 elsewhere. Any
-    shape, all axes at once.
-
-    `scaled` False: x − mean.
+    """Return (x − mean) / √(var + 1e-8) over the entries in the mask, with var = Σ(x − mean)² / (n − 1); 0
+    elsewhere. With `scaled` False: x − mean. x has any shape; all axes are taken together.
     """
-    # Measured from one of its entries, a constant x is exactly 0; the mean of many 0.1s is not 0.1, and √1e-8
-    # magnifies by 10⁴.
+    # One of the entries is subtracted first, so that a constant x becomes exactly 0. The float32 mean of many
+    # 0.1s is not 0.1, and 1/√1e-8 would magnify the difference by 10⁴.
     x = jnp.where(mask, x - jnp.max(x, where=mask, initial=-jnp.inf), 0.0)
     n = mask.sum()
     centred = jnp.where(mask, x - x.sum() / jnp.maximum(n, 1), 0.0)
@@ -121,16 +121,18 @@ def whiten(x: Array, mask: Array, scaled: Array | bool = True) -> Array:
 
 
 def group_mean(scores: Array) -> Array:
-    """Aᵢ = rᵢ − mean(r) in each question (Dr.GRPO, arXiv 2503.20783); exactly 0 of equal scores. [Q, G]."""
+    """Return Aᵢ = rᵢ − mean(r) in each question (Dr.GRPO, arXiv 2503.20783), exactly 0 for equal scores.
+    [Q, G] → [Q, G].
+    """
     scores = scores - scores[:, :1]  # as in `whiten`: equal scores are exactly 0 from here on
     return scores - scores.mean(axis=-1, keepdims=True)
 
 
 def group(scores: Array, ddof: int, eps: float) -> Array:
-    """Aᵢ = (rᵢ − mean(r)) / (std(r) + eps) within each question (GRPO, arXiv 2402.03300). [Q, G] → [Q, G];
-    equal scores give exactly 0.
+    """Return Aᵢ = (rᵢ − mean(r)) / (std(r) + eps) in each question (GRPO, arXiv 2402.03300), exactly 0 for
+    equal scores. [Q, G] → [Q, G].
 
-    std divides by G − ddof, so G > ddof is needed.
+    std divides by G − ddof. Raises `ValueError` unless G > ddof.
     """
     samples = scores.shape[-1]
     if samples <= ddof:
@@ -144,20 +146,20 @@ def group(scores: Array, ddof: int, eps: float) -> Array:
 
 
 def gdpo(components: Components, ddof: int, eps: float) -> Array:
-    """Aᵢ = Σₖ wₖ·(rᵢₖ − mean(rₖ)) / (std(rₖ) + eps) within each question (GDPO, arXiv 2601.05242). [Q, G].
+    """Return Aᵢ = Σₖ wₖ·(rᵢₖ − mean(rₖ)) / (std(rₖ) + eps) in each question (GDPO, arXiv 2601.05242): [Q, G].
 
-    A component whose values are all equal gives exactly 0 and takes nothing from the others.
+    A component whose values are all equal contributes exactly 0.
     """
     return sum((w * group(values, ddof, eps) for w, values in components), jnp.float32(0))
 
 
 def rloo(scores: Array) -> Array:
-    """Aᵢ = rᵢ − mean of the others = G/(G−1)·(rᵢ − mean(r)) (RLOO, arXiv 2402.14740). [Q, G ≥ 2]."""
+    """Return Aᵢ = rᵢ − mean of the others = G/(G−1)·(rᵢ − mean(r)) in each question (RLOO, arXiv 2402.14740).
+    [Q, G] → [Q, G]. Raises `ValueError` if G is 1.
+    """
     samples = scores.shape[-1]
     if samples < 2:
-        raise ValueError(
-            f"{samples} sample has no others to be compared with: set sample.samples to at least 2"
-        )
+        raise ValueError(f"{samples} sample cannot be compared with others: set sample.samples to at least 2")
     return group_mean(scores) * (samples / (samples - 1))
 
 
@@ -170,16 +172,21 @@ def compute(
     kl_coef: Array,
     components: Components = (),
 ) -> tuple[Array, Array | None, dict[str, Array]]:
-    """A whole step's advantages and, if there are values to fit, returns; both [Q, G, R] and 0 off the mask.
+    """Compute the advantages of a whole step and, if there is a critic, its returns: [Q, G, R], 0 where the
+    mask is False; and statistics.
 
-    rewards [Q, G] float, mask [Q, G, R]; components: what the rewards are a sum of, for gdpo. Without the
+    rewards [Q, G] float, mask [Q, G, R]; components: the summands of the rewards, for gdpo. Without the
     assessment's ref_logprobs there is no penalty, without its values no critic. The statistics are scalars
-    over the step's learned responses, those with a token in the mask: `reward` and `reward_std` before
-    clipping; `reward_clipped`, the share that clipping changed; of the clipped rewards, which are what is
-    learned from (gdpo: of each component), `equal_groups`, the share of questions whose samples all earn the
-    same, and `no_contrast`, 1 where none differ of those that the estimator compares (samples of one
-    question, or else all of the step); `kl_penalty`, the mean of what was subtracted; `advantage_mean` and
-    `advantage_std` over tokens before whitening.
+    over the responses that are learned from, which are those with a token in the mask:
+
+    reward, reward_std             before clipping
+    reward_clipped                 share of rewards that clipping changes
+    equal_groups                   share of questions whose samples all have the same clipped reward (gdpo:
+                                   the same components)
+    no_contrast                    1 if no two rewards differ that the estimator compares: those of one
+                                   question, or else of the whole step
+    kl_penalty                     mean penalty of a response
+    advantage_mean, advantage_std  over tokens, before whitening
     """
     logprobs, ref_logprobs, values = assessment.logprobs, assessment.ref_logprobs, assessment.values
     clipped = jnp.clip(rewards, -config.reward_clip, config.reward_clip)
@@ -218,8 +225,8 @@ def compute(
 
 
 def contrast(rewards: Array, learned: Array, within: bool) -> tuple[Array, Array]:
-    """Of rewards [Q, G] that are `learned`: whether any differ of those that are compared, `within` questions
-    or in the whole step; and for each question, bool [Q], whether its samples' are all the same.
+    """Return whether any two rewards [Q, G] of `learned` responses differ, `within` a question or in the
+    whole step, bool []; and for each question whether all its rewards are equal, bool [Q].
     """
     ends = ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
     least, most = (f(rewards, -1, initial=end, where=learned) for f, end in ends)
@@ -235,15 +242,16 @@ def _estimate(
     mask: Array,
     components: Components,
 ) -> tuple[Array, Array | None]:
-    """Token rewards [Q, G, R], which are `rewards` less `penalty` [Q, G] → advantages before whitening, and
-    returns if there are values.
+    """Compute advantages [Q, G, R] before whitening and, if there are values, returns.
+
+    shaped [Q, G, R]: the tokens' rewards; rewards, penalty [Q, G]: the two parts of their sum.
     """
     if values is not None:
         return _each(partial(gae, gamma=config.gamma, lam=config.lam))(shaped, values, mask)
     scores = shaped.sum(axis=-1)
     match config.estimator:
         case "gae":
-            remedy = "set learn.critic, or take estimator group"
+            remedy = "set learn.critic, or use estimator group"
             raise ValueError(f"advantage.estimator: gae needs values: {remedy}")
         case "reinforce_pp":
             # REINFORCE++, arXiv 2501.03262: discounted rewards-to-go, which is GAE with V = 0 and λ = 1
@@ -261,5 +269,5 @@ def _estimate(
 
 
 def _each(f):
-    """A function of one response, over questions and samples."""
+    """Map a function of one response over questions and samples."""
     return jax.vmap(jax.vmap(f))

@@ -123,12 +123,12 @@ def abstract_batch(
 def compile_ahead(
     programs: Sequence[Program], parts: Parts, progress: Callable[[str, int, int, str], None]
 ) -> str:
-    """Compile all; the calls that follow find them in JAX's own cache. Returns what it took, in words.
+    """Compile all programs, so that later calls find them in JAX's cache. Return a message with the time.
 
-    As many at a time as there are pairs of cores: XLA keeps about two busy with one, and a gigabyte of the
-    host's memory. A program that does not fit is known before anything runs. All processes begin them in one
-    order, so that none waits for what another has not begun (GPUs' tuning is shared). `progress`: (what,
-    done, of how many, waiting for what).
+    One program is compiled for each two cores: XLA uses about two cores and a gigabyte of the host's memory
+    for one. A program that does not fit into memory is found before anything runs. All processes begin the
+    programs in the same order, because GPU processes share their tuning and wait for each other. `progress`
+    is called with (what, done, of how many, names of the programs in work).
     """
     began, took = time.monotonic(), {}
     started: list[str] = []
@@ -151,7 +151,7 @@ def compile_ahead(
             try:
                 future.result()
             except jax.errors.JaxRuntimeError as e:
-                # those not begun: the reason is not kept waiting for them
+                # Programs that have not begun would delay this error.
                 pool.shutdown(wait=False, cancel_futures=True)
                 if "RESOURCE_EXHAUSTED" not in str(e):
                     raise

@@ -21,10 +21,10 @@ from medrlvr_jax.types import Array, Assessment, Experience, Leaf, Prompts, Roll
 
 
 class Column(NamedTuple):
-    """What one number of each row is in the reward."""
+    """One summand of the reward."""
 
     weight: float
-    penalty: bool = False  # it shapes the reward: `advantage.drop_equal_groups` does not look at it
+    penalty: bool = False  # `advantage.drop_equal_groups` ignores penalties
 
 
 class ExperienceConfig(NamedTuple):
@@ -34,7 +34,7 @@ class ExperienceConfig(NamedTuple):
     kl: KLConfig
     loss: LossConfig
     columns: tuple[Column, ...] = (Column(1.0),)
-    stop_ids: tuple[int, ...] = ()  # for loss.mask_truncated
+    stop_ids: tuple[int, ...] = ()  # needed by `loss.mask_truncated` alone
 
 
 class Drawn(NamedTuple):
@@ -49,7 +49,7 @@ class Drawn(NamedTuple):
 
 
 def split(config: AdvantageConfig) -> bool:
-    """Whether the device needs each component by itself, and not only their sum."""
+    """Return whether the device needs each component of the reward, and not only their sum."""
     return config.estimator == "gdpo"
 
 
@@ -68,7 +68,7 @@ def columns(components: Sequence[Component], config: AdvantageConfig) -> tuple[C
 
 
 def host_columns(verdicts: Verdicts, components: Sequence[Component], config: AdvantageConfig) -> np.ndarray:
-    """float32 [N, K]: the columns that the host has graded."""
+    """Return the columns that the host has graded, float32 [N, K]."""
     host = [c for c in components if not c.on_device]
     if split(config) and verdicts.components:
         rows = [verdicts.components[c.name] for c in host]
@@ -78,11 +78,11 @@ def host_columns(verdicts: Verdicts, components: Sequence[Component], config: Ad
 
 
 def place_scored(tree: Any, scored: Scored, n: int, parts: Parts) -> Any:
-    """Arrays [N, …], which have this process's scored rows, as arrays [Q, G, …] of all n questions' rows.
+    """Turn arrays [N, …] of this process's scored rows into arrays [Q, G, …] of all rows on the mesh.
 
-    A row's values come from the process that scored it. Two processes that score one row may disagree (a
-    judge, a clock, a time-out in one of them). JAX never compares the copies of an array, so the weights
-    would then differ from process to process, and nothing would say so.
+    Each row is scored by one process, and the others receive its values. If two processes scored the same
+    row, they could disagree, for example by a time-out in one of them. JAX does not compare the copies of an
+    array, so the weights would silently differ between processes.
     """
     leaves, structure = jax.tree.flatten(tree)
     samples, (mine, _) = parts.config.sample.samples, own_rows(n, parts.mesh)
@@ -97,10 +97,10 @@ def place_scored(tree: Any, scored: Scored, n: int, parts: Parts) -> Any:
     return place_rows(jax.tree.unflatten(structure, out), n, parts.mesh)
 
 
-def with_asked(
+def add_policy_values(
     scored: Scored, asked: Mapping[str, Array], components: Sequence[Component], parts: Parts
 ) -> Scored:
-    """The verdicts with the values [Q, G] of the components that asked the policy."""
+    """Return what was scored with the values [Q, G] of components that ask the policy added."""
     if not asked:
         return scored
     n = len(next(iter(asked.values())))
@@ -115,7 +115,7 @@ def with_asked(
 
 
 def weigh(rewards: Array, weights: tuple[Column, ...]) -> tuple[Array, Array]:
-    """Columns [Q, G, K] → the rewards [Q, G], and what they are without penalties."""
+    """Return the weighted sums of the columns [Q, G, K]: rewards [Q, G], and rewards without penalties."""
     sums: dict[bool, Array] = {}
     for k, column in enumerate(weights):
         value = rewards[..., k] if column.weight == 1.0 else column.weight * rewards[..., k]
@@ -124,11 +124,11 @@ def weigh(rewards: Array, weights: tuple[Column, ...]) -> tuple[Array, Array]:
     return (paid + sums[True] if True in sums else paid), paid
 
 
-def earned(drawn: Drawn, config: ExperienceConfig) -> tuple[Array, Array, Array, Array]:
-    """Return all columns [Q, G, K], the rewards [Q, G], what they are without penalties, and which of them
-    are finite.
+def total_rewards(drawn: Drawn, config: ExperienceConfig) -> tuple[Array, Array, Array, Array]:
+    """Return all columns [Q, G, K], the rewards [Q, G], rewards without penalties, and which are finite.
 
-    A reward that is not finite is replaced by the mean of the others. It is not learned from: see user.py.
+    A reward that is not finite is replaced by the mean of the others and is not learned from (see
+    rewards/user.py).
     """
     each = drawn.graded
     if drawn.asked:
@@ -141,12 +141,12 @@ def earned(drawn: Drawn, config: ExperienceConfig) -> tuple[Array, Array, Array,
 
 @partial(jax.jit, static_argnames=("config",))
 def select(pool: tuple[Drawn, ...], *, config: ExperienceConfig) -> tuple[Drawn, Array]:
-    """Return Q questions of one or two batches, first those that `kept_responses` keeps, in the order in
+    """Return Q questions of one or two batches, first those that `learnable_responses` keeps, in the order in
     which they were drawn; and how many of the Q it keeps, int32 [].
     """
     drawn: Drawn = jax.tree.map(lambda *x: jnp.concatenate(x), *pool)
-    _, total, unshaped, finite = earned(drawn, config)
-    usable, _ = kept_responses(finite, total, unshaped, None, config.advantage)
+    _, total, unshaped, finite = total_rewards(drawn, config)
+    usable, _ = learnable_responses(finite, total, unshaped, None, config.advantage)
     kept, size = usable.any(-1), len(pool[0].graded)
     order = jnp.argsort(~kept, stable=True)[:size]
     return by_rows(jax.tree.map(lambda x: x[order], drawn)), jnp.minimum(kept.sum(), size)
@@ -165,8 +165,8 @@ def make_experience(
     scalars, over tokens or responses.
     """
     advantage, kl, loss, rollout = config.advantage, config.kl, config.loss, drawn.rollout
-    each, total, unshaped, finite = earned(drawn, config)
-    usable, stats = kept_responses(finite, total, unshaped, least_spread, advantage)
+    each, total, unshaped, finite = total_rewards(drawn, config)
+    usable, stats = learnable_responses(finite, total, unshaped, least_spread, advantage)
     learned = rollout.mask & usable[..., None]
     each = jnp.where(usable[..., None], each, 0.0)
     terms = [(column.weight, each[..., k]) for k, column in enumerate(config.columns)]
@@ -178,7 +178,7 @@ def make_experience(
         adv = jnp.where(learned, adv, 0.0)
     sampler = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
     gap = jnp.where(rollout.mask, assessment.logprobs - sampler, 0.0)
-    stats |= compared | assessed(rollout.mask, assessment, gap) | {"unlearned": 1 - usable.mean()}
+    stats |= compared | assessment_metrics(rollout.mask, assessment, gap) | {"unlearned": 1 - usable.mean()}
     if (places := drawn.places) is not None:
         samples = usable.shape[1]
         place = lambda row: places[row // samples] * samples + row % samples
@@ -200,12 +200,14 @@ def make_experience(
     return by_rows(experience), stats
 
 
-def kept_responses(
+def learnable_responses(
     finite: Array, total: Array, unshaped: Array, least_spread: Array | None, config: AdvantageConfig
 ) -> tuple[Array, dict[str, Array]]:
-    """Which responses bool [Q, G] are learned from: those whose reward is `finite` and, if samples are
-    compared, those of questions of which all are; not those of questions that `drop_equal_groups` or
-    `spread` drops. total, unshaped [Q, G]: the rewards, and what they are without penalties.
+    """Return which responses are learned from, bool [Q, G], and metrics.
+
+    The reward must be `finite`; if the estimator compares samples, those of all samples of the question. The
+    questions that `drop_equal_groups` or `spread` drops are left out. total, unshaped [Q, G]: rewards, and
+    rewards without penalties.
     """
     usable, dropped, stats = finite, jnp.zeros(len(finite), bool), {}
     if config.estimator in GROUP_ESTIMATORS:
@@ -223,14 +225,13 @@ def kept_responses(
     return usable & ~dropped[:, None], stats
 
 
-BEFORE = 5  # steps of which `SpreadConfig`'s running mean begins as the mean
+BEFORE = 5  # The running mean of `SpreadConfig` begins as the mean of this many steps.
 
 
 def mean_spread(config: SpreadConfig | None, history: Sequence[Mapping[str, Any]], step: int) -> float:
-    """The running mean of `spread` before step `step`, which is 1, 2, …; 0 as long as nothing is left out.
+    """Return the running mean of `spread` before step `step`, which is 1, 2, …; 0 before `config.start`.
 
-    `history`: the records of the steps before, the last one last. They alone determine it: so a resumed run
-    is the same run.
+    It depends on `history` alone, the records of earlier steps, so a resumed run continues exactly.
     """
     if config is None or step < config.start:
         return 0.0
@@ -241,8 +242,10 @@ def mean_spread(config: SpreadConfig | None, history: Sequence[Mapping[str, Any]
     return config.ema * last["spread_mean"] + (1 - config.ema) * last["spread"]
 
 
-def assessed(mask: Array, assessment: Assessment, gap: Array) -> dict[str, Array]:
-    """Scalars of the assessment, over tokens in the mask; `gap`: its log-probs less the sampler's."""
+def assessment_metrics(mask: Array, assessment: Assessment, gap: Array) -> dict[str, Array]:
+    """Return scalars of the assessment over the tokens in the mask. `gap`: its log-probs minus the sampler's,
+    [Q, G, R].
+    """
     n = jnp.maximum(mask.sum(), 1)
     entropy = jnp.where(mask, assessment.entropy, 0.0)
     mean_entropy = entropy.sum(-1) / jnp.maximum(mask.sum(-1), 1)
@@ -250,7 +253,7 @@ def assessed(mask: Array, assessment: Assessment, gap: Array) -> dict[str, Array
         "entropy": entropy.sum() / n,
         "sampler_gap": jnp.abs(gap).max(),  # max |Δ log-prob| between sampler and trainer
         "sampler_ratio_far": (jnp.abs(jnp.exp(gap) - 1) > 0.1).sum() / n,
-        # places in the batch of the responses that the monitors name
+        # places of the responses that alarms show as examples
         "row/sampler_ratio_far_high": jnp.abs(gap).max(-1).argmax(),
         "row/entropy_high": mean_entropy.argmax(),
         "row/entropy_low": mean_entropy.argmin(),

@@ -1,7 +1,7 @@
-"""The loop around any kind of training: resume, compile, evaluate; then step, evaluate, record, save, stop.
+"""The loop of every training: resume, compile, evaluate; then step, evaluate, record, save, until the end.
 
-A `Job` says what a step is, what it logs and what evaluation reads. Reinforcement learning (train.py) and
-fine-tuning (sft.py) each make one; everything that a run writes is written from here.
+A `Job` defines the step, its logs and the policy that is evaluated. Reinforcement learning (train.py) and
+fine-tuning (sft.py) each make one. Everything that a run writes is written here.
 """
 
 import time
@@ -32,45 +32,45 @@ from medrlvr_jax.types import Experience, Params, TrainState
 
 Callback = Callable[[int, dict[str, Any]], Any]
 
-MAX_SKIPS = 3  # steps in a row with an update that was not finite, after which a run stops
+MAX_SKIPS = 3  # A run stops after this many steps in a row with an update that was not finite.
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives to the loop."""
+    """The result of a step, for the loop."""
 
     state: TrainState
-    metrics: dict[str, Any]  # of this step: its line of metrics.jsonl
-    learned: Experience  # the rows learned from: dumped where an update was not finite
-    # rows for other files, named in `log.LOGS`
+    metrics: dict[str, Any]  # the step's line of metrics.jsonl
+    learned: Experience  # the rows learned from: written to a file if an update was not finite
+    # lines for other files, by their names in `log.LOGS`
     logs: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     notices: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Job:
-    """One kind of training, as the loop needs it."""
+    """A training, as the loop needs it."""
 
-    command: str  # "train" or "sft": the command line that goes on with the run
+    command: str  # "train" or "sft": the command that resumes the run
     parts: Parts
     steps: int
-    # what is trained on, and its tokens: compared with inputs.json on resuming
+    # the training data and its tokens: compared with inputs.json when a run resumes
     rows: tuple[list[Any], list[Any]]
-    sets: dict[str, Encoded]  # what is evaluated, by name
-    state: TrainState  # at the start
+    sets: dict[str, Encoded]  # the sets to evaluate, by name
+    state: TrainState  # before the first step
     # (state, 0-based step, the last records) → result
     step: Callable[[TrainState, int, log.Records], StepResult]
-    policy: Callable[[TrainState], Params]  # what evaluation reads: the sampler's parameters
-    programs: Sequence[Program]  # what steps and evaluations call: compiled before the first step
-    prepare: Callable[[int], None]  # begins to prepare the images of a batch, given its number
-    # (folder, steps done, progress), before the first step of each start
+    policy: Callable[[TrainState], Params]  # the sampler's parameters, for evaluation
+    programs: Sequence[Program]  # all that steps and evaluations call: compiled before the first step
+    prepare: Callable[[int], None]  # starts to prepare the images of the batch with this number
+    # called before the first step of each start, with the folder, the number of steps done and a progress bar
     begin: Callable[[Path, int, ShowProgress], None] | None = None
     notices: Sequence[str] = ()  # about the data, for the console
-    rewards: Sequence[dict[str, Any]] = ()  # the callables that pay, for inputs.json
+    rewards: Sequence[dict[str, Any]] = ()  # the user's reward functions, for inputs.json
 
 
 class Session(NamedTuple):
-    """What is open while a run goes on."""
+    """The resources that are open during a run."""
 
     run: log.Run
     compiles: Compiles
@@ -81,8 +81,9 @@ class Session(NamedTuple):
 def run_job(job: Job, callbacks: Callback | Sequence[Callback] = ()) -> dict[str, Any]:
     """Run or resume a job to its last step, or until a callback or a signal stops it.
 
-    Returns the summary (`log.Run.finish`). Raises `Diverged` where updates are not finite in `MAX_SKIPS`
-    steps in a row or nothing is learned from the rewards any more, after saving a checkpoint.
+    Returns the summary (`log.Run.finish`). If updates are not finite in `MAX_SKIPS` steps in a row, or if
+    the rewards have taught nothing for `log.stop_constant` steps, it saves a checkpoint and raises
+    `Diverged`.
     """
     config = job.parts.config
     with (
@@ -97,7 +98,7 @@ def run_job(job: Job, callbacks: Callback | Sequence[Callback] = ()) -> dict[str
                 job.begin(run.path, done, run.progress)
             run.notify(compile_ahead(job.programs, job.parts, run.progress))
             run.check_signals()
-        if not run.stopping:  # else nothing would be saved of what is done from here on
+        if not run.stopping:
             session = Session(run, compiles, profile, checkpoints)
             take_steps(job, session, state, done, skips, [callbacks] if callable(callbacks) else callbacks)
         checkpoints.close()
@@ -105,14 +106,16 @@ def run_job(job: Job, callbacks: Callback | Sequence[Callback] = ()) -> dict[str
 
 
 def fingerprints(job: Job) -> dict[str, Any]:
-    """Hashes of all questions or rows that the run reads, for its logs."""
+    """Return hashes of all sets that the run reads, for its logs."""
     sets = {f"eval.{name}": encoded.questions for name, encoded in job.sets.items()}
     return {name: fingerprint(rows) for name, rows in ({"train": job.rows[0]} | sets).items()}
 
 
 def resume(job: Job, run: log.Run, checkpoints: Checkpoints) -> tuple[TrainState, int, int]:
-    """The state of the newest checkpoint, its step, and how many of the last steps were skipped; the job's
-    start and zeros where there is none. Refuses inputs that have changed since (`inputs.check`).
+    """Return the state of the newest checkpoint, its step, and how many of the last steps in a row skipped
+    an update; or the job's state and zeros if there is no checkpoint.
+
+    Raises `ConfigError` if the run's inputs have changed since it began (`inputs.check`).
     """
     config = job.parts.config
     sets: inputs.Sets = {"data": (config.data, *job.rows)}
@@ -122,11 +125,8 @@ def resume(job: Job, run: log.Run, checkpoints: Checkpoints) -> tuple[TrainState
     state, done = checkpoints.restore(job.state)
     skips = run.resume(done)
     changed = [f"accepted a changed input: {line}" for line in accepted]
-    for text in [
-        *job.notices,
-        *changed,
-        *(f"eval.sets.{name}: {encoded.how_read}" for name, encoded in job.sets.items()),
-    ]:
+    how_read = [f"eval.sets.{name}: {encoded.how_read}" for name, encoded in job.sets.items()]
+    for text in [*job.notices, *changed, *how_read]:
         run.notify(text)
     return state, done, skips
 
@@ -134,7 +134,7 @@ def resume(job: Job, run: log.Run, checkpoints: Checkpoints) -> tuple[TrainState
 def take_steps(
     job: Job, session: Session, state: TrainState, done: int, skips: int, callbacks: Sequence[Callback]
 ) -> None:
-    """The steps after `done`, each recorded and, where it is due, evaluated and saved."""
+    """Take the steps after `done`. Record each, and evaluate and save the policy when it is due."""
     run, checkpoints, every = session.run, session.checkpoints, job.parts.config.checkpoint.every
     history = run.history(monitors.WINDOW)
     if done == 0 and job.sets:
@@ -165,9 +165,12 @@ def take_steps(
 def take_step(
     job: Job, session: Session, state: TrainState, n: int, history: log.Records, first: bool
 ) -> StepResult:
-    """Step n, timed and, where due, evaluated. Reports compilations: there are none after the first."""
+    """Take step n, measure its time and evaluate the policy if it is due.
+
+    No program should be compiled after the `first` step of a process, so later compilations are reported.
+    """
     run, compiles = session.run, session.compiles
-    compiles.drain()  # what a checkpoint or a dump compiled is not the step's
+    compiles.drain()  # forget what checkpoints have compiled
     if not first:
         compiles.explain_cache_misses()
     session.profile.before_step(n)
@@ -191,20 +194,20 @@ def take_step(
 
 
 def learning_rates(job: Job, n: int) -> dict[str, float]:
-    """The learning rate of step n's last update, of each learner that has one."""
-    config, tuned = job.parts.config, job.command == "sft"
-    learners = {"policy": (config.learn.policy, 0 if tuned else config.learn.critic_warmup)}
-    learners |= {} if tuned else {"critic": (config.learn.critic, 0)}
+    """Return the learning rate of the last update in step n, for each learner that was updated."""
+    config, is_sft = job.parts.config, job.command == "sft"
+    learners = {"policy": (config.learn.policy, 0 if is_sft else config.learn.critic_warmup)}
+    learners |= {} if is_sft else {"critic": (config.learn.critic, 0)}
     out = {}
-    for name, (optimizer, waits) in learners.items():
-        if optimizer and n > waits:
-            rate = learning_rate(optimizer, count_updates(config, job.steps - waits))
-            out[f"{name}/learning_rate"] = float(np.asarray(rate(count_updates(config, n - waits) - 1)))
+    for name, (optimizer, warmup) in learners.items():
+        if optimizer and n > warmup:
+            rate = learning_rate(optimizer, count_updates(config, job.steps - warmup))
+            out[f"{name}/learning_rate"] = float(np.asarray(rate(count_updates(config, n - warmup) - 1)))
     return out
 
 
 def record(run: log.Run, n: int, result: StepResult) -> None:
-    """Write the step's logs; report a reward that failed; dump the rows of an update that was not finite."""
+    """Write the logs of step n. Report a reward function that failed and an update that was not finite."""
     metrics, logs = result.metrics, result.logs
     if errors := [row["reward_error"] for row in logs.get("samples", []) if "reward_error" in row]:
         failed, unlearned = f"{metrics['reward_failed']:.1%}", f"{metrics['unlearned']:.1%}"
@@ -212,31 +215,26 @@ def record(run: log.Run, n: int, result: StepResult) -> None:
         where = f"they are in samples.jsonl. The first: {errors[0]}"
         run.notify(f"step {n}: the reward failed on {share}; {where}")
     if log.has_skipped(metrics):
-        path = dump(run.path, n, result.learned)
-        run.notify(f"step {n}: an update was not finite, and skipped; its rows are in {path}")
+        path = save_rows(run.path, n, result.learned)
+        run.notify(f"step {n}: an update was not finite and was skipped; its rows are in {path}")
     with jax.profiler.TraceAnnotation("log"):
         run.record(n, metrics, **logs)
 
 
 def why_diverged(job: Job, n: int, metrics: dict[str, Any], skips: int) -> str | None:
-    """Why a run must not go on after step n, and the remedy; None where it may."""
+    """Return why the run must stop after step n, and the remedy; None if it may continue."""
     if skips >= MAX_SKIPS:
-        remedy = (
-            "lower the rates or learn.*.clip_norm, look into the rows, and start again under another name="
-        )
+        remedy = "lower the learning rates or learn.*.clip_norm, and start again with another name="
         return f"{MAX_SKIPS} steps in a row had updates that were not finite; {remedy}"
     if n < job.steps and monitors.has_stalled(metrics, job.parts.config):
-        remedy = (
-            "look at samples.jsonl, and mend prompt, format, rewards or rates; "
-            "log.stop_constant=0 goes on regardless"
-        )
+        remedy = "look at samples.jsonl, and change prompt, rewards or rates; log.stop_constant=0 never stops"
         idle = f"nothing was learned from the rewards in {metrics['monitor/constant_reward']} steps in a row"
         return f"{idle}; {monitors.explain_idle(metrics, job.parts.config)}: {remedy}"
     return None
 
 
-def dump(folder: Path, step: int, rows: Experience) -> Path:
-    """Write the rows of a step to `skipped/<step>.npz`, an array for each of `Experience`'s."""
+def save_rows(folder: Path, step: int, rows: Experience) -> Path:
+    """Write the arrays of a step's `Experience` to `skipped/<step>.npz`, and return its path."""
     path = folder / "skipped" / f"{step}.npz"
     arrays = jax.tree.leaves_with_path(process_allgather(rows, tiled=True))
     if jax.process_index() == 0:

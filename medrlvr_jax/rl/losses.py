@@ -1,21 +1,21 @@
-"""What is minimised: the policy's surrogate, the critic's squared error, the SFT negative log-likelihood.
+"""The losses: the policy's surrogate, the critic's squared error, the negative log-likelihood of SFT.
 
-Every loss and metric is a `Mean(total, count)`: total is a sum over rows, count a sum over rows that no
-parameter moves. So the gradients of `total` add over micro-batches, and one division by the summed count
-gives the step's gradient, however it was split.
+Every loss and metric is a `Mean(total, count)`. Both are sums over rows, and the count does not depend on the
+parameters. So gradients of the total can be summed over micro-batches, and one division by the summed count
+gives the step's gradient, however the rows were split.
 
-Where systems differ, this file does so:
+Where systems differ, this file does the following:
 
 1. `aggregate` is over the minibatch: token_mean as Med-RLVR, DAPO and OpenRLHF; sequence_mean as GRPO and
    GSPO; constant as Dr.GRPO, by sequences · max_new_tokens. The KL term and the entropy bonus are aggregated
    as the surrogate is.
 2. The critic's loss is always a mean over tokens. Metrics are means over tokens too, except `surrogate`.
-3. CISPO caps the ratio at 1 + clip_high and leaves it free below, as its paper ran it (TRL's cap 5 is
-   clip_high 4).
-4. KL values are not clamped (verl: ±10); only exponents are, at e²⁰.
+3. CISPO caps the ratio at 1 + clip_high and has no lower bound, as in its paper's experiments (TRL's cap of
+   5 is clip_high 4).
+4. KL values are not clamped (verl clamps them to ±10); only exponents are, at 20.
 
-Arrays are [Q, G, R]: questions, samples of each, response columns. What padding holds, NaN included, reaches
-neither value nor gradient.
+Arrays are [Q, G, R]: questions, samples of each, response columns. The content of padding, even NaN,
+affects neither values nor gradients.
 """
 
 import jax
@@ -29,13 +29,13 @@ Metrics = dict[str, Mean]
 
 
 def token_mean(x: Array, mask: Array) -> Mean:
-    """The mean of x over the tokens of the mask, undivided."""
+    """Return the mean of x over the tokens of the mask, as a sum and a count."""
     return Mean(jnp.where(mask, x, 0.0).sum(), mask.sum().astype(jnp.float32))
 
 
 def aggregate(x: Array, mask: Array, how: str, max_new_tokens: int) -> Mean:
-    """From a loss per token [..., R] to one number, xₜ being the loss of token t and |o| the tokens of
-    response o:
+    """Reduce a loss per token [..., R] to one number. xₜ is the loss of token t and |o| the number of tokens
+    of response o:
 
     token_mean     Σₒ Σₜ xₜ / Σₒ |o|
     sequence_mean  Σₒ (Σₜ xₜ / |o|) / (number of responses with tokens)
@@ -55,11 +55,10 @@ def aggregate(x: Array, mask: Array, how: str, max_new_tokens: int) -> Mean:
 
 
 def sequence_log_ratio(log_ratio: Array, mask: Array) -> Array:
-    """GSPO (arXiv 2507.18071): every token gets log s = (1/|o|)·Σₜ log ρₜ as value, and keeps the gradient of
-    its own log ρₜ.
+    """Return GSPO's log-ratio of each token [..., R] (arXiv 2507.18071): its value is log s = (1/|o|)·Σₜ log
+    ρₜ, its gradient that of the token's own log ρₜ.
 
-    [..., R] → [..., R]. With one advantage per response this is GSPO's gradient; with one per token it is the
-    paper's GSPO-token.
+    With one advantage per response this is GSPO's gradient; with one per token it is the paper's GSPO-token.
     """
     length = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
     mean = jnp.where(mask, log_ratio, 0.0).sum(axis=-1, keepdims=True) / length
@@ -67,11 +66,11 @@ def sequence_log_ratio(log_ratio: Array, mask: Array) -> Array:
 
 
 def clip_surrogate(ratio: Array, advantages: Array, loss: LossConfig) -> Array:
-    """PPO (arXiv 1707.06347), per token: min(ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A), to be maximised.
-    Elementwise.
+    """Return PPO's surrogate of each token, which is maximised (arXiv 1707.06347):
+    min(ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A).
 
-    `ratio_cap` δ puts min(ρ, δ) for the unclipped ρ (TRL); `dual_clip` c takes max(·, c·A) where A < 0 (arXiv
-    1912.09729). Both bound what a grown ratio costs where A < 0, and c = δ ≥ 1 + ε_high are one and the same.
+    `ratio_cap` δ replaces the unclipped ρ by min(ρ, δ) (TRL). `dual_clip` c takes max(·, c·A) where A < 0
+    (arXiv 1912.09729). Both bound the loss of a large ratio where A < 0; c = δ ≥ 1 + ε_high are the same.
     """
     free = ratio if loss.ratio_cap is None else jnp.minimum(ratio, loss.ratio_cap)
     clipped = jnp.clip(ratio, 1 - loss.clip_low, 1 + loss.clip_high)
@@ -82,7 +81,9 @@ def clip_surrogate(ratio: Array, advantages: Array, loss: LossConfig) -> Array:
 
 
 def cispo_surrogate(logprobs: Array, ratio: Array, advantages: Array, loss: LossConfig) -> Array:
-    """CISPO (arXiv 2506.13585), per token: sg(min(ρ, 1 + ε_high))·A·log π; no token loses its gradient."""
+    """Return CISPO's surrogate of each token, sg(min(ρ, 1 + ε_high))·A·log π (arXiv 2506.13585). Unlike
+    PPO's, it keeps the gradient of every token.
+    """
     return jax.lax.stop_gradient(jnp.minimum(ratio, 1 + loss.clip_high)) * advantages * logprobs
 
 
@@ -95,21 +96,25 @@ def policy_loss(
     kl_coef: Array,
     max_new_tokens: int,
 ) -> tuple[Mean, Metrics]:
-    """−surrogate(ρ, A) + β·k(log π, log π_ref) − c·H per token, aggregated; ρ = π / π_old, the old being
-    `experience.logprobs`.
+    """Return the aggregate of −surrogate(ρ, A) + β·k(log π, log π_ref) − c·H over tokens, and metrics. The
+    ratio is ρ = π / π_old with log π_old = `experience.logprobs`.
 
-    logprobs, entropy [Q, G, R] of the policy that learns: gradients flow through these two alone. The KL term
-    is there if `kl.into` is loss and the experience has a reference. Where the experience has
-    `sampler_weights` (min(π_old / π_sampler, cap): truncated importance sampling, Ionides 2008, for rollouts
-    drawn from other weights), they multiply the surrogate; the KL term and the entropy bonus stay. Metrics:
-    `sampler_weight`, their mean; `surrogate`; `ratio`; `ratio_far`, the share of tokens with ρ outside [0.9,
-    1.1]; `clip_low` and `clip_high`, the shares at which a bound took the gradient away (CISPO: cut the
-    ratio); `approx_kl`, k3 of KL(π_old ‖ π); `kl_ref`, by `kl.estimator`, if there is a reference; `entropy`
-    in nats.
+    logprobs, entropy [Q, G, R]: of the policy that learns; only they have gradients. The KL term needs
+    `kl.into: loss` and a reference. If the experience has `sampler_weights`, which are min(π_old / π_sampler,
+    cap) for rollouts drawn from other weights (truncated importance sampling, Ionides 2008), they multiply
+    the surrogate, but neither the KL term nor the entropy bonus. Metrics:
+
+    sampler_weight       mean of these weights
+    surrogate, ratio     their means
+    ratio_far            share of tokens with ρ outside [0.9, 1.1]
+    clip_low, clip_high  shares of tokens whose gradient a bound removes (CISPO: whose ratio it caps)
+    approx_kl            k3 estimate of KL(π_old ‖ π)
+    kl_ref               by `kl.estimator`, if there is a reference
+    entropy              nats per token
     """
     mask = experience.mask
-    # Padding becomes 0 before any arithmetic: a NaN that is masked afterwards would still reach the gradient
-    # as 0 · NaN.
+    # Padding becomes 0 before any arithmetic: a NaN that is masked afterwards would reach the gradient as
+    # 0 · NaN.
     new, old, advantages, entropy = (
         jnp.where(mask, x, 0.0) for x in (logprobs, experience.logprobs, experience.advantages, entropy)
     )
@@ -147,11 +152,12 @@ def policy_loss(
 
 
 def value_loss(values: Array, experience: Experience, loss: LossConfig) -> tuple[Mean, Metrics]:
-    """½·max((V − R)², (clip(V, V_old ± ε) − R)²) per token, mean over tokens; `value_clip` None: ½·(V − R)².
+    """Return the mean over tokens of ½·max((V − R)², (clip(V, V_old ± ε) − R)²), or of ½·(V − R)² if
+    `value_clip` is None; and metrics.
 
-    values [Q, G, R] of the critic that learns; the experience needs values (V_old) and returns (R). Metrics:
-    `value_clip`, the share of tokens whose gradient the bound took away, and what `explained_variance` needs:
-    `value`, `return`, `return_square`, `value_error` = mean (R − V)².
+    values [Q, G, R]: of the critic that learns. The experience needs values (V_old) and returns (R). Metrics:
+    `value_clip`, the share of tokens whose gradient the bound removes; and for `explained_variance` the means
+    `value`, `return`, `return_square` and `value_error` = (R − V)².
     """
     if experience.values is None or experience.returns is None:
         raise ValueError("no values or no returns: a critic learns only where advantage.estimator is gae")
@@ -173,11 +179,11 @@ def value_loss(values: Array, experience: Experience, loss: LossConfig) -> tuple
 
 
 def explained_variance(metrics: Metrics) -> Array:
-    """1 − E[(R − V)²] / Var[R] from `value_loss`'s metrics, summed: 1 is a perfect critic, 0 one that knows
-    E[R].
+    """Return 1 − E[(R − V)²] / Var[R] from the summed metrics of `value_loss`: 1 for a perfect critic, 0 for
+    one that predicts E[R].
 
-    0 if R is constant up to the rounding of Var[R], which is a difference of two float32 numbers as large as
-    E[R²].
+    It is 0 if R is constant up to the rounding of Var[R], which is a difference of two float32 numbers as
+    large as E[R²].
     """
     square = metrics["return_square"].value()
     variance, rounding = square - metrics["return"].value() ** 2, 1e-6 + 1e-5 * square
@@ -186,6 +192,8 @@ def explained_variance(metrics: Metrics) -> Array:
 
 
 def nll_loss(logprobs: Array, mask: Array) -> tuple[Mean, Metrics]:
-    """−log π of the targets, mean over tokens. logprobs, mask [..., R]; `nll` is the same, in nats."""
+    """Return the mean of −log π over the targets' tokens, and the same as metric `nll`, in nats. logprobs,
+    mask [..., R].
+    """
     nll = token_mean(-logprobs, mask)
     return nll, {"nll": nll}

@@ -18,7 +18,7 @@ from medrlvr_jax.rollout.sync import WeightSync, make_weight_sync
 
 @dataclass(frozen=True)
 class Programs:
-    """The jitted functions of a training; made once, since each new partial would compile anew."""
+    """The jitted functions of a training. They are made once: a new partial would compile again."""
 
     sync_weights: WeightSync
     generate: Any
@@ -26,13 +26,13 @@ class Programs:
     assess: Any
     make_experience: Any
     learn_policy: Any
-    learn_critic: Any  # None where there is no critic
+    learn_critic: Any  # None without a critic
     policy_tx: Any
     critic_tx: Any
-    policy_rewards: Mapping[str, PolicyReward]  # by the name of the component
+    policy_rewards: Mapping[str, PolicyReward]  # by the component's name
 
     def wrapped(self, wrap: Callable[[str, Any], Any]) -> "Programs":
-        """The same with `wrap(name, function)` in place of each function: to time calls, or record them."""
+        """Return the same with `wrap(name, function)` in place of each function, to time or record calls."""
         names = ("generate", "select", "assess", "make_experience", "learn_policy", "learn_critic")
         functions = {name: getattr(self, name) for name in names}
         wrapped = {name: wrap(name, function) for name, function in functions.items() if function}
@@ -43,7 +43,10 @@ class Programs:
 
 
 def make_programs(parts: Parts, steps: int) -> Programs:
-    """Nothing is compiled yet. Schedules end with the run; while the critic warms up, the policy's waits."""
+    """Make the functions of a training of `steps` steps. Nothing is compiled yet.
+
+    The schedules of learning rates end with the run. The policy's begins after the critic's warm-up.
+    """
     config = parts.config
     check_rl(config)
     updates = build.count_updates(config, steps - config.learn.critic_warmup)

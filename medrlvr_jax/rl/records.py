@@ -1,6 +1,4 @@
-"""What a training step leaves on record: metrics, samples, pass counts and alarms, gathered from all
-processes.
-"""
+"""The records of a training step, gathered from all processes: metrics, samples, pass counts and alarms."""
 
 import textwrap
 from itertools import chain
@@ -19,11 +17,11 @@ from medrlvr_jax.rl.losses import explained_variance
 from medrlvr_jax.rollout.rollout import Scored
 from medrlvr_jax.types import Mean
 
-MAX_FAILED = 16  # completions of a process and step on which the user's reward failed that are logged
+MAX_FAILED = 16  # logged completions of a process and step on which the user's reward failed
 
 
 def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
-    """One flat record of a step: the rollout's shares and means, then `policy/…` and `critic/…`."""
+    """Return the metrics of a step: shares and means of the rollout, then `policy/…` and `critic/…`."""
     v = scored.verdicts
     failed = np.isnan(v.reward)
     rows = {
@@ -40,7 +38,7 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
     rows |= {f"reward/{name}": np.where(failed, 0, column) for name, column in v.reported_components.items()}
     rows |= v.row_metrics
     totals = gather({name: float(column.sum()) for name, column in rows.items()})  # of each process
-    # A process without rows cannot tell that stages are none.
+    # A process without rows does not know whether stages are missing, so it names them.
     common = [name for name in rows if all(name in total for total in totals)]
     sums = {name: sum(total[name] for total in totals) for name in common}
     n = int(sums.pop("completions"))
@@ -52,7 +50,7 @@ def summarise(stats: dict[str, Any], scored: Scored) -> dict[str, float]:
 
 
 def scalars(stats: dict[str, Any]) -> dict[str, float]:
-    """The device's part of the record; `stats` on the host."""
+    """Return the metrics that the device has computed; `stats` are already on the host."""
     out = {}
     if stats.get("critic") is not None:
         means = {name: Mean(*mean) for name, mean in stats["critic"].items()}
@@ -65,10 +63,10 @@ def scalars(stats: dict[str, Any]) -> dict[str, float]:
     return out
 
 
-def tell(
+def describe_alarms(
     alarms: list[monitors.Alarm], scored: Scored, metrics: dict[str, float], config: Config
 ) -> list[str]:
-    """Each alarm in words, with the rows that show it best, from whichever processes have them."""
+    """Return a message for each alarm, with the rows of all processes that show it best."""
 
     def examples(alarm: monitors.Alarm) -> list[list[Any]]:
         rows = monitors.example_rows(alarm, scored, metrics, config.sample.samples)
@@ -98,8 +96,8 @@ def samples(parts: Parts, scored: Scored, n: int, step: int) -> list[dict[str, A
     return sorted(chain.from_iterable(gather(rows)), key=lambda r: r["row"])
 
 
-def passes(scored: Scored, samples: int) -> dict[str, Any]:
-    """For questions.jsonl: how many samples of each question were right (`medrlvr difficulty --history`)."""
+def pass_counts(scored: Scored, samples: int) -> dict[str, Any]:
+    """Return the line of questions.jsonl: how many samples of each question were right."""
     questions, correct = (scored.places // samples).tolist(), scored.verdicts.correct.tolist()
     rows = [(place, q.id, ok) for place, q, ok in zip(questions, scored.questions, correct, strict=True)]
     right: dict[tuple[int, str], int] = {}

@@ -40,11 +40,11 @@ from medrlvr_jax.rewards.components import Component
 from medrlvr_jax.rl.experience import (
     Drawn,
     ExperienceConfig,
+    add_policy_values,
     experience_settings,
     host_columns,
     mean_spread,
     place_scored,
-    with_asked,
 )
 from medrlvr_jax.rl.learn import adapt_kl
 from medrlvr_jax.rl.programs import Programs
@@ -128,10 +128,10 @@ def train_step(
     least = spread and jax.device_put(jnp.float32(spread.beta * mean), sharding.replicated(parts.mesh))
     after, stats, batches, experience = five_parts(training, state, batch_of, max_batches, shuffle, least)
     responses = config.sample.questions * config.sample.samples
-    scored = [with_asked(part, asked, training.components, parts) for part, asked in batches]
+    scored = [add_policy_values(part, asked, training.components, parts) for part, asked in batches]
     scored = join_scored(scored, responses)
-    if config.kl.target is not None:
-        coef = adapt_kl(state.kl_coef, stats["kl_response"], responses, config.kl)
+    if (target := config.kl.target) is not None:
+        coef = adapt_kl(state.kl_coef, stats["kl_response"], responses, target, config.kl.horizon)
         after = dataclasses.replace(after, kl_coef=coef)
     stats |= {"kl_coef": state.kl_coef} | ({"spread_mean": mean} if mean else {})
     if max_batches > 1:

@@ -1,5 +1,5 @@
-"""Training by reinforcement learning, PPO or GRPO by what the config holds (step.py has the method): what is
-read, checked and loaded before the first step, and what a step leaves on record.
+"""Training by reinforcement learning: what is read, checked and loaded before the first step, and what is
+recorded of a step. The step itself is in step.py.
 """
 
 import dataclasses
@@ -54,27 +54,26 @@ def train(
     data: Records | str | Path | None = None,
     callbacks: Callback | Sequence[Callback] = (),
 ) -> dict[str, Any]:
-    """Run or resume a training by PPO, GRPO or their kin, as `config` says; writes `runs/<name>/` as `medrlvr
-    train` does.
+    """Run or resume a training by PPO, GRPO or a relative. It writes `runs/<name>/` as `medrlvr train` does.
 
-    `rewards`: what pays in place of `config.reward`'s rule: a callable, or a list of callables and of pairs
-    (callable, weight), whose weighted values are added; of several, each has a metric `reward/<name>` (`f`,
-    then `f_2`), its mean before the weight. Each is called with lists of N texts by keyword, those of
-    `completions`, `keys` (letters of the right options), `options` and `questions` that its signature names,
-    and returns N finite numbers. user.py says what follows where it does not. Accuracies and evaluations stay
-    the rule's.
+    `rewards`: one or more reward functions in place of `config.reward`, as a callable or as a list of
+    callables and pairs (callable, weight). Their weighted values are added. If there are several, each has a
+    metric `reward/<name>` (`f`, then `f_2`), its mean before the weight. A function is called with keyword
+    arguments, those of `completions`, `keys` (letters of the right options), `options` and `questions` that
+    its signature names. Each is a list with N items. It returns N finite numbers; rewards/user.py says what
+    happens if it does not. Accuracies and evaluations use the rule.
 
-    `data`: what to train on in place of `config.data.path`: `Question`s, or dicts with the fields of one of
-    the formats in formats.py, in a list or a `datasets.Dataset`; or a path as in `config.data.path`. The
-    other settings of `config.data` hold for it too.
+    `data`: training data in place of `config.data.path`: `Question`s, or dicts with the fields of one of the
+    formats in data/formats.py, in a list or a `datasets.Dataset`; or a path as in `config.data.path`. The
+    other settings of `config.data` apply.
 
     `callbacks`: called as f(step, metrics) after each step, which is 1, 2, …, with the step's line of
-    metrics.jsonl; where one returns True, the run saves a checkpoint and stops.
+    metrics.jsonl. If one returns True, the run saves a checkpoint and stops.
 
-    Returns what summary.json holds; of a run that was stopped before its end, by a callback or by a signal
-    (Ctrl-C), `name`, `steps`, `done` and `exit_status`: the same call goes on from there. Raises
-    `ConfigError` for settings, data and rewards that cannot be used, `RewardError`, `Diverged`,
-    `CheckpointError` and `Unwritable`.
+    Returns the content of summary.json. If a callback or a signal (Ctrl-C) has stopped the run, it returns
+    `name`, `steps`, `done` and `exit_status` instead, and the same call resumes the run. Raises `ConfigError`
+    for settings, data and rewards that cannot be used, `RewardError`, `Diverged`, `CheckpointError` and
+    `Unwritable`.
     """
     check.check_best(config)
     user_components = None if rewards is None else components_from_callables(rewards)
@@ -91,23 +90,25 @@ def train(
     notices = [f"data: {how_read}"]
     if encoded.dropped:
         notices.append(f"{encoded.dropped} questions dropped: longer than prompt.max_tokens")
-    if trap := prefix_conflict(text.response_prefix(parts.tokenizer, config.prompt), config.reward.mode):
-        notices.append("; ".join(trap))
-    asked = {} if user_components else verifier_models.prepare(parts)
-    with stage(f"loading {', '.join(asked)}") if asked else nullcontext():
-        verifiers = verifier_models.load(parts, asked)
+    if conflict := prefix_conflict(text.response_prefix(parts.tokenizer, config.prompt), config.reward.mode):
+        notices.append("; ".join(conflict))
+    prepared = {} if user_components else verifier_models.prepare(parts)
+    with stage(f"loading {', '.join(prepared)}") if prepared else nullcontext():
+        verifiers = verifier_models.load(parts, prepared)
     with (
         start_components(config.reward, user_components, questions, verifiers) as components,
         jax.set_mesh(parts.mesh),
     ):
         with stage(f"loading {config.model.path}"):
-            job = make_job(parts, encoded, sets, components, asked)
+            job = make_job(parts, encoded, sets, components, prepared)
         job = dataclasses.replace(job, notices=notices, rewards=describe_callables(components))
         return run_job(job, callbacks)
 
 
 def check_lengths(parts: Parts, encoded: Encoded) -> None:
-    """Refuse data without a usable question, rows beyond the model's positions, and a warm-up without end."""
+    """Raise `ConfigError` if no question fits, if responses would exceed the model's positions, or if the
+    critic's warm-up takes all steps.
+    """
     config = parts.config
     if not encoded.questions:
         limit = f"prompt.max_tokens = {config.prompt.max_tokens}"
@@ -128,12 +129,11 @@ def make_job(
     components: tuple[Component, ...],
     verifiers: verifier_models.Verifiers | None = None,
 ) -> Job:
-    """The training as the loop runs it; `components` are those of the reward, `verifiers` among them."""
+    """Return the training as the loop runs it. `verifiers` are the models among the reward's components."""
     steps = total_steps(parts.config, len(encoded.questions))
     programs = make_programs(parts, steps)
-    training, state = start(parts, programs, components)
-    # Evaluation is of the policy itself: where rollouts are drawn from int8 weights, it has a sync_weights of
-    # its own.
+    training, state = init_training(parts, programs, components)
+    # Evaluation draws from the policy itself, so it needs another copy of the weights if rollouts use int8.
     sync_weights = (
         programs.sync_weights if parts.sampler_cfg == parts.cfg else make_weight_sync(parts, parts.cfg)
     )
@@ -160,32 +160,31 @@ def make_job(
 
 
 def logged_step(
-    training: "Training",
+    training: Training,
     encoded: Encoded,
     state: TrainState,
     step: int,
     history: Sequence[dict[str, Any]],
 ) -> StepResult:
-    """A step, with its metrics, samples and alarms."""
-    parts = training.parts
-    config = parts.config
+    """Take a step, and collect its metrics, samples and alarms."""
+    parts, config = training.parts, training.parts.config
     state, stats, scored, experience = train_step(training, encoded, state, step, history)
     metrics = records.summarise(stats, scored) | monitors.letter_metrics(scored, config.sample.samples)
     metrics |= monitors.count_idle(metrics, history)
-    lasting, alarms = monitors.count_durations(monitors.find_alarms(metrics, history, config), history)
-    notices = records.tell(alarms, scored, metrics, config)
+    durations, alarms = monitors.count_durations(monitors.find_alarms(metrics, history, config), history)
+    notices = records.describe_alarms(alarms, scored, metrics, config)
     questions = int(metrics["completions"]) // config.sample.samples
     logs = {
         "samples": records.samples(parts, scored, questions, step),
-        "questions": [records.passes(scored, config.sample.samples)],
+        "questions": [records.pass_counts(scored, config.sample.samples)],
     }
-    return StepResult(state, metrics | lasting, experience, logs, notices)
+    return StepResult(state, metrics | durations, experience, logs, notices)
 
 
-def start(
+def init_training(
     parts: Parts, programs: Programs, components: tuple[Component, ...] | None = None
 ) -> tuple[Training, TrainState]:
-    """The learners at their start, and their programs as a step calls them."""
+    """Return the training and its state before the first step."""
     config = parts.config
     components = list_components(config.reward) if components is None else components
     policy, _ = build.init_learner(parts, parts.cfg, programs.policy_tx)

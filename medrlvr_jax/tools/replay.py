@@ -23,7 +23,7 @@ from medrlvr_jax.model_rewards.policy import needs_grey_images
 from medrlvr_jax.model_rewards.probability import fill_baselines
 from medrlvr_jax.rewards.training import start_components
 from medrlvr_jax.rl import records, train
-from medrlvr_jax.rl.experience import with_asked
+from medrlvr_jax.rl.experience import add_policy_values
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rl.step import ask, batch_key, draw, grade, questions_of, train_step
 from medrlvr_jax.rollout.rollout import encode, place_prompts
@@ -57,7 +57,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
     started = start_components(c.reward, questions=encoded.questions, verifiers=verifiers)
     with started as components, jax.set_mesh(parts.mesh):
         programs = make_programs(parts, total_steps(c, len(encoded.questions)))
-        training, state = train.start(parts, programs, components)
+        training, state = train.init_training(parts, programs, components)
         start = training.frozen.base, state.policy.params
         fill_baselines(parts, programs.policy_rewards, start, encoded, run, step, console.progress)
         state, done = restore_before(run / "checkpoints", state, step - 1)
@@ -80,7 +80,7 @@ def replay(run: Path, step: int, row: int, settings: list[str]) -> dict[str, Any
         rollout = draw(training, state, prompts, key)
         graded = grade(training, encoded, index, rollout, key)
         asked = ask(training, state, prompts, rollout, graded.requests)
-        scored = with_asked(graded.scored, asked, components, parts)
+        scored = add_policy_values(graded.scored, asked, components, parts)
     record = records.sample_record(parts, scored, of_batch) | {"row": row}
     drawn = json.loads(json.dumps(record))  # with the types that a log is read with
     logged = next((s for s in samples if s["step"] == step and s["row"] == row), None)
