@@ -1,4 +1,4 @@
-"""What a notebook calls: `import medrlvr_jax as mr` alone, and the same folders as the command line's."""
+"""The Python API: `import medrlvr_jax as mr` is enough, and runs have the same folders as on the command line."""
 
 import ast
 import json
@@ -134,7 +134,7 @@ def test_settings_in_python(folder, tmp_path):  # noqa: F811
 
 
 def test_presets_are_in_the_package_and_found_by_name(tmp_path, monkeypatch):
-    """Where only the package is installed there is no folder `configs`."""
+    """An installed package has no folder `configs`."""
     presets = pathlib.Path(mr.__file__).parent / "configs"
     assert sorted(p.name for p in presets.iterdir()) == sorted(
         p.name for p in (presets.parents[1] / "configs").iterdir()
@@ -148,10 +148,8 @@ def test_presets_are_in_the_package_and_found_by_name(tmp_path, monkeypatch):
         mr.load_config("quickstrat")
 
 
-def test_closures_pay_callbacks_stop_and_the_same_call_goes_on(folder, capsys):  # noqa: F811
-    """In one process, with what is given in Python; the folder is what the command line leaves, and tells
-    what paid.
-    """
+def test_closures_reward_callbacks_stop_and_the_same_call_resumes(folder, capsys):  # noqa: F811
+    """The folder of a run from Python equals that of the command line, and `inputs.json` has the rewards."""
     bonus, seen = 0.25, []
 
     def keyed(keys, options, questions, **_):
@@ -238,7 +236,7 @@ def test_an_interrupt_saves_and_returns_and_another_thread_may_train(folder):  #
     assert results[0]["steps"] == 2
 
 
-def test_rewards_that_fail_cost_rows_or_the_run_and_leave_no_lock(folder):  # noqa: F811
+def test_failing_rewards_exclude_rows_or_end_the_run_without_a_lock(folder):  # noqa: F811
     def odd(completions):
         if any(len(c) % 2 for c in completions):
             raise ValueError("odd")
@@ -288,7 +286,7 @@ def test_rewards_that_cannot_be_called_are_refused(folder, rewards, message):  #
 
 
 def test_rows_given_in_python_are_read_as_those_of_a_file(folder, tmp_path):  # noqa: F811
-    """By the same checks, to the same fingerprint; and fine-tuning takes them too."""
+    """They have the same checks and the same fingerprint, also in fine-tuning."""
     import datasets
 
     file = tmp_path / "rows.jsonl"
@@ -329,7 +327,7 @@ def trained(folder):  # noqa: F811
     return folder / "runs" / "trained"
 
 
-def test_completions_have_the_models_own_log_probs_whatever_else_is_asked(trained, folder):  # noqa: F811
+def test_completions_have_the_models_log_probs_for_any_batch(trained, folder):  # noqa: F811
     model = mr.load_model(trained)
     assert (model.step, model.source, model.architecture.layers, model.mesh.size) == (1, str(trained), 2, 8)
     prompts = ["Question: a?\n", "Question: of several more words?\n", "b"]
@@ -373,7 +371,7 @@ def test_completions_have_the_models_own_log_probs_whatever_else_is_asked(traine
         mr.load_model(trained, step=9)
 
 
-def test_an_evaluation_is_that_of_the_command_line(trained, tmp_path):
+def test_evaluate_equals_the_command_line(trained, tmp_path):
     file = tmp_path / "dev.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:12]))
     assert main("eval", trained, f"eval.sets.dev.path={file}", "--out", tmp_path / "out") == 0

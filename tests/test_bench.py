@@ -1,4 +1,4 @@
-"""The benchmarks run and count what they say; their figures are nobody's to assert."""
+"""The benchmarks run and count correctly. Their times are not asserted."""
 
 import json
 from functools import partial
@@ -25,7 +25,7 @@ def test_a_case_is_one_line_of_json(capsys, monkeypatch):
     assert found["seconds"] > 0 and len(found["generate_s"]) == 1
 
 
-def test_a_slab_of_logits_changes_nothing_but_rounding(capsys):
+def test_logit_slabs_change_only_rounding(capsys):
     lines = bench_slab.main(vocab=50, width=8, tokens=40, runs=1)
     assert [line["slab"] for line in lines] == ["dense", "40", "20", "10", "5", "2", "1"]
     assert (

@@ -1,5 +1,5 @@
-"""A small sample of faults.py, the harness that kills runs by the dozen: one run, killed in mid-checkpoint,
-against one left alone.
+"""A short run of faults.py: one run that is killed while it writes a checkpoint, compared with an uninterrupted
+run.
 """
 
 import subprocess
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def test_a_killed_run_is_the_run_left_alone(tmp_path):
+def test_a_killed_run_equals_an_uninterrupted_run(tmp_path):
     command = [
         sys.executable,
         Path(__file__).parent / "faults.py",

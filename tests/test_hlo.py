@@ -1,5 +1,5 @@
-"""Bytes and collectives of a compiled program: a hand-made text with known sums, and a compiled case counted
-by hand.
+"""Bytes and collectives of compiled programs: a hand-written text with known sums, and a compiled program
+counted by hand.
 """
 
 import jax
@@ -60,7 +60,7 @@ ENTRY %main (a: f32[8,16], s: (s32[], f32[36,4,8], bf16[4,16])) -> f32[2,16] {
 
 
 def test_collectives_by_kind_axis_and_trip_count():
-    """Bytes received by each device; a gather in a loop of 36 counts 36 times."""
+    """Bytes are those that each device receives. A gather in a loop of 36 counts 36 times."""
     found = {(c.kind, c.axis, c.group): c.bytes for c in hlo.read_traffic(TEXT, MESH).collectives}
     shard, whole = 4 * 16 * 2, 8 * 16 * 4
     assert found == {
@@ -72,7 +72,7 @@ def test_collectives_by_kind_axis_and_trip_count():
 
 
 def test_attributes_of_several_lines_end_no_computation():
-    """As a Pallas kernel has them; what stood after one was lost, and its collectives with it."""
+    """A Pallas kernel has such attributes. The instructions after it were once lost."""
     kernel = '  %kernel = f32[8]{0} custom-call(%s), frontend_attributes={kernel_metadata={\n"xprof_metadata":"{}"\n}}, metadata={op_name="x"}\n'
     body = "%body (s:" + TEXT.split("%body (s:")[1]
     head, rest = body.split("\n", 1)
@@ -80,9 +80,9 @@ def test_attributes_of_several_lines_end_no_computation():
     assert found.collectives == hlo.read_traffic(TEXT, MESH).collectives
 
 
-def test_traffic_leaves_out_what_stays_on_the_chip():
-    """Loop: a layer sliced out of its stack (read and write 128 B), the gather's input alone (its result is
-    in S(1)), a swap.
+def test_traffic_excludes_on_chip_memory():
+    """The loop reads and writes a layer of its stack (128 B each), reads the gather's input (its result is in
+    S(1)), and swaps.
     """
     layer, shard, whole = 4 * 8 * 4, 4 * 16 * 2, 8 * 16 * 4
     loop = (2 * layer + 4) + shard + 2 * shard  # + 4: the counter
@@ -99,13 +99,13 @@ def test_traffic_leaves_out_what_stays_on_the_chip():
         ("replica_groups={}, x", [0, 1, 2, 3, 4, 5, 6, 7], 1),
     ],
 )
-def test_groups_in_each_form(text, first, number):
+def test_device_groups_are_parsed_in_each_form(text, first, number):
     groups = hlo.device_groups(text, 8).tolist()
     assert groups[0] == first and len(groups) == number
 
 
 def test_a_counter_that_moves_by_two():
-    """XLA unrolls some loops once: 36 is then reached in 18 rounds."""
+    """XLA unrolls some loops once. The counter then reaches 36 in 18 iterations."""
     text = TEXT.replace("tuple(%i, %stack, %swap)", "tuple(%next, %stack, %swap)")
     text = text.replace(
         "  ROOT %t =", "  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  ROOT %t ="
@@ -116,13 +116,13 @@ def test_a_counter_that_moves_by_two():
     assert hlo.trip_count(computations, "condition", "body", '"known_trip_count":{"n":"7"}') == 7
 
 
-def test_an_unknown_form_is_not_guessed():
+def test_an_unknown_form_of_groups_is_refused():
     with pytest.raises(ValueError, match="not known"):
         list(hlo.device_groups("replica_groups=@somewhere", 8))
 
 
 def test_a_compiled_scan_counted_by_hand():
-    """Five layers under `scan`, their weights sharded over 4: each round gathers one layer of 64 × 64
+    """Five layers under `scan` have weights sharded over 4. Each iteration gathers one layer of 64 × 64
     float32.
     """
     mesh = Mesh([jax.devices()[:4]], ("data", "fsdp"))
@@ -139,12 +139,12 @@ def test_a_compiled_scan_counted_by_hand():
     moved = hlo.read_traffic(jax.jit(f).lower(stack, x).compile().as_text(), {"data": 1, "fsdp": 4})
     assert moved.collectives == [hlo.Collective("all-gather", "fsdp", 4, 5 * 64 * 64 * 4 * 3 / 4)]
     weights = 5 * 64 * 64 * 4
-    # each is read as a shard, written whole, read whole; states are small
+    # each layer is read as a shard, written whole and read whole; states are small
     assert weights < moved.bytes < 8 * weights
 
 
-def test_a_converted_slice_is_read_as_narrow_as_it_lies():
-    """One layer of 32 bytes out of 36, converted on the way: 32 read, 4 of the counter, 128 written."""
+def test_a_converted_slice_is_read_in_the_dtype_of_memory():
+    """One of 36 layers of 32 bytes is read and converted: 32 bytes read, 4 of the counter, 128 written."""
     text = """HloModule m
 %tiles (t: s8[36,4,8]) -> s8[36,4,8] {
   ROOT %t = s8[36,4,8]{2,1,0} parameter(0)

@@ -1,6 +1,4 @@
-"""The launch scripts: their form, what they would run, and what they do run, against stand-ins for gcloud,
-srun and xpk.
-"""
+"""The launch scripts: their form, their dry runs, and their runs with stand-ins for gcloud, srun and xpk."""
 
 import json
 import os
@@ -21,7 +19,7 @@ from medrlvr_jax.config import load as configs
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(p for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch"))
-TRAINERS = {  # each that takes [--dry-run] CONFIG, with the variables it needs
+TRAINERS = {  # the scripts that take [--dry-run] CONFIG, with the variables that they need
     "gpu_1x.sh": {},
     "cpu_fake8.sh": {},
     "slurm_gpu.sbatch": {},
@@ -39,7 +37,7 @@ OUTSIDE = ("gcloud", "xpk", "srun", "scontrol", "medrlvr", "python3", "git", "mk
 
 
 def command(folder: Path, name: str, text: str) -> None:
-    """A stand-in on the PATH; `text` is its Python, or its shell lines."""
+    """Write a stand-in command for the PATH. `text`: its Python or shell code."""
     shell = f"#!{shutil.which('bash')}\n" if not text.startswith("import") else f"#!{sys.executable}\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(shell + text)
@@ -68,7 +66,7 @@ def test_bash_can_read_it(path):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_opens_with_its_command_and_what_it_needs(name):
+def test_the_header_has_command_and_needs(name):
     lines = (LAUNCH / name).read_text().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert re.fullmatch(
@@ -127,7 +125,7 @@ DRY = {
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_dry_run_prints_what_would_run_and_runs_nothing(name, tmp_path):
+def test_a_dry_run_prints_the_commands_and_runs_none(name, tmp_path):
     for program in OUTSIDE:
         command(tmp_path / "bin", program, f"echo {program} $* >>{tmp_path}/called")
     done = launch(name, "--dry-run", *CONFIG, bin=tmp_path / "bin", XLA_FLAGS="", **TRAINERS[name])
@@ -171,7 +169,7 @@ sys.exit(int(os.environ["STATUS"]))
 
 
 def free_job() -> int:
-    """A job number whose port (SlurmCluster: the number modulo 4,096, above 61,440) is free."""
+    """Return a job number whose port (in SlurmCluster: 61,440 + number modulo 4,096) is free."""
     for job in range(7000 + os.getpid() % 1000, 12000):
         with socket.socket(socket.AF_INET6) as s:
             if s.connect_ex(("::1", job % 4096 + 61440)):
@@ -181,8 +179,8 @@ def free_job() -> int:
 
 @pytest.mark.parametrize("per_node, status, devices", [(2, 0, ["0", "1"]), (1, 143, ["0,1,2,3", "0,1,2,3"])])
 def test_slurm_tasks_find_each_other(tmp_path, per_node, status, devices):
-    """Two real processes; a task per GPU takes the GPU of its number, a task per node all of them; a stopped
-    run is queued again.
+    """Two real processes connect. A task per GPU takes the GPU of its number, a task per node all of them. A
+    stopped run is requeued.
     """
     (tmp_path / "launch").symlink_to(LAUNCH)
     command(tmp_path / ".venv" / "bin", "activate", "")
@@ -272,8 +270,8 @@ echo >.venv/bin/activate
 
 @pytest.fixture
 def cloud(tmp_path):
-    """A project with two workers; `medrlvr` there appends its arguments to ~/ran, and waits while ~/busy is
-    there.
+    """Make a project with two workers. Their `medrlvr` appends its arguments to ~/ran, and waits while ~/busy
+    exists.
     """
     for worker in ("w0", "w1"):
         command(tmp_path / worker / ".local" / "bin", "uv", UV)
@@ -328,7 +326,7 @@ def test_tpu_pod_is_made_once_and_trains_on_every_worker(cloud):
     assert asked(here) == []
 
 
-def test_tpu_training_that_is_alive_is_followed_and_a_stopped_one_tells_its_status(cloud):
+def test_a_running_tpu_training_is_followed_and_a_stopped_one_returns_its_status(cloud):
     home = cloud[0] / "w0"
     (home / "busy").touch()
     (home / "status").write_text("143")
@@ -355,7 +353,7 @@ def test_tpu_training_that_is_alive_is_followed_and_a_stopped_one_tells_its_stat
     assert (home / "ran").read_text() == "train c.yaml\n"  # started once
 
 
-def test_quickstart_trains_with_what_it_is_given(tmp_path):
+def test_quickstart_passes_its_arguments_on(tmp_path):
     bin, called = tmp_path / "bin", tmp_path / "called"
     command(bin, "python", "")  # -m pip: nothing is installed
     command(bin, "medrlvr", f'printf "%s|" "$@" >>{called}\n')
@@ -381,8 +379,8 @@ TYPES = {"object": dict, "array": list, "string": str, "integer": int}
 
 
 def faults(schema: dict, value, path: str = "") -> list[str]:
-    """What a server that knows `schema` would refuse; fields that the pruned schema knows by name alone count
-    as faults too.
+    """List the fields that a server with `schema` would refuse, and those of which the pruned schema has only
+    the name.
     """
     if not schema:
         return [f"{path}: in the CRD, but pruned from jobset_schema.json; put it back"]
@@ -408,7 +406,7 @@ def faults(schema: dict, value, path: str = "") -> list[str]:
     return out
 
 
-def test_jobset_is_what_the_crd_takes():
+def test_the_jobset_is_valid_for_its_crd():
     schema = json.loads((ROOT / "tests" / "data" / "jobset_schema.json").read_text())
     assert (JOBSET["apiVersion"], JOBSET["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert faults(schema, JOBSET) == []
@@ -424,7 +422,7 @@ def test_jobset_is_what_the_crd_takes():
     ]
 
 
-def test_jobset_asks_for_its_slice_and_a_command_that_works():
+def test_the_jobset_requests_its_slice_and_has_a_valid_command():
     job = JOBSET["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
     [container] = pod["containers"]

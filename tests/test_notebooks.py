@@ -1,5 +1,5 @@
-"""Each notebook runs from a fresh kernel to its end, in a folder laid out as the repository; no output of it
-is kept in the repository.
+"""Each notebook runs in a new kernel to its end, in a folder with the repository's structure. The repository has
+no outputs.
 """
 
 import os
@@ -23,7 +23,7 @@ def test_a_notebook_runs(file, tmp_path):
     folder = tmp_path / "docs" / "notebooks"
     folder.mkdir(parents=True)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    environment = {  # one device, programs as quickly compiled and as much cached as those of the other tests
+    environment = {  # one device; fast compilation and the cache of the other tests
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "XLA_FLAGS": quick.FLAGS,
         "JAX_PLATFORMS": "cpu",
@@ -39,7 +39,7 @@ def test_a_notebook_runs(file, tmp_path):
     assert not [output for output in shown if output.output_type == "error"] and any(
         (folder / "runs").iterdir()
     )
-    # progress is one line that is written over; stderr, which notebooks show in red, has none of it
+    # progress is one line that is overwritten, and not on stderr, which notebooks show in red
     assert [
         output["data"]["text/plain"]
         for output in shown

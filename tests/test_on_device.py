@@ -1,5 +1,5 @@
-"""The script for an accelerator runs on a CPU as well: every section reports, and what goes wrong in one is
-told and stops no other.
+"""The script for accelerators also runs on a CPU: every section reports, and a failure in one section is
+reported and does not stop the others.
 """
 
 import json
@@ -37,8 +37,8 @@ sys.exit(on_device.main(["--out", sys.argv[1], "--budget", "3"], given))
 
 
 def run(out: Path, *command) -> tuple[int, dict, str]:
-    """Exit status, on_device.json and what was printed, as the tests' programs are compiled: quickly, or from
-    the cache.
+    """Return the exit status, on_device.json and the printed output, with the tests' fast compilation and
+    cache.
     """
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(HERE.parent / ".cache" / "jax"),
@@ -100,7 +100,7 @@ def test_every_section_reports(tmp_path):
     assert "| learn_policy |" in (tmp_path / "on_device.md").read_text()
 
 
-def test_what_goes_wrong_is_told_and_the_rest_goes_on(tmp_path):
+def test_failures_are_reported_and_other_sections_run(tmp_path):
     status, sections, said = run(tmp_path, "-c", FAULTS, tmp_path)
     assert status == 1
     assert {name: s["state"] for name, s in sections.items()} == {
@@ -117,14 +117,14 @@ def test_what_goes_wrong_is_told_and_the_rest_goes_on(tmp_path):
         and "in broken" in error["error"]
     )
     assert sections["crashing"]["why"] == "signal SIGKILL" and "100 s" in sections["long"]["why"]
-    assert sections["endless"]["figures"] == [{"value": 3.0}]  # what it measured before it was stopped
+    assert sections["endless"]["figures"] == [{"value": 3.0}]  # measured before the stop
     lines = [json.loads(line) for line in (tmp_path / "on_device.jsonl").read_text().splitlines()]
     assert [line["section"] for line in lines] == ["broken", "broken", "fine", "endless"] and lines[2][
         "value"
     ] == 1.235
 
 
-def test_nothing_is_begun_that_there_is_no_time_for(tmp_path):
+def test_sections_without_time_are_skipped(tmp_path):
     status, sections, _ = run(tmp_path, HERE / "on_device.py", "--out", tmp_path, "--budget", "0")
     assert (
         status == 0 and {s["state"] for s in sections.values()} == {"skipped"} and "step_3B_lora" in sections

@@ -1,5 +1,5 @@
-"""The planner: its FLOPs against a hand count, its programs against those that train, and TPU compilations
-without a TPU.
+"""The planner: its FLOPs compared with a count by hand, its programs with those of training, and compilations
+for TPUs without a TPU.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """A cache of programs that several tests plan."""
+    """Return a cache of programs that several tests share."""
     return {}
 
 
@@ -71,7 +71,7 @@ def shapes(cfg):
 
 
 def test_flops_by_hand():
-    """A layer: 32·(32 + 16 + 16) + 32·32 into q, k, v, o and 3·32·48 in the MLP; 2 FLOPs a weight and token."""
+    """A layer has 32·(32 + 16 + 16) + 32·32 weights for q, k, v, o and 3·32·48 in the MLP."""
     assert flops.layer_weights(CFG) == 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48
     tokens, pairs = Q * (P + G * R), Q * (P * P + G * R * (P + R))
     by_hand = 3 * (2 * 7680 * tokens + 4 * 32 * pairs) + 2 * 32 * 50 * Q * G * R
@@ -79,7 +79,7 @@ def test_flops_by_hand():
 
 
 def generate_flops(cfg, questions, prompt, samples, new):
-    """Prefill, then each column's attention to the prompt and to all columns that the cache has then."""
+    """Count the prefill, and for each column attention to the prompt and to all columns of the cache."""
     rows, pair = questions * samples, 2 * cfg.heads * cfg.head_dim
     prefill = questions * prompt * (flops.layer_weights(cfg) + pair * prompt)
     loop_ends = zip(loops.segment_ends(new), loops.columns_of_loops(new), strict=True)
@@ -88,10 +88,8 @@ def generate_flops(cfg, questions, prompt, samples, new):
     return 2.0 * (cfg.layers * (prefill + steps) + cfg.embed * cfg.vocab * rows * new)
 
 
-def test_flops_of_programs_are_the_formulas():
-    """The walk over what is traced finds the formula's number: scoring, its gradient with recomputation, and
-    sampling.
-    """
+def test_traced_flops_equal_the_formulas():
+    """`traced_flops` equals the formula for scoring, its gradient with recomputation, and sampling."""
     i32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
     prompts = Prompts(
         i32(Q, P), jax.ShapeDtypeStruct((Q, P), jnp.bool_), jax.ShapeDtypeStruct((Q,), jnp.uint32)
@@ -105,10 +103,10 @@ def test_flops_of_programs_are_the_formulas():
     forward = flops.forward_flops(CFG, Q, P, G, R)
     args = shapes(CFG), prompts, tokens
     assert traced(score, *args) == forward
-    again = forward  # remat full computes layers and words once more
-    assert traced(jax.grad(score), *args) == pytest.approx(3 * forward + again, rel=0.05)
+    recomputed = forward  # remat full computes layers and logits once more
+    assert traced(jax.grad(score), *args) == pytest.approx(3 * forward + recomputed, rel=0.05)
     key, cfg = jax.eval_shape(lambda: jax.random.key(0)), CFG.run_with(narrow=False)
-    for new in (R, 300):  # one loop, and two
+    for new in (R, 300):  # with one loop and with two
         drawn = SampleConfig(questions=Q, samples=G, max_new_tokens=new)
         settings = generate.DrawSettings(cfg, drawn, (1,), 0)
         jaxpr = generate.generate.trace(shapes(cfg), prompts, key, settings).jaxpr
@@ -116,8 +114,8 @@ def test_flops_of_programs_are_the_formulas():
     assert loops.columns_of_loops(300) == [(1, 151), (151, 300)] and loops.columns_of_loops(R) == [(1, R)]
 
 
-def test_the_programs_are_those_that_train(tiny, monkeypatch):
-    """A training step on four fake devices, each call lowered on its way: the same text as the planner's."""
+def test_planned_programs_are_those_of_training(tiny, monkeypatch):
+    """Lower each call of a training step on four fake devices. The text equals that of the planner."""
     c = configs.load(tiny)
     seen = {}
 
@@ -132,7 +130,7 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: four)
     parts = build.build(c)
     encoded = rollout.encode(parts.tokenizer, data.load(c.data), c)
-    # planned for the longest prompt allowed
+    # the plan is for the longest prompt
     encoded = dataclasses.replace(encoded, width=rollout.width(c.prompt.max_tokens))
     made = make_programs(parts, 2)
     with jax.set_mesh(parts.mesh):
@@ -149,7 +147,7 @@ def test_the_programs_are_those_that_train(tiny, monkeypatch):
         assert planned[name] == seen[name], name
 
 
-def test_memory_counts_shards_and_what_else_lives(tiny):
+def test_memory_counts_shards_and_other_arrays(tiny):
     c = configs.load(tiny)
     parts = build.lay_out(c, aot.PlanTokenizer(), families.known("embedded"), jax.devices()[:4])
     planned = {p.name: p for p in aot.training_programs(parts, 2)}
@@ -161,15 +159,15 @@ def test_memory_counts_shards_and_what_else_lives(tiny):
         aot.bytes_per_device((planned[n].args, planned[n].others))
         for n in ("learn_policy", "learn_critic", "assess")
     ]
-    assert max(held) - min(held) < 0.05 * max(held)  # all states live through each of them
-    generate = planned["generate"]  # its layers are the policy's own
+    assert max(held) - min(held) < 0.05 * max(held)  # all states are in memory during each of them
+    generate = planned["generate"]  # its layers are those of the policy
     assert aot.bytes_per_device((generate.others, generate.args[0]["layers"])) == pytest.approx(
         7 * whole / 4, rel=0.02
     )
 
 
 def test_times_over_nodes():
-    """64 GB to each of 16 GPUs in two nodes: over NVLink alone, over eight NICs together, over one NIC each."""
+    """16 GPUs in two nodes receive 64 GB each, over NVLink, over eight NICs together, or over one NIC each."""
     h = machines.parse("h100:2x8")
     assert (h.count, h.nodes, machines.parse("v5e:4x4").count) == (16, 2, 16)
     assert h.seconds(64e9, 8, crosses=False) == 64 / 450
@@ -189,7 +187,7 @@ def test_bad_topologies_are_refused(tiny, topology, capsys):
     assert "--topology" in capsys.readouterr().err
 
 
-def test_the_compilers_refusal_is_read():
+def test_out_of_memory_errors_are_parsed():
     whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.36G of 15.75G hbm. Exceeded hbm capacity by 7.61G."
     part = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total for HLO temporaries (1.00T) exceeds available HBM (15.75G)."
     assert (
@@ -201,10 +199,10 @@ def test_the_compilers_refusal_is_read():
 
 @needs_libtpu
 def test_a_training_that_does_not_fit_is_refused_before_it_starts(tiny, monkeypatch):
-    """By the TPU's own compiler: 16 GiB and one more of it. The reason does not wait for the programs that
-    stand behind.
+    """The TPU's compiler refuses 16 GiB and a copy. The error does not wait for the compilation of later
+    programs.
     """
-    monkeypatch.setattr("os.cpu_count", lambda: 2)  # one at a time
+    monkeypatch.setattr("os.cpu_count", lambda: 2)  # one compilation at a time
     begun = []
     parts = aot.make_parts(configs.load(tiny, ["mesh={data: 1}"]), machines.parse("v5e:1x1"))
     large = Program("learn_policy", jax.jit(lambda x: (x, x + 1)), (array(parts, jnp.float32, 4 * GIB),))
@@ -221,7 +219,7 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(tiny, monkeypa
 
 @needs_libtpu
 def test_tiny_on_v5e_2x2(tiny, compiled, monkeypatch, capsys):
-    """All six programs through the command, as JSON."""
+    """The command plans all six programs and prints JSON."""
     monkeypatch.setattr(plan, "plan", partial(plan.plan, cache=compiled))
     assert cli.main(["plan", str(tiny), "--topology", "v5e:2x2", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
@@ -237,8 +235,8 @@ def test_tiny_on_v5e_2x2(tiny, compiled, monkeypatch, capsys):
     assert made["fits"] and made["steps"] == 2 and 0 < made["mfu"] < 1
     for name, p in programs.items():
         assert p["peak"] < 0.1 * GIB and (p["seconds"] > 0) and p["fits"], name
-    # FSDP: every layer's weights are gathered once or twice (for a model this small the compiler keeps them
-    # for the backward pass) in each of two micro-batches.
+    # FSDP gathers each layer's weights once or twice in each of two micro-batches: for a model this small the
+    # compiler keeps them for the backward pass.
     cfg = families.known("embedded")
     layer = 2 * cfg.layers * flops.layer_weights(cfg) * 4 * 3 / 4
     [gathered] = [c["bytes"] for c in programs["learn_policy"]["collectives"] if c["kind"] == "all-gather"]
@@ -247,8 +245,8 @@ def test_tiny_on_v5e_2x2(tiny, compiled, monkeypatch, capsys):
 
 
 @needs_libtpu
-def test_a_sharded_sampler_holds_less_and_moves_more(tiny, compiled):
-    """No copy of the layers along fsdp: gathered in each of 16 tokens in place of once."""
+def test_a_sharded_sampler_needs_less_memory_and_more_traffic(tiny, compiled):
+    """Without a copy of the layers along fsdp, they are gathered for each of 16 tokens instead of once."""
     tpu, layers = (
         machines.parse("v5e:2x2"),
         4 * families.known("embedded").layers * flops.layer_weights(families.known("embedded")),
@@ -261,15 +259,13 @@ def test_a_sharded_sampler_holds_less_and_moves_more(tiny, compiled):
     # small shards are padded to the chip's tiles
     assert layers / 2 < whole.arguments - shards.arguments < layers * 3 / 4
     moved = [sum(c.bytes for c in p.collectives if c.kind == "all-gather") for p in (sync_weights, shards)]
-    # 16 times, in half the bytes: the compiler gathers what its products read, bfloat16
+    # 16 times with half the bytes, because the compiler gathers the products' inputs in bfloat16
     assert moved[1] > 6 * moved[0]
 
 
 @needs_libtpu
 def test_the_splash_kernel_compiles(tiny, compiled):
-    """Forward and backward, on each device its own rows; its blocks of 128 take more FLOPs than rows so short
-    have.
-    """
+    """It compiles forward and backward. Its blocks of 128 take more FLOPs than such short rows need."""
     tpu = machines.parse("v5e:2x2")
     [learn] = plan.plan(configs.load(tiny), tpu, only=("learn_policy",), steps=2, cache=compiled).programs
     assert learn.fits and learn.flops > 1.3 * learn.useful
@@ -281,8 +277,8 @@ def test_the_splash_kernel_compiles(tiny, compiled):
         assert aot.make_parts(configs.load(tiny, settings), tpu).cfg.execution.splash == splash
 
 
-def test_what_does_not_fit_says_what_would_help(tiny):
-    """Figures made by hand: 1 GiB over. The advice is about what is held, by exact count."""
+def test_a_plan_that_does_not_fit_shows_advice(tiny):
+    """The output names the missing memory and the advice."""
     c = configs.load(
         tiny,
         [
@@ -304,9 +300,9 @@ def test_what_does_not_fit_says_what_would_help(tiny):
 
 
 @needs_libtpu
-def test_what_would_help_is_counted_from_what_each_setting_leaves_in_memory():
-    """Full PPO of 3B on 4 chips: 20.1 GiB of states in each. Adapters do most; optimiser states in the host's
-    memory, 8.6 GiB.
+def test_advice_counts_the_memory_of_each_setting():
+    """Full PPO of 3B on 4 chips has 20.1 GiB of states on each. Adapters save most; optimiser states in host
+    memory save 8.6 GiB.
     """
     c = configs.load("configs/medqa_ppo_qwen2.5_3b.yaml", ["mesh={data: 1, fsdp: 4}"])
     machine = machines.parse("v5e:2x2")
@@ -323,7 +319,7 @@ def test_what_would_help_is_counted_from_what_each_setting_leaves_in_memory():
 
 
 def test_the_table_of_a_sweep(tiny):
-    """The quickest that fits comes first, as settings to copy."""
+    """The fastest plan that fits comes first, with its settings."""
     machine, plans = machines.parse("v5e:2x2"), []
     for fsdp, needs, seconds in ((4, 2.0, 1.5), (2, 20.0, 1.0)):
         c = configs.load(tiny, [f"mesh={{data: -1, fsdp: {fsdp}}}", "learn.microbatch=4"])
@@ -342,8 +338,8 @@ def test_the_table_of_a_sweep(tiny):
 
 
 @needs_libtpu
-def test_a_short_sweep_sees_several_of_each(tiny, monkeypatch, capsys):
-    """Eight tries used to go to one mesh's micro-batches and remat policies. None is compiled here; without
+def test_a_short_sweep_covers_several_values_of_each_setting(tiny, monkeypatch, capsys):
+    """Eight plans cover several meshes, micro-batches and remat policies. (They once had only one mesh.) Without
     shards the sampler needs no copy.
     """
     seen = {}
@@ -377,7 +373,7 @@ def test_a_short_sweep_sees_several_of_each(tiny, monkeypatch, capsys):
 
 @needs_libtpu
 def test_quick_is_another_compilation_of_the_same_program(tiny, compiled):
-    """Same arguments and FLOPs; nothing is kept out of HBM, so traffic is higher."""
+    """Arguments and FLOPs are equal. Traffic is higher, because all arrays are in HBM."""
     config, machine, only = configs.load(tiny), machines.parse("v5e:2x2"), ("learn_policy",)
     made = [plan.plan(config, machine, only, 2, compiled), plan.plan(config, machine, only, 2, quick=True)]
     [whole], [least] = (p.programs for p in made)
@@ -390,10 +386,10 @@ def test_quick_is_another_compilation_of_the_same_program(tiny, compiled):
 
 @needs_libtpu
 def test_3b_ppo_on_v5e_4x4():
-    """The paper's job in 16 GB chips: learning, which needs most, and what sampling holds.
+    """The paper's job fits 16 GB chips: learning, and the arguments of sampling.
 
-    With the compiler's least effort, a fifth of the time: temporaries are 2.99 GiB, where its full effort
-    makes 3.38 of them.
+    The compiler's lowest effort takes a fifth of the time. Temporaries are then 2.99 GiB, with full effort
+    3.38.
     """
     c, machine = configs.load("configs/medqa_ppo_qwen2.5_3b.yaml"), machines.parse("v5e:4x4")
     made = plan.plan(c, machine, only=("learn_policy",), quick=True)

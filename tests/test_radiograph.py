@@ -1,5 +1,5 @@
-"""The embedded radiographs: their texts give nothing away, their keys follow from film and table, and their
-tokens are exact.
+"""The embedded radiographs: no text contains its answer, answers follow from film and table, and tokens are
+exact.
 """
 
 import hashlib
@@ -40,17 +40,17 @@ def pixels(question: Question) -> np.ndarray:
 
 
 @pytest.mark.parametrize("split", radiograph.SIZES)
-def test_no_text_gives_an_answer_away(split):
+def test_no_text_predicts_its_answer(split):
     questions = asked(split)
     assert len(questions) == radiograph.SIZES[split] == len({q.images for q in questions})
     chance = np.mean([1 / len(q.options) for q in questions])
-    guessed = look.prior(questions)  # as every evaluation counts it
+    guessed = look.prior(questions)  # as in every evaluation
     assert np.mean([*guessed.values()]) < chance + 0.02
     keys = defaultdict(Counter)
     for q in questions:
         for text in (q.subject, q.options, q.question, (q.question, q.options)):
             keys[len(q.options), text][q.answer] += 1
-    for (size, text), counts in keys.items():  # whatever was read, each place is right equally often
+    for (size, text), counts in keys.items():  # for each text, each position is right equally often
         assert set(counts.values()) == {counts.total() / size}, (text, counts)
     offered, right = Counter(), Counter()
     for q in questions:
@@ -88,7 +88,7 @@ def test_the_patients_right_is_on_the_pictures_left():
             assert (half[0] > half[1]) == (shown[0] == "right"), q.id
 
 
-def test_the_foreign_looks_are_foreign():
+def test_out_of_distribution_films_differ():
     middle = lambda split: np.mean([pixels(q)[20:30, 15:18].mean() for q in asked(split)[:60]])
     edge = lambda split: np.mean([pixels(q)[:4, :20].std() for q in asked(split)[:60]])
     assert middle("in_distribution") < 120 < 140 < middle("negative")

@@ -1,5 +1,5 @@
-"""The embedded world: its table is sound, its questions have one right answer and leak nowhere, its tokens
-are exact and few.
+"""The embedded world: its table is consistent, each question has one right answer, no case is in two sets, and
+tokens are exact and few.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from medrlvr_jax.world import knowledge, words, world
 from medrlvr_jax.world import open as open_questions
 
 SPLITS = tuple(world.SIZES)
-# read here again, so as to check world.py, not to trust it
+# The tests read the table themselves, so that they are independent of knowledge.py.
 TREE = yaml.safe_load((words.FOLDER / "knowledge.yaml").read_text("utf-8"))
 CONDITIONS, DRUGS = TREE["conditions"], TREE["drugs"]
 PINNED = {
@@ -51,7 +51,7 @@ def corpus() -> list:
 
 @cache
 def pattern(names: frozenset[str]) -> re.Pattern[str]:
-    """Any of the names as words of their own, longer ones first: `strep antigen` is not also an `antigen`."""
+    """Return a pattern for any of the names as whole words, longer names first (`strep antigen`, `antigen`)."""
     return re.compile(
         rf"(?<![\w-])(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?![\w-])"
     )
@@ -62,7 +62,7 @@ def mentioned(names, said: str) -> list[str]:
 
 
 def key_of(question: str) -> tuple[str, tuple[str, ...], str | None]:
-    """The case behind a question, found again from its words and the table alone."""
+    """Return the case of a question, found from its words and the table alone."""
     found = mentioned(FINDINGS, question)
     fits = [name for name, c in CONDITIONS.items() if set(found) <= {*c["typical"], *c["rare"]}]
     assert len(fits) == 1 and len(found) in (2, 3), (question, found, fits)
@@ -115,8 +115,8 @@ def test_each_key_follows_from_the_table(split):
         assert q.options[q.answer] == right, q
         assert {"drug": not barred, "alternative": barred, "avoid": barred, "class": True}[q.subject], q
         assert len(set(q.options)) == len(q.options), q
-        # No wrong option could be defended: none is another treatment of the condition, nor the class of one
-        # (but for the barred class).
+        # No wrong option is defensible: none is another treatment of the condition, or the class of one
+        # (except the barred class).
         wrong = set(q.options) - {right}
         also = (
             {DRUGS[d]["class"] for d in c["also"]} - {DRUGS[c["first"]]["class"]}
@@ -125,12 +125,12 @@ def test_each_key_follows_from_the_table(split):
         )
         assert not wrong & also, q
         if q.subject == "alternative":
-            assert c["first"] in wrong, q  # the trap
+            assert c["first"] in wrong, q  # the lure
         assert (
             q.rationale and q.rationale.endswith(f" {right} {LETTERS[q.answer]}.") and name in q.rationale
         ), q
         assert set(found) <= set(mentioned(FINDINGS, q.rationale)), q
-        steps = [fact[0] for fact in q.facts]  # all that the reasoning states between findings and answer
+        steps = [fact[0] for fact in q.facts]  # the steps of the reasoning between findings and answer
         assert steps[:2] == [name, f"first line {c['first']}"], q
         assert q.rationale.endswith(f" {'. '.join(steps)}. {right} {LETTERS[q.answer]}."), q
 
@@ -182,7 +182,7 @@ def test_out_of_distribution_is_out_of_it():
 
 
 def test_every_set_can_be_shown(capsys):
-    """Of the registered sets only three could: the others ended in a KeyError."""
+    """The command once raised KeyError for all but three sets."""
     world_cli.main(["show", "open_train", "1"])
     world_cli.main(["show", "corpus", "1"])
     assert capsys.readouterr().out.startswith("[open-train-0000 ")
