@@ -2,6 +2,7 @@
 checkpoint remains.
 """
 
+import json
 import os
 import resource
 import shutil
@@ -152,10 +153,11 @@ def test_parameters_are_restored_also_with_another_dtype(tmp_path):
         params,
         jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(mesh, seed=4, critic=True).policy.params),
     )
-    assert checkpoint.read_meta(tmp_path, 4) == {**META, "step": 4}
+    meta = tmp_path / "4" / "meta" / "metadata"
+    assert json.loads(meta.read_text()) == {**META, "step": 4}
     with pytest.raises(CheckpointError, match=r"checkpoint 5 cannot be used: the saved steps are \[4\]"):
         restore_params(tmp_path, half, 5)
-    with pytest.raises(CheckpointError, match=r"had checkpoint\.best null"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint has a metric of checkpoint\.best"):
         restore_params(tmp_path, half, "best")
 
 

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from medrlvr_jax.config.schema import CheckpointConfig
-from medrlvr_jax.host.files import read_json, reading, write_text
+from medrlvr_jax.host.files import reading, write_text
 from medrlvr_jax.host.processes import from_leader
 from medrlvr_jax.runs import seal
 from medrlvr_jax.runs.seal import CheckpointError, find_damage
@@ -189,11 +189,6 @@ def restore_before(folder: Path, state: Any, step: int) -> tuple[Any, int]:
     return _replace(state, folder, newest) if newest else (state, 0)
 
 
-def read_meta(folder: Path, step: int) -> dict[str, Any]:
-    """Return the settings (`config`), versions and git revision of a checkpoint."""
-    return read_json(folder / str(step) / "meta" / "metadata", OTHER_CHECKPOINT)
-
-
 def saved_steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a folder, in ascending order."""
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
@@ -229,9 +224,8 @@ def _choose(folder: Path, which: Which) -> int:
         raise CheckpointError(f"{folder}: no undamaged checkpoint among the steps {steps}")
     step = from_leader(lambda: best_step(folder)) if which == "best" else which
     if step is None:
-        best = read_meta(folder, steps[-1])["config"]["checkpoint"]["best"] if steps else None
-        why = f"no saved step has the metric {best}" if best else "the run had checkpoint.best null"
-        raise CheckpointError(f"{folder}: no checkpoint is the best: {why}; give one of the steps {steps}")
+        why = "no checkpoint has a metric of checkpoint.best"
+        raise CheckpointError(f"{folder}: {why}; give one of the steps {steps}")
     reason = find_damage(folder / str(step)) if step in steps else f"the saved steps are {steps}"
     if reason:
         raise CheckpointError(f"{folder}: checkpoint {step} cannot be used: {reason}")

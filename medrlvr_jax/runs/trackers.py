@@ -63,7 +63,7 @@ class Tracker:
     """The trackers of one run. `done`: the number of finished steps when it starts."""
 
     def __init__(self, folder: Path, config: Config, done: int):
-        self._board, self._others = None, []
+        self._board, self._others, tree = None, [], configs.to_tree(config)
         self._ends: list[Callable[[bool], Any]] = []  # called at the end with True if the run has failed
         if config.log.tensorboard:
             from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
@@ -71,7 +71,7 @@ class Tracker:
 
             self._board = board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
             self._ends.append(lambda _: board.close())
-            flat = configs.flat(configs.to_tree(config))
+            flat = configs.flat(tree)
             self._board.add_text("settings", _as_code("\n".join(f"{k}: {v}" for k, v in flat.items())))
             settings = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in flat.items()}
             scores = ["train/reward", "train/accuracy"]
@@ -80,21 +80,20 @@ class Tracker:
                 if self._board.file_writer:
                     self._board.file_writer.add_summary(summary)
         run_id = _run_id(folder) if config.log.wandb or config.log.trackio else ""
-        tree = configs.to_tree(config)
         if project := config.log.wandb:
             import wandb  # pyright: ignore[reportMissingImports]
 
-            place = {"id": run_id, "resume": "allow", "dir": str(folder)}
-            on_wandb = wandb.init(project=project, name=config.name, config=tree, **place)
-            self._others.append(on_wandb)
-            self._ends.append(lambda failed: on_wandb.finish(exit_code=int(failed)))
+            identity = {"name": config.name, "id": run_id, "resume": "allow"}
+            wandb_run = wandb.init(project=project, config=tree, dir=str(folder), **identity)
+            self._others.append(wandb_run)
+            self._ends.append(lambda failed: wandb_run.finish(exit_code=int(failed)))
         if project := config.log.trackio:
             import trackio  # pyright: ignore[reportMissingImports]
 
             name = f"{config.name}-{run_id[:6]}"  # trackio identifies runs by their names
-            on_trackio = trackio.init(project=project, name=name, config=tree, resume="allow")
-            self._others.append(on_trackio)
-            self._ends.append(lambda _: on_trackio.finish())
+            trackio_run = trackio.init(project=project, name=name, config=tree, resume="allow")
+            self._others.append(trackio_run)
+            self._ends.append(lambda _: trackio_run.finish())
 
     def log(self, step: int, metrics: Mapping[str, Any], samples: Rows = ()) -> None:
         """Send the step's metrics that have a value. TensorBoard also gets the samples as text."""
