@@ -13,17 +13,10 @@ Rows = Sequence[Sequence[str]]
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
-def plain(head: Sequence[str], rows: Rows, title: str | None = None) -> str:
+def plain(head: Sequence[str], rows: Rows) -> str:
     """Return a table for a terminal. Columns of numbers are aligned right, the first and all others left."""
-    table = rich.table.Table(
-        box=rich.box.SIMPLE_HEAD,
-        show_edge=False,  # as the padding, to fit 80 columns
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title=title,
-        title_justify="left",
-        title_style="bold",
-    )
+    # Without edges and padding, tables fit 80 columns.
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(head):
         numbers = any(re.match(r"[-+−]?\d", row[i]) for row in rows)
         table.add_column(name, justify="right" if i and numbers else "left", no_wrap=True)
@@ -43,10 +36,8 @@ def visible(text: str) -> str:
 
 def say(text: str) -> None:
     """Print a text that may contain data. On a terminal, lines break at words."""
-    console = rich.console.Console(
-        soft_wrap=not sys.stdout.isatty(), markup=False, emoji=False, highlight=False
-    )
-    console.print(visible(text))
+    console = rich.console.Console(markup=False, emoji=False, highlight=False)
+    console.print(visible(text), soft_wrap=not sys.stdout.isatty())
 
 
 def markdown(head: Sequence[str], rows: Rows) -> str:
