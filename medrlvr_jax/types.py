@@ -1,10 +1,10 @@
-"""The pytrees that travel between the stages. Column t of every response array is about response token t.
+"""The pytrees that the stages exchange. Column t of every response array is about response token t.
 
 Q questions, P prompt columns (left-padded), G samples of each question, R response columns (right-padded).
 Absence is `None`: no reference model, no critic, nothing truncated.
 
-Shapes stand in the types, as in `Float32[Array, "Q G R"]` (jaxtyping). They are for readers and for the type
-checker; nothing is checked at run time.
+Types contain shapes, as in `Float32[Array, "Q G R"]` (jaxtyping). They are for readers and the type checker;
+nothing is checked at run time.
 """
 
 from dataclasses import dataclass, replace
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True)
 def pytree(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose fields are all children. It checks nothing: JAX unflattens it often."""
+    """Make a frozen dataclass whose fields are all children. It checks nothing, because JAX unflattens often."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
 
 class Mean(NamedTuple):
-    """A mean, not yet divided: totals and counts add over micro-batches and devices, and divide once."""
+    """A mean before the division. Totals and counts are summed over micro-batches and devices first."""
 
     total: Leaf
     count: Leaf
@@ -39,7 +39,7 @@ class Mean(NamedTuple):
 
 @pytree
 class Images:
-    """The images of each question, in windows one after another."""
+    """The images of each question, in consecutive windows of patches."""
 
     pixels: UInt8[Leaf, "Q W S D"]  # of each patch: channel, row, column, flattened
     # of each patch: the number of its image within the question, or -1 in an empty slot; its row and column;
@@ -49,7 +49,7 @@ class Images:
 
 @pytree
 class Vision:
-    """What the decoder reads of the images in a batch of prompts."""
+    """The decoder's view of the images in a batch of prompts."""
 
     # The vision tower's image tokens: E numbers for the embedding, then E for each of the first layers
     # (`VisionConfig.deepstack`). None: they are computed from `images` by the tower of the parameters that

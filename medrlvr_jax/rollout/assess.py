@@ -1,5 +1,5 @@
-"""What the trainer's own pass computes of responses: log-probs and entropy by the policy, log-probs by the
-reference, the critic's values.
+"""The trainer's pass over a rollout: log-probs and entropy by the policy, log-probs by the reference, and the
+critic's values.
 """
 
 import math
@@ -17,27 +17,27 @@ from medrlvr_jax.types import Array, Assessment, Frozen, Params, Prompts, Rollou
 
 @dataclass(frozen=True)
 class AssessSettings:
-    """How responses are assessed: constants of the compiled program."""
+    """The static arguments of `assess`."""
 
     cfg: DecoderConfig
     critic_cfg: DecoderConfig
     temperature: float
-    slab: int  # tokens: see `scoring.token_logprobs`
-    sizes: tuple[int, ...]  # tokens of a row: see `scoring.at_row_size`
-    micro: int  # questions at a time
+    slab: int  # tokens; see `scoring.token_logprobs`
+    sizes: tuple[int, ...]  # tokens of a row; see `scoring.at_row_size`
+    micro: int  # questions per forward pass
 
 
 def assess_settings(parts: Parts) -> AssessSettings:
-    """Of a training step."""
+    """Return the settings of a training step."""
     c = parts.config
     sizes = scoring.row_sizes(c.learn.row_sizes, c.sample.samples, c.sample.max_new_tokens)
     q, micro = c.sample.questions, c.learn.microbatch or c.learn.minibatch
-    micro = max(micro * k for k in range(1, 5) if q % (micro * k) == 0)  # a forward pass alone keeps less
+    micro = max(micro * k for k in range(1, 5) if q % (micro * k) == 0)  # without gradients, more fit
     return AssessSettings(parts.cfg, parts.critic_cfg, c.sample.temperature, c.model.logit_slab, sizes, micro)
 
 
 def assess_alone(policy: Params, parts: Parts, prompts: Prompts, rollout: Rollout) -> Assessment:
-    """The policy's part for responses from anywhere, at temperature 1; no reference and no critic."""
+    """Assess any responses by the policy alone, at temperature 1."""
     c, (questions, samples, length) = parts.config, rollout.tokens.shape
     micro = math.gcd(questions, c.learn.microbatch or c.learn.minibatch)
     settings = AssessSettings(
@@ -55,8 +55,8 @@ def assess(
     rollout: Rollout,
     settings: AssessSettings,
 ) -> Assessment:
-    """A rollout before it is learned from. `policy` and `critic` are what is trained of them; the reference
-    is computed without adapters.
+    """Assess a rollout before it is learned from. `policy` and `critic` are their trained parameters. The
+    reference has no adapters.
     """
     cfg = settings.cfg
 

@@ -1,5 +1,5 @@
-"""The decoder as the sampler uses it: prompts first, then one token of every sample at a time, with keys and
-values cached.
+"""The decoder with cached keys and values, for the sampler: first the prompts, then one token of every sample
+at a time.
 
 Q questions, P prompt columns, G samples of each, R response columns, E states; L layers, K KV heads, head
 size D.
@@ -25,11 +25,11 @@ Layers = Sequence[Layer] | Layer
 
 
 class Weights(NamedTuple):
-    """What every step reads, made once before the loop over tokens.
+    """What every step reads. It is made once, before the loop over tokens.
 
-    With `unroll`, each layer is cut out of the stack. On CPU and GPU a scan would copy every layer's weights
-    and cache out of the stack at each token (twice the traffic in XLA's program for an H100; 1.3 times as
-    slow on CPU). On TPU they are read in place, and a scan compiles in a fraction of the time.
+    With `unroll`, the stack is split into layers. On CPU and GPU a scan would copy each layer's weights and
+    cache out of the stack at every token, which doubles the traffic of XLA's program for an H100 and takes
+    1.3 times as long on CPU. On TPU they are read in place, and a scan compiles in a fraction of the time.
     """
 
     params: Params
@@ -39,8 +39,8 @@ class Weights(NamedTuple):
 
 
 def prepare(params: Params, cfg: DecoderConfig, positions: int) -> Weights:
-    """For positions 0 … `positions` − 1. Layers that are cut out are cast and gathered along `fsdp` one by
-    one, so that no copy of the whole stack exists beside them.
+    """Return the weights for positions 0 … `positions` − 1. With `unroll`, layers are cast and gathered along
+    `fsdp` one by one, so that there is never a second copy of the whole stack.
     """
 
     def cut(name: str, p: Array, i: int) -> Array:
@@ -55,7 +55,7 @@ def prepare(params: Params, cfg: DecoderConfig, positions: int) -> Weights:
 
 
 def prefill(params: Params, cfg: DecoderConfig, prompts: Prompts) -> tuple[Float[Array, "Q E"], Caches]:
-    """The state after each prompt, and the prompts' caches."""
+    """Return the state at each prompt's last token, and the prompts' caches."""
     states, cache = decoder.forward(params, cfg, prompts, keep_cache=True)
     assert cache is not None
     if cfg.execution.unroll:
@@ -64,7 +64,7 @@ def prefill(params: Params, cfg: DecoderConfig, prompts: Prompts) -> tuple[Float
 
 
 def empty_caches(cfg: DecoderConfig, rows: int, groups: int, length: int) -> Caches:
-    """Caches with room for `length` tokens of each sample."""
+    """Return empty caches for `length` tokens of each sample."""
     unroll, dtype = cfg.execution.unroll, cfg.execution.dtype
     stack, axes = ((), ()) if unroll else ((cfg.layers,), (None,))
     shape, axes = (*stack, rows, groups, cfg.kv_heads), (*axes, "batch", None, "kv_heads", None, None)
@@ -74,7 +74,7 @@ def empty_caches(cfg: DecoderConfig, rows: int, groups: int, length: int) -> Cac
 
 
 def grow_caches(caches: Caches, length: int) -> Caches:
-    """The same caches with room for `length` tokens of each sample."""
+    """Return the same caches, extended to `length` tokens of each sample."""
 
     def grow(cache: KeysValues) -> KeysValues:
         more = length - cache.values.shape[-2]
@@ -94,7 +94,7 @@ def decode_step(
     caches: Caches,
     t: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "Q G E"], Caches]:
-    """The tokens of column t → the states that predict column t + 1, and the samples' `caches` with t."""
+    """Read the tokens of column t. Return the states that predict column t + 1, and the extended `caches`."""
     params, dtype = weights.params, cfg.execution.dtype
     x = constrain(decoder.to_states(params["embed"].astype(dtype)[tokens], cfg), "batch", None, None)
     ropes = jax.tree.map(lambda table: table[prompts.next_position + t][:, None], weights.ropes)

@@ -1,7 +1,7 @@
-"""One token from a row of logits: its noise, truncation, and the choice.
+"""Sampling a token from logits: noise, truncation, and the choice.
 
-Noise is counter-based: the uniform behind a token is a function of (seed, step, question, sample, position)
-alone, so a sample is the same whatever the batch, the padding or the mesh.
+The noise is counter-based. A token's uniform number depends on (seed, batch, question, sample, position)
+alone, so a sample does not depend on the padding or the mesh.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ BLOCK = 128  # words per block of the two-level inverse CDF
 
 
 def noise(key: Array, ids: Array, groups: int, length: int) -> Array:
-    """One uniform per (question, sample, position): [Q, G, R]."""
+    """Return one uniform number per (question, sample, position): float32 [Q, G, R]."""
     each = jax.vmap(jax.random.fold_in, (None, 0))
     of_question = lambda key: jax.vmap(each, (0, None))(each(key, jnp.arange(groups)), jnp.arange(length))
     return jax.vmap(jax.vmap(jax.vmap(jax.random.uniform)))(jax.vmap(of_question)(each(key, ids)))
@@ -30,8 +30,10 @@ def is_stop(token: Array, stop_ids: tuple[int, ...]) -> Array:
 def draw_token(
     scores: Array, uniforms: Array, t: Array, sample: SampleConfig, stop_ids: tuple[int, ...]
 ) -> tuple[Array, Array, Array, Array]:
-    """One token per row from float32 scores [Q, G, V] and uniforms [Q, G]; its log-prob as drawn, and under
-    the policy (at the same temperature); the policy's entropy.
+    """Draw one token per row from float32 logits `scores` [Q, G, V] and uniforms [Q, G].
+
+    Returns tokens, their log-probs under the distribution they were drawn from, those under the policy at
+    the same temperature, and the policy's entropy in nats: each [Q, G].
     """
     policy = scores / (sample.temperature or 1.0)
     policy_total = jax.nn.logsumexp(policy, axis=-1)
@@ -51,7 +53,7 @@ def draw_token(
 
 
 def truncated(sample: SampleConfig) -> bool:
-    """Whether tokens are drawn from another distribution than the policy's at this temperature."""
+    """Return whether the sampling distribution differs from the policy at this temperature."""
     return bool(sample.top_k or sample.top_p < 1 or sample.min_new_tokens or sample.temperature == 0)
 
 
@@ -60,11 +62,11 @@ def pick(x: Array, index: Array) -> Array:
 
 
 def truncate(weights: Array, top_k: int, top_p: float) -> Array:
-    """Zero all but the top k, then all but the smallest set that holds top_p of the rest. Ties at the border
-    stay.
+    """Keep the k largest weights, then of these the smallest set with a share of top_p; set the rest to 0.
+    Weights equal to the smallest one kept stay.
 
-    Exact and without a sort: positive floats order as their bit patterns do, so 31 halvings find the border
-    itself.
+    This is exact and needs no sort: positive floats have the order of their bit patterns, so 31 bisections
+    find the smallest weight to keep.
     """
     if top_k and top_k < weights.shape[-1]:
         weights = _keep_heaviest(weights, lambda heaviest: heaviest.sum(-1, dtype=jnp.int32) >= top_k)
@@ -75,7 +77,7 @@ def truncate(weights: Array, top_k: int, top_p: float) -> Array:
 
 
 def _keep_heaviest(weights: Array, enough: Callable[[Array], Array]) -> Array:
-    """Keep weights at or above the highest border at which `enough(heaviest)` still holds."""
+    """Keep weights at or above the highest threshold for which `enough(heaviest)` holds."""
     bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
 
     def halve(_, bounds):
@@ -90,11 +92,11 @@ def _keep_heaviest(weights: Array, enough: Callable[[Array], Array]) -> Array:
 
 
 def inverse_cdf(weights: Array, uniforms: Array) -> Array:
-    """The index whose share of the cumulative weights [..., V] holds `uniforms` [...] of the total; never one
-    of weight 0.
+    """Return the first index at which the cumulative weights [..., V] exceed their sum times `uniforms` [...].
+    It is never an index of weight 0.
 
-    One uniform per row in place of a Gumbel per word. Two levels (blocks, then inside one) keep the sums
-    short and exact.
+    This needs one uniform number per row, not one Gumbel number per word. Sums over blocks and then inside a
+    block are short, so their rounding errors are small.
     """
     padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % BLOCK)])
     blocks = padded.reshape(*weights.shape[:-1], -1, BLOCK)
@@ -109,11 +111,10 @@ def inverse_cdf(weights: Array, uniforms: Array) -> Array:
 
 
 def _first_above(ends: Array, parts: Array, target: Array) -> Array:
-    """The first index that weighs anything from where the running end exceeds target on; past the end, the
-    last one that does.
+    """Return the first index with a positive part at or after the point where the running sum `ends` exceeds
+    target, or the last such index if there is none.
 
-    Running ends are rounded, each in its own order: they may grow, or pass the target, at an index of weight
-    0.
+    The running sums are rounded, so they may grow, or exceed the target, at an index whose part is 0.
     """
     index, first = jnp.arange(parts.shape[-1]), (ends <= target[..., None]).sum(-1, keepdims=True)
     last = jnp.where(parts > 0, index, 0).max(-1, keepdims=True)

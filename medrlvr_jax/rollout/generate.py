@@ -20,7 +20,7 @@ from medrlvr_jax.types import Array, Params, Prompts, Rollout
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """How responses are drawn: constants of the compiled program."""
+    """The static arguments of `generate`."""
 
     cfg: DecoderConfig
     sample: SampleConfig
@@ -32,7 +32,7 @@ class DrawSettings:
 def draw_settings(
     parts: Parts, cfg: DecoderConfig, sample: SampleConfig, entropies: bool = False
 ) -> DrawSettings:
-    """For a decoder `cfg` of a run."""
+    """Return the settings to draw from the decoder `cfg`."""
     return DrawSettings(cfg, sample, parts.tokenizer.stop_ids, parts.tokenizer.pad_id, entropies)
 
 
@@ -44,21 +44,19 @@ def generate(
     settings: DrawSettings,
     limits: Int[Array, "Q G"] | None = None,
 ) -> Rollout:
-    """Draw `sample.samples` responses to each prompt; `key` is the step's, `fold_in(key(seed), step)`.
+    """Draw `sample.samples` responses to each prompt. `key`: the batch's (`step.batch_key`).
 
-    The stop token is part of the response. Log-probs are recorded where a token is drawn: under the
-    distribution it was drawn from, and, where top-k, top-p, greedy choice or a minimum length make that
-    another one, under the policy itself. `limits` ends single rows before `max_new_tokens`.
+    The stop token is part of the response. Log-probs are those of the distribution that a token was drawn
+    from. If top-k, top-p, greedy choice or a minimum length make it differ from the policy, the policy's are
+    recorded, too. `limits`: the largest length of single rows, if below `max_new_tokens`.
     """
     cfg, groups, length = settings.cfg, settings.sample.samples, settings.sample.max_new_tokens
     n, width = prompts.tokens.shape
     with jax.named_scope("prefill"):
         last, prompt_caches = decode.prefill(params, cfg, prompts)
-    prompts = prompts.with_vision(
-        features=None, blank=None, images=None
-    )  # only their caches are read from here on
+    prompts = prompts.with_vision(features=None, blank=None, images=None)  # their caches hold all of it
     weights, ends = decode.prepare(params, cfg, width + length), segment_ends(length)
-    # rows move between loops only where each layer has a cache of its own
+    # rows can move between loops only if each layer has its own cache
     halvings = HALVINGS if cfg.execution.narrow and cfg.execution.unroll else 0
     caches = decode.empty_caches(cfg, n, groups, ends[0])
     rows = Rows(_blank(settings, (n, groups, length)), jnp.ones((n, groups), bool), caches)
@@ -75,7 +73,7 @@ def generate(
 
 
 def _blank(settings: DrawSettings, shape: tuple[int, ...]) -> Rollout:
-    """Where nothing is drawn."""
+    """Return a rollout without any token."""
     zeros = jnp.zeros(shape, jnp.float32)
     return Rollout(
         tokens=jnp.full(shape, settings.pad_id, jnp.int32),
@@ -87,7 +85,7 @@ def _blank(settings: DrawSettings, shape: tuple[int, ...]) -> Rollout:
 
 
 def _next_column(weights: decode.Weights, settings: DrawSettings, state: State) -> State:
-    """Read column t − 1, and draw column t."""
+    """Read the tokens of column t − 1 and draw column t."""
     rows, before = state.rows, state.t - 1
     tokens = jax.lax.dynamic_index_in_dim(rows.drawn.tokens, before, axis=2, keepdims=False)
     prompts = state.prompts, state.prompt_caches
@@ -97,7 +95,7 @@ def _next_column(weights: decode.Weights, settings: DrawSettings, state: State) 
 
 
 def _record(params: Params, settings: DrawSettings, state: State, hidden: Float[Array, "Q G E"]) -> State:
-    """Draw column t from the states before it."""
+    """Draw column t from the states that predict it."""
     (drawn, running, caches), t = state.rows, state.t
     scores = constrain(decoder.logits(params, settings.cfg, hidden), "batch", None, "vocab")
     uniforms = jax.lax.dynamic_index_in_dim(state.uniforms, t, axis=2, keepdims=False)

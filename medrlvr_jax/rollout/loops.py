@@ -1,13 +1,13 @@
-"""The loops over a rollout's columns: a short chain of `while_loop`s until every row has stopped.
+"""The loops over a rollout's columns: a chain of `while_loop`s until every row has stopped.
 
-Attention reads the room that the samples' caches have, so they begin with room for about an eighth of the
-budget and grow from loop to loop (`segment_ends`).
+Attention reads the whole allocated cache, so the caches begin with room for about an eighth of the tokens and
+grow from loop to loop (`segment_ends`).
 
-On CPU a step costs what its rows cost. So there rows that have stopped make room (`Execution.narrow`): when
-half of them have, the others move together into a loop of half the width, and so on down a short ladder;
-where the caches grow they come back. A row that moves takes along its own copy of its prompt's cache, which
-its group shares before. On TPU and GPU a step costs reading the weights, and each loop is one more to
-compile.
+On CPU the time of a step is proportional to its rows. With `Execution.narrow`, when half of the rows have
+stopped, the others continue in a loop of half the width, and so on. They return to the full width when the
+caches grow. A row that moves takes its own copy of the prompt's cache, which its group shared before. On TPU
+and GPU the time of a step is that of reading the weights, and each loop has to be compiled, so there it is
+off.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from medrlvr_jax.rollout.decode import Caches
 from medrlvr_jax.sharding import constrain
 from medrlvr_jax.types import Array, Prompts, Rollout
 
-SEGMENT = 128  # tokens: a budget below twice this has room for all from the start
-NARROWEST = 4  # rows a device: below, reading the weights is all there is to a step
-HALVINGS = 3  # each is another loop to compile
+SEGMENT = 128  # Caches of less than twice this many tokens are allocated at once.
+NARROWEST = 4  # Rows per device of the narrowest loop. Below it, reading the weights takes most of the time.
+HALVINGS = 3  # How often the width is halved. Each is another loop to compile.
 
 
 class Rows(NamedTuple):
-    """What changes from column to column."""
+    """The state of the rows, which changes from column to column."""
 
     drawn: Rollout
     running: Bool[Array, "Q G"]  # no stop token yet
@@ -36,18 +36,18 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-    """Before column t is drawn; those below are final. After the first narrowing Q is rows, and G is 1."""
+    """The state before column t is drawn. In a narrower loop Q counts rows, and G is 1."""
 
     t: Int[Array, ""]
     rows: Rows
     uniforms: Float32[Array, "Q G R"]  # the noise behind each token
-    limits: Int[Array, "Q G"]  # tokens that a row may have
+    limits: Int[Array, "Q G"]  # the largest length of each row
     prompts: Prompts
     prompt_caches: Caches
 
 
 def segment_ends(length: int) -> list[int]:
-    """Tokens for which the caches have room, loop by loop: …, a quarter, half of the budget, the budget."""
+    """Return the number of tokens that the caches hold in each loop: …, length / 4, length / 2, length."""
     ends = [length]
     while ends[0] >= 2 * SEGMENT:
         ends.insert(0, -(-ends[0] // 2))
@@ -55,9 +55,10 @@ def segment_ends(length: int) -> list[int]:
 
 
 def columns_of_loops(length: int) -> list[tuple[int, int]]:
-    """The columns that each loop draws, from and to; the first of all is drawn before them.
+    """Return the columns that each loop draws, as (from, to). Column 0 is drawn before the loops.
 
-    A token's keys are stored when the one after it is drawn: with room for `end`, column `end` can still be.
+    The keys of a token are stored when the next one is drawn, so caches for `end` tokens are enough to draw
+    column `end`.
     """
     ends = [1, *(min(end + 1, length) for end in segment_ends(length))]
     return list(pairwise(ends))
@@ -66,16 +67,17 @@ def columns_of_loops(length: int) -> list[tuple[int, int]]:
 def run_loop(
     body: Callable[[State], State], state: State, columns: tuple[int, int], shards: int, halvings: int
 ) -> State:
-    """Draw the columns from the first (some may be drawn already) to below the second, or until no row runs.
+    """Draw the columns from the first, some of which may be drawn already, to below the second, or until all
+    rows have stopped.
 
-    `body` draws one. `shards`: over how many devices the rows are split. `halvings`: how often half of the
-    rows may be left behind.
+    `body` draws one column. `shards`: the number of devices over which the rows are split. `halvings`: how
+    often the width may still be halved.
     """
     begin, end = columns
     width = state.rows.running.size // shards
     narrower = width // 2 if halvings and width % 2 == 0 and width // 2 >= NARROWEST else 0
     busy = lambda s: s.rows.running.reshape(shards, -1).sum(1).max()
-    # so written because it is what a plan may read from the condition: see flops.py and hlo.py
+    # written such that the planner can read the trip count from the condition (hlo.py)
     rounds = end - begin
     state = jax.lax.while_loop(lambda s: (s.t - begin < rounds) & (busy(s) > narrower), body, state)
     if not narrower:
@@ -85,8 +87,8 @@ def run_loop(
 
 
 def take_rows(state: State, place: Array) -> State:
-    """The rows at `place` [shards, n], places among a shard's rows: [shards·n, 1, …] of what is a row's,
-    [shards·n, …] of a question's.
+    """Return the rows at `place` [shards, n], their numbers within a shard: arrays of rows become
+    [shards·n, 1, …], arrays of questions [shards·n, …].
     """
     groups = state.rows.running.shape[1]
 
@@ -103,7 +105,7 @@ def take_rows(state: State, place: Array) -> State:
 
 
 def put_rows(state: State, place: Array, narrow: State) -> State:
-    """`state` after its rows at `place` [shards, n] went on in the narrow one, as [shards·n, 1, …]."""
+    """Return `state` with its rows at `place` [shards, n] replaced by those of the `narrow` state."""
 
     def put(x, new):
         split = constrain(x.reshape(place.shape[0], -1, *x.shape[2:]), "batch", *[None] * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""Programs before they are compiled: jitted functions with the shapes that they are called with."""
+"""Programs that are not compiled yet: jitted functions with the shapes of their arguments."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,23 +15,22 @@ from medrlvr_jax.types import Images, Prompts, Vision
 
 
 class Program(NamedTuple):
-    """A jitted function, its arguments as shapes, and what else is in memory meanwhile."""
+    """A jitted function with its arguments as shapes."""
 
     name: str
     function: Any
     args: tuple
     kwargs: dict[str, Any] = {}  # noqa: RUF012
-    others: tuple = ()  # shapes that stay in memory while it runs and are not among its arguments
-    calls: int = 1  # in a step whose rows have their full length; 0: it is only compiled
+    others: tuple = ()  # shapes of arrays that are in memory while it runs and are not its arguments
+    calls: int = 1  # per step, if all rows have their full length; 0: it is only compiled
 
 
 class Recorder:
-    """Stands in for jitted functions that are called with shapes (ShapeDtypeStructs with shardings) in place
-    of arrays.
+    """Replaces jitted functions by stand-ins that are called with shapes (ShapeDtypeStructs with shardings).
 
-    Each call is kept as a `Program` and returns its results as shapes: traced, never compiled. They lie as
-    the function's `out_shardings` say or, where it has none, by rows, as every result of a rollout does
-    (`sharding.by_rows`).
+    A call is recorded as a `Program`. The function is traced and not compiled, and the results are shapes.
+    Their shardings are the function's `out_shardings` or, without these, by rows (`sharding.by_rows`), as all
+    results of a rollout are.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, on_device: Any = ()):
@@ -40,7 +39,7 @@ class Recorder:
         self._mesh, self._on_device = mesh, jax.tree.leaves(on_device)
 
     def of(self, name: str, function: Any) -> Callable[..., Any]:
-        """The stand-in for one function."""
+        """Return the stand-in for a function."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.add(Program(name, function, args, kwargs))
@@ -49,7 +48,7 @@ class Recorder:
         return call
 
     def add(self, program: Program) -> None:
-        """Keep a program with what else is in memory."""
+        """Record a program with what else is in memory."""
         arguments = {id(leaf) for leaf in jax.tree.leaves((program.args, program.kwargs))}
         others = tuple(leaf for leaf in self._on_device if id(leaf) not in arguments)
         self.programs.append(program._replace(others=others))
@@ -60,7 +59,7 @@ class Recorder:
 
 
 def array(parts: Parts, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    """Of a batch: its leading axis over the mesh."""
+    """Return the shape of an array of rows, sharded over the mesh."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(parts.mesh))
 
 
@@ -72,7 +71,9 @@ def a_key(parts: Parts) -> jax.ShapeDtypeStruct:
 def abstract_prompts(
     parts: Parts, questions: int, width: int, windows: int = 0, blank: bool = False
 ) -> Prompts:
-    """Prompts of `width` columns as shapes, with `windows` windows of images, and grey ones if `blank`."""
+    """Return prompts of `width` columns as shapes, with `windows` windows of images, and grey ones if
+    `blank`.
+    """
     tokens, mask = (array(parts, dtype, questions, width) for dtype in (jnp.int32, jnp.bool_))
     ids, cfg, vision = array(parts, jnp.uint32, questions), parts.cfg, None
     if windows and cfg.vision:
@@ -87,7 +88,7 @@ def abstract_prompts(
 
 
 def abstract_images(parts: Parts, questions: int, windows: int) -> Images:
-    """The images of questions, as shapes."""
+    """Return the images of a batch as shapes."""
     cfg = parts.cfg.vision
     assert cfg is not None
     patches = questions, windows, cfg.window**2
@@ -96,7 +97,7 @@ def abstract_images(parts: Parts, questions: int, windows: int) -> Images:
 
 
 def draw_program(parts: Parts, sample: SampleConfig, width: int, name: str, windows: int = 0) -> Program:
-    """`generate` as an evaluation calls it, by `rollout.sample_and_score`."""
+    """Return the program `generate` with the arguments of `rollout.sample_and_score`."""
     params = abstract_decode(parts, parts.cfg)
     prompts = abstract_prompts(parts, sample.questions, width, windows)
     settings = draw_settings(parts, parts.cfg, sample)
@@ -104,6 +105,6 @@ def draw_program(parts: Parts, sample: SampleConfig, width: int, name: str, wind
 
 
 def sync_program(sync_weights: WeightSync) -> list[Program]:
-    """The copy to the sampling layout, if there is anything to copy."""
+    """Return the copy to the sampling layout, or [] if nothing has to be copied."""
     moved = sync_weights.moved
     return [Program("sync_weights", sync_weights.program, (moved,))] if moved else []

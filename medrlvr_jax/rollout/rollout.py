@@ -1,8 +1,7 @@
-"""From questions to scored responses: encode → generate → decode and score. Evaluation is this, and training
-begins with it.
+"""From questions to scored responses: encode, generate, decode, score. Evaluation and training share it.
 
-Of a batch, a process encodes the rows that its devices hold. A row that several processes hold is decoded and
-scored by one of them.
+A process encodes the rows of a batch that its devices hold. If several processes hold a row, one of them
+decodes and scores it.
 """
 
 import dataclasses
@@ -45,14 +44,13 @@ def width(longest: int) -> int:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A set of questions with their prompts' tokens; `ids` are places in the file, whatever was dropped."""
+    """A set of questions with the tokens of their prompts."""
 
     questions: list[Question]
     tokens: list[list[int]]
-    ids: np.ndarray  # uint32
+    ids: np.ndarray  # uint32 [n], the questions' places in the file; dropped questions are counted, too
     dropped: int
-    # columns of a batch of prompts, whichever questions it holds and in whatever order their options stand
-    width: int
+    width: int  # columns of a batch of prompts, enough for all questions and all orders of their options
     shuffle: bool = False  # whether its options are to be shuffled: see `reorder`
     repeats: dict[str, str] = dataclasses.field(default_factory=dict)  # see `question.repeats`
     how_read: str = ""  # how the set was read, for the console: see `load.read`
@@ -60,7 +58,7 @@ class Encoded:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt, whatever the options' order."""
+        """Tokens of the longest prompt, over all orders of the options."""
         return self.width if self.shuffle else max(map(len, self.tokens), default=0)
 
     @property
@@ -69,7 +67,7 @@ class Encoded:
         return self.images.windows if self.images else 0
 
     def prompts(self, index: Sequence[int] | np.ndarray, pad_id: int) -> Prompts:
-        """Padded prompts of the questions at `index`; of images, all but the features."""
+        """Return the padded prompts of the questions at `index`. Features of images are still missing."""
         rows = [self.tokens[i] for i in index]
         prompts = text.pad_prompts(rows, self.ids[np.asarray(index)], self.width, pad_id)
         if self.images is None:
@@ -80,7 +78,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Scored:
-    """What this process, and no other, scored of a rollout: N flat rows, question by question."""
+    """The rows of a rollout that this process has scored: N responses, question by question."""
 
     questions: list[Question]  # [N]
     prompts: list[list[int]]  # [N], their tokens
@@ -96,7 +94,7 @@ class Scored:
     entropy: np.ndarray | None = None
 
     def record(self, row: int) -> dict[str, Any]:
-        """One completion as a JSON object: what samples.jsonl and an evaluation's answers both say of it."""
+        """Return one completion as a JSON object, for samples.jsonl and for the answers of an evaluation."""
         v, question = self.verdicts, self.questions[row]
         failed = {"reward_error": v.failed[row]} if row in v.failed else {}
         values = {name: float(column[row]) for name, column in v.reported_components.items()}
@@ -129,7 +127,7 @@ def encode(
     vision: VisionConfig | None = None,
     progress: Progress = no_progress,
 ) -> Encoded:
-    """The prompts that fit; the others are dropped and counted. `vision`: how the model sees images."""
+    """Encode the prompts. Those that are too long are dropped and counted. `vision`: of the model, or None."""
     if config.reward.mode == "paper" and (other := next((q for q in questions if q.value is not None), None)):
         problem = f"it pays for one letter alone, and question {other.id} is not answered by one"
         raise ConfigError(f"reward.mode: paper: {problem}; set reward.mode=strict or direct")
@@ -146,17 +144,19 @@ def encode(
 
 
 def check_seen(parts: Parts, images: ImageSet | None) -> None:
-    """Refuse to train a vision tower on questions without an image: weight decay alone would move it."""
+    """Raise `ConfigError` if a vision tower is to be trained on questions without images: only weight decay
+    would change it.
+    """
     if images is None and parts.cfg.execution.tower != "freeze":
         problem = "no question of data has an image"
         raise ConfigError(f"model.vision: {parts.cfg.execution.tower}: {problem}; set it to freeze")
 
 
 def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Encoded:
-    """`encoded` with other orders of options in the questions at `index`, as far as this process holds them.
-    `draw`: epoch or sample.
+    """Return `encoded` with the options shuffled in the questions at `index` that this process holds. `draw`:
+    the number of the epoch or sample, which selects the order.
 
-    An order whose prompt has more tokens than fit is not taken: the question then stands as in its file.
+    If the shuffled prompt has too many tokens, the question keeps the order of its file.
     """
     mine = index[own_rows(len(index), parts.mesh)[0]].tolist()
     wanted = [shuffle_options(encoded.questions[i], parts.config.seed, draw) for i in mine]
@@ -173,10 +173,10 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
 
 
 def before_response(parts: Parts, encoded: Encoded) -> Encoded:
-    """The prompts without what is already given of the response, by the template or by `prefill`."""
-    pads = encoded.images.prompt_tokens() if encoded.images else None
-    how = {"with_prefix": False, "images": pads}
-    tokens = text.encode_questions(parts.tokenizer, encoded.questions, parts.config.prompt, **how)
+    """Return the prompts without the beginning of the response that the template or `prefill` gives."""
+    pads, config = encoded.images.prompt_tokens() if encoded.images else None, parts.config.prompt
+    questions = encoded.questions
+    tokens = text.encode_questions(parts.tokenizer, questions, config, with_prefix=False, images=pads)
     return dataclasses.replace(encoded, tokens=tokens)
 
 
@@ -188,11 +188,11 @@ def score_rollout(
     coin: Array | None = None,
     components: Sequence[Component] | None = None,
 ) -> Scored:
-    """Host work: bring this process's tokens over, decode, score. `index` names the questions of the whole
+    """Fetch this process's tokens to the host, decode and score them. `index`: the questions of the whole
     rollout.
 
-    Training alone pays by more than the completion: by the functions of `components`, or by `coin`, its key
-    for the control `reward.random`. Evaluation has neither.
+    `components` of the reward are by default those that need the completion alone. `coin`: the key of the
+    control `reward.random`. Evaluations have neither.
     """
     tokenizer, rule = parts.tokenizer, parts.config.reward
     mine, counted = own_rows(len(index), parts.mesh)
@@ -218,9 +218,7 @@ def score_rollout(
 
 
 def join_scored(batches: Sequence[Scored], size: int) -> Scored:
-    """Return what was scored of several batches of `size` rows each as of one batch; a row's place is then
-    among the rows of all.
-    """
+    """Concatenate what was scored of several batches of `size` rows each. Places count the rows of all."""
     if len(batches) == 1:
         return batches[0]
     starts = np.cumsum([0, *(len(batch.questions) for batch in batches)]).tolist()
@@ -234,7 +232,7 @@ def join_scored(batches: Sequence[Scored], size: int) -> Scored:
 
 
 def _concatenated(items: Sequence[Any], **fields: Any) -> Any:
-    """Return the dataclass whose fields are those of the items, one after another; `fields` are given."""
+    """Concatenate dataclasses field by field, except for the given `fields`."""
 
     def join(columns: Sequence[Any]) -> Any:
         match columns[0]:
@@ -252,7 +250,7 @@ def _concatenated(items: Sequence[Any], **fields: Any) -> Any:
 def shown_stages(
     completions: list[str], questions: list[Question], verdicts: Verdicts, mode: str
 ) -> list[str | None]:
-    """The stage that each completion shows; None of questions that no letter answers, and under `direct`."""
+    """Return the stage of each completion, or None for questions without letters and in mode `direct`."""
     if mode == "direct":
         return [None] * len(completions)
     lenient = verdicts if mode == "paper" else parse(completions, "paper", [q.letters for q in questions])
@@ -263,8 +261,8 @@ def shown_stages(
 def place_prompts(
     params: Params | None, parts: Parts, encoded: Encoded, index: np.ndarray, blank: bool = False
 ) -> Prompts:
-    """The prompts of the questions at `index` on the mesh; each process pads and places its own. `params`,
-    `blank`: see `add_features`.
+    """Return the prompts of the questions at `index` on the mesh. Each process pads and places its own rows.
+    `params`, `blank`: see `add_features`.
     """
     mine, _ = own_rows(len(index), parts.mesh)
     prompts = encoded.prompts(index[mine], parts.tokenizer.pad_id)
@@ -291,7 +289,7 @@ def sample_and_score(
     sample: SampleConfig,
     entropies: bool = False,
 ) -> Scored:
-    """Evaluation's whole job. With `entropies`, also the mean entropy of each response."""
+    """Draw and score responses, for evaluations. With `entropies`, also record each response's mean entropy."""
     settings = draw_settings(parts, parts.cfg, sample, entropies)
     prompts = place_prompts(decode_params, parts, encoded, index)
     rollout = generate(decode_params, prompts, key, settings)

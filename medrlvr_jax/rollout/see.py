@@ -1,13 +1,13 @@
-"""The images of a batch of prompts, as the vision tower sees them: once a batch, for all samples of a prompt.
+"""The vision tower's features of a batch of prompts, computed once for all samples of a prompt.
 
-A frozen tower is computed only here, and what it sees is an input like tokens of every pass over the prompts.
-A tower that is trained is computed here for the sampler and for all that is computed before learning; the
-policy's learning computes it again, with its gradient (`scoring.hidden_states`). As for the others:
+A frozen tower runs only here, and its features are an input of every later pass over the prompts. A trained
+tower runs here for the sampler and for everything before learning; learning computes its features again, with
+gradients (`scoring.hidden_states`). The other models:
 
-- The reference has the tower of the start, which is not today's: it sees by that.
-- The critic reads what the policy's tower sees before learning, without a gradient. Its values before
-  learning and its targets are of the same input, so nothing is inexact; a tower of its own would cost as much
-  memory again, with its optimiser's state, and a pass over all images for each minibatch.
+- The reference uses the tower with which the training began.
+- The critic reads the features of the policy's tower before learning, without a gradient. Its old values and
+  its targets use the same features, so this is exact. Its own tower would need as much memory again, with an
+  optimiser state, and a pass over all images in each minibatch.
 """
 
 from dataclasses import replace
@@ -28,13 +28,13 @@ from medrlvr_jax.types import Array, Images, Params, Prompts
 
 @partial(jax.jit, static_argnames="cfg")
 def see(params: Params, images: Images, *, cfg: DecoderConfig) -> Array:
-    """`vision.see` by the tower `params`."""
+    """Return `vision.see`, the features of the images, with the tower's `params`."""
     return vision.see({VISION: params}, cfg, images)
 
 
 @partial(jax.jit, static_argnames="patch")
 def as_grey(images: Images, *, patch: int) -> Images:
-    """Grey images of the same sizes."""
+    """Return grey images of the same sizes."""
     pixels = jnp.repeat(jnp.array(GREY, jnp.uint8), patch**2)
     return replace(images, pixels=by_rows(jnp.broadcast_to(pixels, images.pixels.shape)))
 
@@ -42,10 +42,10 @@ def as_grey(images: Images, *, patch: int) -> Images:
 def add_features(
     parts: Parts, params: Params | None, prompts: Prompts, images: Images, blank: bool = False
 ) -> Prompts:
-    """The prompts with what the tower sees of their images; both lie over the mesh by rows.
+    """Return the prompts with the tower's features of their images. Both are sharded over the mesh by rows.
 
-    `params`: the policy's, with its tower if that is trained. None: a trained tower is not asked now, and the
-    prompts have the images alone. `blank`: also with what it would see of grey images.
+    `params`: the policy's, with its tower if that is trained. None: the prompts get no features from a
+    trained tower, only the images. `blank`: add the features of grey images, too.
     """
     assert parts.tower is not None and parts.cfg.vision is not None
     trained = parts.cfg.execution.tower != "freeze"
@@ -56,14 +56,14 @@ def add_features(
         tower = params[VISION]
     else:
         tower = parts.tower()
-    look = partial(see, tower, cfg=parts.cfg)
-    grey = look(as_grey(images, patch=parts.cfg.vision.patch)) if blank else None
-    return prompts.with_vision(features=look(images), blank=grey)
+    features_of = partial(see, tower, cfg=parts.cfg)
+    grey = features_of(as_grey(images, patch=parts.cfg.vision.patch)) if blank else None
+    return prompts.with_vision(features=features_of(images), blank=grey)
 
 
 def see_program(
     parts: Parts, questions: int, windows: int, name: str, tower: Params | None = None
 ) -> Program:
-    """`see` as `add_features` calls it; `tower`: its parameters as shapes."""
+    """Return the program `see` with the arguments of `add_features`. `tower`: its parameters as shapes."""
     images, tower = abstract_images(parts, questions, windows), tower or abstract_tower(parts)
     return Program(name, see, (tower, images), {"cfg": parts.cfg})

@@ -1,8 +1,8 @@
-"""From the training layout of the weights to the sampling layout, once per rollout.
+"""The copy of the weights from the training layout to the sampling layout, once per rollout.
 
 Training shards every matrix over `fsdp` and keeps `param_dtype`. The sampler reads all weights for each
-token, so it takes a copy whole along `fsdp`, in the arithmetic's dtype: no token pays an all-gather or a
-cast.
+token. It uses a copy that is gathered along `fsdp` and has the dtype of the arithmetic, so that no token
+needs an all-gather or a cast.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ Path = tuple[str, ...]  # in the parameter tree
 
 
 def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
-    """What `generate` takes, as ShapeDtypeStructs: whole along `fsdp` and in the arithmetic's dtype, except
-    for norms and biases, which keep theirs.
+    """Return the sampler's parameters as ShapeDtypeStructs: gathered along `fsdp` and in the dtype of the
+    arithmetic. Norms and biases keep their dtype.
 
-    The layers stay as they are where `unroll` cuts and gathers them one by one (`decode.prepare`), and
-    stay in shards where `sample.layout` says so. int8 matrices have float32 scales. A vision tower stays as
-    it is: it is read once a rollout.
+    With `unroll`, layers keep the training layout, because `decode.prepare` gathers them one by one; with
+    `sample.layout: sharded` they keep their shards. int8 matrices have float32 scales. A vision tower keeps
+    its layout, because it is read once per rollout.
     """
     model = parts.config.model
     sharded = flat(abstract_params(parts, cfg, sharding.TRAIN))
@@ -51,11 +51,11 @@ def abstract_decode(parts: Parts, cfg: DecoderConfig) -> Params:
 
 @dataclass(frozen=True)
 class WeightSync:
-    """A function from a model's parameters to what `generate` takes (`abstract_decode`).
+    """A function from a model's parameters to the sampler's (`abstract_decode`).
 
-    Parameters that already have the sampler's dtype and sharding are passed through: a frozen bfloat16 base
-    on one chip is never copied. Adapters stay beside their matrices: a sum rounded to bfloat16 would lose the
-    small ones, and the sampler's log-probs would not be the trainer's.
+    Parameters that already have the target dtype and sharding are passed through, so a frozen bfloat16 base
+    on one chip is not copied. Adapters are not merged: small ones would be lost in a sum that is rounded to
+    bfloat16, and the sampler's log-probs would differ from the trainer's.
     """
 
     program: Any  # jitted: the parameters named by `moved` → their copies
@@ -69,7 +69,7 @@ class WeightSync:
 
 
 def make_weight_sync(parts: Parts, cfg: DecoderConfig) -> WeightSync:
-    """The copy from the policy's parameters to those of a sampler `cfg`; nothing is compiled yet."""
+    """Return the copy from the policy's parameters to those of a sampler `cfg`. Nothing is compiled yet."""
     have = flat(abstract_params(parts, parts.cfg))
     want = flat(abstract_decode(parts, cfg))
 
@@ -85,7 +85,7 @@ def make_weight_sync(parts: Parts, cfg: DecoderConfig) -> WeightSync:
     put = jax.lax.with_sharding_constraint
 
     def quantized(layer: dict[Path, Array]) -> dict[Path, Array]:
-        """Before the weights travel: one byte each."""
+        """Quantise matrices before they are gathered, so that one byte per weight is sent."""
         out = dict(layer)
         for path, w in layer.items():
             if want[path].dtype == jnp.int8:
@@ -97,7 +97,7 @@ def make_weight_sync(parts: Parts, cfg: DecoderConfig) -> WeightSync:
         return {path: put(params[path].astype(want[path].dtype), place) for path, place in places.items()}
 
     def sync_weights(params: dict[Path, Array]) -> dict[Path, Array]:
-        """Layer by layer: all at once, XLA holds what it gathers a second time beside the result."""
+        """Copy layer by layer. If all were copied at once, XLA would hold the gathered weights twice."""
         stacked = {path: params[path] for path in shards}
         placed = jax.lax.map(lambda layer: place_all(quantized(layer), of_layer), stacked) if stacked else {}
         return place_all(params, {path: s for path, s in places.items() if path not in layers}) | placed
