@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True)
 def pytree(cls: type[T]) -> type[T]:
-    """Make a frozen dataclass whose fields are all children. It checks nothing, because JAX unflattens often."""
+    """Make a frozen dataclass whose fields are all children. It checks nothing: JAX unflattens often."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
 

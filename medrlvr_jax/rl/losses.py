@@ -104,8 +104,7 @@ def policy_loss(
     cap) for rollouts drawn from other weights (truncated importance sampling, Ionides 2008), they multiply
     the surrogate, but neither the KL term nor the entropy bonus. Metrics:
 
-    sampler_weight       mean of these weights
-    surrogate, ratio     their means
+    surrogate, ratio, sampler_weight   means
     ratio_far            share of tokens with ρ outside [0.9, 1.1]
     clip_low, clip_high  shares of tokens whose gradient a bound removes (CISPO: whose ratio it caps)
     approx_kl            k3 estimate of KL(π_old ‖ π)

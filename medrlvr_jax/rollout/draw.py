@@ -92,8 +92,8 @@ def _keep_heaviest(weights: Array, enough: Callable[[Array], Array]) -> Array:
 
 
 def inverse_cdf(weights: Array, uniforms: Array) -> Array:
-    """Return the first index at which the cumulative weights [..., V] exceed their sum times `uniforms` [...].
-    It is never an index of weight 0.
+    """Return the first index at which the cumulative weights [..., V] exceed `uniforms` [...] of their sum,
+    never one of weight 0.
 
     This needs one uniform number per row, not one Gumbel number per word. Sums over blocks and then inside a
     block are short, so their rounding errors are small.

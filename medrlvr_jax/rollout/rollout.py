@@ -127,7 +127,7 @@ def encode(
     vision: VisionConfig | None = None,
     progress: Progress = no_progress,
 ) -> Encoded:
-    """Encode the prompts. Those that are too long are dropped and counted. `vision`: of the model, or None."""
+    """Encode prompts. Those that are too long are dropped and counted. `vision`: the model's, or None."""
     if config.reward.mode == "paper" and (other := next((q for q in questions if q.value is not None), None)):
         problem = f"it pays for one letter alone, and question {other.id} is not answered by one"
         raise ConfigError(f"reward.mode: paper: {problem}; set reward.mode=strict or direct")
@@ -289,7 +289,7 @@ def sample_and_score(
     sample: SampleConfig,
     entropies: bool = False,
 ) -> Scored:
-    """Draw and score responses, for evaluations. With `entropies`, also record each response's mean entropy."""
+    """Draw and score responses for an evaluation. `entropies`: also record each response's mean entropy."""
     settings = draw_settings(parts, parts.cfg, sample, entropies)
     prompts = place_prompts(decode_params, parts, encoded, index)
     rollout = generate(decode_params, prompts, key, settings)
