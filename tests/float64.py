@@ -18,7 +18,7 @@ import optax
 from small_model import small
 
 from medrlvr_jax.config.schema import LoRAConfig, OptimConfig, SampleConfig
-from medrlvr_jax.model import attention, decoder, scoring, spec, splash
+from medrlvr_jax.model import attention, decoder, rope, scoring, spec, splash
 from medrlvr_jax.rl import learn
 from medrlvr_jax.rollout import draw
 
@@ -213,7 +213,7 @@ def rotated(dtype: str, small: bool) -> float:
     a, b = np.split(x64, 2, -1)
     expected = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
     return max_error(
-        jax.jit(lambda x: decoder.rotate(x, decoder.rope_tables(jnp.arange(n)[None], cfg)[0]))(x), expected
+        jax.jit(lambda x: rope.rotate(x, rope.rope_tables(jnp.arange(n)[None], cfg)[0]))(x), expected
     )
 
 
@@ -240,7 +240,7 @@ def multiplied(dtype: str, small: bool) -> float:
         "gate_a": a,
         "gate_b": b,
     }
-    found = jax.jit(lambda layer, x: decoder.project(decoder.for_products(layer, cfg), cfg, x, "gate"))(
+    found = jax.jit(lambda layer, x: decoder.project(decoder.cast_and_gather(layer, cfg), cfg, x, "gate"))(
         layer, x
     )
     expected = x64 @ (np.asarray(q, np.float64) * expected_scale) + x64 @ a64 @ b64 * (

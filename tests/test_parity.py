@@ -21,6 +21,7 @@ from medrlvr_jax.model import decoder, scoring, spec
 from medrlvr_jax.model import weights as hf
 from medrlvr_jax.model.architecture import DecoderConfig, RopeScaling, Window
 from medrlvr_jax.model.families import read_config
+from medrlvr_jax.model.rope import rope_tables
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
 
@@ -179,5 +180,5 @@ def test_llama3_frequencies():
         "cpu",
     )
     cfg = DecoderConfig(8, 2048, 1, 32, 8, 64, 8, 5e5, 1e-5, True, rope_scaling=scaling)
-    ((cos, sin),) = decoder.rope_tables(jnp.ones(()), cfg)
+    ((cos, sin),) = rope_tables(jnp.ones(()), cfg)
     np.testing.assert_allclose(np.arctan2(sin, cos), theirs.numpy(), rtol=2e-6)

@@ -35,6 +35,7 @@ from medrlvr_jax.config.schema import MeshConfig
 from medrlvr_jax.data import patches
 from medrlvr_jax.model import decoder, export, families, lora, scoring, spec, vision
 from medrlvr_jax.model import weights as hf
+from medrlvr_jax.model.rope import rope_axes
 from medrlvr_jax.plan import flops
 from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
@@ -214,7 +215,7 @@ def without_deepstack(cfg, prompts):
 
 
 DECODER_FAULTS3 = {
-    "not interleaved": lambda c, p: (replace(c, rope_axes=vision.rope_axes((4, 2, 2))), p),
+    "not interleaved": lambda c, p: (replace(c, rope_axes=rope_axes((4, 2, 2))), p),
     "nothing after the first layers": without_deepstack,
 }
 

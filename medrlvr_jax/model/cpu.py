@@ -1,4 +1,4 @@
-"""What only XLA:CPU needs."""
+"""A workaround for XLA:CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ from medrlvr_jax.types import Array
 
 @jax.custom_vjp
 def linear(x: Array, w: Array) -> Array:
-    """x [..., E] @ w [E, F]; the same gradient as autodiff's, with the weight's taken as xᵀ·g.
+    """Return x [..., E] @ w [E, F]. Its gradient is autodiff's, but computes xᵀ·g for the weight.
 
-    Autodiff asks for gᵀ·x and a transpose, for which XLA:CPU recomputes g in a strided loop: an MLP's
-    backward pass took twice as long.
+    Autodiff computes gᵀ·x and transposes it. XLA:CPU then recomputes g in a strided loop, and the backward
+    pass of an MLP takes twice as long.
     """
     return x @ w
 

@@ -1,12 +1,13 @@
 """The decoder (Qwen2/2.5, Qwen3, Llama 3, SmolLM2, Gemma 3) as pure functions of the parameter tree that
 spec.py describes.
 
-One layout serves scoring and learning: a prompt and its G responses in one row, `prompt | response 1 | … |
-response G`. A response attends to its prompt and to itself, so the prompt is computed once for its group and
-attention between responses is never computed. Decoding runs the same layer with a cache. Column t of every
-result is about response token t.
+Scoring and learning use one layout: a row holds a prompt and its G responses, `prompt | response 1 | … |
+response G`. A response attends to its prompt and to itself. So the prompt is computed once for its group, and
+attention between responses is not computed. Decoding runs the same layers with a cache. Column t of every
+result belongs to response token t.
 
-`layer` is one layer's parameters by name. KV heads K, query heads H = K·h, head size D, states E.
+`layer` maps the names of one layer's parameters to arrays. Sizes: K KV heads, H = K·h query heads, head size
+D, hidden size E.
 """
 
 from collections.abc import Mapping
@@ -15,26 +16,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int8
 
 from medrlvr_jax.model import attention, splash
-from medrlvr_jax.model.architecture import DecoderConfig, RopeScaling
+from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model.cpu import linear
+from medrlvr_jax.model.rope import UNLIMITED, Rope, rope_and_window, rope_tables, rotate
 from medrlvr_jax.model.spec import PARAMETERS
 from medrlvr_jax.sharding import constrain, gather
 from medrlvr_jax.types import Array, Params, Prompts, Vision
 
 Layer = Mapping[str, Array]
-# cosines and sines of the positions' angles
-Rope = tuple[Float32[Array, "... D/2"], Float32[Array, "... D/2"]]
 
 
 class KeysValues(NamedTuple):
-    """A cache of one layer: of prompts [Q], or of samples [Q, G]. That of all layers has an axis L before.
+    """The cache of one layer, for prompts [Q] or samples [Q, G]. A cache of all layers has a leading axis L.
 
-    Keys lie with their positions last, so that a product with them runs along memory as one with the values
-    does. The other order made decoding on CPU 1.18 times as slow.
+    The position is the last axis of the keys, so that products with keys read memory in order. With the other
+    order, decoding on CPU takes 1.18 times as long.
     """
 
     keys: Float[Array, "... K D N"]
@@ -42,7 +41,7 @@ class KeysValues(NamedTuple):
 
 
 class Column(NamedTuple):
-    """What all layers read of the response column that is decoded."""
+    """The inputs that all layers share while response column t is decoded."""
 
     t: Int[Array, ""]
     ropes: tuple[Rope, ...]  # `rope_tables` of the tokens' positions
@@ -50,7 +49,7 @@ class Column(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What all layers read of whole rows, N = P + G·R (G = 0: prompts alone)."""
+    """The inputs that all layers share for whole rows of N = P + G·R tokens; G = 0 for prompts alone."""
 
     ropes: tuple[Rope, ...]  # `rope_tables` of `positions`
     positions: Int[Array, "Q N *axes"]
@@ -59,9 +58,7 @@ class Row(NamedTuple):
     groups: int
 
 
-FAR = jnp.iinfo(jnp.int32).max  # a window that no row leaves
-# Padding has this token, which is beyond every vocabulary: it reads no row of the embedding and adds to no
-# row's gradient.
+# The token of padding. It is beyond every vocabulary, so it has no row in the embedding and no gradient.
 NO_TOKEN = jnp.iinfo(jnp.int32).max
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -74,67 +71,20 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, ap
 def rms_norm(
     x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float, dtype: Any
 ) -> Float[Array, "*N D"]:
-    """x / √(mean(x²) + eps) · scale over the last axis, computed in float32 and rounded once, to `dtype`."""
+    """Return x / √(mean(x²) + eps) · scale over the last axis, computed in float32, as `dtype`."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * scale.astype(jnp.float32)).astype(dtype)
 
 
 def norm(x: Float[Array, "*N D"], weight: Float[Array, " D"], cfg: DecoderConfig, dtype: Any) -> Array:
-    """`rms_norm` with a parameter of the decoder as scale."""
+    """Apply `rms_norm` with a norm's weight as the model's family uses it."""
     scale = weight.astype(jnp.float32) + cfg.norm_offset if cfg.norm_offset else weight
     return rms_norm(x, scale, cfg.norm_eps, dtype)
 
 
-def rope_tables(positions: Int[Array, "*N"], cfg: DecoderConfig, by_axis: bool = False) -> tuple[Rope, ...]:
-    """Cosines and sines [*N, D/2] of the rotary angles at `positions` (Su et al. 2021, arXiv 2104.09864).
-    A model with `window` has a second pair of tables, for the layers of the window.
-
-    `by_axis`: the positions are [*N, 3], and each frequency follows one axis (M-RoPE, arXiv 2409.12191).
-    """
-    each = positions[..., np.array(cfg.rope_axes)] if by_axis else positions[..., None]
-
-    def tables(theta: float, scaling: RopeScaling | None) -> Rope:
-        freqs = theta ** (-jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
-        angles = each.astype(jnp.float32) * (scale_frequencies(freqs, scaling) if scaling else freqs)
-        return jnp.cos(angles), jnp.sin(angles)
-
-    of_all = tables(cfg.rope_theta, cfg.rope_scaling)
-    return (of_all, tables(cfg.window.rope_theta, None)) if cfg.window else (of_all,)
-
-
-def scale_frequencies(freqs: Float32[Array, " D/2"], scaling: RopeScaling) -> Float32[Array, " D/2"]:
-    """Rotary frequencies after `RopeScaling`."""
-    factor, low, high, length = scaling
-    if low is None or high is None or length is None:
-        return freqs / factor
-    turns = length * freqs / (2 * jnp.pi)
-    blend = jnp.clip((turns - low) / (high - low), 0, 1)
-    return blend * freqs + (1 - blend) * freqs / factor
-
-
-def rope_and_window(
-    cfg: DecoderConfig, ropes: tuple[Rope, ...], layer: Int[Array, ""] | int, length: int
-) -> tuple[Rope, Int[Array, ""] | None]:
-    """The rotary tables of the layer with number `layer`, and the number of tokens to which a token attends
-    there, itself included (`FAR`: all). None if a window changes nothing in rows of `length` positions.
-    """
-    if cfg.window is None:
-        return ropes[0], None
-    windowed = jnp.isin(layer, np.array(cfg.window.layers))
-    rope = jax.tree.map(partial(jnp.where, windowed), ropes[1], ropes[0])
-    return rope, jnp.where(windowed, cfg.window.size, FAR) if length > cfg.window.size else None
-
-
-def rotate(x: Float[Array, "*N H D"], rope: Rope) -> Float32[Array, "*N H D"]:
-    """Rotary embedding, in float32, of x in Hugging Face's half-split order."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = (table[..., None, :] for table in rope)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def for_products(layer: Layer, cfg: DecoderConfig) -> Layer:
-    """The layer with its matrices and adapters in the arithmetic's dtype and gathered along `fsdp`."""
+def cast_and_gather(layer: Layer, cfg: DecoderConfig) -> Layer:
+    """Cast a layer's matrices and adapters to the compute dtype and gather them along `fsdp`."""
 
     def ready(name: str, p: Array) -> Array:
         row = PARAMETERS[name]
@@ -144,7 +94,7 @@ def for_products(layer: Layer, cfg: DecoderConfig) -> Layer:
 
 
 def project(layer: Layer, cfg: DecoderConfig, x: Float[Array, "*N in"], name: str) -> Float[Array, "*N out"]:
-    """x by a matrix with flattened input and output axes; where it is adapted, x·W + x·A·B·alpha/rank."""
+    """Multiply x by a matrix: x·W, or with an adapter x·W + x·A·B·alpha/rank. Axes of W are flattened."""
     y = linear(x, layer[name].reshape(x.shape[-1], -1))
     if cfg.execution.int8:
         y = (y * layer[f"{name}_scale"].reshape(-1)).astype(y.dtype)
@@ -158,11 +108,10 @@ def project(layer: Layer, cfg: DecoderConfig, x: Float[Array, "*N in"], name: st
 def queries_keys_values(
     layer: Layer, cfg: DecoderConfig, x: Float[Array, "Q N E"], rope: Rope
 ) -> tuple[Float[Array, "Q N K h D"], Float[Array, "Q N K D"], Float[Array, "Q N K D"]]:
-    """The attention's inputs; queries come scaled by `query_size`^-½.
+    """Return the scaled queries, the keys and the values of attention.
 
-    Everything between the products is float32 and is rounded once, at the end: the gradient of a bias or of a
-    norm's scale is a sum over all tokens, and a bfloat16 sum stops growing once it is 256 times as large as
-    what is added.
+    Biases, norms and rotation are float32, and their result is rounded once. The gradient of a bias or of a
+    norm is a sum over all tokens, and a bfloat16 sum stops growing at 256 times the size of its terms.
     """
     dtype = cfg.execution.dtype
     x = norm(x, layer["attn_norm"], cfg, dtype)
@@ -186,7 +135,7 @@ def queries_keys_values(
 def after_attention(
     layer: Layer, cfg: DecoderConfig, x: Float[Array, "Q N E"], attended: Float[Array, "Q N K h D"]
 ) -> Float[Array, "Q N E"]:
-    """The output projection and the gated MLP, each added to the states."""
+    """Add the attention's output projection, then the output of the gated MLP, to the states."""
 
     def add(x: Array, y: Array, post_norm: str) -> Array:
         y = norm(y, layer[post_norm], cfg, jnp.float32) if cfg.post_norms else y
@@ -206,8 +155,8 @@ def run_layer(
     row: Row,
     number: Int[Array, ""],
 ) -> tuple[Float[Array, "Q N E"], KeysValues]:
-    """The layer with this number over whole rows: states, and the cache of the prompts."""
-    layer, width = for_products(layer, cfg), row.prompt_mask.shape[1]
+    """Run layer `number` over whole rows. Return the states and the cache of the prompts."""
+    layer, width = cast_and_gather(layer, cfg), row.prompt_mask.shape[1]
     length = width + (x.shape[1] - width) // max(row.groups, 1)
     rope, window = rope_and_window(cfg, row.ropes, number, length)
     q, k, v = queries_keys_values(layer, cfg, x, rope)
@@ -217,7 +166,7 @@ def run_layer(
     else:
         attend = partial(splash.attend, q, k, v, row.prompt_mask, row.groups)
         within = partial(attend, window=cfg.window.size if cfg.window else None)
-        attended = attend() if window is None else jax.lax.cond(window < FAR, within, attend)
+        attended = attend() if window is None else jax.lax.cond(window < UNLIMITED, within, attend)
     cache = KeysValues(k[:, :width].transpose(0, 2, 3, 1), v[:, :width].swapaxes(1, 2))
     return after_attention(layer, cfg, x, attended), cache
 
@@ -231,10 +180,12 @@ def step_layer(
     sample_cache: KeysValues,
     number: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "Q G E"], KeysValues]:
-    """The layer with this number over one token of each sample, whose keys and values go to column t of the
-    samples' cache. Without `Execution.unroll`, that is the cache of all layers.
+    """Run layer `number` over one token of each sample. Return the states, and `sample_cache` with the keys
+    and values of the token in column t.
+
+    With `Execution.unroll`, `sample_cache` belongs to this layer, else to all layers.
     """
-    layer, stacked = for_products(layer, cfg), not cfg.execution.unroll
+    layer, stacked = cast_and_gather(layer, cfg), not cfg.execution.unroll
     length = column.prompt_mask.shape[1] + sample_cache.values.shape[-2]
     rope, window = rope_and_window(cfg, column.ropes, number, length)
     q, k, v = queries_keys_values(layer, cfg, x, rope)
@@ -263,17 +214,17 @@ def forward(
     columns: Int[Array, "Q G R"] | None = None,
     keep_cache: bool = False,
 ) -> tuple[Float[Array, "Q N E"], KeysValues | None]:
-    """Tokens to states after the last norm, N = P + G·R; with `keep_cache`, also all layers' cache of the
-    prompts.
+    """Compute the states after the last norm, N = P + G·R. With `keep_cache`, also return the prompts' cache
+    of all layers.
 
-    Padding among `tokens` may be `NO_TOKEN`. `segments`: see `attention.plain`; `columns`: see `pack`.
+    Padding in `tokens` may be `NO_TOKEN`. `segments` is explained in `attention.plain`, `columns` in `pack`.
     """
     packed, positions, groups = pack(prompts, tokens, columns)
     x = constrain(embed_lookup(params["embed"], packed, cfg), "batch", None, None)
     vision, deep = prompts.vision, 0
     if vision is not None:
         assert vision.features is not None
-        x, deep = put_images(x, vision, 0), vision.features.shape[-1] // cfg.embed - 1
+        x, deep = add_image_features(x, vision, 0), vision.features.shape[-1] // cfg.embed - 1
     ropes = rope_tables(positions, cfg, vision is not None)
     row = Row(ropes, positions, prompts.mask, segments, groups)
 
@@ -282,7 +233,7 @@ def forward(
         layer, number = inputs
         x, cache = run_layer(layer, cfg, x, row, number)
         if vision is not None and deep:
-            added = partial(put_images, x, vision, number + 1)
+            added = partial(add_image_features, x, vision, number + 1)
             x = jax.lax.cond(number < deep, added, lambda: x)
         return x, cache if keep_cache else None
 
@@ -290,11 +241,13 @@ def forward(
     return norm(x, params["norm"], cfg, cfg.execution.dtype), cache
 
 
-def put_images(
+def add_image_features(
     x: Float32[Array, "Q N E"], vision: Vision, part: Int[Array, ""] | int
 ) -> Float32[Array, "Q N E"]:
-    """The states plus the vision tower's features in the columns of images: 0 before the layers, where those
-    states are zero, and part 1, 2, … after the first layers (DeepStack, arXiv 2406.04334).
+    """Add part `part` of the vision tower's features to the states in the columns of images.
+
+    Part 0 is added before the layers, to states that are zero. Parts 1, 2, … are added after the first layers
+    (DeepStack, arXiv 2406.04334).
     """
     slots, width = vision.slots[..., None], x.shape[-1]
     features = vision.features
@@ -310,15 +263,15 @@ def put_images(
 def embed_lookup(
     embed: Float[Array, "V E"], tokens: Int[Array, "Q N"], cfg: DecoderConfig
 ) -> Float32[Array, "Q N E"]:
-    """States of tokens: rows rounded to the arithmetic's dtype, as float32; zero for `NO_TOKEN`.
+    """Look up the first states of tokens. `NO_TOKEN` gives zeros.
 
-    The states that layers add to (the residual stream) stay float32 from here to the last norm. If each layer
-    rounded them to bfloat16, that alone would move the sampler's and the trainer's log-probs further apart
-    than all products do together (measured in docs/pages/numbers/exactness.md).
+    The residual stream is float32 from here to the last norm. Rounding it to bfloat16 in each layer would
+    separate the log-probs of sampler and trainer more than all matrix products do together (measured in
+    docs/pages/numbers/exactness.md).
 
-    Each `fsdp` shard looks up its part of every state: the table and its gradient stay in shards. A row's
-    gradient is summed in float32, whatever the dtypes of the states and of the table: a bfloat16 sum of ones
-    ends at 256, and frequent tokens have thousands.
+    Each `fsdp` shard looks up its part of every state, so the table and its gradient stay sharded. The
+    gradient of a row is summed in float32, since frequent tokens occur thousands of times and a bfloat16 sum
+    of ones stops at 256.
     """
     table, tokens = constrain(embed, "vocab", "embed_shard"), constrain(tokens, "replica", None)
     rows = table.at[tokens].get(mode="fill", fill_value=0)
@@ -326,8 +279,8 @@ def embed_lookup(
 
 
 def to_states(rows: Float[Array, "*N E"], cfg: DecoderConfig) -> Float32[Array, "*N E"]:
-    """Rows of the embedding as states, rounded to the arithmetic's dtype; so is the factor √E, as in
-    transformers.
+    """Round rows of the embedding to the compute dtype and return them as float32. A scaled embedding
+    multiplies by √E in the compute dtype, as transformers does.
     """
     rows = rows.astype(cfg.execution.dtype)
     if cfg.scaled_embedding:
@@ -355,10 +308,10 @@ embed_lookup.defvjp(_lookup_forward, _lookup_backward)
 def pack(
     prompts: Prompts, tokens: Int[Array, "Q G R"] | None, columns: Int[Array, "Q G R"] | None
 ) -> tuple[Int[Array, "Q N"], Int[Array, "Q N *axes"], int]:
-    """`prompt | response 1 | … | response G` as one row, N = P + G·R: its tokens, their positions, and G.
+    """Join prompts and responses to rows of N = P + G·R tokens. Return the tokens, their positions, and G.
 
-    Padding and images of the prompt become `NO_TOKEN`. `columns`: the column of each of `tokens` in its
-    response; None: 0 … R − 1.
+    Padding and images of the prompt become `NO_TOKEN`. `columns` holds the column of each token within its
+    response; None stands for 0 … R − 1.
     """
     text = prompts.mask if prompts.vision is None else prompts.mask & (prompts.vision.slots < 0)
     known = jnp.where(text, prompts.tokens, NO_TOKEN)
@@ -374,14 +327,14 @@ def pack(
 
 
 def logits(params: Params, cfg: DecoderConfig, hidden: Float[Array, "*N E"]) -> Float32[Array, "*N V"]:
-    """Scores of the vocabulary, not yet divided by a temperature."""
+    """Return the logits of the vocabulary, before the temperature."""
     name, axes = ("embed", "...e,ve->...v") if cfg.tied else ("head", "...e,ev->...v")
     table = params[name].astype(cfg.execution.dtype)
     return jnp.einsum(axes, hidden, table, preferred_element_type=jnp.float32)
 
 
 def quantize(w: Float[Array, "..."], inputs: int) -> tuple[Int8[Array, "..."], Float32[Array, "*out"]]:
-    """A matrix [in…, out…] as int8, and for each output channel a scale, its largest entry / 127."""
+    """Quantise a matrix [in…, out…] to int8. Each output channel's scale is its largest magnitude / 127."""
     axes = tuple(range(inputs))
     w = w.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(w).max(axes), 1e-30) / 127

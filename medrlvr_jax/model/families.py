@@ -14,7 +14,7 @@ from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import vision
 from medrlvr_jax.model.architecture import DecoderConfig, RopeScaling, Window
-from medrlvr_jax.model.vision import rope_axes
+from medrlvr_jax.model.rope import rope_axes
 
 KNOWN = Path(__file__).with_name("known.yaml")
 

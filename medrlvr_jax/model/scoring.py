@@ -1,9 +1,8 @@
-"""What a decoder says of responses that are there: log-probs, entropy, values. Column t of every result is
-about response token t.
+"""Log-probs, entropies and values of given responses. Column t of every result belongs to response token t.
 
-`at_responses` is the one way in. Rows of responses are computed at one of a few sizes, without most of their
-padding: the G responses of a question stand one behind the other, so what a row needs is their lengths' sum,
-which varies far less than the longest of them.
+`at_responses` is the entry point. It can pack the G responses of a question one after another, without
+padding. A row then needs the sum of their lengths, which varies far less than their maximum. Rows are
+computed at one of a few sizes.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,12 +31,12 @@ class Rows(NamedTuple):
 
 
 def row_sizes(shares: Sequence[float], samples: int, length: int) -> tuple[int, ...]:
-    """Tokens of each share of a row's samples · length, rounded up; ascending, and the whole last."""
+    """Return row sizes in tokens, ascending: each share of samples · length, rounded up, and all of it."""
     return tuple(sorted({ceil(samples * length * share) for share in shares} | {samples * length}))
 
 
 def at_row_size(mask: Array, sizes: tuple[int, ...], f: Callable[[int], T]) -> T:
-    """f(size) at the least size that holds every row of the mask [Q, G, R]; all of them are compiled."""
+    """Return f(size) for the least size that holds all rows of the mask [Q, G, R]. All sizes are compiled."""
     if len(sizes) == 1:
         return f(sizes[0])
     longest = mask.sum((1, 2)).max()
@@ -47,27 +46,28 @@ def at_row_size(mask: Array, sizes: tuple[int, ...], f: Callable[[int], T]) -> T
 def at_responses(
     params: Params, cfg: DecoderConfig, rows: Rows | Experience, size: int, read: Callable[[Array, Array], T]
 ) -> T:
-    """`read` at each response token, [Q, G, R]; 0 on padding where `size` is less than G · R.
+    """Return the results of `read` for each response token, [Q, G, R].
 
-    read: states before each token [Q, g, r, E], tokens [Q, g, r] → arrays [Q, g, r]. With a `size` below G ·
-    R, g is 1 and r is `size`, which must hold every row's tokens (`at_row_size`).
+    `read` maps the states before each token [Q, g, r, E] and the tokens [Q, g, r] to arrays [Q, g, r]. If
+    `size` is less than G · R, the responses of a row are packed: g is 1, r is `size`, which must hold every
+    row's tokens (`at_row_size`), and results are 0 on padding.
     """
     n, groups, length = rows.tokens.shape
     if size == groups * length:
         known = jnp.where(rows.mask, rows.tokens, NO_TOKEN)
         return read(hidden_states(params, cfg, rows.prompts, known), rows.tokens)
     mask = rows.mask.reshape(n, -1)
-    place = jnp.argsort(~mask, axis=1, stable=True)[:, :size]  # tokens first, in their order
-    keep = jnp.take_along_axis(mask, place, axis=1)
-    tokens = jnp.take_along_axis(rows.tokens.reshape(n, -1), place, axis=1)[:, None]
-    segments, columns = (place // length)[:, None], (place % length)[:, None]
+    index = jnp.argsort(~mask, axis=1, stable=True)[:, :size]  # of the tokens in their order, then of padding
+    keep = jnp.take_along_axis(mask, index, axis=1)
+    tokens = jnp.take_along_axis(rows.tokens.reshape(n, -1), index, axis=1)[:, None]
+    segments, columns = (index // length)[:, None], (index % length)[:, None]
     known = jnp.where(keep[:, None], tokens, NO_TOKEN)
     packed = read(hidden_states(params, cfg, rows.prompts, known, segments, columns), tokens)
 
     def unpack(x):
         blank = constrain(jnp.zeros(mask.shape, x.dtype), "batch", None)
-        put = jax.vmap(lambda row, place, values: row.at[place].set(values))
-        return put(blank, place, jnp.where(keep, x[:, 0], 0)).reshape(n, groups, length)
+        put = jax.vmap(lambda row, index, values: row.at[index].set(values))
+        return put(blank, index, jnp.where(keep, x[:, 0], 0)).reshape(n, groups, length)
 
     return jax.tree.map(unpack, packed)
 
@@ -80,11 +80,11 @@ def hidden_states(
     segments: Array | None = None,
     columns: Array | None = None,
 ) -> Array:
-    """[Q, G, R, E]: the state *before* each response token, the one that predicts it. The only shift in the
-    project.
+    """Return the state before each response token [Q, G, R, E], from which that token is predicted. No other
+    code shifts tokens against states.
 
-    `segments` and `columns` [Q, G, R], where several responses stand in one: which of them a token is of, and
-    its place there. Images of prompts without features are seen by the tower in `params`.
+    For packed responses, `segments` and `columns` [Q, G, R] hold the response of each token, and its column
+    there. Images without features are computed by the vision tower in `params`.
     """
     if prompts.vision and prompts.vision.images and prompts.vision.features is None:
         prompts = prompts.with_vision(features=vision.see(params, cfg, prompts.vision.images))
@@ -98,33 +98,32 @@ def hidden_states(
 
 
 def entropy(scores: Array, total: Array) -> Array:
-    """In nats, of the softmax over the last axis, whose logsumexp is `total`."""
+    """Return the entropy, in nats, of the softmax over the last axis. `total` is its logsumexp."""
     return total - jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)
 
 
 def values(params: Params, cfg: DecoderConfig, hidden: Array) -> Array:
-    """The critic's estimate [Q, G, R] of the state before each response token, in float32."""
+    """Return the critic's value of the state before each response token, float32 [Q, G, R]."""
     return hidden.astype(jnp.float32) @ params["value"][:-1] + params["value"][-1]
 
 
 def token_logprobs(
     params: Params, cfg: DecoderConfig, hidden: Array, tokens: Array, temperature: float, slab: int
 ) -> tuple[Array, Array]:
-    """log π(token) and the policy's entropy in nats, float32 [Q, G, R], at logits / temperature.
+    """Return log π(token) and the policy's entropy in nats, float32 [Q, G, R], from logits / temperature.
 
-    Logits exist for at most about `slab` tokens at a time, in the forward and (recomputed) in the backward
-    pass. Each slab rounds the table to the arithmetic's dtype itself, so that the slabs' gradients of it add
-    up in the table's own.
+    The logits of about `slab` tokens are in memory at a time. The backward pass computes them again. Each
+    slab casts the output matrix by itself, so that its gradient is summed in the matrix's own dtype.
     """
 
-    # Over `fsdp` the words are split, not the rows: then states travel, and neither the table nor its
-    # gradient is ever whole.
+    # `fsdp` splits the vocabulary here, not the rows. So devices exchange states, and neither the output
+    # matrix nor its gradient is gathered.
     rows_by, words_by = ("replica", "words") if splits_words(cfg.vocab) else ("batch", "vocab")
     name, places = ("embed", (words_by, None)) if cfg.tied else ("head", (None, words_by))
     params = params | {name: constrain(params[name], *places)}
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def piece(hidden, tokens):
+    def of_slab(hidden, tokens):
         scores = decoder.logits(params, cfg, constrain(hidden, rows_by, None, None, None)) / temperature
         scores = constrain(scores, rows_by, None, None, words_by)
         total = jax.nn.logsumexp(scores, axis=-1)
@@ -132,16 +131,16 @@ def token_logprobs(
         return chosen - total, entropy(scores, total)
 
     rows, groups, length = tokens.shape
-    pieces = -(-rows * groups * length // slab)
-    if pieces == 1:
-        return piece(hidden, tokens)
-    size = -(-length // min(pieces, length))
-    pieces = -(-length // size)
+    slabs = -(-rows * groups * length // slab)
+    if slabs == 1:
+        return of_slab(hidden, tokens)
+    size = -(-length // min(slabs, length))
+    slabs = -(-length // size)
 
-    def cut(x):  # [pieces, Q, G, size, ...]
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, pieces * size - length)] + [(0, 0)] * (x.ndim - 3))
-        return jnp.moveaxis(x.reshape(rows, groups, pieces, size, *x.shape[3:]), 2, 0)
+    def split(x):  # [slabs, Q, G, size, ...]
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, slabs * size - length)] + [(0, 0)] * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(rows, groups, slabs, size, *x.shape[3:]), 2, 0)
 
-    parts = jax.lax.map(lambda xs: piece(*xs), (cut(hidden), cut(tokens)))
+    parts = jax.lax.map(lambda xs: of_slab(*xs), (split(hidden), split(tokens)))
     logprobs, entropies = (jnp.moveaxis(p, 0, 2).reshape(rows, groups, -1)[..., :length] for p in parts)
     return logprobs, entropies

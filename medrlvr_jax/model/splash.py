@@ -1,9 +1,8 @@
-"""attention.py's `plain` by the TPU's block-sparse kernel (jax.experimental.pallas.ops.tpu.splash_attention,
-after Dao 2023, arXiv 2307.08691).
+"""`attention.plain` by the TPU's block-sparse kernel (jax.experimental.pallas.ops.tpu.splash_attention, after
+Dao 2023, arXiv 2307.08691).
 
-No scores exist outside of a block, in the forward or the backward pass, and blocks that the mask empties,
-those above the diagonal among them, are skipped. (On GPU, cuDNN's, which `jax.nn.dot_product_attention`
-offers, takes this mask as a bias only: an array as large as the scores that it saves.)
+The kernel computes scores block by block in both passes, and skips blocks that are masked completely. There
+is none for GPU: cuDNN's kernel takes this mask only as a bias, an array as large as all scores.
 """
 
 from functools import partial
@@ -17,12 +16,13 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from medrlvr_jax.sharding import axis_ways, local
 from medrlvr_jax.types import Array
 
-# of queries and of keys; the first that divides prompt and response, so that few blocks are partly empty
+# Numbers of queries and of keys in a block. The first that divides prompt and response is used, so that few
+# blocks are partly masked.
 BLOCKS = (512, 256, 128)
 
 
 class Shared(kernels.Mask):
-    """The mask of `attention.plain` without padding, made block by block: all of it may be gigabytes."""
+    """The mask of `attention.plain` without padding. It is made block by block: it may have gigabytes."""
 
     def __init__(self, size: int, width: int, length: int, window: int | None = None):
         self.shape_, self.width, self.length, self.window = (size, size), width, length, window
@@ -48,19 +48,19 @@ class Shared(kernels.Mask):
 
 
 def tiles(width: int, groups: int, length: int) -> tuple[int, int]:
-    """The kernel's block, and the row's tokens filled up to whole blocks."""
+    """Return the block size, and the length of the row rounded up to whole blocks."""
     block = next((b for b in BLOCKS if width % b == length % b == 0), BLOCKS[-1])
     return block, -(-(width + groups * length) // block) * block
 
 
 def visited(width: int, groups: int, length: int) -> dict[str, float]:
-    """Of the blocks in the grids of the forward and the two backward kernels, the share that is not skipped:
-    for `flops.traced_flops`.
+    """Return the share of blocks that the forward and the two backward kernels compute, for
+    `flops.traced_flops`.
     """
     block, size = tiles(width, groups, length)
     mask, starts = Shared(size, width, length), range(0, size, block)
     live = np.array([mask[i : i + block, :].reshape(block, -1, block).any((0, 2)) for i in starts])
-    # A grid is as long in its last axis as its fullest row of blocks, or column.
+    # The last axis of a grid is as long as its fullest row, or column, of blocks.
     by_queries, by_keys = (float(live.sum() / (len(live) * live.sum(axis).max())) for axis in (1, 0))
     return {"_fwd": by_queries, "_dq": by_queries, "_dkv": by_keys}
 
@@ -74,8 +74,10 @@ def attend(
     interpret: bool = False,
     window: int | None = None,
 ) -> Array:
-    """What `attention.plain` computes, to rounding; each device its own questions and heads. It runs on a TPU
-    or, slowly, interpreted anywhere.
+    """Compute `attention.plain` up to rounding. Each device computes its own questions and heads.
+
+    `window` is the number of tokens that a token attends to. `interpret` runs the kernel on any device,
+    slowly.
     """
     n, width, heads = q.shape[1], prompt_mask.shape[1], q.shape[2]
     length = (n - width) // groups if groups else width
@@ -86,7 +88,7 @@ def attend(
         q = q.reshape(*q.shape[:2], heads * copies, -1, q.shape[-1])
     mask = kernels.MultiHeadMask([Shared(size, width, length, window)] * q.shape[3])
     blocks = kernels.BlockSizes(block, block, block, block, block, block, block, block)
-    # padding sees padding alone
+    # Padding attends only to padding.
     real = jnp.pad(prompt_mask, ((0, 0), (0, size - width)), constant_values=True).astype(jnp.int32)
 
     def of_device(q, k, v, real):

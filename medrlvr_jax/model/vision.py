@@ -12,7 +12,7 @@ data/patches.py makes `Images` on the host; the decoder reads the features in pl
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,8 @@ from jaxtyping import Bool, Float, Float32, Int
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import attention
 from medrlvr_jax.model.architecture import DecoderConfig, VisionConfig
-from medrlvr_jax.model.decoder import rms_norm, rotate
+from medrlvr_jax.model.decoder import rms_norm
+from medrlvr_jax.model.rope import rotate
 from medrlvr_jax.model.spec import TOWER, VISION
 from medrlvr_jax.sharding import batch_ways, constrain, gather, map_rows
 from medrlvr_jax.types import Array, Images, Params
@@ -39,16 +40,6 @@ PIXELS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"mean": HALF, "std": HALF, "min_pixels": 2**16, "max_pixels": 2**24}
 }
 SCORES = 2**28  # attention scores of whole images that a device holds at a time: 1 GiB of float32
-
-
-def rope_axes(sections: Sequence[int], interleaved: bool = False) -> tuple[int, ...]:
-    """The axis that each rotary frequency of the decoder follows: the first `sections[0]` time, the next ones
-    rows, the others columns. `interleaved` (Qwen3-VL): time, rows and columns in turn, and time again where
-    the section of rows or columns has ended.
-    """
-    if not interleaved:
-        return tuple(axis for axis, n in enumerate(sections) for _ in range(n))
-    return tuple(j % 3 if j < 3 * sections[j % 3] else 0 for j in range(sum(sections)))
 
 
 def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
@@ -150,7 +141,7 @@ def attend(
     """Attention in both directions among the patches of one image; empty slots see one another alone."""
     q, k, v = (y.swapaxes(-2, -3) for y in (q, k, v))
     same = (owners[..., :, None] == owners[..., None, :])[..., None, :, :]
-    (weights,), total = attention.weigh([(attention.products(q, k), same)])
+    (weights,), total = attention.exp_weights([(attention.products(q, k), same)])
     return (attention.weighted_sum(weights, v) / total).swapaxes(-2, -3)
 
 

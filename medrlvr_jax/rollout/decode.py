@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 
 from medrlvr_jax.model import decoder
 from medrlvr_jax.model.architecture import DecoderConfig
-from medrlvr_jax.model.decoder import Column, KeysValues, Layer, Rope
+from medrlvr_jax.model.decoder import Column, KeysValues, Layer
+from medrlvr_jax.model.rope import Rope, rope_tables
 from medrlvr_jax.model.spec import PARAMETERS
 from medrlvr_jax.sharding import DECODE, constrain
 from medrlvr_jax.types import Array, Params, Prompts
@@ -51,7 +52,7 @@ def prepare(params: Params, cfg: DecoderConfig, positions: int) -> Weights:
     layers = params["layers"]
     if cfg.execution.unroll:
         layers = [{name: cut(name, p, i) for name, p in layers.items()} for i in range(cfg.layers)]
-    return Weights(params, layers, decoder.rope_tables(jnp.arange(positions), cfg))
+    return Weights(params, layers, rope_tables(jnp.arange(positions), cfg))
 
 
 def prefill(params: Params, cfg: DecoderConfig, prompts: Prompts) -> tuple[Float[Array, "Q E"], Caches]:
