@@ -10,10 +10,6 @@ This library:  other arrays in memory while a program runs; FLOPs (flops.py); ti
                (machines.py). Every response counts with its full length, and a step with one batch.
                Overheads, the host's work and evaluation are not counted. So a time is a lower bound, not a
                forecast.
-
-`--quick` sets the TPU compiler's lowest effort (the GPU compiler has none). Full PPO of 3B on v5e:4x4 then
-takes 42 seconds instead of 2 minutes. Peaks came out between 1.1 GiB lower and 0.3 GiB higher there, and
-traffic up to 2.5 times higher. Use it to search settings, and check the result without it.
 """
 
 import json
