@@ -297,6 +297,10 @@ def test_a_plan_that_does_not_fit_shows_advice(tiny):
         and "learn_policy needs 23.00 GiB of 15.75: 7.25 too much" in text
         and "would help: mesh.fsdp=8" in text
     )
+    # advice is about a program that does not fit, even if another has less memory left
+    refused = aot.Figures("assess", 1.0, 1 * GIB, 0.0, 2 * GIB, 1 * GIB, 15.75 * GIB, 1.0, refused=True)
+    fits = refused._replace(name="generate", arguments=12 * GIB, refused=False)
+    assert made._replace(programs=[fits, refused]).tightest == refused
 
 
 @needs_libtpu
