@@ -164,13 +164,9 @@ def warnings(described: dict[str, dict[str, Any]]) -> list[str]:
     for name, figures in described.items():
         gain = figures.get("looks")
         if gain and gain.low <= 0:
-            blind = f"{name}: the answers do not depend on the images: looks is {percent(gain)}"
-            remedy = (
-                "a reward that rose did so from the texts alone. Train on questions whose texts do not give "
-                "the answers away (compare `option texts alone` with chance; against an order of the "
-                "options, set data.shuffle_options=true)"
-            )
-            out.append(f"{blind}; {remedy}")
+            problem = f"{name}: the answers do not depend on the images: looks is {percent(gain)}"
+            texts = "whose texts do not give the answers away (compare `option texts alone` with chance)"
+            out.append(f"{problem}; train on questions {texts}, or set data.shuffle_options=true")
     return out
 
 

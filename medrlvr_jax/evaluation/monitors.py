@@ -218,10 +218,9 @@ def find_alarms(metrics: dict[str, Any], history: Sequence[dict[str, Any]], conf
             out.append(Alarm(name, text, value > usual))
     p, shift = _number(metrics, "monitor/letter_p"), _number(metrics, "monitor/letter_shift")
     if p < LETTER_P and shift > LETTER_SHIFT:
-        text = f"the model prefers some letters whatever the question: {100 * shift:.0f} % of its answers"
-        text += " would need another letter to be distributed as the keys are"
-        remedy = "set data.shuffle_options=true"
-        out.append(Alarm("monitor/letter_shift", f"{text} (χ² p = {p:.1g}); {remedy}"))
+        text = f"the model prefers some letters: {100 * shift:.0f} % of its answers would need another letter"
+        text += f" to be distributed as the keys are (χ² p = {p:.1g}); set data.shuffle_options=true"
+        out.append(Alarm("monitor/letter_shift", text))
     if idle and not has_constant_reward(config):
         limit = config.log.stop_constant
         stop = f"; after {limit} such steps in a row the run stops (log.stop_constant)" if limit else ""

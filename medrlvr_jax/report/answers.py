@@ -51,10 +51,11 @@ def answers(runs: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _of_set(evaluations: Mapping[tuple[str, int], Rows], room: int) -> dict[str, Any]:
-    by_key = [{_key(row): row for row in rows} for rows in evaluations.values()]
+    by_key = [{(row["id"], row.get("question_hash")): row for row in rows} for rows in evaluations.values()]
     every = {key: row for rows in by_key for key, row in rows.items()}
     images = {key: row["images"] for rows in by_key for key, row in rows.items() if "images" in row}
-    right = {key: "".join(_right(rows.get(key)) for rows in by_key) for key in every}
+    mark = lambda row: "-" if row is None else "01"[bool(row["correct"])]
+    right = {key: "".join(mark(rows.get(key)) for rows in by_key) for key in every}
     order = sorted(every, key=lambda key: not {"0", "1"} <= set(right[key]))  # differing ones come first
     texts = [every[key].get("question", "") for key in order]  # answers of older versions have none
     sizes = [
@@ -78,11 +79,3 @@ def _of_set(evaluations: Mapping[tuple[str, int], Rows], room: int) -> dict[str,
             for number, ((run, step), rows) in enumerate(zip(evaluations, by_key, strict=True))
         ],
     }
-
-
-def _key(row: Mapping[str, Any]) -> tuple[str, str | None]:
-    return str(row["id"]), row.get("question_hash")
-
-
-def _right(row: Mapping[str, Any] | None) -> str:
-    return "-" if row is None else "01"[bool(row["correct"])]
