@@ -41,8 +41,8 @@ def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
 
 
 def test_a_run_in_use_other_settings_and_damaged_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "_check_model", lambda config, run: iter(()))
-    monkeypatch.setattr(doctor, "_check_data", lambda config: iter(()))
+    monkeypatch.setattr(doctor, "_check_model", lambda parts, run: iter(()))
+    monkeypatch.setattr(doctor, "_check_data", lambda parts: iter(()))
     c = config(tmp_path)
     with log.Run(c, 3) as run:
         checkpoints = checkpoint.Checkpoints(run.path / "checkpoints", CheckpointConfig(), META)
@@ -83,8 +83,14 @@ def test_weights_are_checked(tmp_path):
     assert ok
 
 
+def test_a_missing_model_is_reported_once(tmp_path):
+    c = load(QUICKSTART, ["model.path=./nowhere", f"runs={tmp_path}"])
+    problems = [line for line in doctor.report(c)[0] if line.startswith("problem")]
+    assert len(problems) == 1 and "./nowhere: no such directory" in problems[0]
+
+
 def test_what_training_refuses_is_a_problem(tmp_path, monkeypatch):
-    def refuse(config, run):
+    def refuse(parts, run):
         yield doctor.Finding("ok", "mesh")
         raise ConfigError("sample.questions: 3 must divide by 8")
 

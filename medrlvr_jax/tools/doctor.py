@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 import medrlvr_jax
 from medrlvr_jax import build
+from medrlvr_jax.build import Parts
 from medrlvr_jax.config import check
 from medrlvr_jax.config.schema import Config
 from medrlvr_jax.data.load import read
@@ -126,7 +127,13 @@ def _check_run(config: Config) -> Iterator[Finding]:
     if holder := log.lock_holder(path):
         remedy = "wait for it, stop it, or give this run another name="
         yield problem(f"{path} is in use by {holder}", remedy)
-    for findings in (_check_settings(config, path), _check_model(config, path), _check_data(config)):
+    checks = [_check_settings(config, path)]
+    try:
+        parts = build.build(config)
+        checks += [_check_model(parts, path), _check_data(parts)]
+    except ConfigError as e:
+        yield problem(str(e))
+    for findings in checks:
         try:
             yield from findings
         except ConfigError as e:
@@ -147,9 +154,9 @@ def _check_settings(config: Config, run: Path) -> Iterator[Finding]:
         yield ok("settings, trackers and reward can be used")
 
 
-def _check_data(config: Config) -> Iterator[Finding]:
+def _check_data(parts: Parts) -> Iterator[Finding]:
     """Read and encode the training set and the evaluation sets as training does."""
-    parts = build.build(config)
+    config = parts.config
     if config.sft.target == "text" or config.data.format == "text":
         encoded, targets = sft.encode_pairs(parts)
         dropped, how_read = encoded.dropped, encoded.how_read
@@ -170,10 +177,10 @@ def _check_data(config: Config) -> Iterator[Finding]:
             yield warning(text, "raise prompt.max_tokens")
 
 
-def _check_model(config: Config, run: Path) -> Iterator[Finding]:
-    """Check mesh, model and tokenizer by the code that starts a training."""
+def _check_model(parts: Parts, run: Path) -> Iterator[Finding]:
+    """Check mesh, weights and tokenizer by the code that starts a training."""
+    config = parts.config
     check.check_best(config)
-    parts = build.build(config)
     inputs.check_model(run, parts)
     yield ok(f"mesh: {' × '.join(f'{axis} {size}' for axis, size in parts.mesh.shape.items())}")
     params = build.abstract_params(parts, parts.cfg)
