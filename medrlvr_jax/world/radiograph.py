@@ -81,7 +81,7 @@ ASKS = {
 }
 
 
-def film(rng: Random, finding: str, side: str = "") -> Film:
+def make_film(rng: Random, finding: str, side: str = "") -> Film:
     """Return a film with the finding, on `side` or on a random side."""
     row = FINDINGS[finding]
     return Film(finding, row.other and (side or pick(rng, SIDES)), pick(rng, ZONES) if row.zoned else "")
@@ -98,9 +98,9 @@ def questions(split: str) -> list[Question]:
         pairs = block(rng, kind, causes)
         if len(out) + len(pairs) > SIZES[split]:
             continue
-        for q, shown in pairs:
+        for q, film in pairs:
             name = f"radiograph-{split}-{len(out):04d}"
-            out.append(replace(q, id=name, images=(draw(rng, shown, causes),)))
+            out.append(replace(q, id=name, images=(draw(rng, film, causes),)))
         if len(out) == SIZES[split]:
             break
     return out
@@ -146,34 +146,34 @@ def films_by_option(rng: Random, kind: str, failed: str, n: int | None) -> dict[
     """Return the options, each with a film for which it is right: those of train, or `n` random ones if the
     kind has that many. `failed`: in a `barred` question, the side on which the first choice failed.
     """
-    one = partial(film, rng)
+    make = partial(make_film, rng)
     if kind == "side":
-        return {side: one(pick(rng, SIDED), side) for side in SIDES}
+        return {side: make(pick(rng, SIDED), side) for side in SIDES}
     if kind == "drain":
         dry = [name for name in FINDINGS if name not in DRAINED]
-        return {side: one(pick(rng, DRAINED), side) for side in SIDES} | {NONE: one(pick(rng, dry))}
+        return {side: make(pick(rng, DRAINED), side) for side in SIDES} | {NONE: make(pick(rng, dry))}
     if kind == "count":
         others = [name for name in FINDINGS if name not in NODULES]
-        return {NONE: one(pick(rng, others))} | {count: one(name) for name, count in NODULES.items()}
+        return {NONE: make(pick(rng, others))} | {count: make(name) for name, count in NODULES.items()}
     if kind == "barred":
         (other_side,) = set(SIDES) - {failed}
         names = shuffled(rng, SIDED, n // 2) if n else SIDED[:4]
-        return {FINDINGS[name].first: one(name, other_side) for name in names} | {
-            FINDINGS[name].other: one(name, failed) for name in names
+        return {FINDINGS[name].first: make(name, other_side) for name in names} | {
+            FINDINGS[name].other: make(name, failed) for name in names
         }
     names = shuffled(rng, list(FINDINGS), n) if n else LISTED
-    return {FINDINGS[name].first if kind == "management" else name: one(name) for name in names}
+    return {FINDINGS[name].first if kind == "management" else name: make(name) for name in names}
 
 
-def reasons(shown: Film, kind: str, failed: str) -> list[str]:
+def reasons(film: Film, kind: str, failed: str) -> list[str]:
     """Return the sentences of the reasoning before the answer, without full stops."""
-    row, steps = FINDINGS[shown.finding], [f"here {shown}"]
+    row, steps = FINDINGS[film.finding], [f"here {film}"]
     if kind in ("management", "barred"):
         steps += [f"suggests {row.condition}", f"first {row.first}"]
-    if kind == "barred" and shown.side == failed:
+    if kind == "barred" and film.side == failed:
         steps += [f"{failed} failed", f"use {row.other}"]
     elif kind == "barred":
-        steps += [f"{shown.side} is new"]
+        steps += [f"{film.side} is new"]
     return steps
 
 
@@ -183,11 +183,11 @@ def corpus(share: float = CAPTIONS, seed: str = "corpus", n: int = CORPUS) -> li
     while len(out) < n:
         causes = CAUSES if rng.random() < FOREIGN else ()
         if rng.random() < share:
-            shown = film(rng, pick(rng, list(FINDINGS)))
-            out.append(Example("Report:\n", f"here {shown}.", (draw(rng, shown, causes),)))
+            film = make_film(rng, pick(rng, list(FINDINGS)))
+            out.append(Example("Report:\n", f"here {film}.", (draw(rng, film, causes),)))
         else:
-            q, shown = pick(rng, block(rng, pick(rng, KINDS), causes))
-            out.append(answered(rng, replace(q, images=(draw(rng, shown, causes),)), STYLES, ["guess."]))
+            q, film = pick(rng, block(rng, pick(rng, KINDS), causes))
+            out.append(answered(rng, replace(q, images=(draw(rng, film, causes),)), STYLES, ["guess."]))
     return out
 
 
@@ -200,6 +200,6 @@ def draw_examples(file: str) -> None:
     """Write a picture with two rows of all findings as in train, and one row with all causes."""
     rng, rows = make_rng("radiograph examples"), []
     for causes in ((), (), CAUSES):
-        films = (draw(rng, film(rng, name), causes) for name in FINDINGS)
+        films = (draw(rng, make_film(rng, name), causes) for name in FINDINGS)
         rows.append(np.hstack([np.pad(pixels(bmp), 2, constant_values=255) for bmp in films]))
     Image.fromarray(np.vstack(rows)).resize((1800, 540), Image.Resampling.NEAREST).save(file)

@@ -128,11 +128,11 @@ def vignette(rng: Random, case: Case, kind: str, wording: str) -> Vignette:
     drug = other if barred and kind != "avoid" else condition.first
     sex, age = _person(rng, condition, history)
     findings = shuffled(rng, case.findings)
-    stem, more = pick(rng, STEMS[wording])
+    stem, history_stem = pick(rng, STEMS[wording])
     ask = pick(rng, ASKS[wording]["drug" if kind == "alternative" else kind])
     listed = ", ".join(findings[:-1]) + " and " + findings[-1]
     stem = stem.format(age=age, sex=sex, findings=listed)
-    stem += more.format(history=history) if history else ""
+    stem += history_stem.format(history=history) if history else ""
 
     # The lure is the result of one step too few or too many: always the first line if it is barred; often
     # the alternative if the first line is right and no clinician would start with the alternative.
