@@ -63,7 +63,8 @@ class SampleConfig:
     questions: PositiveInt = 128  # Questions per step.
     samples: PositiveInt = 8  # Responses to each question: the group size of GRPO.
     # Dynamic sampling (DAPO, arXiv 2503.14476): a step draws further batches to replace the questions that
-    # advantage.drop_equal_groups leaves out, at most this many batches in all. 1: off.
+    # advantage.drop_equal_groups leaves out, at most this many batches in all; `passes` counts one of them.
+    # 1: off.
     max_batches: PositiveInt = 1
     max_new_tokens: PositiveInt = 512  # Maximum length of a response in tokens. Longer responses are cut off.
     min_new_tokens: NonNegativeInt = 0  # Minimum length of a response in tokens.

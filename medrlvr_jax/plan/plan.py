@@ -269,9 +269,11 @@ def conclude(p: Plan) -> list[str]:
     training = f"the number of questions of {path} is not known here; give --questions N"
     if p.steps is not None:
         training = f"{p.steps:,} steps, at least {_number(hours)} h without evaluation"
+    batches = p.config.sample.max_batches
+    drawn = f" if it draws one batch of at most {batches}" if batches > 1 else ""
     return [
         f"fits: at most {largest.peak / GIB:.2f} of {largest.usable / GIB:.2f} GiB, in {largest.name}",
-        f"step: at least {_number(p.seconds)} s; {', '.join(parts)}",
+        f"step: at least {_number(p.seconds)} s{drawn}; {', '.join(parts)}",
         f"{rate}, model-FLOP utilisation {100 * p.mfu:.0f} %",
         f"training: {training}",
     ]
