@@ -1,5 +1,4 @@
-"""Med-RLVR (arXiv 2502.19655): reinforcement learning from verifiable rewards, PPO or GRPO by what the config
-holds.
+"""Med-RLVR (arXiv 2502.19655): reinforcement learning from verifiable rewards, by PPO, GRPO or a relative.
 
     for each step:
         sample G responses to each of Q questions            generate.generate
@@ -9,16 +8,17 @@ holds.
         policy ← clipped surrogate, epochs × minibatches     learn.learn
         critic ← clipped squared error, the same way         learn.learn
 
-Departures from the paper as it is known, in one place:
-1. Its rates, β, batch and lengths are not published: the presets take OpenRLHF's usual ones.
-2. Minibatches are shuffled by question: the samples of one question stay together, for they share their
-   prompt's computation.
-3. The critic starts as the policy's body with a value head of zeros; it sees the state before each token, as
-   OpenRLHF's.
-4. With `sample.max_batches`, responses are drawn to further batches until Q questions have samples that earn
-   differently (DAPO's dynamic sampling, arXiv 2503.14476); the other questions are left out.
-5. The reward rule is `strict` unless the config says `paper`; `paper` has the loopholes that the paper
-   reports as hacks.
+The config decides which of them it is: PPO has a critic, the others compare samples. Departures from the
+paper, as far as it is known:
+1. Its rates, β, batch size and lengths are not published. The presets use OpenRLHF's usual ones.
+2. Minibatches are shuffled by question. The samples of a question stay together, because they share the
+   computation of their prompt.
+3. The critic starts as the policy's body with a value head of zeros. As in OpenRLHF, it reads the state
+   before each token.
+4. With `sample.max_batches`, a step draws further batches until Q questions have samples with different
+   rewards, and leaves the other questions out (DAPO's dynamic sampling, arXiv 2503.14476).
+5. The reward's mode is `strict` by default. The mode `paper` has the loopholes that the paper reports as
+   hacks.
 """
 
 import dataclasses
@@ -54,9 +54,13 @@ from medrlvr_jax.rollout.rollout import Encoded, Scored, join_scored, place_prom
 from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Leaf, Prompts, Rollout, TrainState
 
 
+# of a batch: what the host scored (Scored), and the policy's answers [Q, G] by component
+Result = tuple[Any, dict[str, Array]]
+
+
 @dataclass(frozen=True)
 class Training:
-    """What the steps of a training read and never change."""
+    """What all steps of a training read and none changes."""
 
     parts: Parts
     programs: Programs
@@ -157,11 +161,10 @@ def five_parts(
     max_batches: int,
     shuffle: Leaf,
     least_spread: Leaf | None,
-) -> tuple[TrainState, dict[str, Any], list[tuple[Any, dict[str, Array]]], Experience]:
-    """Draw, grade, assess, compute advantages, learn.
+) -> tuple[TrainState, dict[str, Any], list[Result], Experience]:
+    """Draw, grade, assess, compute advantages, learn. Return also the result of each batch.
 
-    Returns also, for each batch, what the host scored and what the policy answered. `step_programs` calls
-    this with shapes in place of arrays, so nothing here computes but by a program of `training`.
+    `step_programs` calls this with shapes in place of arrays, so only programs of `training` compute here.
     """
     settings = experience_settings(training.parts, training.components)
     if max_batches == 1:
@@ -187,11 +190,11 @@ def draw_until_full(
     batch_of: Callable[[int], Batch],
     max_batches: int,
     settings: ExperienceConfig,
-) -> tuple[Drawn, list[tuple[Any, dict[str, Array]]]]:
-    """Draw at most `max_batches` batches until `drop_equal_groups` keeps Q questions of them.
+) -> tuple[Drawn, list[Result]]:
+    """Draw at most `max_batches` batches until `drop_equal_groups` keeps Q questions of them: dynamic
+    sampling (DAPO, arXiv 2503.14476, section 3.2).
 
-    Returns these, filled up with others if they are too few, and the results of each batch as in
-    `five_parts`. It is the dynamic sampling of DAPO (arXiv 2503.14476), section 3.2.
+    Returns Q questions, others among them only if too few are kept, and the result of each batch.
     """
     pool, results, questions = (), [], training.parts.config.sample.questions
     while True:
@@ -207,7 +210,7 @@ def draw_until_full(
 
 def grade_drawn(
     training: Training, state: TrainState, batch: Batch, rollout: Rollout
-) -> tuple[Drawn, tuple[Any, dict[str, Array]]]:
+) -> tuple[Drawn, Result]:
     """Grade a batch's responses on the host, then ask the policy what components ask of it."""
     graded = batch.grade(rollout)
     asked = ask(training, state, batch.prompts, rollout, graded.requests)
@@ -242,7 +245,7 @@ def ask(
 
 
 def draw(training: Training, state: TrainState, prompts: Prompts, key: Array) -> Rollout:
-    """Responses by the policy. The sampler's copy of it (`sync.WeightSync`) lives only during this call."""
+    """Draw responses by the policy. Its copy for the sampler (`sync.WeightSync`) is freed after this call."""
     parts, programs = training.parts, training.programs
     params = programs.sync_weights(lora.join(training.frozen.base, state.policy.params))
     settings = draw_settings(parts, parts.sampler_cfg, parts.config.sample)
@@ -264,7 +267,7 @@ def assess(training: Training, state: TrainState, prompts: Prompts, rollout: Rol
 def learn(
     training: Training, state: TrainState, experience: Experience, key: Array
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Policy and critic after their epochs over the rows, and metrics. A None program leaves its learner."""
+    """Update policy and critic by their epochs over the rows. A learner without a program is unchanged."""
     programs, base = training.programs, training.frozen.base
     policy, critic, metrics = state.policy, state.critic, {}
     if programs.learn_policy:
