@@ -38,7 +38,7 @@ class ExperienceConfig(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Q questions with G responses to each and what these earn."""
+    """Q questions with G responses to each and their rewards."""
 
     prompts: Prompts
     rollout: Rollout
@@ -54,9 +54,9 @@ def split(config: AdvantageConfig) -> bool:
 
 
 def columns(components: Sequence[Component], config: AdvantageConfig) -> tuple[Column, ...]:
-    """The columns of a step's rewards: first what the host has graded, then what the policy was asked.
+    """Return the columns of a step's rewards: first those that the host grades, then those of the policy.
 
-    The host adds its components in float64, what pays and penalties apart.
+    The host adds its components in float64: those that pay in one column, penalties in another.
     """
     host = [c for c in components if not c.on_device]
     if split(config):

@@ -53,7 +53,6 @@ from medrlvr_jax.rollout.generate import draw_settings
 from medrlvr_jax.rollout.rollout import Encoded, Scored, join_scored, place_prompts, reorder, score_rollout
 from medrlvr_jax.types import Array, Assessment, Experience, Frozen, Leaf, Prompts, Rollout, TrainState
 
-
 # of a batch: what the host scored (Scored), and the policy's answers [Q, G] by component
 Result = tuple[Any, dict[str, Array]]
 
