@@ -164,7 +164,7 @@ def generate(
         return []
     encoded = _encode(parts, prompts)
     n = len(encoded.tokens)
-    size = sharding.rows_that_split(parts.mesh, max(1, min(batch, n)))
+    size = sharding.round_up_rows(parts.mesh, max(1, min(batch, n)))
     defaults = {"questions": size, "samples": 1, "max_new_tokens": 256}
     sample = validate(SampleConfig, defaults | dict(sampling))
     check_positions(parts, encoded.longest, sample.max_new_tokens, "max_new_tokens")
@@ -213,7 +213,7 @@ def evaluate(
     """
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     spec, records = data.resolve_data(SetConfig(path=PYTHON), questions)
-    size = sharding.rows_that_split(loaded.mesh, batch)
+    size = sharding.round_up_rows(loaded.mesh, batch)
     sampling = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
     settings = validate(EvalConfig, {"batch": size} | sampling)
     parts = dataclasses.replace(loaded.parts, config=dataclasses.replace(loaded.config, eval=settings))

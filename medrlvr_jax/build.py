@@ -102,8 +102,8 @@ def lay_out(config: Config, tokenizer: Any, cfg: DecoderConfig, devices: list | 
 def check_widths(cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> None:
     """Raise `ConfigError` if the mesh cannot split the decoder's dimensions."""
     widths = {"attention heads": cfg.heads, "MLP width": cfg.ffn, "vocabulary": cfg.vocab}
-    sharding.check_model(mesh, "tensor", widths)
-    sharding.check_model(mesh, "fsdp", {"embedding width": cfg.embed})
+    sharding.check_model_sizes(mesh, "tensor", widths)
+    sharding.check_model_sizes(mesh, "fsdp", {"embedding width": cfg.embed})
 
 
 def limit_pixels(cfg: DecoderConfig, config: Config) -> VisionConfig | None:
@@ -136,7 +136,7 @@ def abstract_params(parts: Parts, cfg: DecoderConfig, table: dict = sharding.TRA
     Their dtype is `model.param_dtype`. With LoRA, the trained ones (adapters, value head) are float32.
     """
     dtype = jnp.dtype(parts.config.model.param_dtype)
-    structs = lora.flat(sharding.structs(spec.abstract(cfg), parts.mesh, table, dtype))
+    structs = lora.flat(sharding.abstract_arrays(spec.abstract(cfg), parts.mesh, table, dtype))
     if cfg.execution.lora:
         adapters = {path: s for path, s in structs.items() if spec.row_of(path).trained_with_lora}
         structs |= {path: s.update(dtype=jnp.float32) for path, s in adapters.items()}
@@ -148,12 +148,12 @@ def abstract_tower(parts: Parts) -> Params:
     if parts.cfg.execution.tower != "freeze":
         return abstract_params(parts, parts.cfg)[VISION]
     tower = spec.abstract(parts.cfg.run_with(tower="train"))[VISION]
-    return sharding.structs(tower, parts.mesh, sharding.TRAIN, jnp.dtype(parts.config.model.dtype))
+    return sharding.abstract_arrays(tower, parts.mesh, sharding.TRAIN, jnp.dtype(parts.config.model.dtype))
 
 
 def abstract_base(parts: Parts) -> Params:
     """Return the tree of `load_base` as ShapeDtypeStructs with shardings."""
-    return lora.frozen(abstract_params(parts, lora.off(parts.cfg)), parts.cfg)
+    return lora.frozen(abstract_params(parts, lora.without_adapters(parts.cfg)), parts.cfg)
 
 
 def abstract_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransformation) -> Learner:
@@ -161,7 +161,8 @@ def abstract_learner(parts: Parts, cfg: DecoderConfig, tx: optax.GradientTransfo
     params = lora.trained(abstract_params(parts, cfg), cfg)
     state = jax.eval_shape(tx.init, params)
     place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
-    return Learner(params, jax.tree.map(place, state, sharding.like(state, params, parts.mesh)))
+    shardings = sharding.optimizer_shardings(state, params, parts.mesh)
+    return Learner(params, jax.tree.map(place, state, shardings))
 
 
 def abstract_frozen(parts: Parts) -> Frozen:
@@ -189,7 +190,7 @@ def load_base(parts: Parts) -> Params:
     """Load the policy's frozen parameters: the decoder under adapters, or the blocks of the vision tower
     under a trained merger. Return {} if all weights are trained.
     """
-    return _start_values(parts, lora.off(parts.cfg), abstract_base(parts))
+    return _start_values(parts, lora.without_adapters(parts.cfg), abstract_base(parts))
 
 
 def load_tower(parts: Parts) -> Params:

@@ -92,7 +92,7 @@ def constrain(x: jax.Array, *axes: str | None, table: dict = ACTIVATIONS) -> jax
     return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, table, dict(mesh.shape)))
 
 
-def local(f: Callable, axes: Sequence[tuple], out: int) -> Callable:
+def map_shards(f: Callable, axes: Sequence[tuple], out: int) -> Callable:
     """shard_map of f over arrays with these logical axes, for what XLA cannot split. The result is sharded as
     argument number `out`.
     """
@@ -145,7 +145,7 @@ def splits_words(vocab: int) -> bool:
     return mesh.empty or vocab % int(np.prod([mesh.shape[a] for a in WORDS])) == 0
 
 
-def rows_that_split(mesh: Mesh, least: int) -> int:
+def round_up_rows(mesh: Mesh, least: int) -> int:
     """The least number of rows from `least` on that the mesh can split."""
     ways = int(np.prod([mesh.shape[axis] for axis in BATCH]))
     return -(-least // ways) * ways
@@ -183,14 +183,14 @@ def shardings(boxed: Any, mesh: Mesh, table: dict) -> Any:
     return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
-def structs(boxed: Any, mesh: Mesh, table: dict, dtype: Any) -> Any:
+def abstract_arrays(boxed: Any, mesh: Mesh, table: dict, dtype: Any) -> Any:
     """ShapeDtypeStructs of one dtype, with shardings, for a tree as `shardings` takes it."""
     struct = lambda box, place: jax.ShapeDtypeStruct(box.value.shape, dtype, sharding=place)
     is_leaf = lambda leaf: isinstance(leaf, nn.Partitioned)
     return jax.tree.map(struct, boxed, shardings(boxed, mesh, table), is_leaf=is_leaf)
 
 
-def of_one(stacked: Any) -> Any:
+def layer_shardings(stacked: Any) -> Any:
     """Shardings of one layer, from those of all layers stacked along a leading axis."""
     return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:])), stacked)
 
@@ -205,7 +205,7 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 @cache
-def own_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+def local_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
     """Which of n rows this process's devices hold, ascending int [H]; and bool [H], True for those that it
     scores and counts.
 
@@ -222,7 +222,7 @@ def own_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
 
 def place_rows(tree: Any, n: int, mesh: Mesh) -> Any:
     """This process's rows [H, …] on the host as arrays of all n rows; nothing crosses processes."""
-    held, _ = own_rows(n, mesh)
+    held, _ = local_rows(n, mesh)
 
     def place(x):
         piece = lambda index: x[np.searchsorted(held, np.arange(n)[index[0]])]
@@ -237,7 +237,7 @@ def fetch_rows(tree: Any, mesh: Mesh) -> Any:
     def fetch(x):
         if not x.sharding.is_equivalent_to(rows(mesh), x.ndim):
             raise ValueError(f"rows are fetched from arrays laid out by `rows`; this one is by {x.sharding}")
-        held, _ = own_rows(len(x), mesh)
+        held, _ = local_rows(len(x), mesh)
         out = np.empty((len(held), *x.shape[1:]), x.dtype)
         for shard in x.addressable_shards:
             out[np.searchsorted(held, np.arange(len(x))[shard.index[0]])] = shard.data
@@ -259,7 +259,7 @@ def check_divides(name: str, value: int, mesh: Mesh, axes: tuple[str, ...]) -> N
         raise ConfigError(f"{name}: {value} must divide by {product}; the nearest that do: {near}")
 
 
-def check_model(mesh: Mesh, axis: str, sizes: dict[str, int]) -> None:
+def check_model_sizes(mesh: Mesh, axis: str, sizes: dict[str, int]) -> None:
     """Refuse a mesh that cannot split a model's sizes, with the nearest that can; KV heads: see `_spec`."""
     ways = mesh.shape[axis]
     for name, size in sizes.items():
@@ -270,7 +270,7 @@ def check_model(mesh: Mesh, axis: str, sizes: dict[str, int]) -> None:
             raise ConfigError(f"{problem}; the nearest that divide {every}: {near}")
 
 
-def like(state: Any, params: Any, mesh: Mesh) -> Any:
+def optimizer_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
     """Shardings for an optimiser's state; `params` are shapes with shardings.
 
     An array of a parameter's shape lies as the parameter does, one that lacks an axis (Adafactor's row and

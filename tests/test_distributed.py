@@ -351,7 +351,7 @@ def test_slices_follow_the_hardware():
 
 def test_rows_make_the_round_trip():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    own, counted = sharding.own_rows(8, mesh)
+    own, counted = sharding.local_rows(8, mesh)
     assert own.tolist() == list(range(8)) and counted.all()
     x = np.arange(24).reshape(8, 3)
     placed = sharding.place_rows({"x": x}, 8, mesh)

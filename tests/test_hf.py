@@ -297,7 +297,7 @@ def test_one_file_comes_before_shards_as_in_transformers(tmp_path):
     """Old shards beside a newer model.safetensors, or their index alone, are passed over; doctor says so."""
     tensors = weights(QWEN)
     cfg = read_config(write(tmp_path, QWEN, tensors))
-    assert hf.passed_over(tmp_path) == []
+    assert hf.ignored_files(tmp_path) == []
     old, names = {name: tensor + 1 for name, tensor in tensors.items()}, list(tensors)
     shards = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
@@ -306,10 +306,10 @@ def test_one_file_comes_before_shards_as_in_transformers(tmp_path):
     for file, part in shards.items():
         save_file({name: old[name] for name in part}, tmp_path / file)
     np.testing.assert_array_equal(load(tmp_path, cfg)["embed"], tensors["model.embed_tokens.weight"])
-    assert hf.passed_over(tmp_path) == [*shards, "model.safetensors.index.json"]
+    assert hf.ignored_files(tmp_path) == [*shards, "model.safetensors.index.json"]
     (tmp_path / "model.safetensors").unlink()
     np.testing.assert_array_equal(load(tmp_path, cfg)["embed"], old["model.embed_tokens.weight"])
-    assert hf.passed_over(tmp_path) == []
+    assert hf.ignored_files(tmp_path) == []
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": ["a"]}, {"weight_map": {"model.norm.weight": 1}}])

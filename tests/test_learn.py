@@ -85,7 +85,7 @@ class Loop:
         rng = np.random.default_rng(self.step)
         mask = np.arange(P)[None] >= rng.integers(0, 3, Q)[:, None]
         prompts = Prompts(rng.integers(3, 64, (Q, P)).astype(np.int32), mask, np.arange(Q, dtype=np.uint32))
-        own, _ = sharding.own_rows(Q, mesh)
+        own, _ = sharding.local_rows(Q, mesh)
         prompts = sharding.place_rows(jax.tree.map(lambda x: x[own], prompts), Q, mesh)
         self.key = jax.random.fold_in(jax.random.key(0), self.step)
         whole = lora.join(self.frozen.base, self.policy.params)

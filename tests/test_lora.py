@@ -54,7 +54,7 @@ def test_a_fresh_adapter_is_the_base(fresh):
     base, adapters = split(fresh)
     assert {k[-1] for k in flatten_dict(adapters)} == {f"{name}_{half}" for name in MATRICES for half in "ab"}
     assert all((leaf == 0).all() == key[-1].endswith("_b") for key, leaf in flatten_dict(adapters).items())
-    np.testing.assert_array_equal(logits(fresh, ADAPTED), logits(base, lora.off(ADAPTED)))
+    np.testing.assert_array_equal(logits(fresh, ADAPTED), logits(base, lora.without_adapters(ADAPTED)))
 
 
 def test_the_merged_matrix_is_the_adapted_one(params):
@@ -71,8 +71,8 @@ def test_the_merged_matrix_is_the_adapted_one(params):
     )
     np.testing.assert_array_equal(there["mlp_norm"], here["mlp_norm"])
     # else this shows nothing
-    assert np.abs(logits(merged, lora.off(ADAPTED)) - logits(split(params)[0], lora.off(ADAPTED))).max() > 0.1
-    np.testing.assert_allclose(logits(merged, lora.off(ADAPTED)), logits(params, ADAPTED), atol=1e-5)
+    assert np.abs(logits(merged, lora.without_adapters(ADAPTED)) - logits(split(params)[0], lora.without_adapters(ADAPTED))).max() > 0.1
+    np.testing.assert_allclose(logits(merged, lora.without_adapters(ADAPTED)), logits(params, ADAPTED), atol=1e-5)
 
 
 def test_a_small_adapter_survives_the_merge_in_float32():
@@ -100,7 +100,7 @@ def test_gradients_are_the_whole_matrix_s_projected(params):
     got = jax.grad(lambda adapters: loss(lora.join(split(params)[0], adapters), ADAPTED))(split(params)[1])[
         "layers"
     ]
-    whole = jax.grad(loss)(lora.merge(params, ADAPTED), lora.off(ADAPTED))["layers"]
+    whole = jax.grad(loss)(lora.merge(params, ADAPTED), lora.without_adapters(ADAPTED))["layers"]
     for name, inputs in MATRICES.items():
         for i in range(CFG.layers):
             dw = np.asarray(whole[name][i])

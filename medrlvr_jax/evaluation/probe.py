@@ -45,7 +45,7 @@ from medrlvr_jax.rollout.sync import make_weight_sync
 from medrlvr_jax.runs import log
 from medrlvr_jax.runs.checkpoint import Which
 from medrlvr_jax.runs.console import Console, ShowProgress
-from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
+from medrlvr_jax.sharding import fetch_rows, local_rows, place_rows
 from medrlvr_jax.types import Params, Rollout
 
 CUTS = (0, 25, 50, 75, 100)  # per cent of a thought's words
@@ -121,7 +121,7 @@ def letter_logprobs(
     for start in range(0, len(cases), size):
         stop = min(start + size, len(cases))
         batch = np.resize(np.arange(start, stop), size)
-        places, counted = own_rows(size, mesh)
+        places, counted = local_rows(size, mesh)
         local = batch[places]
         tokens = np.full((len(local), groups, length), tok.pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)

@@ -38,14 +38,14 @@ def frozen(params: Params, cfg: DecoderConfig) -> Params:
     return unflatten_dict({path: leaf for path, leaf in flat(params).items() if not is_trained(path, cfg)})
 
 
-def off(cfg: DecoderConfig) -> DecoderConfig:
+def without_adapters(cfg: DecoderConfig) -> DecoderConfig:
     """Return the configuration of the base: without adapters and value head."""
     return cfg.run_with(lora=None, value_head=False)
 
 
 def merge(params: Params, cfg: DecoderConfig, dtype: Any = None) -> Params:
     """Merge the adapters into their matrices: W + A·B·alpha/rank, summed in float32. The result is a tree of
-    `off(cfg)`.
+    `without_adapters(cfg)`.
 
     The sums are cast to `dtype`, by default to W's dtype. bfloat16 loses five sixths of an adapter that is
     small beside its matrix (B ~ 1e-4).

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from medrlvr_jax.sharding import axis_ways, local
+from medrlvr_jax.sharding import axis_ways, map_shards
 from medrlvr_jax.types import Array
 
 # Numbers of queries and of keys in a block. The first that divides prompt and response is used, so that few
@@ -103,5 +103,5 @@ def attend(
     args = pad(q).transpose(0, 2, 3, 1, 4), pad(k).swapaxes(1, 2), pad(v).swapaxes(1, 2), real
     key_axes = ("batch", "kv_heads", None, None)
     axes = (("batch", "kv_heads", None, None, None), key_axes, key_axes, ("batch", None))
-    out = local(of_device, axes, 0)(*args)
+    out = map_shards(of_device, axes, 0)(*args)
     return out[:, :, :, :n].transpose(0, 3, 1, 2, 4).reshape(q.shape[0], n, heads, -1, q.shape[-1])

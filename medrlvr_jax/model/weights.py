@@ -197,7 +197,7 @@ def check_weights(path: str | Path, cfg: DecoderConfig) -> None:
     _check(open_tensors(resolve(path)), cfg)
 
 
-def passed_over(path: str | Path) -> list[str]:
+def ignored_files(path: str | Path) -> list[str]:
     """Names of the weight files of a directory that are not read: a model.safetensors comes before them, as
     it does in transformers.
     """

@@ -45,7 +45,7 @@ from medrlvr_jax.model_rewards.endings import Replacement, encode_endings, find_
 from medrlvr_jax.rewards.components import list_components
 from medrlvr_jax.rewards.parse import WHITE
 from medrlvr_jax.rollout.rollout import Encoded, Scored, before_response, place_prompts
-from medrlvr_jax.sharding import by_rows, fetch_rows, own_rows, place_rows
+from medrlvr_jax.sharding import by_rows, fetch_rows, local_rows, place_rows
 from medrlvr_jax.types import Array, Leaf, Params, Prompts, Rollout, pytree
 
 FILE = "baseline.json"
@@ -188,7 +188,7 @@ def start_scores(
     program, out = jax.jit(score), {}
     for first in range(0, n, size):
         index = np.resize(np.arange(first, min(first + size, n)), size)
-        local, counted = own_rows(size, mesh)
+        local, counted = local_rows(size, mesh)
         endings = stack_endings([rows[i] for i in index[local]], width, width)
         placed = place_rows(jax.tree.map(lambda x: x[:, None], endings), size, mesh)
         prompts = place_prompts(lora.join(*start), parts, encoded, index)

@@ -79,7 +79,7 @@ class MeshVerifier:
     @property
     def size(self) -> int:
         """The number of prompts in a batch."""
-        return sharding.rows_that_split(self.mesh, self.settings.batch)
+        return sharding.round_up_rows(self.mesh, self.settings.batch)
 
     def load(self) -> "MeshVerifier":
         """Return it with its weights, which are in the host's memory with `offload`."""
@@ -143,7 +143,7 @@ class MeshVerifier:
 
     def place(self, rows: list[Row], columns: int) -> Prompts:
         """Return a batch on the mesh, filled up with its first prompts. Each process places its own rows."""
-        local, _ = sharding.own_rows(self.size, self.mesh)
+        local, _ = sharding.local_rows(self.size, self.mesh)
         tokens = [list(rows[i % len(rows)]) for i in local]
         prompts = text.pad_prompts(tokens, np.zeros(len(local), np.uint32), columns, self.tokenizer.pad_id)
         return sharding.place_rows(prompts, self.size, self.mesh)
@@ -177,7 +177,7 @@ def lay_out(
         raise ConfigError(f"{field}.model: {e}; or take another model") from None
     cfg = dataclasses.replace(cfg, execution=execution)
     table = sharding.TRAIN if settings.score == "soft" else sharding.DECODE
-    params = sharding.structs(spec.abstract(cfg), mesh, table, jnp.dtype(settings.dtype))
+    params = sharding.abstract_arrays(spec.abstract(cfg), mesh, table, jnp.dtype(settings.dtype))
     return MeshVerifier(settings, cfg, tokenizer, mesh, params)
 
 

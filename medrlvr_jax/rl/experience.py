@@ -16,7 +16,7 @@ from medrlvr_jax.rewards.components import Component, list_components
 from medrlvr_jax.rewards.verdicts import Verdicts, add_components
 from medrlvr_jax.rl import advantages
 from medrlvr_jax.rollout.rollout import Scored
-from medrlvr_jax.sharding import by_rows, fetch_rows, own_rows, place_rows
+from medrlvr_jax.sharding import by_rows, fetch_rows, local_rows, place_rows
 from medrlvr_jax.types import Array, Assessment, Experience, Leaf, Prompts, Rollout
 
 
@@ -85,7 +85,7 @@ def place_scored(tree: Any, scored: Scored, n: int, parts: Parts) -> Any:
     array, so the weights would silently differ between processes.
     """
     leaves, structure = jax.tree.flatten(tree)
-    samples, (mine, _) = parts.config.sample.samples, own_rows(n, parts.mesh)
+    samples, (mine, _) = parts.config.sample.samples, local_rows(n, parts.mesh)
     pieces = [[scored.places, leaves]]
     if jax.process_count() > 1:
         pieces = gather([scored.places.tolist(), [leaf.tolist() for leaf in leaves]])
@@ -104,7 +104,7 @@ def add_policy_values(
     if not asked:
         return scored
     n = len(next(iter(asked.values())))
-    _, counted = own_rows(n, parts.mesh)
+    _, counted = local_rows(n, parts.mesh)
     v = scored.verdicts
     values = dict(v.components) | {k: x[counted].ravel() for k, x in fetch_rows(asked, parts.mesh).items()}
     device = [c for c in components if c.on_device]

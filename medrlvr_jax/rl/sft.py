@@ -166,7 +166,7 @@ def make_job(parts: Parts, pairs: Pairs, sets: dict[str, Encoded]) -> Job:
     def step(state: TrainState, step: int, history: log.Records) -> StepResult:
         index = run_batch(config, len(rows), step)
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        mine, _ = sharding.own_rows(n, parts.mesh)
+        mine, _ = sharding.local_rows(n, parts.mesh)
         padded = pad_targets([targets[i] for i in index[mine]], columns, parts.tokenizer.pad_id)
         placed = sharding.place_rows(padded, n, parts.mesh)
         batch = as_experience(place_prompts(None, parts, encoded, index), *placed)

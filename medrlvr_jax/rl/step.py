@@ -121,7 +121,7 @@ def train_step(
         prompts = place_prompts(policy, parts, of_epoch, index, needs_grey_images(config.reward))
         key, places = batch_key(config.seed, first + k), None
         if max_batches > 1:
-            mine, _ = sharding.own_rows(len(index), parts.mesh)
+            mine, _ = sharding.local_rows(len(index), parts.mesh)
             numbers = (k * len(index) + mine).astype(np.int32)
             places = sharding.place_rows(numbers, len(index), parts.mesh)
         return Batch(prompts, key, partial(grade, training, of_epoch, index, coin=key), places)

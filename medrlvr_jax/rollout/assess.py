@@ -80,7 +80,7 @@ def assess(
         with jax.named_scope("assess_reference"):
             if frozen.reference is not None:
                 unseen = rows._replace(prompts=rows.prompts.unseen)
-                ref_logprobs, _ = logprobs_at(unseen, frozen.reference, lora.off(cfg), size)
+                ref_logprobs, _ = logprobs_at(unseen, frozen.reference, lora.without_adapters(cfg), size)
         with jax.named_scope("assess_critic"):
             if critic is not None:
                 values = values_at(rows, critic, size)

@@ -32,7 +32,7 @@ from medrlvr_jax.rewards.parse import graded_prefix
 from medrlvr_jax.rewards.verdicts import random_rewards, replace_rewards
 from medrlvr_jax.rollout.generate import draw_settings, generate
 from medrlvr_jax.rollout.see import add_features
-from medrlvr_jax.sharding import fetch_rows, own_rows, place_rows
+from medrlvr_jax.sharding import fetch_rows, local_rows, place_rows
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
 
 WIDTH_STEP = 16  # widths are multiples of this, so that few shapes are compiled
@@ -158,7 +158,7 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
 
     If the shuffled prompt has too many tokens, the question keeps the order of its file.
     """
-    mine = index[own_rows(len(index), parts.mesh)[0]].tolist()
+    mine = index[local_rows(len(index), parts.mesh)[0]].tolist()
     wanted = [shuffle_options(encoded.questions[i], parts.config.seed, draw) for i in mine]
     pads = encoded.images.subset(mine).prompt_tokens() if encoded.images else None
     rows = text.encode_questions(parts.tokenizer, wanted, parts.config.prompt, images=pads)
@@ -195,7 +195,7 @@ def score_rollout(
     control `reward.random`. Evaluations have neither.
     """
     tokenizer, rule = parts.tokenizer, parts.config.reward
-    mine, counted = own_rows(len(index), parts.mesh)
+    mine, counted = local_rows(len(index), parts.mesh)
     mine = mine[counted]
     tokens, mask = (x[counted] for x in fetch_rows((rollout.tokens, rollout.mask), parts.mesh))
     groups, length = tokens.shape[1:]
@@ -264,7 +264,7 @@ def place_prompts(
     """Return the prompts of the questions at `index` on the mesh. Each process pads and places its own rows.
     `params`, `blank`: see `add_features`.
     """
-    mine, _ = own_rows(len(index), parts.mesh)
+    mine, _ = local_rows(len(index), parts.mesh)
     prompts = encoded.prompts(index[mine], parts.tokenizer.pad_id)
     placed = place_rows(prompts, len(index), parts.mesh)
     if encoded.images is None:
@@ -277,7 +277,7 @@ def place_prompts(
 def prefetch_images(parts: Parts, encoded: Encoded, index: np.ndarray) -> None:
     """Prefetch the images of the questions at `index`, the next batch of `place_prompts`, in a thread."""
     if encoded.images:
-        encoded.images.prefetch(encoded.questions, index[own_rows(len(index), parts.mesh)[0]].tolist())
+        encoded.images.prefetch(encoded.questions, index[local_rows(len(index), parts.mesh)[0]].tolist())
 
 
 def sample_and_score(
@@ -296,7 +296,7 @@ def sample_and_score(
     scored = score_rollout(parts, encoded, index, rollout)
     if not entropies:
         return scored
-    _, counted = own_rows(len(index), parts.mesh)
+    _, counted = local_rows(len(index), parts.mesh)
     entropy, mask = (x[counted] for x in fetch_rows((rollout.entropy, rollout.mask), parts.mesh))
     means = entropy.sum(-1) / np.maximum(mask.sum(-1), 1)
     return dataclasses.replace(scored, entropy=means.ravel())

@@ -80,8 +80,8 @@ def make_weight_sync(parts: Parts, cfg: DecoderConfig) -> WeightSync:
     moved = {path: p for path, p in have.items() if not stays(path, p)}
     places = {path: p.sharding for path, p in want.items() if path in moved or path not in have}
     layers = {path: place for path, place in places.items() if path[0] == "layers"}
-    of_layer = sharding.of_one(layers)
-    shards = sharding.of_one({path: have[path].sharding for path in layers if path in have})
+    of_layer = sharding.layer_shardings(layers)
+    shards = sharding.layer_shardings({path: have[path].sharding for path in layers if path in have})
     put = jax.lax.with_sharding_constraint
 
     def quantized(layer: dict[Path, Array]) -> dict[Path, Array]:

@@ -190,8 +190,8 @@ def _check_model(parts: Parts, run: Path) -> Iterator[Finding]:
     frozen = f", of which {trained / 1e6:,.1f} million are trained" if trained < total else ""
     yield ok(f"model {config.model.path}: {total / 1e6:,.1f} million parameters{frozen}")
     if config.model.init == "pretrained":
-        weights.check_weights(config.model.path, lora.off(parts.cfg))
-        if others := weights.passed_over(config.model.path):
+        weights.check_weights(config.model.path, lora.without_adapters(parts.cfg))
+        if others := weights.ignored_files(config.model.path):
             text = f"weights: {', '.join(others)} will not be read, because model.safetensors exists"
             yield warning(text, "to use them, move model.safetensors away")
     for line in tokenizer_traps(parts.tokenizer, parts.cfg.vocab, config.prompt):

@@ -47,7 +47,7 @@ def export(
         if adapter:
             save_adapter(params, parts.cfg, m.path, out, dtype)
         else:
-            merged, cfg = lora.merge(params, parts.cfg, dtype), lora.off(parts.cfg)
+            merged, cfg = lora.merge(params, parts.cfg, dtype), lora.without_adapters(parts.cfg)
             save_params(merged, cfg, m.path, out, dtype, parts.tokenizer.stop_ids)
     if jax.process_index() == 0:
         trained = "float32" if m.lora else m.param_dtype
