@@ -410,6 +410,8 @@ def test_trials_have_trecs_labels_whatever_their_prompt_says(file):
         file("t.jsonl", row | {"label": 3})
     )
     assert "has no note and trial" in error_of(file("t.jsonl", pair | {"input": "?"}))
+    del pair["query_id"]
+    assert "field query_id: it is required and missing" in error_of(file("t.jsonl", pair), format="trec")
 
 
 @real

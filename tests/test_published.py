@@ -76,6 +76,9 @@ def test_open_and_closed_questions_of_the_hub(tmp_path):
     closed, text = load.read(SetConfig(path="python:data"), rows)[0]
     assert (closed.options, closed.answer) == (("yes", "no"), 0)
     assert text.value == Reference("text", "in the spleen")
+    nulls = [row | {"kind": None, "options": None} for row in rows]  # as parquet fills absent fields
+    spec = SetConfig(path="python:data", format="vqa", constants={"answer_as": "text"})
+    assert load.read(spec, nulls)[0] == [closed, text]
     films = [rows[0] | {"image": bytes([n])} for n in range(2)]
     assert "repeats" not in load.read(SetConfig(path="python:data"), films)[1]
 

@@ -1,7 +1,8 @@
 """The formats of records, and how a record of each format becomes a checked `Question`.
 
 `FORMATS` has an entry for each format: the fields by which it is recognised, further fields that are read,
-and the function that finds options and right answer. The page *Your own data* describes the fields.
+and a function that adapts its records to the formats `plain` and `open`, which are then read in one way. The
+page *Your own data* describes the fields.
 
 Published sets may have two options with the same text (21 of MedMCQA's 4,183 dev questions do). `plain`
 refuses them, since a user can correct them.
@@ -30,7 +31,8 @@ from medrlvr_jax.data.values import Reference
 
 def key_of(row: Row) -> Key:
     """Return options and right answer: a choice if the record has `options`, else a value of its `kind`."""
-    return record.open_key(row) if "kind" in row and "options" not in row else _choice_key(row)
+    is_open = row.get("options") is None and row.get("kind") is not None
+    return record.open_key(row) if is_open else _choice_key(row)
 
 
 def _choice_key(row: Row) -> Key:
@@ -82,93 +84,67 @@ def _index_of_text(answer: str, options: tuple[str, ...]) -> int | None:
     return texts.index(answer) if texts.count(answer) == 1 else None
 
 
-def _own_key(row: Row) -> Key:
-    options, key = key_of(row)
-    if len(set(strip_labels(options))) < len(options):
-        problem = "has the same text twice, so a right answer could count as wrong; change one"
-        raise record.bad_field("options", options, problem)
-    return options, key
-
-
-def _vqa_key(row: Row) -> Key:
-    """A choice if the record has options or the answer is yes or no, else a text, compared word for word."""
-    if row.get("options") is not None:
-        return _choice_key(row)
-    answer, options = record.text_of(row, "answer").casefold(), ("yes", "no")
-    if "kind" not in row and answer in options:
-        return options, options.index(answer)
-    return record.open_key({"kind": "text"} | row)
-
-
 # ---- the formats ----
+
+
+def _vqa(row: Row) -> Row:
+    """Without options, an answer of yes or no is a choice, and any other a text, compared word for word."""
+    if row.get("options") is not None or row.get("kind") is not None:
+        return row
+    answer, options = record.text_of(row, "answer").casefold(), ("yes", "no")
+    if answer in options:
+        right = LETTERS[options.index(answer)]
+        return row | {"options": options, "answer": right, "answer_as": "letter"}
+    return row | {"kind": "text"}
 
 
 class Format(NamedTuple):
     """How one format is recognised and read."""
 
-    key: Callable[[Row], Key] | None  # options and right answer; None: `text`, which has no questions
     required: list[str]  # fields by which it is recognised, for each of its variants
-    id: str = "id"
-    subject: str = "subject"
-    rationale: str = ""  # "": records of this format have none
     optional: str = ""  # further fields that are read
-    add_question: Callable[[Row], Row] = lambda row: row  # adds `question` if it is spread over fields
+    adapt: Callable[[Row], Row] = lambda row: row  # to a record of `plain` or `open`
 
     @property
     def fields(self) -> set[str]:
         """All fields that are read."""
-        listed = ", ".join([self.optional, *self.required]).split(", ")
-        return {self.id, self.subject, self.rationale, *listed} - {""}
+        return {*", ".join([self.optional, *self.required]).split(", ")} - {""}
 
 
 OPTIONAL = (
-    "options, answer_as, kind, lower, upper, tolerance, unit, labels, aliases, order, "
-    "facts, task, image, images"
+    "id, options, answer_as, kind, lower, upper, tolerance, unit, labels, aliases, order, "
+    "subject, task, rationale, facts, image, images"
 )
 FORMATS = {
     # A user's own questions, with and without options.
-    "plain": Format(_own_key, ["question, options, answer"], rationale="rationale", optional=OPTIONAL),
-    "open": Format(_own_key, ["question, kind, answer"], rationale="rationale", optional=OPTIONAL),
-    "medqa": Format(
-        published.medqa, ["question, options, answer_idx"], subject="meta_info", optional="answer"
-    ),
+    "plain": Format(["question, options, answer"], OPTIONAL),
+    "open": Format(["question, kind, answer"], OPTIONAL),
+    "medqa": Format(["question, options, answer_idx"], "id, answer, meta_info", published.medqa),
     "mmlu_pro": Format(
-        published.mmlu_pro, ["question, options, answer, answer_index"], "question_id", "category"
+        ["question, options, answer, answer_index"], "question_id, category", published.mmlu_pro
     ),
     # Also CSV without a header: readers.py gives the cells these names.
-    "mmlu": Format(published.mmlu, ["question, choices, answer"]),
-    "medmcqa": Format(
-        published.medmcqa,
-        ["question, opa, opb, opc, opd, cop"],
-        subject="subject_name",
-        rationale="exp",
-    ),
+    "mmlu": Format(["question, choices, answer"], "id, subject", published.mmlu),
+    "medmcqa": Format(["question, opa, opb, opc, opd, cop"], "id, subject_name, exp", published.medmcqa),
     # The authors' file, whose record ids are pmids, and the hub's form.
     "pubmedqa": Format(
-        published.pubmedqa,
         ["QUESTION, CONTEXTS, final_decision", "question, context, final_decision"],
-        rationale="long_answer",
-        optional="pubid, LONG_ANSWER",
-        add_question=published.with_abstract,
+        "id, pubid, subject, long_answer, LONG_ANSWER",
+        published.pubmedqa,
     ),
     "medcalc": Format(
-        published.medcalc,
         ["Patient Note, Question, Ground Truth Answer, Output Type, Lower Limit, Upper Limit"],
-        "Row Number",
-        "Calculator Name",
-        "Ground Truth Explanation",
-        add_question=published.with_note,
+        "Row Number, Calculator Name, Ground Truth Explanation",
+        published.medcalc,
     ),
     # Patient–trial matching, as EHRMIND's prompts or as plain fields.
     "trec": Format(
-        published.trec,
-        ["input, query_id, corpus_id, label", "note, trial, label"],
-        add_question=published.with_trial,
+        ["input, query_id, corpus_id, label", "note, trial, label"], "id, subject", published.trec
     ),
     # Questions about images. Published sets with images are read in this format, too.
-    "vqa": Format(_vqa_key, ["image, question, answer", "images, question, answer"], optional=OPTIONAL),
+    "vqa": Format(["image, question, answer", "images, question, answer"], OPTIONAL, _vqa),
     # Prompts and responses, or texts alone, for `sft.target: text`.
-    "text": Format(None, ["response", "text"], optional="prompt, image, images"),
+    "text": Format(["response", "text"], "prompt, image, images"),
 }
 
 
@@ -177,11 +153,14 @@ FORMATS = {
 
 def parse(row: Row, name: str, default_id: str) -> Question | Example:
     """Return the checked question of a record in format `name`, or the example in format `text`."""
-    form = FORMATS[name]
-    if form.key is None:
+    if name == "text":
         return parse_example(row)
-    key = form.key(row)
-    return _question(form.add_question(row), default_id, key, form)
+    row = FORMATS[name].adapt(row)
+    options, key = key_of(row)
+    if name in ("plain", "open") and len(set(strip_labels(options))) < len(options):
+        problem = "has the same text twice, so a right answer could count as wrong; change one"
+        raise record.bad_field("options", options, problem)
+    return _question(row, default_id, options, key)
 
 
 def parse_example(row: Row) -> Example:
@@ -203,28 +182,21 @@ def check_question(question: Question, default_id: str) -> Question:
     if value is None and (type(answer) is not int or not 0 <= answer < len(options)):
         problem = f"is not the index of one of its {len(options)} options, counted from 0"
         raise record.bad_field("answer", answer, problem)
-    key = options, answer if value is None else value
-    return _question(row, default_id, key, FORMATS["plain"])
+    return _question(row, default_id, options, answer if value is None else value)
 
 
-def _question(row: Row, default_id: str, key: Key, form: Format) -> Question:
-    def optional_text(field: str) -> str:
-        return record.text_of(row, field, empty=True) if field and row.get(field) is not None else ""
-
-    name, (options, answer) = row.get(form.id), key
-    if name is not None and (isinstance(name, bool) or not isinstance(name, int | str)):
-        raise record.bad_field(form.id, name, "is neither a string nor an integer; give one of these")
+def _question(row: Row, default_id: str, options: tuple[str, ...], key: int | Reference) -> Question:
     return Question(
-        id=default_id if name in (None, "") else str(name),
+        id=record.id_of(row, "id") or default_id,
         question=record.text_of(row, "question"),
         options=options,
-        answer=-1 if isinstance(answer, Reference) else answer,
-        subject=optional_text(form.subject),
-        rationale=optional_text(form.rationale) or None,
-        value=answer if isinstance(answer, Reference) else None,
-        task=optional_text("task") if "task" in form.optional else "",
-        facts=record.facts_of(row) if "facts" in form.optional else (),
-        images=record.images_of(row) if "images" in form.optional else (),
+        answer=key if isinstance(key, int) else -1,
+        subject=record.optional_text(row, "subject"),
+        rationale=record.optional_text(row, "rationale") or None,
+        value=None if isinstance(key, int) else key,
+        task=record.optional_text(row, "task"),
+        facts=record.facts_of(row),
+        images=record.images_of(row),
     )
 
 

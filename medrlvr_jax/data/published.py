@@ -4,8 +4,8 @@ A set with images is named by `format`, as in `data: {format: slake, path: test.
 holds settings of `SetConfig`; the config's own settings take precedence. Its records are read in the format
 `vqa`. The page *Questions with images* lists the source against which each set's fields were checked.
 
-A set with text has a format of its own in formats.py. Here is the function that returns its options and right
-answer, and one that adds the field `question` if the set spreads the question over several fields.
+A set with text is a format of its own in formats.py. Here is a function for each: it checks a record, and
+returns it in the format `plain` or `open`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import record
-from medrlvr_jax.data.question import LETTERS, DataError, Key, strip_labels
+from medrlvr_jax.data.question import LETTERS, DataError, strip_labels
 from medrlvr_jax.data.record import Row
 
 # ---- sets with images ----
@@ -73,48 +73,54 @@ def resolve(spec: SetConfig) -> SetConfig:
     return dataclasses.replace(spec, format="vqa", **merged)
 
 
-# ---- sets with text ----
+# ---- sets with text: from their records to those of `plain` and `open` ----
 
 
-def medqa(row: Row) -> Key:
+def _plain(row: Row, id: str = "id", subject: str = "subject", rationale: str = "", **key: Any) -> Row:
+    """Return a record in the format `plain` or `open`; `key` has its options and answer."""
+    texts = {"subject": record.optional_text(row, subject), "rationale": record.optional_text(row, rationale)}
+    return {"id": record.id_of(row, id), "question": record.text_of(row, "question")} | texts | key
+
+
+def medqa(row: Row) -> Row:
     options = record.options_of(row, "options")
-    key = record.option_index(record.required(row, "answer_idx"), "answer_idx", options)
-    if "answer" in row and record.text_of(row, "answer") not in (options[key], strip_labels(options)[key]):
-        problem = f"is not option {LETTERS[key]}, {short(options[key])}; correct one of the two"
+    right = record.option_index(record.required(row, "answer_idx"), "answer_idx", options)
+    texts = (options[right], strip_labels(options)[right])
+    if "answer" in row and record.text_of(row, "answer") not in texts:
+        problem = f"is not option {LETTERS[right]}, {short(options[right])}; correct one of the two"
         raise record.bad_field("answer", row["answer"], problem)
-    return options, key
+    return _plain(row, subject="meta_info", options=options, answer=LETTERS[right])
 
 
-def mmlu_pro(row: Row) -> Key:
+def mmlu_pro(row: Row) -> Row:
     options = record.options_of(row, "options")
-    key = record.option_index(record.required(row, "answer"), "answer", options)
-    if record.as_integer(index := row.get("answer_index")) != key:
-        problem = f"is not {key}, the index of answer {LETTERS[key]}; correct one of the two"
+    right = record.option_index(record.required(row, "answer"), "answer", options)
+    if record.as_integer(index := row.get("answer_index")) != right:
+        problem = f"is not {right}, the index of answer {LETTERS[right]}; correct one of the two"
         raise record.bad_field("answer_index", index, problem)
-    return options, key
+    return _plain(row, "question_id", "category", options=options, answer=LETTERS[right])
 
 
-def mmlu(row: Row) -> Key:
+def mmlu(row: Row) -> Row:
     options, answer = record.options_of(row, "choices"), record.required(row, "answer")
     answer_as = "from_0" if type(answer) is int else "letter"
-    return options, record.option_index(answer, "answer", options, answer_as)
+    right = record.option_index(answer, "answer", options, answer_as)
+    return _plain(row, options=options, answer=LETTERS[right])
 
 
-def medmcqa(row: Row) -> Key:
+def medmcqa(row: Row) -> Row:
     if row.get("cop", "") in (None, -1):
         raise DataError("field cop: there is no key, as in the test split; use the train or validation split")
     options, cop = tuple(record.text_of(row, f"op{letter}") for letter in "abcd"), record.required(row, "cop")
     answer_as = "letter" if record.as_integer(cop) is None else "from_1"
-    return options, record.option_index(cop, "cop", options, answer_as)
+    right = record.option_index(cop, "cop", options, answer_as)
+    return _plain(row, subject="subject_name", rationale="exp", options=options, answer=LETTERS[right])
 
 
-def pubmedqa(row: Row) -> Key:
+def pubmedqa(row: Row) -> Row:
+    """Put the abstract without its conclusion before the question. The conclusion is the rationale."""
     options = ("yes", "no", "maybe")
-    return options, record.index_in(options, row, "final_decision")
-
-
-def with_abstract(row: Row) -> Row:
-    """Put the abstract without its conclusion before PubMedQA's question. The conclusion is the rationale."""
+    right = record.index_in(options, row, "final_decision")
     if "QUESTION" in row:
         context, conclusion = {"contexts": row.get("CONTEXTS")}, row.get("LONG_ANSWER")
         row = {"question": row["QUESTION"], "context": context, "long_answer": conclusion} | row
@@ -122,25 +128,23 @@ def with_abstract(row: Row) -> Row:
     if not isinstance(paragraphs, list) or not all(isinstance(paragraph, str) for paragraph in paragraphs):
         raise record.bad_field("context", paragraphs, "is not a list of the abstract's paragraphs; give one")
     question = "\n".join([*paragraphs, record.text_of(row, "question")])
-    return {"id": row.get("pubid")} | row | {"question": question}
+    row = {"id": row.get("pubid")} | row | {"question": question}
+    return _plain(row, rationale="long_answer", options=options, answer=LETTERS[right])
 
 
-def medcalc(row: Row) -> Key:
+def medcalc(row: Row) -> Row:
     """MedCalc-Bench gives weeks and days the output type `integer`, and writes dates month first."""
     types = {"decimal": "number", "integer": "integer", "date": "date"}
     kind = [*types.values()][record.index_in(tuple(types), row, "Output Type")]
-    truth, limits = record.text_of(row, "Ground Truth Answer"), {}
-    if "week" in truth:
+    answer, limits = record.text_of(row, "Ground Truth Answer"), {}
+    if "week" in answer:
         kind = "duration"
     if kind == "number":
         limits = {name: record.text_of(row, f"{name.title()} Limit") for name in ("lower", "upper")}
-    return record.open_key({"kind": kind, "answer": truth, "order": "month_first"} | limits)
-
-
-def with_note(row: Row) -> Row:
-    """Put the patient's note before MedCalc-Bench's question."""
     note, question = record.text_of(row, "Patient Note"), record.text_of(row, "Question")
-    return row | {"question": f"{note}\n\n{question}"}
+    row = row | {"question": f"{note}\n\n{question}"}
+    names = ("Row Number", "Calculator Name", "Ground Truth Explanation")
+    return _plain(row, *names, kind=kind, answer=answer, order="month_first", **limits)
 
 
 # What TREC's labels 0, 1, 2 mean. EHRMIND's prompts say "Excluded" for 0 and "Irrelevant" for 1.
@@ -154,22 +158,20 @@ ELIGIBILITY_QUESTION = (
 NOTE_AND_TRIAL = re.compile(r"patient note:\n(.*?)\n\nHere is the clin\w+ trial:\n(.*?)\n-{9,}", re.S)
 
 
-def trec(row: Row) -> Key:
+def trec(row: Row) -> Row:
+    """Note and trial are fields, or parts of EHRMIND's prompt."""
     label = record.as_integer(record.required(row, "label"))
     if label not in (0, 1, 2):
         meaning = ", ".join(f"{i} {name}" for i, name in enumerate(ELIGIBILITY))
         problem = f"is none of TREC's labels: {meaning}; give one of these"
         raise record.bad_field("label", row["label"], problem)
-    return record.open_key({"kind": "label", "answer": ELIGIBILITY[label], "labels": ELIGIBILITY})
-
-
-def with_trial(row: Row) -> Row:
-    """Join note, trial and question. Note and trial are fields, or parts of EHRMIND's prompt."""
     if "input" in row:
         pair = NOTE_AND_TRIAL.search(record.text_of(row, "input"))
         if not pair:
             problem = "has no note and trial as EHRMIND's prompts do; give both"
             raise record.bad_field("input", row["input"], problem)
-        row = row | {"note": pair[1], "trial": pair[2], "id": f"{row['query_id']} {row['corpus_id']}"}
+        name = " ".join(str(record.required(row, field)) for field in ("query_id", "corpus_id"))
+        row = row | {"note": pair[1], "trial": pair[2], "id": name}
     note, trial = record.text_of(row, "note"), record.text_of(row, "trial")
-    return row | {"question": f"Patient: {note}\n\nTrial: {trial}\n\n{ELIGIBILITY_QUESTION}"}
+    row = row | {"question": f"Patient: {note}\n\nTrial: {trial}\n\n{ELIGIBILITY_QUESTION}"}
+    return _plain(row, kind="label", answer=ELIGIBILITY[label], labels=ELIGIBILITY)

@@ -47,6 +47,18 @@ def checked_text(value: Any, field: str, strip: bool = True, empty: bool = False
     return value.strip() if strip else value
 
 
+def optional_text(row: Row, field: str) -> str:
+    return text_of(row, field, empty=True) if field and row.get(field) is not None else ""
+
+
+def id_of(row: Row, field: str) -> str:
+    """Return the record's id as a text; "" if it has none."""
+    name = row.get(field)
+    if name is not None and (isinstance(name, bool) or not isinstance(name, int | str)):
+        raise bad_field(field, name, "is neither a string nor an integer; give one of these")
+    return "" if name is None else str(name)
+
+
 def index_in(known: tuple[str, ...], row: Row, field: str) -> int:
     """Return the index of the field's text in `known`."""
     if (value := text_of(row, field)) not in known:
