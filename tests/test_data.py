@@ -527,6 +527,7 @@ def test_on_bad_skip_counts_bad_records(file):
         (PLAIN | {"options": "A or B"}, "field options: 'A or B' is neither a list nor an object"),
         (PLAIN | {"options": ["x", 2]}, "field options 2: 2 is not a string"),
         (PLAIN | {"options": ["x", "x "]}, "field options: ('x', 'x') has the same text twice"),
+        (PLAIN | {"options": {"1": "x", "2": "y"}, "answer": []}, "field answer: [] names no option"),
         (PLAIN | {"id": [1]}, "field id: [1] is neither a string nor an integer"),
         (PLAIN | {"rationale": 3}, "field rationale: 3 is not a string"),
         (PLAIN | {"facts": "x"}, "field facts: 'x' is not a list"),

@@ -71,8 +71,16 @@ def test_the_merged_matrix_is_the_adapted_one(params):
     )
     np.testing.assert_array_equal(there["mlp_norm"], here["mlp_norm"])
     # else this shows nothing
-    assert np.abs(logits(merged, lora.without_adapters(ADAPTED)) - logits(split(params)[0], lora.without_adapters(ADAPTED))).max() > 0.1
-    np.testing.assert_allclose(logits(merged, lora.without_adapters(ADAPTED)), logits(params, ADAPTED), atol=1e-5)
+    assert (
+        np.abs(
+            logits(merged, lora.without_adapters(ADAPTED))
+            - logits(split(params)[0], lora.without_adapters(ADAPTED))
+        ).max()
+        > 0.1
+    )
+    np.testing.assert_allclose(
+        logits(merged, lora.without_adapters(ADAPTED)), logits(params, ADAPTED), atol=1e-5
+    )
 
 
 def test_a_small_adapter_survives_the_merge_in_float32():

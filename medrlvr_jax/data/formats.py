@@ -65,7 +65,8 @@ def _name_by_letters(row: Row) -> Row:
     if len(options) > len(LETTERS) or not letters.keys() >= set(names):
         return row
     right = [letters[name] for name in names]
-    return row | {"options": list(options.values()), "answer": right if len(right) > 1 else right[0]}
+    key = right if isinstance(answer, list | tuple) else right[0]
+    return row | {"options": list(options.values()), "answer": key}
 
 
 def _index_of_text(answer: str, options: tuple[str, ...]) -> int | None:
