@@ -167,6 +167,11 @@ def test_help_needs_no_jax():
         (["score", "a.jsonl", "--out", "b.jsonl", "--leak-penalty", "-1"], "Must be >= 0"),
         (["plan", "quickstart", "--topology", "v5e:1x1", "--sweep", "x"], "--sweep: x must be one integer"),
         (["eval", "no.yaml", "--step", "bst"], "--step"),
+        (["watch", "runs/a", "--port", "65536"], "Must be <= 65535"),
+        (["data", "quickstart", "--prompts", "-1"], "Must be >= 0"),
+        (["difficulty", "quickstart", "--samples", "0"], "Must be >= 1"),
+        (["reproduce", "reproduce_tiny", "--jobs", "0"], "Must be >= 1"),
+        (["init", "nowhere/a.yaml", "--data", "a.jsonl"], "create nowhere first"),
     ],
 )
 def test_invalid_arguments_are_refused_with_status_2(args, message, capfd):

@@ -37,7 +37,9 @@ Settings = Annotated[str, Parameter(help=OVERRIDE)]
 Step = Annotated[int | Literal["best"] | None, Parameter(metavar="N|best", show_choices=False, help=STEP)]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 Distributed = Annotated[Flag, Parameter(help=DISTRIBUTED)]
-Integer = Annotated[int, Parameter(metavar="N")]
+PositiveInteger = Annotated[int, Parameter(metavar="N", validator=Number(gte=1))]
+NonNegativeInteger = Annotated[int, Parameter(metavar="N", validator=Number(gte=0))]
+Port = Annotated[int, Parameter(metavar="N", validator=Number(gte=0, lte=65535))]
 Penalty = Annotated[float, Parameter(metavar="X", validator=Number(gte=0, lt=math.inf))]
 Paths = Annotated[Path, Parameter(required=True)]  # one or more
 # All words up to the next option. Settings may be among them: see `split_settings`.

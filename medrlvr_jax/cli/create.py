@@ -10,7 +10,8 @@ from medrlvr_jax.cli.app import (
     Config,
     Distributed,
     Flag,
-    Integer,
+    NonNegativeInteger,
+    PositiveInteger,
     Settings,
     Words,
     command,
@@ -46,7 +47,7 @@ def init(
     test: str | None = None,
     algorithm: Literal["grpo", "ppo"] | None = None,
     lora: bool | None = None,
-    devices: Integer | None = None,
+    devices: NonNegativeInteger | None = None,
 ) -> int:
     """Write a config for your own model, data and machine.
 
@@ -125,7 +126,7 @@ def reproduce(
     file: str,
     /,
     *settings: Annotated[str, Parameter(help=REPRODUCE_SETTINGS)],
-    jobs: Integer = 1,
+    jobs: PositiveInteger = 1,
     only: Annotated[Words, Parameter(metavar="ARM")] = None,
     dry_run: Flag = False,
 ) -> int:

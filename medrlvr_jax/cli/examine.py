@@ -10,9 +10,11 @@ from medrlvr_jax.cli.app import (
     Config,
     Distributed,
     Flag,
-    Integer,
+    NonNegativeInteger,
     Paths,
     Penalty,
+    Port,
+    PositiveInteger,
     Run,
     Settings,
     Step,
@@ -42,7 +44,7 @@ def doctor(config: str | None = None, /, *settings: Settings) -> int:
 
 
 @command(INSPECT)
-def data(config: Config, /, *settings: Settings, prompts: Integer = 2) -> int:
+def data(config: Config, /, *settings: Settings, prompts: NonNegativeInteger = 2) -> int:
     """Show how the data sets of a config are read and what the prompts look like.
 
     For the training set and each set of eval.sets it shows the number of
@@ -72,7 +74,7 @@ def plan(
     topology: Annotated[str, Parameter(metavar="CHIP:SHAPE")],
     sweep: Annotated[Words, Parameter(metavar="N")] = None,
     quick: Flag = False,
-    questions: Integer | None = None,
+    questions: PositiveInteger | None = None,
     json: Flag = False,
 ) -> int:
     """Predict whether a training fits on a machine, and how fast it can be.
@@ -128,7 +130,7 @@ def report(*runs: Paths, out: Path = Path("report.html")) -> int:
 
 
 @command(INSPECT)
-def watch(*runs: Paths, host: str = "127.0.0.1", port: Integer = 8787) -> int:
+def watch(*runs: Paths, host: str = "127.0.0.1", port: Port = 8787) -> int:
     """Serve the report page of runs and update it while they train.
 
     The page of `medrlvr report` shows only the named runs, and nothing can be
@@ -153,7 +155,7 @@ def watch(*runs: Paths, host: str = "127.0.0.1", port: Integer = 8787) -> int:
 
 
 @command(INSPECT)
-def replay(run: Run, /, *settings: Settings, step: Integer, row: Integer) -> int:
+def replay(run: Run, /, *settings: Settings, step: PositiveInteger, row: NonNegativeInteger) -> int:
     """Sample a completion of a run again and compare it with the log.
 
     The noise of a completion depends only on seed, step, question and sample,

@@ -111,7 +111,9 @@ def get_answers(**given: Any) -> Answers:
 
 
 def write_config(file: Path, a: Answers) -> None:
-    """Read the model's tokenizer and the data, and write the config. Raise `ConfigError` if `file` exists."""
+    """Read tokenizer and data, and write the config. Raise `ConfigError` if `file` cannot be created."""
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"{file}: the folder does not exist; create {file.parent} first")
     if file.exists():
         raise ConfigError(f"{file}: the file exists already; give another name")
     files.write_text(file, config_text(file, a))
