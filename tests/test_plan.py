@@ -166,6 +166,22 @@ def test_memory_counts_shards_and_other_arrays(tiny):
     )
 
 
+def test_programs_count_with_all_their_calls_in_a_step(tiny):
+    """Two calls take twice the FLOPs, traffic, collectives and times of one call, and the same memory."""
+    parts = build.lay_out(
+        configs.load(tiny), aot.PlanTokenizer(), families.known("embedded"), jax.devices()[:4]
+    )
+    total = jax.jit(lambda x: (x @ x.T).sum())
+    machine, once = machines.parse("v5e:2x2"), Program("total", total, (array(parts, jnp.float32, 8, 8),))
+    one, two = (
+        aot.compile_program(once._replace(calls=calls), parts, machine, {}, options={}) for calls in (1, 2)
+    )
+    assert one.flops > 0 and one.traffic > 0 and one.collectives
+    assert (two.flops, two.traffic, two.seconds) == (2 * one.flops, 2 * one.traffic, 2 * one.seconds)
+    assert [c.bytes for c in two.collectives] == [2 * c.bytes for c in one.collectives]
+    assert two.peak == one.peak
+
+
 def test_times_over_nodes():
     """16 GPUs in two nodes receive 64 GB each, over NVLink, over eight NICs together, or over one NIC each."""
     h = machines.parse("h100:2x8")
