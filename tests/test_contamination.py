@@ -129,6 +129,20 @@ def test_the_command_and_scores_without_contaminated_questions(tmp_path, capsys)
     assert cli.main(["contamination", str(train), str(other), "--eval", str(tmp_path / "eval")]) == 2
     assert "no set of answers there is of other" in capsys.readouterr().err
     assert cli.main(["contamination", str(train)]) == 0
+    (tmp_path / "run").mkdir()
+    sets = {"sets": {"mine": {"path": str(test)}}}
+    config = {
+        "name": "run",
+        "steps": 1,
+        "model": {"path": "embedded"},
+        "data": {"path": str(train)},
+        "eval": sets,
+    }
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(config | {"learn": {"policy": {"lr": 0.1}}}))
+    capsys.readouterr()
+    for source in (tmp_path / "run", tmp_path / "run" / "config.yaml"):
+        assert cli.main(["contamination", str(source)]) == 0
+        assert "mine" in capsys.readouterr().out
 
 
 @real

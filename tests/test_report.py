@@ -43,7 +43,11 @@ def test_the_last_message_has_changes_folder_and_next_commands():
     assert "runs/mine: 32 steps in 0:01:05" in text and max(map(len, lines)) <= 80
     medqa, late, same = text.split("\n\n")[1:4]
     assert "31.4 % (28.9–34.0)  →  55.0 % (52.2–57.7)" in medqa and "→  100.0 % (99.7–100.0)" in medqa
-    assert "1,273" in medqa and medqa.endswith("beyond chance: +23.6 points.") and "–  →" in late
+    assert (
+        "1,273" in medqa
+        and medqa.endswith("Significantly more answers are right than before: +23.6 points.")
+        and "–  →" in late
+    )
     assert same.endswith("No clear change: +0.8 points, and the intervals overlap.")
     assert f"file://{Path.cwd()}/runs/mine/report.html" in text.split("\n\n")[4]
 

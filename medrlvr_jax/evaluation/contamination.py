@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medrlvr_jax.config.load import load
+from medrlvr_jax.config.load import find_config, load
 from medrlvr_jax.config.schema import SetConfig
 from medrlvr_jax.data import load as data
 from medrlvr_jax.data.question import Question
@@ -141,9 +141,11 @@ def clean_scores(
 
 
 def read_sets(paths: list[str]) -> tuple[list[Question], dict[str, list[Question]]]:
-    """Return the training set and the test sets at `paths`, or the `data` and `eval.sets` of one config."""
-    if len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml"):
-        config = load(paths[0])
+    """Return the training set and the test sets at `paths`, or those of one config or run."""
+    source = Path(paths[0])
+    config_file = source / "config.yaml" if source.is_dir() else find_config(source)
+    if len(paths) == 1 and config_file.is_file() and config_file.suffix in (".yaml", ".yml"):
+        config = load(config_file)
         return data.load(config.data), {name: data.load(spec) for name, spec in config.eval.sets.items()}
     train, *tests = (data.load(SetConfig(path=path)) for path in paths)
     names = [Path(path).stem for path in paths[1:]]

@@ -266,7 +266,7 @@ def show(probed: dict[str, dict[str, Any]]) -> str:
         out.append(tables.plain(head, rows))
         if g := d.get("info_gain"):
             nats = "{:+.3f} ({:+.3f} to {:+.3f})".format(*g["nats"])
-            by = g["scorer"] or "the model itself (--scorer: by another, the same for all)"
+            by = g["scorer"] or "the model itself (--scorer names another model)"
             gain = f"InfoGain per sentence {nats} nats of the key's log-probability"
             out.append(f"{name}: {gain}, scored by {by};")
             medians = f"median {g['median_nats']:+.3g} nats, {g['median_perplexity']:+.3g} in perplexity"

@@ -37,9 +37,9 @@ def verdict(before: Interval, after: Interval) -> str:
     """Return whether two intervals are disjoint. A paired test finds some differences that this misses."""
     points = f"{100 * (after.value - before.value):+.1f} points"
     if after.low > before.high:
-        return f"More answers are right than before, beyond chance: {points}."
+        return f"Significantly more answers are right than before: {points}."
     if after.high < before.low:
-        return f"Fewer answers are right than before, beyond chance: {points}."
+        return f"Significantly fewer answers are right than before: {points}."
     return f"No clear change: {points}, and the intervals overlap."
 
 
