@@ -1,12 +1,11 @@
-"""Where arrays live: the mesh, two tables from logical to mesh axes, and the only uses of `PartitionSpec`.
+"""The mesh, the tables from logical to mesh axes, and the only uses of `PartitionSpec`.
 
-TRAIN shards every weight over `fsdp` and `tensor`; DECODE keeps `tensor` only, so that no token pays an
-all-gather. Activations follow one table in both. The outermost axis, `slice`, splits the batch alone: what
-crosses the slow network between slices or nodes is one sum of gradients an optimiser step.
+TRAIN shards every weight over `fsdp` and `tensor`. DECODE shards only over `tensor`, so that no token needs
+an all-gather. Activations use one table in both. The outermost axis, `slice`, splits only the batch. So one
+sum of gradients per optimiser step is all that crosses the slow network between slices or nodes.
 
-A process holds the rows of a batch that its devices hold, and no others: it encodes those. Where `tensor`
-spans processes, several hold the same rows; they take turns, and each row is decoded, scored and counted by
-one of them.
+A process encodes only the rows of a batch that its devices hold. If `tensor` spans processes, several hold
+the same rows. Exactly one of them decodes, scores and counts a row, each in turn.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,10 +42,11 @@ ACTIVATIONS: dict[str, Any] = DECODE | OF_STATES
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A (slice, data, fsdp, tensor) mesh over all devices; sizes that do not multiply out are refused.
+    """Return a (slice, data, fsdp, tensor) mesh over all devices. Raise `ConfigError` if the product of the
+    sizes is not the number of devices.
 
-    What `create_hybrid_device_mesh` does for one outer axis, for granules that may be finer than a slice (one
-    process per GPU).
+    It does what `create_hybrid_device_mesh` does with one outer axis, but its granules may be smaller than a
+    slice, such as one process per GPU.
     """
     devices = jax.devices() if devices is None else devices
     inner = config.slices * config.fsdp * config.tensor
@@ -54,20 +54,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     n = len(devices)
     if data < 1 or data * inner != n:
         names = ("slices", "data", "fsdp", "tensor") if config.slices > 1 else ("data", "fsdp", "tensor")
-        asked = " × ".join(f"mesh.{name}={getattr(config, name)}" for name in names)
+        product = " × ".join(f"mesh.{name}={getattr(config, name)}" for name in names)
         remedy = f"set their product to {n}, or mesh.data to -1"
-        raise ConfigError(f"{asked} does not make the {n} devices here; {remedy}")
-    # Splitting a physical axis is how a v5e or v6e slice makes most shapes; elsewhere the argument is unused.
+        raise ConfigError(f"{product} does not make the {n} devices here; {remedy}")
+    # Most shapes on v5e and v6e need a physical axis to be split. Elsewhere the argument has no effect.
     block = partial(mesh_utils.create_device_mesh, allow_split_physical_axes=True)
     shape = (data, config.fsdp, config.tensor)
     blocks = np.stack([block(shape, part) for part in _slices(devices, config.slices)])
-    # Auto axes: the compiler propagates.
+    # With Auto axes the compiler propagates shardings.
     return Mesh(blocks, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _slices(devices: Sequence[Any], n: int) -> list[list[Any]]:
-    """Devices in `n` parts between which the network is slow: by slice (TPU; NVLink domain) where devices
-    have a slice index, else by process; within one process by number, as fake devices are.
+    """Split devices into `n` parts that a slow network connects: by slice index (TPU, NVLink domain) if there
+    is one, else by process. Devices of one process, such as fake ones, are split by their number.
     """
     where = {d: (getattr(d, "slice_index", 0), d.process_index) for d in devices}
     physical = len({s for s, _ in where.values()})
@@ -85,7 +85,7 @@ def _slices(devices: Sequence[Any], n: int) -> list[list[Any]]:
 
 
 def constrain(x: jax.Array, *axes: str | None, table: dict = ACTIVATIONS) -> jax.Array:
-    """Pin an array to the mesh by logical axis names; nothing happens outside a mesh (`jax.set_mesh`)."""
+    """Constrain the sharding of an array by logical axis names. Without a mesh (`jax.set_mesh`) return it."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -93,8 +93,8 @@ def constrain(x: jax.Array, *axes: str | None, table: dict = ACTIVATIONS) -> jax
 
 
 def map_shards(f: Callable, axes: Sequence[tuple], out: int) -> Callable:
-    """shard_map of f over arrays with these logical axes, for what XLA cannot split. The result is sharded as
-    argument number `out`.
+    """Apply `jax.shard_map` to f, whose arguments have these logical axes: for code that XLA cannot
+    partition. The result is sharded as argument number `out`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -110,10 +110,10 @@ def map_shards(f: Callable, axes: Sequence[tuple], out: int) -> Callable:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(w: jax.Array, axes: tuple) -> jax.Array:
-    """A weight gathered along `fsdp`; its gradient comes back in TRAIN's shards, by a reduce-scatter.
+    """Gather a weight along `fsdp`. A reduce-scatter shards its gradient by TRAIN.
 
-    Without this explicit constraint XLA:TPU picks a collective matmul, which gathers states and weights
-    inside each product: eight times the traffic, and more memory.
+    Without this explicit constraint XLA:TPU selects a collective matmul, which gathers states and weights
+    inside each product. That needs eight times the traffic, and more memory.
     """
     return constrain(w, *axes, table=DECODE)
 
@@ -122,48 +122,50 @@ gather.defvjp(lambda w, axes: (gather(w, axes), None), lambda axes, _, g: (const
 
 
 def by_rows(tree: Any) -> Any:
-    """Pin the leading axis of every array to `BATCH`, as the next program expects its arguments."""
+    """Shard the leading axis of every array over `BATCH`, as the next program expects its arguments."""
     return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
 
 
 def split_rows(tree: Any, size: int) -> Any:
-    """Arrays of n rows as [n / size, size, …]: strided, so that each part spans all data shards."""
+    """Split arrays of n rows into [n / size, size, …]. Parts are strided, so that each spans all data shards."""
     return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def map_rows(f: Callable[[Any], Any], tree: Any, size: int) -> Any:
-    """f of a tree of arrays of rows, `size` rows at a time to hold less memory; the result lies by rows."""
+    """Apply f to arrays of rows, `size` rows at a time to save memory. The result is sharded by rows."""
     if size == len(jax.tree.leaves(tree)[0]):
         return by_rows(f(tree))
-    join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])  # what `split_rows` split
+    join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])  # the inverse of `split_rows`
     return by_rows(jax.tree.map(join, jax.lax.map(f, split_rows(tree, size))))
 
 
 def splits_words(vocab: int) -> bool:
-    """Whether the mesh in use divides the vocabulary over `tensor` and `fsdp` together."""
+    """Return whether the vocabulary divides over `tensor` and `fsdp` of the current mesh together."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or vocab % int(np.prod([mesh.shape[a] for a in WORDS])) == 0
 
 
-def round_up_rows(mesh: Mesh, least: int) -> int:
-    """The least number of rows from `least` on that the mesh can split."""
+def round_up_rows(mesh: Mesh, n: int) -> int:
+    """Round a number of rows up to one that the mesh can split."""
     ways = int(np.prod([mesh.shape[axis] for axis in BATCH]))
-    return -(-least // ways) * ways
+    return -(-n // ways) * ways
 
 
 def batch_ways(size: int) -> int:
-    """Devices over which the mesh in use splits a batch axis of `size`; 1 if it does not, or without one."""
+    """Return over how many devices the current mesh splits a batch axis of `size`; 1 if it does not."""
     ways = int(np.prod([axis_ways(axis) for axis in BATCH]))
     return ways if size % ways == 0 else 1
 
 
 def axis_ways(name: str) -> int:
-    """Devices along a mesh axis; 1 outside a mesh."""
+    """Return the number of devices along an axis of the current mesh; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(name, 1)
 
 
 def _spec(axes: tuple, shape: tuple[int, ...], table: dict, sizes: dict[str, int]) -> PartitionSpec:
-    """Axes that do not divide are replicated: few key/value heads on a wide `tensor`; see `check_divides`."""
+    """Axes that do not divide are replicated, such as few KV heads on a large `tensor`. Sizes for which that
+    is not meant are refused by `check_divides`.
+    """
 
     def resolve(name, dim):
         target = table.get(name)
@@ -175,7 +177,7 @@ def _spec(axes: tuple, shape: tuple[int, ...], table: dict, sizes: dict[str, int
 
 
 def shardings(boxed: Any, mesh: Mesh, table: dict) -> Any:
-    """NamedShardings for a tree of `nn.Partitioned` abstract parameters (`jax.eval_shape` of `init`)."""
+    """Return NamedShardings for a tree of abstract parameters (`spec.abstract`)."""
 
     def place(leaf):
         return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, table, dict(mesh.shape)))
@@ -184,14 +186,14 @@ def shardings(boxed: Any, mesh: Mesh, table: dict) -> Any:
 
 
 def abstract_arrays(boxed: Any, mesh: Mesh, table: dict, dtype: Any) -> Any:
-    """ShapeDtypeStructs of one dtype, with shardings, for a tree as `shardings` takes it."""
+    """Return ShapeDtypeStructs of one dtype, with shardings, for a tree of abstract parameters."""
     struct = lambda box, place: jax.ShapeDtypeStruct(box.value.shape, dtype, sharding=place)
     is_leaf = lambda leaf: isinstance(leaf, nn.Partitioned)
     return jax.tree.map(struct, boxed, shardings(boxed, mesh, table), is_leaf=is_leaf)
 
 
 def layer_shardings(stacked: Any) -> Any:
-    """Shardings of one layer, from those of all layers stacked along a leading axis."""
+    """Return the shardings of one layer, from those of layers that are stacked along a leading axis."""
     return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:])), stacked)
 
 
@@ -200,17 +202,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """Leading axis over slice × data × fsdp: every array of a rollout."""
+    """Return the sharding of rollouts: the leading axis over slice × data × fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 @cache
 def local_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Which of n rows this process's devices hold, ascending int [H]; and bool [H], True for those that it
-    scores and counts.
+    """Return the numbers of the rows, of n, that this process's devices hold, ascending int [H]; and bool
+    [H], True for the rows that this process scores and counts.
 
-    Of the processes that hold a row, exactly one counts it; they take turns from row to row, so that none of
-    them waits.
+    Exactly one of the processes that hold a row counts it. They take turns, so that the work is even.
     """
     holds = np.zeros((n, jax.process_count()), bool)
     for device, index in rows(mesh).devices_indices_map((n,)).items():
@@ -221,7 +222,7 @@ def local_rows(n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
 
 
 def place_rows(tree: Any, n: int, mesh: Mesh) -> Any:
-    """This process's rows [H, …] on the host as arrays of all n rows; nothing crosses processes."""
+    """Make global arrays of n rows from this process's rows [H, …]. Processes do not communicate."""
     held, _ = local_rows(n, mesh)
 
     def place(x):
@@ -232,11 +233,13 @@ def place_rows(tree: Any, n: int, mesh: Mesh) -> Any:
 
 
 def fetch_rows(tree: Any, mesh: Mesh) -> Any:
-    """This process's rows [H, …] of arrays laid out by `rows`, on the host; nothing crosses processes."""
+    """Copy this process's rows [H, …] of arrays that are sharded by `rows` to the host. Processes do not
+    communicate.
+    """
 
     def fetch(x):
         if not x.sharding.is_equivalent_to(rows(mesh), x.ndim):
-            raise ValueError(f"rows are fetched from arrays laid out by `rows`; this one is by {x.sharding}")
+            raise ValueError(f"rows are fetched from arrays sharded by `rows`; this one has {x.sharding}")
         held, _ = local_rows(len(x), mesh)
         out = np.empty((len(held), *x.shape[1:]), x.dtype)
         for shard in x.addressable_shards:
@@ -251,7 +254,7 @@ def to_host(tree: Any) -> Any:
 
 
 def check_divides(name: str, value: int, mesh: Mesh, axes: tuple[str, ...]) -> None:
-    """Refuse a size that the mesh cannot split, with the nearest ones that work."""
+    """Raise `ConfigError` for a size that the mesh cannot split, with the nearest sizes that it can."""
     ways = int(np.prod([mesh.shape[a] for a in axes]))
     if value % ways:
         near = [n for n in (value // ways * ways, -(-value // ways) * ways) if n]
@@ -260,22 +263,22 @@ def check_divides(name: str, value: int, mesh: Mesh, axes: tuple[str, ...]) -> N
 
 
 def check_model_sizes(mesh: Mesh, axis: str, sizes: dict[str, int]) -> None:
-    """Refuse a mesh that cannot split a model's sizes, with the nearest that can; KV heads: see `_spec`."""
+    """Raise `ConfigError` for a mesh axis that cannot split all sizes of a model, with the nearest that can."""
     ways = mesh.shape[axis]
     for name, size in sizes.items():
         if size % ways:
             problem = f"mesh.{axis}: {ways} does not divide the model's {name} = {size}"
-            every = ", ".join(f"{n} = {s}" for n, s in sizes.items())
+            listed = ", ".join(f"{n} = {s}" for n, s in sizes.items())
             near = nearest_divisors(ways, gcd(*sizes.values()))
-            raise ConfigError(f"{problem}; the nearest that divide {every}: {near}")
+            raise ConfigError(f"{problem}; the nearest that divide {listed}: {near}")
 
 
 def optimizer_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings for an optimiser's state; `params` are shapes with shardings.
+    """Return shardings for an optimiser's state; `params` are shapes with shardings.
 
-    An array of a parameter's shape lies as the parameter does, one that lacks an axis (Adafactor's row and
-    column means) as its other axes do, all else is replicated. Matching is by path suffix, so that two
-    parameters of one shape never mix.
+    An array with a parameter's shape is sharded as the parameter. An array that lacks one of its axes
+    (Adafactor's row and column means) is sharded as the other axes. Everything else is replicated. Parameters
+    are found by the end of the path, so that two of the same shape are not confused.
     """
     known = {tuple(str(k) for k in path): p for path, p in jax.tree_util.tree_flatten_with_path(params)[0]}
 
@@ -296,5 +299,5 @@ def optimizer_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
 
 
 def to_memory(tree: Any, kind: str) -> Any:
-    """The arrays as they lie, but in the memory "device" or "pinned_host"; copied only if not there yet."""
+    """Move arrays to the memory `kind`, "device" or "pinned_host". Their shardings stay the same."""
     return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))

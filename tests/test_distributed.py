@@ -357,7 +357,7 @@ def test_rows_make_the_round_trip():
     placed = sharding.place_rows({"x": x}, 8, mesh)
     assert placed["x"].sharding == sharding.rows(mesh)
     np.testing.assert_array_equal(sharding.fetch_rows(placed, mesh)["x"], x)
-    with pytest.raises(ValueError, match="laid out by `rows`"):
+    with pytest.raises(ValueError, match="sharded by `rows`"):
         sharding.fetch_rows(jax.device_put(x, sharding.replicated(mesh)), mesh)
 
 

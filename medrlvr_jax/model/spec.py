@@ -1,9 +1,9 @@
-"""The one table of parameters of decoder and vision tower.
+"""The table of all parameters of the decoder and the vision tower.
 
-A row of `PARAMETERS` (the decoder's) or `TOWER` holds all that the library knows of a parameter: shape and
-logical axes, which axes are its input, start value, name in a Hugging Face file, which models have it.
-Initialisation, shardings, loading and export, LoRA, weight decay, Muon and the sampler's copy read it. A new
-parameter is one new row.
+A row of `PARAMETERS` (decoder) or `TOWER` holds everything that the library knows about a parameter: shape
+and logical axes, which of them are inputs, the initial value, the name in Hugging Face files, and which
+models have it. Initialisation, shardings, loading, export, LoRA, weight decay, Muon and the sampler's copy
+read it. A new parameter needs one new row.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ Kind = Literal["table", "matrix", "adapter", "scale", "norm", "bias", "value"]
 
 
 class Parameter(NamedTuple):
-    """One row of the table. Those of all layers are stacked along a leading axis `layers`, left out here."""
+    """One row of the table. Layers are stacked along a leading axis `layers`, which a row does not name."""
 
     kind: Kind
     axes: str  # logical axes: `sizes` gives their sizes, sharding.py their mesh axes
-    inputs: str = ""  # those that a product with it sums over
+    inputs: str = ""  # the axes that a product sums over
     start: Literal["zeros", "ones", "normal", "residual"] = "zeros"  # see `_start`
-    tensor: str = ""  # its name in a Hugging Face file, {} for the layer's number
-    tensor_axes: str = ""  # the tensor's axes, as einops writes them: "(heads head_dim) embed" is a matrix
-    stacked: bool = True  # each layer has one
-    exists: Callable[[Any], Any] = lambda cfg: True  # of a configuration
+    tensor: str = ""  # the name in Hugging Face files, with {} for the layer's number
+    tensor_axes: str = ""  # the tensor's axes in the notation of einops: "(heads head_dim) embed" is a matrix
+    stacked: bool = True  # whether each layer has one
+    exists: Callable[[Any], Any] = lambda cfg: True  # whether a configuration has it
 
     @property
     def decays(self) -> bool:
@@ -43,22 +43,22 @@ class Parameter(NamedTuple):
 
     @property
     def trained_with_lora(self) -> bool:
-        """Whether it is trained where `model.lora` is set. All other parameters are frozen then."""
+        """Whether it is trained if `model.lora` is set. All other parameters are frozen then."""
         return self.kind in ("adapter", "value")
 
     @property
     def keeps_dtype(self) -> bool:
-        """Whether the sampler keeps its dtype: vectors that are applied in float32."""
+        """Whether the sampler keeps its dtype, because it is applied in float32."""
         return self.kind in ("norm", "bias", "scale")
 
     @property
     def outputs(self) -> str:
-        """The axes that a product with it does not sum over."""
+        """The axes that a product does not sum over."""
         return self.axes.removeprefix(self.inputs).strip()
 
     @property
     def tensor_groups(self) -> list[list[str]]:
-        """The tensor's axes, each as those that it joins: [["heads", "head_dim"], ["embed"]]."""
+        """For each axis of the tensor, the axes that it joins: [["heads", "head_dim"], ["embed"]]."""
         groups = re.findall(r"\((.*?)\)|(\S+)", self.tensor_axes)
         return [(joined or single).split() for joined, single in groups]
 
@@ -76,13 +76,13 @@ def _bias(axes: str, module: str, **more: Any) -> Parameter:
 
 
 def _matrix(inputs: str, outputs: str, module: str, start: Any = "normal", **more: Any) -> Parameter:
-    """A linear layer's; its tensor has the outputs first."""
+    """Return the row of a linear layer. Its tensor has the outputs first."""
     axes, tensor_axes = f"{inputs} {outputs}", f"({outputs}) ({inputs})"
     return Parameter("matrix", axes, inputs, start, f"{module}.weight", tensor_axes, "{}" in module, **more)
 
 
 def _with_companions(**rows: Parameter) -> dict[str, Parameter]:
-    """The rows; after each layer's matrix, the scale of its int8 form and its adapter's factors A and B."""
+    """Add three rows after each matrix: the scale of its int8 form and its adapter's factors A and B."""
     out: dict[str, Parameter] = {}
     for name, row in rows.items():
         out[name] = row
@@ -100,7 +100,7 @@ def _adapts(name: str, cfg: DecoderConfig) -> bool:
 
 
 def _with_biases(**rows: Parameter) -> dict[str, Parameter]:
-    """The rows; after each matrix and norm, its bias."""
+    """Add the row of the bias after each matrix and norm."""
     out: dict[str, Parameter] = {}
     for name, row in rows.items():
         out[name] = row
@@ -121,7 +121,7 @@ _has_head = lambda cfg: not (cfg.tied or cfg.execution.value_head)
 _has_bias = lambda cfg: cfg.qkv_bias
 _has_qk_norm = lambda cfg: cfg.qk_norm
 _has_post_norms = lambda cfg: cfg.post_norms
-# Start values depend on the order of the rows: see `init`. A new row goes to the end.
+# Initial values depend on the order of the rows (see `init`), so new rows are added at the end.
 PARAMETERS = _with_companions(
     embed=_table("vocab embed", "model.embed_tokens.weight"),
     value=Parameter("value", "width+1", stacked=False, exists=_has_value),
@@ -144,18 +144,18 @@ PARAMETERS = _with_companions(
     attn_post_norm=_norm("width", f"{LAYER}.post_attention_layernorm", exists=_has_post_norms),
     mlp_post_norm=_norm("width", f"{LAYER}.post_feedforward_layernorm", exists=_has_post_norms),
 )
-# What the files of models without post-norms call otherwise.
+# Tensor names that differ in models without post-norms.
 NO_POST_NORMS = {"pre_feedforward_layernorm": "post_attention_layernorm"}
-# → input axes
+# The number of input axes of each matrix.
 MATRICES = {name: len(row.inputs.split()) for name, row in PARAMETERS.items() if row.kind == "matrix"}
 
 
 MERGER, BLOCK, DEEP = "visual.merger", "visual.blocks.{}", "visual.deepstack_merger_list.{}"
-_swiglu = lambda cfg: cfg.kind == "qwen2_5_vl"  # with RMSNorm; the others have LayerNorm and two matrices
+_swiglu = lambda cfg: cfg.kind == "qwen2_5_vl"  # and RMSNorm; other towers have LayerNorm and two matrices
 _layer_norm = lambda cfg: not _swiglu(cfg)
 _positions = lambda cfg: cfg.positions > 0
 _deep = lambda cfg: len(cfg.deepstack) > 0
-# The vision tower's. What begins with deep_ is stacked over Qwen3-VL's further mergers.
+# Parameters of the vision tower. Those that begin with deep_ are stacked over Qwen3-VL's further mergers.
 TOWER = _with_biases(
     patch=_matrix("channels frames rows columns", "embed", "visual.patch_embed.proj"),
     positions=Parameter(
@@ -184,30 +184,28 @@ TOWER = _with_biases(
     deep_in=_matrix("square embed", "merged", f"{DEEP}.linear_fc1", exists=_deep),
     deep_out=_matrix("merged", "out", f"{DEEP}.linear_fc2", exists=_deep),
 )
-# A convolution over patches: its tensor joins no axes, and only Qwen3-VL's has a bias.
+# The tensor of this convolution joins no axes, and only Qwen3-VL has its bias.
 TOWER["patch"] = TOWER["patch"]._replace(tensor_axes="embed channels frames rows columns")
 TOWER["patch_bias"] = TOWER["patch_bias"]._replace(exists=_positions)
-# What Qwen3-VL's files call otherwise.
+# Tensor names that differ in Qwen3-VL.
 QWEN3_VL = {"ln_q.": "norm.", "mlp.0.": "linear_fc1.", "mlp.2.": "linear_fc2.", ".fc": ".linear_fc"}
-VISION = "vision"  # where the tower lies in the tree of a model
+VISION = "vision"  # the key of the tower in a model's tree
 
 
 def row_of(path: tuple[str, ...]) -> Parameter:
-    """The row of the parameter at a path of the tree."""
+    """Return the row of the parameter at a path of the tree."""
     return (TOWER if path[0] == VISION else PARAMETERS)[path[-1]]
 
 
 def is_trained(path: tuple[str, ...], cfg: DecoderConfig) -> bool:
-    """Whether a run trains the parameter: of the decoder all, or with LoRA the adapters; of the tower what
-    `Execution.tower` says.
-    """
+    """Return whether a run trains the parameter. `Execution.lora` and `Execution.tower` decide it."""
     if path[0] == VISION:
         return cfg.execution.tower == "train" or path[-1].startswith(("merge", "deep"))
     return cfg.execution.lora is None or row_of(path).trained_with_lora
 
 
 def parameters(cfg: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
-    """The rows that a model has, by their paths in its parameter tree, with a tower only if it is trained."""
+    """Return a model's rows by their paths in its parameter tree. The tower is in it only if it is trained."""
     rows = _rows(PARAMETERS, cfg)
     if cfg.vision and cfg.execution.tower != "freeze":
         rows |= {(VISION, *path): row for path, row in _rows(TOWER, cfg.vision).items()}
@@ -215,12 +213,12 @@ def parameters(cfg: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
 
 
 def path_of(name: str, row: Parameter) -> tuple[str, ...]:
-    """Where the parameter of a row lies in the tree of decoder or tower."""
+    """Return the path of a row's parameter in the tree of decoder or tower."""
     return ("deepstack" if name.startswith("deep_") else "layers", name) if row.stacked else (name,)
 
 
 def _rows(table: dict[str, Parameter], cfg: Architecture) -> dict[tuple[str, ...], Parameter]:
-    """A table's rows by path, with tensors' names of the family's files."""
+    """Return a table's rows by path, with the tensor names of the family's files."""
     rows = {path_of(name, row): row for name, row in table.items() if row.exists(cfg)}
     if isinstance(cfg, VisionConfig):
         renames = QWEN3_VL if cfg.kind == "qwen3_vl" else {}
@@ -231,20 +229,18 @@ def _rows(table: dict[str, Parameter], cfg: Architecture) -> dict[tuple[str, ...
 
 
 def _depth(path: tuple[str, ...], cfg: Architecture) -> int:
-    """How many a stacked parameter holds."""
+    """Return the size of a stacked parameter's leading axis."""
     if isinstance(cfg, VisionConfig) and path[-2] == "deepstack":
         return len(cfg.deepstack)
     return cfg.layers
 
 
 def _shape(row: Parameter, cfg: Architecture) -> tuple[int, ...]:
-    """One layer's."""
-    size = cfg.sizes
-    return tuple(size[axis] for axis in row.axes.split())
+    return tuple(cfg.sizes[axis] for axis in row.axes.split())
 
 
 def abstract(cfg: DecoderConfig) -> Params:
-    """The parameter tree: for each array its shape and logical axes, `nn.Partitioned(ShapeDtypeStruct)`."""
+    """Return the parameter tree with `nn.Partitioned(ShapeDtypeStruct, logical axes)` for each array."""
 
     def box(path: tuple[str, ...], row: Parameter) -> nn.Partitioned:
         of = cfg.vision if path[0] == VISION and cfg.vision else cfg
@@ -257,10 +253,10 @@ def abstract(cfg: DecoderConfig) -> Params:
 
 
 def init(cfg: DecoderConfig, key: Array) -> Params:
-    """Random float32 parameters.
+    """Draw random float32 parameters.
 
-    A parameter's key is a hash of its number. The numbers are those that Flax Linen gave (it traced a layer
-    twice and went on counting), so that a seed still gives the same weights.
+    The key of a parameter is a hash of its number. The numbers equal those of Flax Linen, which counted
+    layers twice, so that a seed still gives the weights that it gave with Linen.
     """
     params = _init(PARAMETERS, cfg, key)
     if cfg.vision and cfg.execution.tower != "freeze":
@@ -281,8 +277,9 @@ def _init(table: dict[str, Parameter], cfg: Architecture, key: Array) -> Params:
 
 
 def _start(row: Parameter, cfg: Architecture, seed: int, key: Array) -> Array:
-    """One layer's start values. `normal` has standard deviation inputs^-½, so that a product keeps its
-    input's size. `residual`, for the matrices that end a residual branch, divides it by √(2·layers) (GPT-2).
+    """Return one layer's initial values. The standard deviation of `normal` is inputs^-½, so that products
+    have the magnitude of their inputs. `residual`, for matrices at the end of a residual branch, divides it
+    by √(2·layers), as GPT-2 does.
     """
     shape, size = _shape(row, cfg), cfg.sizes
     if row.start in ("zeros", "ones"):
