@@ -127,7 +127,7 @@ def by_rows(tree: Any) -> Any:
 
 
 def split_rows(tree: Any, size: int) -> Any:
-    """Split arrays of n rows into [n / size, size, …]. Parts are strided, so that each spans all data shards."""
+    """Split arrays of n rows into [n / size, size, …], strided, so that each part spans all data shards."""
     return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
@@ -263,7 +263,7 @@ def check_divides(name: str, value: int, mesh: Mesh, axes: tuple[str, ...]) -> N
 
 
 def check_model_sizes(mesh: Mesh, axis: str, sizes: dict[str, int]) -> None:
-    """Raise `ConfigError` for a mesh axis that cannot split all sizes of a model, with the nearest that can."""
+    """Raise `ConfigError` for a mesh axis that cannot split all sizes of a model."""
     ways = mesh.shape[axis]
     for name, size in sizes.items():
         if size % ways:

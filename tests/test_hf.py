@@ -185,7 +185,7 @@ def test_resolve(tmp_path, monkeypatch):
 
     monkeypatch.setattr(families, "snapshot_download", fail)
     with pytest.raises(
-        ConfigError, match=r"Qwen/Qwen2\.5-3B: cannot be read: offline; it is no directory here"
+        ConfigError, match=r"Qwen/Qwen2\.5-3B: cannot be read: offline; there is no such directory"
     ):
         families.resolve("Qwen/Qwen2.5-3B")
 
@@ -251,12 +251,12 @@ def test_missing_and_superfluous_tensors(refused):
         tensors,
         "model.layers.1.self_attn.k_proj.bias: missing; layers/k_bias[1] needs it, of shape (24,)",
     )
-    refused(QWEN, tensors, "score.weight: of shape (24,); no parameter of this model takes it")
+    refused(QWEN, tensors, "score.weight: of shape (24,); this model has no parameter for it")
 
 
 def test_a_layer_too_many(refused):
     words = (
-        "model.layers.1.mlp.down_proj.weight: of shape (48, 80); no parameter of this model takes it",
+        "model.layers.1.mlp.down_proj.weight: of shape (48, 80); this model has no parameter for it",
         "and 4 more",
     )
     refused(QWEN | {"num_hidden_layers": 1}, weights(QWEN), *words)
@@ -275,7 +275,7 @@ def test_a_tensor_that_two_parameters_take(refused, monkeypatch):
     refused(
         QWEN,
         weights(QWEN),
-        "model.layers.0.mlp.gate_proj.weight: both layers/gate[0] and layers/up[0] take it",
+        "model.layers.0.mlp.gate_proj.weight: both layers/gate[0] and layers/up[0] use it",
     )
 
 
@@ -288,9 +288,9 @@ def test_set_twice_and_missing_shard(refused, tmp_path):
     }
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file(tensors, tmp_path / "a.safetensors")
-    refused(QWEN, None, "b.safetensors: named by model.safetensors.index.json, and not there")
+    refused(QWEN, None, "b.safetensors: listed in model.safetensors.index.json but missing")
     save_file({"model.norm.weight": tensors["model.norm.weight"]}, tmp_path / "b.safetensors")
-    refused(QWEN, None, "model.norm.weight: set twice, by a.safetensors and by b.safetensors")
+    refused(QWEN, None, "model.norm.weight: both a.safetensors and b.safetensors have it")
 
 
 def test_one_file_comes_before_shards_as_in_transformers(tmp_path):
@@ -396,7 +396,7 @@ def test_tied_checkpoint_with_a_head(refused, tmp_path):
     refused(
         tied,
         tensors,
-        "lm_head.weight: of shape (61, 48); tie_word_embeddings is true, and it is not the embedding",
+        "lm_head.weight: of shape (61, 48); tie_word_embeddings is true, but it differs from the embedding",
     )
     load(tmp_path, read_config(tmp_path).run_with(value_head=True))
 

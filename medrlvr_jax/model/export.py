@@ -1,4 +1,4 @@
-"""Parameter trees to Hugging Face directories: safetensors, config.json, and PEFT adapters."""
+"""Write parameter trees as Hugging Face directories or as PEFT adapters."""
 
 import os
 import shutil
@@ -31,8 +31,8 @@ from medrlvr_jax.model.weights import (
 )
 from medrlvr_jax.types import Params
 
-SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers had it; also what is on the host at once
-# what transformers takes from config.json where there is no generation_config.json
+SHARD_BYTES = 5 * 10**9  # of an exported file, as in transformers 4; also the memory that an export needs
+# Settings that transformers reads from config.json if there is no generation_config.json.
 TOKENS = ("bos_token_id", "pad_token_id")
 
 
@@ -44,14 +44,14 @@ def save_params(
     dtype: Any = None,
     stop_ids: Sequence[int] = (),
 ) -> None:
-    """A directory that transformers loads: our weights (as `dtype`, or as they are), all else from where the
-    model came.
+    """Write a directory that transformers can load: the parameters, cast to `dtype` if it is given, and all
+    other files of `source_dir`.
 
-    But for `stop_ids`, the tokens that ended the policy's responses: its `generate` is to stop at each of
-    them, too, and reads them in generation_config.json; other programs read config.json.
+    `stop_ids` are the tokens that ended the policy's responses. They become the end tokens in
+    generation_config.json, which transformers reads, and in config.json, which other programs read.
 
-    In a run of many processes every one calls it and the first one writes. The directory appears whole: it is
-    written beside itself as `.NAME.partial` and renamed.
+    All processes must call it; the first one writes. The directory is written as `.NAME.partial` and renamed
+    at the end, so it is never incomplete.
     """
     if cfg.execution.value_head:
         raise ConfigError("a critic has no output matrix, which transformers needs: export the policy")
@@ -79,7 +79,7 @@ def save_params(
         if jax.process_index() == 0:
             save_file(dict(gathered), partial_dir / file, {"format": "pt"})
         else:
-            for _ in gathered:  # a process that writes nothing takes part all the same
+            for _ in gathered:  # processes that do not write take part in the gathering
                 pass
     if jax.process_index() == 0:
         if shards.is_sharded:
@@ -90,7 +90,7 @@ def save_params(
 
 
 def _copy_settings(source: Path, out: Path, dtype: str, stop_ids: Sequence[int]) -> None:
-    """What stands beside the weights of a directory, with the dtype and the stop tokens of these."""
+    """Copy the other files of a model's directory, and set dtype and end tokens in its settings."""
     config = files.read_json(source / "config.json")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype  # transformers 4 | 5
     for file in {file for pattern in SIDE_FILES for file in source.glob(pattern) if file.is_file()}:
@@ -107,19 +107,19 @@ def _copy_settings(source: Path, out: Path, dtype: str, stop_ids: Sequence[int])
 def save_adapter(
     params: Params, cfg: DecoderConfig, source_dir: str | Path, out_dir: str | Path, dtype: Any = None
 ) -> None:
-    """The adapters alone in the format of PEFT (adapter_config.json, adapter_model.safetensors), as `dtype`
-    or as they are.
+    """Write the adapters as PEFT does (adapter_config.json, adapter_model.safetensors), cast to `dtype` if it
+    is given.
 
-    PEFT's A is [rank, in] and its B [out, rank]; both add B·A·lora_alpha/r to the matrix, as ours do.
+    In PEFT, A is [rank, in], B is [out, rank], and B·A·lora_alpha/r is added to the matrix.
     """
     lora, source, out = cfg.execution.lora, resolve(source_dir), Path(out_dir)
     if lora is None:
-        raise ConfigError("--adapter: this run trained all weights (model.lora null); leave --adapter out")
+        raise ConfigError("--adapter: this run trained all weights (model.lora null); omit --adapter")
     stored, wrapped = jnp.dtype(dtype or "float32"), bool(cfg.vision or cfg.unread)
     tensors, targets = {}, [PARAMETERS[name].tensor.split(".")[-2] for name in lora.targets]
     for name in lora.targets:
         module = PARAMETERS[name].tensor.removesuffix(".weight")
-        if wrapped:  # as transformers 5 names it
+        if wrapped:  # the name in transformers 5
             module = module.replace("model.", "model.language_model.", 1)
         for half, shape in (("a", (-1, lora.rank)), ("b", (lora.rank, -1))):
             layers = np.asarray(process_allgather(params["layers"][f"{name}_{half}"], tiled=True))
@@ -130,7 +130,7 @@ def save_adapter(
     if jax.process_index() == 0:
         save_file(tensors, partial_dir / "adapter_model.safetensors", {"format": "pt"})
         local = str(source_dir) in SOURCES or Path(source_dir).expanduser().is_dir()
-        # a pattern keeps PEFT out of the vision tower, whose matrices have the same names
+        # The pattern excludes the vision tower, whose matrices have the same names.
         modules = rf".*language_model.*\.({'|'.join(targets)})" if wrapped else targets
         about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": modules}
         about["base_model_name_or_path"] = str(source.resolve() if local else source_dir)
@@ -141,18 +141,18 @@ def save_adapter(
 
 
 def _begin(out: Path) -> Path:
-    """The empty directory in which process 0 writes what then becomes `out`, which must not hold anything."""
+    """Create the directory that process 0 renames to `out` at the end. `out` must be missing or empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not empty; name another directory")
     partial_dir = out.absolute().with_name(f".{out.name}.partial")
     if jax.process_index() == 0:
-        shutil.rmtree(partial_dir, ignore_errors=True)  # left by a killed export
+        shutil.rmtree(partial_dir, ignore_errors=True)  # of an export that was killed
         partial_dir.mkdir(parents=True)
     return partial_dir
 
 
 def _gather(leaves: dict, source: Source | Tensor, dtype: np.dtype) -> np.ndarray:
-    """A tensor of a file, or of a parameter, whose slices come from all processes."""
+    """Return a tensor from a file, or from a parameter that is sharded over all processes."""
     if isinstance(source, Source):
         value = leaves[source.path] if source.layer is None else leaves[source.path][source.layer]
         order = [source.axes.index(axis) for axis in source.tensor_axes]

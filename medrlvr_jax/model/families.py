@@ -1,5 +1,5 @@
-"""Where a model's directory is, and the architecture that its config.json describes. Of well-known models the
-settings are in known.yaml, so that planning needs neither the hub nor weights.
+"""The directory of a model, and the architecture that its config.json describes. known.yaml has the settings
+of well-known models, so that planning needs neither the hub nor weights.
 """
 
 from functools import cache
@@ -107,37 +107,37 @@ SIDE_FILES = (
 
 
 def resolve(path: str | Path, field: str = "model.path") -> Path:
-    """The directory of a source such as "embedded", of a path, or of a hub name (downloaded, or found in the
-    hub's cache). `field`: the setting that names it, for `ConfigError`s.
+    """Return the directory of a source such as "embedded", of a path, or of a hub name, which is downloaded
+    if it is not in the hub's cache. `field` is the setting that holds `path`, for `ConfigError`s.
     """
     if source := SOURCES.get(str(path)):
         return source.model
     local = Path(path).expanduser()
     if local.is_dir():
         return local
-    beside = bool(local.parent.name) and local.parent.is_dir()  # models/typo, where there is a folder models
-    if beside or local.exists() or local.is_absolute() or str(path).startswith(".") or len(local.parts) > 2:
+    typo = bool(local.parent.name) and local.parent.is_dir()  # models/typo where there is a folder models
+    if typo or local.exists() or local.is_absolute() or str(path).startswith(".") or len(local.parts) > 2:
         remedy = "give a Hugging Face directory, a hub name, or embedded"
         raise ConfigError(f"{field}: {path}: no such directory; {remedy}")
-    with files.reading(f"{field}: {path}", "it is no directory here, and the hub did not give it"):
+    with files.reading(f"{field}: {path}", "there is no such directory, and the hub did not provide it"):
         return Path(
             snapshot_download(str(path), allow_patterns=["*.json", "model*.safetensors", *SIDE_FILES])
         )
 
 
 def read_config(path: str | Path, field: str = "model.path") -> DecoderConfig:
-    """The architecture that a directory's config.json describes. `field`: see `resolve`."""
+    """Read the architecture from a directory's config.json. `path` and `field` as in `resolve`."""
     file = resolve(path, field) / "config.json"
     if not file.is_file():
-        run, remedy = file.parent, "a Hugging Face directory has one"
+        run, remedy = file.parent, "give a Hugging Face directory"
         if (run / "checkpoints").is_dir():
-            remedy = f"this is a run: medrlvr export {run} {run}/hf, then {field}={run}/hf"
-        raise ConfigError(f"{file}: not there; {remedy}")
+            remedy = f"{run} is a run: use medrlvr export {run} {run}/hf, then {field}={run}/hf"
+        raise ConfigError(f"{file}: no such file; {remedy}")
     return architecture(files.read_json(file), file)
 
 
 def architecture(given: dict[str, Any], file: Path) -> DecoderConfig:
-    """The architecture that the settings `given` of a config.json describe. `file`: where they are from."""
+    """Return the architecture that the settings `given` describe. `file` is the config.json, for errors."""
     if given.get("model_type") is None:
         raise ConfigError(f"{file}: model_type: needed, and not given")
     kind = str(given["model_type"])
@@ -160,7 +160,7 @@ def architecture(given: dict[str, Any], file: Path) -> DecoderConfig:
     _check_settings(file, config, rope, local_rope)
     need("hidden_act")
     if whole.decoder == "qwen3":
-        # transformers would assume 128 here, and hidden_size / num_attention_heads elsewhere
+        # Not every program that writes the file has the same default.
         need("head_dim")
     scaling = [need(key, rope) for key in SCALINGS[rope["rope_type"]]]
     return DecoderConfig(
@@ -187,11 +187,11 @@ def architecture(given: dict[str, Any], file: Path) -> DecoderConfig:
 
 
 def _ropes(config: dict[str, Any], windowed: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The rotary settings of all layers; with `windowed`, those of full attention and those of a window.
+    """Return the rotary settings of layers with full attention, and of windowed layers.
 
-    transformers 5 writes rope_parameters, with a section for each of the two kinds of layers. 4 wrote
-    rope_scaling (type, then rope_type) beside rope_theta and rope_local_base_freq. If both are there, 5 takes
-    rope_scaling.
+    transformers 5 writes rope_parameters, with a section for each of the two kinds of layers if there are
+    two. transformers 4 wrote rope_scaling (with type, later rope_type) beside rope_theta and
+    rope_local_base_freq. If a file has both, version 5 uses rope_scaling.
     """
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     sections = [new.get(f"{kind}_attention") or {} for kind in ("full", "sliding")]
@@ -201,7 +201,9 @@ def _ropes(config: dict[str, Any], windowed: bool) -> tuple[dict[str, Any], dict
 
 
 def _window(config: dict[str, Any], rope_theta: float) -> Window | None:
-    """The layers of `layer_types`, or all but each `sliding_window_pattern`-th; None where there is none."""
+    """Return the window of the layers that `layer_types` or `sliding_window_pattern` select, None without
+    any.
+    """
     pattern = config.get("_sliding_window_pattern", config["sliding_window_pattern"])
     kinds = config.get("layer_types") or [
         "full_attention" if (i + 1) % pattern == 0 else SLIDING for i in range(config["num_hidden_layers"])
@@ -213,7 +215,7 @@ def _window(config: dict[str, Any], rope_theta: float) -> Window | None:
 def _check_settings(
     file: Path, config: dict[str, Any], rope: dict[str, Any], local_rope: dict[str, Any]
 ) -> None:
-    """Refuse settings under which a model of this family computes what the decoder does not."""
+    """Raise `ConfigError` for settings that the decoder does not compute."""
     kind = config["model_type"]
     whole = MULTIMODAL.get(kind, Multimodal(kind, sees=False))
     family, given = FAMILIES[whole.decoder], [config, rope]
@@ -227,15 +229,15 @@ def _check_settings(
     if rope["rope_type"] not in types:
         settings.append(("rope_type", rope["rope_type"], " or ".join(types)))
     for key, value, only in settings:
-        # Qwen2 has query, key and value biases whatever attention_bias says.
+        # Qwen2 has biases in attention and does not read attention_bias.
         ignored = key == "attention_bias" and whole.decoder == "qwen2"
         if value not in (None, only) and not ignored:
             raise ConfigError(f"{file}: {key}: {value!r}: this decoder computes only {only!r}")
 
 
 def known(path: str) -> DecoderConfig:
-    """The architecture by a directory's config.json, else by known.yaml, else by the hub's config.json. In
-    known.yaml a model stands once for its base and its tuned forms (`TUNED`).
+    """Return the architecture of a model from a directory, else from known.yaml, else from the hub.
+    known.yaml has one entry for a base model and its tuned forms, whose names end with `TUNED`.
     """
     names = _known()
     name = next((path.removesuffix(end) for end in TUNED if path.endswith(end)), path)
@@ -243,7 +245,7 @@ def known(path: str) -> DecoderConfig:
         return architecture(names[name], KNOWN)
     if path in SOURCES or Path(path).expanduser().is_dir() or path.count("/") != 1:
         return read_config(path)
-    remedy = f"it is no directory here, none of {', '.join(names)}, and the hub did not give it"
+    remedy = f"it is no directory and none of {', '.join(names)}, and the hub did not provide it"
     with files.reading(f"model.path: {path}", remedy):
         file = hf_hub_download(path, "config.json")
     return read_config(Path(file).parent)

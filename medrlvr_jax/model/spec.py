@@ -205,7 +205,7 @@ def is_trained(path: tuple[str, ...], cfg: DecoderConfig) -> bool:
 
 
 def parameters(cfg: DecoderConfig) -> dict[tuple[str, ...], Parameter]:
-    """Return a model's rows by their paths in its parameter tree. The tower is in it only if it is trained."""
+    """Return a model's rows by path in its parameter tree, which has the tower only if it is trained."""
     rows = _rows(PARAMETERS, cfg)
     if cfg.vision and cfg.execution.tower != "freeze":
         rows |= {(VISION, *path): row for path, row in _rows(TOWER, cfg.vision).items()}

@@ -1,13 +1,12 @@
-"""Safetensors of Hugging Face directories to parameter trees.
+"""Read parameter trees from the safetensors of Hugging Face directories.
 
-Nothing is loaded by halves. A tensor that no parameter takes, a parameter that no tensor sets, a tensor given
-twice, a shape or a setting that the decoder does not compute: each is refused by name, since a half-loaded
-model trains quietly and badly.
+A model is never loaded in part, since it would train badly without an error. Tensors without a parameter,
+parameters without a tensor, tensors that occur twice and wrong shapes are refused by name.
 
-Weights stream: a tensor is read in blocks of about a megabyte, each turned, cast and put in its place. So a
-load needs the parameters plus one of them, and a host reads only the slices its devices hold. Two things in a
-file are passed over: the rotary buffers of old checkpoints, and an `lm_head.weight` that repeats the
-embedding of a tied model (one that differs is refused: transformers would untie it).
+Weights are streamed: blocks of about a megabyte are read, transposed, cast and copied. So loading needs
+memory for the parameters and for one more of them, and a host reads only the slices that its devices hold.
+Rotary buffers of old checkpoints are ignored. So is an `lm_head.weight` that equals the embedding of a tied
+model. One that differs is refused, because transformers would untie it.
 """
 
 import gc
@@ -35,8 +34,7 @@ from medrlvr_jax.model.lora import flat
 from medrlvr_jax.model.spec import PARAMETERS, abstract, parameters
 from medrlvr_jax.types import Params
 
-# Prefixes of names in the files of transformers 5 and of some families, and what this library calls them. All
-# are read; `published_name` is written.
+# From prefixes of tensor names in files to this library's. All of them are read; `published_name` is written.
 RENAMED = {
     "model.language_model.": "model.",
     "language_model.model.": "model.",
@@ -46,21 +44,21 @@ RENAMED = {
     "model.multi_modal_projector.": "multi_modal_projector.",
 }
 EMBED, HEAD = PARAMETERS["embed"].tensor, PARAMETERS["head"].tensor
-BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # computed, never learned
+BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # computed, not trained
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-BLOCK = 2**20  # bytes read at once: small enough that turning a block stays in the processor's cache
+BLOCK = 2**20  # bytes that are read at once, few enough to be transposed within the processor's cache
 INDEX = "model.safetensors.index.json"
-SAMPLED = 4096  # bytes of a tensor that `_digests` reads in each of three places
+SAMPLED = 4096  # bytes of a tensor that `_digests` reads at each of three positions
 
 
 class Source(NamedTuple):
-    """A tensor that a model needs, and the parameter that takes it. Axes have the names of spec.py."""
+    """The parameter to which a tensor belongs. Axes have the names of spec.py."""
 
     path: tuple[str, ...]
-    layer: int | None  # where the parameter is stacked
-    axes: list[str]  # the parameter's axes, without that of the layers
-    tensor_axes: list[str]  # the same in the tensor's order
-    shape: tuple[int, ...]  # the tensor's, which joins some of its axes
+    layer: int | None  # None if the parameter is not stacked
+    axes: list[str]  # of the parameter, without the axis of layers
+    tensor_axes: list[str]  # the same axes in the tensor's order
+    shape: tuple[int, ...]  # of the tensor, in which some axes are joined
 
     def __str__(self) -> str:
         return "/".join(self.path) + ("" if self.layer is None else f"[{self.layer}]")
@@ -80,17 +78,17 @@ class Tensor(NamedTuple):
 
     @contextmanager
     def opened(self) -> Iterator[Any]:
-        """To take slices of. The file is mapped into memory only meanwhile, since what was read of it counts
-        as resident until it is closed.
+        """Open the tensor for slicing. The file is closed afterwards, since all that was read of a mapped
+        file counts as resident memory until then.
         """
         with safe_open(self.file, framework="numpy") as file:
             yield file.get_slice(self.name)
 
 
 def sources(cfg: DecoderConfig) -> dict[str, Source]:
-    """All tensors that a model needs, by name; those of its vision tower, whether it is trained or not."""
+    """Return the sources of all tensors of a model by name, including those of a frozen vision tower."""
     shapes, out = _shapes(cfg), {}
-    for path, row in parameters(_whole(cfg)).items():
+    for path, row in parameters(_with_tower(cfg)).items():
         if not row.tensor:
             continue
         axes, groups = row.axes.split(), row.tensor_groups
@@ -101,79 +99,82 @@ def sources(cfg: DecoderConfig) -> dict[str, Source]:
             name = row.tensor.format(layer)
             source = Source(path, layer, axes, tensor_axes, shape)
             if name in out:
-                raise ConfigError(f"{name}: both {out[name]} and {source} take it, and one may")
+                raise ConfigError(f"{name}: both {out[name]} and {source} use it, and only one can")
             out[name] = source
     return out
 
 
 @cache
 def _shapes(cfg: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
-    """Path -> shape of every parameter, those of the vision tower among them."""
-    return {path: box.value.shape for path, box in flat(abstract(_whole(cfg))).items()}
+    """Return the shape of every parameter by path, including those of a frozen vision tower."""
+    return {path: box.value.shape for path, box in flat(abstract(_with_tower(cfg))).items()}
 
 
-def _whole(cfg: DecoderConfig) -> DecoderConfig:
+def _with_tower(cfg: DecoderConfig) -> DecoderConfig:
     return cfg.run_with(tower="train")
 
 
 def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: Any) -> Params:
-    """The parameters of a directory as `dtype`, each laid out by its sharding. A critic gets the same body
-    and a value head of zeros. `shardings` of some of the parameters alone give these alone.
+    """Load those parameters of a directory for which there are `shardings`, as `dtype`. A critic gets the
+    policy's body and a value head of zeros. Raise `ConfigError` if config.json and weights do not agree.
     """
-    places, loaded, taken = flat(shardings), {}, {}
-    shapes = {key: shape for key, shape in _shapes(cfg).items() if key in places}
+    wanted, loaded, found = flat(shardings), {}, {}
+    shapes = {key: shape for key, shape in _shapes(cfg).items() if key in wanted}
     tensors = open_tensors(resolve(path))
     _check(tensors, cfg)
     label = f"weights of {Path(path).name}, "
     require_equal(lambda: {label + name: digest for name, digest in _digests(tensors).items()})
     for name, source in sources(cfg).items():
-        taken.setdefault(source.path, []).append((source, tensors[name]))
-    # The largest first: the host's copy of a parameter then never stands beside a full set of the device's.
+        found.setdefault(source.path, []).append((source, tensors[name]))
+    # The largest first, so that its copy on the host does not coexist with all parameters on the device.
     for key in sorted(shapes, key=lambda key: -prod(shapes[key])):
-        read = partial(_read, taken.get(key, []), shapes[key], jnp.dtype(dtype))
-        gc.collect(0)  # jax lets go of the last parameter's host copy only when Python collects
-        loaded[key] = jax.block_until_ready(jax.make_array_from_callback(shapes[key], places[key], read))
+        read = partial(_read, found.get(key, []), shapes[key], jnp.dtype(dtype))
+        gc.collect(0)  # else JAX keeps the last parameter's copy on the host
+        loaded[key] = jax.block_until_ready(jax.make_array_from_callback(shapes[key], wanted[key], read))
     return unflatten_dict({key: loaded[key] for key in shapes})
 
 
 def _read(
-    taken: list[tuple[Source, Tensor]], shape: tuple[int, ...], dtype: np.dtype, index: Any
+    tensors: list[tuple[Source, Tensor]], shape: tuple[int, ...], dtype: np.dtype, index: Any
 ) -> np.ndarray:
-    """One device's slice of a parameter, from its tensors (one for each layer); without any, zeros."""
+    """Read one device's slice of a parameter from its tensors, one for each layer; zeros without tensors."""
     bounds = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
     out = np.zeros([len(b) for b in bounds], dtype)
-    if taken and taken[0][0].layer is None:
-        _fill(out, *taken[0], shape, bounds)
-    elif taken:
+    if tensors and tensors[0][0].layer is None:
+        _fill(out, *tensors[0], shape, bounds)
+    elif tensors:
         for row, layer in zip(out, bounds[0], strict=True):
-            _fill(row, *taken[layer], shape[1:], bounds[1:])
+            _fill(row, *tensors[layer], shape[1:], bounds[1:])
     return out
 
 
 def _fill(
     out: np.ndarray, source: Source, tensor: Tensor, shape: tuple[int, ...], bounds: list[range]
 ) -> None:
-    """out = tensor, turned to our axes, within `bounds` of them; read block by block along its first axis."""
+    """Copy the part of a tensor within `bounds` of the parameter's axes to `out`, block by block along the
+    tensor's first axis.
+    """
     axes, (first, *rest) = source.axes, source.tensor_axes
     size, within = dict(zip(axes, shape, strict=True)), dict(zip(axes, bounds, strict=True))
-    unit = tensor.shape[0] // size[first]  # rows of one step along the first axis: a head's
+    unit = tensor.shape[0] // size[first]  # rows of one index of the first axis, such as those of a head
     step = max(1, BLOCK // (unit * tensor.row_bytes))
-    turn = [source.tensor_axes.index(axis) for axis in axes]
+    order = [source.tensor_axes.index(axis) for axis in axes]
     cut = tuple(slice(within[axis].start, within[axis].stop) for axis in rest)
     with tensor.opened() as data:
         for start in range(within[first].start, within[first].stop, step):
             stop = min(start + step, within[first].stop)
             block = data[start * unit : stop * unit].reshape(stop - start, *(size[axis] for axis in rest))
             place = slice(start - within[first].start, stop - within[first].start)
-            block = block[:, *cut].astype(out.dtype).transpose(turn)
+            block = block[:, *cut].astype(out.dtype).transpose(order)
             out[tuple(place if axis == first else slice(None) for axis in axes)] = block
 
 
 def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Eight hex digits for each tensor, of its dtype, shape and first, middle and last `SAMPLED` bytes.
+    """Return eight hex digits for each tensor: a hash of dtype, shape and the first, middle and last
+    `SAMPLED` bytes.
 
-    To read all of them would take as long as loading does. Training moves every weight a little, so that
-    other weights are seen; a change of a few numbers elsewhere in a large tensor is not.
+    Reading all bytes would take as long as loading. Training changes every weight, so weights of another run
+    have other digests. A change of a few numbers in a large tensor may be missed.
     """
     out = {}
     for name, tensor in sorted(tensors.items()):
@@ -188,22 +189,22 @@ def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def weight_digests(path: str | Path) -> dict[str, str]:
-    """`_digests` of a directory."""
+    """Return `_digests` of a directory."""
     return _digests(open_tensors(resolve(path)))
 
 
 def check_weights(path: str | Path, cfg: DecoderConfig) -> None:
-    """Refuse a directory whose weights `load_params` would refuse; only headers are read."""
+    """Raise the `ConfigError` that `load_params` would raise for a directory. Only headers are read."""
     _check(open_tensors(resolve(path)), cfg)
 
 
 def ignored_files(path: str | Path) -> list[str]:
-    """Names of the weight files of a directory that are not read: a model.safetensors comes before them, as
-    it does in transformers.
+    """Return the names of weight files that are not read, because there is a model.safetensors. transformers
+    does not read them, either.
     """
     directory = resolve(path)
-    every = (file.name for file in directory.glob("model*.safetensors*"))
-    others = sorted(name for name in every if name != "model.safetensors")
+    names = (file.name for file in directory.glob("model*.safetensors*"))
+    others = sorted(name for name in names if name != "model.safetensors")
     return others if (directory / "model.safetensors").is_file() else []
 
 
@@ -214,25 +215,23 @@ def _weight_files(path: Path) -> list[Path]:
         remedy = "download the directory again"
         shards = files.read_json(path / INDEX, remedy).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ConfigError(
-                f"{path / INDEX}: weight_map: the file of each tensor is needed, by name; {remedy}"
-            )
+            raise ConfigError(f"{path / INDEX}: weight_map: it must map tensor names to file names; {remedy}")
         named = sorted({path / name for name in shards.values()})
         if gone := [file.name for file in named if not file.is_file()]:
             raise ConfigError(
-                f"{path}: {', '.join(gone)}: named by {INDEX}, and not there; the download is incomplete"
+                f"{path}: {', '.join(gone)}: listed in {INDEX} but missing; the download is incomplete"
             )
         return named
     if old := sorted(file.name for file in path.glob("*.bin")):
         raise ConfigError(
-            f"{path}: only {old[0]}, a pickle, which is not read; save it once more as safetensors: "
+            f"{path}: only {old[0]}, a pickle, which is not read; save the model again as safetensors: "
             "AutoModelForCausalLM.from_pretrained(path).save_pretrained(path)"
         )
     raise ConfigError(f"{path}: no model.safetensors and no {INDEX}; model.init random needs none")
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a directory by its published name; only headers are read."""
+    """Return the tensors of a directory by this library's names. Only headers are read."""
     out: dict[str, Tensor] = {}
     for source in _weight_files(path):
         with (
@@ -246,7 +245,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
             for new, published in RENAMED.items():
                 name = published + name.removeprefix(new) if name.startswith(new) else name
             if name in out:
-                raise ConfigError(f"{name}: set twice, by {out[name].file.name} and by {source.name}")
+                raise ConfigError(f"{name}: both {out[name].file.name} and {source.name} have it")
             if dtype not in DTYPES:
                 raise ConfigError(
                     f"{source}: {name}: stored as {dtype}; {', '.join(DTYPES)} are read, "
@@ -257,7 +256,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def published_name(name: str, cfg: DecoderConfig) -> str:
-    """What the published files of the model's family call a tensor."""
+    """Return the name of a tensor in the published files of the model's family."""
     for ours, published in cfg.file_prefixes:
         if name.startswith(ours):
             return published + name.removeprefix(ours)
@@ -265,9 +264,7 @@ def published_name(name: str, cfg: DecoderConfig) -> str:
 
 
 def _check(tensors: dict[str, Tensor], cfg: DecoderConfig) -> None:
-    """Every tensor has its parameter, every parameter its tensor, and the shapes agree; else all that is
-    wrong, by name.
-    """
+    """Raise `ConfigError` unless tensors and parameters correspond one to one, with the same shapes."""
     needed, wrong = sources(cfg), []
     for name, source in needed.items():
         if name not in tensors:
@@ -277,15 +274,15 @@ def _check(tensors: dict[str, Tensor], cfg: DecoderConfig) -> None:
     for name, tensor in tensors.items():
         if name in needed or name.startswith(cfg.unread) or BUFFER.fullmatch(name):
             continue
-        why = "no parameter of this model takes it"
+        why = "this model has no parameter for it"
         if name == HEAD:
             if cfg.execution.value_head or (cfg.tied and _equal(tensor, tensors.get(EMBED))):
                 continue
-            why = "tie_word_embeddings is true, and it is not the embedding"
+            why = "tie_word_embeddings is true, but it differs from the embedding"
         wrong.append(f"{name}: of shape {tensor.shape}; {why}")
     if wrong:
         more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
-        raise ConfigError("the weights do not fit config.json:\n" + "\n".join(wrong[:8] + more))
+        raise ConfigError("the weights do not match config.json:\n" + "\n".join(wrong[:8] + more))
 
 
 def _equal(a: Tensor, b: Tensor | None) -> bool:
