@@ -71,9 +71,8 @@ def _read_counts(config: PassCountConfig, field: str) -> dict[str, tuple[int | N
     """Return, by question id, the right samples (None: not sampled) and the number in `field`, to sort by."""
     path = Path(config.file).expanduser()
     if not path.is_file():
-        raise DataError(
-            f"pass_count.file {config.file!r}: there is no such file; `medrlvr difficulty` writes one"
-        )
+        problem = "there is no such file; `medrlvr difficulty` writes one"
+        raise DataError(f"pass_count.file {config.file!r}: {problem}")
     counts = {}
     for number, row in read_json(path):
         where, fields = f"{path}, line {number}", {} if isinstance(row, DataError) else row

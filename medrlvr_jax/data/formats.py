@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from medrlvr_jax.data import published, record
 from medrlvr_jax.data.question import (
-    LABEL,
     LETTERS,
     DataError,
     Example,
     Key,
     Question,
     choices_reference,
+    split_label,
     strip_labels,
 )
 from medrlvr_jax.data.record import Row
@@ -78,10 +78,10 @@ def _index_of_text(answer: str, options: tuple[str, ...]) -> int | None:
     if len(answer) == 1 or record.as_integer(answer) is not None:
         return None
     texts = strip_labels(options)
-    if label := LABEL.match(answer):
-        index = LETTERS.find(label[1].upper())
-        if 0 <= index < len(texts) and answer[label.end() :] == texts[index]:
-            return index
+    label, text = split_label(answer)
+    index = LETTERS.find(label or " ")
+    if 0 <= index < len(texts) and text == texts[index]:
+        return index
     return texts.index(answer) if texts.count(answer) == 1 else None
 
 
@@ -173,17 +173,17 @@ def parse_example(row: Row) -> Example:
 
 def check_question(question: Question, default_id: str) -> Question:
     """Check a `Question` that was made in Python by the rules for records."""
-    row, options, answer, value = vars(question), (), question.answer, question.value
+    options, answer, value = (), question.answer, question.value
     if question.options or value is None:
-        options = record.options_of(row, "options")
-    if value is not None and (
-        answer != -1 or (options and value != choices_reference(question.right_indices, len(options)))
-    ):
+        options = record.options_of(vars(question), "options")
+    if value is None:
+        if type(answer) is not int or not 0 <= answer < len(options):
+            problem = f"is not the index of one of its {len(options)} options, counted from 0"
+            raise record.bad_field("answer", answer, problem)
+        return _question(vars(question), default_id, options, answer)
+    if answer != -1 or (options and value != choices_reference(question.right_indices, len(options))):
         raise DataError("field value: the question also has another answer or options; remove one of the two")
-    if value is None and (type(answer) is not int or not 0 <= answer < len(options)):
-        problem = f"is not the index of one of its {len(options)} options, counted from 0"
-        raise record.bad_field("answer", answer, problem)
-    return _question(row, default_id, options, answer if value is None else value)
+    return _question(vars(question), default_id, options, value)
 
 
 def _question(row: Row, default_id: str, options: tuple[str, ...], key: int | Reference) -> Question:

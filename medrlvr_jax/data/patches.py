@@ -199,9 +199,8 @@ class ImageSet:
     cfg: VisionConfig
     grids: list[tuple[Grid, ...]]  # for each question, the sizes of its images
     windows: int  # the most windows that a question of the set needs
-    prefetched: dict[tuple[int, ...], Future[Images]] = field(
-        default_factory=dict, compare=False, repr=False
-    )  # batches that a thread prepares while the device works, by the indices of their questions
+    # Batches that a thread prepares while the device works, by the indices of their questions.
+    prefetched: dict[tuple[int, ...], Future[Images]] = field(default_factory=dict, compare=False)
 
     def prompt_tokens(self) -> list[list[list[int]]]:
         """Return, for each image of each question, the tokens that represent it in the prompt."""

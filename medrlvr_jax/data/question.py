@@ -112,9 +112,15 @@ def choices_reference(right: Iterable[int], n_options: int) -> Reference:
 # ---- labels inside options: "A. aspirin" ----
 
 
+def split_label(option: str) -> tuple[str, str]:
+    """Split "B. heparin" into "B" and "heparin"; the label is "" if there is none."""
+    match = LABEL.match(option)
+    return (match[1].upper(), option[match.end() :]) if match else ("", option)
+
+
 def _find_labels(options: tuple[str, ...]) -> tuple[list[str], list[bool]]:
-    """The label at the start of each option ("" if there is none), and whether it fits the option's place."""
-    labels = [match[1].upper() if (match := LABEL.match(option)) else "" for option in options]
+    """Return the label of each option, and whether it fits the option's place."""
+    labels = [split_label(option)[0] for option in options]
     expected = zip(LETTERS, map(str, range(1, len(LETTERS) + 1)), strict=True)
     return labels, [label in pair for label, pair in zip(labels, expected, strict=False)]
 
@@ -132,7 +138,7 @@ def strip_labels(options: tuple[str, ...]) -> tuple[str, ...]:
     """
     labels, in_place = _find_labels(options)
     if all(in_place):  # record.py has checked that there are at most 10
-        return tuple(LABEL.sub("", option, count=1) for option in options)
+        return tuple(split_label(option)[1] for option in options)
     if sorted(labels) == list(LETTERS[: len(options)]):
         problem = f"their own letters are {', '.join(labels)}, so the key is ambiguous"
         raise DataError(f"field options: {problem}; put them in order")
