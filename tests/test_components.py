@@ -73,7 +73,7 @@ def test_short_forms_and_the_settings_of_before_are_the_same_reward():
         ([{"kind": "rul"}], r"reward.components.0.kind: 'rul': no such kind; there are rule, format"),
         ([{"weight": 1}], "reward.components.0.kind: required, but not given"),
         ([{"kind": "rule", "weigth": 1}], "rule.weigth: no such setting; did you mean weight"),
-        ([{"kind": "leak", "weight": -1}], "reward.components.0.leak.weight: -1: input should be greater"),
+        ([{"kind": "leak", "weight": -1}], "reward.components.0.leak.weight: -1 must be greater"),
         ([{"kind": "rule", "weight": 0}, {"kind": "leak"}], "only penalties and weights of 0, .*; add a"),
         ([{"kind": "format", "kept": 0}], "reward.components.0: format: broken and kept are both 0"),
         (

@@ -96,7 +96,10 @@ BAD = [
     ({"eval": {"samples": 4}}, "eval.samples: 4 greedy samples are all equal; set eval.temperature"),
     ({"sample": {"temprature": 1}}, "sample.temprature: no such setting; did you mean temperature"),
     ({"kl": 3}, "kl: 3 must be a section with coef, into, "),
-    ({"seed": -1}, "seed: -1: input should be greater than or equal to 0"),
+    ({"seed": -1}, "seed: -1 must be greater than or equal to 0"),
+    ({"log": {"profile": 3}}, "log.profile: 3 must be a list"),
+    ({"data": {"path": "x", "format": "csv"}}, "data.format: 'csv' must be 'auto', 'plain', "),
+    ({"reward": {"fn": "mine"}}, "reward.fn: 'mine' must be package.module:function, such as"),
 ]
 
 

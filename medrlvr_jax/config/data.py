@@ -6,6 +6,11 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from medrlvr_jax.config.section import section
 
+Format = Literal[
+    "auto", "plain", "open", "vqa", "text", "medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa", "medcalc",
+    "trec", "omnimedvqa", "med_r1", "pmc_vqa", "vqa_rad", "slake", "medxpertqa", "medvlthinker",
+]  # fmt: skip
+
 
 @section
 class PassCountConfig:
@@ -29,11 +34,7 @@ class SetConfig:
     # Fields of the records. auto: recognise the format by the first record; plain: your own multiple-choice
     # questions; open: your own questions whose answers are numbers, dates, durations, labels or texts; text:
     # prompt and response, for sft; vqa: image, question, answer; the others are published data sets.
-    format: (
-        Literal["auto", "plain", "open", "vqa", "text"]
-        | Literal["medqa", "mmlu_pro", "mmlu", "medmcqa", "pubmedqa", "medcalc", "trec"]
-        | Literal["omnimedvqa", "med_r1", "pmc_vqa", "vqa_rad", "slake", "medxpertqa", "medvlthinker"]
-    ) = "auto"
+    format: Format = "auto"
     subset: str | None = None  # Configuration name on the hub. Files have none.
     split: str | None = None  # Split on the hub. Files have none.
     # Commit, branch or tag on the hub. null: the newest commit. A run prints the commit that it read.

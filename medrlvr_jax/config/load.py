@@ -252,4 +252,8 @@ def _describe_error(error: Any) -> str:
         return f"name: {value!r} {letters} folder inside runs"
     if path[-1] == "[key]":
         return f"{'.'.join(map(str, path[:-2]))}: {value!r} {letters} file"
-    return f"{name}: {value!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    if path[-1] == "fn" and kind == "string_pattern_mismatch":
+        return f"{name}: {value!r} must be package.module:function, such as my_rewards:score"
+    text = error["msg"].replace("Input should be", "must be")
+    text = text.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
+    return f"{name}: {value!r} {text}" if text.startswith("must") else f"{name}: {value!r}: {text}"
