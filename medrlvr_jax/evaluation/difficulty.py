@@ -42,37 +42,38 @@ from medrlvr_jax.runs.console import Console
 def difficulty_source(source: Path, settings: list[str], step: Which, samples: int, out: Path | None) -> int:
     """Run `medrlvr difficulty`: count for every question of `data`, whatever its `pass_count`."""
     parts, params, step = open_policy(source, settings, step, "difficulty")
-    c, new = parts.config, parts.config.sample.max_new_tokens
-    sampling = {"samples": samples, "temperature": c.sample.temperature, "max_new_tokens": new}
+    c, length = parts.config, parts.config.sample.max_new_tokens
+    sampling = {"samples": samples, "temperature": c.sample.temperature, "max_new_tokens": length}
     eval_config = dataclasses.replace(c.eval, **sampling)
     parts = dataclasses.replace(parts, config=dataclasses.replace(c, eval=eval_config))
     questions = data.load(dataclasses.replace(c.data, pass_count=None))
     encoded = encode(parts.tokenizer, questions, c, vision=parts.cfg.vision)
-    check_positions(parts, encoded.longest, new, "sample.max_new_tokens")
+    check_positions(parts, encoded.longest, length, "sample.max_new_tokens")
     path = out or run_folder(source, parts) / f"difficulty-{step}.jsonl"
-    part = path.with_name(f"{path.name}.part")
+    partial_path = path.with_name(f"{path.name}.partial_path")
     about = {"samples": samples, "model": f"{c.model.path}, {source}, step {step}"}
     ids, size = [q.id for q in encoded.questions], c.eval.batch
-    counts = from_leader(lambda: earlier_counts(path if path.exists() else part, ids, about))
+    counts = from_leader(lambda: earlier_counts(path if path.exists() else partial_path, ids, about))
     leads, console = jax.process_index() == 0, Console()
     if leads:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(part, files.jsonl(counts))  # drops a last line that a crash cut
+        files.write_text(partial_path, files.jsonl(counts))  # drops a last line that a crash cut
     with jax.set_mesh(parts.mesh):
         decode_params = make_weight_sync(parts, parts.cfg)(params)
         for start in range(len(counts), len(ids), size):
             index = np.arange(start, min(start + size, len(ids)))
             batch = count(gather_rows(answer_batch(parts, decode_params, encoded, index)), about)
             if leads:
-                files.append(part, batch)
+                files.append(partial_path, batch)
             counts += batch
             console.progress("difficulty", len(counts), len(ids))
     console.close()
     if leads:
         counted = set(ids)
-        files.append(part, [{"id": q.id, "right": None} | about for q in questions if q.id not in counted])
-        part.replace(path)
-        print(show(counts, samples, len(questions) - len(ids)))
+        dropped = [{"id": q.id, "right": None} | about for q in questions if q.id not in counted]
+        files.append(partial_path, dropped)
+        partial_path.replace(path)
+        print(show(counts, samples, len(dropped)))
         passed = stats.mean_share(np.array([line["right"] > 0 for line in counts], float))
         if advice := fine_tune_first(samples, passed):
             print(advice)
