@@ -213,7 +213,7 @@ def find_alarms(metrics: dict[str, Any], history: Sequence[dict[str, Any]], conf
             continue
         usual = statistics.median(before)
         if value < low * usual or (value > high * usual and value > floor):
-            times = f"{value / usual:.2g} times" if usual else "after"
+            times = f"{value / usual:.2g} times" if usual else "above"
             text = f"{description}: {value:.4g}, {times} the median of the last steps, {usual:.4g}; {STEADY}"
             out.append(Alarm(name, text, value > usual))
     p, shift = _number(metrics, "monitor/letter_p"), _number(metrics, "monitor/letter_shift")

@@ -52,6 +52,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
+    """Runs whose settings are equal except for `IGNORED`: the seeds of one method."""
+
     name: str
     number: int  # among all groups of the page; it determines the style in all pictures
     runs: list[Run]
