@@ -1,5 +1,5 @@
-"""What a user named and a library cannot read is said with the file, the cause and a remedy; faults of this
-package are not.
+"""Errors while reading a user's file name the file, the cause and a remedy; errors of this package keep their
+traceback.
 """
 
 import json
@@ -18,13 +18,13 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n
 
 
 class PanicException(BaseException):
-    """As pyo3 raises one where code in Rust panics."""
+    """pyo3 raises such an exception if Rust code panics."""
 
 
 @pytest.mark.parametrize(
     "raised", [Exception("bare"), MemoryError("bare"), RecursionError("bare"), PanicException("bare")]
 )
-def test_whatever_a_library_raises_names_the_file(tmp_path, raised):
+def test_any_exception_of_a_library_becomes_an_error_with_the_file(tmp_path, raised):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(DataError) as e, files.reading(tmp_path / "a.json", "save it again", DataError):
         raise raised
@@ -33,7 +33,7 @@ def test_whatever_a_library_raises_names_the_file(tmp_path, raised):
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(1), ConfigError("in words already")])
-def test_ends_and_words_pass(raised):
+def test_exits_and_our_own_errors_pass_unchanged(raised):
     with pytest.raises(type(raised)) as e, files.reading("a.json", "save it again"):
         raise raised
     assert e.value is raised
@@ -60,7 +60,7 @@ def test_json(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_terminal_that_cannot_show_a_sign_ends_no_command(tmp_path, encoding):
+def test_a_terminal_that_cannot_encode_a_character_ends_no_command(tmp_path, encoding):
     (tmp_path / "β.yaml").write_text("name: a\nname: b\n")
     env = os.environ | {"PYTHONIOENCODING": encoding}
     for args, status in ((["train", "--help"], 0), (["--help"], 0), (["train", str(tmp_path / "β.yaml")], 2)):
@@ -69,7 +69,7 @@ def test_a_terminal_that_cannot_show_a_sign_ends_no_command(tmp_path, encoding):
     assert rb"\u03b2.yaml: name: given 2 times" in done.stderr
 
 
-def test_an_address_without_its_port(monkeypatch):
+def test_an_address_without_a_port(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host0")
     with pytest.raises(
         ConfigError, match=r"JAX_COORDINATOR_ADDRESS: host0: the port .* is missing; write it as host:port"
@@ -99,7 +99,7 @@ def test_a_key_given_twice_is_refused_at_any_depth(tmp_path, text, complaint):
         configs.override({}, "reward.mode={a: 1, a: 2}")
 
 
-def test_yaml_that_stands_in_itself_is_looked_through_once():
+def test_recursive_yaml_is_checked_once():
     assert configs.parse_yaml("a: &x {b: 1}\nc: *x\nd: {<<: *x, b: 2}\n", "f", "") == {
         "a": {"b": 1},
         "c": {"b": 1},
@@ -119,14 +119,14 @@ def test_yaml_that_stands_in_itself_is_looked_through_once():
     ],
     ids=["train", "reproduce", "resume", "report"],
 )
-def test_every_reader_of_yaml_refuses_it(tmp_path, read):
+def test_every_reader_of_yaml_refuses_repeated_keys(tmp_path, read):
     (tmp_path / "config.yaml").write_text("name: a\nname: b\n")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=r"config\.yaml: name: given 2 times, on lines 1 and 2"):
         read(tmp_path / "config.yaml")
 
 
-def test_a_text_that_yaml_reads_as_a_number_is_still_a_text(tmp_path):
+def test_settings_that_are_texts_stay_texts(tmp_path):
     tree = {"steps": 1, "model": {"path": "embedded"}, "data": {"path": "embedded:train"}}
     tree["learn"] = {"policy": {"lr": 1e-4}, "critic": {"lr": 1e-3}}
     for item in (

@@ -1,4 +1,4 @@
-"""Open questions through the whole: read, asked, paid, trained on, evaluated, scored from a file; and refused
+"""Open questions in every part: reading, prompts, grading, training, evaluation, scoring of a file; and refused
 where a letter is needed.
 """
 
@@ -79,7 +79,7 @@ def test_all_that_apply(path):
     assert set(found.answers.ravel()) == {"A, C"} and "letters" not in answers.describe(found)
 
 
-def test_accuracy_by_kind_and_label_and_when_to_fine_tune_first():
+def test_accuracy_by_kind_and_label_and_advice_to_fine_tune():
     def row(i, kind, key, correct, options=0):
         given = {"answer": key if correct else "", "correct": correct, "format_ok": True, "subject": kind[:1]}
         return {"id": str(i), "kind": kind, "options": options, "key": key, "sample": 0} | given
@@ -109,7 +109,7 @@ def test_accuracy_by_kind_and_label_and_when_to_fine_tune_first():
     assert "fine-tune first" not in answers.show({"set": described})
 
 
-def test_they_are_read_asked_and_paid(path):
+def test_open_questions_are_read_rendered_and_graded(path):
     questions, report = read(SetConfig(path=str(path)))
     assert report.startswith("questions: 8, of 0 to 3 options\n  keys, %: choices 12, number")
     asked = [prompts.render(q, "think").splitlines()[-1] for q in questions]
@@ -137,9 +137,9 @@ def test_they_are_read_asked_and_paid(path):
     assert prompts.sft_target(questions[3], "answer") == "<answer>2 weeks 1 day</answer>"
 
 
-def test_hashes_of_open_questions_differ_by_their_value_and_those_of_choices_stay():
+def test_hashes_of_open_questions_depend_on_the_value():
     choice = Question("a", "Which?", ("x", "y"), 1, "s")
-    assert question_hash(choice) == "05b8343af59de167"  # as recorded by runs of before
+    assert question_hash(choice) == "05b8343af59de167"  # as older runs recorded it
     assert fingerprint([choice])["sha256"][:16] == "e2221dab9fcc84ed"
     values = [q.value for q in map(open_question, (140, 141, 140.0))]
     first, other, same = (Question("a", "Sodium?", value=value) for value in values)
@@ -151,7 +151,7 @@ def open_question(answer):
     return Question("a", "Sodium?", value=read_reference(ROWS[0] | {"answer": answer}))
 
 
-def test_bad_references_name_file_line_field_and_remedy(path):
+def test_bad_answers_name_file_line_field_and_remedy(path):
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | {"answer": "1,234"}) + "\n")
     with pytest.raises(
         DataError, match=r"open.jsonl, line 2: field answer: '1,234' cannot .*comma; write it in another form"
