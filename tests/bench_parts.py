@@ -57,13 +57,14 @@ from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model.scoring import Rows
 from medrlvr_jax.model.spec import VISION
 from medrlvr_jax.model_rewards import verifier_models
-from medrlvr_jax.model_rewards.answer_scores import AnswerRows, EndingBatch, pass_settings, score_answers
+from medrlvr_jax.model_rewards.answer_scores import AnswerRows, EndingBatch, score_answers
 from medrlvr_jax.model_rewards.policy import make_policy_rewards
 from medrlvr_jax.model_rewards.probability import LEAD, ProbabilityRequest
 from medrlvr_jax.plan.flops import tower_flops
 from medrlvr_jax.rl import records, train
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rollout import decode
+from medrlvr_jax.rollout.assess import assess_settings
 from medrlvr_jax.rollout.generate import DrawSettings, draw_settings, generate
 from medrlvr_jax.rollout.rollout import Encoded, place_prompts, width
 from medrlvr_jax.rollout.see import see
@@ -309,7 +310,7 @@ def ask_case(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     reward = RewardConfig(components=(section,))
     with_reward = replace(parts, config=replace(parts.config, reward=reward))
     program = make_policy_rewards(with_reward)["probability"].program
-    how, params = pass_settings(parts), lora.join(load_base(parts), load_params(parts, parts.cfg))
+    how, params = assess_settings(parts), lora.join(load_base(parts), load_params(parts, parts.cfg))
     n, shape, rng = args.questions, (args.questions, args.samples), np.random.default_rng(0)
     tokens, mask = random_rows(args, rng)
     ending = EndingBatch(

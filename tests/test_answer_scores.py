@@ -16,6 +16,7 @@ from test_text import make
 from medrlvr_jax.data.tokenizer import wrap
 from medrlvr_jax.model import decoder, scoring, spec
 from medrlvr_jax.model_rewards import answer_scores, endings
+from medrlvr_jax.rollout.assess import AssessSettings
 from medrlvr_jax.types import Prompts
 
 CFG = small()
@@ -179,8 +180,8 @@ def by_tokens(params, rows):
 
 
 HOW = [
-    answer_scores.PassSettings(CFG, 1.0, 10_000, (), 4),
-    answer_scores.PassSettings(CFG, 1.0, 10_000, (0.7,), 2),
+    AssessSettings(CFG, CFG, 1.0, 10_000, (), 4),
+    AssessSettings(CFG, CFG, 1.0, 10_000, (0.7,), 2),
 ]
 
 

@@ -15,9 +15,8 @@ from jaxtyping import Bool, Float32, Int32
 
 from medrlvr_jax.build import Parts
 from medrlvr_jax.model import scoring
-from medrlvr_jax.model.architecture import DecoderConfig
 from medrlvr_jax.model_rewards.endings import Ending
-from medrlvr_jax.rollout.assess import assess_settings
+from medrlvr_jax.rollout.assess import AssessSettings
 from medrlvr_jax.rollout.rollout import Scored
 from medrlvr_jax.sharding import map_rows
 from medrlvr_jax.types import Array, Leaf, Params, Prompts, pytree
@@ -44,16 +43,6 @@ class AnswerRows(NamedTuple):
     answer: Bool[Array, "Q G R"]  # the answer's tokens
 
 
-class PassSettings(NamedTuple):
-    """The static settings of a pass over rows."""
-
-    cfg: DecoderConfig
-    temperature: float
-    slab: int
-    shares: tuple[float, ...]  # see `scoring.row_sizes`
-    micro: int  # questions at a time
-
-
 class PolicyReward(NamedTuple):
     """A component that asks the policy itself: the host makes requests, and a program answers them."""
 
@@ -62,12 +51,6 @@ class PolicyReward(NamedTuple):
     shapes: Any  # of the request of a whole batch: a tree of ShapeDtypeStructs [Q, G, …]
     # the start policy's score of each question, filled before the first step; None without a baseline
     baseline: dict[str, float] | None = None
-
-
-def pass_settings(parts: Parts) -> PassSettings:
-    """Return the settings by which the rollout is scored too."""
-    settings, shares = assess_settings(parts), parts.config.learn.row_sizes
-    return PassSettings(settings.cfg, settings.temperature, settings.slab, shares, settings.micro)
 
 
 def row_shape(parts: Parts, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
@@ -108,7 +91,7 @@ def append_endings(
 
 
 def score_answers(
-    params: Params, answers: AnswerRows, score: Score, settings: PassSettings
+    params: Params, answers: AnswerRows, score: Score, settings: AssessSettings
 ) -> Float32[Array, "Q G"]:
     """Return `reduce_logprobs` of each answer's tokens."""
     cfg = settings.cfg
@@ -145,7 +128,7 @@ def reduce_logprobs(
 
 
 def prefers_other_letter(
-    params: Params, answers: AnswerRows, letters: Int32[Array, "Q G L"], settings: PassSettings
+    params: Params, answers: AnswerRows, letters: Int32[Array, "Q G L"], settings: AssessSettings
 ) -> Bool[Array, "Q G"]:
     """Return whether another letter is more probable than the answer, which is one token.
 
@@ -172,7 +155,7 @@ def prefers_other_letter(
     return _map_parts((answers, letters), answers.rows.mask, compare_part, settings)
 
 
-def _map_parts(tree: T, mask: Array, f: Callable[[T, int], Array], settings: PassSettings) -> Array:
+def _map_parts(tree: T, mask: Array, f: Callable[[T, int], Array], settings: AssessSettings) -> Array:
     """Apply f(part, size) to parts of `settings.micro` questions, each at the least size that holds it."""
     _, groups, length = mask.shape
     sizes = scoring.row_sizes(settings.shares, groups, length)

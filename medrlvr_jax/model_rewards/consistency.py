@@ -17,19 +17,11 @@ from medrlvr_jax.data.question import LETTERS
 from medrlvr_jax.data.tokenizer import Tokenizer
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.model import lora
-from medrlvr_jax.model_rewards.answer_scores import (
-    EndingBatch,
-    PassSettings,
-    PolicyReward,
-    append_endings,
-    ending_shapes,
-    pass_settings,
-    prefers_other_letter,
-    row_shape,
-    stack_endings,
-)
+from medrlvr_jax.model_rewards import answer_scores
+from medrlvr_jax.model_rewards.answer_scores import EndingBatch, PolicyReward
 from medrlvr_jax.model_rewards.endings import Replacement, find_positions, make_endings, thought_prefixes
 from medrlvr_jax.rewards.parse import ANSWER, END_THINK
+from medrlvr_jax.rollout.assess import AssessSettings, assess_settings
 from medrlvr_jax.rollout.rollout import Scored
 from medrlvr_jax.sharding import by_rows
 from medrlvr_jax.types import Array, Leaf, Params, Prompts, Rollout, pytree
@@ -39,11 +31,11 @@ MAX_GAP = 2  # characters of white space between </think> and <answer> that are 
 
 
 def make_reward(parts: Parts, section: ConsistencyConfig) -> PolicyReward:
-    letters = row_shape(parts, jnp.int32, len(LETTERS))
+    letters = answer_scores.row_shape(parts, jnp.int32, len(LETTERS))
     return PolicyReward(
-        program=jax.jit(partial(consistency_value, settings=pass_settings(parts))),
+        program=jax.jit(partial(consistency_value, settings=assess_settings(parts))),
         make_request=partial(consistency_request, parts, section),
-        shapes=ConsistencyRequest(ending_shapes(parts, MAX_IDS), letters),
+        shapes=ConsistencyRequest(answer_scores.ending_shapes(parts, MAX_IDS), letters),
     )
 
 
@@ -79,7 +71,9 @@ def consistency_request(parts: Parts, section: ConsistencyConfig, scored: Scored
     endings = make_endings(parts, scored, replacements)
     offered = np.arange(len(LETTERS)) < np.array([[len(q.options)] for q in scored.questions])
     letters = np.where(offered, np.array(letter_tokens(parts.tokenizer)), -1).astype(np.int32)
-    return ConsistencyRequest(stack_endings(endings, MAX_IDS, parts.config.sample.max_new_tokens), letters)
+    return ConsistencyRequest(
+        answer_scores.stack_endings(endings, MAX_IDS, parts.config.sample.max_new_tokens), letters
+    )
 
 
 def consistency_value(
@@ -89,9 +83,11 @@ def consistency_value(
     rollout: Rollout,
     request: ConsistencyRequest,
     *,
-    settings: PassSettings,
+    settings: AssessSettings,
 ) -> Float32[Array, "Q G"]:
-    answers = append_endings(prompts, rollout.tokens, request.endings, rollout.tokens.shape[-1])
+    answers = answer_scores.append_endings(prompts, rollout.tokens, request.endings, rollout.tokens.shape[-1])
     with jax.named_scope("consistency"):
-        other = prefers_other_letter(lora.join(base, policy), answers, request.letters, settings)
+        other = answer_scores.prefers_other_letter(
+            lora.join(base, policy), answers, request.letters, settings
+        )
     return by_rows(other.astype(jnp.float32))

@@ -19,24 +19,18 @@ from jaxtyping import Bool, Float32
 from medrlvr_jax.build import Parts
 from medrlvr_jax.config.reward import LooksConfig
 from medrlvr_jax.model import lora, scoring
-from medrlvr_jax.model_rewards.answer_scores import (
-    AnswerRows,
-    PassSettings,
-    PolicyReward,
-    pass_settings,
-    reduce_logprobs,
-    row_shape,
-    score_answers,
-)
+from medrlvr_jax.model_rewards import answer_scores
+from medrlvr_jax.model_rewards.answer_scores import AnswerRows, PolicyReward
+from medrlvr_jax.rollout.assess import AssessSettings, assess_settings
 from medrlvr_jax.sharding import by_rows
 from medrlvr_jax.types import Array, Params, Prompts, Rollout
 
 
 def make_reward(parts: Parts, section: LooksConfig) -> PolicyReward:
     return PolicyReward(
-        program=jax.jit(partial(image_dependence, clip=section.clip, settings=pass_settings(parts))),
+        program=jax.jit(partial(image_dependence, clip=section.clip, settings=assess_settings(parts))),
         make_request=lambda scored: scored.verdicts.format_ok,
-        shapes=row_shape(parts, jnp.bool_),
+        shapes=answer_scores.row_shape(parts, jnp.bool_),
     )
 
 
@@ -48,14 +42,14 @@ def image_dependence(
     format_ok: Bool[Array, "Q G"],
     *,
     clip: float,
-    settings: PassSettings,
+    settings: AssessSettings,
 ) -> Float32[Array, "Q G"]:
     vision, mask = prompts.vision, rollout.mask
     assert vision is not None
     blank = prompts.with_vision(features=vision.blank, blank=None)
     rows = AnswerRows(scoring.Rows(blank, rollout.tokens, mask), mask)
     with jax.named_scope("looks"):
-        on_grey = score_answers(lora.join(base, policy), rows, "logmean", settings)
+        on_grey = answer_scores.score_answers(lora.join(base, policy), rows, "logmean", settings)
     logprobs = rollout.logprobs if rollout.policy_logprobs is None else rollout.policy_logprobs
-    gain = jnp.clip(reduce_logprobs(logprobs, mask, "logmean") - on_grey, -clip, clip)
+    gain = jnp.clip(answer_scores.reduce_logprobs(logprobs, mask, "logmean") - on_grey, -clip, clip)
     return by_rows(jnp.where(format_ok & (vision.slots >= 0).any(-1, keepdims=True), gain, 0.0))

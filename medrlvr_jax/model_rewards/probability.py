@@ -30,20 +30,12 @@ from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError
 from medrlvr_jax.host.processes import from_leader, gather
 from medrlvr_jax.model import lora
-from medrlvr_jax.model_rewards.answer_scores import (
-    EndingBatch,
-    PassSettings,
-    PolicyReward,
-    append_endings,
-    ending_shapes,
-    pass_settings,
-    row_shape,
-    score_answers,
-    stack_endings,
-)
+from medrlvr_jax.model_rewards import answer_scores
+from medrlvr_jax.model_rewards.answer_scores import EndingBatch, PolicyReward
 from medrlvr_jax.model_rewards.endings import Replacement, encode_endings, find_positions, make_endings
 from medrlvr_jax.rewards.components import list_components
 from medrlvr_jax.rewards.parse import WHITE
+from medrlvr_jax.rollout.assess import AssessSettings, assess_settings
 from medrlvr_jax.rollout.rollout import Encoded, Scored, before_response, place_prompts
 from medrlvr_jax.sharding import by_rows, fetch_rows, local_rows, place_rows
 from medrlvr_jax.types import Array, Leaf, Params, Prompts, Rollout, pytree
@@ -56,12 +48,12 @@ def make_reward(parts: Parts, section: ProbabilityConfig) -> PolicyReward:
     """Return the component. Its baseline, if it has one, is empty until `fill_baselines`."""
     baseline: dict[str, float] | None = {} if section.baseline else None
     return PolicyReward(
-        program=jax.jit(partial(probability_value, section=section, settings=pass_settings(parts))),
+        program=jax.jit(partial(probability_value, section=section, settings=assess_settings(parts))),
         make_request=partial(probability_request, parts, section, baseline),
         shapes=ProbabilityRequest(
-            ending_shapes(parts, section.max_tokens + LEAD),
-            row_shape(parts, jnp.float32),
-            row_shape(parts, jnp.bool_),
+            answer_scores.ending_shapes(parts, section.max_tokens + LEAD),
+            answer_scores.row_shape(parts, jnp.float32),
+            answer_scores.row_shape(parts, jnp.bool_),
         ),
         baseline=baseline,
     )
@@ -101,7 +93,9 @@ def probability_request(
     endings = [ending and ending._replace(ids=ending.ids[:width]) for ending in endings]
     levels = [0.0 if baseline is None else baseline[question_hash(q)] for q in scored.questions]
     room = answer_columns(section, parts.config.sample.max_new_tokens)
-    return ProbabilityRequest(stack_endings(endings, width, room), np.array(levels, np.float32), format_ok)
+    return ProbabilityRequest(
+        answer_scores.stack_endings(endings, width, room), np.array(levels, np.float32), format_ok
+    )
 
 
 def answer_columns(section: ProbabilityConfig, length: int) -> int:
@@ -120,12 +114,12 @@ def probability_value(
     request: ProbabilityRequest,
     *,
     section: ProbabilityConfig,
-    settings: PassSettings,
+    settings: AssessSettings,
 ) -> Float32[Array, "Q G"]:
     columns = answer_columns(section, rollout.tokens.shape[-1])
-    answers = append_endings(prompts, rollout.tokens, request.endings, columns)
+    answers = answer_scores.append_endings(prompts, rollout.tokens, request.endings, columns)
     with jax.named_scope("probability"):
-        score = score_answers(lora.join(base, policy), answers, section.score, settings)
+        score = answer_scores.score_answers(lora.join(base, policy), answers, section.score, settings)
     gain = jnp.where(request.endings.size > 0, jnp.maximum(score - request.baseline, 0.0), 0.0)
     return by_rows((1 - section.format) * gain + section.format * request.format_ok)
 
@@ -173,7 +167,7 @@ def start_scores(
     progress: Callable[[int, int], None],
 ) -> dict[str, float]:
     """Return the score of each question's right answer right behind its prompt, by `question_hash`."""
-    mesh, questions, settings = parts.mesh, encoded.questions, pass_settings(parts)
+    mesh, questions, settings = parts.mesh, encoded.questions, assess_settings(parts)
     size, n, width = parts.config.sample.questions, len(questions), section.max_tokens + LEAD
     encoded = before_response(parts, encoded)
     answers = [Replacement(0, *right_answer(q, section)) for q in questions]
@@ -182,14 +176,14 @@ def start_scores(
 
     def score(base: Params, policy: Params, prompts: Prompts, endings: EndingBatch) -> Float32[Array, "Q 1"]:
         blank = jnp.zeros((size, 1, 1), jnp.int32)
-        answers = append_endings(prompts, blank, endings, width)
-        return by_rows(score_answers(lora.join(base, policy), answers, section.score, settings))
+        answers = answer_scores.append_endings(prompts, blank, endings, width)
+        return by_rows(answer_scores.score_answers(lora.join(base, policy), answers, section.score, settings))
 
     program, out = jax.jit(score), {}
     for first in range(0, n, size):
         index = np.resize(np.arange(first, min(first + size, n)), size)
         local, counted = local_rows(size, mesh)
-        endings = stack_endings([rows[i] for i in index[local]], width, width)
+        endings = answer_scores.stack_endings([rows[i] for i in index[local]], width, width)
         placed = place_rows(jax.tree.map(lambda x: x[:, None], endings), size, mesh)
         prompts = place_prompts(lora.join(*start), parts, encoded, index)
         scores = fetch_rows(program(*start, prompts, placed), mesh)[counted]

@@ -67,6 +67,11 @@ class Component:
     def on_device(self) -> bool:
         return isinstance(self.settings, NEED_POLICY)
 
+    @property
+    def is_pure(self) -> bool:
+        """Whether the values depend on the graded completion alone (`compute_values`)."""
+        return self.settings is not None and not isinstance(self.settings, (*NEED_FUNCTION, *NEED_POLICY))
+
 
 def list_components(config: RewardConfig) -> tuple[Component, ...]:
     """Return the components of the reward in their order. Those in `NEED_FUNCTION` have no function yet."""

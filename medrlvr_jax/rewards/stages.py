@@ -1,20 +1,21 @@
-"""The six stages that the paper saw its policy pass (arXiv 2502.19655), told from a completion's text alone.
-Every number is here.
+"""Classify completions by the six stages of training in the paper (arXiv 2502.19655), from their text alone.
 
-    format_failure         no place that the lenient rule `paper` accepts
-    step_by_step_exploit   more than BEFORE words stand before <think>: the reasoning was moved there (15
-                           words: arXiv 2509.15557)
-    direct_answer_hacker   at most CONTENT words of meaning are left of the thought once statements of the
-                           answer are taken out
-    verbose_formatter      the thought has over LONG words, or more than BEFORE words follow </answer>, or
-                           over half of its 4-grams repeat
-    reintegrated_reasoning at least two clauses in the thought, and as many signs of inference as SIGNS asks
-    concise_structurer     what is left: the tags are right, and the thought is short and asserts rather than
-                           infers
+The rules are tried in this order:
 
-They are tried in this order. A text cannot tell when in a run it was written: stages 3 and 6 differ here by
-whether the thought infers. `tests/test_stages.py` holds them to completions labelled by hand and has their
-precision and recall; the last two are the hardest to tell.
+    format_failure         The lenient format `paper` fails.
+    step_by_step_exploit   More than MAX_OUTSIDE words stand before <think>: the reasoning has moved there (15
+                           words: arXiv 2509.15557).
+    direct_answer_hacker   At most MAX_CONTENT content words are left of the thought without statements of
+                           the answer.
+    verbose_formatter      The thought has more than MAX_THOUGHT words, or more than MAX_OUTSIDE words follow
+                           </answer>, or over half of the thought's 4-grams are repeated.
+    reintegrated_reasoning The thought has at least two clauses and a sign of inference.
+    concise_structurer     All others: the tags are right, and the thought is short and asserts without
+                           inference.
+
+The paper's stages also differ by when in a run they occur. A text does not show that, so stages 3 and 6
+differ here by inference alone. tests/test_stages.py compares the rules with completions labelled by hand, and
+has their precision and recall. The last two stages are the hardest to separate.
 """
 
 import re
@@ -29,7 +30,7 @@ STAGES = (
     "reintegrated_reasoning",
 )
 HACKS = STAGES[3:5]
-BEFORE, CONTENT, LONG, SIGNS = 15, 2, 150, 1
+MAX_OUTSIDE, MAX_CONTENT, MAX_THOUGHT = 15, 2, 150  # words
 
 PLACE = re.compile(r"</think>[ \t\n\v\f\r]*<answer>[ \t\n\v\f\r]*[A-J][ \t\n\v\f\r]*</answer>")
 TAGS = re.compile(r"</?(?:think|answer)>")
@@ -45,7 +46,7 @@ STATEMENT = re.compile(
     rf"|(?i:\b(?:it|this|that) is (?:option )?){LETTER}"
     rf"|(?<!\w){LETTER}(?! [a-z])"  # but "A swollen leg"
 )
-SIGN = re.compile(  # of inference: grounds, consequences, what would be otherwise, what is ruled out
+SIGN = re.compile(  # of inference: reasons, consequences, conditions, exclusions
     r"[-=]>|→|\b(?:because|since|given|as (?:the|she|he|it|they)|therefore|thus|hence|so(?! far| "
     r"called)|consequently|accordingly"
     r"|suggest\w*|indicat\w*|impl(?:y|ies)|point\w* to|consistent with|rule[sd]? (?:\w+ "
@@ -57,7 +58,7 @@ SIGN = re.compile(  # of inference: grounds, consequences, what would be otherwi
     re.I,
 )
 
-# Words that say nothing of the case: the grammar's own, and talk about answering.
+# Words without content about the case: function words, and words about answering.
 FILLER = frozenset(
     """a an the this that these those it its i me my we us our you your he she they one first second third
     fourth last is are was be been am will would should must can could may might do does did have has had let
@@ -73,28 +74,29 @@ FILLER = frozenset(
 
 
 def stage(completion: str, formatted: bool, options: Sequence[str] = ()) -> str:
-    """The stage of one completion; `formatted` is the rule `paper`'s verdict. The options' own texts count as
-    statements of the answer.
+    """Return the stage of one completion. `formatted` says whether it has the format `paper`.
+
+    The texts of the options count as statements of the answer.
     """
     if not formatted:
         return "format_failure"
     opened = completion.index("<think>") + len("<think>")
     place = PLACE.search(completion, opened + 1)
-    assert place is not None, "the rule found a place"
+    assert place is not None, "a completion in the format `paper` has an answer"
     before, thought, after = (
         completion[: opened - len("<think>")],
         completion[opened : place.start()],
         completion[place.end() :],
     )
-    if words(before) > BEFORE:
+    if words(before) > MAX_OUTSIDE:
         return "step_by_step_exploit"
     thought = TAGS.sub(" ", thought)
-    if sum(w.lower() not in FILLER for w in WORD.findall(without_answers(thought, options))) <= CONTENT:
+    if sum(w.lower() not in FILLER for w in WORD.findall(without_answers(thought, options))) <= MAX_CONTENT:
         return "direct_answer_hacker"
-    if words(thought) > LONG or words(after) > BEFORE or repetition(thought) > 0.5:
+    if words(thought) > MAX_THOUGHT or words(after) > MAX_OUTSIDE or repetition(thought) > 0.5:
         return "verbose_formatter"
     clauses = [c for c in CLAUSE.split(thought) if words(c) >= 2]
-    infers = len(clauses) >= 2 and len(SIGN.findall(thought)) >= SIGNS
+    infers = len(clauses) >= 2 and SIGN.search(thought) is not None
     return "reintegrated_reasoning" if infers else "concise_structurer"
 
 
@@ -103,14 +105,16 @@ def words(text: str) -> int:
 
 
 def without_answers(thought: str, options: Sequence[str]) -> str:
-    """The thought without statements of an answer and without the options' own texts."""
+    """Return the thought without statements of an answer and without the options' texts."""
     for option in sorted(options, key=len, reverse=True):
         thought = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", " ", thought, flags=re.I)
     return STATEMENT.sub(" ", thought)
 
 
 def repetition(text: str) -> float:
-    """Share of 4-grams of words that stood before; 0 for texts of under 24 words, where it says little."""
-    tokens = [w.lower() for w in WORD.findall(text) if not w.isdigit()]  # a list's numbers make no line new
+    """Return the share of repeated 4-grams of words; 0 for texts of under 24 words, where it means little."""
+    tokens = [
+        w.lower() for w in WORD.findall(text) if not w.isdigit()
+    ]  # the numbers of a list differ in each line
     grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
     return 1 - len(set(grams)) / len(grams) if len(tokens) >= 24 else 0.0

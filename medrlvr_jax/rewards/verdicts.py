@@ -16,14 +16,7 @@ from jaxtyping import Bool, Float32, Float64, UInt
 
 from medrlvr_jax.config.reward import ProcessConfig, RewardConfig
 from medrlvr_jax.data.question import LETTERS, DataError, Question
-from medrlvr_jax.rewards.components import (
-    NEED_FUNCTION,
-    NEED_POLICY,
-    Component,
-    compute_values,
-    list_components,
-    rule_section,
-)
+from medrlvr_jax.rewards.components import Component, compute_values, list_components, rule_section
 from medrlvr_jax.rewards.facts import FactMatcher
 from medrlvr_jax.rewards.graders import TokenCounts, parse_and_grade
 
@@ -92,12 +85,11 @@ def evaluation_components(config: RewardConfig, questions: Sequence[Question] = 
     """
     out = []
     for component in list_components(config):
-        settings = component.settings
-        if isinstance(settings, ProcessConfig) and questions:
-            function = FactMatcher(questions, settings, component.name)
-            out.append(dataclasses.replace(component, function=function))
-        elif not isinstance(settings, (*NEED_FUNCTION, *NEED_POLICY)):
+        if component.is_pure:
             out.append(component)
+        elif isinstance(component.settings, ProcessConfig) and questions:
+            function = FactMatcher(questions, component.settings, component.name)
+            out.append(dataclasses.replace(component, function=function))
     if all(component.penalty for component in out):
         out.insert(0, Component("rule", 1.0, settings=rule_section(config)))
     return tuple(out)

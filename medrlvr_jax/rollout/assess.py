@@ -23,26 +23,25 @@ class AssessSettings:
     critic_cfg: DecoderConfig
     temperature: float
     slab: int  # tokens; see `scoring.token_logprobs`
-    sizes: tuple[int, ...]  # tokens of a row; see `scoring.at_row_size`
+    shares: tuple[float, ...]  # see `scoring.row_sizes`
     micro: int  # questions per forward pass
 
 
 def assess_settings(parts: Parts) -> AssessSettings:
     """Return the settings of a training step."""
     c = parts.config
-    sizes = scoring.row_sizes(c.learn.row_sizes, c.sample.samples, c.sample.max_new_tokens)
-    q, micro = c.sample.questions, c.learn.microbatch or c.learn.minibatch
+    q, micro, shares = c.sample.questions, c.learn.microbatch or c.learn.minibatch, c.learn.row_sizes
     micro = max(micro * k for k in range(1, 5) if q % (micro * k) == 0)  # without gradients, more fit
-    return AssessSettings(parts.cfg, parts.critic_cfg, c.sample.temperature, c.model.logit_slab, sizes, micro)
+    return AssessSettings(
+        parts.cfg, parts.critic_cfg, c.sample.temperature, c.model.logit_slab, shares, micro
+    )
 
 
 def assess_alone(policy: Params, parts: Parts, prompts: Prompts, rollout: Rollout) -> Assessment:
     """Assess any responses by the policy alone, at temperature 1."""
-    c, (questions, samples, length) = parts.config, rollout.tokens.shape
+    c, questions = parts.config, len(rollout.tokens)
     micro = math.gcd(questions, c.learn.microbatch or c.learn.minibatch)
-    settings = AssessSettings(
-        parts.cfg, parts.critic_cfg, 1.0, c.model.logit_slab, (samples * length,), micro
-    )
+    settings = AssessSettings(parts.cfg, parts.critic_cfg, 1.0, c.model.logit_slab, (), micro)
     return assess(Frozen({}, None), policy, None, prompts, rollout, settings)
 
 
@@ -86,7 +85,9 @@ def assess(
                 values = values_at(rows, critic, size)
         return Assessment(logprobs, entropy, ref_logprobs, values)
 
+    sizes = scoring.row_sizes(settings.shares, *rollout.mask.shape[1:])
+
     def part(rows: scoring.Rows) -> Assessment:
-        return scoring.at_row_size(rows.mask, settings.sizes, partial(at, rows))
+        return scoring.at_row_size(rows.mask, sizes, partial(at, rows))
 
     return map_rows(part, scoring.Rows(prompts, rollout.tokens, rollout.mask), settings.micro)
