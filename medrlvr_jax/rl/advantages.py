@@ -176,17 +176,12 @@ def compute(
     mask is False; and statistics.
 
     rewards [Q, G] float, mask [Q, G, R]; components: the summands of the rewards, for gdpo. Without the
-    assessment's ref_logprobs there is no penalty, without its values no critic. The statistics are scalars
-    over the responses that are learned from, which are those with a token in the mask:
+    assessment's ref_logprobs there is no penalty, without its values no critic.
 
-    reward, reward_std             before clipping
-    reward_clipped                 share of rewards that clipping changes
-    equal_groups                   share of questions whose samples all have the same clipped reward (gdpo:
-                                   the same components)
-    no_contrast                    1 if no two rewards differ that the estimator compares: those of one
-                                   question, or else of the whole step
-    kl_penalty                     mean penalty of a response
-    advantage_mean, advantage_std  over tokens, before whitening
+    The statistics, which runs/metrics.py describes, are scalars over the responses that are learned from:
+    those with a token in the mask. `reward` and `reward_std` are of rewards before clipping, `equal_groups`
+    and `no_contrast` after it (gdpo: of each component). `no_contrast` is about the rewards that the
+    estimator compares: those of a question, or else of the step. `advantage_…` are before whitening.
     """
     logprobs, ref_logprobs, values = assessment.logprobs, assessment.ref_logprobs, assessment.values
     clipped = jnp.clip(rewards, -config.reward_clip, config.reward_clip)

@@ -102,14 +102,9 @@ def policy_loss(
     logprobs, entropy [Q, G, R]: of the policy that learns; only they have gradients. The KL term needs
     `kl.into: loss` and a reference. If the experience has `sampler_weights`, which are min(π_old / π_sampler,
     cap) for rollouts drawn from other weights (truncated importance sampling, Ionides 2008), they multiply
-    the surrogate, but neither the KL term nor the entropy bonus. Metrics:
-
-    surrogate, ratio, sampler_weight   means
-    ratio_far            share of tokens with ρ outside [0.9, 1.1]
-    clip_low, clip_high  shares of tokens whose gradient a bound removes (CISPO: whose ratio it caps)
-    approx_kl            k3 estimate of KL(π_old ‖ π)
-    kl_ref               by `kl.estimator`, if there is a reference
-    entropy              nats per token
+    the surrogate, but neither the KL term nor the entropy bonus. runs/metrics.py describes the metrics, with
+    the prefix `policy/`. `clip_low` and `clip_high` count tokens whose gradient a bound removes, or whose
+    ratio it caps (CISPO).
     """
     mask = experience.mask
     # Padding becomes 0 before any arithmetic: a NaN that is masked afterwards would reach the gradient as
