@@ -5,6 +5,7 @@ The kernel computes scores block by block in both passes, and skips blocks that 
 is none for GPU: cuDNN's kernel takes this mask only as a bias, an array as large as all scores.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from math import gcd
 
@@ -21,30 +22,30 @@ from medrlvr_jax.types import Array
 BLOCKS = (512, 256, 128)
 
 
+@dataclass(frozen=True)
 class Shared(kernels.Mask):
     """The mask of `attention.plain` without padding. It is made block by block: it may have gigabytes."""
 
-    def __init__(self, size: int, width: int, length: int, window: int | None = None):
-        self.shape_, self.width, self.length, self.window = (size, size), width, length, window
+    size: int  # of the row, filled up to whole blocks
+    width: int  # of the prompt
+    length: int  # of a response
+    window: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.shape_
+        return self.size, self.size
 
     def __getitem__(self, index) -> np.ndarray:
-        at, of = (np.arange(self.shape_[0])[part] for part in index)
-        same = (at[:, None] - self.width) // self.length == (of[None, :] - self.width) // self.length
-        mask = (of[None, :] <= at[:, None]) & (same | (of[None, :] < self.width))
+        query, key = (np.arange(self.size)[part] for part in index)
+        of_query, of_key = ((x - self.width) // self.length for x in (query, key))
+        key_in_prompt = key[None, :] < self.width
+        mask = (key[None, :] <= query[:, None]) & ((of_query[:, None] == of_key[None, :]) | key_in_prompt)
         if self.window is None:
             return mask
-        before, after = (np.minimum(x, self.width + (x - self.width) % self.length) for x in (of, at))
-        return mask & (after[:, None] - before[None, :] < self.window)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Shared) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash((self.shape_, self.width, self.length, self.window))
+        position, key_position = (
+            np.minimum(x, self.width + (x - self.width) % self.length) for x in (query, key)
+        )
+        return mask & (position[:, None] - key_position[None, :] < self.window)
 
 
 def tiles(width: int, groups: int, length: int) -> tuple[int, int]:

@@ -1,11 +1,11 @@
 """The vision towers of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL (arXiv
-2511.21631): pixels to image tokens.
+2511.21631): from pixels to image tokens.
 
-An image is cut into patches, and each square of merge × merge patches becomes one image token. The images of
-a question lie in *windows* of 8 × 8 patches, one after another, so that every shape is static: Q questions, W
-windows, S = 64 slots of a window, of which those at an image's edge may be empty. Qwen2.5-VL attends within a
-window in most layers and within the image in a few, the others within the image in all. No patch ever sees
-another image.
+An image is split into patches, and each square of merge × merge patches becomes one image token. The images
+of a question are stored as *windows* of 8 × 8 patches, one after another, so that all shapes are static: Q
+questions, W windows, S = 64 slots of a window. Slots beyond an image's edge are empty. Qwen2.5-VL attends
+within a window in most layers and within the image in a few. The other towers attend within the image in all
+layers. No patch attends to another image.
 
 data/patches.py makes `Images` on the host; the decoder reads the features in place of its embedding.
 """
@@ -34,16 +34,16 @@ from medrlvr_jax.types import Array, Images, Params
 
 EPS = 1e-6  # of all norms of the towers
 ACTIVATIONS = {"qwen2_vl": "quick_gelu", "qwen2_5_vl": "silu", "qwen3_vl": "gelu_pytorch_tanh"}
-# How images are scaled without a preprocessor_config.json, where `VisionConfig`'s defaults are not it.
+# How images are scaled without a preprocessor_config.json, where it differs from `VisionConfig`'s defaults.
 HALF = (0.5, 0.5, 0.5)
 PIXELS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"mean": HALF, "std": HALF, "min_pixels": 2**16, "max_pixels": 2**24}
 }
-SCORES = 2**28  # attention scores of whole images that a device holds at a time: 1 GiB of float32
+SCORES = 2**28  # the most attention scores of whole images that a device computes at a time: 1 GiB of float32
 
 
 def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
-    """The tower of a directory whose config.json holds `config`."""
+    """Read the vision tower's settings. `config` is the content of `folder`/config.json."""
     file, kind, settings = folder / "config.json", config["model_type"], config.get("vision_config") or {}
 
     def need(key: str, where: Mapping[str, Any] = settings, section: str = "vision_config.") -> Any:
@@ -89,7 +89,7 @@ def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
 
 
 def _read_preprocessor(file: Path, patch: int, merge: int) -> dict[str, Any]:
-    """How the model's images are scaled, by preprocessor_config.json; the published values without one."""
+    """Read how images are scaled. Without the file, return nothing."""
     if not file.is_file():
         return {}
     settings = json.loads(file.read_text(encoding="utf-8"))
@@ -97,7 +97,7 @@ def _read_preprocessor(file: Path, patch: int, merge: int) -> dict[str, Any]:
     fixed = {"patch_size": patch, "merge_size": merge, "do_resize": True, "do_normalize": True, "resample": 3}
     for key, value in fixed.items():
         if settings.get(key, value) != value:
-            raise ConfigError(f"{file}: {key}: {settings[key]!r}: images are prepared with {value!r} alone")
+            raise ConfigError(f"{file}: {key}: {settings[key]!r}: images are prepared only with {value!r}")
     given = {
         "mean": settings.get("image_mean"),
         "std": settings.get("image_std"),
@@ -111,8 +111,8 @@ def _read_preprocessor(file: Path, patch: int, merge: int) -> dict[str, Any]:
 
 
 def normalize(pixels: Array, cfg: VisionConfig, xp: Any = jnp) -> Float32[Array, "*N D"]:
-    """Patches [..., 3 · patch²] of 0 to 255 as float32 with the mean and deviation that the model was made
-    for. With `xp` numpy it equals transformers' processor bit for bit.
+    """Normalise patches [..., 3 · patch²] of values in [0, 255] to the mean and deviation of the model. With
+    `xp` numpy, the result equals that of transformers' processor bit by bit.
     """
     repeat = lambda values: np.repeat(np.array(values, np.float32), cfg.patch**2)
     scaled = pixels.astype(xp.float32) / xp.float32(255)
@@ -120,14 +120,14 @@ def normalize(pixels: Array, cfg: VisionConfig, xp: Any = jnp) -> Float32[Array,
 
 
 def _linear(x: Array, layer: Params, name: str, dtype: Any) -> Float32[Array, "*N out"]:
-    """x by a matrix whose input axes are flattened, plus its bias; the sum is float32."""
+    """Return x·W + bias in float32. The input axes of W are flattened."""
     matrix: Array = gather(layer[name].astype(dtype), tuple(TOWER[name].axes.split()))
     y = jnp.matmul(x.astype(dtype), matrix.reshape(x.shape[-1], -1), preferred_element_type=jnp.float32)
     return y + layer[f"{name}_bias"].astype(jnp.float32).reshape(-1)
 
 
 def _norm_of(x: Array, layer: Params, name: str, cfg: VisionConfig, dtype: Any) -> Array:
-    """RMSNorm (Qwen2.5-VL) or LayerNorm, in float32."""
+    """Apply RMSNorm (Qwen2.5-VL) or LayerNorm in float32."""
     if cfg.kind == "qwen2_5_vl":
         return rms_norm(x, layer[name], EPS, dtype)
     centred = x - x.mean(-1, keepdims=True)
@@ -138,7 +138,7 @@ def _norm_of(x: Array, layer: Params, name: str, cfg: VisionConfig, dtype: Any) 
 def attend(
     q: Float[Array, "*B N H D"], k: Array, v: Array, owners: Int[Array, "*B N"]
 ) -> Float32[Array, "*B N H D"]:
-    """Attention in both directions among the patches of one image; empty slots see one another alone."""
+    """Compute bidirectional attention between patches with the same owner: an image, or −1 (empty slots)."""
     q, k, v = (y.swapaxes(-2, -3) for y in (q, k, v))
     same = (owners[..., :, None] == owners[..., None, :])[..., None, :, :]
     (weights,), total = attention.exp_weights([(attention.products(q, k), same)])
@@ -154,7 +154,7 @@ def _block(
     full: bool,
     dtype: Any,
 ) -> Float32[Array, "Q W S E"]:
-    """One layer; `full`: it attends within the image, not within the window."""
+    """Run one layer. With `full` it attends within the image, else within the window."""
     y = _linear(_norm_of(x, layer, "attn_norm", cfg, dtype), layer, "qkv", dtype)
     q, k, v = jnp.moveaxis(y.reshape(*y.shape[:-1], 3, cfg.heads, cfg.head_dim), -3, 0)
     q, k, v = (y.astype(dtype) for y in (rotate(q, rope) * cfg.head_dim**-0.5, rotate(k, rope), v))
@@ -171,8 +171,8 @@ def _block(
 
 
 def learned_positions(table: Array, slots: Int[Array, "*N 5"]) -> Float32[Array, "*N E"]:
-    """What Qwen3-VL adds to each patch: its square table of positions [side², E], stretched over the image so
-    that the corners meet, between the four nearest entries.
+    """Return Qwen3-VL's position embedding of each patch: its square table [side², E], interpolated
+    bilinearly, with the corners of table and image aligned.
     """
     side = math.isqrt(len(table))
     at = slots[..., 1:3] * jnp.float32(side - 1) / jnp.maximum(slots[..., 3:] - 1, 1)
@@ -186,8 +186,8 @@ def learned_positions(table: Array, slots: Int[Array, "*N 5"]) -> Float32[Array,
 
 
 def _merge(x: Float[Array, "Q W S E"], params: Params, name: str, cfg: VisionConfig, dtype: Any) -> Array:
-    """Each square of patches as one image token [Q, T, out], by a merger's two matrices. Its norm is of the
-    patches; that of Qwen3-VL's further mergers, of the squares.
+    """Merge each square of patches to one image token [Q, T, out]. The norm is applied to patches, or, in
+    Qwen3-VL's further mergers (`deep`), to squares.
     """
     squares = lambda y: y.reshape(len(y), -1, cfg.merge**2 * cfg.embed)
     x = squares(x) if name == "deep" else x
@@ -196,17 +196,17 @@ def _merge(x: Float[Array, "Q W S E"], params: Params, name: str, cfg: VisionCon
     return _linear(y, params, f"{name}_out", dtype).astype(dtype)
 
 
-def _cut(tree: Any, index: Any) -> Any:
+def _index(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda p: p[index], tree)
 
 
-def _through(
+def _scan_layers(
     block: Callable[[Array, Params, bool], Array], x: Array, layers: Params, full: Bool[np.ndarray, " L"]
 ) -> Array:
-    """`block` over stacked layers; `full`: which attend within the image.
+    """Apply `block` to stacked layers. `full` marks those that attend within the image.
 
-    What the layers repeat is scanned, and in it each run of equal ones: of 7 in windows and 1 in the image, 4
-    times, two layers are compiled.
+    If the pattern of layers has a period, the periods are scanned, and within them each run of equal layers.
+    So for 4 times 7 windowed layers and 1 full layer, two layers are compiled.
     """
 
     def scan(x: Array, layers: Params, flag: bool) -> Array:
@@ -221,14 +221,14 @@ def _through(
 
     def repeat(x: Array, layers: Params) -> tuple[Array, None]:
         for begin, end in pairwise(ends):
-            x = scan(x, _cut(layers, slice(begin, end)), bool(full[begin]))
+            x = scan(x, _index(layers, slice(begin, end)), bool(full[begin]))
         return x, None
 
     return jax.lax.scan(repeat, x, jax.tree.map(lambda p: p.reshape(-1, period, *p.shape[1:]), layers))[0]
 
 
 def see(params: Params, cfg: DecoderConfig, images: Images) -> Float[Array, "Q T F"]:
-    """What the tower of a model's parameters sees: the image tokens by slot, some questions at a time."""
+    """Compute the image tokens of a batch by the tower in `params`, some questions at a time."""
     vision, (n, windows) = cfg.vision, images.pixels.shape[:2]
     assert vision is not None
     ways = batch_ways(n)
@@ -240,13 +240,11 @@ def see(params: Params, cfg: DecoderConfig, images: Images) -> Float[Array, "Q T
 
 
 def tower(params: Params, cfg: VisionConfig, images: Images, dtype: Any) -> Float[Array, "Q T F"]:
-    """Image tokens of all windows, T = W · S / merge², in the order of the slots, as `dtype`; F is
-    `cfg.features`.
-
-    Those of empty slots are finite and mean nothing.
+    """Compute the image tokens of all windows, T = W · S / merge², in the order of the slots, as `dtype`.
+    F is `cfg.features`. Tokens of empty slots are finite and have no meaning.
     """
     owners, places = images.slots[..., 0], images.slots[..., 1:3]
-    weight = params["patch"].sum(1).reshape(-1, cfg.embed)  # over frames: a still image's are equal
+    weight = params["patch"].sum(1).reshape(-1, cfg.embed)  # over the frames, which are equal
     x = jnp.matmul(
         normalize(images.pixels, cfg).astype(dtype), weight.astype(dtype), preferred_element_type=jnp.float32
     )
@@ -264,7 +262,7 @@ def tower(params: Params, cfg: VisionConfig, images: Images, dtype: Any) -> Floa
     x, features = constrain(x, "batch", None, None, None), []
     ends = [0, *(layer + 1 for layer in cfg.deepstack), cfg.layers]
     for number, (begin, end) in enumerate(pairwise(ends)):
-        x = _through(block, x, _cut(params["layers"], slice(begin, end)), full[begin:end])
+        x = _scan_layers(block, x, _index(params["layers"], slice(begin, end)), full[begin:end])
         if number < len(cfg.deepstack):
-            features.append(_merge(x, _cut(params["deepstack"], number), "deep", cfg, dtype))
+            features.append(_merge(x, _index(params["deepstack"], number), "deep", cfg, dtype))
     return jnp.concatenate([_merge(x, params, "merge", cfg, dtype), *features], axis=-1)
