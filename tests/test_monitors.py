@@ -181,7 +181,7 @@ def test_constant_rewards_are_counted_and_stop_a_run(folder, capsys):  # noqa: F
     assert main("train", path) == 1  # a model of random weights never finds the form
     told = capsys.readouterr().err
     assert "nothing was learned from the rewards in 2 steps in a row; all rewards were -1: look at" in told
-    assert "log.stop_constant=0 goes on" in told and "Step 2 is saved" in told
+    assert "log.stop_constant=0 never stops" in told and "Step 2 is saved" in told
     assert told.count("NOTHING IS LEARNED FROM THE REWARDS, for 1 step now: all rewards were -1;") == 1
     assert "for 2 steps now" not in told and "row 0: " in told
     metrics = lines(folder / "runs/constant/metrics.jsonl")
