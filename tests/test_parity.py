@@ -17,7 +17,7 @@ from make_parity import FAMILIES, GOLDEN, NEW, case, reference, weights, write
 
 from medrlvr_jax import sharding
 from medrlvr_jax.config.schema import MeshConfig
-from medrlvr_jax.model import decoder, scoring, spec
+from medrlvr_jax.model import decoder, export, scoring, spec
 from medrlvr_jax.model import weights as hf
 from medrlvr_jax.model.architecture import DecoderConfig, RopeScaling, Window
 from medrlvr_jax.model.families import read_config
@@ -116,6 +116,24 @@ def test_as_transformers_is(family, ours, directory, record_property):
     record_property("max_abs_difference", float(np.abs(ours(family)["logits"] - theirs["logits"]).max()))
     np.testing.assert_allclose(ours(family)["logits"], theirs["logits"], rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(ours(family)["greedy"], theirs["greedy"])
+
+
+@pytest.mark.parametrize("family", ["qwen2_untied", "gemma3"])
+def test_gradients_are_those_of_transformers(family, directory):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    cfg, tokens = read_config(directory(family)), np.arange(1, 20)[None]
+    weight = np.random.default_rng(0).normal(size=(1, 19, cfg.vocab)).astype(np.float32)
+    prompts = Prompts(tokens, tokens > 0, np.zeros(1, np.uint32))
+    total = lambda p: (decoder.logits(p, cfg, decoder.forward(p, cfg, prompts)[0]) * weight).sum()
+    ours = flatten_dict(jax.jit(jax.grad(total))(load(directory(family), cfg)))
+    model = AutoModelForCausalLM.from_pretrained(directory(family), dtype=torch.float32)
+    (model(torch.tensor(tokens)).logits * torch.tensor(weight)).sum().backward()
+    for name, source in hf.sources(cfg).items():
+        theirs = model.get_parameter(name).grad.numpy()
+        found = export._gather(ours, source, np.dtype(np.float32))
+        np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max(), err_msg=name)
 
 
 def test_every_norm_and_bias_matters(directory):
