@@ -85,6 +85,18 @@ def test_curves_draw_short_and_long_runs(runs, names):
     assert "matplotlib.pyplot" not in sys.modules
 
 
+def test_evaluations_above_the_curve_are_within_the_axis(tmp_path, monkeypatch):
+    counts = {"eval.dev.n": 50, "eval.dev.correct": 40, "eval.dev.format_ok": 50}
+    files.append(
+        tmp_path / "metrics.jsonl", [{"step": 1, "accuracy": 0.3}, {"step": 2, "accuracy": 0.3} | counts]
+    )
+    figures = []
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    pictures.curves([tmp_path], tmp_path / "curves.png")
+    bottom, top = figures[0].axes[1].get_ylim()
+    assert bottom == 0 and top > 0.88  # the upper end of the interval of 40 of 50
+
+
 def test_curves_name_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match=r"no metrics\.jsonl there"):
         pictures.curves([tmp_path], tmp_path / "curves.png")

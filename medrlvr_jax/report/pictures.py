@@ -58,6 +58,8 @@ def curves(run_dirs: Sequence[Path | str], out_png: Path | str) -> None:
                 axis.text(0.5, 0.5, "not recorded", color="#888888", **center)
             if panel.key == "accuracy":
                 legend += _evaluations(axis, list(runs.values()))
+            if panel.share:
+                axis.set_ylim(bottom=0.0)  # the last call, because it stops the scaling to new values
         for axis in figure.axes[3:]:
             axis.set_xlabel("step")
         if legend:
@@ -84,7 +86,6 @@ def draw_panel(axis: Axes, panel: Panel, runs: Sequence[tuple[int, Columns]]) ->
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if panel.share:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.set_ylim(bottom=0.0)
     return drawn
 
 
