@@ -55,7 +55,7 @@ FAMILIES = {
         "num_key_value_heads": 1,
         "tie_word_embeddings": True,
     },
-    # Layers 0 and 2 see three tokens, fewer than a prompt or a response has; layer 1 sees all.
+    # Layers 0 and 2 have windows of three tokens, shorter than a prompt or a response. Layer 1 has none.
     "gemma3": BASE
     | {
         "model_type": "gemma3_text",
@@ -124,7 +124,7 @@ def weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
 
     def centre(name):
-        """Gemma's norms multiply by 1 + weight; large ones at its layers' ends outweigh the embedding."""
+        """Gemma's norms multiply by 1 + weight. Without large post-norms its embedding would dominate."""
         if "norm" not in name or c["model_type"] != "gemma3_text":
             return float("norm" in name)
         return 3.0 if "post_" in name else 0.0

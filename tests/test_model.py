@@ -17,7 +17,7 @@ from medrlvr_jax.rollout import decode
 from medrlvr_jax.types import Prompts
 
 CFG = small(vocab=97, qkv_bias=True)
-WINDOWED = dataclasses.replace(CFG, window=Window(3, (1,), 50.0))  # fewer tokens than a prompt or a response
+WINDOWED = dataclasses.replace(CFG, window=Window(3, (1,), 50.0))  # shorter than a prompt or a response
 BOTH = pytest.mark.parametrize("cfg", [CFG, WINDOWED], ids=["full", "window"])
 Q, P, G, R = 3, 7, 2, 5
 
@@ -131,9 +131,7 @@ def test_remat_changes_no_gradient(params, batch):
 
 
 def test_a_windowed_layer_sees_its_window(params, batch):
-    """A prompt of 7 tokens and 5 of a response: what lies 3 columns back does not reach the one windowed layer,
-    and in two layers what lies 5 columns back.
-    """
+    """Two layers with windows of 3 tokens connect a state to the 4 tokens before it, and to no others."""
     prompts, tokens = batch
     cfg = dataclasses.replace(CFG, window=Window(3, (0, 1), 50.0))
     before = scoring.hidden_states(params, cfg, prompts, tokens)[0]
