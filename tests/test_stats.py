@@ -78,6 +78,11 @@ def test_boundary_by_hand():
     trained = np.array([[1, 1], [0, 0], [1, 1], [0, 0], [1, 1]], bool)
     b = stats.boundary(base, trained)
     assert [b[k] for k in ("preserved", "gained", "lost", "never")] == [2, 1, 1, 1]
+    assert b["srr"] == pytest.approx(2 / 3) and b["ndr"] == pytest.approx(1 / 3)
+    assert b["sds"] == pytest.approx(2 * (2 / 9) / 1) and b["nscr"] == 0
+    assert b["efficiency_gap"] == pytest.approx(3 / 5 - 6 / 10)
+    unsolved = stats.boundary(base[3:4], trained[3:4])
+    assert unsolved["srr"] is None and unsolved["sds"] is None and unsolved["nscr"] is None
 
 
 def test_clustered_interval_is_wider_than_that_of_independent_samples():

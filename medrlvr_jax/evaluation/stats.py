@@ -256,14 +256,24 @@ def consistency(
     return agree == k * (k - 1), agree / (k * (k - 1))
 
 
-def boundary(base: Bool[np.ndarray, "n k"], trained: Bool[np.ndarray, "n k"]) -> dict[str, int]:
-    """Return how many questions at least one of k samples solves: of both models, of one alone, of neither.
+def boundary(base: Bool[np.ndarray, "n k"], trained: Bool[np.ndarray, "n k"]) -> dict[str, float | None]:
+    """Return how training changed which questions at least one of k samples solves (support).
 
-    The measures of support in arXiv 2507.14843 are ratios of these counts.
+    Invisible Leash (arXiv 2507.14843): P questions are solved by both models, E only by the trained one, S
+    only by the base. Support retention SRR = P/(P+S), net discovery NDR = E/(P+E), SDS is their harmonic
+    mean, net change NSCR = (E−S)/(P+E+S). The sampling-efficiency gap (arXiv 2504.13837) is base pass@k −
+    trained pass@1. A ratio with denominator 0 is None.
     """
     a, b = base.any(1), trained.any(1)
-    solved = {"preserved": a & b, "gained": b & ~a, "lost": a & ~b, "never": ~a & ~b}
-    return {name: int(questions.sum()) for name, questions in solved.items()}
+    p, e, s, o = (int(x.sum()) for x in (a & b, b & ~a, a & ~b, ~a & ~b))
+    ratio = lambda part, total: part / total if total else None
+    srr, ndr = ratio(p, p + s), ratio(e, p + e)
+    return {
+        **{"preserved": p, "gained": e, "lost": s, "never": o, "srr": srr, "ndr": ndr},
+        "sds": None if srr is None or ndr is None else ratio(2 * srr * ndr, srr + ndr),
+        "nscr": ratio(e - s, p + e + s),
+        "efficiency_gap": float(a.mean() - trained.mean()),
+    }
 
 
 def letter_bias(answers: Shaped[np.ndarray, "..."], key: Shaped[np.ndarray, "..."]) -> dict[str, Any]:
