@@ -389,6 +389,10 @@ def test_excel(tmp_path, monkeypatch):
         ("own-2", ("3", "2.5"), 1),
         ("own-4", ("x", "y", "z"), 0),
     ]
+    book.active.insert_rows(1)
+    book.save(path)
+    assert [q.id for q in read(str(path))] == ["own-3", "own-5"]
+    book.active.delete_rows(1)
     book.active.append(["Why?", "x", "y", "z", "A", "by Ann"])
     book.save(path)
     assert "row 5: 6 cells under a header of 5" in error_of(str(path))
@@ -568,6 +572,11 @@ def test_ids_must_differ(file):
 def test_a_huge_line_is_refused_without_reading_all_of_it(file, monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE", 2**20)
     assert "line 2: the line is longer than 1 MiB" in error_of(file("own.jsonl", [PLAIN, "x" * 2**21]))
+
+
+def test_empty_lines_before_a_header(file):
+    [question] = read(file("own.csv", "\n\nquestion;A;B;answer\n\nWhich?;x;y;B\n"))
+    assert question == Question("own-5", "Which?", ("x", "y"), 1)
 
 
 def test_csv_errors(file):

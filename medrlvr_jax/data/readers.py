@@ -166,9 +166,9 @@ def _excel(path: Path) -> Rows:
     for row in rows:  # the number of empty cells at the end is arbitrary
         while row and not row[-1]:
             row.pop()
-        if row:
-            row += [""] * (len(rows[0]) - len(row))
-    yield from _table(enumerate(rows, 1), path, "remove the cells beside the table")
+    width = len(next(filter(None, rows), []))
+    padded = (row and row + [""] * (width - len(row)) for row in rows)
+    yield from _table(enumerate(padded, 1), path, "remove the cells beside the table")
 
 
 def _cell(value: Any) -> str:
@@ -185,16 +185,16 @@ def _table(lines: Cells, path: Path, remedy: str) -> Rows:
 
     `remedy` is for a line whose number of cells differs from the header's.
     """
-    header = None
-    for number, cells in lines:
-        if number == 1 and _is_header(cells):
+    header, filled = [], ((number, cells) for number, cells in lines if cells)
+    for i, (number, cells) in enumerate(filled):
+        if i == 0 and _is_header(cells):
             header = [cell.strip() for cell in cells]
             if twice := [name for name, times in Counter(header).items() if name and times > 1]:
                 yield number, DataError(f"the header has the column {twice[0]!r} twice; remove one")
                 return
-        elif header and cells and len(cells) != len(header):
+        elif header and len(cells) != len(header):
             yield number, DataError(f"{len(cells)} cells under a header of {len(header)}; {remedy}")
-        elif cells:
+        else:
             yield number, _under_header(header, cells) if header else _without_header(cells, path.stem)
 
 
@@ -206,7 +206,7 @@ def _is_header(cells: list[str]) -> bool:
 def _delimiter(file: TextIO) -> str:
     """Return the delimiter that splits the first record into a header or six cells, else a comma."""
     for delimiter in ",;\t":
-        cells = next(csv.reader(file, strict=True, delimiter=delimiter), [])
+        cells = next(filter(None, csv.reader(file, strict=True, delimiter=delimiter)), [])
         file.seek(0)
         if len(cells) > 1 and (_is_header(cells) or len(cells) == 6):
             return delimiter
