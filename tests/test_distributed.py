@@ -213,7 +213,7 @@ def digests(path, names):
     return original(path, names)
 
 folder, digested = Path(sys.argv[1]), []
-original, seal.digests = seal.digests, digests
+original, seal.compute_digests = seal.compute_digests, digests
 checkpoints = Checkpoints(folder, CheckpointConfig(keep=9), META)
 for step in (1, 2):
     digested.clear()
