@@ -142,6 +142,11 @@ def test_all_ways_of_writing_gemma3(tmp_path):
         (GEMMA3, {"layer_types": ["chunked_attention"]}, "layer_types: 'chunked_attention'"),
         (
             GEMMA3,
+            {"layer_types": ["full_attention"] * 2},
+            "layer_types: '2 layers': this decoder computes only 3",
+        ),
+        (
+            GEMMA3,
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
             "rope_parameters.sliding_attention.rope_type: 'linear'",
         ),

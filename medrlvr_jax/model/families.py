@@ -23,15 +23,15 @@ class Family(NamedTuple):
     """A `model_type` of text models."""
 
     fields: dict[str, Any]  # of `DecoderConfig`
-    assumed: dict[str, Any] = {}  # noqa: RUF012  # what transformers takes for settings that are not given
-    windowed: bool = False  # some layers attend within `sliding_window`
+    assumed: dict[str, Any] = {}  # noqa: RUF012  # transformers' defaults of settings that published files omit
+    windowed: bool = False  # whether some layers have a `sliding_window`
 
 
 class Multimodal(NamedTuple):
     """A `model_type` whose config.json describes a decoder and a vision tower."""
 
     decoder: str  # the decoder's family
-    sees: bool = True  # False: the tower is not computed
+    has_vision: bool = True  # whether the tower is computed, too
     file_prefixes: tuple[tuple[str, str], ...] = ()  # as in `DecoderConfig`
     unread: tuple[str, ...] = ()  # as in `DecoderConfig`
 
@@ -74,14 +74,14 @@ MULTIMODAL = {
 }
 SLIDING = "sliding_attention"
 TUNED = ("-Base", "-Instruct", "-pt", "-it")
-# rope_type → the settings of `RopeScaling`
+# The settings of `RopeScaling` for each rope_type.
 SCALINGS = {
     "default": (),
     "mrope": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-ONLY = {  # settings that would change the arithmetic, and the one value that does not
+ONLY = {  # settings of the arithmetic, and the only value that the decoder computes
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
@@ -136,19 +136,19 @@ def read_config(path: str | Path, field: str = "model.path") -> DecoderConfig:
     return architecture(files.read_json(file), file)
 
 
-def architecture(given: dict[str, Any], file: Path) -> DecoderConfig:
-    """Return the architecture that the settings `given` describe. `file` is the config.json, for errors."""
-    if given.get("model_type") is None:
+def architecture(content: dict[str, Any], file: Path) -> DecoderConfig:
+    """Return the architecture that the content of the config.json `file` describes."""
+    if content.get("model_type") is None:
         raise ConfigError(f"{file}: model_type: needed, and not given")
-    kind = str(given["model_type"])
+    kind = str(content["model_type"])
     if kind not in (*FAMILIES, *MULTIMODAL):
         names = ", ".join([*FAMILIES, *MULTIMODAL])
         raise ConfigError(f"{file}: model_type: {kind!r}: this decoder computes {names}")
-    whole = MULTIMODAL.get(kind, Multimodal(kind, sees=False))
-    family = FAMILIES[whole.decoder]
-    # transformers 5 writes the decoder's settings into a section; the published files have them beside it.
-    settings = given | (given.get("text_config") or {}) if kind in MULTIMODAL else given
-    settings |= {key: given[key] for key in ("model_type", "tie_word_embeddings") if key in given}
+    wrapper = MULTIMODAL.get(kind, Multimodal(kind, has_vision=False))
+    family = FAMILIES[wrapper.decoder]
+    # The decoder's settings are in a section, or, in older files of Qwen, at the top level.
+    settings = content | (content.get("text_config") or {}) if kind in MULTIMODAL else content
+    settings |= {key: content[key] for key in ("model_type", "tie_word_embeddings") if key in content}
     config = family.assumed | {key: value for key, value in settings.items() if value is not None}
     rope, local_rope = _ropes(config, family.windowed)
 
@@ -159,7 +159,7 @@ def architecture(given: dict[str, Any], file: Path) -> DecoderConfig:
 
     _check_settings(file, config, rope, local_rope)
     need("hidden_act")
-    if whole.decoder == "qwen3":
+    if wrapper.decoder == "qwen3":
         # Not every program that writes the file has the same default.
         need("head_dim")
     scaling = [need(key, rope) for key in SCALINGS[rope["rope_type"]]]
@@ -179,10 +179,10 @@ def architecture(given: dict[str, Any], file: Path) -> DecoderConfig:
         window=_window(config, need("rope_theta", local_rope)) if family.windowed else None,
         max_positions=config.get("max_position_embeddings"),  # with scaled frequencies: after the scaling
         **family.fields,
-        rope_axes=rope_axes(need("mrope_section", rope), kind == "qwen3_vl") if whole.sees else None,
-        vision=vision.read_config(given, file.parent) if whole.sees else None,
-        file_prefixes=whole.file_prefixes,
-        unread=whole.unread,
+        rope_axes=rope_axes(need("mrope_section", rope), kind == "qwen3_vl") if wrapper.has_vision else None,
+        vision=vision.read_config(content, file.parent) if wrapper.has_vision else None,
+        file_prefixes=wrapper.file_prefixes,
+        unread=wrapper.unread,
     )
 
 
@@ -201,9 +201,7 @@ def _ropes(config: dict[str, Any], windowed: bool) -> tuple[dict[str, Any], dict
 
 
 def _window(config: dict[str, Any], rope_theta: float) -> Window | None:
-    """Return the window of the layers that `layer_types` or `sliding_window_pattern` select, None without
-    any.
-    """
+    """Return the window of the layers that `layer_types` or `sliding_window_pattern` select."""
     pattern = config.get("_sliding_window_pattern", config["sliding_window_pattern"])
     kinds = config.get("layer_types") or [
         "full_attention" if (i + 1) % pattern == 0 else SLIDING for i in range(config["num_hidden_layers"])
@@ -217,20 +215,22 @@ def _check_settings(
 ) -> None:
     """Raise `ConfigError` for settings that the decoder does not compute."""
     kind = config["model_type"]
-    whole = MULTIMODAL.get(kind, Multimodal(kind, sees=False))
-    family, given = FAMILIES[whole.decoder], [config, rope]
-    settings = [(key, where.get(key), only) for key, only in ONLY.items() for where in given]
+    wrapper = MULTIMODAL.get(kind, Multimodal(kind, has_vision=False))
+    family = FAMILIES[wrapper.decoder]
+    settings = [(key, where.get(key), only) for key, only in ONLY.items() for where in (config, rope)]
     activation = family.fields.get("activation", "silu")
     settings += [(key, config.get(key), activation) for key in ("hidden_act", "hidden_activation")]
-    kinds = ("full_attention", SLIDING) if family.windowed else ("full_attention",)
-    settings += [("layer_types", k, kinds[0]) for k in config.get("layer_types") or () if k not in kinds]
+    kinds, types = ("full_attention", SLIDING)[: 1 + family.windowed], config.get("layer_types") or ()
+    settings += [("layer_types", k, kinds[0]) for k in types if k not in kinds]
+    if types and len(types) != config.get("num_hidden_layers"):
+        settings.append(("layer_types", f"{len(types)} layers", config.get("num_hidden_layers")))
     settings.append(("rope_parameters.sliding_attention.rope_type", local_rope["rope_type"], "default"))
-    types = ("default", "mrope") if whole.sees else ("default", "linear", "llama3")
-    if rope["rope_type"] not in types:
-        settings.append(("rope_type", rope["rope_type"], " or ".join(types)))
+    rope_types = ("default", "mrope") if wrapper.has_vision else ("default", "linear", "llama3")
+    if rope["rope_type"] not in rope_types:
+        settings.append(("rope_type", rope["rope_type"], " or ".join(rope_types)))
     for key, value, only in settings:
         # Qwen2 has biases in attention and does not read attention_bias.
-        ignored = key == "attention_bias" and whole.decoder == "qwen2"
+        ignored = key == "attention_bias" and wrapper.decoder == "qwen2"
         if value not in (None, only) and not ignored:
             raise ConfigError(f"{file}: {key}: {value!r}: this decoder computes only {only!r}")
 
