@@ -241,8 +241,8 @@ def _encode(parts: Parts, prompts: list[Any]) -> Encoded:
         # one by one, because a set must not contain a question twice
         questions = [data.read(SetConfig(path=PYTHON), [prompt])[0][0] for prompt in prompts]
         images = measure_images(questions, parts.cfg.vision) if parts.cfg.vision else None
-        pads = images and images.prompt_tokens()
-        rows = text.encode_questions(parts.tokenizer, questions, parts.config.prompt, images=pads)
+        image_tokens = images and images.prompt_tokens()
+        rows = text.encode_questions(parts.tokenizer, questions, parts.config.prompt, images=image_tokens)
     if empty := [i for i, row in enumerate(rows) if not row]:
         raise ConfigError(f"prompts: number {empty[0] + 1} has no tokens; pass a text that is not empty")
     ids, columns = np.arange(len(rows), dtype=np.uint32), width(max(map(len, rows)))

@@ -1,8 +1,8 @@
 """Supervised fine-tuning and pretraining: the second half of a training step, with another objective.
 
-Targets by `sft.target`: the answer alone (the paper's baseline), the rationale and the answer, or the
-responses that `text` lines bring (how the embedded model was pretrained). A batch is `sample.questions` rows,
-learned in minibatches.
+`sft.target` selects the targets: the answer alone (the paper's baseline), the rationale and the answer, or
+the responses in the data (`text`; the embedded model was pretrained with these). A step takes
+`sample.questions` rows and learns them in minibatches.
 """
 
 import dataclasses
@@ -51,14 +51,14 @@ from medrlvr_jax.types import Experience, Leaf, Prompts, TrainState
 
 
 class Pairs(NamedTuple):
-    """What is fine-tuned on."""
+    """The training data of a fine-tuning."""
 
     prompts: Encoded
-    targets: list[list[int]]  # tokens, those of the response to each prompt
+    targets: list[list[int]]  # the tokens of the response to each prompt
 
     @property
     def rows(self) -> list[tuple[Any, ...]]:
-        """Of each, the tokens of prompt and target, and digests of its images if the set has any."""
+        """Return for each pair its tokens and, if the set has images, the digests of its images."""
         rows = zip(self.prompts.tokens, self.targets, strict=True)
         if self.prompts.images is None:
             return list(rows)
@@ -67,14 +67,12 @@ class Pairs(NamedTuple):
 
 
 def encode_pairs(parts: Parts, records: Records | None = None, show: ShowProgress = show_nothing) -> Pairs:
-    """The rows that are not too long. `records` stand in place of what `data.path` names."""
+    """Encode the pairs that are not too long. `records`: in place of those that `data.path` names."""
     of_prompts, of_targets = partial(show, "encoding prompts"), partial(show, "encoding targets")
     c, tok = parts.config, parts.tokenizer
     if c.data.shuffle_options:
-        raise ConfigError(
-            "data.shuffle_options: fine-tuning encodes its rows once, and rationales may name "
-            "letters; set it to false"
-        )
+        why = "fine-tuning encodes its rows once, and rationales may name letters"
+        raise ConfigError(f"data.shuffle_options: {why}; set it to false")
     if c.sft.target == "text":
         examples, how_read = read_text(c.data, records)
         questions = [Question(str(i), e.prompt, images=e.images) for i, e in enumerate(examples, 1)]
@@ -84,11 +82,12 @@ def encode_pairs(parts: Parts, records: Records | None = None, show: ShowProgres
         targets = text.strip_prefix(tok, [text.sft_target(q, c.sft.target) for q in questions], c.prompt)
     images = measure_images(questions, parts.cfg.vision) if parts.cfg.vision else None
     check_seen(parts, images)
-    pads = images and images.prompt_tokens()
+    image_tokens = images and images.prompt_tokens()
     if c.sft.target == "text":
-        prompts = [ids or [tok.stop_ids[0]] for ids in text.encode_texts(tok, questions, pads, of_prompts)]
+        encoded = text.encode_texts(tok, questions, image_tokens, of_prompts)
+        prompts = [ids or [tok.stop_ids[0]] for ids in encoded]
     else:
-        prompts = text.encode_questions(tok, questions, c.prompt, images=pads, progress=of_prompts)
+        prompts = text.encode_questions(tok, questions, c.prompt, images=image_tokens, progress=of_prompts)
     rows = list(zip(prompts, tok.encode_targets(targets, of_targets), strict=True))
     fits = lambda row: len(row[0]) <= c.prompt.max_tokens and len(row[1]) <= c.sft.max_new_tokens
     fitting = [i for i, row in enumerate(rows) if fits(row)]
@@ -114,7 +113,7 @@ def encode_pairs(parts: Parts, records: Records | None = None, show: ShowProgres
 def pad_targets(
     targets: Sequence[list[int]], columns: int, pad_id: int
 ) -> tuple[Int32[np.ndarray, "Q 1 R"], Bool[np.ndarray, "Q 1 R"]]:
-    """Targets as one response to each prompt: its tokens, and which of them are not padding."""
+    """Pad the targets, as one response to each prompt. Return tokens, and a mask that is False on padding."""
     tokens = np.full((len(targets), 1, columns), pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, target in enumerate(targets):
@@ -123,19 +122,19 @@ def pad_targets(
 
 
 def as_experience(prompts: Prompts, tokens: Leaf, mask: Leaf) -> Experience:
-    """Rows with one response each; what only RL has is None."""
+    """Return rows with one response each. The fields that only RL needs are None."""
     return Experience(prompts, tokens, mask, None, None, None, None, None)
 
 
 def sft(
     config: Config, data: Records | str | Path | None = None, callbacks: Callback | Sequence[Callback] = ()
 ) -> dict[str, Any]:
-    """Run or resume a fine-tuning; writes `runs/<name>/` as `medrlvr sft` does. Arguments, result and errors
-    are those of `train`.
+    """Run or resume a fine-tuning. It writes `runs/<name>/` as `medrlvr sft` does.
 
-    With `sft.target: text`, rows of `data` are dicts with the fields `prompt` and `response`.
+    Arguments, result and errors are those of `train`. With `sft.target: text`, the rows of `data` are dicts
+    with the fields `prompt` and `response`.
     """
-    check.check_best(config, step_metrics=())  # they draw no responses
+    check.check_best(config, step_metrics=())  # steps draw no responses
     log.check(config, "sft")
     spec, records = resolve_data(config.data, data)
     config = dataclasses.replace(config, data=spec)
@@ -153,7 +152,7 @@ def sft(
 
 
 def make_job(parts: Parts, pairs: Pairs, sets: dict[str, Encoded]) -> Job:
-    """The fine-tuning as the loop runs it."""
+    """Return the fine-tuning as the loop runs it."""
     config, rows, (encoded, targets) = parts.config, pairs.rows, pairs
     steps, n = total_steps(config, len(rows)), config.sample.questions
     columns = width(max(map(len, targets)))

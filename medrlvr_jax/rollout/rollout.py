@@ -132,8 +132,8 @@ def encode(
         problem = f"it pays for one letter alone, and question {other.id} is not answered by one"
         raise ConfigError(f"reward.mode: paper: {problem}; set reward.mode=strict or direct")
     images = measure_images(questions, vision) if vision else None
-    pads = images.prompt_tokens() if images else None
-    tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt, pads, progress)
+    image_tokens = images.prompt_tokens() if images else None
+    tokens, dropped = text.encode_prompts(tokenizer, questions, config.prompt, image_tokens, progress)
     gone = set(dropped)
     fitting = [i for i in range(len(questions)) if i not in gone]
     left, columns = [questions[i] for i in fitting], width(max(map(len, tokens), default=0))
@@ -160,8 +160,8 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
     """
     mine = index[local_rows(len(index), parts.mesh)[0]].tolist()
     wanted = [shuffle_options(encoded.questions[i], parts.config.seed, draw) for i in mine]
-    pads = encoded.images.subset(mine).prompt_tokens() if encoded.images else None
-    rows = text.encode_questions(parts.tokenizer, wanted, parts.config.prompt, images=pads)
+    image_tokens = encoded.images.subset(mine).prompt_tokens() if encoded.images else None
+    rows = text.encode_questions(parts.tokenizer, wanted, parts.config.prompt, images=image_tokens)
     limit = min(encoded.width, parts.config.prompt.max_tokens)
     questions, tokens = list(encoded.questions), list(encoded.tokens)
     for i, question, row in zip(mine, wanted, rows, strict=True):
@@ -174,9 +174,9 @@ def reorder(parts: Parts, encoded: Encoded, index: np.ndarray, draw: int) -> Enc
 
 def before_response(parts: Parts, encoded: Encoded) -> Encoded:
     """Return the prompts without the beginning of the response that the template or `prefill` gives."""
-    pads, config = encoded.images.prompt_tokens() if encoded.images else None, parts.config.prompt
+    image_tokens, config = encoded.images.prompt_tokens() if encoded.images else None, parts.config.prompt
     questions = encoded.questions
-    tokens = text.encode_questions(parts.tokenizer, questions, config, with_prefix=False, images=pads)
+    tokens = text.encode_questions(parts.tokenizer, questions, config, with_prefix=False, images=image_tokens)
     return dataclasses.replace(encoded, tokens=tokens)
 
 

@@ -28,8 +28,8 @@ def show_data(config: Config, prompts: int) -> str:
             rows, limit = tokenizer.encode_texts([example.prompt for example in examples]), None
         else:
             questions, how_read = data.read(spec)
-            pads, limit = image_tokens(questions, config), config.prompt.max_tokens
-            rows = text.encode_questions(tokenizer, questions, config.prompt, images=pads)
+            tokens_per_image, limit = image_tokens(questions, config), config.prompt.max_tokens
+            rows = text.encode_questions(tokenizer, questions, config.prompt, images=tokens_per_image)
             stems = {q.question for q in questions}
             if name == "data":
                 trained_on = stems
