@@ -1,6 +1,4 @@
-"""Other endings for responses, by hand; what the policy says of them, against the model applied token by
-token.
-"""
+"""New endings of responses, by hand, and their scores, against the model applied token by token."""
 
 import math
 
@@ -33,7 +31,7 @@ CFG = small()
         ("<think>a<answer>B</answer>", None, None),
     ],
 )
-def test_where_thought_and_answer_stand(completion, thought, answer):
+def test_positions_of_thought_and_answer(completion, thought, answer):
     where = endings.find_positions(completion)
     if thought is None:
         assert where is None
@@ -76,14 +74,14 @@ def shown(tok, row, joined):
         ("A</answer>", -3, ("", "cat"), ["", "", "cat"]),
     ],
 )
-def test_joins_by_hand(text, place, ending, parts):
+def test_endings_by_hand(text, place, ending, parts):
     tok = merged()
     [row] = tok.encode_untrusted([text])
     [joined] = endings.encode_endings(tok, [row], [text], [endings.Replacement(place, *ending)])
     assert shown(tok, row, joined) == parts
 
 
-def test_what_was_drawn_stays_as_it_was_drawn():
+def test_sampled_tokens_stay():
     """A policy may draw `>` and `B` where the tokenizer would write `>B`: the row keeps its own tokens."""
     tok = merged()
     row = (
@@ -95,7 +93,7 @@ def test_what_was_drawn_stays_as_it_was_drawn():
     assert (joined.prefix, joined.ids, joined.start) == (8, tok.encode_untrusted(["B"])[0], 0)
 
 
-def test_joins_never_cut_a_character():
+def test_endings_never_cut_a_character():
     """Random bytes, halves of characters among them: the tokens that stay are the text up to the place."""
     tok, rng = byte_tokenizer(), np.random.default_rng(0)
     pool = [*"ab 😀é".encode(), *"😀".encode()[:2], *b"<>"]
@@ -125,7 +123,7 @@ def test_scores_by_hand():
         )
 
 
-def test_endings_by_hand():
+def test_batches_of_endings_by_hand():
     """Rows of 4 tokens: two keep some and get an ending; none is asked where there is no join or no room."""
     tokens = np.arange(16, dtype=np.int32).reshape(1, 4, 4)
     joined = [

@@ -1,4 +1,4 @@
-"""The reward as a sum of components: what each is worth, how they are spelled, and how a step weighs them."""
+"""The reward as a sum of components: their values, their settings, and their weights in a step."""
 
 import dataclasses
 from collections import Counter
@@ -34,7 +34,7 @@ def config(reward, **more) -> Config:
     return configs.from_tree(tree | more)
 
 
-def paid(reward, *completions):
+def verdicts_of(reward, *completions):
     questions = [Question("", "?", ("heparin", "aspirin"), 0)] * len(completions)
     return grade(completions, questions, config(reward).reward)
 
@@ -51,12 +51,12 @@ def paid(reward, *completions):
     ],
 )
 def test_a_preset_is_a_name_for_components(preset, rewards):
-    assert paid(preset, RIGHT, WRONG, BARE).reward == pytest.approx(rewards[:3])
+    assert verdicts_of(preset, RIGHT, WRONG, BARE).reward == pytest.approx(rewards[:3])
     lenient = PRESETS[preset] | {"mode": "paper"}
-    assert paid(lenient, LEAKY).reward == pytest.approx(rewards[3:])
+    assert verdicts_of(lenient, LEAKY).reward == pytest.approx(rewards[3:])
 
 
-def test_short_forms_and_the_settings_of_before_are_the_same_reward():
+def test_short_forms_and_older_settings_are_the_same_reward():
     listed = config([{"kind": "rule"}, {"kind": "leak"}, {"kind": "before"}]).reward
     before = config({"leak_penalty": 0.5, "before_penalty": 0.3}).reward
     assert listed == config("composite").reward == config(configs.to_tree(listed)).reward
@@ -83,7 +83,7 @@ def test_short_forms_and_the_settings_of_before_are_the_same_reward():
         ({"components": [{"kind": "rule"}], "random": 0.5}, "reward.random: 0.5 .* remove one of the two"),
     ],
 )
-def test_what_cannot_be_paid_is_refused(reward, complaint):
+def test_rewards_that_are_constant_or_contradictory_are_refused(reward, complaint):
     with pytest.raises(ConfigError, match=complaint):
         config(reward)
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_paid_is_refused(reward, complaint):
 def test_names_and_values_of_several():
     bare = {"kind": "answer", "where": "text"}
     reward = [{"kind": "format", "weight": 0.1}, {"kind": "answer"}, bare]
-    verdicts = paid(reward, RIGHT, WRONG, BARE)
+    verdicts = verdicts_of(reward, RIGHT, WRONG, BARE)
     assert {name: column.tolist() for name, column in verdicts.reported_components.items()} == {
         "format": [1, 1, 0],
         "answer": [1, 0, 0],
@@ -147,7 +147,7 @@ def test_penalties_of_length(section, lengths, want):
     tokens = TokenCounts(np.array(lengths), np.ones(n, bool), 100)
     np.testing.assert_allclose(grade([WRONG] * n, questions, reward, tokens).reward, want, rtol=1e-6)
     with pytest.raises(ConfigError, match="a file of texts has no counts of tokens"):
-        paid([{"kind": "rule"}, section], RIGHT)
+        verdicts_of([{"kind": "rule"}, section], RIGHT)
 
 
 def naive_repeats(text, window, times):
@@ -164,7 +164,7 @@ def test_repetition_by_its_definition(texts, window, times):
 
 def test_repetition_of_ten_words_ten_times():
     nine = " ".join(["one two three four five six seven eight nine ten"] * 9)
-    got = paid([{"kind": "rule"}, {"kind": "repetition"}], nine, f"{nine} and {nine[:49]}", "no " * 19)
+    got = verdicts_of([{"kind": "rule"}, {"kind": "repetition"}], nine, f"{nine} and {nine[:49]}", "no " * 19)
     assert got.components["repetition"].tolist() == [0, 1, 1] and got.reward.tolist() == [-1, -2, -2]
 
 
@@ -189,7 +189,7 @@ def make(rewards, columns, advantage, loss=None, tokens=None, stop_ids=()):
     return experience.make_experience(drawn, assessment, None, np.float32(0), config=kinds)
 
 
-def test_gdpo_normalises_each_component_and_keeps_those_without_variance_out_of_the_others_way():
+def test_gdpo_normalises_each_component_and_ignores_those_without_variance():
     right, form = [1.0, 0, 0, 0], [1.0, 1, 0, 0]
     rewards = np.stack([np.float32([right, right]), np.float32([form, [1] * 4]), np.ones((2, 4))], -1)
     columns = (Column(1.0), Column(0.5), Column(-0.3, True))
@@ -243,9 +243,9 @@ def test_truncated_responses_count_in_means_and_are_not_learned_from():
     np.testing.assert_array_equal(made.advantages[0, :, 0], [0.5, 0])
 
 
-def test_the_device_gets_one_column_for_what_pays_and_one_for_penalties_or_each_component():
+def test_the_device_gets_the_sum_and_the_penalties_or_each_component():
     components = list_components(config("composite").reward)
-    verdicts = paid({"components": PRESETS["composite"]["components"], "mode": "paper"}, RIGHT, LEAKY)
+    verdicts = verdicts_of({"components": PRESETS["composite"]["components"], "mode": "paper"}, RIGHT, LEAKY)
     total, each = AdvantageConfig(estimator="group"), AdvantageConfig(estimator="gdpo")
     weights = experience.columns(components, total)
     assert weights == ((1.0, False), (-1.0, True))

@@ -1,4 +1,4 @@
-"""The process reward by hand, and that neither silence, lists nor repetition pay."""
+"""The process reward by hand, also for silence, lists of facts and repetition."""
 
 import json
 

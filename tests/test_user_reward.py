@@ -1,6 +1,4 @@
-"""A user's reward function: what it does wrong costs its rows, never the run, and is said with the
-completion.
-"""
+"""A user's reward function: its failures on completions fail their rows, not the run, and are logged."""
 
 import asyncio
 import math
@@ -38,9 +36,7 @@ def rows(n, *poisoned):
 
 @pytest.fixture(scope="module")
 def worker():
-    """One worker for all functions, as starting one takes a second: it is told another name each time it is
-    started anew.
-    """
+    """One worker for all functions, since starting one takes a second. `use` restarts it with another name."""
     made = WorkerFunction(FunctionConfig(fn="rewards_of_users:length", deadline=2.0))
     yield made
     made.close()
@@ -52,7 +48,7 @@ def use(worker, name):
     return worker
 
 
-def test_the_function_sees_what_it_needs_and_its_fractions_survive(worker):
+def test_the_function_gets_its_arguments_and_fractions_are_kept(worker):
     got, failed = worker.score(
         [("abc", "B", ("x", "y"), "?"), ("", "A", ("x", "y", "z"), "why?"), ("\ud800", "A", ("x", "y"), "?")]
     )
@@ -75,7 +71,7 @@ def test_the_function_sees_what_it_needs_and_its_fractions_survive(worker):
         ("silent", "it returned None, which is not one number for each completion"),
     ],
 )
-def test_a_completion_that_breaks_it_costs_its_row(worker, name, said):
+def test_a_completion_on_which_it_fails_fails_its_row(worker, name, said):
     got, failed = use(worker, name).score(rows(6, 4))
     assert [r for r in got if math.isfinite(r)] == [0.25] * 5 and math.isnan(got[4])
     assert list(failed) == [4]
@@ -83,7 +79,7 @@ def test_a_completion_that_breaks_it_costs_its_row(worker, name, said):
 
 
 @pytest.mark.parametrize("name", ["array", "generator", "views", "booleans"])
-def test_any_ordered_values_will_do(worker, name):
+def test_any_ordered_values_are_accepted(worker, name):
     assert use(worker, name).score(rows(3)) == ([1.0, 0.0, 1.0], {})
 
 
@@ -116,7 +112,7 @@ def test_values_that_belong_to_no_row_end_the_run(worker, name, said):
         use(worker, name).score(rows(8))
 
 
-def test_a_miscount_is_told_apart_from_rows_that_fail(worker):
+def test_a_miscount_differs_from_rows_that_fail(worker):
     """Two rows are left out of the values, each alone too: they fail. A batch with other faults beside a
     miscount is refused as well.
     """
@@ -126,7 +122,7 @@ def test_a_miscount_is_told_apart_from_rows_that_fail(worker):
         use(worker, "mean_raises").score(rows(4, 3))
 
 
-def test_an_edited_module_is_read_anew(tmp_path, monkeypatch):
+def test_an_edited_module_is_imported_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for value in (0.25, 0.125):
         (tmp_path / "edited_reward.py").write_text(
@@ -137,7 +133,7 @@ def test_an_edited_module_is_read_anew(tmp_path, monkeypatch):
         assert not component.function._process.is_alive()
 
 
-def test_a_completion_that_hangs_it_costs_its_row_within_the_stated_time(worker):
+def test_a_completion_on_which_it_hangs_fails_its_row_within_the_deadlines(worker):
     began = time.monotonic()
     got, failed = use(worker, "hangs").score(rows(4, 0))
     assert math.isnan(got[0]) and got[1:] == [0.25] * 3 and "took longer than 0.5 s" in failed[0]
@@ -149,7 +145,7 @@ def test_a_completion_that_hangs_it_costs_its_row_within_the_stated_time(worker)
     assert worker.score(rows(2)) == ([0.25] * 2, {}) and worker._process.pid == before
 
 
-def test_several_are_weighted_and_each_has_a_name_of_its_own():
+def test_several_callables_are_weighted_and_have_distinct_names():
     def f(completions):
         return [1.0 if c == "fine" else math.nan for c in completions]
 
@@ -168,7 +164,7 @@ def test_several_are_weighted_and_each_has_a_name_of_its_own():
     assert got.reward.tolist() == [1.0] and got.failed == got.reported_components == {}
 
 
-def test_a_coroutine_is_called_for_each_completion_and_costs_only_rows_that_fail(worker):
+def test_a_coroutine_is_called_for_each_completion_and_fails_rows_alone(worker):
     completions = ["abcd", POISON, "raises", "absent", "ab"]
     rows = [(c, *ROW[1:]) for c in completions]
     began = time.monotonic()
@@ -198,7 +194,7 @@ def test_calls_of_a_coroutine_wait_together_but_not_too_many():
     assert asyncio.run(in_a_notebook()).tolist() == [2.0] * 40 and most == user.CONCURRENCY
 
 
-def test_one_that_fails_on_all_ends_the_run(worker):
+def test_a_function_that_fails_on_all_rows_ends_the_run(worker):
     with pytest.raises(
         RewardError,
         match=r"rewards_of_users:always failed on all 3 completions .* the service is down .*'fine'",
@@ -214,13 +210,13 @@ def test_one_that_fails_on_all_ends_the_run(worker):
         ("rewards_of_users:number", "int, not"),
     ],
 )
-def test_what_cannot_be_imported_is_refused(name, said):
+def test_functions_that_cannot_be_imported_are_refused(name, said):
     with pytest.raises(ConfigError, match=rf"reward.fn: {name}: .*{said}"):
         WorkerFunction(FunctionConfig(fn=name))
 
 
 def test_failed_rows_are_not_learned_from():
-    """With a critic the row is left out, where samples are compared its question is; the rest has the
+    """With a critic the row is left out; if samples are compared, its question is. The other rows have the
     advantages of a batch without it.
     """
     q, g, r = 3, 4, 2
@@ -246,8 +242,8 @@ def test_failed_rows_are_not_learned_from():
         )
 
 
-def test_evaluation_judges_by_the_rule_alone():
-    """A function that is down, or that is not even there, ends no evaluation."""
+def test_evaluation_uses_the_rule_alone():
+    """An evaluation does not import the function."""
     tree = {
         "name": "t",
         "steps": 1,

@@ -1,4 +1,4 @@
-"""A model as verifier: prompts, verdicts, which rows are asked and what they are worth."""
+"""A model as verifier: prompts, verdicts, the rows that are sent, and their values."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_a_template_is_checked(prompt, problem):
     assert problem in str(e.value)
 
 
-def test_templates_of_ones_own():
+def test_templates_from_settings():
     assert verifier.find_template("{{json}} {response}").format(
         **verifier.prompt_fields(OPEN, "a", "b", "c")._asdict()
     ) == ("{json} c")
@@ -71,7 +71,7 @@ def test_verdicts(reply, verdict):
     assert verifier.read_verdict(reply, (" Yes", " No")) == verdict
 
 
-def test_rows_that_are_asked():
+def test_rows_that_are_sent():
     """Columns: no answer; right; wrong letter; wrong text."""
     answered, right = np.array([False, True, True, True]), np.array([False, True, False, False])
     text = np.array([True, True, False, True])

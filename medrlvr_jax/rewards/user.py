@@ -3,32 +3,20 @@
     def reward(completions, keys, options, questions):
         \"\"\"N texts, N right letters, N lists of options, N questions' texts → N finite floats.\"\"\"
 
-Only training calls the function. Evaluations report the rule's verdicts. The values may be any ordered
-iterable (a list, an array [N], a generator); True is 1, False is 0. Each completion is scored by one process.
+    async def reward(completion, key, options, question):
+        \"\"\"One float; called once for each completion, at most `concurrency` calls at a time.\"\"\"
 
-- `rewards=…`: callables of this process, including closures, without a deadline. Each is called by keyword
-  with the arguments that its signature names.
-- `{kind: function, fn: …}` or `reward.fn`: a function in a worker process, with a deadline. The worker is
-  spawned, not forked, because JAX has threads. It sees JAX on the CPU alone. Each training starts its own
-  worker, which imports the module anew.
-- Either may be a coroutine function, for a service that answers over a network. It is called once for each
-  completion, by keyword with those of `completion`, `key`, `options` and `question` that its signature names.
-  It returns one number. At most `concurrency` calls are open at a time:
+`LocalFunction` calls a callable of this process, without a deadline, by keyword with the arguments that its
+signature names. `WorkerFunction` runs a function in a worker process with a deadline. The worker is spawned,
+not forked, because JAX has threads, and it sees JAX on the CPU alone. Only training calls the functions.
+docs/pages/howto/reward.md describes all of this for users.
 
-    async def reward(completion, question): …
-
-A failure on a completion fails its row, not the run:
-
-- A row fails if its coroutine raises, or has not ended at the deadline.
-- A row fails if its value is not a number (a text, None, a list), or not a finite float32.
-- If the function raises, ends its process, exceeds its deadline, or returns a wrong number of values or
-  something unordered (a dict, a set, a text), the batch is halved until the failing rows are found. A part of
-  n of N rows has n / N of the deadline, at least 1/16. After three deadlines in all, unscored rows fail.
-
-Failed rows are not learned from. With a reward of 0 instead, the policy would learn to break the function,
-because that would be worth more than a broken format. If the estimator compares samples of a question
-(schema.GROUP_ESTIMATORS), the whole question is left out: the mean over the samples that did not fail is a
-biased baseline.
+A failure on a completion fails its row, not the run. If a call fails as a whole (the function raises, ends
+its process, exceeds its deadline, or returns a wrong number of values), the batch is halved until the failing
+rows are found. Failed rows are not learned from. With a reward of 0 instead, the policy would learn to break
+the function, because that would be worth more than a broken format. If the estimator compares samples of a
+question (schema.GROUP_ESTIMATORS), the whole question is left out: the mean over the samples that did not
+fail is a biased baseline.
 
 An error of the function itself ends the run:
 
@@ -36,8 +24,6 @@ An error of the function itself ends the run:
   alone (`[mean]`, or the values of a dict by completion): no value then belongs to a row.
 - `RewardError` if it fails on every row of a step's batch, in all processes.
 - `ConfigError`, before any device work, if it cannot be imported or needs another argument.
-
-A resumed or replayed run is the same run only if the functions depend on their arguments alone.
 """
 
 import asyncio
