@@ -48,7 +48,7 @@ def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
 
     def need(key: str, where: Mapping[str, Any] = settings, section: str = "vision_config.") -> Any:
         if where.get(key) is None:
-            raise ConfigError(f"{file}: {section}{key}: needed, and not given")
+            raise ConfigError(f"{file}: {section}{key}: needed, but missing or null")
         return where[key]
 
     first, windowed = kind == "qwen2_vl", kind == "qwen2_5_vl"
@@ -98,13 +98,13 @@ def _read_preprocessor(file: Path, patch: int, merge: int) -> dict[str, Any]:
     for key, value in fixed.items():
         if settings.get(key, value) != value:
             raise ConfigError(f"{file}: {key}: {settings[key]!r}: images are prepared only with {value!r}")
-    given = {
+    scaling = {
         "mean": settings.get("image_mean"),
         "std": settings.get("image_std"),
         "min_pixels": settings.get("min_pixels") or size.get("shortest_edge"),
         "max_pixels": settings.get("max_pixels") or size.get("longest_edge"),
     }
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in scaling.items() if v}
 
 
 # ---- the forward pass ----

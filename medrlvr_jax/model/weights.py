@@ -88,7 +88,7 @@ class Tensor(NamedTuple):
 def sources(cfg: DecoderConfig) -> dict[str, Source]:
     """Return the sources of all tensors of a model by name, including those of a frozen vision tower."""
     shapes, out = _shapes(cfg), {}
-    for path, row in parameters(_with_tower(cfg)).items():
+    for path, row in parameters(cfg.run_with(tower="train")).items():
         if not row.tensor:
             continue
         axes, groups = row.axes.split(), row.tensor_groups
@@ -107,11 +107,7 @@ def sources(cfg: DecoderConfig) -> dict[str, Source]:
 @cache
 def _shapes(cfg: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
     """Return the shape of every parameter by path, including those of a frozen vision tower."""
-    return {path: box.value.shape for path, box in flat(abstract(_with_tower(cfg))).items()}
-
-
-def _with_tower(cfg: DecoderConfig) -> DecoderConfig:
-    return cfg.run_with(tower="train")
+    return {path: box.value.shape for path, box in flat(abstract(cfg.run_with(tower="train"))).items()}
 
 
 def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: Any) -> Params:
@@ -240,8 +236,8 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
         ):
             slices = {name: file.get_slice(name) for name in file.keys()}
             header = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        for given, (dtype, shape) in header.items():
-            name = given
+        for stored_name, (dtype, shape) in header.items():
+            name = stored_name
             for new, published in RENAMED.items():
                 name = published + name.removeprefix(new) if name.startswith(new) else name
             if name in out:
@@ -251,7 +247,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
                     f"{source}: {name}: stored as {dtype}; {', '.join(DTYPES)} are read, "
                     "quantised weights are not"
                 )
-            out[name] = Tensor(source, given, jnp.dtype(DTYPES[dtype]), shape)
+            out[name] = Tensor(source, stored_name, jnp.dtype(DTYPES[dtype]), shape)
     return out
 
 
