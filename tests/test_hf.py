@@ -110,7 +110,7 @@ def test_all_ways_of_writing_gemma3(tmp_path):
         (QWEN, {"model_type": "mistral"}, "model_type: 'mistral'"),
         (QWEN, {"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
         (QWEN, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type: 'yarn'"),
-        (QWEN, {"rope_scaling": {"rope_type": "linear"}}, "factor: needed"),
+        (QWEN, {"rope_scaling": {"rope_type": "linear"}}, "factor: required"),
         (QWEN, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type: 'dynamic'"),
         (
             QWEN,
@@ -132,9 +132,9 @@ def test_all_ways_of_writing_gemma3(tmp_path):
         (
             LLAMA3,
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
-            "low_freq_factor: needed",
+            "low_freq_factor: required",
         ),
-        (FAMILIES["qwen3"], {"head_dim": None}, "head_dim: needed"),
+        (FAMILIES["qwen3"], {"head_dim": None}, "head_dim: required"),
         (GEMMA3, {"hidden_activation": "gelu"}, "hidden_activation: 'gelu'"),
         (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
         (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
@@ -151,7 +151,7 @@ def test_all_ways_of_writing_gemma3(tmp_path):
             "rope_parameters.sliding_attention.rope_type: 'linear'",
         ),
         *(
-            (QWEN, {key: None}, f"{key}: needed")
+            (QWEN, {key: None}, f"{key}: required")
             for key in ("model_type", "vocab_size", "hidden_act", "rope_theta", "num_key_value_heads")
         ),
     ],

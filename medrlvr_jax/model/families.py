@@ -139,7 +139,7 @@ def read_config(path: str | Path, field: str = "model.path") -> DecoderConfig:
 def architecture(content: dict[str, Any], file: Path) -> DecoderConfig:
     """Return the architecture that the content of the config.json `file` describes."""
     if content.get("model_type") is None:
-        raise ConfigError(f"{file}: model_type: needed, but missing or null")
+        raise ConfigError(f"{file}: model_type: required, but not given")
     kind = str(content["model_type"])
     if kind not in (*FAMILIES, *MULTIMODAL):
         names = ", ".join([*FAMILIES, *MULTIMODAL])
@@ -154,7 +154,7 @@ def architecture(content: dict[str, Any], file: Path) -> DecoderConfig:
 
     def need(key: str, where: dict[str, Any] = config) -> Any:
         if where.get(key) is None:
-            raise ConfigError(f"{file}: {key}: needed, but missing or null")
+            raise ConfigError(f"{file}: {key}: required, but not given")
         return where[key]
 
     _check_settings(file, config, rope, local_rope)

@@ -48,7 +48,7 @@ def read_config(config: Mapping[str, Any], folder: Path) -> VisionConfig:
 
     def need(key: str, where: Mapping[str, Any] = settings, section: str = "vision_config.") -> Any:
         if where.get(key) is None:
-            raise ConfigError(f"{file}: {section}{key}: needed, but missing or null")
+            raise ConfigError(f"{file}: {section}{key}: required, but not given")
         return where[key]
 
     first, windowed = kind == "qwen2_vl", kind == "qwen2_5_vl"
