@@ -237,16 +237,23 @@ def test_runs_that_differ_by_seed_alone_are_one_group(page):
     groups = report_html.group(runs)
     assert [(g.name, len(g.runs)) for g in groups] == [("ppo", 2), ("a&b", 1), (f"{page.parent.name}/sft", 1)]
     assert len({g.color for g in groups}) == 3
+    assert [g.differs for g in groups] == ["kl.coef 0.01", "kl.coef 0.5", ""]
 
 
-def test_groups_of_one_name_have_numbers(tmp_path):
+def test_groups_of_one_name_are_named_by_the_settings_that_distinguish_them(tmp_path):
+    """A value that most configs have distinguishes none; settings beyond `MAX_NAMED` are counted."""
+    many = {f"learn.x{i}": i for i in range(5)}
+    configs = [{"kl.coef": 0.1, "steps": 8}, {"kl.coef": 0.1, "steps": 9}, {"kl.coef": 0.5, "steps": 7}]
+    assert report_html.distinguishing(configs) == ["steps 8", "steps 9", "kl.coef 0.5, steps 7"]
+    named = report_html.distinguishing([many, {k: -1 for k in many}])[0]
+    assert named == "learn.x0 0, learn.x1 1, learn.x2 2 and 2 more"
     for seed, coef in enumerate((0.1, 0.1, 0.2, 0.2)):
         write_run(tmp_path / f"ppo-seed{seed}", seed, kl={"coef": coef})
     runs = [report_html.read_run(tmp_path / f"ppo-seed{seed}") for seed in range(4)]
     groups = report_html.group(runs)
-    assert [(g.name, len(g.runs)) for g in groups] == [("ppo", 2), ("ppo (2)", 2)]
+    assert [(g.name, len(g.runs)) for g in groups] == [("ppo, kl.coef 0.1", 2), ("ppo, kl.coef 0.2", 2)]
     table = report_html.differing([(g.name, g.runs[0].config) for g in groups])
-    assert table == [["setting", "ppo", "ppo (2)"], ["kl.coef", "0.1", "0.2"]]
+    assert table == [["setting", "ppo, kl.coef 0.1", "ppo, kl.coef 0.2"], ["kl.coef", "0.1", "0.2"]]
 
 
 def test_curves_have_the_styles_of_their_legend(page, tmp_path):

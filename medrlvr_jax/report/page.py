@@ -27,6 +27,7 @@ from medrlvr_jax.report import answers, explore
 from medrlvr_jax.runs.console import evaluations_by_set, format_duration
 from medrlvr_jax.runs.metrics import is_due
 
+MAX_NAMED = 3  # settings in the name of a group
 IGNORED = ("name", "runs", "seed", "log", "checkpoint", "mesh")  # settings that may differ within a group
 STEPS, SAMPLES = 10_000, 2000  # the number that is read for a page, from all runs together
 SAMPLE_SIZE, LENGTH = 1_500_000, 6000  # characters of all samples on a page, approximately, and of one text
@@ -57,6 +58,7 @@ class Group:
     name: str
     number: int  # among all groups of the page; it determines the style in all pictures
     runs: list[Run]
+    differs: str  # the settings that distinguish it from most other groups, if its name does not have them
 
     @property
     def color(self) -> str:
@@ -183,9 +185,31 @@ def group(runs: Sequence[Run]) -> list[Group]:
         for run in members:
             split.setdefault((settings, run.folder.parent if repeated else None), []).append(run)
     names = [common_name([run.name for run in members]) for members in split.values()]
-    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]  # numbers distinguish equal names
+    differs = distinguishing([members[0].config for members in split.values()])
+    # Settings distinguish groups of one name, and numbers if the settings are equal.
+    names = [f"{x}, {y}" if names.count(x) > 1 and y else x for x, y in zip(names, differs, strict=True)]
+    shown = ["" if name.endswith(y) else y for name, y in zip(names, differs, strict=True)]
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
     names = [f"{name} ({n})" if n > 1 else name for name, n in zip(names, counts, strict=True)]
-    return [Group(names[i], i, members) for i, members in enumerate(split.values())]
+    return [Group(names[i], i, members, shown[i]) for i, members in enumerate(split.values())]
+
+
+def distinguishing(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return for each config the settings whose value at most half of the configs have, such as
+    "kl.coef 0.5, steps 64": the first `MAX_NAMED` of them and the number of the others.
+    """
+    _, *rows = differing([(str(i), config) for i, config in enumerate(configs)])
+    numbers = [i for i, config in enumerate(configs) if config]
+    out = [""] * len(configs)
+    for place, i in enumerate(numbers):
+        rare = [
+            f"{name} {values[place]}"
+            for name, *values in rows
+            if all(name in configs[j] for j in numbers) and 2 * values.count(values[place]) <= len(values)
+        ]
+        more = f" and {len(rare) - MAX_NAMED} more" if len(rare) > MAX_NAMED else ""
+        out[i] = ", ".join(rare[:MAX_NAMED]) + more
+    return out
 
 
 def common_name(names: list[str]) -> str:
