@@ -72,10 +72,10 @@ def init(
     start.write_config(file, answers)
     from medrlvr_jax.tools.doctor import report
 
-    here = answers.for_this_machine()
-    lines, ok = report(load(file)) if here else ([], True)
+    is_local = answers.for_this_machine()
+    lines, ok = report(load(file)) if is_local else ([], True)
     print("\n".join(line for line in lines if not line.startswith("ok")))
-    first = "" if here else f"  medrlvr doctor {file}  # on the machine that will train\n"
+    first = "" if is_local else f"  medrlvr doctor {file}  # on the machine that will train\n"
     print(f"{file} was written. Next:\n{first}  medrlvr data {file}\n  medrlvr train {file}")
     return 0 if ok else 1
 

@@ -246,9 +246,11 @@ def _encode(
             raise DataError(f"question {pictured.id}: it has images, which this model cannot read; {remedy}")
         return tok.encode_untrusted([before + content + after for content in contents], progress)
     marked = [before + _mark_images(*each) + after for each in zip(questions, contents, images, strict=True)]
-    pieces = [text.split(IMAGE) if own else [text] for text, own in zip(marked, images, strict=True)]
+    pieces = [
+        text.split(IMAGE) if of_question else [text] for text, of_question in zip(marked, images, strict=True)
+    ]
     tokens = iter(tok.encode_untrusted([piece for parts in pieces for piece in parts], progress))
-    return [[i for image in (*own, []) for i in (*next(tokens), *image)] for own in images]
+    return [[i for image in (*of_question, []) for i in (*next(tokens), *image)] for of_question in images]
 
 
 def _mark_images(question: Question, content: str, images: list[list[int]]) -> str:

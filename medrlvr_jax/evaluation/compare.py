@@ -37,8 +37,8 @@ SIGNIFICANT = 0.05  # the p value, adjusted over the sets, below which a differe
 
 def evaluation(folder: Path) -> Path:
     """Return the folder itself if it is an evaluation, or a run's newest; evaluate a run that has none."""
-    if found := newest_evaluation(folder):
-        return found
+    if newest := newest_evaluation(folder):
+        return newest
     if not (folder / "config.yaml").is_file():
         remedy = "give a run's folder, or the folder of a finished `medrlvr eval`"
         raise ConfigError(f"{folder}: no eval.json there; {remedy}")
@@ -87,14 +87,14 @@ def read_sets(folders: Sequence[Path], anyway: bool) -> dict[str, tuple[list[Ans
         raise ConfigError(f"{', '.join(map(str, folders))}: no set of answers in all of them; {remedy}")
     out = {}
     for name in shared:
-        out[name] = answers, found = [read(folder / f"{name}.jsonl") for folder in folders], []
+        out[name] = answers, changes = [read(folder / f"{name}.jsonl") for folder in folders], []
         for folder, other in zip(folders[1:], answers[1:], strict=True):
             lines = differences(folders[0], folder, name, answers[0], other)
             if lines and not anyway:
                 why = "differ in more than the model; if that is meant, give --anyway"
                 head = f"{name}: {folders[0]} (A) and {folder} (B) {why}:"
                 raise ConfigError("\n  ".join([head, *lines]))
-            found += lines
+            changes += lines
     return out
 
 
@@ -129,12 +129,12 @@ def compare(a: Path, b: Path, anyway: bool = False) -> dict[str, Any]:
     raises `ConfigError`.
     """
     logs, out = {"A": read_json(a / "eval.json"), "B": read_json(b / "eval.json")}, {}
-    for name, ((x, y), found) in read_sets([a, b], anyway).items():
+    for name, ((x, y), changes) in read_sets([a, b], anyway).items():
         notes = [
             line for which, log in logs.items() for line in remarks(f"{name}, {which}", log["eval"][name])
         ]
         out[name] = compare_sets(name, x, y) | {"each": {"a": describe(x), "b": describe(y)}}
-        out[name] |= {"differences": found, "remarks": notes}
+        out[name] |= {"differences": changes, "remarks": notes}
         if x.repeats.any():
             out[name]["distinct"] = compare_sets(name, x.select(~x.repeats), y)
     tested = [c.get("distinct", c) for c in out.values()]

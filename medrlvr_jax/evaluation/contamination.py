@@ -159,8 +159,8 @@ def contamination(paths: list[str], folder: Path | None) -> dict[str, Any]:
     train, tests = read_sets(paths)
     overlapping, questions = overlaps(train, tests), {"(train)": train, **tests}
     sets = {
-        name: {"n": len(questions[name]), "found": [overlap._asdict() for overlap in found]}
-        for name, found in overlapping.items()
+        name: {"n": len(questions[name]), "found": [overlap._asdict() for overlap in overlaps_of_set]}
+        for name, overlaps_of_set in overlapping.items()
     }
     return {"sets": sets} | ({"scores": clean_scores(folder, overlapping, tests)} if folder else {})
 

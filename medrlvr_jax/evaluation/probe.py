@@ -150,8 +150,8 @@ class Scorer(NamedTuple):
 
 def open_scorer(name: str, source: Path, settings: list[str]) -> Scorer:
     """Load the scorer `name`. All its settings except the model's are those of the probed model."""
-    whole = ["model.init=pretrained", "model.lora=null", "model.vision=freeze"]
-    model = [f"model.path={json.dumps(name)}", *whole]
+    plain_model = ["model.init=pretrained", "model.lora=null", "model.vision=freeze"]
+    model = [f"model.path={json.dumps(name)}", *plain_model]
     parts, params, _ = open_policy(find_config(source), [*settings, *model], None, "probe")
     return Scorer(name, parts, params)
 

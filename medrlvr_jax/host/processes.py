@@ -119,9 +119,9 @@ def require_equal(compute: Callable[[], dict[str, Any]]) -> None:
     if jax.process_count() == 1:
         return
     hosts, values = zip(*gather([socket.gethostname(), compute()]), strict=True)
-    for index, own in enumerate(values):
-        names = sorted(own.keys() | values[0].keys())
-        if name := next((name for name in names if own.get(name) != values[0].get(name)), None):
+    for index, mine in enumerate(values):
+        names = sorted(mine.keys() | values[0].keys())
+        if name := next((name for name in names if mine.get(name) != values[0].get(name)), None):
             a, b = (f"{values[i].get(name)!r} in process {i} on {hosts[i]}" for i in (index, 0))
             raise ConfigError(f"{name}: {a}, {b}; give all processes the same command and the same files")
 

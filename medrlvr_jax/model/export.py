@@ -61,11 +61,11 @@ def save_params(
     if shapes != needed:
         differ = sorted(set(shapes.items()) ^ set(needed.items()))[:4]
         raise ConfigError(f"{out}: the parameters are not this model's: {differ}")
-    stored, ours = jnp.dtype(dtype or leaves["embed",].dtype), sources(cfg)
-    absent = {name for name, s in ours.items() if s.path not in leaves}
-    kept = open_tensors(source) if absent or cfg.unread else {}
-    copied = {name: t for name, t in kept.items() if name in absent or name.startswith(cfg.unread)}
-    tensors: dict[str, Source | Tensor] = ours | copied
+    stored, computed = jnp.dtype(dtype or leaves["embed",].dtype), sources(cfg)
+    absent = {name for name, s in computed.items() if s.path not in leaves}
+    published = open_tensors(source) if absent or cfg.unread else {}
+    copied = {name: t for name, t in published.items() if name in absent or name.startswith(cfg.unread)}
+    tensors: dict[str, Source | Tensor] = computed | copied
     partial_dir, size = _begin(out), lambda source: prod(source.shape) * stored.itemsize
     shards = split_state_dict_into_shards_factory(
         tensors,

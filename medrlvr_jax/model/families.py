@@ -23,7 +23,8 @@ class Family(NamedTuple):
     """A `model_type` of text models."""
 
     fields: dict[str, Any]  # of `DecoderConfig`
-    assumed: dict[str, Any] = {}  # noqa: RUF012  # transformers' defaults of settings that published files omit
+    # transformers' defaults of settings that published files omit
+    assumed: dict[str, Any] = {}  # noqa: RUF012
     windowed: bool = False  # whether some layers have a `sliding_window`
 
 

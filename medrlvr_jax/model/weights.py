@@ -114,17 +114,17 @@ def load_params(path: str | Path, cfg: DecoderConfig, shardings: Params, dtype: 
     """Load those parameters of a directory for which there are `shardings`, as `dtype`. A critic gets the
     policy's body and a value head of zeros. Raise `ConfigError` if config.json and weights do not agree.
     """
-    wanted, loaded, found = flat(shardings), {}, {}
+    wanted, loaded, tensors_at = flat(shardings), {}, {}
     shapes = {key: shape for key, shape in _shapes(cfg).items() if key in wanted}
     tensors = open_tensors(resolve(path))
     _check(tensors, cfg)
     label = f"weights of {Path(path).name}, "
     require_equal(lambda: {label + name: digest for name, digest in _digests(tensors).items()})
     for name, source in sources(cfg).items():
-        found.setdefault(source.path, []).append((source, tensors[name]))
+        tensors_at.setdefault(source.path, []).append((source, tensors[name]))
     # The largest first, so that its copy on the host does not coexist with all parameters on the device.
     for key in sorted(shapes, key=lambda key: -prod(shapes[key])):
-        read = partial(_read, found.get(key, []), shapes[key], jnp.dtype(dtype))
+        read = partial(_read, tensors_at.get(key, []), shapes[key], jnp.dtype(dtype))
         gc.collect(0)  # else JAX keeps the last parameter's copy on the host
         loaded[key] = jax.block_until_ready(jax.make_array_from_callback(shapes[key], wanted[key], read))
     return unflatten_dict({key: loaded[key] for key in shapes})
@@ -253,9 +253,9 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 def published_name(name: str, cfg: DecoderConfig) -> str:
     """Return the name of a tensor in the published files of the model's family."""
-    for ours, published in cfg.file_prefixes:
-        if name.startswith(ours):
-            return published + name.removeprefix(ours)
+    for prefix, published in cfg.file_prefixes:
+        if name.startswith(prefix):
+            return published + name.removeprefix(prefix)
     return name
 
 

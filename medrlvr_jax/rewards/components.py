@@ -158,6 +158,6 @@ def _answer_values(section: sections.AnswerConfig, graded: Graded) -> Float64[np
         if section.accept == "rule" or question.value is not None:
             out[i] = section.correct if grade_answer(text, question).correct else section.wrong
         elif accepts(text, question, section.accept):
-            alone = section.accept != "mention" or len(text) == 1
-            out[i] = section.correct if alone else section.among_text
+            is_only_answer = section.accept != "mention" or len(text) == 1
+            out[i] = section.correct if is_only_answer else section.among_text
     return out

@@ -147,9 +147,9 @@ def select(pool: tuple[Drawn, ...], *, config: ExperienceConfig) -> tuple[Drawn,
     drawn: Drawn = jax.tree.map(lambda *x: jnp.concatenate(x), *pool)
     _, total, unshaped, finite = total_rewards(drawn, config)
     usable, _ = learnable_responses(finite, total, unshaped, None, config.advantage)
-    kept, size = usable.any(-1), len(pool[0].graded)
-    order = jnp.argsort(~kept, stable=True)[:size]
-    return by_rows(jax.tree.map(lambda x: x[order], drawn)), jnp.minimum(kept.sum(), size)
+    usable_questions, size = usable.any(-1), len(pool[0].graded)
+    order = jnp.argsort(~usable_questions, stable=True)[:size]
+    return by_rows(jax.tree.map(lambda x: x[order], drawn)), jnp.minimum(usable_questions.sum(), size)
 
 
 @partial(jax.jit, static_argnames=("config",))

@@ -201,8 +201,8 @@ def draw_until_full(
         rollout = draw(training, state, batch.prompts, batch.key)
         drawn, result = grade_drawn(training, state, batch, rollout)
         results.append(result)
-        drawn, kept = training.programs.select((*pool, drawn), config=settings)
-        if int(sharding.to_host(kept)) == questions or len(results) == max_batches:
+        drawn, usable = training.programs.select((*pool, drawn), config=settings)
+        if int(sharding.to_host(usable)) == questions or len(results) == max_batches:
             return drawn, results
         pool = (drawn,)
 
