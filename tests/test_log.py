@@ -172,6 +172,20 @@ def test_other_settings_are_refused_and_named(tmp_path):
         assert load(run.path / "config.yaml").steps == 5
 
 
+def test_a_run_from_before_a_setting_existed_resumes_with_its_default(tmp_path):
+    with log.Run(config(tmp_path), 3) as run:
+        pass
+    file = run.path / "config.yaml"
+    old = file.read_text().replace("  max_batches: 1\n", "")
+    assert old.count("\n") == file.read_text().count("\n") - 1
+    file.write_text(old)
+    with log.Run(config(tmp_path), 3):
+        pass
+    file.write_text(old)
+    with pytest.raises(ConfigError, match=r"sample.max_batches: 1 before, 2 now"):
+        log.Run(config(tmp_path, sample={"max_batches": 2}, advantage={"drop_equal_groups": True}), 3)
+
+
 def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tmp_path):
     hold = (
         "import sys, time; from pathlib import Path; from medrlvr_jax.runs.log import _take_lock;"

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -15,6 +16,7 @@ from medrlvr_jax.config import check
 from medrlvr_jax.config.reward import PRESETS as REWARDS
 from medrlvr_jax.config.reward import RewardConfig
 from medrlvr_jax.config.schema import Config
+from medrlvr_jax.config.section import validate
 from medrlvr_jax.host import files
 from medrlvr_jax.host.errors import ConfigError, nearest
 
@@ -152,6 +154,14 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out
+
+
+@cache
+def default_settings() -> dict[str, Any]:
+    """Return the defaults of all settings by dotted name. Settings without a default have a placeholder."""
+    path = {"path": ""}
+    required = {"name": "x", "model": path, "data": path, "learn": {"policy": {"lr": 0}}}
+    return flat(to_tree(validate(Config, required)))
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], where: Sequence[str] = ("before", "now")) -> list[str]:

@@ -283,10 +283,13 @@ def lock_holder(path: Path) -> str | None:
 
 
 def check_same(path: Path, config: Config) -> None:
-    """Raise `ConfigError` if settings outside `MAY_CHANGE` differ from those in the file `path`."""
+    """Raise `ConfigError` if settings outside `MAY_CHANGE` differ from those in the file `path`.
+
+    A setting that is missing in the file, because the run is older than the setting, had its default.
+    """
     old = configs.read_yaml(path, "repair it, or give this run another name=") or {}
-    trees = (old, configs.to_tree(config))
-    before, now = (configs.flat({k: v for k, v in t.items() if k not in MAY_CHANGE}) for t in trees)
+    settings = (configs.default_settings() | configs.flat(tree) for tree in (old, configs.to_tree(config)))
+    before, now = ({k: v for k, v in s.items() if k.split(".")[0] not in MAY_CHANGE} for s in settings)
     if changed := configs.differences(before, now):
         remedy = "give this run another name=, or use the same settings"
         head = f"name: {path.parent} was started with other settings; {remedy}:"

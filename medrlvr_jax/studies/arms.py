@@ -27,9 +27,6 @@ from medrlvr_jax.config.section import Name, section, validate
 from medrlvr_jax.host.errors import ConfigError
 
 Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
-PATH = {"path": ""}
-NO_DEFAULT = {"name": "x", "model": PATH, "data": PATH, "learn": {"policy": {"lr": 0}}}
-DEFAULTS = configs.flat(configs.to_tree(validate(Config, NO_DEFAULT)))
 
 
 @section
@@ -99,7 +96,8 @@ class Cell:
         if self.parent is None:
             return f"# medrlvr {self.by}"
         settings = configs.flat(configs.to_tree(self.parent.config))
-        changed = sorted((k, v) for k, v in settings.items() if v != DEFAULTS.get(k))
+        defaults = configs.default_settings()
+        changed = sorted((k, v) for k, v in settings.items() if v != defaults.get(k))
         digest = hashlib.sha256(f"{self.parent.origin()} {changed}".encode()).hexdigest()[:16]
         return f"# medrlvr {self.by}, from {self.parent.path.name} {digest}"
 
@@ -213,7 +211,8 @@ def check_same(cells: list[Cell]) -> None:
         elif file.exists():
             text = file.read_text(encoding="utf-8")
             tree = configs.parse_yaml(text, str(file), "repair or remove it")
-            then, now = (DEFAULTS | configs.flat(t) for t in (tree, configs.to_tree(cell.config)))
+            trees = tree, configs.to_tree(cell.config)
+            then, now = (configs.default_settings() | configs.flat(t) for t in trees)
             changes = configs.differences(then, now)
             if text.splitlines()[0] != cell.origin():
                 changes.append("its command, or the run it starts from, has changed")
