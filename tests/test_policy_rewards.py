@@ -23,7 +23,7 @@ from medrlvr_jax.rewards.training import start_components
 from medrlvr_jax.rl.experience import learnable_responses, mean_spread, place_scored
 from medrlvr_jax.rl.programs import make_programs
 from medrlvr_jax.rl.step import train_step
-from medrlvr_jax.rl.train import start, train
+from medrlvr_jax.rl.train import init_training, train
 from medrlvr_jax.rollout.rollout import encode, place_prompts, score_rollout
 from medrlvr_jax.sharding import place_rows
 from medrlvr_jax.types import Rollout
@@ -183,7 +183,7 @@ def test_what_is_learned_from_is_what_is_logged(setting):
     """The device weighs the columns, the host weighs them by name: components in no alphabetical order."""
     parts, encoded, *_ = setting
     made = make_programs(parts, 3)
-    training, state = start(parts, made, components_of(parts, encoded))
+    training, state = init_training(parts, made, components_of(parts, encoded))
     first = ({}, state.policy.params)
     for section in parts.config.reward.components:
         if (reward := made.policy_rewards.get(section.name or section.kind)) and reward.baseline is not None:
