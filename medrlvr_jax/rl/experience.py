@@ -267,7 +267,7 @@ def assessment_metrics(mask: Array, assessment: Assessment, gap: Array) -> dict[
 
 
 def experience_settings(parts: Parts, components: Sequence[Component] | None = None) -> ExperienceConfig:
-    """For a run's `components`, by default those that its settings name."""
+    """Return the settings for `components` of the reward, by default those of the config."""
     c = parts.config
     components = list_components(c.reward) if components is None else components
     stop_ids = tuple(parts.tokenizer.stop_ids) if c.loss.mask_truncated else ()

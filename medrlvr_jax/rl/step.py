@@ -116,7 +116,7 @@ def train_step(
     first, max_batches = first_batch(history, step), config.sample.max_batches
 
     def batch_of(k: int) -> Batch:
-        """The k-th batch of this step."""
+        """Return the k-th batch of this step."""
         of_epoch, index = questions_of(parts, encoded, first + k)
         prompts = place_prompts(policy, parts, of_epoch, index, needs_grey_images(config.reward))
         key, places = batch_key(config.seed, first + k), None
