@@ -240,6 +240,13 @@ def test_runs_that_differ_by_seed_alone_are_one_group(page):
     assert [g.differs for g in groups] == ["kl.coef 0.01", "kl.coef 0.5", ""]
 
 
+def test_a_run_from_before_a_setting_existed_is_in_the_group_of_its_default(tmp_path):
+    for seed, changes in enumerate(({}, {"sample": {"max_batches": 1}}, {"sample": {"max_batches": 2}})):
+        write_run(tmp_path / f"ppo-seed{seed}", seed, **changes)
+    groups = report_html.group([report_html.read_run(tmp_path / f"ppo-seed{seed}") for seed in range(3)])
+    assert [len(g.runs) for g in groups] == [2, 1]
+
+
 def test_groups_of_one_name_are_named_by_the_settings_that_distinguish_them(tmp_path):
     """A value that most configs have distinguishes none; settings beyond `MAX_NAMED` are counted."""
     many = {f"learn.x{i}": i for i in range(5)}

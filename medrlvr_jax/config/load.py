@@ -164,6 +164,13 @@ def default_settings() -> dict[str, Any]:
     return flat(to_tree(validate(Config, required)))
 
 
+def settings_of(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings of a record by dotted name. One that the record lacks, because the record is older
+    than the setting, has its default.
+    """
+    return default_settings() | flat(tree)
+
+
 def differences(a: dict[str, Any], b: dict[str, Any], where: Sequence[str] = ("before", "now")) -> list[str]:
     """Return a line for each dotted name whose values differ between a and b. A missing value is None."""
     names = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]

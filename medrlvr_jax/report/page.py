@@ -146,9 +146,9 @@ def read_run(folder: Path, runs: int = 1) -> Run:
             raise ConfigError(f"{folder}: no metrics.jsonl there; {either}")
         tree = read_json(folder / "eval.json", remedy)
         evals = {name: {"after": counts} for name, counts in tree["eval"].items()}
-        settings = configs.flat(tree.get("config", {}))
+        settings = configs.settings_of(tree["config"]) if "config" in tree else {}
         return Run("/".join(folder.parts[-2:]), folder, settings, {}, [], tree, evals)
-    settings = configs.flat(configs.read_yaml(config, remedy)) if config.exists() else {}
+    settings = configs.settings_of(configs.read_yaml(config, remedy)) if config.exists() else {}
     records = read_jsonl(log, STEPS // runs, (b'"eval.', b'"alarm/')) if log.exists() else []
     return Run(
         name=str(settings.get("name", folder.name)),

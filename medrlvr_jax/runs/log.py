@@ -283,12 +283,9 @@ def lock_holder(path: Path) -> str | None:
 
 
 def check_same(path: Path, config: Config) -> None:
-    """Raise `ConfigError` if settings outside `MAY_CHANGE` differ from those in the file `path`.
-
-    A setting that is missing in the file, because the run is older than the setting, had its default.
-    """
+    """Raise `ConfigError` if settings outside `MAY_CHANGE` differ from those in the file `path`."""
     old = configs.read_yaml(path, "repair it, or give this run another name=") or {}
-    settings = (configs.default_settings() | configs.flat(tree) for tree in (old, configs.to_tree(config)))
+    settings = map(configs.settings_of, (old, configs.to_tree(config)))
     before, now = ({k: v for k, v in s.items() if k.split(".")[0] not in MAY_CHANGE} for s in settings)
     if changed := configs.differences(before, now):
         remedy = "give this run another name=, or use the same settings"

@@ -211,8 +211,7 @@ def check_same(cells: list[Cell]) -> None:
         elif file.exists():
             text = file.read_text(encoding="utf-8")
             tree = configs.parse_yaml(text, str(file), "repair or remove it")
-            trees = tree, configs.to_tree(cell.config)
-            then, now = (configs.default_settings() | configs.flat(t) for t in trees)
+            then, now = map(configs.settings_of, (tree, configs.to_tree(cell.config)))
             changes = configs.differences(then, now)
             if text.splitlines()[0] != cell.origin():
                 changes.append("its command, or the run it starts from, has changed")
